@@ -1,0 +1,28 @@
+"""The identity of an autoencoder: a hash of its architecture and weights, carried by everything made with it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from ldm_vae.files import canonical_json
+
+
+def architecture(autoencoder: Any) -> dict[str, Any]:
+    """The class name and the settings that shape the network (bookkeeping keys that start with `_` left out)."""
+    settings = {key: value for key, value in dict(autoencoder.config).items() if not key.startswith("_")}
+    return {"class": type(autoencoder).__name__, "config": settings}
+
+
+def fingerprint(autoencoder: Any) -> str:
+    """`sha256:HEX` over the architecture and every tensor (name, shape, float32 bytes), in sorted order.
+
+    Casting to a lower precision changes the weights, so it changes the fingerprint; saving and loading does not.
+    """
+    digest = hashlib.sha256(canonical_json(architecture(autoencoder)).encode())
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,47 @@
+"""How the rest of the package uses any diffusers autoencoder: images in, moments out, latents in, images out.
+
+Sizes that the downsampling does not divide are padded by replication and cropped back, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm_vae.autoencoder.models import downsampling
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Replicate the right and lower border of (n, c, h, w) until both sides are multiples."""
+    height, width = images.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+
+
+@torch.no_grad()
+def encode_moments(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/8⌉, ⌈w/8⌉), float32."""
+    images = pad_to_multiple(images.to(autoencoder.dtype), downsampling(autoencoder))
+    posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+    return posterior.mean.float(), posterior.logvar.float()
+
+
+@torch.no_grad()
+def decode(autoencoder: Any, latents: Tensor) -> Tensor:
+    """Unnormalised latents (n, c, h, w) -> images (n, 3, 8h, 8w), float32, clamped to [-1, 1]."""
+    return autoencoder.decode(latents.to(autoencoder.dtype)).sample.float().clamp(-1, 1)
+
+
+def reconstruct(autoencoder: Any, images: Tensor, sample: torch.Generator | None = None) -> Tensor:
+    """Encode and decode images of any size (n, 3, h, w); same shape, clamped to [-1, 1].
+
+    From the posterior's mean, or from a posterior sample drawn with the generator `sample` (on the images' device).
+    """
+    mean, logvar = encode_moments(autoencoder, images)
+    if sample is not None:
+        noise = torch.randn(mean.shape, generator=sample, device=mean.device)
+        mean = mean + torch.exp(0.5 * logvar) * noise
+    return decode(autoencoder, mean)[..., : images.shape[-2], : images.shape[-1]]

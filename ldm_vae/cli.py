@@ -1,0 +1,80 @@
+"""`ldm-vae COMMAND ...`: finds the command, runs it, and turns a user's error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from ldm_vae import __version__
+from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+COMMANDS = {
+    "train-vae": "train_vae",
+    "encode": "encode",
+    "train-diffusion": "train_diffusion",
+    "generate": "generate",
+    "reconstruct": "reconstruct",
+    "evaluate": "evaluate",
+    "synth": "synth",
+    "report": "report",
+}
+
+
+def command_module(name: str) -> ModuleType:
+    return importlib.import_module(f"ldm_vae.commands.{COMMANDS[name]}")
+
+
+def overview() -> str:
+    """The top-level help."""
+    lines = [
+        "usage: ldm-vae COMMAND [arguments]",
+        "",
+        "Train a KL VAE on your own images, encode datasets into latent shards, generate with latent diffusion.",
+        "",
+        "commands, in the order of the journey of an image:",
+        *(f"  {name:<16} {command_module(name).SUMMARY}" for name in COMMANDS),
+        "",
+        "`ldm-vae COMMAND --help` explains one of them. On several GPUs: `torchrun --nproc_per_node N scripts/...`",
+        "or `accelerate launch scripts/...` with the same arguments.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"ldm_vae {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands are: {', '.join(COMMANDS)}"
+        print(f"ldm-vae: no command {name!r}; {hint}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    module = command_module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"ldm-vae {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        return module.run(parser.parse_args(rest))
+    except UserError as error:
+        print(f"ldm-vae {name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"ldm-vae {name}: interrupted; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Train an autoencoder: L1 + perceptual + KL at a rate that you choose, on one or many processes.
+
+The same command resumes an interrupted run. Examples:
+
+  ldm-vae train-vae configs/vae_f8c4_nano.yaml output=runs/mine data.source=folder data.path=~/images
+  torchrun --nproc_per_node 4 scripts/train_vae.py configs/vae_f8c4_base.yaml output=runs/base
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm_vae.commands import training_arguments
+
+SUMMARY = "train an autoencoder on images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    training_arguments.add_arguments(parser, example="configs/vae_f8c4_nano.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm_vae import config as configuration
+    from ldm_vae.autoencoder.training import TrainVaeConfig
+
+    config = configuration.load(TrainVaeConfig, args.config, training_arguments.overrides(args))
+    if args.print_config:
+        print(configuration.to_yaml(config), end="")
+        return 0
+
+    from ldm_vae.autoencoder.training import VaeModel, held_out_images, training_samples
+    from ldm_vae.training.engine import make_accelerator
+    from ldm_vae.training.fit import fit
+    from ldm_vae.training.run import RunDirectory
+
+    if args.dry_run:
+        from ldm_vae.training.dry_run import dry_run
+
+        accelerator = make_accelerator(config.training)
+        model = VaeModel(config, held_out=None, device=accelerator.device)
+        return dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator)
+    samples, held_out = training_samples(config), held_out_images(config)
+    accelerator = make_accelerator(config.training, Path(config.output))
+    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    model = VaeModel(config, held_out, accelerator.device)
+    plan = config.plan(accelerator.num_processes)
+    return fit(model, samples, plan, config.training, run_directory, accelerator)

@@ -1,0 +1,200 @@
+"""A folder of image files as a source: what is in it, in which order, with which labels."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import json
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image
+from ldm_vae.data.sources import hash_items, number_labels
+from ldm_vae.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LABEL_FILES = ("labels.csv", "metadata.csv", "metadata.jsonl")
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
+LABEL_COLUMNS = ("label", "class")
+
+
+class FolderSource:
+    """All images below a folder, in the order of their relative paths; hidden files and folders are left out.
+
+    Labels come from the first of these that there is:
+    1. `labels.csv` or `metadata.csv` with a column `label` or `class` and a column `file` or `file_name`; or
+       with two columns whatever their names;
+    2. `metadata.jsonl` with `file_name` and `label` in each line (as `datasets` has it);
+    3. the folders directly below, if at least two of them hold images.
+    An image that the list leaves out has no label (-1).
+
+    Raises:
+        UserError: no such folder, no image in it, or a label file that fits no image.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        limits: DecodeLimits = DecodeLimits(),  # noqa: B008
+        include: Sequence[str] = (),
+    ) -> None:
+        self.root, self.limits = Path(path).expanduser(), limits
+        if not self.root.is_dir():
+            what = "is a file" if self.root.is_file() else "no such folder"
+            raise UserError(f"data.path: {self.root}: {what}; give the folder that holds the images")
+        others: Counter[str] = Counter()
+        files = []
+        for name, size_bytes in _files(self.root):
+            if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                files.append((name, size_bytes))
+            else:
+                others[suffix or "no suffix"] += 1
+        if not files and include:
+            raise UserError(f"data.include: no image below {self.root} matches {list(include)}; `*` crosses folders")
+        if not files:
+            found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "nothing"
+            raise UserError(
+                f"data.path: {self.root}: no image in it (found: {found}); "
+                f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
+            )
+        files.sort()
+        self.names = [name for name, _ in files]
+        self.sizes_bytes = np.array([size for _, size in files], np.int64)
+        self.label_names, self.labels = self._label()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id(self, i: int) -> str:
+        """The path relative to the folder, with `/`; bytes that are no UTF-8 are written as escapes."""
+        return self.names[i].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
+
+    def read(self, i: int) -> np.ndarray:
+        try:
+            with open(self.root / self.names[i], "rb") as file:
+                data = file.read(self.limits.file_bytes + 1)
+        except OSError as error:
+            raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error
+        return decode_image(data, self.limits)
+
+    def fingerprint(self) -> str:
+        rows = ((self.id(i), self.label(i), int(self.sizes_bytes[i])) for i in range(len(self)))
+        return hash_items([("folder", self.label_names), *rows])
+
+    def _label(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """(label names, class numbers (n,) int64)."""
+        listed = self._listed_labels()
+        if listed is None:
+            listed = {name: name.split("/")[0] for name in self.names if "/" in name}
+            if len(set(listed.values())) < 2:
+                listed = {}
+        numbers = number_labels(listed.values())
+        labels = [numbers[listed[name]] if name in listed else -1 for name in self.names]
+        return tuple(numbers), np.array(labels, np.int64)
+
+    def _listed_labels(self) -> dict[str, str] | None:
+        """File -> label as the first label file has it; None where there is none with labels."""
+        images = set(self.names)
+        for name in LABEL_FILES:
+            path = self.root / name
+            if not path.is_file():
+                continue
+            try:
+                rows = list(_json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path, images))
+            except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+                advice = f"write it as UTF-8 {path.suffix[1:]}"
+                raise UserError(f"{path}: cannot be read ({error}); {advice}") from error
+            if not rows:
+                logger.info("%s has no column named label or class; it gives no labels", path)
+                continue
+            listed = {str(PurePosixPath(file.replace("\\", "/"))): label for file, label in rows}
+            found = {file: label for file, label in listed.items() if file in images}
+            if not found:
+                raise UserError(
+                    f"{path}: names no image of this folder, for example {next(iter(listed))!r}; "
+                    "give paths relative to the folder"
+                )
+            if len(found) < len(listed):
+                missing = len(listed) - len(found)
+                logger.warning("%s: %d of the %d files listed are not among the images", path, missing, len(listed))
+            return found
+        return None
+
+
+def _files(root: Path) -> Iterator[tuple[str, int]]:
+    """(relative path, size in bytes) of every visible regular file below `root`.
+
+    Links are followed, each real folder is entered once, real folders before linked ones: loops end.
+    """
+    entered = set()
+    folders: list[str] = [""]
+    linked: list[str] = []
+    while folders or linked:
+        if not folders:
+            linked.sort(reverse=True)
+            folders.append(linked.pop())
+        folder = folders.pop()
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            advice = "make the folder readable or move it away"
+            raise UserError(f"{root / folder}: {error.strerror}; {advice}") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                status = entry.stat()
+            except OSError:  # a dangling link
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                (linked if entry.is_symlink() else folders).append(name)
+            elif stat.S_ISREG(status.st_mode):
+                yield name, status.st_size
+
+
+def _csv_rows(path: Path, images: set[str]) -> Iterator[tuple[str, str]]:
+    """(file, label) pairs of a CSV file; nothing when it has no label column."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    if not rows:
+        return
+    header = [cell.lower() for cell in rows[0]]
+    file_column = next((header.index(name) for name in FILE_COLUMNS if name in header), 0)
+    label_column = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
+    if label_column is None:
+        if len(header) != 2:
+            return
+        label_column = 1 - file_column
+    without_header = rows[0][file_column] in images
+    for row in rows if without_header else rows[1:]:
+        if len(row) > max(file_column, label_column) and row[label_column]:
+            yield row[file_column], row[label_column]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """(file, label) pairs of a JSON-lines file; nothing when its lines have no label."""
+    with open(path, encoding="utf-8-sig") as file:
+        for line in file:
+            row = json.loads(line) if line.strip() else {}
+            name = next((row[column] for column in FILE_COLUMNS if column in row), None)
+            label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
+            if isinstance(name, str) and isinstance(label, (str, int)):
+                yield name, str(label)

@@ -1,0 +1,73 @@
+"""Training samples from an image source: which crop of an image follows from the sample's position alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae.data.decoding import ImageRejected
+from ldm_vae.data.sources import ImageSource
+from ldm_vae.errors import UserError
+from ldm_vae.random import key_hash, numpy_rng
+
+ATTEMPTS = 20
+
+Transform = Callable[[np.ndarray, np.random.Generator, int], np.ndarray]
+"""uint8 (h, w, 3), generator, size -> uint8 (size, size, 3); for example `transforms.random_crop`."""
+
+
+class ImageSamples:
+    """Random access to training samples, pure in (index, position, size): resuming needs no state."""
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
+        """Source image `index` as the training sample at global `position`, a crop of `size` pixels.
+
+        An image that cannot be read is replaced by another one, chosen by (seed, position), and reported.
+
+        Returns:
+            image: uint8 tensor (3, size, size); label and index: int, of the image really used;
+            rejected: (id, reason) of every image that had to be replaced.
+
+        Raises:
+            UserError: after 20 unreadable images in a row.
+        """
+        assert size is not None, "image samples need a size"
+        rejected: list[tuple[str, str]] = []
+        for attempt in range(ATTEMPTS):
+            try:
+                pixels = self.source.read(index)
+            except ImageRejected as error:
+                rejected.append((self.source.id(index), error.reason))
+                index = key_hash(self.seed, "substitute", position, attempt) % len(self.source)
+                continue
+            crop = self.transform(pixels, numpy_rng(self.seed, "augment", position), size)
+            return {
+                "image": to_tensor(crop),
+                "label": self.source.label(index),
+                "index": index,
+                "rejected": rejected,
+            }
+        raise too_many_rejected(rejected)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (h, w, 3) -> uint8 (3, h, w)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
+    name, reason = rejected[-1]
+    return UserError(
+        f"data: {len(rejected)} images in a row cannot be read, the last is {name} ({reason}); "
+        "check that the disk is there and the files are pictures"
+    )

@@ -1,0 +1,175 @@
+"""What an image collection is to the rest of the program, its settings, and how one is opened.
+
+The collections themselves live beside this file: `folder`, `datasets_source`, `stream` (no random access) and
+`synthetic`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ldm_vae.data.decoding import HIGHEST_MEGAPIXELS, DecodeLimits
+from ldm_vae.data.synthetic import SyntheticConfig
+from ldm_vae.errors import UserError
+
+
+class ImageSource(Protocol):
+    """A finite, ordered image collection with random access. Picklable, safe to use after a fork."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes; empty when the collection is unlabelled."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def id(self, i: int) -> str:
+        """A unique name of image `i` that stays the same from run to run."""
+        ...
+
+    def label(self, i: int) -> int:
+        """Class of image `i`, an index into `label_names`; -1 for none."""
+        ...
+
+    def read(self, i: int) -> np.ndarray:
+        """Pixels of image `i`: uint8 (h, w, 3), sRGB. Raises: ImageRejected."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 hex of what is in the collection: ids, labels, sizes in bytes; not of every pixel."""
+        ...
+
+
+@dataclass(frozen=True)
+class DatasetsConfig:
+    """Something that the `datasets` library loads.
+
+    Args:
+        name: a hub id, a folder made by `save_to_disk`, or parquet, arrow or webdataset (.tar) files,
+            also with `*`.
+        subset: configuration of the hub dataset, where it has several.
+        split: for example train, or train[:1000].
+        image_column: the column that holds the images.
+        label_column: the column that holds the classes; null: unlabelled.
+        label_names: names of integer labels where the dataset does not carry them (needed for streams only).
+        streaming: read from start to end instead of downloading first.
+        revision: commit, tag or branch of a hub dataset.
+    """
+
+    name: str = ""
+    subset: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    label_names: list[str] = field(default_factory=list)
+    streaming: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from.
+
+    Args:
+        source: `synthetic` (made on the fly), `folder` (a folder of image files) or `datasets`.
+        path: the folder, for `folder`.
+        include: patterns of relative paths to take from the folder, as `photos/*`; none: everything. The ids,
+            and so the held-out part, stay those of the whole folder.
+        held_out: fraction of the images kept out of training, chosen by a hash of their ids.
+        maximum_megapixels: larger images are rejected undecoded.
+        cache_megabytes: decoded images kept in memory *per worker process*; pays where
+            decoding is the bottleneck.
+    """
+
+    source: Literal["synthetic", "folder", "datasets"] = "synthetic"
+    path: str | None = None
+    include: list[str] = field(default_factory=list)
+    held_out: float = 0.1
+    maximum_megapixels: int = 64
+    cache_megabytes: int = 0
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
+
+    def __post_init__(self) -> None:
+        if self.source == "folder" and not self.path:
+            raise UserError("data.path: missing; give the folder that holds the images, data.path=DIR")
+        if self.source != "folder" and self.include:
+            raise UserError(f"data.include: has no effect with data.source={self.source}; leave it out")
+        if self.source != "folder" and self.path:
+            cure = "set data.source=folder" if self.source == "synthetic" else "use data.datasets.name instead"
+            raise UserError(f"data.path: {self.path} has no effect with data.source={self.source}; {cure}")
+        if self.source == "datasets" and not self.datasets.name:
+            raise UserError("data.datasets.name: missing; give a hub id, a saved folder or parquet files")
+        if self.source != "datasets" and self.datasets.name:
+            raise UserError(
+                f"data.datasets.name: {self.datasets.name} has no effect with data.source={self.source}; "
+                "set data.source=datasets to load it"
+            )
+        if not 0.0 <= self.held_out < 1.0:
+            raise UserError(f"data.held_out: {self.held_out} is no usable fraction; give 0 up to, but not, 1")
+        if not 1 <= self.maximum_megapixels <= HIGHEST_MEGAPIXELS:
+            raise UserError(
+                f"data.maximum_megapixels: {self.maximum_megapixels} is out of range; give 1 to {HIGHEST_MEGAPIXELS}"
+            )
+        if self.cache_megabytes < 0:
+            raise UserError(f"data.cache_megabytes: {self.cache_megabytes} is negative; give 0 for no cache")
+
+    @property
+    def streaming(self) -> bool:
+        """True where `stream.open_stream` takes the place of `open_source`."""
+        return self.source == "datasets" and self.datasets.streaming
+
+    @property
+    def limits(self) -> DecodeLimits:
+        return DecodeLimits(megapixels=self.maximum_megapixels)
+
+
+def open_source(config: DataConfig) -> ImageSource:
+    """Open a collection with random access.
+
+    Raises:
+        UserError: nothing is there, nothing is readable, or the collection is a stream.
+    """
+    if config.streaming:
+        raise UserError("data.datasets.streaming: a stream has no random access; set it to false here")
+    source = _open(config)
+    if config.cache_megabytes:
+        from ldm_vae.data.cache import CachedSource
+
+        return CachedSource(source, config.cache_megabytes * 10**6)
+    return source
+
+
+def _open(config: DataConfig) -> ImageSource:
+    if config.source == "folder":
+        from ldm_vae.data.folder import FolderSource
+
+        assert config.path is not None
+        return FolderSource(config.path, config.limits, config.include)
+    if config.source == "datasets":
+        from ldm_vae.data.datasets_source import DatasetsSource
+
+        return DatasetsSource(config.datasets, config.limits)
+    from ldm_vae.data.synthetic import SyntheticSource
+
+    return SyntheticSource(config.synthetic)
+
+
+def number_labels(labels: Iterable[str]) -> dict[str, int]:
+    """Label -> class number, in numeric order where all labels are whole numbers, else alphabetical."""
+    names = set(labels)
+    numeric = all(name.lstrip("-").isdecimal() for name in names)
+    return {name: i for i, name in enumerate(sorted(names, key=(lambda n: (int(n), n)) if numeric else None))}
+
+
+def hash_items(items: Iterable[tuple[object, ...]]) -> str:
+    """sha256 hex over a sequence of tuples of plain values."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()

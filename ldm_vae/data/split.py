@@ -1,0 +1,63 @@
+"""Which part of a collection an image belongs to: a function of its id alone, so it never changes.
+
+Adding images moves none of the others, and a larger `held_out` only adds to the held-out part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+from ldm_vae.data.sources import ImageSource
+from ldm_vae.errors import UserError
+
+Part = Literal["all", "train", "held_out"]
+
+
+def part_of(id: str, held_out: float) -> Literal["train", "held_out"]:
+    """The part of an image id; a fraction `held_out` (0 to 1) of all ids is held out."""
+    place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
+    return "held_out" if place < held_out else "train"
+
+
+def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
+    """A view of one part of a source; `all` is the source itself. Ids and labels pass through.
+
+    Raises:
+        UserError: if the part would be empty.
+    """
+    if part == "all":
+        return source
+    indices = [i for i in range(len(source)) if part_of(source.id(i), held_out) == part]
+    if not indices:
+        cure = "increase data.held_out" if part == "held_out" else "lower data.held_out"
+        raise UserError(
+            f"data: no image of {len(source)} falls into the {part} part at data.held_out={held_out}; "
+            f"{cure} or add images"
+        )
+    return Subset(source, np.array(indices, np.int64), f"{part} {held_out!r}")
+
+
+class Subset:
+    """The images of another source at `indices`, in this order. `name` enters the fingerprint."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray, name: str) -> None:
+        self.source, self.indices, self.name = source, indices, name
+        self.label_names = source.label_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def id(self, i: int) -> str:
+        return self.source.id(int(self.indices[i]))
+
+    def label(self, i: int) -> int:
+        return self.source.label(int(self.indices[i]))
+
+    def read(self, i: int) -> np.ndarray:
+        return self.source.read(int(self.indices[i]))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.name}".encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""The synthetic set's settings and image source: ids, balanced labels, pixels, attributes, defect masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm_vae.config import digest
+from ldm_vae.data.synthetic import figures, solids
+from ldm_vae.data.synthetic.defects import PLACING_RESOLUTION, add_defect
+from ldm_vae.data.synthetic.render import Canvas
+from ldm_vae.data.synthetic.scene import DEFECTS, LABELS, Scene, draw_scene, label_of
+from ldm_vae.random import numpy_rng
+
+RENDERER_VERSION = 1
+"""Counted up whenever the same settings give other pixels; part of the fingerprint."""
+
+PAINTERS = {
+    "ball": solids.ball, "cube": solids.cube, "donut": solids.donut, "heart": solids.heart, "gem": solids.gem,
+    "star": figures.star, "moon": figures.moon, "flower": figures.flower, "tree": figures.tree,
+    "mushroom": figures.mushroom,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What to render.
+
+    Attributes:
+        count: Number of images.
+        seed: Another seed, another set.
+        resolution: Side of the square images in pixels, 32 to 4096; the same scenes at every resolution.
+        defects: Fraction of the images that carry a defect, 0 to 1.
+    """
+
+    count: int = 2000
+    seed: int = 0
+    resolution: int = 512
+    defects: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"synthetic.count: {self.count} images; give 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"synthetic.seed: {self.seed} is negative; give 0 or more")
+        if not 32 <= self.resolution <= 4096:
+            raise ValueError(f"synthetic.resolution: {self.resolution} pixels; give 32 to 4096")
+        if not 0.0 <= self.defects <= 1.0:
+            raise ValueError(f"synthetic.defects: {self.defects} is no fraction; give 0 to 1")
+
+
+class SyntheticSource:
+    """Rendered images as an image source. Image i depends on (seed, i), never on `count` or other images."""
+
+    label_names: tuple[str, ...] = LABELS
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        self.config = config
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def id(self, i: int) -> str:
+        return f"synthetic-{self._checked(i):06d}"
+
+    def label(self, i: int) -> int:
+        """Index into `label_names`; every ten consecutive images hold each label once."""
+        return label_of(self.config.seed, self._checked(i))
+
+    def read(self, i: int) -> np.ndarray:
+        """uint8 (resolution, resolution, 3)."""
+        return self.render(i)[0]
+
+    def defect_mask(self, i: int) -> np.ndarray:
+        """bool (resolution, resolution): outside it the image equals the one of `defects=0`, to the bit."""
+        return self.render(i)[1]
+
+    def render(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and defect mask in one go."""
+        scene = self.scene(i)
+        side = self.config.resolution
+        canvas = paint_scene(scene, side, keep_background=DEFECTS[scene.defect] == "missing")
+        if not scene.defect:
+            return canvas.pixels(), np.zeros((side, side), bool)
+        small = paint_scene(scene, PLACING_RESOLUTION)
+        mask = add_defect(canvas, small, numpy_rng(self.config.seed, "synthetic-defect-form", i))
+        return canvas.pixels(), mask
+
+    def scene(self, i: int) -> Scene:
+        return draw_scene(self.config.seed, self._checked(i), self.config.defects)
+
+    def attributes(self, i: int) -> dict[str, float]:
+        """The known truth of image i: the fields of `Scene` but the label, as numbers."""
+        values = dataclasses.asdict(self.scene(i))
+        del values["label"]
+        return {name: float(value) for name, value in values.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 hex of the settings and the renderer's version, which decide every pixel."""
+        return digest({"renderer": RENDERER_VERSION, **dataclasses.asdict(self.config)})
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < self.config.count:
+            raise IndexError(f"synthetic image {i}: outside the set; give 0 to {self.config.count - 1}")
+        return i
+
+
+def paint_scene(scene: Scene, resolution: int, keep_background: bool = False) -> Canvas:
+    """The canvas of a scene, without its defect."""
+    canvas = Canvas(scene, resolution, keep_background)
+    PAINTERS[LABELS[scene.label]](canvas)
+    return canvas

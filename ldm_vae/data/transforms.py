@@ -1,0 +1,139 @@
+"""Crops: random scale and place for training, a centred cover crop for encoding and evaluation.
+
+Every change of scale is antialiased (Lanczos), and only the source region that a crop needs is touched.
+Colour, orientation and bit depth are `decoding`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm_vae.errors import UserError
+
+LANCZOS_SUPPORT = 3  # source pixels to each side, times the reduction
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Random training crops.
+
+    The picture is scaled so that its short side is log-uniform between `short_side_min` and `short_side_max`,
+    but never enlarged unless it is smaller than the crop itself. Reduced pictures also lose the 8x8 grid that
+    JPEG left in them, which an 8x autoencoder would otherwise learn.
+
+    Args:
+        short_side_min: pixels; a smaller picture or a larger crop takes precedence.
+        short_side_max: pixels; a larger crop takes precedence.
+        flip: mirror half of the crops left to right.
+        flat: fraction of crops replaced by a smooth gradient between two colours of the picture; these keep
+            plain surfaces free of patterns.
+    """
+
+    short_side_min: int = 256
+    short_side_max: int = 768
+    flip: bool = True
+    flat: float = 0.04
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.short_side_min <= self.short_side_max:
+            raise UserError(
+                f"crop: short_side_min {self.short_side_min} and short_side_max {self.short_side_max} "
+                "are no range; give 1 <= short_side_min <= short_side_max"
+            )
+        if not 0.0 <= self.flat <= 1.0:
+            raise UserError(f"crop.flat: {self.flat} is no fraction; give 0 to 1")
+
+
+def random_crop(
+    image: np.ndarray, rng: np.random.Generator, size: int, config: CropConfig = CropConfig()
+) -> np.ndarray:
+    """A random square crop, antialiased. uint8 (h, w, 3) -> uint8 (size, size, 3).
+
+    The number of draws from `rng` is fixed, so equal generators give equal crops.
+    """
+    height, width = image.shape[:2]
+    where_x, where_y, scale, mirror, plain = rng.random(5)
+    short = min(height, width)
+    smallest = max(size, min(short, config.short_side_min))
+    largest = max(smallest, min(short, config.short_side_max))
+    target = smallest * (largest / smallest) ** scale
+    extent = min(size * short / target, float(short))  # of the crop, in source pixels
+    left, top = where_x * (width - extent), where_y * (height - extent)
+    if plain < config.flat:
+        crop = _gradient(image, rng, size)
+    elif extent == size:  # no change of scale: copy whole pixels
+        left, top = int(left), int(top)
+        crop = image[top : top + size, left : left + size].copy()
+    else:
+        crop = _resize(image, (left, top, left + extent, top + extent), (size, size))
+    return np.ascontiguousarray(crop[:, ::-1]) if config.flip and mirror < 0.5 else crop
+
+
+def cover_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Scale until the picture just covers `size` (a side, or (height, width)), then keep the centre.
+
+    uint8 (h, w, 3) -> uint8 (height, width, 3). Smaller pictures are enlarged.
+    """
+    target_height, target_width = (size, size) if isinstance(size, int) else size
+    height, width = image.shape[:2]
+    scale = max(target_height / height, target_width / width)
+    if scale == 1.0:
+        top, left = (height - target_height) // 2, (width - target_width) // 2
+        return image[top : top + target_height, left : left + target_width].copy()
+    span_y, span_x = min(target_height / scale, float(height)), min(target_width / scale, float(width))
+    left, top = (width - span_x) / 2, (height - span_y) / 2
+    return _resize(image, (left, top, left + span_x, top + span_y), (target_height, target_width))
+
+
+def centre_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """`cover_crop` with the signature of a training transform; `rng` is not used."""
+    return cover_crop(image, size)
+
+
+def preprocessing_record(size: int | tuple[int, int]) -> dict[str, Any]:
+    """What `cover_crop` and the decoder do to a picture, for manifests and protocols (JSON-able)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "version": 1,
+        "height": height,
+        "width": width,
+        "fit": "cover, centre crop",
+        "filter": "lanczos, antialiased, 8-bit",
+        "colour": "sRGB",
+        "alpha": "on white",
+        "orientation": "exif",
+    }
+
+
+def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+    """Lanczos-scale the float `box` (left, top, right, bottom) of an image to `size` (height, width).
+
+    Only the box and the filter's margin are handed to PIL: the pixels are those of scaling the whole picture.
+    """
+    left, top, right, bottom = box
+    margin_x = math.ceil(LANCZOS_SUPPORT * max(1.0, (right - left) / size[1])) + 1
+    margin_y = math.ceil(LANCZOS_SUPPORT * max(1.0, (bottom - top) / size[0])) + 1
+    x0, y0 = max(0, math.floor(left) - margin_x), max(0, math.floor(top) - margin_y)
+    x1 = min(image.shape[1], math.ceil(right) + margin_x)
+    y1 = min(image.shape[0], math.ceil(bottom) + margin_y)
+    region = Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1]))
+    shifted = (left - x0, top - y0, min(right - x0, float(x1 - x0)), min(bottom - y0, float(y1 - y0)))
+    return np.array(region.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=shifted))
+
+
+def _gradient(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A linear gradient in a random direction between the colours of two pixels; one in four is constant."""
+    rows, columns = rng.integers(image.shape[0], size=2), rng.integers(image.shape[1], size=2)
+    start, end = image[rows, columns].astype(np.float32)
+    if rng.random() < 0.25:
+        end = start
+    angle = rng.uniform(0, 2 * math.pi)
+    place = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+    along = place[:, None] * math.sin(angle) + place[None, :] * math.cos(angle)
+    weight = along / (abs(math.sin(angle)) + abs(math.cos(angle))) + 0.5
+    return np.clip(start + weight[..., None] * (end - start) + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,11 @@
+"""The error that a user can cause, and the exit codes of the commands. Programmers' mistakes stay `assert`s."""
+
+EXIT_USER_ERROR = 2
+"""A wrong setting, file or folder; the one-line reason is on standard error."""
+
+EXIT_INTERRUPTED = 75
+"""Stopped by SIGTERM or SIGINT after saving (sysexits' EX_TEMPFAIL): the same command continues."""
+
+
+class UserError(ValueError):
+    """Something in the user's hands is wrong. The message is one sentence: *where: what; what instead*."""

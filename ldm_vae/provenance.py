@@ -1,0 +1,122 @@
+"""Where a result comes from: the versions, the machine and the command, written as `run.json` beside it.
+
+Owns the record and nothing of its use. The command is recorded as it was typed; nothing is read from the
+environment, and the machine is named by its class (processor, cores, accelerator), never by its host name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ldm_vae import __version__
+from ldm_vae.files import write_json
+
+RUN_RECORD = "run.json"
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of what computed a result: python, torch, diffusers, ldm_vae, the git commit (where the
+    package lies in a checkout; `-dirty` after it when tracked files differ) and the machine."""
+    found = {"ldm_vae": __version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "accelerate"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    if commit:
+        found["commit"] = commit
+    return found | {"machine": _machine()}
+
+
+def command_line(argv: Sequence[str] | None = None) -> list[str]:
+    """The command as typed, with the folder of an installed program dropped from its first word."""
+    program, *arguments = sys.argv if argv is None else argv
+    path = Path(program)
+    if path.name == "__main__.py":
+        return ["python", "-m", path.parent.name, *arguments]
+    return [path.name if path.is_absolute() else program, *arguments]
+
+
+def write_run_record(
+    directory: str | Path,
+    command: Sequence[str] | None,
+    started: float,
+    seconds: float,
+    *,
+    finished: bool = True,
+    **extra: Any,
+) -> None:
+    """Write `run.json` atomically into an existing result folder.
+
+    Args:
+        directory: The result's folder.
+        command: The words of the command; None stands for this process's own (`command_line()`).
+        started: `time.time()` at the start, in seconds since 1970; recorded as ISO 8601 UTC.
+        seconds: Wall time spent, all interrupted attempts together where the caller knows them.
+        finished: False in a record that a running job leaves for the case that it never ends.
+        extra: JSON-able figures of this command.
+    """
+    record = {
+        "command": command_line() if command is None else list(command),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(float(seconds), 3),
+        "versions": versions(),
+        "finished": finished,
+    }
+    write_json(Path(directory) / RUN_RECORD, record | extra)
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The checkout's short commit; None for an installed package, a checkout without commits, no git."""
+    folder = Path(__file__).parent
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # reading the state must not touch the index
+
+    def git(*arguments: str) -> str:
+        process = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True, text=True, timeout=10, check=True, env=environment,
+        )  # fmt: skip
+        return process.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else: installed inside somebody else's checkout
+        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _machine() -> str:
+    """For example `AMD EPYC 9354, 2 cores, 16 GB` or `..., NVIDIA H200`."""
+    parts = [_processor(), f"{_cores()} cores"]
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        parts.append(f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB")
+    torch = sys.modules.get("torch")  # only where the caller has computed with it
+    if torch is not None and torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

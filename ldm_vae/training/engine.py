@@ -1,0 +1,210 @@
+"""`fit()`: one loop for every model. It owns all bookkeeping; the mathematics is in the model's `update()`.
+
+def update(self, step, batch, engine):
+    for part in engine.parts(batch):          # micro-batches; gradients are synchronised on the last one
+        loss = ...engine.models["name"](...)   # the wrapped module, so that gradients are averaged over processes
+        engine.backward(loss)
+    engine.optimize("name", step)              # clip, skip if not finite, optimizer step, EMA
+    return {"loss/...": ...}                   # scalar tensors; nothing waits for the device
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm_vae.errors import UserError
+from ldm_vae.training.ema import Ema
+from ldm_vae.training.loader import Batch, MicroBatch
+from ldm_vae.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAXIMUM_SKIPPED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of the engine, the same for every model. Steps and batches belong to the model's own config."""
+
+    seed: int = 0
+    learning_rate: float = 1e-3
+    final_learning_rate_fraction: float = 0.03
+    warmup_steps: int = 200
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    workers: int = 2
+    log_every: int = 20
+    validate_every: int = 500
+    preview_every: int = 500
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "preview_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name}: {getattr(self, name)} is below 1; give a number of steps")
+        if self.learning_rate <= 0:
+            raise UserError(f"training.learning_rate: {self.learning_rate} is not above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay: {self.ema_decay} is not in [0, 1)")
+
+
+class Model(Protocol):
+    """What `fit` trains. `modules` are wrapped, optimised and averaged under their names."""
+
+    modules: Mapping[str, nn.Module]
+
+    def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
+        """One optimizer step; returns scalar metrics of this process."""
+        ...
+
+    def validate(self, engine: Engine) -> dict[str, float]:
+        """Held-out figures from the EMA weights (main process only)."""
+        ...
+
+    def preview(self, engine: Engine) -> Image | None:
+        """A picture of how it goes (main process only)."""
+        ...
+
+    def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
+        """Write the finished model under the run directory (main process only)."""
+        ...
+
+    def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
+        """Data of a micro-batch made of noise, for `--dry-run`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state beyond the modules' weights."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
+    """An Accelerator for the config. Raises UserError when the processes or the precision are not what was asked."""
+    from accelerate import Accelerator
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.processes is not None and config.processes != processes:
+        raise UserError(
+            f"training.processes: {config.processes} were asked for, {processes} started; launch with `torchrun "
+            "--nproc_per_node N`, or on CPU `accelerate launch --multi_gpu --num_processes N` with training.device=cpu"
+        )
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device: cuda was asked for, and torch sees no CUDA device; set training.device=auto")
+    if config.precision == "fp16" and on_cpu:
+        raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
+    tracker = None if config.tracker == "none" or project_dir is None else config.tracker
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        log_with=tracker,
+        project_dir=str(project_dir) if project_dir else None,
+    )
+
+
+class Engine:
+    """The moving parts of a run: wrapped models, optimizers, averages. One `optimize` call is one optimizer step."""
+
+    def __init__(self, model: Model, config: TrainingConfig, accelerator: Any, steps: int) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.steps = steps
+        self.modules = dict(model.modules)
+        self.models: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.emas: dict[str, Ema] = {}
+        self.skipped: dict[str, Tensor] = {}
+        self._parts = 1
+        for name, module in self.modules.items():
+            module.to(accelerator.device)
+            self.emas[name] = Ema(module, config.ema_decay)
+            self.skipped[name] = torch.zeros((), device=accelerator.device)
+            if config.compile:
+                module.compile()
+            self.models[name] = accelerator.prepare_model(module)
+            self.optimizers[name] = accelerator.prepare_optimizer(make_optimizer(module, config))
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def parts(self, batch: Batch) -> Iterator[MicroBatch]:
+        """The micro-batches of this process; gradients are exchanged between processes on the last one only."""
+        self._parts = len(batch.parts)
+        for number, part in enumerate(batch.parts, start=1):
+            with contextlib.ExitStack() as stack:
+                if number < self._parts:
+                    for wrapped in self.models.values():
+                        stack.enter_context(self.accelerator.no_sync(wrapped))
+                yield part
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradient. `loss` is its mean; the step's loss is the mean over micro-batches."""
+        self.accelerator.backward(loss / self._parts)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over the processes, without gradient."""
+        value = value.detach()
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
+
+    def optimize(self, name: str, step: int) -> Tensor:
+        """Clip, step (not if a gradient is not finite), zero the gradients, move the EMA. Returns the gradient norm."""
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.config.gradient_clip)
+        bad = (~norm.isfinite()).float()
+        if self.accelerator.scaler is None:
+            optimizer.optimizer.found_inf = bad  # the fused kernel skips the whole update, without a host sync
+        optimizer.step()
+        optimizer.zero_grad()
+        self.skipped[name] = (self.skipped[name] + 1) * bad
+        self.emas[name].update(step)
+        return norm
+
+    def learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step, self.steps, config.learning_rate, config.warmup_steps, config.final_learning_rate_fraction
+        )
+
+    def check_skipped(self, step: int) -> None:
+        """Raises: UserError when too many updates in a row were not finite. Waits for the device: log steps only."""
+        for name, count in self.skipped.items():
+            if int(count) >= MAXIMUM_SKIPPED_STEPS:
+                raise UserError(
+                    f"step {step}: the gradient of {name} was not finite in {int(count)} steps in a row; lower "
+                    "training.learning_rate or set training.precision=fp32; the last checkpoint is intact"
+                )
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay on matrices and kernels only."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )

@@ -1,0 +1,144 @@
+"""From samples to the micro-batches of a step. The order is a function of the step, so resuming is starting there."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm_vae.random import generator
+from ldm_vae.training.schedule import Plan, sample_index
+
+WORKER_TIMEOUT_SECONDS = 300
+
+
+class Samples(Protocol):
+    """A finite set of training samples. Whatever is random in a sample depends on its global `position` only."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
+        """Sample `index` as tensors and plain values; `size` is the span's sample size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which sample to make: its source index, its global position, its size."""
+
+    index: int
+    position: int
+    size: int | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass: stacked tensors, and the rows that they take in the global batch."""
+
+    data: dict[str, Any]
+    rows: slice
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.data[name]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's share of one step."""
+
+    parts: tuple[MicroBatch, ...]
+    global_size: int
+
+
+class _Keyed(Dataset):
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        return self.samples.sample(key.index, key.position, key.size)
+
+
+class _MicroBatchKeys:
+    """The keys of every micro-batch of this rank from a step on."""
+
+    def __init__(self, plan: Plan, count: int, seed: int, first_step: int, rank: int, processes: int) -> None:
+        self.plan, self.count, self.seed, self.first_step = plan, count, seed, first_step
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self.first_step, self.plan.steps):
+            span, first = self.plan.span(step)
+            for rows in rank_rows(span.global_batch, span.micro_batch, self.rank, self.processes):
+                yield [
+                    Key(sample_index(self.seed, position, self.count), position, span.size)
+                    for position in range(first + rows.start, first + rows.stop)
+                ]
+
+
+def rank_rows(global_batch: int, micro_batch: int, rank: int, processes: int) -> list[slice]:
+    """The rows of the global batch that a rank's micro-batches take: one contiguous share a rank."""
+    share = global_batch // processes
+    starts = range(rank * share, (rank + 1) * share, micro_batch)
+    return [slice(start, start + micro_batch) for start in starts]
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack tensors, make tensors of numbers, join lists."""
+    collated: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, Tensor):
+            collated[name] = torch.stack(values)
+        elif isinstance(first, list):
+            collated[name] = [item for value in values for item in value]
+        else:
+            collated[name] = torch.tensor(values)
+    return collated
+
+
+def _start_worker(_: int) -> None:
+    """Signals sent to the process group are the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches(
+    samples: Samples,
+    plan: Plan,
+    *,
+    seed: int,
+    first_step: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The batches of steps `first_step` ... on `device`. Samples are made in `workers` processes."""
+    device = torch.device(device)
+    loader = DataLoader(
+        _Keyed(samples),
+        batch_sampler=_MicroBatchKeys(plan, len(samples), seed, first_step, rank, processes),  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        generator=generator(seed, "loader"),  # else every iter() draws from the global generator
+        worker_init_fn=_start_worker,
+        timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    collated = iter(loader)
+    for step in range(first_step, plan.steps):
+        span, _ = plan.span(step)
+        parts = []
+        for rows in rank_rows(span.global_batch, span.micro_batch, rank, processes):
+            data = {
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in next(collated).items()
+            }
+            parts.append(MicroBatch(data, rows))
+        yield Batch(tuple(parts), span.global_batch)

@@ -1,0 +1,67 @@
+"""The rate controller on a problem whose answer is known."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ldm_vae.autoencoder.rate import RateConfig, RateController
+from ldm_vae.errors import UserError
+
+
+def plant(beta: float) -> torch.Tensor:
+    """A Gaussian of variance 1 coded through the optimal linear channel: KL = 0.5 ln(1 / (c beta)) nats."""
+    return torch.tensor(max(1e-3, 0.5 * math.log(1 / min(0.999, 2.0 * beta))))
+
+
+def run(controller: RateController, first: int, last: int) -> list[float]:
+    betas = []
+    for step in range(first, last):
+        beta = float(controller.beta(step))
+        betas.append(beta)
+        controller.observe(step, plant(beta))
+    return betas
+
+
+@pytest.mark.parametrize("target", [1.0, 2.5])
+def test_the_target_is_met_and_beta_is_locked_at_the_end(target):
+    controller = RateController(RateConfig(target_nats=target), steps=4000)
+    betas = run(controller, 0, 4000)
+    assert float(plant(betas[-1])) == pytest.approx(target, rel=0.02)
+    assert len(set(betas[3600:])) == 1
+
+
+def test_a_saved_controller_continues_exactly():
+    whole, first, second = (RateController(RateConfig(), steps=400) for _ in range(3))
+    expected = run(whole, 0, 400)
+    before = run(first, 0, 370)  # inside the stretch that the lock averages
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before + run(second, 370, 400) == expected
+
+
+def test_the_integral_does_not_wind_up_at_the_bound():
+    controller = RateController(RateConfig(), steps=100_000)
+    for step in range(5000):  # a KL far below the target for long: beta sits at its minimum
+        controller.observe(step, torch.tensor(0.01))
+    assert float(controller.beta(5000)) == pytest.approx(1e-7, rel=0.01)
+    for step in range(5000, 5400):
+        controller.observe(step, torch.tensor(50.0))
+    assert float(controller.beta(5400)) > 1e-6
+
+
+def test_a_kl_that_is_not_finite_leaves_beta_finite():
+    controller = RateController(RateConfig(), steps=1000)
+    for step in range(200):
+        controller.observe(step, torch.tensor(float("nan")))
+    assert math.isfinite(float(controller.beta(200)))
+
+
+def test_fixed_mode_is_constant_and_settings_without_effect_are_refused():
+    controller = RateController(RateConfig(mode="fixed", beta=0.0), steps=10)
+    controller.observe(0, torch.tensor(9.0))
+    assert float(controller.beta(1)) == 0.0
+    with pytest.raises(UserError, match="has no effect"):
+        RateConfig(mode="target", beta=0.1)
+    with pytest.raises(UserError, match="needs a weight"):
+        RateConfig(mode="fixed")

@@ -1,0 +1,146 @@
+"""The Haar transform, the wavelet autoencoder, and the diffusers interface."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.haar import haar_forward, haar_inverse
+from ldm_vae.autoencoder.interface import decode, encode_moments, reconstruct
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
+from ldm_vae.errors import UserError
+
+PICO = AutoencoderConfig(architecture="wavelet", preset="pico")
+SD_TINY = AutoencoderConfig(architecture="sd", preset="tiny")
+
+
+@pytest.fixture(params=[PICO, SD_TINY], ids=["wavelet", "sd"])
+def autoencoder(request):
+    torch.manual_seed(0)
+    return build_autoencoder(request.param).eval().requires_grad_(False)
+
+
+def test_haar_is_orthonormal_and_inverts():
+    x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    y = haar_forward(x)
+    assert y.shape == (2, 12, 8, 12)
+    torch.testing.assert_close(y.square().sum(), x.square().sum())
+    torch.testing.assert_close(haar_inverse(y), x)
+    basis = haar_forward(torch.eye(16, dtype=torch.float64).reshape(16, 1, 4, 4)).reshape(16, 16)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16, dtype=torch.float64))
+
+
+def test_haar_of_a_constant_is_all_in_the_low_band():
+    y = haar_forward(torch.full((1, 1, 4, 4), 0.5))
+    assert torch.equal(y[:, 0], torch.ones(1, 2, 2))
+    assert torch.equal(y[:, 1:], torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("size", [64, 256, 512])
+def test_encode_and_decode_shapes(autoencoder, size):
+    if size == 512 and isinstance(autoencoder, AutoencoderKL):
+        size = 128  # the attention of the SD architecture is costly in a test
+    mean, logvar = encode_moments(autoencoder, torch.zeros(1, 3, size, size))
+    assert mean.shape == logvar.shape == (1, 4, size // 8, size // 8)
+    assert decode(autoencoder, mean).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(61, 77), (8, 100), (129, 64)])
+def test_sizes_that_8_does_not_divide_are_padded_and_cropped_back(autoencoder, height, width):
+    images = torch.rand(2, 3, height, width) * 2 - 1
+    assert encode_moments(autoencoder, images)[0].shape[-2:] == (-(-height // 8), -(-width // 8))
+    assert reconstruct(autoencoder, images).shape == images.shape
+    # the padding only adds: where 8 divides the size, nothing is done to it
+    whole = torch.rand(1, 3, 64, 64) * 2 - 1
+    direct = autoencoder.decode(autoencoder.encode(whole).latent_dist.mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(reconstruct(autoencoder, whole), direct)
+
+
+def test_reconstruct_samples_the_posterior_with_its_generator():
+    model = build_autoencoder(PICO).eval()
+    images = torch.rand(1, 3, 32, 32)
+    first, again, other = (reconstruct(model, images, sample=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_constant_latent_decodes_to_a_constant_image():
+    """No grid: pixel-shuffle and wavelet heads leave a standard deviation of about 0.02 here."""
+    model = build_autoencoder(PICO).eval()
+    image = decode(model, torch.randn(1, 4, 1, 1).expand(1, 4, 16, 16))
+    assert float(image.std(dim=(2, 3)).max()) < 1e-5
+
+
+def test_the_decoder_is_translation_equivariant():
+    model = build_autoencoder(PICO).eval()
+    latents = torch.randn(1, 4, 24, 24)
+    whole, part = decode(model, latents), decode(model, latents[..., 4:])
+    torch.testing.assert_close(whole[..., 16 * 8 :], part[..., 12 * 8 :], rtol=0, atol=1e-5)
+
+
+def test_logvar_stays_softly_inside_its_bounds_with_a_gradient():
+    model = build_autoencoder(PICO, logvar_floor=-7.0)
+    raw = torch.tensor([-60.0, -7.0, 0.0, 60.0], requires_grad=True)
+    clamped = model._soft_clamp(raw)
+    assert clamped.min() >= -7.0
+    assert clamped.max() <= 2.001
+    assert abs(float(clamped[2])) < 0.2
+    clamped[1:3].sum().backward()
+    assert float(raw.grad[1]) > 0.4
+
+
+def test_save_and_load_is_exact(autoencoder, tmp_path):
+    autoencoder.save_pretrained(tmp_path / "model")
+    loaded = load_autoencoder(tmp_path / "model")
+    assert fingerprint(loaded) == fingerprint(autoencoder)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(reconstruct(loaded, images), reconstruct(autoencoder, images))
+    assert downsampling(loaded) == 8
+
+
+def test_diffusers_itself_loads_the_sd_autoencoder(tmp_path):
+    model = build_autoencoder(SD_TINY).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path).eval()
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).sample, model(images).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fingerprint_sees_one_changed_weight_and_the_architecture():
+    torch.manual_seed(0)
+    model = build_autoencoder(PICO)
+    before = fingerprint(model)
+    assert before == fingerprint(model)
+    with torch.no_grad():
+        model.decoder.head.bias[0] += 1e-6
+    assert fingerprint(model) != before
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model = build_autoencoder(PICO)
+    images = torch.rand(1, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(images).sample.square().mean().backward()
+        gradients.append(model.encoder.stages[0].blocks[0].first.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_directory_without_a_model_is_refused_with_advice(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_autoencoder(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        load_autoencoder(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"_class_name": "os.system"}')
+    with pytest.raises(UserError, match="no autoencoder"):
+        load_autoencoder(tmp_path)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UserError, match="choose one of pico, nano"):
+        AutoencoderConfig(preset="giant")

@@ -1,0 +1,35 @@
+"""Image files in memory for the tests: a smooth picture in any format and mode, and hand-made PNGs."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def picture(height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth colour picture without symmetry, uint8 (height, width, 3)."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [255 * x / (width - 1), 255 * y / (height - 1), 127 + 100 * np.sin(x / 9 + y / 17)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def encode(image: np.ndarray | Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def raw_png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG from already filtered rows; `extra` chunks go before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
