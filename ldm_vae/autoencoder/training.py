@@ -29,6 +29,7 @@ from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.samples import ImageSamples, to_tensor
 from ldm_vae.data.sources import DataConfig, open_source
 from ldm_vae.data.split import subset
+from ldm_vae.data.stream import StreamSamples, open_stream
 from ldm_vae.data.transforms import CropConfig, cover_crop, random_crop
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_json
@@ -224,19 +225,24 @@ class VaeModel:
         self.rate.load_state_dict(state["rate"])
 
 
-def training_samples(config: TrainVaeConfig) -> ImageSamples:
+def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
     """Random crops of the training part of the images."""
-    source = subset(open_source(config.data), "train", config.data.held_out)
-    return ImageSamples(source, partial(random_crop, config=config.crop), config.training.seed)
+    transform, seed, held_out = partial(random_crop, config=config.crop), config.training.seed, config.data.held_out
+    if config.data.streaming:
+        return StreamSamples(open_stream(config.data), transform, seed, held_out=held_out)
+    return ImageSamples(subset(open_source(config.data), "train", held_out), transform, seed)
 
 
 def held_out_images(config: TrainVaeConfig) -> Tensor | None:
     """A few images of the held-out part, (n, 3, r, r) in [-1, 1]; None when nothing is held out."""
-    if config.data.held_out == 0:
+    count, held_out = config.held_out_images, config.data.held_out
+    if held_out == 0 or count == 0:
         return None
-    source = subset(open_source(config.data), "held_out", config.data.held_out)
-    count = min(len(source), config.held_out_images)
-    crops = []
+    if config.data.streaming:
+        source = open_stream(config.data).take(count, "held_out", held_out)
+    else:
+        source = subset(open_source(config.data), "held_out", held_out)
+    crops: list[Tensor] = []
     for index in numpy_rng(0, "held_out").permutation(len(source)):
         with contextlib.suppress(ImageRejected):
             crops.append(to_tensor(cover_crop(source.read(int(index)), config.held_out_resolution)))

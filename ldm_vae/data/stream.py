@@ -142,6 +142,10 @@ class StreamSamples:
             reached = key.position
             yield self._sample(item, pool, key)
 
+    def batches(self, keys: Iterable[list[Any]]) -> StreamBatches:
+        """What `training.loader` asks of samples without random access."""
+        return StreamBatches(self, keys)
+
     def _sample(self, item: Item, pool: list[Item], key: Key) -> dict[str, Any]:
         """The crop of `item`, or, when it cannot be read, of another one from the shuffle buffer."""
         assert key.size is not None, "image samples need a size"

@@ -69,7 +69,8 @@ class TrainingConfig:
 class Model(Protocol):
     """What `fit` trains. `modules` are wrapped, optimised and averaged under their names."""
 
-    modules: Mapping[str, nn.Module]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         """One optimizer step; returns scalar metrics of this process."""

@@ -16,14 +16,21 @@ from ldm_vae.random import key_hash
 from ldm_vae.training import checkpoint as checkpoints
 from ldm_vae.training.checkpoint import Checkpoint
 from ldm_vae.training.engine import Engine, Model, TrainingConfig
-from ldm_vae.training.loader import Samples, batches
+from ldm_vae.training.loader import Samples, StreamedSamples, batches
 from ldm_vae.training.run import RunDirectory
 from ldm_vae.training.schedule import Plan
 from ldm_vae.training.signals import StopRequest
 from ldm_vae.training.tracking import Averages, Tracker
 
 
-def fit(model: Model, samples: Samples, plan: Plan, config: TrainingConfig, run: RunDirectory, accelerator: Any) -> int:
+def fit(
+    model: Model,
+    samples: Samples | StreamedSamples,
+    plan: Plan,
+    config: TrainingConfig,
+    run: RunDirectory,
+    accelerator: Any,
+) -> int:
     """Train `model` on `samples` to the end of `plan`, resuming from the run's newest good checkpoint.
 
     Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same command continues).

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm_vae.random import generator
 from ldm_vae.training.schedule import Plan, sample_index
@@ -24,6 +24,15 @@ class Samples(Protocol):
 
     def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
         """Sample `index` as tensors and plain values; `size` is the span's sample size."""
+        ...
+
+
+@runtime_checkable
+class StreamedSamples(Protocol):
+    """Samples without random access or a known number: the position alone says which one."""
+
+    def batches(self, keys: Iterable[list[Key]]) -> IterableDataset:
+        """A list of samples for each list of keys, whose positions increase."""
         ...
 
 
@@ -64,9 +73,9 @@ class _Keyed(Dataset):
 
 
 class _MicroBatchKeys:
-    """The keys of every micro-batch of this rank from a step on."""
+    """The keys of every micro-batch of this rank from a step on. `count` None: a stream, where the index is unknown."""
 
-    def __init__(self, plan: Plan, count: int, seed: int, first_step: int, rank: int, processes: int) -> None:
+    def __init__(self, plan: Plan, count: int | None, seed: int, first_step: int, rank: int, processes: int) -> None:
         self.plan, self.count, self.seed, self.first_step = plan, count, seed, first_step
         self.rank, self.processes = rank, processes
 
@@ -74,10 +83,11 @@ class _MicroBatchKeys:
         for step in range(self.first_step, self.plan.steps):
             span, first = self.plan.span(step)
             for rows in rank_rows(span.global_batch, span.micro_batch, self.rank, self.processes):
-                yield [
-                    Key(sample_index(self.seed, position, self.count), position, span.size)
-                    for position in range(first + rows.start, first + rows.stop)
-                ]
+                positions = range(first + rows.start, first + rows.stop)
+                yield [Key(self._index(position), position, span.size) for position in positions]
+
+    def _index(self, position: int) -> int:
+        return -1 if self.count is None else sample_index(self.seed, position, self.count)
 
 
 def rank_rows(global_batch: int, micro_batch: int, rank: int, processes: int) -> list[slice]:
@@ -108,7 +118,7 @@ def _start_worker(_: int) -> None:
 
 
 def batches(
-    samples: Samples,
+    samples: Samples | StreamedSamples,
     plan: Plan,
     *,
     seed: int,
@@ -120,9 +130,13 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps `first_step` ... on `device`. Samples are made in `workers` processes."""
     device = torch.device(device)
-    loader = DataLoader(
-        _Keyed(samples),
-        batch_sampler=_MicroBatchKeys(plan, len(samples), seed, first_step, rank, processes),  # type: ignore[arg-type]
+    streamed = isinstance(samples, StreamedSamples)
+    count = None if isinstance(samples, StreamedSamples) else len(samples)
+    keys = _MicroBatchKeys(plan, count, seed, first_step, rank, processes)
+    loader: DataLoader[Any] = DataLoader(
+        samples.batches(keys) if isinstance(samples, StreamedSamples) else _Keyed(samples),
+        batch_sampler=None if streamed else keys,  # type: ignore[arg-type]
+        batch_size=None if streamed else 1,
         collate_fn=collate,
         num_workers=workers,
         generator=generator(seed, "loader"),  # else every iter() draws from the global generator

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_vae.data.synthetic.palette import oklch
 from ldm_vae.data.synthetic.render import Canvas, Material, edge, smoothstep
-from ldm_vae.data.synthetic.surfaces import bulged, dome, own_material, puffed, sectors, smooth_minimum, tube
+from ldm_vae.data.synthetic.surfaces import bulged, dome, own_material, puffed, sectors, smooth_minimum, tube, under
 
 
 def star(canvas: Canvas) -> None:
@@ -131,7 +131,6 @@ def mushroom(canvas: Canvas) -> None:
         coverage, normal = dome(patch, patch.x, np.where(y > 0.0, y * (1.0 / 0.88), y * (1.0 / 0.26)))
         occlusion = smoothstep(-1.3, -0.1, normal[1])
         surface = bulged(patch.x, patch.y, normal[2])
-        canvas.paint(patch, coverage, normal, own_material(canvas, 0.85), surface, occlusion)
         turn = (canvas.scene.spin - 0.5) * 0.5
         spots = np.zeros_like(coverage)
         for sx, sy, radius in SPOTS:
@@ -141,4 +140,6 @@ def mushroom(canvas: Canvas) -> None:
             spot = edge(cosine - math.cos(1.2 * radius), math.sin(1.2 * radius), patch.pixel)
             np.maximum(spots, spot, out=spots)
         spots *= coverage
+        cap = own_material(canvas, 0.85)
+        canvas.paint(patch, under(coverage, spots), normal, cap, surface, occlusion)
         canvas.paint(patch, spots, normal, Material(oklch(0.96, 0.015, 0.2), None, 0.3), None, occlusion)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_vae.data.synthetic.palette import oklch, vivid
 from ldm_vae.data.synthetic.render import Array, Canvas, Material, Patch, edge, smoothstep
-from ldm_vae.data.synthetic.surfaces import bulged, dome, own_material, smooth_minimum
+from ldm_vae.data.synthetic.surfaces import bulged, dome, own_material, smooth_minimum, under
 
 Vector = tuple[float, float, float]
 
@@ -68,26 +68,29 @@ def donut(canvas: Canvas) -> None:
         x, y = patch.x, patch.y
         inset = 0.5 * patch.pixel  # half a pixel thinner, so that coverage is a half on the outline itself
         z, nearest = _march_to_torus(x, y, ring, tube - inset, ct, st)
-        along, height = ct * y - st * z, st * y + ct * z
-        radius = np.sqrt(x * x + along * along)
-        away = radius - ring
-        inverse = 1.0 / np.sqrt(away * away + height * height)
-        up, lean = height * inverse, away * inverse / radius
+        for last in (False, True):
+            along, height = ct * y - st * z, st * y + ct * z
+            radius = np.sqrt(x * x + along * along)
+            away = radius - ring
+            length = np.sqrt(away * away + height * height)
+            up, lean = height / length, away / (length * radius)
+            nz = ct * up - st * lean * along
+            if not last:  # one Newton step, from the thinner torus to the true one
+                z -= (length - tube) / np.maximum(nz, 0.4)
         nx, ny = patch.upright(lean * x, ct * lean * along + st * up)
-        normal = (nx, ny, (ct * up - st * lean * along).clip(0.0, 1.0))
+        normal = (nx, ny, nz.clip(0.0, 1.0))
         coverage = (1.0 - nearest * (1.0 / patch.pixel)).clip(0.0, None)
         occlusion = smoothstep(-1.3, 0.3, up)
-        canvas.paint(patch, coverage, normal, Material(oklch(0.76, 0.11, 0.18), None, 0.25), None, occlusion)
         wave = _icing_edge(x / radius, along / radius, 2.0 * math.pi * canvas.scene.spin)
         icing = coverage * edge(up - wave, 3.2, patch.pixel)
+        dough = Material(oklch(0.76, 0.11, 0.18), None, 0.25)
+        canvas.paint(patch, under(coverage, icing), normal, dough, None, occlusion)
         canvas.paint(patch, icing, normal, own_material(canvas, 0.9), (x, along), occlusion)
     if canvas.scene.texture == 0:
         _sprinkle(canvas, ring, tube, ct, st)
 
 
-def _march_to_torus(
-    x: Array, y: Array, ring: float, tube: float, ct: float, st: float
-) -> tuple[Array, Array]:
+def _march_to_torus(x: Array, y: Array, ring: float, tube: float, ct: float, st: float) -> tuple[Array, Array]:
     """Where on each view ray the torus is nearest, and how near: (z, distance, 0 on the torus).
 
     A few steps for all rays, then more for those still under way.
@@ -109,7 +112,7 @@ def _march_to_torus(
 
     for _ in range(7):
         under_way = step(x, y, z, best, nearest)
-    for _ in range(5):
+    for _ in range(6):
         rays = np.flatnonzero(under_way)
         if rays.size == 0:
             break

@@ -50,6 +50,11 @@ def puffed(patch: Patch, field: Array, thickness: float) -> tuple[Array, Normal]
     return coverage, (fx, fy, nz)
 
 
+def under(coverage: Array, upper: Array) -> Array:
+    """Coverage of a lower layer so that it and `upper`, painted next, together cover `coverage`, no more."""
+    return (coverage - upper) / np.maximum(1.0 - upper, 1e-6)
+
+
 def tube(patch: Patch, across: Array) -> Normal:
     """Normals of an upright tube; `across` is -1 at its left and 1 at its right outline."""
     nx = across.clip(-1.0, 1.0)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_vae.evaluation.klt import fit_klt
+from ldm_vae.evaluation.metrics import psnr
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    coarse = torch.randn(6, 3, 12, 12, generator=rng)
+    return torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").mul(0.3).clamp(-1, 1)
+
+
+def test_the_basis_is_orthonormal_and_sorted(images: Tensor) -> None:
+    klt = fit_klt([images], block=4)
+    torch.testing.assert_close(klt.components @ klt.components.T, torch.eye(48, dtype=torch.float64))
+    assert (klt.eigenvalues.diff() <= 0).all()
+
+
+def test_all_components_give_the_images_back(images: Tensor) -> None:
+    klt = fit_klt([images])
+    torch.testing.assert_close(klt.reconstruct(images, 192), images, atol=1e-5, rtol=0)
+
+
+def test_the_discarded_eigenvalues_are_the_error(images: Tensor) -> None:
+    klt = fit_klt(images.split(2))
+    for components in (1, 4, 16):
+        error = (klt.reconstruct(images, components) - images).double().square().mean()
+        assert klt.expected_psnr(components) == pytest.approx(float(10 * torch.log10(4 / error)), abs=1e-3)
+
+
+def test_no_other_linear_code_of_the_block_does_better(images: Tensor) -> None:
+    klt = fit_klt([images])
+    best = (klt.reconstruct(images, 4) - images).square().mean()
+    vectors = torch.nn.functional.pixel_unshuffle(images, 8).permute(0, 2, 3, 1).reshape(-1, 192)
+    for seed in range(5):
+        tilt = 0.05 * torch.randn(192, 4, generator=torch.Generator().manual_seed(seed))
+        basis, _ = torch.linalg.qr(klt.components[:4].T.float() + tilt)
+        centred = vectors - klt.mean.float()
+        assert (centred @ basis @ basis.T - centred).square().mean() > best
+
+
+def test_two_factors_of_variation_need_two_components() -> None:
+    rng = torch.Generator().manual_seed(1)
+    patterns = torch.randn(2, 3, 8, 8, generator=rng)
+    weights = torch.randn(40, 2, generator=rng)
+    blocks = 0.1 * torch.einsum("nk,kchw->nchw", weights, patterns) + 0.2
+    klt = fit_klt([blocks])
+    assert float(psnr(klt.reconstruct(blocks, 2), blocks).min()) > 90
+    assert float(psnr(klt.reconstruct(blocks, 1), blocks).mean()) < 40
+
+
+def test_any_size_is_reconstructed_at_its_size(images: Tensor) -> None:
+    klt = fit_klt([images])
+    odd = images[:1, :, :61, :35]
+    reconstruction = klt.reconstruct(odd, 16)
+    assert reconstruction.shape == odd.shape
+    torch.testing.assert_close(reconstruction[..., :56, :32], klt.reconstruct(odd[..., :56, :32], 16))
+
+
+def test_impossible_requests_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="no images"):
+        fit_klt([])
+    with pytest.raises(ValueError, match="choose 1 to 192"):
+        fit_klt([images]).reconstruct(images, 193)

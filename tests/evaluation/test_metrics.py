@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_vae.evaluation import metrics
+
+
+@pytest.fixture
+def pair() -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 24, 22, generator=rng), size=(200, 176), mode="bicubic")
+    images = smooth.clamp(-1, 1)
+    noise = torch.tensor([0.05, 0.4]).view(2, 1, 1, 1) * torch.randn(images.shape, generator=rng)
+    return (images + noise).clamp(-1, 1), images
+
+
+def test_psnr_of_a_constant_error_is_known() -> None:
+    black = torch.full((2, 3, 8, 8), -1.0)
+    shifted = black + torch.tensor([2 / 255, 0.2]).view(2, 1, 1, 1)
+    assert metrics.psnr(shifted, black).tolist() == pytest.approx([20 * math.log10(255), 20.0], abs=1e-4)
+
+
+def test_psnr_of_equal_images_is_finite() -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    assert metrics.psnr(image, image).tolist() == [100.0]
+
+
+def test_ssim_agrees_with_torchmetrics_inside_the_image(pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    images, references = pair
+    _, full = structural_similarity_index_measure(
+        images, references, data_range=2.0, sigma=1.5, reduction="none", return_full_image=True
+    )
+    expected = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(metrics.ssim(images, references), expected, atol=2e-6, rtol=0)
+    assert expected[0] > 0.9 > 0.7 > expected[1]
+
+
+def test_ms_ssim_is_the_product_of_torchmetrics_scales(pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as measure
+
+    images, references = pair
+    expected = torch.ones(2)
+    x, y = images, references
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        if scale == 4:
+            _, full = measure(x, y, data_range=2.0, reduction="none", return_full_image=True)
+            factor = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+        else:
+            _, factor = measure(x, y, data_range=2.0, reduction="none", return_contrast_sensitivity=True)
+        expected = expected * factor**weight
+        x, y = torch.nn.functional.avg_pool2d(x, 2), torch.nn.functional.avg_pool2d(y, 2)
+    torch.testing.assert_close(metrics.ms_ssim(images, references), expected, atol=1e-5, rtol=0)
+
+
+def test_ms_ssim_refuses_small_images() -> None:
+    image = torch.zeros(1, 3, 160, 400)
+    with pytest.raises(ValueError, match="160 pixels is under 161"):
+        metrics.ms_ssim(image, image)
+
+
+def test_sharpness_ratio_is_contrast_relative_to_the_reference(pair: tuple[Tensor, Tensor]) -> None:
+    noisy, images = pair
+    assert metrics.sharpness_ratio(images, images).tolist() == [1.0, 1.0]
+    torch.testing.assert_close(metrics.sharpness_ratio(0.25 * images, images), torch.full((2,), 0.25))
+    assert (metrics.sharpness_ratio(noisy, images) > 1).all()
+
+
+def test_metrics_do_not_depend_on_the_batch(pair: tuple[Tensor, Tensor]) -> None:
+    images, references = pair
+    for metric in (metrics.psnr, metrics.ssim, metrics.ms_ssim, metrics.sharpness_ratio):
+        alone = torch.cat([metric(x, y) for x, y in zip(images.split(1), references.split(1))])
+        torch.testing.assert_close(metric(images, references), alone, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.ms_ssim, metrics.sharpness_ratio])
+def test_different_shapes_are_refused(metric: object) -> None:
+    with pytest.raises(ValueError, match="give two of"):
+        metric(torch.zeros(1, 3, 200, 200), torch.zeros(1, 3, 200, 208))  # type: ignore[operator]
+
+
+def test_bootstrap_interval_matches_the_normal_one_for_many_values() -> None:
+    values = np.random.default_rng(0).normal(20.0, 3.0, size=400)
+    low, high = metrics.bootstrap_interval(values)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
+    assert (low, high) == metrics.bootstrap_interval(values)
+
+
+def test_bootstrap_interval_of_one_value_and_of_none() -> None:
+    assert metrics.bootstrap_interval(np.array([3.0])) == (3.0, 3.0)
+    with pytest.raises(ValueError, match="non-empty"):
+        metrics.bootstrap_interval(np.array([]))

@@ -1,0 +1,96 @@
+"""Configuration: defaults, YAML, overrides; every mistake is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm_vae import config as configuration
+from ldm_vae.autoencoder.training import TrainVaeConfig
+from ldm_vae.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def load(*overrides: str, path: Path | None = None) -> TrainVaeConfig:
+    return configuration.load(TrainVaeConfig, path, ["output=x", *overrides])
+
+
+def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("rate: {target_nats: 1.5}\ntraining: {learning_rate: 1e-4, seed: 3}\n")
+    config = load("training.seed=7", path=file)
+    assert config.rate.target_nats == 1.5
+    assert config.training.learning_rate == 1e-4  # a float, where plain YAML reads a string
+    assert config.training.seed == 7
+    assert config.training.warmup_steps == TrainVaeConfig().training.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainin.seed=1", "Did you mean: 'training'"),
+        ("training.sed=1", "Did you mean: 'seed'"),
+        ("training.seed=soon", "could not be converted to Integer"),
+        ("training.precision=int8", "expected one of"),
+        ("training.log_every=0", "below 1"),
+        ("rate.beta=1", "has no effect with rate.mode=target"),
+        ("data.path=/tmp", "has no effect with data.source=synthetic"),
+        ("phases=[{crop: 63}]", "not a multiple of 8"),
+        ("phases=[{corp: 64}]", "Did you mean: 'crop'"),
+        ("autoencoder.preset=sd", "no preset of architecture 'wavelet'"),
+        ("nonsense", "not of the form key=value"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(override, message):
+    with pytest.raises(UserError) as error:
+        load(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_required_key_is_named():
+    with pytest.raises(UserError, match="output is required; give it as output=VALUE"):
+        configuration.load(TrainVaeConfig)
+
+
+def test_a_missing_file_names_its_neighbour():
+    with pytest.raises(UserError, match=r"did you mean .*vae_quickstart\.yaml"):
+        configuration.load(TrainVaeConfig, CONFIGS[0].parent / "vae_quikstart.yaml")
+
+
+def test_yaml_tags_and_duplicate_keys_are_refused(tmp_path):
+    for text in ("a: !!python/object/apply:os.system ['true']\n", "held_out_images: 1\nheld_out_images: 2\n"):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(UserError):
+            load(path=tmp_path / "a.yaml")
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = load("phases=[{steps: 5}, {steps: 7, crop: 128}]", "training.betas=[0.8,0.9]")
+    (tmp_path / "a.yaml").write_text(configuration.to_yaml(config))
+    assert configuration.load(TrainVaeConfig, tmp_path / "a.yaml") == config
+
+
+def test_changed_keys_reach_into_lists():
+    old, new = ({"phases": [{"steps": 1, "crop": 64}, {"steps": steps}], "seed": 0} for steps in (2, 3))
+    assert configuration.changed_keys(old, new) == {"phases.1.steps": (2, 3)}
+    assert configuration.changed_keys({"a": [1]}, {"a": [1, 2]}) == {"a": ([1], [1, 2])}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_in_the_repository_loads(path):
+    from ldm_vae.diffusion.training import TrainDiffusionConfig
+    from ldm_vae.latents.encode import EncodeConfig
+
+    required = {
+        "vae": (TrainVaeConfig, ["output=x"]),
+        "encode": (EncodeConfig, ["output=x", "autoencoder=y"]),
+        "diffusion": (TrainDiffusionConfig, ["output=x", "latents=y", "autoencoder=z"]),
+    }
+    schema, overrides = required[path.stem.split("_")[0]]
+    if "path: ???" in path.read_text():
+        overrides = [*overrides, "data.path=images"]
+    configuration.load(schema, path, overrides)
+    assert path.read_text().startswith("#"), "a recipe opens with its command and what is known about it"

@@ -1,0 +1,74 @@
+"""The order of samples, learning rates and batches as pure functions of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm_vae.training.loader import batches, rank_rows
+from ldm_vae.training.schedule import Plan, Span, learning_rate, sample_index
+from tests.training.toy import ToySamples
+
+PLAN = Plan((Span(3, 8, 2), Span(4, 4, 2, size=16)))
+
+
+class Positions:
+    """Samples that say who they are."""
+
+    def __len__(self):
+        return 10
+
+    def sample(self, index, position, size):
+        return {"index": index, "position": position, "size": size or 0, "rejected": [("x", "y")] if position == 3 else []}
+
+
+def seen(first_step=0, rank=0, processes=1, workers=0):
+    found = []
+    for batch in batches(
+        Positions(), PLAN, seed=0, first_step=first_step, rank=rank, processes=processes, workers=workers
+    ):
+        found.append([(int(i), int(p)) for part in batch.parts for i, p in zip(part["index"], part["position"])])
+    return found
+
+
+def test_every_epoch_visits_each_sample_once_in_a_new_order():
+    epochs = [[sample_index(0, epoch * 10 + offset, 10) for offset in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_positions_run_on_through_the_spans():
+    positions = [position for step in seen() for _, position in step]
+    assert positions == list(range(3 * 8 + 4 * 4))
+    sizes = [int(part["size"][0]) for batch in batches(Positions(), PLAN, seed=0) for part in batch.parts]
+    assert sizes == [0] * 12 + [16] * 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_is_starting_at_the_step(workers):
+    assert seen(first_step=2, workers=workers) == seen()[2:]
+
+
+def test_processes_share_each_step_without_overlap():
+    whole, halves = seen(), [seen(rank=rank, processes=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*halves)] == whole
+    assert rank_rows(8, 2, rank=1, processes=2) == [slice(4, 6), slice(6, 8)]
+
+
+def test_augmentation_does_not_depend_on_workers():
+    plan = Plan((Span(3, 4, 4),))
+    first, second = ([b.parts[0]["x"] for b in batches(ToySamples(), plan, seed=0, workers=w)] for w in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_lists_of_samples_are_joined():
+    first = next(iter(batches(Positions(), PLAN, seed=0)))
+    assert [item for part in first.parts for item in part.data["rejected"]] == [("x", "y")]
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    rates = [learning_rate(step, 100, peak=1.0, warmup_steps=10, final_fraction=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
