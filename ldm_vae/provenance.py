@@ -40,11 +40,11 @@ def versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str] | None = None) -> list[str]:
-    """The command as typed, with the folder of an installed program dropped from its first word."""
+    """The command as typed. Of an absolute path to the program only the name is kept."""
     program, *arguments = sys.argv if argv is None else argv
     path = Path(program)
-    if path.name == "__main__.py":
-        return ["python", "-m", path.parent.name, *arguments]
+    if path.parent == Path(__file__).parent:  # python -m ldm_vae.cli
+        return ["ldm-vae", *arguments]
     return [path.name if path.is_absolute() else program, *arguments]
 
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae import config as configuration
     from ldm_vae.autoencoder.training import TrainVaeConfig
 
-    config = configuration.load(TrainVaeConfig, args.config, training_arguments.overrides(args))
+    config = training_arguments.load(args, TrainVaeConfig)
     if args.print_config:
         print(configuration.to_yaml(config), end="")
         return 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import TypeVar
+
+Config = TypeVar("Config")
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -16,11 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def overrides(args: argparse.Namespace) -> list[str]:
-    """The key=value words. A first word of that form is an override too, not a file. A dry run needs no output."""
-    words = list(args.overrides)
-    if args.config is not None and "=" in args.config:
-        words, args.config = [args.config, *words], None
+def load(args: argparse.Namespace, schema: type[Config]) -> Config:
+    """The configuration that the arguments describe. A first word `key=value` is an override, not a file."""
+    from ldm_vae import config as configuration
+
+    path, overrides = args.config, list(args.overrides)
+    if path is not None and "=" in path:
+        path, overrides = None, [path, *overrides]
     if args.dry_run or args.print_config:
-        words = ["output=unused", *words]
-    return words
+        overrides = ["output=unused", *overrides]  # nothing will be written
+    return configuration.load(schema, path, overrides)

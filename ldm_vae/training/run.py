@@ -73,11 +73,8 @@ class RunDirectory:
         return [p for p in self.path.iterdir() if p.name not in ("checkpoints", "previews", "run.lock")]
 
     def _refuse_other_config(self, config_file: Path) -> None:
-        from omegaconf import OmegaConf
-
-        old = OmegaConf.to_container(OmegaConf.load(config_file))
-        assert isinstance(old, dict)
-        changes = configuration.changed_keys(old, configuration.to_dict(self.config))  # type: ignore[arg-type]
+        old = configuration.load(type(self.config), config_file)  # a key that is newer than the run has its default
+        changes = configuration.changed_keys(configuration.to_dict(old), configuration.to_dict(self.config))
         refused = {key: values for key, values in changes.items() if not may_change(key)}
         if refused:
             listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in refused.items())

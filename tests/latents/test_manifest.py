@@ -43,7 +43,7 @@ def test_manifest_says_where_the_latents_come_from(latents):
 
 def test_a_newer_format_is_refused_with_advice(copy):
     edit(copy, format_version=2)
-    with pytest.raises(UserError, match="format version 2.*update ldm_vae"):
+    with pytest.raises(UserError, match=r"format version 2.*update ldm_vae"):
         read_manifest(copy)
 
 
@@ -79,7 +79,7 @@ def test_shard_names_cannot_leave_the_folder(copy):
 
 
 def test_unfinished_and_foreign_folders_are_told_apart(copy, tmp_path):
-    with pytest.raises(UserError, match="holds no manifest.json"):
+    with pytest.raises(UserError, match=r"holds no manifest.json"):
         read_manifest(tmp_path)
     (copy / MANIFEST).unlink()
     with pytest.raises(UserError, match="not finished; run the same"):

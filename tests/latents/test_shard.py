@@ -44,9 +44,7 @@ def test_round_trip(tmp_path, dtype, flipped):
     written = shard(dtype=dtype, flipped=flipped)
     sidecar = write_shard(tmp_path, 7, written, "origin")
     assert read_sidecar(tmp_path / "shard-000007.json") == sidecar
-    opened = open_shard(
-        tmp_path / sidecar.record.file, sidecar.record, SHAPE, dtype, flipped=flipped, verify=True
-    )
+    opened = open_shard(tmp_path / sidecar.record.file, sidecar.record, SHAPE, dtype, flipped=flipped, verify=True)
     read = torch.from_numpy(np.array(opened.moments)).view(STORED_DTYPES[dtype])
     assert torch.equal(read, written.moments)
     assert (opened.moments_flipped is not None) == flipped

@@ -56,14 +56,14 @@ def label_of(seed: int, index: int) -> int:
     return int(numpy_rng(seed, "synthetic-labels", block).permutation(len(LABELS))[place])
 
 
-def draw_scene(seed: int, index: int, defects: float) -> Scene:
-    """The scene of one image. `defects` decides only whether there is one: with 0 it is the clean twin."""
+def draw_scene(seed: int, index: int, defects: float, textured: float) -> Scene:
+    """The scene of one image. `textured` is the chance of a texture other than plain. `defects` decides only whether there is one: with 0 it is the clean twin."""
     rng = numpy_rng(seed, "synthetic-scene", index)
     uniform = rng.uniform
     label = label_of(seed, index)
     name = LABELS[label]
     hue = uniform()
-    texture = int(rng.choice(len(TEXTURES), p=(0.4, 0.15, 0.15, 0.15, 0.15)))
+    texture = int(rng.choice(len(TEXTURES), p=(1 - textured, *[textured / 4] * 4)))
     texture = 0 if (name, TEXTURES[texture]) in UNFIT else texture
     scene = Scene(
         label=label,

@@ -32,12 +32,14 @@ class SyntheticConfig:
         count: Number of images.
         seed: Another seed, another set.
         resolution: Side of the square images in pixels, 32 to 4096; the same scenes at every resolution.
+        textured: Fraction of the objects that try on a texture (some shapes stay plain), 0 to 1.
         defects: Fraction of the images that carry a defect, 0 to 1.
     """
 
     count: int = 2000
     seed: int = 0
     resolution: int = 512
+    textured: float = 0.6
     defects: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,8 +49,9 @@ class SyntheticConfig:
             raise ValueError(f"synthetic.seed: {self.seed} is negative; give 0 or more")
         if not 32 <= self.resolution <= 4096:
             raise ValueError(f"synthetic.resolution: {self.resolution} pixels; give 32 to 4096")
-        if not 0.0 <= self.defects <= 1.0:
-            raise ValueError(f"synthetic.defects: {self.defects} is no fraction; give 0 to 1")
+        for name in ("textured", "defects"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"synthetic.{name}: {getattr(self, name)} is no fraction; give 0 to 1")
 
 
 class SyntheticSource:
@@ -89,7 +92,7 @@ class SyntheticSource:
         return canvas.pixels(), mask
 
     def scene(self, i: int) -> Scene:
-        return draw_scene(self.config.seed, self._checked(i), self.config.defects)
+        return draw_scene(self.config.seed, self._checked(i), self.config.defects, self.config.textured)
 
     def attributes(self, i: int) -> dict[str, float]:
         """The known truth of image i: the fields of `Scene` but the label, as numbers."""

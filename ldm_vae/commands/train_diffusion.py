@@ -1,0 +1,45 @@
+"""Train a latent U-Net on the shards that `ldm-vae encode` wrote; ends with a pipeline that generates images.
+
+The same command resumes an interrupted run. Example:
+
+  ldm-vae train-diffusion configs/diffusion_small.yaml output=runs/diffusion latents=runs/latents \\
+      autoencoder=runs/vae/autoencoder
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm_vae.commands import training_arguments
+
+SUMMARY = "train a latent U-Net on latent shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    training_arguments.add_arguments(parser, example="configs/diffusion_small.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm_vae import config as configuration
+    from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents
+
+    config = training_arguments.load(args, TrainDiffusionConfig)
+    if args.print_config:
+        print(configuration.to_yaml(config), end="")
+        return 0
+
+    from ldm_vae.training.engine import make_accelerator
+    from ldm_vae.training.fit import fit
+    from ldm_vae.training.run import RunDirectory
+
+    samples, held_out = open_latents(config)
+    accelerator = make_accelerator(config.training, None if args.dry_run else Path(config.output))
+    plan = config.plan(accelerator.num_processes)
+    model = DiffusionModel(config, samples.manifest, held_out)
+    if args.dry_run:
+        from ldm_vae.training.dry_run import dry_run
+
+        return dry_run(model, plan, config.training, accelerator)
+    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    return fit(model, samples, plan, config.training, run_directory, accelerator)

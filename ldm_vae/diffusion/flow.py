@@ -1,0 +1,82 @@
+"""The mathematics of rectified flow: times, interpolation, velocity, loss. Pure functions, no model, no loop.
+
+Symbols: x0 a clean normalised latent, eps standard normal noise, t in [0, 1] (0 clean, 1 noise),
+x_t = (1 - t) x0 + t eps, velocity v = dx_t/dt = eps - x0 (Liu et al. 2022, arXiv:2209.03003).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+UNIFORM_SHARE = 0.1
+"""Share of training times drawn uniformly, so that both ends of [0, 1] are seen; the others are logit-normal."""
+
+DETAIL_STD = 0.1
+"""s: the standard deviation given to fine detail by a network that predicts the clean latent. A KL autoencoder's
+posterior noise has about this size in normalised units (0.08 at 2.5 nats per dimension)."""
+
+
+def resolution_shift(channels: int, height: int, width: int) -> float:
+    """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690). 2 at 4x64x64."""
+    return math.sqrt(channels * height * width / 4096)
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): monotone on [0, 1], both ends fixed (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def sample_times(
+    count: int, generator: torch.Generator, shift: float = 1.0, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Training times (count,) in (0, 1), float32: logit-normal(0, 1) with a uniform tenth, then shifted.
+
+    Drawn on the generator's device, so that the same generator gives the same times whatever computes with them.
+    """
+    source = generator.device
+    logit_normal = torch.sigmoid(torch.randn(count, generator=generator, device=source))
+    uniform = torch.rand(count, generator=generator, device=source)
+    choose_uniform = torch.rand(count, generator=generator, device=source) < UNIFORM_SHARE
+    return shift_times(torch.where(choose_uniform, uniform, logit_normal), shift).to(device)
+
+
+def as_column(times: Tensor, like: Tensor) -> Tensor:
+    """Times (n,) shaped to multiply a batch (n, ...)."""
+    return times.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
+
+
+def interpolate(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """x_t of shape (n, c, h, w) from x0, eps and times (n,)."""
+    t = as_column(times, clean)
+    return (1 - t) * clean + t * noise
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """v = eps - x0, what the network's velocity is compared with."""
+    return noise - clean
+
+
+def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
+    """x0 = x_t - t v."""
+    return noisy - as_column(times, noisy) * velocity
+
+
+def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor) -> Tensor:
+    """v of a network whose output is the clean latent, x_t and output (n, c, h, w), t (n,).
+
+    x0 = c_skip x_t + c_out output with EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1) for data of
+    standard deviation s = 0.1 instead of 1: at t >> s that is x0 = output, and the network never has to carry noise
+    through its layers; at t << s it is x_t + t / s output, so the velocity (x_t - x0) / t stays bounded, where plain
+    x-prediction divides a reconstruction error by t.
+    """
+    t = as_column(times, noisy)
+    variance = ((1 - t) * DETAIL_STD).square() + t.square()
+    return (t - (1 - t) * DETAIL_STD**2) / variance * noisy - output / variance.sqrt()
+
+
+def velocity_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Loss per sample (n,), float32: the squared error of the velocity, mean over elements."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)

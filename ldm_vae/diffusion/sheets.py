@@ -1,0 +1,74 @@
+"""A contact sheet: many generated images on one page, each column or each picture with its label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 8
+MARGIN = 16
+PAPER = (250, 250, 248)
+INK = (40, 40, 44)
+
+
+def labelled_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 192, maximum_columns: int = 12
+) -> Image.Image:
+    """Pictures reduced to at most `side` pixels, on light paper.
+
+    Labels that come round in turn (a, b, c, a, b, c, ...) become columns, named once at their head; any other order
+    is named picture by picture.
+
+    Args:
+        images: Pictures; the first one's shape is every cell's shape.
+        labels: One per picture, or none at all.
+        side: Longest side of a cell in pixels; smaller pictures are not enlarged.
+        maximum_columns: Of the sheet.
+    """
+    assert images, "labelled_sheet: no images"
+    assert len(labels) in (0, len(images)), f"labelled_sheet: {len(labels)} labels for {len(images)} images"
+    cycle = label_cycle(labels, maximum_columns)
+    columns = cycle or min(maximum_columns, max(1, math.ceil(math.sqrt(len(images)))))
+    rows = math.ceil(len(images) / columns)
+    scale = min(1.0, side / max(images[0].size))
+    width, height = (max(1, round(length * scale)) for length in images[0].size)
+    font = ImageFont.load_default(size=max(10, min(16, width // 9)))
+    line = math.ceil(1.6 * font.size) if labels else 0
+    head, foot = (line, 0) if cycle else (0, line)
+    sheet = Image.new(
+        "RGB",
+        (
+            2 * MARGIN + columns * (width + GAP) - GAP,
+            2 * MARGIN + head + rows * (height + foot + GAP) - GAP,
+        ),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        x = MARGIN + index % columns * (width + GAP)
+        y = MARGIN + head + index // columns * (height + foot + GAP)
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        if labels and (foot or index < columns):
+            text = shortened(labels[index], font, width)
+            baseline = y + height + foot // 2 if foot else MARGIN + head // 2 - GAP // 4
+            draw.text((x + width / 2, baseline), text, font=font, fill=INK, anchor="mm")
+    return sheet
+
+
+def label_cycle(labels: Sequence[str], longest: int) -> int:
+    """Length of the cycle in which all-different labels repeat, at most `longest`; 0 where there is none."""
+    period = len(dict.fromkeys(labels))
+    if not 1 < period <= longest or any(label != labels[i % period] for i, label in enumerate(labels)):
+        return 0
+    return period
+
+
+def shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}..."

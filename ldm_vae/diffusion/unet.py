@@ -1,0 +1,182 @@
+"""`LatentUNet`: diffusers' `UNet2DModel` on pixel-unshuffled latents, from a noisy latent to its velocity.
+
+Owns the settings, the presets and the network. Normalising latents, guidance and sampling are not done here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_vae import compat
+from ldm_vae.errors import UserError
+
+compat.repair_torchvision()
+
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+
+from ldm_vae.diffusion.flow import velocity_from_clean_head
+
+GROUP_CHANNELS = 32
+"""Channels per normalisation group. On CPU, GroupNorm of a bfloat16 channels_last tensor takes 10 to 25 times as long
+with 4 to 24 channels per group as with 32 (torch 2.13, AVX-512): longer than the convolution before it."""
+
+HEAD_CHANNELS = 32
+TIME_SCALE = 1000.0
+"""t in [0, 1] times this is what the sinusoidal embedding of `UNet2DModel` expects."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"patch": 4, "widths": (96, 192), "layers": 1, "attention": ()},
+    "small": {"patch": 2, "widths": (96, 192, 288), "layers": 2, "attention": (2,)},
+    "base": {"patch": 2, "widths": (192, 384, 576), "layers": 3, "attention": (1, 2)},
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The network: a preset, and whatever shall differ from it (None keeps the preset's value).
+
+    Attributes:
+        preset: tiny, small or base.
+        prediction: what the last layer puts out: the clean latent (`x`) or the `velocity`.
+        patch: latent positions per token along one side; a patch of 2 costs about 4 times a patch of 4.
+        widths: channels per level, multiples of 32; each level has half the resolution of the one before.
+        layers: residual blocks per level on the way down (one more on the way up).
+        attention: levels with self-attention, 0 being the finest. The middle block always has it.
+        dropout: probability inside the residual blocks.
+    """
+
+    preset: Literal["tiny", "small", "base"] = "small"
+    prediction: Literal["x", "velocity"] = "x"
+    patch: int | None = None
+    widths: tuple[int, ...] | None = None
+    layers: int | None = None
+    attention: tuple[int, ...] | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"unet.preset: {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        shape = self.shape()
+        widths, levels = shape["widths"], range(len(shape["widths"]))
+        if not widths or any(width < GROUP_CHANNELS or width % GROUP_CHANNELS for width in widths):
+            raise UserError(f"unet.widths: {list(widths)} must be multiples of {GROUP_CHANNELS}, one per level")
+        if any(level not in levels for level in shape["attention"]):
+            raise UserError(f"unet.attention: {list(shape['attention'])} names levels outside 0..{len(widths) - 1}")
+        for name in ("patch", "layers"):
+            if shape[name] < 1:
+                raise UserError(f"unet.{name}: {shape[name]} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"unet.dropout: {self.dropout} is not a probability below 1")
+
+    def shape(self) -> dict[str, Any]:
+        """patch, widths, layers, attention: the preset's values where nothing else is chosen."""
+        chosen = {name: getattr(self, name) for name in ("patch", "widths", "layers", "attention")}
+        chosen = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items() if v is not None}
+        return PRESETS[self.preset] | chosen
+
+
+def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -> LatentUNet:
+    """A new network with random weights, float32, channels_last. Seed torch before for reproducible weights.
+
+    Args:
+        config: The settings.
+        latent_channels: c of the latents (n, c, h, w).
+        num_classes: Number of class labels; 0 builds an unconditional network.
+    """
+    model = LatentUNet(
+        latent_channels=latent_channels,
+        num_classes=num_classes,
+        prediction=config.prediction,
+        dropout=config.dropout,
+        **config.shape(),
+    )
+    return model.to(memory_format=torch.channels_last)  # type: ignore[return-value]
+
+
+class LatentUNet(ModelMixin, ConfigMixin):
+    """Velocity of the flow at a noisy normalised latent of any size.
+
+    Labels run from 0 to num_classes - 1; `null_label` (= num_classes) stands for "no label".
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        num_classes: int = 0,
+        prediction: str = "x",
+        patch: int = 2,
+        widths: tuple[int, ...] = (96, 192, 288),
+        layers: int = 2,
+        attention: tuple[int, ...] = (2,),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        levels = range(len(widths))
+        groups = math.gcd(*widths) // GROUP_CHANNELS
+        channels = latent_channels * patch**2
+        self.multiple = patch * 2 ** (len(widths) - 1)
+        self.null_label = num_classes
+        self.network = UNet2DModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in levels),
+            up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(levels)),
+            layers_per_block=layers,
+            attention_head_dim=HEAD_CHANNELS,
+            norm_num_groups=groups,
+            attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift",
+            dropout=dropout,
+            num_class_embeds=num_classes + 1 if num_classes else None,
+        )
+        nn.init.zeros_(self.network.conv_out.weight)
+        assert self.network.conv_out.bias is not None
+        nn.init.zeros_(self.network.conv_out.bias)
+
+    def forward(self, noisy: Tensor, times: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Velocity (n, c, h, w), float32 whatever the precision inside.
+
+        Args:
+            noisy: x_t (n, c, h, w), any h and w; sides that the network cannot halve are padded and cropped back.
+            times: t (n,) or a scalar, in [0, 1], 1 being pure noise.
+            labels: Class ids (n,) for a class-conditional network; None stands for the null label everywhere.
+
+        Raises:
+            ValueError: labels for a network without classes.
+        """
+        noisy = noisy.float()
+        count, _, height, width = noisy.shape
+        times = times.to(noisy).expand(count)
+        output = self.network(self._tokens(noisy), times * TIME_SCALE, self._class_labels(labels, noisy)).sample
+        output = F.pixel_shuffle(output.float(), self.config["patch"])[..., :height, :width]
+        if self.config["prediction"] == "velocity":
+            return output
+        return velocity_from_clean_head(noisy, output, times)
+
+    def _tokens(self, noisy: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, c patch², ⌈h/multiple⌉ multiple / patch, ...), in the weights' precision."""
+        bottom, right = (-side % self.multiple for side in noisy.shape[-2:])
+        padded = F.pad(noisy, (0, right, 0, bottom), mode="replicate") if bottom or right else noisy
+        tokens = F.pixel_unshuffle(padded.to(self.dtype), self.config["patch"])
+        return tokens.contiguous(memory_format=torch.channels_last)
+
+    def _class_labels(self, labels: Tensor | None, like: Tensor) -> Tensor | None:
+        if self.null_label == 0:
+            if labels is not None:
+                raise ValueError("LatentUNet: labels given to an unconditional network; pass labels=None")
+            return None
+        if labels is None:
+            return torch.full((len(like),), self.null_label, device=like.device)
+        return labels

@@ -1,0 +1,121 @@
+"""Full-reference image metrics, one value per image, and the interval of their mean.
+
+Images are float (n, 3, h, w) in [-1, 1], so the data range is 2. The 8-bit round trip that every
+reported figure goes through belongs to the caller (`reconstruction.py`); LPIPS lives with the loss
+that uses it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from ldm_vae.random import numpy_rng
+
+DATA_RANGE = 2.0
+HIGHEST_PSNR_DB = 100.0
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_SMALLEST_SIDE = 161
+"""Five scales of an 11-pixel window: the sides must exceed 10 * 2**4 pixels."""
+
+METRIC_TITLES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "lpips": "LPIPS",
+    "sharpness": "Sharpness ratio",
+}
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (n,). Average these, not the errors. Equal images give 100 dB."""
+    _check_pair(images, references)
+    squared_error = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
+    floor = DATA_RANGE**2 * 10 ** (-HIGHEST_PSNR_DB / 10)
+    return (10 * torch.log10(DATA_RANGE**2 / squared_error.clamp_min(floor))).float()
+
+
+def ssim(images: Tensor, references: Tensor) -> Tensor:
+    """Structural similarity, (n,): Gaussian window of 11 pixels, sigma 1.5, mean over RGB (Wang 2004).
+
+    As in the paper only windows that lie inside the image count (torchmetrics counts mirrored borders).
+    """
+    _check_pair(images, references)
+    return _similarity(images.float(), references.float())[0]
+
+
+def ms_ssim(images: Tensor, references: Tensor) -> Tensor:
+    """Multi-scale SSIM over five octaves, (n,) (Wang 2003). Sides under 161 pixels are refused."""
+    _check_pair(images, references)
+    side = min(images.shape[-2:])
+    if side < MS_SSIM_SMALLEST_SIDE:
+        raise ValueError(f"ms_ssim: a side of {side} pixels is under {MS_SSIM_SMALLEST_SIDE}; use ssim")
+    images, references = images.float(), references.float()
+    product = torch.ones(len(images), device=images.device)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS, start=1):
+        whole, contrast = _similarity(images, references)
+        last = scale == len(MS_SSIM_WEIGHTS)
+        product = product * (whole if last else contrast).clamp_min(0) ** weight
+        images, references = avg_pool2d(images, 2), avg_pool2d(references, 2)
+    return product
+
+
+def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM and its contrast factor, both (n,). The window is separable, so two banded matrix products do."""
+    vertical, horizontal = (_window_matrix(side).to(x) for side in x.shape[-2:])
+
+    def local_mean(z: Tensor) -> Tensor:
+        return vertical @ z @ horizontal.T
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variance_x = local_mean(x * x) - mean_x.square()
+    variance_y = local_mean(y * y) - mean_y.square()
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
+    contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return (luminance * contrast).mean(dim=(1, 2, 3)), contrast.mean(dim=(1, 2, 3))
+
+
+def _window_matrix(side: int, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """(side - window + 1, side): each row averages `window` neighbours with Gaussian weights."""
+    offsets = torch.arange(window) - window // 2
+    weights = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
+    matrix = torch.zeros(side - window + 1, side)
+    for offset, weight in enumerate(weights):
+        matrix.diagonal(offset).fill_(float(weight))
+    return matrix
+
+
+def sharpness_ratio(images: Tensor, references: Tensor) -> Tensor:
+    """Sum of absolute pixel differences to the right and below, relative to the reference's, (n,).
+
+    1 means as much fine contrast as the original, less is softer, more is noise or ringing.
+    """
+    _check_pair(images, references)
+
+    def contrast(x: Tensor) -> Tensor:
+        return x.diff(dim=-1).abs().sum(dim=(1, 2, 3)) + x.diff(dim=-2).abs().sum(dim=(1, 2, 3))
+
+    return contrast(images.float()) / contrast(references.float()).clamp_min(1e-6)
+
+
+def bootstrap_interval(
+    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over images; one value gives (value, value)."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"bootstrap_interval: values of shape {values.shape}; give a non-empty vector")
+    picks = numpy_rng(seed, "bootstrap").integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _check_pair(images: Tensor, references: Tensor) -> None:
+    if images.ndim != 4 or images.shape != references.shape:
+        raise ValueError(
+            f"metrics: shapes {tuple(images.shape)} and {tuple(references.shape)}; give two of (n, 3, h, w)"
+        )

@@ -1,0 +1,290 @@
+"""A finished run as one HTML page that needs no other file: pictures, curves, figures, time, commands.
+
+Owns gathering and embedding; the words and the look are in `templates/report.html`. A stage that is missing
+leaves its section out. Everything shown is read from the stages' folders, nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shlex
+import time
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from ldm_vae import provenance
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_metrics, render_svg
+from ldm_vae.files import write_text
+
+STAGES = {
+    "vae": "Train the autoencoder",
+    "latents": "Encode the images",
+    "diffusion": "Train the U-Net",
+    "samples": "Generate images",
+    "evaluation": "Measure reconstructions",
+}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+WEBP_QUALITY = 90
+MAXIMUM_SIDE = 512
+SAMPLES_PER_CLASS = 4
+SAMPLES_WITHOUT_CLASSES = 24
+HEADER_SAMPLES = 6
+MAXIMUM_CLASSES = 16
+MAXIMUM_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of the run and what its `run.json` says; `record` is empty while it has not finished."""
+
+    name: str
+    title: str
+    directory: Path
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return float(self.record.get("seconds", 0.0))
+
+    @property
+    def started(self) -> str:
+        """ISO 8601 UTC, so that text order is time order."""
+        return str(self.record.get("started", ""))
+
+    @property
+    def command(self) -> str:
+        return shlex.join(self.record.get("command", []))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture: `uri` is a data URI, `text` its alternative text."""
+
+    uri: str
+    text: str
+    width: int
+    height: int
+
+
+def write_report(run_root: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page and return its path; an older page is replaced.
+
+    Raises:
+        UserError: the folder is missing or holds no stage of a run.
+    """
+    started = time.time()
+    root = Path(run_root)
+    page = Path(output) if output else root / "report.html"
+    stages = read_stages(root)
+    write_text(page, render(root.resolve().name, stages, shlex.join(["ldm-vae", "report", str(run_root)])))
+    if page.parent.resolve() == root.resolve():
+        provenance.write_run_record(root, None, started, time.time() - started)
+    return page
+
+
+def read_stages(root: Path) -> list[Stage]:
+    """The stages present under `root`, known ones first in the order of the journey, others by name."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder that holds vae, latents, diffusion ...")
+    others = sorted(path.parent.name for path in root.glob(f"*/{provenance.RUN_RECORD}"))
+    names = [*STAGES, *(name for name in others if name not in STAGES)]
+    stages = [
+        Stage(name, STAGES.get(name, name), root / name, _finished_record(root / name))
+        for name in names
+        if (root / name).is_dir()
+    ]
+    if not any(stage.record for stage in stages):
+        known = ", ".join(STAGES)
+        raise UserError(f"{root}: no stage has finished here; a run has folders like {known}, with a run.json each")
+    return stages
+
+
+def render(title: str, stages: list[Stage], command: str) -> str:
+    """The page as HTML text; `command` is the one that writes it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("ldm_vae.evaluation"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "quantity": quantity,
+        "signed": lambda x: f"{x:+.2f}".replace("-", "−"),
+    }
+    environment.globals["plot"] = lambda panel: Markup(render_svg(panel))
+    folders = {stage.name: stage.directory for stage in stages}
+    absent = Path("absent")
+    vae, diffusion = folders.get("vae", absent), folders.get("diffusion", absent)
+    settings = {name: _read_yaml(folder / "config.yaml") for name, folder in folders.items()}
+    rate = settings.get("vae", {}).get("rate", {})
+    manifest = _read_json(folders.get("latents", absent) / "manifest.json")
+    samples = read_samples(folders.get("samples", absent))
+    context = {
+        "title": title,
+        "command": command,
+        "stages": stages,
+        "finished": sorted((stage for stage in stages if stage.record), key=lambda stage: stage.started),
+        "total_seconds": sum(stage.seconds for stage in stages),
+        "longest_seconds": max(1e-9, *(stage.seconds for stage in stages)),
+        "metric_titles": METRIC_TITLES,
+        "synthetic": settings.get("vae", {}).get("data", {}).get("source") == "synthetic",
+        "results": _read_json(folders.get("evaluation", absent) / "results.json"),
+        "examples": read_examples(folders.get("evaluation", absent)),
+        "samples": samples,
+        "header_samples": header_samples(samples),
+        "vae_panels": autoencoder_panels(
+            read_metrics(vae / "metrics.jsonl"),
+            rate.get("target_nats") if rate.get("mode") == "target" else None,
+        ),
+        "diffusion_panels": diffusion_panels(read_metrics(diffusion / "metrics.jsonl")),
+        "encoded": sum(shard["count"] for shard in manifest.get("shards", [])),
+        "parameters": {"vae": count_parameters(vae), "diffusion": count_parameters(diffusion)},
+        "configurations": {
+            stage.title: (stage.directory / "config.yaml").read_text()
+            for stage in stages
+            if (stage.directory / "config.yaml").is_file()
+        },
+        "versions": next((stage.record["versions"] for stage in stages if stage.record), {}),
+    }
+    return environment.get_template("report.html").render(context)
+
+
+def read_examples(folder: Path) -> list[dict[str, Any]]:
+    """Pictures and figures of the evaluation's examples: originals, latents, reconstructions, differences."""
+    results = _read_json(folder / "results.json")
+    images = {image["id"]: image for image in results.get("images", [])}
+    rows = [row["name"] for row in results.get("rows", [])]
+    found = []
+    for example in results.get("examples", [])[:MAXIMUM_EXAMPLES]:
+        measured = images.get(example["id"], {})
+        pictures = {
+            name: embed(folder / "examples" / file, f"{name} of {example['label'] or example['id']}")
+            for name, file in example["files"].items()
+        }
+        decoded, linear = measured.get(rows[0], {}), measured.get(rows[-1], {})
+        found.append({**example, "pictures": pictures, "decoded_db": decoded["psnr"], "linear_db": linear["psnr"]})
+    return found
+
+
+def read_samples(folder: Path) -> list[tuple[str, list[Picture]]]:
+    """(label, first pictures) of a folder that `generate` filled; files of no picture and contact sheets are passed."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES and not path.stem.startswith(("grid", "sheet", ".")):
+            groups.setdefault(label_of(path, folder), []).append(path)
+    count = SAMPLES_PER_CLASS if len(groups) > 1 else SAMPLES_WITHOUT_CLASSES
+    return [
+        (label, [embed(path, f"generated: {label}" if label else "generated") for path in paths[:count]])
+        for label, paths in list(groups.items())[:MAXIMUM_CLASSES]
+    ]
+
+
+def header_samples(samples: list[tuple[str, list[Picture]]]) -> list[Picture]:
+    """The first picture of each class, in turn the second ones, until the header is full."""
+    rounds = zip_longest(*(pictures for _, pictures in samples))
+    return [picture for pictures in rounds for picture in pictures if picture][:HEADER_SAMPLES]
+
+
+def label_of(path: Path, folder: Path) -> str:
+    """The label that `generate` wrote into the picture, else the one in its name.
+
+    `0003_red-ball_1.png` and `red-ball/0003.png` are both `red ball`; a bare number has no label.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        written = getattr(file, "text", {}).get("parameters")
+    if written:
+        return str(json.loads(written).get("label") or "")
+    word = re.sub(r"^\d+(?:[_-]+|$)|[_-]+\d+$", "", path.stem)
+    if not word and path.parent != folder:
+        word = path.parent.name
+    return word.replace("_", " ").replace("-", " ").strip()
+
+
+def embed(path: Path, text: str) -> Picture:
+    """A picture file as WebP in a data URI: at most 512 pixels, quality 90, or lossless when tiny."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    small = max(image.size) <= 96
+    image.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=small, method=4)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Picture(f"data:image/webp;base64,{data}", text, *image.size)
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters of the exported model under `folder`, checkpoints left out, from the safetensors headers."""
+    from safetensors import safe_open
+
+    total = 0
+    pattern = "autoencoder" if folder.name == "vae" else "unet"
+    for path in sorted(folder.glob(f"**/{pattern}/*.safetensors")):
+        if "checkpoints" in path.relative_to(folder).parts:
+            continue
+        with safe_open(path, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+        break
+    return total
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def quantity(number: float) -> str:
+    """`950`, `2,000`, `2.7 million`."""
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,.0f}"
+
+
+def _finished_record(folder: Path) -> dict[str, Any]:
+    record = _read_json(folder / provenance.RUN_RECORD)
+    return record if record.get("finished") else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is no valid JSON ({error}); run its stage again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        return {}
+    value = OmegaConf.to_container(OmegaConf.load(path))
+    return value if isinstance(value, dict) else {}  # type: ignore[return-value]

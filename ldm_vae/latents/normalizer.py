@@ -1,0 +1,55 @@
+"""The one place where latents are normalised: per channel, with constants that were measured on the whole set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_vae.errors import UserError
+
+
+class LatentNormalizer:
+    """x = (z - mean) / std per channel, and back. The constants are kept in float64, tensors keep their precision."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Raises: UserError when the constants are not finite, a std is not positive, or the lengths differ."""
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if not self.mean or len(self.mean) != len(self.std):
+            raise UserError(
+                f"latent statistics: {len(self.mean)} means for {len(self.std)} standard deviations; "
+                "take both from one manifest"
+            )
+        for channel, (centre, width) in enumerate(zip(self.mean, self.std)):
+            if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
+                raise UserError(
+                    f"latent statistics: channel {channel} has mean {centre} and std {width}, which must be positive: "
+                    "the channel is dead or the manifest damaged; encode again with a healthy autoencoder"
+                )
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Latents (..., c, h, w) as the autoencoder has them -> mean 0 and std 1 per channel over the set."""
+        return (z - self._constant(self.mean, z)) / self._constant(self.std, z)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """The inverse of `normalize`, (..., c, h, w): what the autoencoder decodes."""
+        return x * self._constant(self.std, x) + self._constant(self.mean, x)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatentNormalizer:
+        """From `to_dict()`, or from the statistics of a manifest."""
+        return cls(values["mean"], values["std"])
+
+    def _constant(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        if like.ndim < 3 or like.shape[-3] != len(values):
+            raise UserError(
+                f"latents of shape {tuple(like.shape)}: the normaliser is for {len(values)} channels (..., c, h, w); "
+                "use the latents and the autoencoder that it was measured with"
+            )
+        return torch.tensor(values, dtype=torch.float64).to(like)[:, None, None]

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_vae import cli
+from ldm_vae.autoencoder.interface import encode_moments
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.data.folder import FolderSource
+from ldm_vae.data.pixels import from_uint8
+from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.transforms import cover_crop
+from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.latents.dataset import LatentDataset
+from ldm_vae.latents.manifest import read_manifest
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file that a finished set promises to repeat to the byte."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.name not in ("run.json", "encode.lock")
+    }
+
+
+def test_a_finished_set_has_these_files_and_records(latents):
+    shards = [f"shard-{number:06d}.{suffix}" for number in range(6) for suffix in ("json", "safetensors")]
+    assert sorted(contents(latents)) == ["manifest.json", "plan.json", "quarantine.jsonl", *shards]
+    record = json.loads((latents / "run.json").read_text())
+    assert record["finished"] is True
+    assert record["images"] == record["images_encoded"] == 24
+    assert record["images_per_second"] > 0
+    assert {"command", "started", "seconds", "versions"} <= record.keys()
+
+
+@pytest.mark.parametrize("override", ["workers=2", "threads=1", "threads=3"])
+def test_workers_and_threads_do_not_change_a_byte(encode, latents, tmp_path, override):
+    encode(tmp_path / "set", override)
+    assert contents(tmp_path / "set") == contents(latents)
+
+
+def test_a_finished_set_is_left_as_it_is(encode, latents, capsys):
+    before = {path: path.stat().st_mtime_ns for path in latents.iterdir() if path.name != "encode.lock"}
+    assert encode(latents) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("dtype=float32", "dtype is float16 there and float32 here"),
+        ("resolution=64", "latent_shape.1 is 4 there and 8 here"),
+        ("batch=4", "encoding.batch is 2 there and 4 here"),
+        ("part=train", "dataset.part is all there and train here"),
+        ("flip=true", "flipped is false there and true here"),
+    ],
+)
+def test_another_origin_is_refused_by_field(encode, latents, override, field):
+    with pytest.raises(UserError, match=field):
+        encode(latents, override)
+
+
+def test_another_autoencoder_is_refused(encode, latents, autoencoder_directory, tmp_path):
+    autoencoder = load_autoencoder(autoencoder_directory)
+    with torch.no_grad():
+        next(autoencoder.parameters())[0] += 1e-3
+    autoencoder.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"autoencoder.fingerprint is sha256:\w{12}\.\.\. there and sha256:"):
+        encode(latents, f"autoencoder={tmp_path}")
+
+
+def test_other_images_are_refused(encode, latents, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "a" / "000.png").unlink()
+    with pytest.raises(UserError, match=r"dataset.count is 24 there and 23 here; dataset.fingerprint is"):
+        encode(latents, f"data.path={tmp_path / 'images'}")
+
+
+def test_only_what_is_missing_is_made(encode, latents, tmp_path):
+    output = tmp_path / "set"
+    shutil.copytree(latents, output)
+    (output / "shard-000001.json").unlink()
+    (output / "shard-000003.safetensors").unlink()
+    truncated = output / "shard-000005.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    untouched = (output / "shard-000002.safetensors").stat().st_mtime_ns
+    assert encode(output) == 0
+    assert contents(output) == contents(latents)
+    assert (output / "shard-000002.safetensors").stat().st_mtime_ns == untouched
+    assert json.loads((output / "run.json").read_text())["images_encoded"] == 12
+
+
+def test_a_crash_at_any_publication_leaves_a_set_that_is_finished_to_the_byte(encode, latents, tmp_path, monkeypatch):
+    """Plan, 6 shards and 6 sidecars, quarantine, run record, manifest: each rename fails once."""
+    rename = os.replace
+    for publication in range(16):
+        output, done = tmp_path / str(publication), []
+
+        def crash(source, target, publication=publication, done=done):
+            if len(done) == publication:
+                raise RuntimeError("crash")
+            done.append(target)
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", crash)
+            with pytest.raises(RuntimeError, match="crash"):
+                encode(output)
+        assert not (output / "manifest.json").exists()
+        assert encode(output) == 0
+        assert contents(output) == contents(latents)
+
+
+def test_a_full_disk_is_named_and_costs_no_shard(encode, latents, tmp_path, monkeypatch):
+    output, sync = tmp_path / "set", os.fsync
+
+    def full(descriptor):
+        if len(list(output.glob("shard-*.json"))) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"no space left.*run the same command again"):
+            encode(output)
+    assert not list(output.glob(".tmp-*"))
+    assert encode(output) == 0
+    assert contents(output) == contents(latents)
+
+
+def test_unreadable_images_are_left_out_and_listed(encode, image_folder, tmp_path, capsys):
+    images, output = tmp_path / "images", tmp_path / "set"
+    shutil.copytree(image_folder, images)
+    (images / "a" / "004.png").write_bytes(b"no picture")
+    for name in ("016", "018", "020", "022"):  # all of shard 2
+        (images / "a" / f"{name}.png").write_bytes((images / "a" / f"{name}.png").read_bytes()[:200])
+    encode(output, f"data.path={images}")
+    lines = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"a/{name}.png" for name in ("004", "016", "018", "020", "022")]
+    assert lines[0]["index"] == 2
+    assert lines[0]["reason"] == "unknown_format"
+    manifest = read_manifest(output)
+    assert (manifest.count, manifest.rejected, manifest.dataset["count"]) == (19, 5, 24)
+    assert [shard.count for shard in manifest.shards] == [3, 4, 0, 4, 4, 4]
+    dataset = LatentDataset(output, posterior="mean")
+    assert [dataset[i]["index"] for i in range(19)] == [0, 1, *range(3, 8), *range(12, 24)]
+    assert dataset.id(7).startswith("b/")
+    assert "5 images left out" in capsys.readouterr().out
+
+
+def test_a_rejected_image_does_not_change_its_neighbours(encode, latents, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "a" / "004.png").write_bytes(b"no picture")
+    encode(tmp_path / "set", f"data.path={tmp_path / 'images'}")
+    before, after = (LatentDataset(path, posterior="mean") for path in (latents, tmp_path / "set"))
+    assert torch.equal(before[3]["latent"], after[2]["latent"])
+
+
+def test_images_that_are_all_unreadable_are_an_error(encode, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"none of 1 images could be read; the first: a.png"):
+        encode(tmp_path / "set", f"data.path={tmp_path / 'images'}")
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
+    encode, autoencoder_directory, image_folder, tmp_path
+):
+    autoencoder = load_autoencoder(autoencoder_directory)
+    with torch.no_grad():
+        autoencoder.encoder.head.weight.mul_(1e6)  # some latents are beyond float16
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    source = FolderSource(image_folder)
+    images = from_uint8(torch.stack([to_tensor(cover_crop(source.read(i), 32)) for i in range(len(source))]))
+    finite = encode_moments(autoencoder, images)[0].half().isfinite().flatten(1).all(1).tolist()
+    assert finite[0]
+    first = source.id(finite.index(False))
+    with pytest.raises(UserError, match=f"^{first}: its latent is not finite in float16"):
+        encode(tmp_path / "set", f"autoencoder={tmp_path / 'autoencoder'}")
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
+    import fcntl
+
+    (tmp_path / "set").mkdir()
+    with open(tmp_path / "set" / "encode.lock", "w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="process 4711 is encoding here"):
+            encode(tmp_path / "set")
+    assert encode(tmp_path / "set") == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["autoencoder=nowhere/at/all"], "nowhere/at/all: no such directory"),
+        (["dtype=float64"], "dtype"),
+        (["resolution=36"], "36 is not a multiple of 8.*take 32 or 40"),
+        (["shard_size=5"], "shard_size: 5 is not a multiple of batch"),
+        (["data.path=nowhere"], "data.path: nowhere: no such folder"),
+        (["data.cache_megabytes=1"], "has no effect"),
+        (["shard_sise=4"], "shard_sise"),
+        (["processes=2"], "2 were asked for, 1 started"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(encode, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        encode(tmp_path / "set", *overrides)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_folder_with_other_files_is_refused(encode, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"holds thesis.tex but no plan.json; give another output"):
+        encode(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_command_line(settings, tmp_path, capsys):
+    words = ["encode", *settings, f"output={tmp_path / 'set'}"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "6 shards" in capsys.readouterr().out
+    assert not (tmp_path / "set").exists()
+    assert cli.main(["encode", "resolution=64", "--print-config"]) == 0
+    assert "resolution: 64" in capsys.readouterr().out
+    assert cli.main(words[:-1]) == EXIT_USER_ERROR
+    assert "output is required" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert cli.main([*words, "dtype=float32"]) == EXIT_USER_ERROR
+
+
+def test_diffusers_own_autoencoder_and_bf16(encode, tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=5, **blocks
+    )
+    autoencoder.save_pretrained(tmp_path / "kl")
+    encode(tmp_path / "set", f"autoencoder={tmp_path / 'kl'}", "precision=bf16", "dtype=bfloat16", "resolution=64")
+    dataset = LatentDataset(tmp_path / "set")
+    assert dataset[0]["latent"].shape == (5, 8, 8)
+    assert dataset[0]["latent"].dtype == torch.float32
+    assert dataset.manifest.autoencoder["class"] == "AutoencoderKL"
