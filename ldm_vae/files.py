@@ -55,9 +55,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place; its files are fsynced first. An older one is moved aside, then removed."""
+    """Rename a finished folder into place; its files are fsynced first. An older one is moved aside, then removed.
+
+    Files get the folder's permissions: safetensors makes files that only their owner can read.
+    """
+    permissions = temporary.stat().st_mode & 0o666
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
+            path.chmod(permissions)
             fsync_path(path)
     fsync_path(temporary)
     trash = final.with_name(f".trash-{uuid.uuid4().hex[:8]}-{final.name}")

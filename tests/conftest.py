@@ -17,7 +17,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A safetensors file in the layout of torchvision's SqueezeNet features, random: it shows gradients, not quality."""
+    """A safetensors file in the layout of torchvision's SqueezeNet features, random: shows gradients, not quality."""
     import lpips
     from safetensors.torch import save_file
 

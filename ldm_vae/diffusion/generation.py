@@ -114,9 +114,7 @@ def generate(
         sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.label for p in shown if p.label is not None])
         write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
         figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
-        provenance.write_run_record(
-            folder, None, started, time.time() - started, parameters=parameters, **figures
-        )
+        provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
     return len(mine), speed
 
 
@@ -214,7 +212,8 @@ def make(
     from tqdm import tqdm
 
     steps = config.steps
-    with tqdm(total=len(pictures), desc="generating", unit="image", dynamic_ncols=True, disable=not show or not pictures) as bar:
+    quiet = not show or not pictures
+    with tqdm(total=len(pictures), desc="generating", unit="image", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(_: Any, index: int, *__: Any) -> dict[str, Any]:
             bar.set_postfix_str(f"step {index + 1}/{steps}")
@@ -222,7 +221,7 @@ def make(
 
         for first in range(0, len(pictures), batch):
             part = pictures[first : first + batch]
-            images = pipeline(
+            (images,) = pipeline(
                 labels=[pipeline.labels.index(p.label) for p in part if p.label is not None] or None,
                 num_images=len(part),
                 height=config.height,
@@ -230,8 +229,9 @@ def make(
                 num_inference_steps=steps,
                 guidance_scale=parameters["guidance"],
                 generator=[image_generator(config.seed, picture.index) for picture in part],
+                return_dict=False,
                 callback_on_step_end=progress,
-            ).images
+            )
             for picture, image in zip(part, images):
                 save_png(image, picture, parameters)
             bar.update(len(part))

@@ -225,9 +225,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         images = (images + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
-    def _class_ids(
-        self, labels: Label | Sequence[Label] | None, num_images: int | None
-    ) -> tuple[Tensor | None, int]:
+    def _class_ids(self, labels: Label | Sequence[Label] | None, num_images: int | None) -> tuple[Tensor | None, int]:
         """Class ids (n,), or None without labels, and n."""
         if num_images is not None and num_images < 1:
             raise UserError(f"num_images: {num_images} is below 1")
@@ -260,7 +258,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if generator is None or isinstance(generator, torch.Generator):
             return [generator] * count
         if len(generator) != count:
-            raise UserError(f"generator: {len(generator)} of them for {count} images; give one per image, or one for all")
+            raise UserError(
+                f"generator: {len(generator)} of them for {count} images; give one per image, or one for all"
+            )
         return list(generator)
 
     def _noise(self, shape: Sequence[int], generators: Sequence[torch.Generator | None], count: int) -> Tensor:

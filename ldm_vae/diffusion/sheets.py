@@ -34,8 +34,9 @@ def labelled_sheet(
     rows = math.ceil(len(images) / columns)
     scale = min(1.0, side / max(images[0].size))
     width, height = (max(1, round(length * scale)) for length in images[0].size)
-    font = ImageFont.load_default(size=max(10, min(16, width // 9)))
-    line = math.ceil(1.6 * font.size) if labels else 0
+    letter = max(10, min(16, width // 9))
+    font = ImageFont.load_default(size=letter)
+    line = math.ceil(1.6 * letter) if labels else 0
     head, foot = (line, 0) if cycle else (0, line)
     sheet = Image.new(
         "RGB",

@@ -1,4 +1,4 @@
-"""How the latent U-Net is trained: its configuration and its `update()`. No autoencoder, except for previews and export."""
+"""How the latent U-Net is trained: its configuration and its `update()`. The autoencoder serves previews and export."""
 
 from __future__ import annotations
 
@@ -188,12 +188,7 @@ class DiffusionModel:
 def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
     """The autoencoder that made the latents. Raises: UserError when it is another one."""
     autoencoder = load_autoencoder(path)
-    found, expected = fingerprint(autoencoder), manifest.autoencoder["fingerprint"]
-    if found != expected:
-        raise UserError(
-            f"autoencoder={path}: its fingerprint {found[:18]}... is not that of the autoencoder which made the latents "
-            f"({expected[:18]}...); give that one, or encode the images again with this one"
-        )
+    manifest.check_autoencoder(fingerprint(autoencoder), where=f"autoencoder={path}")
     return autoencoder
 
 
@@ -211,6 +206,5 @@ def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDat
     seed = config.training.seed
     if config.held_out == 0:
         return LatentDataset(config.latents, seed), None
-    parts = ("train", "held_out")
-    train, held_out = (LatentDataset(config.latents, seed, part=part, held_out=config.held_out) for part in parts)  # type: ignore[arg-type]
-    return train, held_out
+    train = LatentDataset(config.latents, seed, part="train", held_out=config.held_out)
+    return train, LatentDataset(config.latents, seed, part="held_out", held_out=config.held_out)

@@ -6,7 +6,6 @@ and the batch size alone, so that neither the number of processes nor the number
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.latents.shard import Rejection
+from ldm_vae.training.loader import ignore_signals
 
 WORKER_TIMEOUT_SECONDS = 300
 
@@ -157,7 +157,7 @@ def load_batches(
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # else the loader draws from the global one
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
@@ -210,9 +210,3 @@ def decode_group(group: Group, batch: int, resolution: int) -> ImageBatch:
         decoded.labels.append(item.label)
         decoded.ids.append(item.id)
     return decoded
-
-
-def _ignore_signals(_: int) -> None:
-    """Signals sent to the process group are the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

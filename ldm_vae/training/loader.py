@@ -111,7 +111,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return collated
 
 
-def _start_worker(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Signals sent to the process group are the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -140,7 +140,7 @@ def batches(
         collate_fn=collate,
         num_workers=workers,
         generator=generator(seed, "loader"),  # else every iter() draws from the global generator
-        worker_init_fn=_start_worker,
+        worker_init_fn=ignore_signals,
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,

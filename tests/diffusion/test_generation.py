@@ -71,7 +71,7 @@ def test_chosen_labels_size_and_precision(saved: Path, tmp_path: Path) -> None:
 def test_other_results_are_not_overwritten_unasked(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     generate(config(saved), out)
-    with pytest.raises(UserError, match="holds other images.*seed 0 -> 1"):
+    with pytest.raises(UserError, match=r"holds other images.*seed 0 -> 1"):
         generate(config(saved, seed=1), out)
     before = pixels(out)
     generate(config(saved, seed=1, count=2), out, overwrite=True)

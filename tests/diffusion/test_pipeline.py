@@ -69,9 +69,7 @@ def test_times_are_shifted_once(pipeline: LatentDiffusionPipeline) -> None:
     pipeline(num_inference_steps=4, seed=0, output_type="latent", callback_on_step_end=record)
     assert times == pytest.approx([1.5 * t / (1 + 0.5 * t) for t in (1, 0.75, 0.5, 0.25)])
     times.clear()
-    pipeline(
-        num_inference_steps=2, seed=0, height=128, width=128, output_type="latent", callback_on_step_end=record
-    )
+    pipeline(num_inference_steps=2, seed=0, height=128, width=128, output_type="latent", callback_on_step_end=record)
     assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1, 0.5)])
 
 
@@ -94,7 +92,7 @@ def test_another_autoencoder_is_refused(saved: Path) -> None:
     LatentDiffusionPipeline.from_pretrained(saved, autoencoder=other)  # equal weights are the same autoencoder
     with torch.no_grad():
         next(other.parameters())[0, 0, 0, 0] += 1e-6
-    with pytest.raises(UserError, match="fingerprint.*latents came from"):
+    with pytest.raises(UserError, match=r"fingerprint.*latents came from"):
         LatentDiffusionPipeline.from_pretrained(saved, autoencoder=other)
 
 

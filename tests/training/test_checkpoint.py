@@ -93,7 +93,7 @@ def test_leftovers_of_a_crash_are_ignored_and_removed(tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     bad = checkpoint(3)
     bad.tensors["net"]["a.weight"][0, 0] = float("inf")
-    with pytest.raises(UserError, match="'a.weight' is not finite"):
+    with pytest.raises(UserError, match=r"'a\.weight' is not finite"):
         save(tmp_path, bad, keep=2)
     assert list(tmp_path.iterdir()) == []
 

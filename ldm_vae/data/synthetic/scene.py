@@ -57,7 +57,11 @@ def label_of(seed: int, index: int) -> int:
 
 
 def draw_scene(seed: int, index: int, defects: float, textured: float) -> Scene:
-    """The scene of one image. `textured` is the chance of a texture other than plain. `defects` decides only whether there is one: with 0 it is the clean twin."""
+    """The scene of one image.
+
+    `textured` is the chance of a texture other than plain; `defects` decides only whether there is a defect: with 0 it
+    is the clean twin.
+    """
     rng = numpy_rng(seed, "synthetic-scene", index)
     uniform = rng.uniform
     label = label_of(seed, index)

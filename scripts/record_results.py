@@ -1,0 +1,83 @@
+"""Put measured results into docs/benchmarks.md, and the headline figures into the README. Nothing is typed by hand.
+
+    python scripts/record_results.py NAME RESULT_FOLDER [--headline]
+
+RESULT_FOLDER is what `ldm-vae evaluate` wrote (results.md, run.json), or a run root of the quickstart (run.json of every
+stage). The section NAME of docs/benchmarks.md is replaced or
+added; `--headline` also renews the README's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+
+
+def provenance_lines(record: dict) -> list[str]:
+    versions = record["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("commit", "machine"))
+    return [
+        f"- command: `ldm-vae {shlex.join(record['command'][1:])}`",
+        f"- {record['started'][:10]}, {versions['machine']}; {packages}",
+    ]
+
+
+def evaluation_section(folder: Path) -> list[str]:
+    record = json.loads((folder / "run.json").read_text())
+    return [(folder / "results.md").read_text().strip(), "", *provenance_lines(record)]
+
+
+def chain_section(root: Path) -> list[str]:
+    records = [json.loads(path.read_text()) for path in root.glob("*/run.json")]
+    records.sort(key=lambda record: record["started"])
+    rows = [f"| {record['command'][1]} | {record['seconds']:.0f} |" for record in records]
+    total = sum(record["seconds"] for record in records)
+    return [
+        "| stage | seconds |",
+        "|---|---|",
+        *rows,
+        f"| sum | {total:.0f} |",
+        "",
+        "Time inside each command; starting Python six times adds about half a minute.",
+        *provenance_lines(records[0])[1:],
+    ]
+
+
+def replace_section(name: str, lines: list[str]) -> None:
+    text = BENCHMARKS.read_text()
+    section = f"## {name}\n\n" + "\n".join(lines) + "\n"
+    pattern = re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    text = pattern.sub(lambda _: section + "\n", text) if pattern.search(text) else text.rstrip() + "\n\n" + section
+    BENCHMARKS.write_text(text.rstrip() + "\n")
+
+
+def headline(folder: Path) -> None:
+    """The README's figures: the evaluation's table and its one-line summary."""
+    start, end = "<!-- figures:start -->", "<!-- figures:end -->"
+    before, rest = README.read_text().split(start)
+    after = rest.split(end)[1]
+    table = (folder / "results.md").read_text().strip()
+    README.write_text(f"{before}{start}\n{table}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--headline", action="store_true", help="also renew the README's figures")
+    args = parser.parse_args()
+    is_evaluation = (args.folder / "results.md").exists()
+    replace_section(args.name, evaluation_section(args.folder) if is_evaluation else chain_section(args.folder))
+    if args.headline:
+        headline(args.folder)
+
+
+if __name__ == "__main__":
+    main()

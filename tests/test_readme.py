@@ -1,0 +1,104 @@
+"""The README against reality: its commands parse, its files exist, its tree is the tree, CI runs its test command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ldm_vae import cli
+from ldm_vae.config import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")
+]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_two_commands_come_first_and_are_executable():
+    assert COMMANDS[:2] == ["./scripts/quickstart.sh", "./scripts/test.sh"]
+    for command in COMMANDS[:2]:
+        assert (ROOT / command).stat().st_mode & 0o111
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith("./scripts/test.sh")
+
+
+def schema_of(command: str) -> type | None:
+    from ldm_vae.autoencoder.training import TrainVaeConfig
+    from ldm_vae.diffusion.training import TrainDiffusionConfig
+    from ldm_vae.evaluation.reconstruction import EvaluateConfig
+    from ldm_vae.latents.encode import EncodeConfig
+
+    return {
+        "train-vae": TrainVaeConfig,
+        "train-diffusion": TrainDiffusionConfig,
+        "encode": EncodeConfig,
+        "evaluate": EvaluateConfig,
+    }.get(command)
+
+
+def check_command(line: str) -> None:
+    """The arguments parse; a configuration with its overrides loads."""
+    import argparse
+
+    program, name, *arguments = shlex.split(line)
+    assert program == "ldm-vae"
+    parser = argparse.ArgumentParser()
+    cli.command_module(name).add_arguments(parser)
+    parser.parse_args(arguments)
+    schema = schema_of(name)
+    if schema is not None:
+        path = arguments[0] if arguments[0].endswith(".yaml") else None
+        load(schema, ROOT / path if path else None, [word for word in arguments if "=" in word])
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("ldm-vae ")])
+def test_every_command_of_the_readme_parses(line):
+    check_command(line)
+
+
+def test_the_quickstart_runs_commands_that_parse():
+    script = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ").replace("$run", "runs/quickstart")
+    lines = [line for line in script.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    for line in lines:
+        check_command("ldm-vae " + line.split('"', 2)[2])
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = re.search(r"```\nldm_vae/\n(.*?)```", README, re.DOTALL)
+    assert tree
+    named = set()
+    for line in tree[1].splitlines():
+        path = line.split()[0]
+        full = ROOT / "ldm_vae" / path if line.startswith("  ") else ROOT / path
+        assert full.exists(), f"the README names {path}"
+        named.add(path.rstrip("/"))
+    folders = {p.name for p in (ROOT / "ldm_vae").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders <= named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_constraints_pin_what_the_package_needs():
+    pinned = {
+        re.split(r"[=<> ]", line)[0].lower()
+        for line in (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    dependencies = re.search(
+        r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert dependencies
+    needed = {re.split(r"[=<>]", name)[0].lower() for name in re.findall(r'"([^"]+)"', dependencies[1])}
+    assert needed <= pinned
+    assert "torch==2.13.0" in (ROOT / "scripts" / "constraints.txt").read_text()
