@@ -2,7 +2,7 @@
 
     python scripts/record_results.py NAME RESULT_FOLDER [--headline]
 
-RESULT_FOLDER is what `ldm-vae evaluate` wrote (results.md, run.json), or a run root of the quickstart (run.json of every
+RESULT_FOLDER is what `ldm-vae evaluate` wrote (results.md, run.json), or a run root of the quickstart (run.json of each
 stage). The section NAME of docs/benchmarks.md is replaced or
 added; `--headline` also renews the README's figures.
 """
