@@ -21,9 +21,10 @@ step "Encode the images to latents" encode configs/encode_quickstart.yaml \
   autoencoder=$run/vae/autoencoder output=$run/latents
 step "Train the latent U-Net" train-diffusion configs/diffusion_quickstart.yaml \
   latents=$run/latents autoencoder=$run/vae/autoencoder output=$run/diffusion
-step "Generate images" generate $run/diffusion/pipeline --count 40 --seed 0 --steps 20 --guidance 2 --out $run/samples
+step "Generate images" generate $run/diffusion/pipeline --count 40 --seed 0 --steps 20 --guidance 2 \
+  --precision bf16 --out $run/samples
 step "Evaluate reconstructions" evaluate autoencoder=$run/vae/autoencoder data.source=synthetic \
-  resolution=512 count=32 output=$run/evaluation
+  resolution=512 count=24 baseline_images=64 output=$run/evaluation
 step "Write the report" report $run
 
 printf '\nDone: open %s/report.html\n' "$PWD/$run"

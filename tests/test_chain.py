@@ -36,7 +36,8 @@ def root(tmp_path_factory) -> Path:
         f"output={root / 'vae'}")  # fmt: skip
     autoencoder = f"autoencoder={root / 'vae'}"
     run("encode", *DATA, autoencoder, f"output={root / 'latents'}", "resolution=64", "workers=0", "shard_size=16")
-    run("train-diffusion", *TRAINING, autoencoder, f"latents={root / 'latents'}", *UNET, f"output={root / 'diffusion'}")  # fmt: skip
+    words = [autoencoder, f"latents={root / 'latents'}", *UNET, f"output={root / 'diffusion'}"]
+    run("train-diffusion", *TRAINING, *words)
     run("generate", str(root / "diffusion"), "--count", "10", "--steps", "2", "--out", str(root / "samples"))
     run("evaluate", *DATA, autoencoder, "resolution=64", "count=4", f"output={root / 'evaluation'}")
     run("report", str(root))

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     samples, held_out = open_latents(config)
     accelerator = make_accelerator(config.training, None if args.dry_run else Path(config.output))
     plan = config.plan(accelerator.num_processes)
-    model = DiffusionModel(config, samples.manifest, held_out)
+    model = DiffusionModel(config, samples, held_out)
     if args.dry_run:
         from ldm_vae.training.dry_run import dry_run
 

@@ -14,10 +14,6 @@ from torch import Tensor
 UNIFORM_SHARE = 0.1
 """Share of training times drawn uniformly, so that both ends of [0, 1] are seen; the others are logit-normal."""
 
-DETAIL_STD = 0.1
-"""s: the standard deviation given to fine detail by a network that predicts the clean latent. A KL autoencoder's
-posterior noise has about this size in normalised units (0.08 at 2.5 nats per dimension)."""
-
 
 def resolution_shift(channels: int, height: int, width: int) -> float:
     """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690). 2 at 4x64x64."""
@@ -64,17 +60,25 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tenso
     return noisy - as_column(times, noisy) * velocity
 
 
-def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor) -> Tensor:
-    """v of a network whose output is the clean latent, x_t and output (n, c, h, w), t (n,).
+def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor, variance: Tensor) -> Tensor:
+    """v of a network that predicts the clean latent beyond its linear estimate, in coordinates of known variance.
 
-    x0 = c_skip x_t + c_out output with EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1) for data of
-    standard deviation s = 0.1 instead of 1: at t >> s that is x0 = output, and the network never has to carry noise
-    through its layers; at t << s it is x_t + t / s output, so the velocity (x_t - x0) / t stays bounded, where plain
-    x-prediction divides a reconstruction error by t.
+    x0 = c_skip x_t + c_out output with EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1), in which
+    each channel has its own data variance a: c_skip x_t = (1 - t) a / ((1 - t)^2 a + t^2) x_t is the best linear
+    estimate of x0, and c_out is the standard deviation of its error. At t >> sqrt(a) the output is x0 / sqrt(a), so
+    the network need not carry noise through its layers; at t << sqrt(a) it is the noise in x0. The velocity
+    (x_t - x0) / t is bounded at every t.
+
+    Args:
+        noisy: x_t (n, c, h, w).
+        output: Of the network, (n, c, h, w); optimal outputs have unit size.
+        times: t (n,).
+        variance: a (c,), of the clean latents.
     """
     t = as_column(times, noisy)
-    variance = ((1 - t) * DETAIL_STD).square() + t.square()
-    return (t - (1 - t) * DETAIL_STD**2) / variance * noisy - output / variance.sqrt()
+    a = variance.to(noisy).view(1, -1, 1, 1)
+    total = (1 - t).square() * a + t.square()
+    return (t - (1 - t) * a) / total * noisy - (a / total).sqrt() * output
 
 
 def velocity_loss(predicted: Tensor, target: Tensor) -> Tensor:

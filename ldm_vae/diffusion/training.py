@@ -30,6 +30,7 @@ PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
 HELD_OUT_TIMES = 8
 HELD_OUT_LATENTS = 64
+MEASURED_LATENTS = 256
 
 
 def default_training() -> TrainingConfig:
@@ -75,9 +76,10 @@ class TrainDiffusionConfig:
 class DiffusionModel:
     """Stage 3 for `fit()`: rectified flow on normalised latents, minimise |v - (eps - x0)|^2."""
 
-    def __init__(self, config: TrainDiffusionConfig, manifest: Manifest, held_out: LatentDataset | None) -> None:
+    def __init__(self, config: TrainDiffusionConfig, samples: LatentDataset, held_out: LatentDataset | None) -> None:
+        """`samples`: what it is trained on; `held_out`: what it is judged by, None for nothing."""
         self.config = config
-        self.manifest = manifest
+        self.manifest = manifest = samples.manifest
         self.normalizer = manifest.normalizer
         self.latent_shape = tuple(manifest.latent_shape)
         self.label_names = tuple(manifest.dataset["label_names"])
@@ -88,6 +90,7 @@ class DiffusionModel:
         unet = build_unet(config.unet, self.latent_shape[0], num_classes=len(self.label_names))
         if config.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        unet.measure_tokens(self.normalizer.normalize(stack_samples(samples, MEASURED_LATENTS)["latent"]))
         self.modules: dict[str, nn.Module] = {"unet": unet.train()}
         self.null_label = unet.null_label
 

@@ -22,13 +22,16 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from ldm_vae.diffusion.flow import velocity_from_clean_head
+from ldm_vae.diffusion import flow
 
 GROUP_CHANNELS = 32
 """Channels per normalisation group. On CPU, GroupNorm of a bfloat16 channels_last tensor takes 10 to 25 times as long
 with 4 to 24 channels per group as with 32 (torch 2.13, AVX-512): longer than the convolution before it."""
 
 HEAD_CHANNELS = 32
+SMALLEST_VARIANCE = 1e-3
+"""Of a principal direction; keeps a dead one from dividing by nothing."""
+
 TIME_SCALE = 1000.0
 """t in [0, 1] times this is what the sinusoidal embedding of `UNet2DModel` expects."""
 
@@ -45,7 +48,7 @@ class UNetConfig:
 
     Attributes:
         preset: tiny, small or base.
-        prediction: what the last layer puts out: the clean latent (`x`) or the `velocity`.
+        prediction: what the last layer puts out: the clean latent beyond its linear estimate (`x`), or the `velocity`.
         patch: latent positions per token along one side; a patch of 2 costs about 4 times a patch of 4.
         widths: channels per level, multiples of 32; each level has half the resolution of the one before.
         layers: residual blocks per level on the way down (one more on the way up).
@@ -104,10 +107,17 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
 class LatentUNet(ModelMixin, ConfigMixin):
     """Velocity of the flow at a noisy normalised latent of any size.
 
+    A token is a patch of the latent. With prediction `x`, the network corrects the best linear estimate of each clean
+    token, which needs the tokens' principal directions: call `measure_tokens` before training. They are saved with
+    the weights.
+
     Labels run from 0 to num_classes - 1; `null_label` (= num_classes) stands for "no label".
     """
 
     _supports_gradient_checkpointing = True
+
+    directions: Tensor
+    variance: Tensor
 
     @register_to_config
     def __init__(
@@ -144,6 +154,20 @@ class LatentUNet(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.network.conv_out.weight)
         assert self.network.conv_out.bias is not None
         nn.init.zeros_(self.network.conv_out.bias)
+        self.register_buffer("directions", torch.eye(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    @torch.no_grad()
+    def measure_tokens(self, latents: Tensor) -> None:
+        """Set the principal directions of tokens and the variance along each from normalised latents (n, c, h, w).
+
+        A hundred latents are plenty: each has hundreds of tokens. The same latents give the same directions.
+        """
+        tokens = F.pixel_unshuffle(latents.double(), self.config["patch"])
+        tokens = tokens.movedim(1, -1).flatten(0, -2)
+        variance, directions = torch.linalg.eigh(tokens.T @ tokens / len(tokens))
+        self.directions.copy_(directions)
+        self.variance.copy_(variance.clamp(min=SMALLEST_VARIANCE))
 
     def forward(self, noisy: Tensor, times: Tensor, labels: Tensor | None = None) -> Tensor:
         """Velocity (n, c, h, w), float32 whatever the precision inside.
@@ -156,21 +180,24 @@ class LatentUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: labels for a network without classes.
         """
-        noisy = noisy.float()
         count, _, height, width = noisy.shape
-        times = times.to(noisy).expand(count)
-        output = self.network(self._tokens(noisy), times * TIME_SCALE, self._class_labels(labels, noisy)).sample
-        output = F.pixel_shuffle(output.float(), self.config["patch"])[..., :height, :width]
-        if self.config["prediction"] == "velocity":
-            return output
-        return velocity_from_clean_head(noisy, output, times)
+        times = times.to(noisy.device, torch.float32).expand(count)
+        tokens = self._tokens(noisy.float())
+        inputs = tokens.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        output = self.network(inputs, times * TIME_SCALE, self._class_labels(labels, noisy)).sample.float()
+        if self.config["prediction"] == "x":
+            with torch.autocast(noisy.device.type, enabled=False):
+                directions = self.directions.float()
+                tokens = torch.einsum("nchw,cd->ndhw", tokens, directions)
+                velocity = flow.velocity_from_clean_head(tokens, output, times, self.variance)
+                output = torch.einsum("ndhw,cd->nchw", velocity, directions)
+        return F.pixel_shuffle(output, self.config["patch"])[..., :height, :width]
 
     def _tokens(self, noisy: Tensor) -> Tensor:
-        """(n, c, h, w) -> (n, c patch², ⌈h/multiple⌉ multiple / patch, ...), in the weights' precision."""
+        """(n, c, h, w) -> (n, c patch², ⌈h / multiple⌉ multiple / patch, the same of w)."""
         bottom, right = (-side % self.multiple for side in noisy.shape[-2:])
         padded = F.pad(noisy, (0, right, 0, bottom), mode="replicate") if bottom or right else noisy
-        tokens = F.pixel_unshuffle(padded.to(self.dtype), self.config["patch"])
-        return tokens.contiguous(memory_format=torch.channels_last)
+        return F.pixel_unshuffle(padded, self.config["patch"])
 
     def _class_labels(self, labels: Tensor | None, like: Tensor) -> Tensor | None:
         if self.null_label == 0:

@@ -57,21 +57,38 @@ def test_clean_latent_from_the_true_velocity() -> None:
 def test_clean_head_is_edm_preconditioning() -> None:
     """With x0 = c_skip x_t + c_out output written out separately, the head's velocity is (x_t - x0) / t."""
     clean, noise, times = batch()
+    variance = torch.tensor([1e-3, 0.1, 1.0, 20.0], dtype=torch.float64)
     noisy = flow.interpolate(clean, noise, times)
-    t = times.view(-1, 1, 1, 1)
-    s, sigma = flow.DETAIL_STD, t / (1 - t).clamp(min=1e-12)  # the noise level of x_t / (1 - t) = x0 + sigma eps
-    skip = s**2 / (s**2 + sigma**2) / (1 - t).clamp(min=1e-12)
-    out = sigma / (s**2 + sigma**2).sqrt()
-    output = (clean - skip * noisy) / out
-    torch.testing.assert_close(flow.velocity_from_clean_head(noisy, output, times), noise - clean, atol=1e-8, rtol=1e-6)
-    at_noise = flow.velocity_from_clean_head(noise, clean, torch.ones(5))
-    torch.testing.assert_close(at_noise, noise - clean)  # at t = 1 the output is the clean latent itself
+    t, a = times.view(-1, 1, 1, 1), variance.view(1, -1, 1, 1)
+    keep = (1 - t).clamp(min=1e-12)
+    sigma = t / keep  # the noise level of x_t / (1 - t) = x0 + sigma eps
+    skip = a / (a + sigma**2) / keep
+    out = sigma * (a / (a + sigma**2)).sqrt()
+    velocity = flow.velocity_from_clean_head(noisy, (clean - skip * noisy) / out, times, variance)
+    torch.testing.assert_close(velocity, noise - clean, atol=1e-8, rtol=1e-6)
 
 
-def test_clean_head_stays_bounded_at_time_zero() -> None:
+def test_clean_head_without_a_network_is_the_best_linear_denoiser() -> None:
+    """For Gaussian latents the optimal velocity is linear, so a zero output leaves only its irreducible error."""
+    variance = torch.tensor([0.01, 4.0])
+    rng = generator(0, "gaussian")
+    clean, noise = torch.randn(2, 1, 2, 300, 300, generator=rng)
+    clean = clean * variance.sqrt().view(1, 2, 1, 1)
+    for t in (0.1, 0.5, 0.9):
+        times = torch.tensor([t])
+        noisy = flow.interpolate(clean, noise, times)
+        velocity = flow.velocity_from_clean_head(noisy, torch.zeros_like(noisy), times, variance)
+        error = (velocity - (noise - clean)).square().mean((0, 2, 3))
+        torch.testing.assert_close(error, variance / ((1 - t) ** 2 * variance + t**2), rtol=0.03, atol=0)
+
+
+def test_clean_head_is_bounded_at_both_ends() -> None:
     clean, noise, _ = batch()
-    velocity = flow.velocity_from_clean_head(clean, noise, torch.zeros(5))
-    torch.testing.assert_close(velocity, -clean - noise / flow.DETAIL_STD)
+    variance = torch.tensor([1e-3, 0.1, 1.0, 20.0])
+    at_zero = flow.velocity_from_clean_head(clean, noise, torch.zeros(5), variance)
+    torch.testing.assert_close(at_zero, -clean - noise)
+    at_one = flow.velocity_from_clean_head(noise, clean, torch.ones(5), variance)
+    torch.testing.assert_close(at_one, noise - clean * variance.view(1, -1, 1, 1).sqrt().double())
 
 
 def test_loss_is_a_mean_per_sample_in_float32() -> None:

@@ -28,6 +28,7 @@ def random_unet(config: UNetConfig = SMALL, classes: int = 3) -> LatentUNet:
     torch.manual_seed(0)
     unet = build_unet(config, latent_channels=4, num_classes=classes).eval()
     nn.init.normal_(unet.network.conv_out.weight, std=0.05)
+    unet.measure_tokens(correlated())
     return unet
 
 
@@ -63,13 +64,33 @@ def test_velocity_is_float32_in_bfloat16(precision: str) -> None:
     assert (velocity - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
-def test_a_new_network_predicts_the_zero_latent() -> None:
-    unet = build_unet(UNetConfig(preset="tiny", widths=(32,)), latent_channels=4)
+def correlated(count: int = 64) -> torch.Tensor:
+    """Smooth latents (n, 4, 16, 16): neighbours and channels are correlated."""
+    coarse = torch.randn(count, 4, 4, 4, generator=generator(0, "smooth"))
+    smooth = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+    return smooth + 0.5 * smooth.roll(1, dims=1)
+
+
+def test_a_new_network_is_the_best_linear_denoiser_of_tokens() -> None:
+    """Compared with the Wiener filter written with the tokens' covariance matrix instead of its eigenvectors."""
+    unet = build_unet(UNetConfig(preset="tiny", widths=(32,), patch=2), latent_channels=4)
+    latents = correlated()
+    unet.measure_tokens(latents)
+    rows = torch.nn.functional.pixel_unshuffle(latents, 2).movedim(1, -1).reshape(-1, 16)
+    covariance = (rows.T @ rows / len(rows)).double()
+    noise = torch.randn(latents.shape, generator=generator(0, "noise"))
+    t = 0.4
+    noisy = flow.interpolate(latents, noise, torch.full((64,), t))
+    gain = (1 - t) * covariance @ torch.linalg.inv((1 - t) ** 2 * covariance + t**2 * torch.eye(16))
+    tokens = torch.nn.functional.pixel_unshuffle(noisy, 2).double()
+    clean = torch.nn.functional.pixel_shuffle(torch.einsum("cd,ndhw->nchw", gain, tokens), 2)
+    torch.testing.assert_close(unet(noisy, torch.tensor(t)), ((noisy - clean) / t).float(), atol=0.02, rtol=0)
+
+
+def test_a_new_velocity_network_is_zero() -> None:
+    unet = build_unet(UNetConfig(preset="tiny", widths=(32,), prediction="velocity"), latent_channels=4)
     noisy, times = inputs()
-    expected = flow.velocity_from_clean_head(noisy, torch.zeros_like(noisy), times)
-    torch.testing.assert_close(unet(noisy, times), expected)
-    plain = build_unet(UNetConfig(preset="tiny", widths=(32,), prediction="velocity"), latent_channels=4)
-    assert torch.equal(plain(noisy, times), torch.zeros_like(noisy))
+    assert torch.equal(unet(noisy, times), torch.zeros_like(noisy))
 
 
 def test_labels_matter_and_none_is_the_null_label() -> None:
@@ -106,12 +127,11 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
-@pytest.mark.parametrize(("preset", "lowest", "highest"), [("tiny", 0.2, 0.65), ("small", 3, 4.5), ("base", 15, 30)])
+@pytest.mark.parametrize(("preset", "lowest", "highest"), [("tiny", 0.2, 0.65), ("small", 3, 4.5)])
 def test_cost_of_the_presets(preset: str, lowest: float, highest: float) -> None:
-    with torch.device("meta"):
-        unet = build_unet(UNetConfig(preset=preset), latent_channels=4, num_classes=10)  # type: ignore[arg-type]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.zeros(1, dtype=torch.long))
+    unet = build_unet(UNetConfig(preset=preset), latent_channels=4, num_classes=10)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.zeros(1, 4, 64, 64), torch.zeros(1))
     assert lowest < counter.get_total_flops() / 2e9 < highest
 
 
@@ -153,11 +173,12 @@ def test_it_learns_which_class_is_which() -> None:
     rng = generator(0, "training")
     grid = torch.linspace(-1, 1, 8)
     blob = torch.exp(-2 * (grid[:, None] ** 2 + grid[None] ** 2))[None, None]
-    for _ in range(80):
-        labels = torch.randint(0, 2, (16,), generator=rng)
+    unet.measure_tokens(torch.cat([-blob, blob]))
+    for _ in range(40):
+        labels = torch.randint(0, 2, (8,), generator=rng)
         clean = (2.0 * labels - 1).view(-1, 1, 1, 1) * blob
         noise = torch.randn(clean.shape, generator=rng)
-        times = flow.sample_times(16, rng)
+        times = flow.sample_times(8, rng)
         velocity = unet(flow.interpolate(clean, noise, times), times, labels)
         flow.velocity_loss(velocity, flow.velocity_target(clean, noise)).mean().backward()
         optimizer.step()
@@ -166,4 +187,5 @@ def test_it_learns_which_class_is_which() -> None:
     times = torch.ones(2)
     with torch.no_grad():
         clean = flow.clean_from_velocity(noise, unet(noise, times, torch.tensor([0, 1])), times)
-    torch.testing.assert_close(clean, torch.cat([-blob, blob]), atol=0.25, rtol=0)
+    likeness = torch.cosine_similarity(clean.flatten(1), torch.cat([-blob, blob]).flatten(1))
+    assert likeness.min() > 0.9
