@@ -10,28 +10,22 @@ from __future__ import annotations
 
 import argparse
 
+from ldm_vae.commands import config_arguments
+
 SUMMARY = "measure reconstructions: PSNR, SSIM, LPIPS, rate, and a linear baseline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="a YAML file; key=value settings alone do as well")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
-    parser.add_argument("--print-config", action="store_true", help="print the configuration and leave")
+    config_arguments.add_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a result of other settings")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae import config as configuration
     from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate, markdown
 
-    path, overrides = args.config, args.overrides
-    if path is not None and "=" in path:
-        path, overrides = None, [path, *overrides]
-    if args.print_config:
-        overrides = ["autoencoder=AUTOENCODER", "output=OUTPUT", *overrides]
-        print(configuration.to_yaml(configuration.load(EvaluateConfig, path, overrides)), end="")
+    config = config_arguments.load(args, EvaluateConfig)
+    if config is None:
         return 0
-    config = configuration.load(EvaluateConfig, path, overrides)
     results = evaluate(config, overwrite=args.overwrite)
     print(f"{config.output}:\n\n{markdown(results)}", end="")
     return 0

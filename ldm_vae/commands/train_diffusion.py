@@ -11,22 +11,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm_vae.commands import training_arguments
+from ldm_vae.commands import config_arguments
 
 SUMMARY = "train a latent U-Net on latent shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    training_arguments.add_arguments(parser, example="configs/diffusion_small.yaml")
+    config_arguments.add_arguments(
+        parser,
+        example="configs/diffusion_small.yaml",
+        dry_run="build everything, do one step on random data, print parameters, GMACs, shapes and memory",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae import config as configuration
     from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents
 
-    config = training_arguments.load(args, TrainDiffusionConfig)
-    if args.print_config:
-        print(configuration.to_yaml(config), end="")
+    config = config_arguments.load(args, TrainDiffusionConfig)
+    if config is None:
         return 0
 
     from ldm_vae.training.engine import make_accelerator
