@@ -12,7 +12,7 @@ from PIL import Image
 from ldm_vae import compat
 
 compat.repair_torchvision()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
 
 
 @pytest.fixture(scope="session")
