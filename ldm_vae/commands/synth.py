@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise UserError(f"--workers: {args.workers} processes; give 1 or more")
     try:
-        config = SyntheticConfig(args.count, args.seed, args.resolution, args.defects)
+        config = SyntheticConfig(count=args.count, seed=args.seed, resolution=args.resolution, defects=args.defects)
     except ValueError as error:
         raise UserError(str(error).replace("synthetic.", "--")) from error
     out = Path(args.out)

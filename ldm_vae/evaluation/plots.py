@@ -100,7 +100,8 @@ def autoencoder_panels(metrics: Mapping[str, Curve], rate_target_nats: float | N
         if key.startswith("loss/"):
             name = key.removeprefix("loss/").replace("_", " ")
             caption = "A further loss term, logged without its weight."
-            panels.append(Panel(f"{name.capitalize()} loss", "unweighted", caption, metrics[key]))
+            title = name.upper() if len(name) <= 3 else name.capitalize()
+            panels.append(Panel(f"{title} loss", "unweighted", caption, metrics[key]))
     panels += [
         Panel(
             "Weight of the KL term",

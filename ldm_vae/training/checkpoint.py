@@ -107,9 +107,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyper-parameters stay those of the optimizer."""
+    """The inverse of `optimizer_tensors`; hyper-parameters stay those of the optimizer.
+
+    Moments get the memory format of their parameters: the fused kernels walk all of them in storage order, so the
+    moments of a channels_last weight would be applied to the wrong elements, without a word.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
