@@ -24,9 +24,14 @@ def provenance_lines(record: dict) -> list[str]:
     versions = record["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("commit", "machine"))
     return [
-        f"- command: `ldm-vae {shlex.join(record['command'][1:])}`",
+        f"- command: `ldm-vae {shlex.join(map(without_folder, record['command'][1:]))}`",
         f"- {record['started'][:10]}, {versions['machine']}; {packages}",
     ]
+
+
+def without_folder(word: str) -> str:
+    """A path outside the repository is reduced to its last part: where it lies is nobody's business."""
+    return re.sub(r"(^|=)(?:\.\.|~|/)[^\s]*/", r"\1", word)
 
 
 def evaluation_section(folder: Path) -> list[str]:

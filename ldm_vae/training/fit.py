@@ -83,7 +83,7 @@ def fit(
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"step {step + 1}: out of memory; lower phases.*.micro_batch (the result stays the same), then "
+            f"step {step}: out of memory; lower phases.*.micro_batch (the result stays the same), then "
             "phases.*.crop or phases.*.size, or set training.gradient_checkpointing=true"
         ) from error
     finally:

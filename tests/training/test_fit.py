@@ -175,6 +175,15 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path):
     assert not torch.equal(*(weights(tmp_path / "run")[name] for name in ("0.weight", "ema.0.weight")))
 
 
+def test_out_of_memory_names_the_keys_to_lower(tmp_path, monkeypatch):
+    def update(self, step, batch, engine):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(toy.ToyModel, "update", update)
+    with pytest.raises(UserError, match=r"step 1: out of memory; lower phases.*micro_batch"):
+        toy.main(str(tmp_path / "run"))
+
+
 def test_batches_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(UserError, match="multiple of 3"):
         toy.main(str(tmp_path / "run"), "micro=3")
