@@ -42,6 +42,7 @@ def fit(
     first_step, seconds_before = restore(model, engine, averages, run)
     if first_step >= plan.steps and (run.path / provenance.RUN_RECORD).exists():
         accelerator.print(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
+        engine.close()
         return 0
     if accelerator.is_main_process:
         run.keep_metrics_until(first_step)
@@ -88,6 +89,7 @@ def fit(
         ) from error
     finally:
         tracker.close()
+        engine.close()
     return 0
 
 

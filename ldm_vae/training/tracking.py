@@ -121,4 +121,3 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
