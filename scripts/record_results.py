@@ -50,7 +50,7 @@ def chain_section(root: Path) -> list[str]:
         *rows,
         f"| sum | {total:.0f} |",
         "",
-        "Time inside each command; starting Python six times adds about half a minute.",
+        "Time inside each command, the start of Python not counted.",
         *provenance_lines(records[0])[1:],
     ]
 

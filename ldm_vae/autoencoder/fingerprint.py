@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -16,12 +17,29 @@ def architecture(autoencoder: Any) -> dict[str, Any]:
     return {"class": type(autoencoder).__name__, "config": settings}
 
 
+def _identity(autoencoder: Any) -> dict[str, Any]:
+    """The architecture without settings at their defaults: one that a later release adds changes no fingerprint."""
+    parameters = inspect.signature(type(autoencoder).__init__).parameters
+    described = architecture(autoencoder)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    described["config"] = {
+        key: value
+        for key, value in described["config"].items()
+        if key not in defaults or canonical_json(value) != canonical_json(_plain(defaults[key]))
+    }
+    return described
+
+
+def _plain(default: Any) -> Any:
+    return None if default is inspect.Parameter.empty else default
+
+
 def fingerprint(autoencoder: Any) -> str:
     """`sha256:HEX` over the architecture and every tensor (name, shape, float32 bytes), in sorted order.
 
     Casting to a lower precision changes the weights, so it changes the fingerprint; saving and loading does not.
     """
-    digest = hashlib.sha256(canonical_json(architecture(autoencoder)).encode())
+    digest = hashlib.sha256(canonical_json(_identity(autoencoder)).encode())
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())

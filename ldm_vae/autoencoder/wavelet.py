@@ -22,6 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.haar import haar_forward
@@ -163,6 +164,7 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.encoder = Encoder(encoder_channels, encoder_blocks, haar_levels, latent_channels)
         self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels)
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
         """Images (n, 3, h, w) in [-1, 1] -> posterior over latents (n, c, h/8, w/8). h and w divisible by 8."""
         mean, logvar = self.encoder(x).chunk(2, dim=1)
@@ -176,6 +178,7 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         logvar = LOGVAR_CEILING - F.softplus(LOGVAR_CEILING - logvar.float())
         return floor + F.softplus(logvar - floor)
 
+    @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         """Latents (n, c, h, w) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped."""
         image = self.decoder(z)

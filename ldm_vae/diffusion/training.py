@@ -196,8 +196,9 @@ def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
 
 
 def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:
-    """The first samples of a dataset as tensors."""
-    samples = [dataset.sample(index, index) for index in range(min(count, len(dataset)))]
+    """At most `count` samples as tensors, evenly spread: a folder is often sorted by class."""
+    count = min(count, len(dataset))
+    samples = [dataset.sample(index * len(dataset) // count, index) for index in range(count)]
     return {
         "latent": torch.stack([sample["latent"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),

@@ -117,6 +117,16 @@ def test_the_fingerprint_sees_one_changed_weight_and_the_architecture():
     assert fingerprint(model) != before
 
 
+def test_the_fingerprint_sees_settings_but_not_those_that_a_later_release_adds():
+    torch.manual_seed(0)
+    model = build_autoencoder(PICO)
+    before = fingerprint(model)
+    model.register_to_config(scaling_factor=1.0)  # its default
+    assert fingerprint(model) == before
+    model.register_to_config(logvar_floor=-9.0)  # same weights, other latents
+    assert fingerprint(model) != before
+
+
 def test_gradient_checkpointing_changes_nothing():
     torch.manual_seed(0)
     model = build_autoencoder(PICO)
