@@ -44,7 +44,7 @@ def test_no_metrics_file_gives_no_panels(tmp_path: Path) -> None:
 def test_both_loss_terms_have_their_own_panel_and_the_kl_is_in_bits() -> None:
     metrics = {"loss/l1": curve([0.5, 0.2]), "loss/kl": curve([1.0, 2.0]), "loss/mse": curve([0.1, 0.1])}
     panels = {panel.title: panel for panel in plots.autoencoder_panels(metrics, rate_target_nats=2.5)}
-    assert list(panels) == ["Reconstruction loss", "KL loss, as a rate", "Mse loss"]
+    assert list(panels) == ["Reconstruction loss", "KL loss, as a rate", "MSE loss"]
     rate = panels["KL loss, as a rate"]
     assert rate.train is not None
     assert rate.train.values.tolist() == pytest.approx([1 / math.log(2), 2 / math.log(2)])
