@@ -123,7 +123,8 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> LatentDiffu
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
     pipeline.to(device)
     if config.precision == "bf16":
-        pipeline.to(torch.bfloat16)
+        for module in (pipeline.unet, pipeline.autoencoder):
+            torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of an empty list
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
