@@ -50,7 +50,7 @@ def fit(
     tracker = Tracker(run, accelerator, plan.steps, first_step, seconds_before)
     try:
         with StopRequest(accelerator) as stop:
-            step = first_step
+            step, figures = first_step, {}
             stream = batches(
                 samples,
                 plan,
@@ -72,14 +72,14 @@ def fit(
                     metrics |= tracker.throughput()
                     tracker.log(step, metrics)
                     tracker.show(metrics)
-                look(model, engine, tracker, step, plan.steps)
+                figures = look(model, engine, tracker, step, plan.steps)  # those of the last step stay
                 stopping = stop.agreed(step)
                 if step % config.save_every == 0 or step == plan.steps or stopping:
                     save(model, engine, averages, run, step, tracker.seconds)
                 if stopping and step < plan.steps:
                     tracker.say(f"stopped at step {step} of {plan.steps}; the same command continues")
                     return EXIT_INTERRUPTED
-        finish(model, engine, run, started, tracker.seconds)
+        finish(model, engine, run, started, tracker.seconds, figures)
     except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -93,22 +93,28 @@ def fit(
     return 0
 
 
-def look(model: Model, engine: Engine, tracker: Tracker, step: int, steps: int) -> None:
-    """Held-out figures and a preview picture when they are due, from the EMA weights, on the main process."""
+def look(model: Model, engine: Engine, tracker: Tracker, step: int, steps: int) -> dict[str, float]:
+    """Held-out figures and a preview picture when they are due, from the EMA weights, on the main process.
+
+    Returns: the figures; none where they were not due, or on another process.
+    """
     config = engine.config
     last = step == steps
     validation_due = step % config.validate_every == 0 or last
     preview_due = step % config.preview_every == 0 or last
+    figures: dict[str, float] = {}
     if not (validation_due or preview_due):
-        return
+        return figures
     if engine.accelerator.is_main_process:
         if validation_due:
-            tracker.log_and_say(step, model.validate(engine))
+            figures = model.validate(engine)
+            tracker.log_and_say(step, figures)
         image = model.preview(engine) if preview_due else None
         if image is not None:
             image.save(tracker.run.path / "previews" / f"step-{step:09d}.webp", quality=90)
     engine.accelerator.wait_for_everyone()
     tracker.throughput()  # the time of looking is not training time
+    return figures
 
 
 def report_rejected(parts: Iterable[Any], run: RunDirectory, tracker: Tracker) -> None:
@@ -168,10 +174,12 @@ def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, st
     engine.accelerator.wait_for_everyone()
 
 
-def finish(model: Model, engine: Engine, run: RunDirectory, started: float, seconds: float) -> None:
-    """Export the finished model and write `run.json`."""
+def finish(
+    model: Model, engine: Engine, run: RunDirectory, started: float, seconds: float, figures: dict[str, float]
+) -> None:
+    """Export the finished model and write `run.json`. `figures`: of the last step; none when it was made before."""
     if engine.accelerator.is_main_process:
-        metrics = model.validate(engine)
+        metrics = figures or model.validate(engine)
         model.export(engine, run.path, metrics)
         provenance.write_run_record(
             run.path,

@@ -130,13 +130,15 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps `first_step` ... on `device`. Samples are made in `workers` processes."""
     device = torch.device(device)
-    streamed = isinstance(samples, StreamedSamples)
-    count = None if isinstance(samples, StreamedSamples) else len(samples)
-    keys = _MicroBatchKeys(plan, count, seed, first_step, rank, processes)
+    place = (seed, first_step, rank, processes)
+    source: dict[str, Any]
+    if isinstance(samples, StreamedSamples):
+        source = {"dataset": samples.batches(_MicroBatchKeys(plan, None, *place)), "batch_size": None}
+    else:
+        keys = _MicroBatchKeys(plan, len(samples), *place)
+        source = {"dataset": _Keyed(samples), "batch_sampler": keys}
     loader: DataLoader[Any] = DataLoader(
-        samples.batches(keys) if isinstance(samples, StreamedSamples) else _Keyed(samples),
-        batch_sampler=None if streamed else keys,  # type: ignore[arg-type]
-        batch_size=None if streamed else 1,
+        **source,
         collate_fn=collate,
         num_workers=workers,
         generator=generator(seed, "loader"),  # else every iter() draws from the global generator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,10 +66,6 @@ class Plan:
                     f"batch: {span.global_batch} samples per step do not divide into {processes} process(es) of "
                     f"micro-batches of {span.micro_batch}; choose a multiple of {processes * span.micro_batch}"
                 )
-
-
-def plan_spans(spans: Sequence[Span]) -> Plan:
-    return Plan(tuple(spans))
 
 
 @lru_cache(maxsize=4)
