@@ -127,25 +127,25 @@ class VaeModel:
         self.channels, self.factor = latent_channels(autoencoder), downsampling(autoencoder)
         self.modules: dict[str, nn.Module] = {"autoencoder": ReparameterizedAutoencoder(autoencoder).train()}
         self.loss = ReconstructionLoss(config.loss).to(device)
-        self.rate = RateController(config.rate, steps=config.plan(1).steps, device=device)
+        self.rate = RateController(config.rate, config.plan(1).steps, self.channels, device)
         self.held_out = held_out
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         phase = self.config.phase_at(step)
-        beta = self.rate.beta(step)
         noise = self.posterior_noise(step, batch.global_size, phase.crop, engine.device)
         sums: dict[str, Tensor] = {}
         for part in engine.parts(batch):
             images = pixels.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
             reconstruction, mean, logvar = engine.models["autoencoder"](images, noise[part.rows])
             loss, terms = self.loss(reconstruction, images, step, perceptual_scale=phase.perceptual)
-            terms["kl"] = kl_divergence(mean, logvar).mean()
-            engine.backward(loss + beta * terms["kl"])
-            for name, term in terms.items():
+            kl = kl_divergence(mean, logvar).mean(dim=(0, 2, 3))
+            engine.backward(loss + self.rate.penalty(step, kl))
+            for name, term in (terms | {"kl": kl}).items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / len(batch.parts)
+        beta = self.rate.beta(step)
         norm = engine.optimize("autoencoder", step)
-        kl = engine.mean(sums["kl"])
-        self.rate.observe(step, kl)
+        self.rate.observe(step, kl := engine.mean(sums.pop("kl")))
+        sums["kl"] = kl = kl.mean()
         return {
             **{f"loss/{name}": value for name, value in sums.items()},
             "rate/nats_per_dim": kl,

@@ -40,14 +40,35 @@ def test_a_saved_controller_continues_exactly():
     assert before + run(second, 370, 400) == expected
 
 
-def test_the_integral_does_not_wind_up_at_the_bound():
-    controller = RateController(RateConfig(), steps=100_000)
-    for step in range(5000):  # a KL far below the target for long: beta sits at its minimum
+def test_a_young_encoder_does_not_wind_the_integral_down():
+    controller = RateController(RateConfig(), steps=10_000)
+    for step in range(1500):  # it spends next to nothing yet
         controller.observe(step, torch.tensor(0.01))
-    assert float(controller.beta(5000)) == pytest.approx(1e-7, rel=0.01)
-    for step in range(5000, 5400):
+    assert float(controller.beta(1500)) == pytest.approx(1e-3 * math.exp(-0.5), rel=0.01)
+
+
+def test_an_unreachable_target_is_noticed_and_the_integral_does_not_wind_up_at_the_bound():
+    controller = RateController(RateConfig(), steps=100_000)
+    for step in range(30_000):  # a KL far below the target for good: beta goes to its minimum
+        controller.observe(step, torch.tensor(0.01))
+    assert float(controller.beta(30_000)) == pytest.approx(1e-7, rel=0.01)
+    assert float(controller.pinned_share) > 0.05
+    for step in range(30_000, 30_400):
         controller.observe(step, torch.tensor(50.0))
-    assert float(controller.beta(5400)) > 1e-6
+    assert float(controller.beta(30_400)) > 1e-6
+
+
+def test_free_bits_leave_a_poor_channel_alone():
+    controller = RateController(RateConfig(mode="free_bits", beta=0.1, free_nats=0.25), steps=100, channels=2)
+    for step in range(50):
+        controller.observe(step, torch.tensor([0.1, 1.0]))
+    kl = torch.tensor([0.1, 1.0], requires_grad=True)
+    controller.penalty(50, kl).backward()
+    assert kl.grad is not None
+    assert kl.grad.tolist() == pytest.approx([0.0, 0.05])
+    again = RateController(controller.config, steps=100, channels=2)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert torch.equal(again.penalty(50, kl), controller.penalty(50, kl))
 
 
 def test_a_kl_that_is_not_finite_leaves_beta_finite():
