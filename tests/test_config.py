@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.training import TrainVaeConfig
+from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

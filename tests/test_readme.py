@@ -28,7 +28,7 @@ def test_the_two_commands_come_first_and_are_executable():
 
 
 def schema_of(command: str) -> type | None:
-    from ldm_vae.autoencoder.training import TrainVaeConfig
+    from ldm_vae.autoencoder.recipe import TrainVaeConfig
     from ldm_vae.diffusion.training import TrainDiffusionConfig
     from ldm_vae.evaluation.reconstruction import EvaluateConfig
     from ldm_vae.latents.encode import EncodeConfig

@@ -10,6 +10,9 @@ import torch
 
 from ldm_vae.files import canonical_json
 
+DECODER_PARTS = ("decoder", "post_quant_conv", "quantize", "quantizer")
+"""Top-level names of the parameters that act on latents only, in this package and in diffusers."""
+
 
 def architecture(autoencoder: Any) -> dict[str, Any]:
     """The class name and the settings that shape the network (bookkeeping keys that start with `_` left out)."""
@@ -39,8 +42,22 @@ def fingerprint(autoencoder: Any) -> str:
 
     Casting to a lower precision changes the weights, so it changes the fingerprint; saving and loading does not.
     """
+    return _digest(autoencoder, except_parts=())
+
+
+def encoder_fingerprint(autoencoder: Any) -> str:
+    """The same without the tensors that only decode: autoencoders with this in common make the same latents.
+
+    A decoder that was trained further (encoder frozen) keeps it, so latents that exist stay valid with it.
+    """
+    return _digest(autoencoder, except_parts=DECODER_PARTS)
+
+
+def _digest(autoencoder: Any, except_parts: tuple[str, ...]) -> str:
     digest = hashlib.sha256(canonical_json(_identity(autoencoder)).encode())
     for name, tensor in sorted(autoencoder.state_dict().items()):
+        if name.split(".")[0] in except_parts:
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

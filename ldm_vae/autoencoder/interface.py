@@ -1,6 +1,6 @@
-"""How the rest of the package uses any diffusers autoencoder: images in, moments out, latents in, images out.
+"""How the rest of the package uses any autoencoder: images in, moments out, latents in, images out.
 
-Sizes that the downsampling does not divide are padded by replication and cropped back, here and nowhere else.
+Sizes that the downsampling f does not divide are padded by replication and cropped back, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR as DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.deterministic import DeterministicAdapter
+from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.models import downsampling
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+
+
+def is_deterministic(autoencoder: Any) -> bool:
+    """Whether its latents are points: `latent_dist.logvar` is `DETERMINISTIC_LOGVAR` everywhere and means no rate."""
+    if isinstance(autoencoder, AutoencoderWavelet):
+        return bool(autoencoder.config.deterministic)
+    return isinstance(autoencoder, (AutoencoderQuantized, AutoencoderFrozenEncoder, DeterministicAdapter))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -23,7 +35,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 @torch.no_grad()
 def encode_moments(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/8⌉, ⌈w/8⌉), float32."""
+    """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32."""
     images = pad_to_multiple(images.to(autoencoder.dtype), downsampling(autoencoder))
     posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
     return posterior.mean.float(), posterior.logvar.float()
@@ -31,7 +43,7 @@ def encode_moments(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(autoencoder: Any, latents: Tensor) -> Tensor:
-    """Unnormalised latents (n, c, h, w) -> images (n, 3, 8h, 8w), float32, clamped to [-1, 1]."""
+    """Unnormalised latents (n, c, h, w) -> images (n, 3, fh, fw), float32, clamped to [-1, 1]."""
     return autoencoder.decode(latents.to(autoencoder.dtype)).sample.float().clamp(-1, 1)
 
 

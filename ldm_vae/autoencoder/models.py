@@ -1,8 +1,9 @@
-"""Which autoencoder: the settings, and building or loading one. The only place that chooses between architectures."""
+"""Which autoencoder: the settings, and building or loading one. The only place that chooses between kinds."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,11 @@ compat.repair_torchvision()
 import diffusers
 from diffusers import AutoencoderKL
 
+from ldm_vae.autoencoder.deterministic import ADAPTED
+from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
 
 WAVELET_PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "pico": {
@@ -52,13 +57,49 @@ SD_PRESETS: dict[str, tuple[int, ...]] = {
 }
 
 
+MAXIMUM_CODES = 2**20
+
+OWN_CLASSES: dict[str, Any] = {
+    model.__name__: model for model in (AutoencoderWavelet, AutoencoderQuantized, AutoencoderFrozenEncoder)
+}
+
+USED_BY: dict[str, str] = {
+    "codebook_size": "vq",
+    "codebook": "vq",
+    "fsq_levels": "fsq",
+    "encoder": "frozen",
+    "residual_channels": "frozen",
+}
+"""Setting -> the kind that it is for."""
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd."""
+    """Kind and architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd.
+
+    Args:
+        architecture: "sd" is for kind "kl" only.
+        preset: sizes of encoder and decoder.
+        latent_channels: channels of the latent; for "fsq" as many as there are levels; for "frozen" they follow from
+            `encoder` and `residual_channels`, so that this stays at its default.
+        kind: what the latent is. "kl": a posterior held to a rate. "ae": a point, unregularised. "vq": one of a
+            codebook's vectors. "fsq": rounded channels. "frozen": the features of a pretrained vision transformer.
+        codebook_size: "vq": number of codes, default 1024.
+        codebook: "vq": "rotation" (default), learnt by gradient; "ema", a moving average of the latents.
+        fsq_levels: "fsq": levels of each channel, from 3 on, default 8, 5, 5, 5 (1000 codes).
+        encoder: "frozen": local directory or hub id of a DINOv2 or DINOv3 vision transformer in safetensors.
+        residual_channels: "frozen": channels that a small learnt encoder adds to the features.
+    """
 
     architecture: Literal["wavelet", "sd"] = "wavelet"
     preset: str = "nano"
     latent_channels: int = 4
+    kind: Literal["kl", "ae", "vq", "fsq", "frozen"] = "kl"
+    codebook_size: int | None = None
+    codebook: Literal["rotation", "ema"] | None = None
+    fsq_levels: list[int] | None = None
+    encoder: str | None = None
+    residual_channels: int = 0
 
     def __post_init__(self) -> None:
         presets = WAVELET_PRESETS if self.architecture == "wavelet" else SD_PRESETS
@@ -69,38 +110,126 @@ class AutoencoderConfig:
             )
         if not 1 <= self.latent_channels <= 256:
             raise UserError(f"autoencoder.latent_channels: {self.latent_channels} is not between 1 and 256")
+        if self.architecture == "sd" and self.kind != "kl":
+            raise UserError(
+                f"autoencoder.kind: {self.kind} is built with architecture=wavelet only; set that, or kind=kl"
+            )
+        for name, kind in USED_BY.items():
+            if self.kind != kind and getattr(self, name) not in (None, 0):
+                raise UserError(
+                    f"autoencoder.{name}: has no effect with autoencoder.kind={self.kind}; remove it, or set {kind}"
+                )
+        check = {"vq": self._check_vq, "fsq": self._check_fsq, "frozen": self._check_frozen}.get(self.kind)
+        if check is not None:
+            check()
+
+    def _check_vq(self) -> None:
+        if self.codebook_size is not None and not 2 <= self.codebook_size <= MAXIMUM_CODES:
+            raise UserError(
+                f"autoencoder.codebook_size: {self.codebook_size} is not between 2 and {MAXIMUM_CODES}; try 1024"
+            )
+
+    def _check_fsq(self) -> None:
+        levels = self.levels
+        if len(levels) != self.latent_channels:
+            raise UserError(
+                f"autoencoder.fsq_levels: has {len(levels)} entries for {self.latent_channels} latent channels; "
+                f"give one level a channel, or set autoencoder.latent_channels={len(levels)}"
+            )
+        if min(levels) < 3 or math.prod(levels) > MAXIMUM_CODES:
+            raise UserError(
+                f"autoencoder.fsq_levels: {list(levels)} is not from 3 on with a product up to {MAXIMUM_CODES}; "
+                "try 8, 5, 5, 5"
+            )
+
+    def _check_frozen(self) -> None:
+        if not self.encoder:
+            raise UserError(
+                "autoencoder.encoder: kind=frozen needs one; give the directory or hub id of a DINOv2 or DINOv3 "
+                "vision transformer, such as facebook/dinov2-with-registers-small"
+            )
+        if not 0 <= self.residual_channels <= 256:
+            raise UserError(f"autoencoder.residual_channels: {self.residual_channels} is not between 0 and 256")
+        if self.latent_channels != type(self).latent_channels:
+            raise UserError(
+                "autoencoder.latent_channels: has no effect with autoencoder.kind=frozen, where the encoder sets it; "
+                "remove it, or set autoencoder.residual_channels"
+            )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels of each channel, "fsq"."""
+        return tuple(self.fsq_levels or (8, 5, 5, 5))
 
 
 def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Any:
-    """A new autoencoder with random weights, float32, channels_last. Seed torch before for reproducible weights."""
-    if config.architecture == "wavelet":
-        model: Any = AutoencoderWavelet(
-            latent_channels=config.latent_channels, logvar_floor=logvar_floor, **WAVELET_PRESETS[config.preset]
+    """A new autoencoder with random weights, float32, channels_last. Seed torch before for reproducible weights.
+
+    `logvar_floor` is for kind "kl" with architecture "wavelet". Kind "frozen" reads its encoder here, from disk or,
+    when it is a hub id, from the hub; its statistics are still to be fitted.
+    """
+    if config.architecture == "sd":
+        model = _build_sd(config)
+    elif config.kind in ("vq", "fsq"):
+        model = AutoencoderQuantized(
+            kind=config.kind,  # type: ignore[arg-type]
+            latent_channels=config.latent_channels,
+            codebook_size=config.codebook_size or 1024,
+            codebook=config.codebook or "rotation",
+            fsq_levels=config.levels,
+            **WAVELET_PRESETS[config.preset],
+        )
+    elif config.kind == "frozen":
+        model = _build_frozen(config)
+    elif config.kind == "ae":
+        model = AutoencoderWavelet(
+            latent_channels=config.latent_channels, deterministic=True, **WAVELET_PRESETS[config.preset]
         )
     else:
-        widths = SD_PRESETS[config.preset]
-        model = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=widths,
-            layers_per_block=2 if config.preset == "sd" else 1,
-            latent_channels=config.latent_channels,
-            norm_num_groups=min(32, widths[0] // 2),
-            sample_size=512,
-            scaling_factor=1.0,
+        model = AutoencoderWavelet(
+            latent_channels=config.latent_channels, logvar_floor=logvar_floor, **WAVELET_PRESETS[config.preset]
         )
     return model.to(memory_format=torch.channels_last)
+
+
+def _build_sd(config: AutoencoderConfig) -> Any:
+    widths = SD_PRESETS[config.preset]
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=2 if config.preset == "sd" else 1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=min(32, widths[0] // 2),
+        sample_size=512,
+        scaling_factor=1.0,
+    )
+
+
+def _build_frozen(config: AutoencoderConfig) -> AutoencoderFrozenEncoder:
+    """The preset's layers and one more stage at h/16: as wide for the residual encoder, twice for the decoder."""
+    preset = WAVELET_PRESETS[config.preset]
+    encoder, decoder = preset["encoder_channels"], preset["decoder_channels"]
+    return AutoencoderFrozenEncoder.from_encoder(
+        str(config.encoder),
+        residual_channels=config.residual_channels,
+        encoder_channels=(*encoder, encoder[-1]),
+        encoder_blocks=(*preset["encoder_blocks"], preset["encoder_blocks"][-1]),
+        decoder_channels=(2 * decoder[0], *decoder),
+        decoder_blocks=(preset["decoder_blocks"][0], *preset["decoder_blocks"]),
+    )
 
 
 def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, channels_last.
 
     A run directory of `train-vae` works too: its `autoencoder/` is taken. Weights come from safetensors only.
+    diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
 
     Raises:
-        UserError: naming the path, when it holds no autoencoder that encodes to a latent distribution.
+        UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1].
     """
     directory = Path(path)
     if not directory.exists() and (str(path).count("/") != 1 or str(path).startswith(".")):
@@ -131,8 +260,13 @@ def _model_class(path: str | Path) -> Any:
     else:
         config = AutoencoderKL.load_config(str(path))
     name = str(config.get("_class_name"))
-    if name == AutoencoderWavelet.__name__:
-        return AutoencoderWavelet
+    if name in OWN_CLASSES or name in ADAPTED:
+        return OWN_CLASSES.get(name) or ADAPTED[name]
+    if name == "AutoencoderRAE":
+        raise UserError(
+            f"{path}: AutoencoderRAE works at one image size only and on [0, 1]; "
+            "train one for any size with autoencoder.kind=frozen"
+        )
     model_class = getattr(diffusers, name, None)
     if not name.startswith("Autoencoder") or model_class is None:
         raise UserError(f"{path}/config.json: _class_name {name!r} is no autoencoder of this package or of diffusers")
@@ -141,12 +275,15 @@ def _model_class(path: str | Path) -> Any:
 
 def latent_channels(autoencoder: Any) -> int:
     """Channels of the latent."""
-    return int(autoencoder.config.latent_channels)
+    return int(getattr(autoencoder.config, "vq_embed_dim", None) or autoencoder.config.latent_channels)
 
 
 def downsampling(autoencoder: Any) -> int:
     """Image pixels per latent position along one side (8 for every f8 autoencoder)."""
-    if isinstance(autoencoder, AutoencoderWavelet):
+    if isinstance(autoencoder, AutoencoderFrozenEncoder):
+        return DOWNSAMPLING
+    if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderQuantized)):
         return 8
-    widths = getattr(autoencoder.config, "block_out_channels", None)
+    config = autoencoder.config
+    widths = getattr(config, "block_out_channels", None) or getattr(config, "encoder_block_out_channels", None)
     return 2 ** (len(widths) - 1) if widths else 8

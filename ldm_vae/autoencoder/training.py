@@ -1,11 +1,9 @@
-"""How an autoencoder is trained: its configuration and its `update()`."""
+"""How an autoencoder is trained: `VaeModel.update()` is all the mathematics of one optimizer step."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,188 +11,271 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.adversarial.game import Game
+from ldm_vae.autoencoder.fine_tuning import encoder_is_frozen, select_trained, start_from
+from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.interface import reconstruct
-from ldm_vae.autoencoder.loss import LossConfig, ReconstructionLoss
-from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, latent_channels
-from ldm_vae.autoencoder.rate import (
-    RateConfig,
-    RateController,
-    bits_per_dimension,
-    bits_per_pixel,
-    kl_divergence,
-)
+from ldm_vae.autoencoder.loss import ReconstructionLoss
+from ldm_vae.autoencoder.models import build_autoencoder, downsampling, latent_channels
+from ldm_vae.autoencoder.previews import PREVIEW_IMAGES, preview_sheet
+from ldm_vae.autoencoder.quantized import codebook_usage
+from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
+from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.record import write_record
+from ldm_vae.autoencoder.reparameterized import Pass, ReparameterizedAutoencoder, channel_masks, shrink
+from ldm_vae.autoencoder.training_data import HeldOut
 from ldm_vae.data import pixels
-from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import ImageSamples, to_tensor
-from ldm_vae.data.sources import DataConfig, open_source
-from ldm_vae.data.split import subset
-from ldm_vae.data.stream import StreamSamples, open_stream
-from ldm_vae.data.transforms import CropConfig, cover_crop, random_crop
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_json
+from ldm_vae.files import publish_directory, temporary_directory
 from ldm_vae.random import generator, numpy_rng
-from ldm_vae.training.engine import Engine, TrainingConfig
+from ldm_vae.training.engine import Engine
 from ldm_vae.training.loader import Batch
-from ldm_vae.training.schedule import Plan, Span
+
+SMALLEST_PERCEPTUAL_SIDE = 48
+SMALLEST_LATENT_SIDE = 4
+QUANTIZER_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
+"""van den Oord et al., arXiv:1711.00937, eq. 3."""
+ALARMS_FROM = 0.2
+"""Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
+BEFORE_GAME = "autoencoder-before-game"
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stretch of the run. Small crops first are cheap; larger ones in the last part teach the context.
+class Draws:
+    """What is random in one step, for the whole global batch: splitting the batch changes nothing."""
 
-    Args:
-        steps: optimizer steps.
-        crop: side of the square training crops in pixels, divisible by 8.
-        batch: images per step over all processes.
-        micro_batch: images per forward pass of a process; null: its whole share.
-        perceptual: multiplies the weight loss.perceptual in this phase; 0 saves its cost.
-    """
-
-    steps: int = 1000
-    crop: int = 64
-    batch: int = 32
-    micro_batch: int | None = None
-    perceptual: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.crop < 16 or self.crop % 8:
-            raise UserError(f"phases: crop {self.crop} is not a multiple of 8 from 16 on; use 64, 128, 192, 256 ...")
-        if self.steps < 1 or self.batch < 1:
-            raise UserError("phases: steps and batch are at least 1")
+    noise: Tensor
+    kept: Tensor | None
+    latent_side: int | None
+    chance: Tensor | None
 
 
-@dataclass(frozen=True)
-class TrainVaeConfig:
-    """`ldm-vae train-vae`: everything that a run depends on."""
+class Sums:
+    """Means over the micro-batches of a step, name by name, detached, on the device."""
 
-    output: str = "???"
-    data: DataConfig = field(default_factory=DataConfig)
-    crop: CropConfig = field(default_factory=CropConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    rate: RateConfig = field(default_factory=RateConfig)
-    phases: list[Phase] = field(default_factory=lambda: [Phase()])
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    held_out_resolution: int = 256
-    held_out_images: int = 16
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.values: dict[str, Tensor] = {}
 
-    def __post_init__(self) -> None:
-        if not self.phases:
-            raise UserError("phases: at least one is needed")
-
-    def plan(self, processes: int) -> Plan:
-        return Plan(
-            tuple(
-                Span(phase.steps, phase.batch, phase.micro_batch or max(1, phase.batch // processes), phase.crop)
-                for phase in self.phases
-            )
-        )
-
-    def phase_at(self, step: int) -> Phase:
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase
-            step -= phase.steps
-        return self.phases[-1]
-
-
-class ReparameterizedAutoencoder(nn.Module):
-    """Encoder, sampling and decoder in one forward, so that the data-parallel wrapper sees all of it."""
-
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__()
-        self.autoencoder: Any = autoencoder
-
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (n, 3, h, w), standard normal noise (n, c, h/8, w/8) -> reconstruction, mean, log-variance."""
-        posterior = self.autoencoder.encode(images).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + torch.exp(0.5 * logvar) * noise
-        return self.autoencoder.decode(latents).sample, mean, logvar
+    def add(self, terms: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        for name, term in terms.items():
+            value = term.detach() * (weight / self.parts)
+            self.values[name] = self.values[name] + value if name in self.values else value
 
 
 class VaeModel:
-    """Stage 1 for `fit()`: minimise reconstruction terms + beta * KL, all means per element."""
+    """Stage 1 for `fit()`: reconstruction terms + beta * KL [+ quantizer terms] [+ weight * adversarial], all means."""
 
-    def __init__(self, config: TrainVaeConfig, held_out: Tensor | None, device: torch.device | str = "cpu") -> None:
-        """`held_out`: images (n, 3, h, w) in [-1, 1] for validation and previews, on the CPU."""
-        self.config = config
-        torch.manual_seed(config.training.seed)
-        autoencoder = build_autoencoder(config.autoencoder, logvar_floor=config.rate.logvar_floor)
+    def __init__(self, config: TrainVaeConfig, held_out: HeldOut | None, device: torch.device | str = "cpu") -> None:
+        """Builds every network with random weights, or `config.initial`'s; a checkpoint replaces them later."""
+        self.config, self.held_out = config, held_out
+        steps, seed = config.plan(1).steps, config.training.seed
+        torch.manual_seed(seed)
+        if config.initial is None:
+            autoencoder = build_autoencoder(config.autoencoder, logvar_floor=config.rate.logvar_floor)
+        else:
+            autoencoder = start_from(config.initial)
+        select_trained(autoencoder, config.train)
         if config.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
+        self.autoencoder: Any = autoencoder
         self.channels, self.factor = latent_channels(autoencoder), downsampling(autoencoder)
-        self.modules: dict[str, nn.Module] = {"autoencoder": ReparameterizedAutoencoder(autoencoder).train()}
+        self.check_sizes()
+        trained = ReparameterizedAutoencoder(autoencoder.train(), encoder_is_frozen(autoencoder))
+        self.has_rate = not (trained.deterministic or trained.encoder_frozen)
+        self.modules: dict[str, nn.Module] = {"autoencoder": trained}
+        self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.loss = ReconstructionLoss(config.loss).to(device)
-        self.rate = RateController(config.rate, config.plan(1).steps, self.channels, device)
-        self.held_out = held_out
+        self.rate = RateController(config.rate, steps, self.channels, device)
+        self.game: Game | None = None
+        self.before_game: dict[str, Tensor] = {}
+        if config.adversarial.loss != "off":
+            self.game = Game(config.adversarial, steps, seed, device)
+            self.modules["discriminator"] = self.game.discriminator()
+            settings = {"learning_rate": config.adversarial.learning_rate, "betas": (0.5, 0.9), "weight_decay": 0.0}
+            self.optimizer_settings["discriminator"] = settings
+        self._raised: set[str] = set()
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
-        phase = self.config.phase_at(step)
-        noise = self.posterior_noise(step, batch.global_size, phase.crop, engine.device)
-        sums: dict[str, Tensor] = {}
+        phase, draws, sums = self.config.phase_at(step), self.draws(step, batch, engine.device), Sums(len(batch.parts))
+        game = self.game if self.game and draws.latent_side is None else None
+        if self.game and step == self.game.engage:
+            self.before_game = {name: value.clone() for name, value in self.averaged(engine).state_dict().items()}
+        pairs: list[tuple[Tensor, Tensor]] = []
         for part in engine.parts(batch):
             images = pixels.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
-            reconstruction, mean, logvar = engine.models["autoencoder"](images, noise[part.rows])
-            loss, terms = self.loss(reconstruction, images, step, perceptual_scale=phase.perceptual)
-            kl = kl_divergence(mean, logvar).mean(dim=(0, 2, 3))
-            engine.backward(loss + self.rate.penalty(step, kl))
-            for name, term in (terms | {"kl": kl}).items():
-                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / len(batch.parts)
+            kept = None if draws.kept is None else draws.kept[part.rows]
+            made: Pass = engine.models["autoencoder"](images, draws.noise[part.rows], kept, draws.latent_side)
+            side = made.reconstruction.shape[-1]
+            targets = shrink(images, side)
+            perceptual = phase.perceptual if side >= SMALLEST_PERCEPTUAL_SIDE else 0.0
+            reconstruction_loss, terms = self.loss(made.reconstruction, targets, step, perceptual)
+            total = reconstruction_loss + sum(QUANTIZER_WEIGHTS[name] * term for name, term in made.losses.items())
+            if self.has_rate:
+                kl = kl_divergence(made.mean, made.logvar).mean(dim=(0, 2, 3))
+                total = total + self.rate.penalty(step, kl)
+                sums.add({"kl": kl})
+            if game and game.acts(step):
+                assert draws.chance is not None
+                with engine.accelerator.autocast():
+                    adversarial = game.decoder_term(
+                        engine.modules["discriminator"], made.reconstruction, targets, draws.chance[part.rows]
+                    )
+                if game.measures(step):
+                    sums.add({"norms": squared_gradients(reconstruction_loss, adversarial, made.reconstruction)})
+                total = total + game.weight(step) * adversarial
+                terms["adversarial"] = adversarial
+            engine.backward(total)
+            sums.add({f"loss/{name}": term for name, term in (terms | made.losses).items()})
+            sums.add({"reconstruction": reconstruction_loss})
+            pairs.append((made.reconstruction.detach(), targets))
+        metrics = {"optim/grad_norm": engine.optimize("autoencoder", step)}
+        if self.has_rate:
+            metrics |= self.observe_rate(step, engine.mean(sums.values.pop("kl")))
+        if game:
+            metrics |= self.observe_game(step, sums.values, engine)
+            if game.learns(step):
+                metrics |= self.update_discriminator(step, batch, pairs, draws, engine)
+        sums.values.pop("reconstruction")
+        if (step + 1) % engine.config.log_every == 0:
+            metrics |= self.health(made)
+        return sums.values | metrics
+
+    def update_discriminator(
+        self, step: int, batch: Batch, pairs: list[tuple[Tensor, Tensor]], draws: Draws, engine: Engine
+    ) -> dict[str, Tensor]:
+        """The discriminator's own step, on the reconstructions that the decoder's step made."""
+        assert self.game is not None and draws.chance is not None
+        sums = Sums(len(batch.parts))
+        for part, (fake, real) in zip(engine.parts(batch), pairs):
+            terms = self.game.discriminator_terms(
+                engine.models["discriminator"], fake, real, draws.chance[part.rows], step
+            )
+            engine.backward(self.game.discriminator_total(terms))
+            sums.add({f"adversarial/{name}": term for name, term in terms.items()})
+        return sums.values | {"optim/discriminator_grad_norm": engine.optimize("discriminator", step)}
+
+    def observe_rate(self, step: int, kl: Tensor) -> dict[str, Tensor]:
+        """Move beta by the KL per channel (c,) of the whole batch; the figures to log."""
         beta = self.rate.beta(step)
-        norm = engine.optimize("autoencoder", step)
-        self.rate.observe(step, kl := engine.mean(sums.pop("kl")))
-        sums["kl"] = kl = kl.mean()
+        self.rate.observe(step, kl)
+        nats = kl.mean()
         return {
-            **{f"loss/{name}": value for name, value in sums.items()},
-            "rate/nats_per_dim": kl,
-            "rate/bits_per_dim": bits_per_dimension(1.0) * kl,
-            "rate/bits_per_pixel": bits_per_pixel(1.0, self.channels, self.factor) * kl,
+            "loss/kl": nats,
+            "rate/nats_per_dim": nats,
+            "rate/bits_per_dim": bits_per_dimension(1.0) * nats,
+            "rate/bits_per_pixel": bits_per_pixel(1.0, self.channels, self.factor) * nats,
             "rate/beta": beta,
-            "optim/grad_norm": norm,
         }
 
-    def posterior_noise(self, step: int, count: int, crop: int, device: torch.device) -> Tensor:
-        """Drawn for the whole global batch, the same on every process: splitting the batch changes nothing."""
-        shape = (count, self.channels, crop // self.factor, crop // self.factor)
-        rng = generator(self.config.training.seed, "posterior", step, device=device)
-        return torch.randn(shape, generator=rng, device=device)
+    def observe_game(self, step: int, sums: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+        """Calibrate and guard; on log steps, bring the weights before the game back when it went too far."""
+        assert self.game is not None
+        if "norms" in sums:
+            self.game.observe_ratio(engine.mean(sums.pop("norms")))
+        self.game.observe_loss(step, engine.mean(sums["reconstruction"]))
+        if (step + 1) % engine.config.log_every == 0 and self.before_game and self.game.must_restore():
+            for autoencoder in (self.autoencoder, self.averaged(engine)):
+                autoencoder.load_state_dict(self.before_game)
+            engine.forget_moments("autoencoder")
+            self.game.restored()
+        return self.game.figures(step)
+
+    def health(self, made: Pass) -> dict[str, Tensor]:
+        """The cheap part of the health report, from the last micro-batch of this process."""
+        if made.indices is not None:
+            usage = codebook_usage(made.indices, self.autoencoder.codebook_size)
+            return {f"codebook/{name}": torch.tensor(value, device=made.mean.device) for name, value in usage.items()}
+        return batch_health(made.mean, made.logvar) if self.has_rate else {}
+
+    def draws(self, step: int, batch: Batch, device: torch.device) -> Draws:
+        """Posterior noise, kept channels, whether and how far to shrink, and the discriminator's augmentation."""
+        seed, latents, count = self.config.training.seed, self.config.latents, batch.global_size
+        side = self.config.phase_at(step).crop // self.factor
+        rng = generator(seed, "posterior", step, device=device)
+        noise = torch.randn((count, self.channels, side, side), generator=rng, device=device)
+        kept, latent_side, chance = None, None, None
+        if latents.nested:
+            rng = generator(seed, "nested", step)
+            kept = channel_masks(list(latents.nested), self.channels, torch.rand(count, generator=rng)).to(device)
+        if latents.scale_equivariance:
+            share, choice = numpy_rng(seed, "scale", step).random(2)
+            if share < latents.scale_equivariance:
+                scale = latents.scales[int(choice * len(latents.scales))]
+                latent_side = max(SMALLEST_LATENT_SIDE, round(scale * side))
+        if self.game:
+            chance = self.game.chance(step, count, device)
+        return Draws(noise, kept, latent_side, chance)
+
+    def check_sizes(self) -> None:
+        """Raises: UserError for crops that the autoencoder cannot take, and for channel counts that it has not."""
+        for phase in self.config.phases:
+            if phase.crop % self.factor:
+                raise UserError(f"phases: crop {phase.crop} is no multiple of {self.factor}, the downsampling")
+        if any(count >= self.channels for count in self.config.latents.nested):
+            raise UserError(f"latents.nested: {list(self.config.latents.nested)} are not all below {self.channels}")
+
+    @property
+    def measures_before_training(self) -> bool:
+        """The kinds with fixed latent statistics, where they are new."""
+        return self.config.initial is None and hasattr(self.autoencoder, "fit_statistics")
 
     def averaged(self, engine: Engine) -> Any:
         """The autoencoder with EMA weights."""
         return engine.emas["autoencoder"].module.autoencoder
 
+    def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
+        """What is wrong after `step` finished steps, from the metrics of a log step; each is raised once."""
+        steps = self.config.plan(1).steps
+        if step < ALARMS_FROM * steps or not self.has_rate:
+            return []
+        found = training_alarms(
+            dict(metrics),
+            rate_mode=self.config.rate.mode,
+            target_nats=self.config.rate.target_nats,
+            beta=metrics["rate/beta"],
+            pinned_share=float(self.rate.pinned_share),
+            locked=step >= 0.5 * (self.rate.lock_start + steps),
+        )
+        new = [verdict for verdict in found if verdict.name not in self._raised]
+        self._raised |= {verdict.name for verdict in new}
+        return new
+
+    @torch.no_grad()
     def validate(self, engine: Engine) -> dict[str, float]:
-        """PSNR, L1 and rate of decode(mean) on the held-out images, one at a time."""
+        """PSNR and L1 of decode(mean) on held-out images, the rate on held-out training crops."""
         if self.held_out is None:
             return {}
         autoencoder = self.averaged(engine)
         squared, absolute, rate = [], [], []
-        for image in self.held_out.split(1):
+        for image in self.held_out.images.split(1):
             image = image.to(engine.device)
             with engine.accelerator.autocast():
                 difference = reconstruct(autoencoder, image) - image
-                posterior = autoencoder.encode(image).latent_dist
             squared.append((difference.square().mean() / 4).clamp(min=1e-10))
             absolute.append(difference.abs().mean())
-            rate.append(kl_divergence(posterior.mean, posterior.logvar).mean().detach())
-        return {
+        figures = {
             "held_out/psnr": float((-10 * torch.stack(squared).log10()).mean()),
             "held_out/l1": float(torch.stack(absolute).mean()),
-            "held_out/nats_per_dim": float(torch.stack(rate).mean()),
         }
+        if not self.modules["autoencoder"].deterministic:
+            for crops in self.held_out.crops.split(8):
+                with engine.accelerator.autocast():
+                    posterior = autoencoder.encode(crops.to(engine.device)).latent_dist
+                rate.append(kl_divergence(posterior.mean, posterior.logvar).mean(dim=(1, 2, 3)))
+            figures["held_out/nats_per_dim"] = float(torch.cat(rate).mean())
+        return figures
 
+    @torch.no_grad()
     def preview(self, engine: Engine) -> Image.Image | None:
-        """Rows: inputs, reconstructions, difference times 4 on grey."""
+        """Held-out inputs, reconstructions, boosted differences, and what the discriminator says of them."""
         if self.held_out is None:
             return None
-        images = self.held_out[:6].to(engine.device)
+        images = self.held_out.images[:PREVIEW_IMAGES].to(engine.device)
         with engine.accelerator.autocast():
             reconstructions = reconstruct(self.averaged(engine), images)
-        rows = [images, reconstructions, (4 * (reconstructions - images)).clamp(-1, 1)]
-        sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-        return pixels.to_pil(sheet[None].cpu())[0]
+            logits = engine.modules["discriminator"](reconstructions) if self.game else None
+        return preview_sheet(images, reconstructions, logits)
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write `autoencoder/`: a diffusers directory with the EMA weights, and how it was made in training.json."""
@@ -202,16 +283,15 @@ class VaeModel:
         final = directory / "autoencoder"
         temporary = temporary_directory(final)
         autoencoder.save_pretrained(temporary)
-        record = {
-            "fingerprint": fingerprint(autoencoder),
-            "rate": {
-                "mode": self.config.rate.mode,
-                "target_nats": self.config.rate.target_nats,
-                "final_beta": float(self.rate.beta(engine.steps)),
-            },
-            "held_out": dict(metrics),
-        }
-        write_json(temporary / "training.json", record)
+        write_record(
+            temporary,
+            autoencoder,
+            self.config,
+            final_beta=float(self.rate.beta(engine.steps)),
+            pinned_share=float(self.rate.pinned_share),
+            metrics_file=directory / "metrics.jsonl",
+            held_out=metrics,
+        )
         publish_directory(temporary, final)
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
@@ -219,33 +299,24 @@ class VaeModel:
         return {"image": torch.randint(0, 256, (rows.stop - rows.start, 3, size, size), dtype=torch.uint8)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rate": self.rate.state_dict()}
+        game = self.game.state_dict() if self.game else None
+        return {"rate": self.rate.state_dict(), "game": game, "alarms": sorted(self._raised)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {BEFORE_GAME: self.before_game} if self.before_game else {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         self.rate.load_state_dict(state["rate"])
+        if self.game and state["game"]:
+            self.game.load_state_dict(state["game"])
+        self._raised = set(state["alarms"])
+        self.before_game = dict(tensors.get(BEFORE_GAME, {}))
 
 
-def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
-    """Random crops of the training part of the images."""
-    transform, seed, held_out = partial(random_crop, config=config.crop), config.training.seed, config.data.held_out
-    if config.data.streaming:
-        return StreamSamples(open_stream(config.data), transform, seed, held_out=held_out)
-    return ImageSamples(subset(open_source(config.data), "train", held_out), transform, seed)
-
-
-def held_out_images(config: TrainVaeConfig) -> Tensor | None:
-    """A few images of the held-out part, (n, 3, r, r) in [-1, 1]; None when nothing is held out."""
-    count, held_out = config.held_out_images, config.data.held_out
-    if held_out == 0 or count == 0:
-        return None
-    if config.data.streaming:
-        source = open_stream(config.data).take(count, "held_out", held_out)
-    else:
-        source = subset(open_source(config.data), "held_out", held_out)
-    crops: list[Tensor] = []
-    for index in numpy_rng(0, "held_out").permutation(len(source)):
-        with contextlib.suppress(ImageRejected):
-            crops.append(to_tensor(cover_crop(source.read(int(index)), config.held_out_resolution)))
-        if len(crops) == count:
-            break
-    return pixels.from_uint8(torch.stack(crops)) if crops else None
+def squared_gradients(reconstruction: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:
+    """(2,): the squared norm of each loss's gradient at the decoder's output."""
+    norms = [
+        torch.autograd.grad(loss, output, retain_graph=True)[0].float().square().sum()
+        for loss in (reconstruction, adversarial)
+    ]
+    return torch.stack(norms)

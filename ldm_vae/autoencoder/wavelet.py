@@ -1,4 +1,4 @@
-"""`AutoencoderWavelet`: an f8 KL autoencoder that does its work at 1/4 and 1/8 of the resolution.
+"""`AutoencoderWavelet`: an f8 autoencoder that does its work at 1/4 and 1/8 of the resolution.
 
 About 90 times fewer multiplications than the Stable Diffusion autoencoder at the same interface:
 * a Haar transform replaces the encoder's costly first stages (LiteVAE, arXiv:2405.14477);
@@ -8,7 +8,8 @@ About 90 times fewer multiplications than the Stable Diffusion autoencoder at th
 * every upsampling is nearest-neighbour + convolution with replicated borders: a constant latent gives a constant
   image, where pixel-shuffle and wavelet heads leave a grid.
 
-This file owns the network only. It is a diffusers model: `encode(x).latent_dist`, `decode(z).sample`.
+This file owns the network only, and cutting it down to its first latent channels. It is a diffusers model:
+`encode(x).latent_dist`, `decode(z).sample`. The other tokenizers are built from its `Encoder` and `Decoder`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+
+from ldm_vae import compat
+
+compat.repair_torchvision()
+
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -25,7 +31,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.haar import haar_forward
+from ldm_vae.errors import UserError
 
 Padding = Literal["zeros", "replicate"]
 
@@ -77,9 +85,19 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(n, 3, h, w) -> (n, 2c, h/8, w/8): mean and raw log-variance."""
+    """(n, 3, h, w) -> (n, 2c, h/f, w/f): mean and raw log-variance; `deterministic`: (n, c, h/f, w/f), the latents.
 
-    def __init__(self, channels: Sequence[int], blocks: Sequence[int], haar_levels: int, latent_channels: int) -> None:
+    f is 2 ** (haar_levels + stages - 1): the first stage works at the resolution that the Haar transform leaves.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        haar_levels: int,
+        latent_channels: int,
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
         self.haar_levels = haar_levels
         stages: list[nn.Module] = []
@@ -92,7 +110,7 @@ class Encoder(nn.Module):
             stages.append(Stage(resample, width, count, "zeros"))
             previous = width
         self.stages = nn.ModuleList(stages)
-        self.head = convolution(previous, 2 * latent_channels, gain=0.3)
+        self.head = convolution(previous, latent_channels if deterministic else 2 * latent_channels, gain=0.3)
         with torch.no_grad():
             self.head.bias.data[latent_channels:] = INITIAL_LOGVAR  # type: ignore[union-attr]
 
@@ -107,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(n, c, h/8, w/8) -> (n, 3, h, w). `channels` and `blocks` are for the resolutions h/8, h/4, h/2, h."""
+    """(n, c, h/f, w/f) -> (n, 3, h, w). `channels` and `blocks` are for the resolutions h/f, ..., h/2, h."""
 
     def __init__(self, channels: Sequence[int], blocks: Sequence[int], latent_channels: int) -> None:
         super().__init__()
@@ -132,7 +150,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A KL autoencoder with 8x downsampling; any size divisible by 8.
+    """An autoencoder with 8x downsampling, KL-regularised or deterministic; any size divisible by 8.
 
     Args:
         latent_channels: channels c of the latent.
@@ -141,6 +159,7 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         logvar_floor: the log-variance is softly clamped to [logvar_floor, 2]; a rate of R nats per latent dimension
             needs a floor of about -2 (R + 1).
         scaling_factor: 1; diffusers pipelines read it. Normalisation lives with the latents, not here.
+        deterministic: a plain autoencoder: no log-variance head, `latent_dist.logvar` is -30 everywhere.
     """
 
     _supports_gradient_checkpointing = True
@@ -156,21 +175,23 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         decoder_blocks: tuple[int, ...] = (3, 3, 1, 0),
         logvar_floor: float = -7.0,
         scaling_factor: float = 1.0,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         haar_levels = 4 - len(encoder_channels)  # the encoder's stages end at h/8
         if not 1 <= haar_levels <= 2 or len(decoder_channels) != 4:
             raise ValueError("AutoencoderWavelet: needs 2 or 3 encoder stages and 4 decoder stages")
-        self.encoder = Encoder(encoder_channels, encoder_blocks, haar_levels, latent_channels)
+        self.encoder = Encoder(encoder_channels, encoder_blocks, haar_levels, latent_channels, deterministic)
         self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
         """Images (n, 3, h, w) in [-1, 1] -> posterior over latents (n, c, h/8, w/8). h and w divisible by 8."""
+        if self.config.deterministic:
+            return posterior_output(deterministic_posterior(self.encoder(x)), return_dict)
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         moments = torch.cat([mean, self._soft_clamp(logvar)], dim=1)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return posterior_output(DiagonalGaussianDistribution(moments), return_dict)
 
     def _soft_clamp(self, logvar: Tensor) -> Tensor:
         """Bounds with a gradient on both sides: a hard clamp would leave dead positions at its limits."""
@@ -195,3 +216,35 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         posterior = self.encode(sample, return_dict=False)[0]
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
+
+
+@torch.no_grad()
+def narrow_channels(autoencoder: Any, channels: int) -> AutoencoderWavelet:
+    """The smaller autoencoder that keeps the first `channels` latent channels and every other weight.
+
+    Exact: its posterior is the first channels of the full one's, and it decodes as the full one decodes the same
+    latents followed by zeros. Useful after training with nested channels (DC-AE 1.5, arXiv:2508.00413).
+
+    Raises:
+        UserError: not an `AutoencoderWavelet`, or not between 1 and its latent channels.
+    """
+    if not isinstance(autoencoder, AutoencoderWavelet):
+        raise UserError(
+            f"{type(autoencoder).__name__}: its channels cannot be cut; train kind kl or ae with architecture wavelet"
+        )
+    settings = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+    present, deterministic = settings["latent_channels"], settings["deterministic"]
+    if not 1 <= channels <= present:
+        raise UserError(f"channels: {channels} is not between 1 and the {present} channels of this autoencoder")
+    narrow = AutoencoderWavelet(**settings | {"latent_channels": channels})
+    rows = list(range(channels))
+    if not deterministic:
+        rows += range(present, present + channels)  # the log-variances follow the means
+    tensors = dict(autoencoder.state_dict())
+    for name in ("encoder.head.weight", "encoder.head.bias"):
+        tensors[name] = tensors[name][rows]
+    tensors["decoder.stages.0.resample.weight"] = tensors["decoder.stages.0.resample.weight"][:, :channels]
+    narrow.load_state_dict(tensors)
+    narrow.requires_grad_(any(parameter.requires_grad for parameter in autoencoder.parameters()))
+    narrow = narrow.to(autoencoder.device, autoencoder.dtype).to(memory_format=torch.channels_last)
+    return narrow.train(autoencoder.training)

@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.autoencoder.training import TrainVaeConfig
+    from ldm_vae.autoencoder.recipe import TrainVaeConfig
 
     config = config_arguments.load(args, TrainVaeConfig)
     if config is None:
         return 0
 
-    from ldm_vae.autoencoder.training import VaeModel, held_out_images, training_samples
+    from ldm_vae.autoencoder.training import VaeModel
+    from ldm_vae.autoencoder.training_data import held_out_part, measured_batches, training_samples
     from ldm_vae.training.engine import make_accelerator
     from ldm_vae.training.fit import fit
     from ldm_vae.training.run import RunDirectory
@@ -42,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)
         return dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator)
-    samples, held_out = training_samples(config), held_out_images(config)
+    samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
     model = VaeModel(config, held_out, accelerator.device)
+    if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
+        model.autoencoder.fit_statistics(measured_batches(config))
     plan = config.plan(accelerator.num_processes)
     return fit(model, samples, plan, config.training, run_directory, accelerator)

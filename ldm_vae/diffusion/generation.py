@@ -149,12 +149,13 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     if config.guidance is None:
         settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
     height, width = pipeline.image_size(config.height, config.width)
-    weights = sorted(pipeline_directory(config.model).glob("unet/*.safetensors"))
+    directory = pipeline_directory(config.model)
+    parts = ("unet", "autoencoder")
+    weights = {part: [checksum(path) for path in sorted(directory.glob(f"{part}/*.safetensors"))] for part in parts}
     return settings | {
         "height": height,
         "width": width,
-        "unet": [checksum(path) for path in weights],
-        "autoencoder": pipeline.config["autoencoder_fingerprint"],
+        **weights,
         "scheduler": type(pipeline.scheduler).__name__,
     }
 

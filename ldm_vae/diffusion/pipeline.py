@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae import random
 from ldm_vae.autoencoder import interface
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint as fingerprint_of_encoder
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.data import pixels
 from ldm_vae.diffusion.unet import LatentUNet
@@ -62,7 +62,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         normalizer: dict | None = None,
         latent_size: list | tuple = (64, 64),
         label_names: list | tuple = (),
-        autoencoder_fingerprint: str | None = None,
+        encoder_fingerprint: str | None = None,
     ) -> None:
         """
         Args:
@@ -72,7 +72,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             normalizer: `LatentNormalizer.to_dict()`, required: the statistics the U-Net was trained with.
             latent_size: (h, w) of the latents in training; the size of generated images where none is asked for.
             label_names: One name per class; left out, the classes are called "0", "1", ...
-            autoencoder_fingerprint: Of the autoencoder that made the latents; left out, the given one is trusted.
+            encoder_fingerprint: Of the encoder that made the latents; left out, the given autoencoder is trusted.
 
         Raises:
             UserError: parts that do not belong together: channels, number of labels, another autoencoder.
@@ -89,7 +89,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             normalizer=self.normalizer.to_dict(),
             latent_size=[int(side) for side in latent_size],
             label_names=names,
-            autoencoder_fingerprint=self._check_fingerprint(autoencoder, autoencoder_fingerprint),
+            encoder_fingerprint=self._check_fingerprint(autoencoder, encoder_fingerprint),
         )
 
     @staticmethod
@@ -111,10 +111,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _check_fingerprint(autoencoder: Any, expected: str | None) -> str:
         if expected is not None and autoencoder.dtype != torch.float32:
             return expected  # a cast copy has other weights; `from_pretrained` checks before it casts
-        found = fingerprint(autoencoder)
+        found = fingerprint_of_encoder(autoencoder)
         if expected not in (None, found):
             raise UserError(
-                f"pipeline: autoencoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
+                f"pipeline: encoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
                 "load it with the autoencoder that encoded the latents, or encode and train again"
             )
         return found

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
@@ -92,6 +92,7 @@ class DiffusionModel:
             unet.enable_gradient_checkpointing()
         unet.measure_tokens(self.normalizer.normalize(stack_samples(samples, MEASURED_LATENTS)["latent"]))
         self.modules: dict[str, nn.Module] = {"unet": unet.train()}
+        self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.null_label = unet.null_label
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
@@ -121,6 +122,9 @@ class DiffusionModel:
             return None
         missing = labels < 0 if dropped is None else (labels < 0) | dropped
         return torch.where(missing, self.null_label, labels)
+
+    def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Any]:
+        return []
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> dict[str, float]:
@@ -163,7 +167,7 @@ class DiffusionModel:
             scheduler=flow_scheduler(self.shift),
             normalizer=self.normalizer.to_dict(),
             label_names=list(self.label_names),
-            autoencoder_fingerprint=self.manifest.autoencoder["fingerprint"],
+            encoder_fingerprint=self.manifest.autoencoder["encoder_fingerprint"],
             latent_size=list(self.latent_shape[1:]),
         )
 
@@ -184,14 +188,17 @@ class DiffusionModel:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         pass
 
 
 def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
     """The autoencoder that made the latents. Raises: UserError when it is another one."""
     autoencoder = load_autoencoder(path)
-    manifest.check_autoencoder(fingerprint(autoencoder), where=f"autoencoder={path}")
+    manifest.check_autoencoder(encoder_fingerprint(autoencoder), where=f"autoencoder={path}")
     return autoencoder
 
 

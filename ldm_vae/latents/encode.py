@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.fingerprint import architecture, fingerprint
+from ldm_vae.autoencoder.fingerprint import architecture, encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interface import encode_moments
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
 from ldm_vae.data import pixels
@@ -143,7 +143,11 @@ def prepare(config: EncodeConfig, accelerator: Any) -> Job:
     images = open_images(config.data, config.part)
     side = config.resolution // factor
     origin = Origin(
-        autoencoder={"fingerprint": fingerprint(autoencoder), **architecture(autoencoder)},
+        autoencoder={
+            "fingerprint": fingerprint(autoencoder),
+            "encoder_fingerprint": encoder_fingerprint(autoencoder),
+            **architecture(autoencoder),
+        },
         preprocessing=preprocessing_record(config.resolution),
         dataset={
             "source": config.data.source,

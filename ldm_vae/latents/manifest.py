@@ -31,7 +31,7 @@ class Origin:
     """Everything that decides the bytes of the shards.
 
     Attributes:
-        autoencoder: `fingerprint` ("sha256:..."), `class` and `config` of the autoencoder.
+        autoencoder: `fingerprint` and `encoder_fingerprint` ("sha256:..."), `class` and `config` of the autoencoder.
         preprocessing: what was done to a picture, see `data.transforms.preprocessing_record`.
         dataset: `source`, `part`, `fingerprint`, `label_names` and `count` (images; None in the plan of a stream).
         dtype: of the stored moments: float16, bfloat16 or float32.
@@ -91,12 +91,15 @@ class Manifest(Origin):
     def normalizer(self) -> LatentNormalizer:
         return LatentNormalizer.from_dict(self.statistics)
 
-    def check_autoencoder(self, fingerprint: str, where: str) -> None:
-        """Raises: UserError unless these latents were made by the autoencoder with this fingerprint."""
-        made_by = self.autoencoder["fingerprint"]
-        if fingerprint != made_by:
+    def check_autoencoder(self, encoder_fingerprint: str, where: str) -> None:
+        """Raises: UserError unless these latents were made by the encoder with this fingerprint.
+
+        The decoder may be another one: training it further with the encoder frozen leaves latents valid.
+        """
+        made_by = self.autoencoder["encoder_fingerprint"]
+        if encoder_fingerprint != made_by:
             raise UserError(
-                f"{where}: autoencoder.fingerprint is {short(fingerprint)}, but the latents were made by "
+                f"{where}: its encoder_fingerprint is {short(encoder_fingerprint)}, but the latents were made by "
                 f"{short(made_by)}; give the autoencoder that made them, or encode again with this one"
             )
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -66,14 +66,32 @@ class TrainingConfig:
             raise UserError(f"training.ema_decay: {self.ema_decay} is not in [0, 1)")
 
 
+class Alarm(Protocol):
+    """Something that is going wrong, in words."""
+
+    @property
+    def name(self) -> str: ...
+
+    def sentence(self) -> str: ...
+
+
 class Model(Protocol):
     """What `fit` trains. `modules` are wrapped, optimised and averaged under their names."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...
 
+    @property
+    def optimizer_settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Module name -> fields of TrainingConfig that its optimizer has otherwise."""
+        ...
+
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         """One optimizer step; returns scalar metrics of this process."""
+        ...
+
+    def alarms(self, step: int, metrics: Mapping[str, float]) -> Sequence[Alarm]:
+        """What newly goes wrong, from the averaged metrics of a log step."""
         ...
 
     def validate(self, engine: Engine) -> dict[str, float]:
@@ -96,7 +114,13 @@ class Model(Protocol):
         """JSON-able state beyond the modules' weights."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Further tensors of the state: file stem -> name -> tensor."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """The inverse of both; `tensors` holds those of the whole checkpoint."""
+        ...
 
 
 def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
@@ -135,6 +159,7 @@ class Engine:
         self.optimizers: dict[str, Any] = {}
         self.emas: dict[str, Ema] = {}
         self.skipped: dict[str, Tensor] = {}
+        self.configs: dict[str, TrainingConfig] = {}
         self._parts = 1
         for name, module in self.modules.items():
             module.to(accelerator.device)
@@ -143,7 +168,8 @@ class Engine:
             if config.compile:
                 module.compile()
             self.models[name] = accelerator.prepare_model(module)
-            self.optimizers[name] = accelerator.prepare_optimizer(make_optimizer(module, config))
+            self.configs[name] = replace(config, **model.optimizer_settings.get(name, {}))
+            self.optimizers[name] = accelerator.prepare_optimizer(make_optimizer(module, self.configs[name]))
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +198,7 @@ class Engine:
         """Clip, step (not if a gradient is not finite), zero the gradients, move the EMA. Returns the gradient norm."""
         optimizer = self.optimizers[name]
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(step, name)
         norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.config.gradient_clip)
         bad = (~norm.isfinite()).float()
         if self.accelerator.scaler is None:
@@ -183,8 +209,14 @@ class Engine:
         self.emas[name].update(step)
         return norm
 
-    def learning_rate(self, step: int) -> float:
-        config = self.config
+    def forget_moments(self, name: str) -> None:
+        """Start the optimizer of a module anew: its weights were replaced."""
+        for state in self.optimizers[name].optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def learning_rate(self, step: int, name: str | None = None) -> float:
+        config = self.configs[name] if name else self.config
         return learning_rate(
             step, self.steps, config.learning_rate, config.warmup_steps, config.final_learning_rate_fraction
         )

@@ -72,6 +72,8 @@ def fit(
                     metrics |= tracker.throughput()
                     tracker.log(step, metrics)
                     tracker.show(metrics)
+                    for alarm in model.alarms(step, metrics):
+                        tracker.alarm(step, alarm.name, alarm.sentence())
                 figures = look(model, engine, tracker, step, plan.steps)  # those of the last step stay
                 stopping = stop.agreed(step)
                 if step % config.save_every == 0 or step == plan.steps or stopping:
@@ -147,7 +149,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     if engine.accelerator.scaler is not None and saved.state["scaler"]:
         engine.accelerator.scaler.load_state_dict(saved.state["scaler"])
     averages.load_state_dict(saved.state["averages"], engine.device)
-    model.load_state_dict(saved.state["model"])
+    model.load_state_dict(saved.state["model"], saved.tensors)
     engine.accelerator.print(f"{run.path}: continuing from step {saved.step}")
     return saved.step, saved.state["seconds"]
 
@@ -156,7 +158,7 @@ def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, st
     """Publish the complete state after `step` finished steps. Every process holds the same, so the first one writes."""
     averages.synchronize(engine.accelerator)
     if engine.accelerator.is_main_process:
-        tensors = {}
+        tensors = model.tensors()
         for name, module in engine.modules.items():
             tensors[name] = module.state_dict()
             tensors[f"{name}-ema"] = engine.emas[name].module.state_dict()

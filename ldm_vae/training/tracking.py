@@ -107,6 +107,13 @@ class Tracker:
             self.log(step, metrics)
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
+    def alarm(self, step: int, name: str, sentence: str) -> None:
+        """One sentence above the progress bar, and a line among the metrics that the plots mark."""
+        if self.accelerator.is_main_process:
+            with open(self.run.metrics, "a") as file:
+                file.write(json.dumps({"step": step, "alarm": sentence, "verdict": name}) + "\n")
+        self.say(f"step {step}: ALARM {sentence}")
+
     def show(self, metrics: Mapping[str, float]) -> None:
         """The figures worth a place beside the progress bar."""
         shown = [name for name in metrics if name.startswith("loss/") and name != "loss/kl"] + ["rate/nats_per_dim"]

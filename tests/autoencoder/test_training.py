@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.training import TrainVaeConfig, VaeModel
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.training import VaeModel
 from ldm_vae.training.engine import Engine, make_accelerator
 from ldm_vae.training.loader import Batch, MicroBatch
 
@@ -28,11 +31,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def start(output: Path, phases: str, *words: str, processes: int = 1) -> subprocess.Popen:
+def start(output: Path, phases: str, *words: str, processes: int = 1, settings=SETTINGS) -> subprocess.Popen:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, str(ROOT / "scripts" / "train_vae.py"), f"output={output}", f"phases=[{phases}]", *SETTINGS]
+    command = [*launcher, str(ROOT / "scripts" / "train_vae.py"), f"output={output}", f"phases=[{phases}]", *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -48,7 +51,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     (checkpoint,) = sorted((output / "checkpoints").glob("step-*"))[-1:]
     return {
         f"{path.stem}.{name}": tensor
-        for path in checkpoint.glob("autoencoder*.safetensors")
+        for path in checkpoint.glob("*.safetensors")
         for name, tensor in load_file(path).items()
     }
 
@@ -58,37 +61,78 @@ def metrics(output: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
+FEATURES = [
+    "latents.nested=[1]", "latents.scale_equivariance=0.4", "latents.scales=[0.75]",
+    "adversarial.loss=hinge", "adversarial.start=3", "adversarial.warmup=2", "adversarial.ramp=2",
+    "adversarial.width=8", "adversarial.r1_every=2", "adversarial.learning_rate=1e-3",
+]  # fmt: skip
+"""Everything that a step can do besides the plain loss, at once."""
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
-    """One process, the whole batch; the crop size changes on the way."""
+    """One process, the whole batch; the crop size changes on the way, then the adversarial game begins."""
     output = tmp_path_factory.mktemp("reference") / "run"
-    finish(start(output, "{steps: 6, crop: 32, batch: 4}, {steps: 2, crop: 48, batch: 4}"))
+    finish(start(output, "{steps: 3, crop: 32, batch: 4}, {steps: 9, crop: 48, batch: 4}", *FEATURES))
     return output
 
 
+def test_the_reference_does_everything(reference):
+    logged = set().union(*metrics(reference))
+    assert {"loss/l1", "loss/kl", "loss/adversarial", "rate/beta", "health/median_logvar"} <= logged
+    assert {"adversarial/discriminator", "adversarial/r1", "adversarial/logit_gap", "adversarial/weight"} <= logged
+    assert [line["adversarial/weight"] for line in metrics(reference) if "adversarial/weight" in line][-1] > 0
+    assert [line["verdict"] for line in metrics(reference) if "alarm" in line] == ["rate_miss"]
+    record = json.loads((reference / "autoencoder" / "training.json").read_text())
+    assert [point[0] for point in record["rate"]["beta_path"]] == [2, 4, 6, 8, 10, 12]
+    assert record["rate"]["target_nats"] == 2.5
+
+
 def test_two_processes_with_micro_batches_equal_one_process(reference, tmp_path):
-    phases = "{steps: 6, crop: 32, batch: 4, micro_batch: 1}, {steps: 2, crop: 48, batch: 4, micro_batch: 2}"
-    finish(start(tmp_path / "run", phases, "training.processes=2", processes=2))
+    phases = "{steps: 3, crop: 32, batch: 4, micro_batch: 1}, {steps: 9, crop: 48, batch: 4, micro_batch: 2}"
+    finish(start(tmp_path / "run", phases, *FEATURES, "training.processes=2", processes=2))
     ours, theirs = weights(tmp_path / "run"), weights(reference)
     assert ours.keys() == theirs.keys()
+    assert any(name.startswith("discriminator.") for name in ours)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
     for a, b in zip(metrics(tmp_path / "run"), metrics(reference)):
-        assert a == pytest.approx(b, rel=1e-3)
+        left_out = ("health/", "alarm", "verdict")  # health figures are of one micro-batch
+        a, b = ({key: value for key, value in line.items() if not key.startswith(left_out)} for line in (a, b))
+        assert a == pytest.approx(b, rel=5e-3)
 
 
 def test_a_run_killed_at_a_random_moment_ends_bit_identical(reference, tmp_path):
-    phases = "{steps: 6, crop: 32, batch: 4}, {steps: 2, crop: 48, batch: 4}"
-    job = start(tmp_path / "run", phases)
+    phases = "{steps: 3, crop: 32, batch: 4}, {steps: 9, crop: 48, batch: 4}"
+    job = start(tmp_path / "run", phases, *FEATURES)
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+    while len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    finish(start(tmp_path / "run", phases))
+    finish(start(tmp_path / "run", phases, *FEATURES))
     ours, theirs = weights(tmp_path / "run"), weights(reference)
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert metrics(tmp_path / "run") == metrics(reference)
+
+
+def test_the_polish_leaves_encoder_and_latents_as_they_are(reference, tmp_path):
+    words = ["train=[decoder]", f"initial={reference}", "adversarial.loss=hinge", "adversarial.warmup=2"]
+    settings = [word for word in SETTINGS if not word.startswith("autoencoder.")]
+    job = start(tmp_path / "run", "{steps: 5, crop: 48, batch: 4}", *words, settings=settings)
+    finish(job)
+    before, after = load_autoencoder(reference), load_autoencoder(tmp_path / "run")
+    assert encoder_fingerprint(after) == encoder_fingerprint(before)
+    assert fingerprint(after) != fingerprint(before)
+    assert torch.equal(after.encoder.head.weight, before.encoder.head.weight)
+    assert not torch.equal(after.decoder.head.weight, before.decoder.head.weight)
+    records = [
+        json.loads((path / "autoencoder" / "training.json").read_text()) for path in (reference, tmp_path / "run")
+    ]
+    assert records[1]["rate"] == records[0]["rate"]  # it belongs to the encoder
+    assert records[1]["initial"]["fingerprint"] == records[0]["fingerprint"]
+    assert not any("rate/beta" in line for line in metrics(tmp_path / "run"))
 
 
 def test_the_update_reports_both_terms_and_moves_beta_only_towards_the_target():
@@ -116,7 +160,7 @@ def test_beta_zero_has_no_kl_gradient():
     model = VaeModel(config, held_out=None)
     assert float(model.rate.beta(0)) == 0
     images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 2, 2, 2)
-    reconstruction, _, logvar = model.modules["autoencoder"](images, noise)
-    loss, _ = model.loss(reconstruction, images, step=0)
-    (gradient,) = torch.autograd.grad(loss, logvar, allow_unused=True)
+    made = model.modules["autoencoder"](images, noise)
+    loss, _ = model.loss(made.reconstruction, images, step=0)
+    (gradient,) = torch.autograd.grad(loss, made.logvar, allow_unused=True)
     assert gradient is None or float(gradient.abs().max()) == 0  # no noise, no beta: nothing moves the variance

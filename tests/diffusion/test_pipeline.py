@@ -81,7 +81,7 @@ def test_saving_is_exact(tmp_path: Path, architecture: str) -> None:
     loaded.set_progress_bar_config(disable=True)
     images = [p(["dog", 0], seed=3, num_inference_steps=3, output_type="pt").images for p in (pipeline, loaded)]
     assert torch.equal(*images)
-    for key in ("normalizer", "latent_size", "label_names", "autoencoder_fingerprint"):
+    for key in ("normalizer", "latent_size", "label_names", "encoder_fingerprint"):
         assert canonical_json(loaded.config[key]) == canonical_json(pipeline.config[key])
     assert loaded.scheduler.config["shift"] == 1.5
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
@@ -91,7 +91,9 @@ def test_another_autoencoder_is_refused(saved: Path) -> None:
     other = make_pipeline(NAMES).autoencoder
     LatentDiffusionPipeline.from_pretrained(saved, autoencoder=other)  # equal weights are the same autoencoder
     with torch.no_grad():
-        next(other.parameters())[0, 0, 0, 0] += 1e-6
+        next(other.decoder.parameters())[0, 0, 0, 0] += 1e-6  # a decoder that was trained further decodes them as well
+        LatentDiffusionPipeline.from_pretrained(saved, autoencoder=other)
+        next(other.encoder.parameters())[0, 0, 0, 0] += 1e-6
     with pytest.raises(UserError, match=r"fingerprint.*latents came from"):
         LatentDiffusionPipeline.from_pretrained(saved, autoencoder=other)
 

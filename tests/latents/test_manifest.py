@@ -88,8 +88,8 @@ def test_unfinished_and_foreign_folders_are_told_apart(copy, tmp_path):
 
 def test_another_autoencoder_is_refused(latents):
     manifest = read_manifest(latents)
-    manifest.check_autoencoder(manifest.autoencoder["fingerprint"], "unet")
-    with pytest.raises(UserError, match=r"unet: autoencoder.fingerprint is sha256:0{12}\.\.\., .*made by sha256:"):
+    manifest.check_autoencoder(manifest.autoencoder["encoder_fingerprint"], "unet")
+    with pytest.raises(UserError, match=r"unet: its encoder_fingerprint is sha256:0{12}\.\.\., .*made by sha256:"):
         manifest.check_autoencoder("sha256:" + "0" * 64, "unet")
 
 

@@ -67,6 +67,14 @@ class ToyModel:
             total = total + loss.detach() / len(batch.parts)
         return {"loss/copy": total, "optim/grad_norm": engine.optimize("net", step)}
 
+    optimizer_settings = {}
+
+    def alarms(self, step, metrics):
+        return []
+
+    def tensors(self):
+        return {}
+
     def validate(self, engine):
         return {}
 
@@ -82,7 +90,7 @@ class ToyModel:
     def state_dict(self):
         return {}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state, tensors):
         pass
 
 

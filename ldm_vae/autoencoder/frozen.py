@@ -1,0 +1,234 @@
+"""`AutoencoderFrozenEncoder`: latents are the features of a frozen vision transformer, and only a decoder is learnt.
+
+A representation autoencoder (RAE, arXiv:2510.11690) with a convolutional decoder; with `residual_channels` a small
+learnt encoder adds what the features leave out (SVG, arXiv:2510.15301). The transformer is one of `transformers`',
+kept whole inside the saved model: nothing is fetched when that is loaded. This file owns the network and the
+statistics of its features; fitting them before training, and all losses, belong to the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ldm_vae import compat
+
+compat.repair_torchvision()
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
+from ldm_vae.autoencoder.wavelet import Decoder, Encoder
+from ldm_vae.errors import UserError
+
+DOWNSAMPLING = 16
+RESIDUAL_BOUND = 3.0
+"""Residual channels are softly bounded to this: three standard deviations of the features beside them."""
+
+SUPPORTED = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Values of `model_type`: transformers that take any size and put class and register tokens first."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_BOOKKEEPING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+class AutoencoderFrozenEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A deterministic autoencoder with 16x downsampling around a frozen vision transformer.
+
+    Latent channels: the transformer's features, standardised per channel by fixed statistics (`fit_statistics`), then
+    `residual_channels` learnt ones in [-3, 3], which have no statistics because training changes them.
+
+    Args:
+        vision_config: the transformer's configuration as a plain dictionary with `model_type`, one of `SUPPORTED`.
+        residual_channels: 0, or the channels that the learnt residual encoder adds.
+        encoder_channels, encoder_blocks: width and residual blocks of that encoder at h/4, h/8 and h/16, or from h/2.
+        decoder_channels, decoder_blocks: the same for the decoder at h/16, h/8, h/4, h/2 and h.
+        latent_channels: left out, the sum of both parts; a saved model states it.
+        scaling_factor: 1; diffusers pipelines read it.
+    """
+
+    _supports_gradient_checkpointing = True
+    config: Any  # a FrozenDict whose keys are attributes
+
+    @register_to_config
+    def __init__(
+        self,
+        vision_config: dict[str, Any],
+        residual_channels: int = 0,
+        encoder_channels: tuple[int, ...] = (64, 128, 128),
+        encoder_blocks: tuple[int, ...] = (2, 2, 2),
+        decoder_channels: tuple[int, ...] = (320, 160, 80, 32, 16),
+        decoder_blocks: tuple[int, ...] = (3, 3, 3, 1, 0),
+        latent_channels: int | None = None,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        haar_levels = 5 - len(encoder_channels)  # the encoder's stages end at h/16
+        if not 1 <= haar_levels <= 2 or len(decoder_channels) != 5:
+            raise ValueError("AutoencoderFrozenEncoder: needs 3 or 4 encoder stages and 5 decoder stages")
+        self.vision: Any = _untrained_vision(vision_config).requires_grad_(False).eval()
+        features = int(self.vision.config.hidden_size)
+        if latent_channels not in (None, features + residual_channels):
+            raise ValueError(f"AutoencoderFrozenEncoder: {latent_channels} is not {features} + {residual_channels}")
+        self.register_to_config(latent_channels=features + residual_channels)
+        self.patch = int(self.vision.config.patch_size)
+        self.prefix_tokens = 1 + int(getattr(self.vision.config, "num_register_tokens", 0))
+        self.residual = (
+            Encoder(encoder_channels, encoder_blocks, haar_levels, residual_channels, deterministic=True)
+            if residual_channels
+            else None
+        )
+        self.decoder = Decoder(decoder_channels, decoder_blocks, features + residual_channels)
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("statistics_positions", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).reshape(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_encoder(cls, encoder: str, **settings: Any) -> AutoencoderFrozenEncoder:
+        """Around a pretrained transformer: a local directory or a hub id, weights from safetensors only.
+
+        Raises:
+            UserError: naming `encoder`, when it is not there, not supported, or not in safetensors.
+        """
+        vision = _pretrained_vision(encoder)
+        model = cls(vision_config=plain_config(vision.config), **settings)
+        model.vision.load_state_dict(vision.state_dict())
+        return model
+
+    def train(self, mode: bool = True) -> AutoencoderFrozenEncoder:
+        """Training mode for everything but the transformer, which stays in inference mode."""
+        super().train(mode)
+        self.vision.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> AutoencoderFrozenEncoder:
+        """For everything but the transformer, which stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.vision.requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [-1, 1], h and w multiples of 16 -> features (n, d, h/16, w/16), as the transformer
+        gives them after its last normalisation, without class and register tokens."""
+        height, width = x.shape[-2] // DOWNSAMPLING, x.shape[-1] // DOWNSAMPLING
+        if x.shape[-2] % DOWNSAMPLING or x.shape[-1] % DOWNSAMPLING or not height or not width:
+            raise ValueError(
+                f"AutoencoderFrozenEncoder: {tuple(x.shape[-2:])} pixels; give multiples of {DOWNSAMPLING}"
+            )
+        if self.patch != DOWNSAMPLING:
+            size = (height * self.patch, width * self.patch)
+            x = F.interpolate(x.float(), size=size, mode="bicubic", align_corners=False, antialias=True)
+        x = ((0.5 * x + 0.5 - self.image_mean) / self.image_std).to(self.dtype)
+        tokens = self.vision(pixel_values=x.contiguous()).last_hidden_state[:, self.prefix_tokens :]
+        return tokens.transpose(1, 2).reshape(len(x), -1, height, width)
+
+    @torch.no_grad()
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Set the mean and standard deviation of each feature channel from image batches (n, 3, h, w) in [-1, 1].
+
+        Once, before training, and before the weights are copied (for averaging, or to other processes). Sums are
+        float64; the standard deviation is of the population, at least 1e-6.
+
+        Raises:
+            ValueError: no image was given.
+        """
+        count = 0
+        total = square = torch.zeros(len(self.feature_mean), dtype=torch.float64)
+        for images in batches:
+            images = images.to(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                values = self.features(images).transpose(0, 1).flatten(1).to("cpu", torch.float64)
+            count += values.shape[1]
+            total, square = total + values.sum(dim=1), square + values.square().sum(dim=1)
+        if count == 0:
+            raise ValueError("fit_statistics: no images; give at least one batch")
+        mean = total / count
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_((square / count - mean.square()).clamp(min=1e-12).sqrt())
+        self.statistics_positions.fill_(count)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Images (n, 3, h, w) in [-1, 1] -> latents (n, c, h/16, w/16), as a narrow posterior.
+
+        No gradient reaches the features; one reaches the residual encoder.
+        """
+        shape = (1, -1, 1, 1)
+        latents = (self.features(x) - self.feature_mean.view(shape)) / self.feature_std.view(shape)
+        if self.residual is not None:
+            residual = RESIDUAL_BOUND * torch.tanh(self.residual(x) / RESIDUAL_BOUND)
+            latents = torch.cat([latents, residual.to(latents.dtype)], dim=1)
+        return posterior_output(deterministic_posterior(latents), return_dict)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Latents (n, c, h, w) -> images (n, 3, 16h, 16w), about [-1, 1], not clamped."""
+        image = self.decoder(z)
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Encode and decode (n, 3, h, w)."""
+        return self.decode(self.encode(sample).latent_dist.mean, return_dict=return_dict)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A `transformers` configuration as JSON-able settings: without bookkeeping and without every model's defaults."""
+    common = _transformers().PretrainedConfig().to_dict()
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _BOOKKEEPING and (name not in common or common[name] != value)
+    }
+    return settings | {"model_type": config.model_type}
+
+
+def _untrained_vision(settings: dict[str, Any]) -> Any:
+    transformers = _transformers()
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    _check_model_type(model_type, "vision_config")
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **settings))
+
+
+def _pretrained_vision(encoder: str) -> Any:
+    transformers = _transformers()
+    looks_local = encoder.count("/") != 1 or encoder.startswith((".", "~", "/"))
+    if looks_local and not Path(encoder).is_dir():
+        raise UserError(f"autoencoder.encoder: {encoder}: no such directory; give one, or a hub id like OWNER/NAME")
+    try:
+        _check_model_type(transformers.AutoConfig.from_pretrained(encoder).model_type, encoder)
+        return transformers.AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"autoencoder.encoder: {encoder}: cannot be loaded ({reason}); give a directory that holds config.json and "
+            "model.safetensors, or a hub id that you may read"
+        ) from error
+
+
+def _check_model_type(model_type: Any, where: str) -> None:
+    if model_type not in SUPPORTED:
+        raise UserError(f"{where}: model type {model_type!r} is not supported; use one of {', '.join(SUPPORTED)}")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError('autoencoder.kind: frozen needs transformers; run pip install "ldm_vae[tokenizers]"') from error
+    return transformers

@@ -1,0 +1,277 @@
+"""What the posteriors of an autoencoder say about its health: sums over many images, a few scalars per batch, alarms.
+
+Owns everything that needs means and log-variances only, so it is cheap enough for training. What needs the decoder is
+in `ldm_vae.evaluation.diagnosis`, thresholds and words in `verdicts.py`, formulas and sources in docs/health.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm_vae.autoencoder.rate import kl_divergence
+from ldm_vae.autoencoder.verdicts import RULES, Verdict, in_order, judge
+
+__all__ = ["PosteriorStatistics", "Verdict", "batch_health", "effective_rank", "training_alarms"]
+
+PASSIVE_VARIANCE = 0.9
+CLAMP_MARGIN = 0.1
+DETERMINISTIC_LOGVAR = -29.999
+"""At or under this every log-variance is diffusers' lower clamp: there is no posterior noise at all."""
+HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_BINS = -32.0, 22.0, 1080
+
+ReduceFunction = Callable[[Tensor, Literal["sum", "max", "min"]], Tensor]
+
+
+class PosteriorStatistics:
+    """Moments of posteriors, summed in float64 on the device without a host sync.
+
+    Args:
+        channels: of the latent.
+        device: where the tensors to add live.
+        logvar_bounds: where the encoder clamps its log-variance; diffusers' (-30, 20) by default.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device | str = "cpu",
+        logvar_bounds: tuple[float, float] = (-30.0, 20.0),
+    ) -> None:
+        self.channels, self.logvar_bounds = channels, logvar_bounds
+
+        def filled(value: float, *shape: int) -> Tensor:
+            return torch.full(shape, value, dtype=torch.float64, device=device)
+
+        names = ("nats", "noise", "passive", "clamped", "first", "second", "third", "fourth", "neighbours")
+        self._images = filled(0.0)
+        self._sums = {name: filled(0.0, channels) for name in names}
+        self._products = filled(0.0, channels, channels)
+        self._histogram = filled(0.0, channels, HISTOGRAM_BINS)
+        self._highest, self._lowest = filled(-math.inf, channels), filled(math.inf, channels)
+        self._highest_logvar = filled(-math.inf, channels)
+        self._position_sums: Tensor | None = None  # (2, c, h, w): mean and its square, summed over images
+
+    @torch.no_grad()
+    def add(self, mean: Tensor, logvar: Tensor) -> None:
+        """Take the posteriors of some images, both (n, c, h, w).
+
+        Raises:
+            ValueError: another height or width than before; positions are compared between images.
+        """
+        mean, logvar = mean.detach().double(), logvar.detach().double()
+        if self._position_sums is None:
+            self._position_sums = torch.zeros(2, *mean.shape[1:], dtype=torch.float64, device=mean.device)
+        if self._position_sums.shape[1:] != mean.shape[1:]:
+            before, now = tuple(self._position_sums.shape[1:]), tuple(mean.shape[1:])
+            raise ValueError(f"PosteriorStatistics: latents of {now} after {before}; give images of one size")
+        self._images += len(mean)
+        variance, squares = logvar.exp(), mean.square()
+        low, high = self.logvar_bounds
+        values = {
+            "nats": 0.5 * (squares + variance - 1.0 - logvar),
+            "noise": variance,
+            "passive": variance > PASSIVE_VARIANCE,
+            "clamped": (logvar < low + CLAMP_MARGIN) | (logvar > high - CLAMP_MARGIN),
+            "first": mean,
+            "second": squares,
+            "third": squares * mean,
+            "fourth": squares.square(),
+        }
+        for name, value in values.items():
+            self._sums[name] += value.sum(dim=(0, 2, 3), dtype=torch.float64)
+        across = (mean[..., :-1] * mean[..., 1:]).sum(dim=(0, 2, 3))
+        down = (mean[..., :-1, :] * mean[..., 1:, :]).sum(dim=(0, 2, 3))
+        self._sums["neighbours"] += across + down
+        rows = mean.transpose(0, 1).flatten(1)
+        self._products += rows @ rows.T
+        self._position_sums += torch.stack([mean.sum(dim=0), squares.sum(dim=0)])
+        self._highest = torch.maximum(self._highest, mean.amax(dim=(0, 2, 3)))
+        self._lowest = torch.minimum(self._lowest, mean.amin(dim=(0, 2, 3)))
+        self._highest_logvar = torch.maximum(self._highest_logvar, logvar.amax(dim=(0, 2, 3)))
+        share = (logvar - HISTOGRAM_LOW) / (HISTOGRAM_HIGH - HISTOGRAM_LOW)
+        bins = (share * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1).transpose(0, 1).flatten(1)
+        self._histogram.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
+
+    def all_reduce(self, reduce: ReduceFunction) -> None:
+        """Combine processes: `reduce(tensor, "sum" | "max" | "min")` returns the tensor over all of them.
+
+        Every process must have added at least one image of the same size.
+        """
+        assert self._position_sums is not None, "all_reduce before the first add"
+        self._images = reduce(self._images, "sum")
+        self._sums = {name: reduce(value, "sum") for name, value in self._sums.items()}
+        self._products = reduce(self._products, "sum")
+        self._histogram = reduce(self._histogram, "sum")
+        self._position_sums = reduce(self._position_sums, "sum")
+        self._highest, self._lowest = reduce(self._highest, "max"), reduce(self._lowest, "min")
+        self._highest_logvar = reduce(self._highest_logvar, "max")
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every log-variance seen is the lower clamp -30: no noise, so no rate."""
+        return bool((self._highest_logvar <= DETERMINISTIC_LOGVAR).all())
+
+    def result(self) -> dict[str, list[float]]:
+        """Per channel, lists of c numbers. Units: nats and bits per latent dimension; variances are of raw latents.
+
+        `nats` is KL_c, `mean` m_c, `variance` v_c = Var(mu), `noise` e_c = E[sigma^2], `snr` v/e, `capacity_bits`
+        0.5 log2(1 + snr), `marginal_nats` the KL of a Gaussian aggregate, `information_nats` nats - marginal_nats,
+        `image_variance` A_c = E_positions Var_images(mu), `static_share` 1 - A_c / v_c, `passive_share`,
+        `clamp_share`, `hot_sigmas` max |mu - m| / sqrt(v), `skewness`, `kurtosis` (excess), `neighbour_correlation`.
+        """
+        assert self._position_sums is not None, "no posterior was added"
+        height, width = self._position_sums.shape[-2:]
+        count = self._images * height * width
+        sums = {name: value / count for name, value in self._sums.items()}
+        m, e = sums["first"], sums["noise"]
+        v = (sums["second"] - m.square()).clamp_min(0.0)
+        safe = v.clamp_min(1e-20)
+        third = sums["third"] - 3 * m * sums["second"] + 2 * m**3
+        fourth = sums["fourth"] - 4 * m * sums["third"] + 6 * m.square() * sums["second"] - 3 * m**4
+        by_position = self._position_sums / self._images
+        image_variance = (by_position[1] - by_position[0].square()).clamp_min(0.0).mean(dim=(1, 2))
+        pairs = self._images * (height * (width - 1) + (height - 1) * width)
+        neighbours = self._sums["neighbours"] / pairs.clamp_min(1) - m.square()
+        marginal = 0.5 * (m.square() + v + e - 1 - (v + e).clamp_min(1e-20).log())
+        farthest = torch.maximum(self._highest - m, m - self._lowest)
+        alive = v > 1e-12
+        found = {
+            "nats": sums["nats"],
+            "mean": m,
+            "variance": v,
+            "noise": e,
+            "snr": v / e.clamp_min(1e-20),
+            "capacity_bits": 0.5 * torch.log2(1 + v / e.clamp_min(1e-20)),
+            "marginal_nats": marginal,
+            "information_nats": sums["nats"] - marginal,
+            "image_variance": image_variance,
+            "static_share": torch.where(alive, 1 - image_variance / safe, 0.0),
+            "passive_share": sums["passive"],
+            "clamp_share": sums["clamped"],
+            "hot_sigmas": torch.where(alive, farthest / safe.sqrt(), 0.0),
+            "skewness": torch.where(alive, third / safe**1.5, 0.0),
+            "kurtosis": torch.where(alive, fourth / safe.square() - 3, 0.0),
+            "neighbour_correlation": torch.where(alive, neighbours / safe, 0.0),
+        }
+        return {name: value.tolist() for name, value in found.items()}
+
+    def summary(self) -> dict[str, float]:
+        """Over all channels: `nats` per dimension, `median_logvar`, `noise_share` (mean of e / (v + e)), `images`."""
+        channels = self.result()
+        shares = [e / max(v + e, 1e-20) for v, e in zip(channels["variance"], channels["noise"])]
+        cumulative = self._histogram.sum(dim=0).cumsum(0)
+        index = int((cumulative < 0.5 * cumulative[-1]).sum())
+        width = (HISTOGRAM_HIGH - HISTOGRAM_LOW) / HISTOGRAM_BINS
+        return {
+            "images": float(self._images),
+            "nats": sum(channels["nats"]) / self.channels,
+            "median_logvar": HISTOGRAM_LOW + (index + 0.5) * width,
+            "noise_share": sum(shares) / self.channels,
+        }
+
+    def correlation(self, channels: list[int] | None = None) -> Tensor:
+        """The correlation of posterior means between channels (or some of them), (c, c) float64 on the CPU.
+
+        A channel without variance correlates with nothing.
+        """
+        assert self._position_sums is not None, "no posterior was added"
+        count = self._images * self._position_sums[0, 0].numel()
+        m = self._sums["first"] / count
+        covariance = (self._products / count - torch.outer(m, m)).cpu()
+        deviation = covariance.diagonal().clamp_min(0).sqrt()
+        scale = torch.where(deviation > 1e-6, 1 / deviation.clamp_min(1e-6), 0.0)
+        correlation = covariance * torch.outer(scale, scale)
+        correlation.fill_diagonal_(1.0)
+        return correlation if channels is None else correlation[channels][:, channels]
+
+
+def effective_rank(correlation: Tensor) -> float:
+    """exp(entropy of the eigenvalues) of a correlation matrix (c, c), between 1 and c. Roy & Vetterli 2007."""
+    weights = torch.linalg.eigvalsh(correlation).clamp_min(0)
+    weights = weights / weights.sum()
+    return float(torch.exp(-(weights * weights.clamp_min(1e-30).log()).sum()))
+
+
+@torch.no_grad()
+def batch_health(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+    """Scalar float32 tensors for the log of a training step, from posteriors (n, c, h, w); no host sync.
+
+    `health/least_channel_nats` KL of the quietest channel; `health/dead_channels` their number by the rule of the
+    report, on this batch; `health/passive_share` positions with posterior variance above 0.9; `health/median_logvar`;
+    `health/hottest_sigmas` the largest |mu - m| / sqrt(v) over channels; `health/noise_share` mean of e / (v + e).
+    """
+    mean, logvar = mean.detach().float(), logvar.detach().float()
+    limits = RULES["dead_channel"].limits
+    dims = (0, 2, 3)
+    variance = logvar.exp()
+    nats = kl_divergence(mean, logvar).mean(dim=dims)
+    passive = (variance > PASSIVE_VARIANCE).float().mean(dim=dims)
+    by_image = mean.var(dim=0, unbiased=False).mean(dim=(1, 2))
+    spread, noise = mean.var(dim=dims, unbiased=False), variance.mean(dim=dims)
+    farthest = (mean - mean.mean(dim=dims, keepdim=True)).abs().amax(dim=dims)
+    still = (by_image < _fail(limits["image_variance"])) | (passive > _fail(limits["passive_share"]))
+    dead = (nats < _fail(limits["nats"])) & still
+    return {
+        "health/least_channel_nats": nats.min(),
+        "health/dead_channels": dead.float().sum(),
+        "health/passive_share": passive.mean(),
+        "health/median_logvar": logvar.flatten().median(),
+        "health/hottest_sigmas": torch.where(spread > 1e-12, farthest / spread.clamp_min(1e-12).sqrt(), 0.0).max(),
+        "health/noise_share": (noise / (spread + noise).clamp_min(1e-20)).mean(),
+    }
+
+
+def _fail(limit: Any) -> float:
+    assert limit.fail is not None
+    return float(limit.fail)
+
+
+def training_alarms(
+    metrics: dict[str, float],
+    *,
+    rate_mode: str,
+    target_nats: float | None,
+    beta: float | None,
+    pinned_share: float,
+    locked: bool,
+) -> list[Verdict]:
+    """What the averaged metrics of some steps warn of, most severe first. A pure function.
+
+    Call it from log steps after the warm-up: a young encoder spends no bits for some hundred steps, which looks like a
+    collapse. Missing and non-finite metrics raise nothing.
+
+    Args:
+        metrics: `rate/nats_per_dim` and the keys of `batch_health`.
+        rate_mode: of `RateConfig`; the target counts in mode `target` only.
+        beta: the current weight; with 0 the KL is meant to be inactive.
+        pinned_share: of `RateController`.
+        locked: whether beta is frozen, so that the rate should sit at its target.
+    """
+    nats = _finite(metrics.get("rate/nats_per_dim"))
+    target = target_nats if rate_mode == "target" else None
+    error = abs(nats - target) / target if target and nats is not None else None
+    found = [
+        judge("rate_unreachable", {"pinned_share": pinned_share if target else None}, training=True),
+        judge("posterior_collapse", {"nats": nats}, training=True),
+    ]
+    if found[1] is None:
+        if (_finite(metrics.get("health/dead_channels")) or 0.0) >= 0.5:  # an average over steps and processes
+            found.append(judge("dead_channel", {"nats": _finite(metrics.get("health/least_channel_nats"))}))
+        met = error is not None and error < 0.15  # a rate that is steered is not inactive, however high it was chosen
+        if beta != 0.0 and not met:
+            logvar = _finite(metrics.get("health/median_logvar"))
+            found.append(judge("kl_inactive", {"median_logvar": logvar, "nats": nats}, training=True))
+        hottest = _finite(metrics.get("health/hottest_sigmas"))
+        found.append(judge("smuggling", {"hot_sigmas": hottest}, training=True))
+        if locked and found[0] is None:
+            found.append(judge("rate_miss", {"relative_error": error}, training=True))
+    return in_order(verdict for verdict in found if verdict)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

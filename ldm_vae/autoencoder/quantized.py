@@ -1,0 +1,267 @@
+"""`AutoencoderQuantized`: the wavelet autoencoder with a discrete latent, by a codebook (VQ) or by rounding (FSQ).
+
+The search in the codebook, its averaging and the rounding are vector-quantize-pytorch's; the gradient estimator and
+the two losses are applied here, so that they are the same in training and in inference. Sources: VQ-VAE
+(arXiv:1711.00937), the rotation trick (arXiv:2410.06424), FSQ (arXiv:2309.15505). How codes are used is measured here
+too. The network's layers are in wavelet.py; the weights of the losses belong to the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from ldm_vae import compat
+
+compat.repair_torchvision()
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
+from ldm_vae.autoencoder.wavelet import Decoder, Encoder
+from ldm_vae.errors import UserError
+
+SEARCHED_POSITIONS = 4096
+"""Positions that are compared with the codebook at once; bounds the memory of the distances."""
+
+INITIAL_CODE_STD = 0.1
+"""Of a codebook learnt by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150 steps; on the
+synthetic images 0.1 left 45 % of 1024 codes unused after these, the library's 0.02 left 80 %."""
+
+EMA_DECAY = 0.99
+DEAD_CODE_COUNT = 0.1
+"""A moving-average code that wins fewer positions a forward pass than this is replaced by a latent of the batch."""
+
+
+class Quantized(NamedTuple):
+    """`latents` (n, c, h, w), quantized, with the estimated gradient to the latents before. `losses`: scalar means per
+    element, each to be weighted and added by the training. `indices` (n, h, w), int64, in [0, codebook_size)."""
+
+    latents: Tensor
+    losses: dict[str, Tensor]
+    indices: Tensor
+
+
+class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """An autoencoder with 8x downsampling whose decoder sees one of `codebook_size` vectors at every position.
+
+    `encode` gives the latents before quantization, as diffusers' `VQModel` does, and `decode` quantizes first.
+
+    Args:
+        kind: "vq", nearest vector of a learnt codebook; "fsq", each channel rounded to a few levels.
+        latent_channels: channels c of the latent; for "fsq" the number of levels.
+        encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: as in `AutoencoderWavelet`.
+        codebook_size: number of codes, "vq" only.
+        codebook: "vq" only. "rotation": learnt by gradient, and the decoder's gradient reaches the encoder through the
+            rotation that takes latent to code: a micro-batch or a process more changes nothing. "ema": a moving
+            average of the latents that chose the code, straight-through gradient, unused codes replaced; every
+            training-mode `quantize` of a micro-batch moves it, in one step for all processes.
+        fsq_levels: levels of each channel, "fsq" only.
+        scaling_factor: 1; diffusers pipelines read it.
+    """
+
+    _supports_gradient_checkpointing = True
+    config: Any  # a FrozenDict whose keys are attributes
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: Literal["vq", "fsq"] = "vq",
+        latent_channels: int = 4,
+        encoder_channels: tuple[int, ...] = (64, 128),
+        encoder_blocks: tuple[int, ...] = (2, 2),
+        decoder_channels: tuple[int, ...] = (160, 80, 32, 16),
+        decoder_blocks: tuple[int, ...] = (3, 3, 1, 0),
+        codebook_size: int = 1024,
+        codebook: Literal["rotation", "ema"] = "rotation",
+        fsq_levels: tuple[int, ...] = (8, 5, 5, 5),
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        haar_levels = 4 - len(encoder_channels)  # the encoder's stages end at h/8
+        if not 1 <= haar_levels <= 2 or len(decoder_channels) != 4:
+            raise ValueError("AutoencoderQuantized: needs 2 or 3 encoder stages and 4 decoder stages")
+        self.encoder = Encoder(encoder_channels, encoder_blocks, haar_levels, latent_channels, deterministic=True)
+        self.quantizer: Any = (
+            make_codebook(latent_channels, codebook_size, codebook)
+            if kind == "vq"
+            else make_rounding(latent_channels, fsq_levels)
+        )
+        self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different codes."""
+        return int(self.quantizer.codebook_size)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Images (n, 3, h, w) in [-1, 1] -> latents before quantization (n, c, h/8, w/8), as a narrow posterior."""
+        return posterior_output(deterministic_posterior(self.encoder(x)), return_dict)
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Latents (n, c, h, w) -> quantized latents, losses and indices, all computed in float32, outside autocast.
+
+        Losses of a codebook that is learnt by gradient: `codebook` moves the codes, `commitment` the encoder (equation
+        3 of arXiv:1711.00937, with weights 1 and 0.25 there); of "ema": `commitment`; of FSQ: none.
+
+        In training mode this moves an averaged codebook ("ema"): call it once for every micro-batch.
+        """
+        return self._quantize(latents, update=self.training and self.config.codebook == "ema")
+
+    def _quantize(self, latents: Tensor, update: bool) -> Quantized:
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.float()
+            if self.config.kind == "fsq":
+                codes, indices = self.quantizer(latents)  # rounding, straight-through
+                return Quantized(codes, {}, indices.long())
+            by_gradient = self.config.codebook == "rotation"
+            # before the search, which moves an averaged codebook
+            codebook = self.quantizer.codebook if by_gradient else self.quantizer.codebook.clone()
+            indices = self._search(latents, update)
+            codes = F.embedding(indices, codebook.float()).permute(0, 3, 1, 2)
+            losses = {"commitment": F.mse_loss(latents, codes.detach())}
+            if by_gradient:
+                losses["codebook"] = F.mse_loss(codes, latents.detach())
+            return Quantized(pass_gradient(latents, codes.detach(), rotate=by_gradient), losses, indices)
+
+    @torch.no_grad()
+    def _search(self, latents: Tensor, update: bool) -> Tensor:
+        """Indices (n, h, w) of the nearest codes of (n, c, h, w); `update` moves an averaged codebook."""
+        count, channels, height, width = latents.shape
+        positions = latents.permute(0, 2, 3, 1).reshape(-1, channels)
+        parts = [positions] if update else positions.split(SEARCHED_POSITIONS)
+        found = [self.quantizer(part[None], freeze_codebook=not update)[1][0] for part in parts]
+        return torch.cat(found).reshape(count, height, width)
+
+    def decode_indices(self, indices: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Codes (n, h, w), integers in [0, codebook_size) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped."""
+        if indices.dtype.is_floating_point or indices.ndim != 3:
+            raise ValueError(
+                f"decode_indices: {indices.dtype} of shape {tuple(indices.shape)}; give integers (n, h, w)"
+            )
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
+            raise ValueError(f"decode_indices: the codes are not all from 0 to {self.codebook_size - 1}")
+        return self.decode(self.codes(indices), force_not_quantize=True, return_dict=return_dict)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Codes (n, h, w) -> quantized latents (n, c, h, w), float32."""
+        if self.config.kind == "fsq":
+            return self.quantizer.indices_to_codes(indices).float()
+        return F.embedding(indices, self.quantizer.codebook.float()).permute(0, 3, 1, 2)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, force_not_quantize: bool = False, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Latents (n, c, h, w) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped. Changes no codebook.
+
+        Quantizes first, unless `force_not_quantize`: give that with latents that are quantized already, since FSQ
+        bounds what it rounds, so that rounding twice is not rounding once.
+        """
+        if not force_not_quantize:
+            z = self._quantize(z, update=False).latents
+        image = self.decoder(z.to(self.dtype))
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Encode, quantize and decode (n, 3, h, w)."""
+        return self.decode(self.encode(sample).latent_dist.mean, return_dict=return_dict)
+
+
+def pass_gradient(latents: Tensor, codes: Tensor, rotate: bool) -> Tensor:
+    """The values of `codes` with an estimate of the gradient to `latents`; both (n, c, h, w).
+
+    `rotate`: through the rotation and rescaling that takes each latent to its code, held constant (equations 1 and 4 of
+    arXiv:2410.06424). Otherwise straight through, as if the code were the latent.
+    """
+    if not (torch.is_grad_enabled() and latents.requires_grad):
+        return codes
+    moved = latents
+    if rotate:
+        fixed = latents.detach()
+        length = fixed.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        source, target = F.normalize(fixed, dim=1, eps=1e-6), F.normalize(codes, dim=1, eps=1e-6)
+        mirror = F.normalize(source + target, dim=1, eps=1e-6)
+        moved = latents - 2 * mirror * (mirror * latents).sum(dim=1, keepdim=True)
+        moved = moved + 2 * target * (source * latents).sum(dim=1, keepdim=True)
+        moved = moved * codes.norm(dim=1, keepdim=True) / length
+    return moved + (codes - moved).detach()
+
+
+def make_codebook(channels: int, size: int, kind: str) -> nn.Module:
+    """A `VectorQuantize` that searches, and for "ema" averages. Gradients and losses are not its business here."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    how: dict[str, Any] = {"learnable_codebook": True, "ema_update": False}
+    if kind == "ema":
+        how = {"decay": EMA_DECAY, "threshold_ema_dead_code": DEAD_CODE_COUNT}
+    quantizer = _library().VectorQuantize(
+        dim=channels,
+        codebook_size=size,
+        rotation_trick=False,
+        commitment_weight=0.0,
+        sync_codebook=together and torch.distributed.get_world_size() > 1,
+        **how,
+    )
+    if kind == "rotation":
+        nn.init.normal_(quantizer._codebook.embed, std=INITIAL_CODE_STD)
+    else:  # at the limit: what the first batch does not choose is replaced by latents of that batch
+        quantizer._codebook.cluster_size.fill_(DEAD_CODE_COUNT)
+        quantizer._codebook.embed_avg.mul_(DEAD_CODE_COUNT)
+    return quantizer
+
+
+def make_rounding(channels: int, levels: Sequence[int]) -> nn.Module:
+    """An `FSQ` without projections: one channel for each entry of `levels`."""
+    if channels != len(levels):
+        raise ValueError(f"AutoencoderQuantized: {channels} latent channels, {len(levels)} FSQ levels; they must agree")
+    return _library().FSQ(levels=list(levels))
+
+
+def _library() -> Any:
+    try:
+        import vector_quantize_pytorch
+    except ImportError as error:
+        raise UserError(
+            'autoencoder.kind: vq and fsq need vector-quantize-pytorch; run pip install "ldm_vae[tokenizers]"'
+        ) from error
+    return vector_quantize_pytorch
+
+
+@torch.no_grad()
+def token_indices(autoencoder: Any, images: Tensor) -> Tensor:
+    """Images (n, 3, h, w) in [-1, 1], any size -> codes (n, ⌈h/8⌉, ⌈w/8⌉), int64."""
+    from ldm_vae.autoencoder.interface import encode_moments  # it knows every kind, so it imports this file
+
+    if not isinstance(autoencoder, AutoencoderQuantized):
+        raise UserError(f"{type(autoencoder).__name__}: has no codes; train one with autoencoder.kind=vq or fsq")
+    return autoencoder._quantize(encode_moments(autoencoder, images)[0], update=False).indices
+
+
+def codebook_usage(indices: Tensor, size: int) -> dict[str, float]:
+    """How a codebook of `size` codes is used by `indices` (any shape, at least one).
+
+    Returns: `entropy_bits`, the entropy H of the empirical distribution of codes; `perplexity`, 2 ** H, the number of
+        equally frequent codes with that entropy, from 1 to `size`; `dead_share`, of codes that never occur, in [0, 1].
+        Fewer indices than codes leave codes unused: count over many more positions than there are codes.
+    """
+    if indices.numel() == 0:
+        raise ValueError("codebook_usage: no indices; give those of at least one image")
+    counts = torch.bincount(indices.reshape(-1).cpu(), minlength=size).double()
+    if len(counts) > size:
+        raise ValueError(f"codebook_usage: an index is {len(counts) - 1}, the codebook has {size} codes")
+    share = counts[counts > 0] / counts.sum()
+    entropy = max(0.0, -float((share * share.log()).sum()))
+    return {
+        "perplexity": math.exp(entropy),
+        "dead_share": float((counts == 0).double().mean()),
+        "entropy_bits": entropy / math.log(2),
+    }

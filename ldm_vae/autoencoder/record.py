@@ -1,0 +1,71 @@
+"""`training.json` beside the weights: how an autoencoder was made, for everything that judges or describes it later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.files import write_json
+
+RECORD = "training.json"
+PATH_POINTS = 200
+
+
+def write_record(
+    folder: Path,
+    autoencoder: Any,
+    config: TrainVaeConfig,
+    *,
+    final_beta: float,
+    pinned_share: float,
+    metrics_file: Path,
+    held_out: Mapping[str, float],
+) -> None:
+    """Write the record into `folder`.
+
+    `rate.beta_path` is [step, beta, nats per latent dimension] at up to 200 log steps, read from the run's metrics;
+    `rate.pinned_share` the share of steps that beta spent at a bound while the target was missed.
+    """
+    record: dict[str, Any] = {
+        "fingerprint": fingerprint(autoencoder),
+        "encoder_fingerprint": encoder_fingerprint(autoencoder),
+        "rate": {
+            "mode": config.rate.mode,
+            "target_nats": config.rate.target_nats if config.rate.mode == "target" else None,
+            "final_beta": final_beta,
+            "pinned_share": pinned_share,
+            "beta_path": beta_path(metrics_file),
+        },
+        "initial": None,
+        "held_out": dict(held_out),
+    }
+    if config.initial is not None:
+        before = read_record(config.initial)
+        record["initial"] = {"path": config.initial, "fingerprint": before.get("fingerprint"), "train": config.train}
+        if before.get("encoder_fingerprint") == record["encoder_fingerprint"]:  # the rate is that of the encoder
+            record["rate"] = before["rate"]
+    write_json(folder / RECORD, record)
+
+
+def beta_path(metrics_file: Path) -> list[list[float]]:
+    """[step, beta, nats per latent dimension] at log steps, thinned evenly to at most `PATH_POINTS`."""
+    path = []
+    if metrics_file.is_file():
+        for line in metrics_file.read_text().splitlines():
+            values = json.loads(line)
+            if values.get("rate/beta") is not None:
+                path.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
+    stride = max(1, -(-len(path) // PATH_POINTS))
+    return path[::-1][::stride][::-1]
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record of an autoencoder directory or a run; empty for an autoencoder that this package did not train."""
+    for folder in (Path(path), Path(path) / "autoencoder"):
+        if (folder / RECORD).is_file():
+            return json.loads((folder / RECORD).read_text())
+    return {}

@@ -1,0 +1,84 @@
+"""The images of a training run: random crops to learn from, and a fixed part to be judged by."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.data import pixels
+from ldm_vae.data.decoding import ImageRejected
+from ldm_vae.data.samples import ImageSamples, to_tensor
+from ldm_vae.data.sources import open_source
+from ldm_vae.data.split import Part, subset
+from ldm_vae.data.stream import StreamSamples, open_stream
+from ldm_vae.data.transforms import cover_crop, random_crop
+from ldm_vae.random import numpy_rng
+
+HELD_OUT_CROPS_PER_IMAGE = 4
+MEASURED_IMAGES = 256
+
+
+def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
+    """Random crops of the training part of the images."""
+    transform, seed, held_out = partial(random_crop, config=config.crop), config.training.seed, config.data.held_out
+    if config.data.streaming:
+        return StreamSamples(open_stream(config.data), transform, seed, held_out=held_out)
+    return ImageSamples(subset(open_source(config.data), "train", held_out), transform, seed)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the training never sees, in [-1, 1] on the CPU.
+
+    `images` (n, 3, r, r): centre crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
+    training are, in the size of the last phase: the rate is defined on what the training sees.
+    """
+
+    images: Tensor
+    crops: Tensor
+
+
+def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
+    """A few images of the held-out part; None when nothing is held out."""
+    if config.data.held_out == 0 or config.held_out_images == 0:
+        return None
+    side = config.phases[-1].crop
+    images: list[Tensor] = []
+    crops: list[Tensor] = []
+    for index, image in some_images(config, "held_out", config.held_out_images):
+        images.append(to_tensor(cover_crop(image, config.held_out_resolution)))
+        rng = numpy_rng(0, "held_out_crops", index)
+        crops += [to_tensor(random_crop(image, rng, side, config.crop)) for _ in range(HELD_OUT_CROPS_PER_IMAGE)]
+    if not images:
+        return None
+    return HeldOut(pixels.from_uint8(torch.stack(images)), pixels.from_uint8(torch.stack(crops)))
+
+
+def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
+    """Training images (n, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process."""
+    side = config.phases[-1].crop
+    for _, image in some_images(config, "train", MEASURED_IMAGES):
+        yield pixels.from_uint8(to_tensor(cover_crop(image, side))[None])
+
+
+def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Up to `count` readable images of a part, with their index: of a stream the first, else an even pick."""
+    held_out = config.data.held_out
+    if config.data.streaming:
+        source = open_stream(config.data).take(count, part, held_out)
+    else:
+        source = subset(open_source(config.data), part, held_out)
+    found = 0
+    for index in numpy_rng(0, part).permutation(len(source)):
+        with contextlib.suppress(ImageRejected):
+            yield int(index), source.read(int(index))
+            found += 1
+        if found == count:
+            return
