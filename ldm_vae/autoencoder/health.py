@@ -20,8 +20,8 @@ __all__ = ["PosteriorStatistics", "Verdict", "batch_health", "effective_rank", "
 
 PASSIVE_VARIANCE = 0.9
 CLAMP_MARGIN = 0.1
-DETERMINISTIC_LOGVAR = -29.999
-"""At or under this every log-variance is diffusers' lower clamp: there is no posterior noise at all."""
+NO_NOISE_LOGVAR = -29.999
+"""Where every log-variance is at diffusers' lower clamp of -30, there is no posterior noise at all."""
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_BINS = -32.0, 22.0, 1080
 
 ReduceFunction = Callable[[Tensor, Literal["sum", "max", "min"]], Tensor]
@@ -114,7 +114,7 @@ class PosteriorStatistics:
     @property
     def deterministic(self) -> bool:
         """Whether every log-variance seen is the lower clamp -30: no noise, so no rate."""
-        return bool((self._highest_logvar <= DETERMINISTIC_LOGVAR).all())
+        return bool((self._highest_logvar <= NO_NOISE_LOGVAR).all())
 
     def result(self) -> dict[str, list[float]]:
         """Per channel, lists of c numbers. Units: nats and bits per latent dimension; variances are of raw latents.

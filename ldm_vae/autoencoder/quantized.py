@@ -38,6 +38,10 @@ INITIAL_CODE_STD = 0.1
 """Of a codebook learnt by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150 steps; on the
 synthetic images 0.1 left 45 % of 1024 codes unused after these, the library's 0.02 left 80 %."""
 
+FSQ_INITIAL_GAIN = 20.0
+"""On the first latents of FSQ, which would all be rounded to zero. After 150 steps on the synthetic images the squared
+error was the same with and without (22.9 dB), the perplexity of the codes 112 against 53."""
+
 EMA_DECAY = 0.99
 DEAD_CODE_COUNT = 0.1
 """A moving-average code that wins fewer positions a forward pass than this is replaced by a latent of the batch."""
@@ -98,6 +102,9 @@ class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
             else make_rounding(latent_channels, fsq_levels)
         )
         self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels)
+        if kind == "fsq":
+            with torch.no_grad():
+                self.encoder.head.weight.mul_(FSQ_INITIAL_GAIN)
 
     @property
     def codebook_size(self) -> int:

@@ -145,7 +145,8 @@ class VaeModel:
         self, step: int, batch: Batch, pairs: list[tuple[Tensor, Tensor]], draws: Draws, engine: Engine
     ) -> dict[str, Tensor]:
         """The discriminator's own step, on the reconstructions that the decoder's step made."""
-        assert self.game is not None and draws.chance is not None
+        assert self.game is not None
+        assert draws.chance is not None
         sums = Sums(len(batch.parts))
         for part, (fake, real) in zip(engine.parts(batch), pairs):
             terms = self.game.discriminator_terms(
@@ -227,16 +228,16 @@ class VaeModel:
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
         """What is wrong after `step` finished steps, from the metrics of a log step; each is raised once."""
         steps = self.config.plan(1).steps
-        if step < ALARMS_FROM * steps or not self.has_rate:
-            return []
-        found = training_alarms(
-            dict(metrics),
-            rate_mode=self.config.rate.mode,
-            target_nats=self.config.rate.target_nats,
-            beta=metrics["rate/beta"],
-            pinned_share=float(self.rate.pinned_share),
-            locked=step >= 0.5 * (self.rate.lock_start + steps),
-        )
+        found = self.game.alarms(metrics) if self.game else []
+        if step >= ALARMS_FROM * steps and self.has_rate:
+            found += training_alarms(
+                dict(metrics),
+                rate_mode=self.config.rate.mode,
+                target_nats=self.config.rate.target_nats,
+                beta=metrics["rate/beta"],
+                pinned_share=float(self.rate.pinned_share),
+                locked=step >= 0.5 * (self.rate.lock_start + steps),
+            )
         new = [verdict for verdict in found if verdict.name not in self._raised]
         self._raised |= {verdict.name for verdict in new}
         return new

@@ -1,6 +1,7 @@
 """Vector and scalar quantization: against references, their gradients, and what a run with them needs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,3 +272,38 @@ def test_usage_of_known_distributions():
         codebook_usage(torch.zeros(0, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="the codebook has 4 codes"):
         codebook_usage(torch.tensor([4]), 4)
+
+
+def quantize_in_a_process(rank: int, folder: Path) -> None:
+    """Two steps of a moving-average codebook on this process's half of the batch; the state goes to a file."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = build("ema").train()
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)
+        model.quantize(latents_of_step(step)[rank::2])
+    torch.distributed.barrier()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("quantizer")}
+    save_file(tensors, folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def latents_of_step(step: int) -> torch.Tensor:
+    return 0.1 * torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.slow
+def test_two_processes_move_an_averaged_codebook_together(tmp_path):
+    torch.multiprocessing.spawn(quantize_in_a_process, args=(tmp_path,), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    alone = build("ema").train()
+    before = alone.quantizer.codebook.clone()
+    for step in range(2):
+        alone.quantize(latents_of_step(step))
+    one = alone.state_dict()
+    assert not torch.equal(one["quantizer._codebook.embed"], before[None])
+    # a code that won nothing is replaced by a latent that two processes draw otherwise than one
+    same = (one["quantizer._codebook.embed"] - first["quantizer._codebook.embed"]).abs().amax(dim=2) < 1e-5
+    assert float(same.double().mean()) > 0.5

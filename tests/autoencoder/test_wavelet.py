@@ -6,15 +6,23 @@ from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.haar import haar_forward, haar_inverse
-from ldm_vae.autoencoder.interface import decode, encode_moments, reconstruct
+from ldm_vae.autoencoder.interface import (
+    DETERMINISTIC_LOGVAR,
+    decode,
+    encode_moments,
+    is_deterministic,
+    reconstruct,
+)
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
+from ldm_vae.autoencoder.wavelet import narrow_channels
 from ldm_vae.errors import UserError
 
 PICO = AutoencoderConfig(architecture="wavelet", preset="pico")
+PICO_AE = AutoencoderConfig(architecture="wavelet", preset="pico", kind="ae")
 SD_TINY = AutoencoderConfig(architecture="sd", preset="tiny")
 
 
-@pytest.fixture(params=[PICO, SD_TINY], ids=["wavelet", "sd"])
+@pytest.fixture(params=[PICO, PICO_AE, SD_TINY], ids=["wavelet", "wavelet-ae", "sd"])
 def autoencoder(request):
     torch.manual_seed(0)
     return build_autoencoder(request.param).eval().requires_grad_(False)
@@ -154,3 +162,49 @@ def test_a_directory_without_a_model_is_refused_with_advice(tmp_path):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="choose one of pico, nano"):
         AutoencoderConfig(preset="giant")
+
+
+def test_a_plain_autoencoder_has_points_for_latents():
+    torch.manual_seed(0)
+    model = build_autoencoder(PICO_AE)
+    mean, logvar = encode_moments(model, torch.rand(1, 3, 32, 32))
+    assert model.encoder.head.out_channels == 4
+    assert torch.equal(logvar, torch.full_like(mean, DETERMINISTIC_LOGVAR))
+    sample = model.encode(torch.rand(1, 3, 32, 32)).latent_dist.sample()
+    assert sample.shape == mean.shape
+    assert is_deterministic(model)
+    assert not is_deterministic(build_autoencoder(PICO))
+    assert not is_deterministic(build_autoencoder(SD_TINY))
+    model(torch.rand(1, 3, 32, 32)).sample.mean().backward()
+    assert float(model.encoder.head.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize("kind", ["kl", "ae"])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_narrow_channels_is_the_full_autoencoder_with_a_tail_of_zeros(kind, channels, tmp_path):
+    torch.manual_seed(0)
+    full = build_autoencoder(AutoencoderConfig(preset="pico", kind=kind, latent_channels=6), logvar_floor=-5.0).eval()
+    with torch.no_grad():  # fresh biases would hide rows that were mixed up
+        full.encoder.head.bias.add_(torch.randn_like(full.encoder.head.bias))
+    narrow = narrow_channels(full, channels)
+    assert (narrow.config.latent_channels, narrow.config.logvar_floor) == (channels, full.config.logvar_floor)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    for kept, whole in zip(encode_moments(narrow, images), encode_moments(full, images)):
+        torch.testing.assert_close(kept, whole[:, :channels], rtol=1e-5, atol=1e-6)
+    latents = torch.randn(2, 6, 4, 6)
+    tail_of_zeros = latents.clone()
+    tail_of_zeros[:, channels:] = 0
+    torch.testing.assert_close(decode(narrow, latents[:, :channels]), decode(full, tail_of_zeros), rtol=1e-4, atol=1e-5)
+    narrow.save_pretrained(tmp_path)
+    assert fingerprint(load_autoencoder(tmp_path)) == fingerprint(narrow)
+    assert (fingerprint(narrow) == fingerprint(full)) == (channels == 6)
+    with torch.no_grad():
+        narrow.decoder.head.bias.add_(1)  # the full one keeps its own weights
+    assert not torch.equal(narrow.decoder.head.bias, full.decoder.head.bias)
+
+
+def test_channels_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match="between 1 and the 4 channels"):
+        narrow_channels(build_autoencoder(PICO), 5)
+    with pytest.raises(UserError, match="AutoencoderKL: its channels cannot be cut"):
+        narrow_channels(build_autoencoder(SD_TINY), 2)

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ldm_vae.autoencoder.adversarial.discriminator import PatchDiscriminator, augment
+from ldm_vae.autoencoder.verdicts import Verdict
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
+
+HELD_SHARE = 0.5
+"""Of the steps of a log interval, from which on the guard's holding is worth a sentence."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,21 @@ class Game:
         self._state["factor"] *= self.WEIGHT_AFTER_RESTORE
         self._state["bad_steps"].zero_()
         self._state["average"].copy_(self._state["reference"])
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[Verdict]:
+        """What the guard did, in words, from averaged metrics and the state. Waits for the device: log steps only."""
+        knob = "a lower adversarial.strength, a longer adversarial.warmup, or a lower learning rate"
+        found, factor = [], float(self._state["factor"])
+        if factor < 1:
+            cause = "the reconstruction had worsened too far, so the decoder's weights before the game came back"
+            name = "adversarial_restored"
+            found.append(Verdict(name, "fail", "share of the adversarial weight left", factor, 1.0, None, cause, knob))
+        held = metrics.get("adversarial/holding", 0.0)
+        if held > HELD_SHARE:
+            cause = f"the reconstruction loss is more than {self.config.hold_above:g} times that before the game"
+            name = "adversarial_held"
+            found.append(Verdict(name, "warn", "share of steps at weight 0", held, HELD_SHARE, None, cause, knob))
+        return found
 
     def figures(self, step: int) -> dict[str, Tensor]:
         return {"adversarial/weight": self.weight(step), "adversarial/holding": self.holding.float()}

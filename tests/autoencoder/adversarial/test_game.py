@@ -104,7 +104,10 @@ def test_the_guard_holds_then_restores_and_is_part_of_the_state():
     again.load_state_dict(json.loads(json.dumps(game.state_dict())))
     assert again.must_restore()
     assert torch.equal(again.weight(100), game.weight(100))
+    assert [alarm.name for alarm in game.alarms({"adversarial/holding": 0.9})] == ["adversarial_held"]
     game.restored()
+    assert [alarm.name for alarm in game.alarms({})] == ["adversarial_restored"]
+    assert "25" in game.alarms({})[0].sentence()
     assert float(game.weight(100)) == pytest.approx(0.5 / 4)
     assert not game.must_restore()
 

@@ -1,0 +1,176 @@
+"""Kinds and architectures: the settings, building, loading, and diffusers' deterministic autoencoders behind it all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from ldm_vae import config as configuration
+from ldm_vae.autoencoder import deterministic
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.interface import (
+    DETERMINISTIC_LOGVAR,
+    decode,
+    encode_moments,
+    is_deterministic,
+    pad_to_multiple,
+    reconstruct,
+)
+from ldm_vae.autoencoder.models import (
+    AutoencoderConfig,
+    build_autoencoder,
+    downsampling,
+    latent_channels,
+    load_autoencoder,
+)
+from ldm_vae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+
+def settings(*overrides: str) -> AutoencoderConfig:
+    return configuration.load(Settings, None, [f"autoencoder.{override}" for override in overrides]).autoencoder
+
+
+def test_the_kinds_load_from_text():
+    assert settings() == AutoencoderConfig("wavelet", "nano", 4)
+    assert settings().kind == "kl"
+    vq = settings("kind=vq", "codebook_size=256", "codebook=ema", "latent_channels=8")
+    assert (vq.codebook_size, vq.codebook) == (256, "ema")
+    fsq = settings("kind=fsq", "fsq_levels=[7,5,5]", "latent_channels=3")
+    assert fsq.levels == (7, 5, 5)
+    assert settings("kind=fsq").levels == (8, 5, 5, 5)
+    assert settings("kind=frozen", "encoder=owner/name", "residual_channels=8").encoder == "owner/name"
+    assert settings("kind=vq", "codebook_size=null").codebook_size is None
+
+
+def test_settings_survive_yaml(tmp_path):
+    for overrides in (["kind=fsq", "fsq_levels=[7,5,5,5]"], ["kind=vq", "codebook=ema"], []):
+        config = Settings(settings(*overrides))
+        (tmp_path / "a.yaml").write_text(configuration.to_yaml(config))
+        assert configuration.load(Settings, tmp_path / "a.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kind=vqq"], "expected one of"),
+        (["kind=vq", "architecture=sd", "preset=sd"], "vq is built with architecture=wavelet only"),
+        (["kind=ae", "codebook_size=64"], r"autoencoder\.codebook_size: has no effect with autoencoder\.kind=ae"),
+        (["codebook=ema"], "has no effect with autoencoder.kind=kl; remove it, or set vq"),
+        (["kind=vq", "fsq_levels=[8,5,5,5]"], r"fsq_levels: has no effect .*kind=vq"),
+        (["kind=fsq", "encoder=a/b"], r"encoder: has no effect .*kind=fsq"),
+        (["residual_channels=4"], r"residual_channels: has no effect .*kind=kl"),
+        (["kind=vq", "codebook_size=1"], "codebook_size: 1 is not between 2 and"),
+        (["kind=fsq", "fsq_levels=[8,5,5]"], "3 entries for 4 latent channels; .* set autoencoder.latent_channels=3"),
+        (["kind=fsq", "fsq_levels=[8,5,5,2]"], "is not from 3 on"),
+        (["kind=fsq", "fsq_levels=[99,99,99,99]"], "a product up to 1048576"),
+        (["kind=frozen"], "encoder: kind=frozen needs one; give the directory or hub id"),
+        (["kind=frozen", "encoder=a/b", "latent_channels=8"], "latent_channels: has no effect .* the encoder sets it"),
+        (["kind=frozen", "encoder=a/b", "residual_channels=-1"], "residual_channels: -1 is not between 0 and 256"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        settings(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_seed_gives_the_same_weights_as_before_there_were_kinds():
+    """A run that began with an earlier release resumes, and its fingerprints stay."""
+    torch.manual_seed(0)
+    model = build_autoencoder(AutoencoderConfig(preset="pico"))
+    old = {name: value for name, value in dict(model.config).items() if name != "deterministic"}
+    assert model.config.deterministic is False
+    before = fingerprint(model)
+    model._internal_dict = type(model.config)(old)
+    assert fingerprint(model) == before
+
+
+def tiny() -> Any:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=5,
+    )
+
+
+def dc() -> Any:
+    return diffusers.AutoencoderDC(
+        latent_channels=6,
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+    )
+
+
+def vq() -> Any:
+    return diffusers.VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        vq_embed_dim=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+    )
+
+
+FOREIGN = {"AutoencoderTiny": (tiny, 4, 5), "AutoencoderDC": (dc, 4, 6), "VQModel": (vq, 2, 3)}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_deterministic_autoencoders_of_diffusers_get_the_interface_of_a_posterior(name, tmp_path):
+    make, factor, channels = FOREIGN[name]
+    torch.manual_seed(0)
+    original = make().eval()
+    original.save_pretrained(tmp_path / "original")
+    model = load_autoencoder(tmp_path / "original")
+    assert isinstance(model, deterministic.ADAPTED[name])
+    assert (is_deterministic(model), downsampling(model), latent_channels(model)) == (True, factor, channels)
+    images = torch.rand(1, 3, 30, 41) * 2 - 1
+    mean, logvar = encode_moments(model, images)
+    with torch.no_grad():
+        expected = original.encode(pad_to_multiple(images, factor), return_dict=False)[0]
+        expected_image = original.decode(expected).sample.clamp(-1, 1)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logvar, torch.full_like(mean, DETERMINISTIC_LOGVAR))
+    torch.testing.assert_close(decode(model, mean), expected_image, rtol=1e-4, atol=1e-4)
+    assert reconstruct(model, images).shape == images.shape
+    # saved again it is diffusers' own, with the same identity
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["_class_name"] == name
+    assert fingerprint(getattr(diffusers, name).from_pretrained(tmp_path / "again")) == fingerprint(original)
+    assert fingerprint(model) == fingerprint(original)
+
+
+def test_the_forward_pass_of_an_adapted_model_encodes_and_decodes(tmp_path):
+    vq().save_pretrained(tmp_path)
+    model = load_autoencoder(tmp_path)
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(model(images).sample, model.decode(model.encode(images).latent_dist.mode()).sample)
+
+
+def test_an_autoencoder_of_one_size_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
+    with pytest.raises(UserError, match=r"one image size only .* autoencoder\.kind=frozen"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModell"}')
+    with pytest.raises(UserError, match="no autoencoder"):
+        load_autoencoder(tmp_path)
