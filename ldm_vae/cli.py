@@ -19,8 +19,13 @@ COMMANDS = {
     "generate": "generate",
     "reconstruct": "reconstruct",
     "evaluate": "evaluate",
+    "frontier": "frontier",
+    "compare": "compare",
+    "diagnose": "diagnose",
     "synth": "synth",
     "report": "report",
+    "convert": "convert",
+    "card": "card",
 }
 
 

@@ -30,7 +30,7 @@ def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainin.seed=1", "Did you mean: 'training'"),
+        ("trainin.seed=1", "Did you mean one of: 'training', 'train'?"),
         ("training.sed=1", "Did you mean: 'seed'"),
         ("training.seed=soon", "could not be converted to Integer"),
         ("training.precision=int8", "expected one of"),
@@ -82,15 +82,20 @@ def test_changed_keys_reach_into_lists():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_in_the_repository_loads(path):
     from ldm_vae.diffusion.training import TrainDiffusionConfig
+    from ldm_vae.evaluation.comparison import CompareConfig
+    from ldm_vae.evaluation.frontier import FrontierConfig
     from ldm_vae.latents.encode import EncodeConfig
 
     required = {
         "vae": (TrainVaeConfig, ["output=x"]),
         "encode": (EncodeConfig, ["output=x", "autoencoder=y"]),
+        "frontier": (FrontierConfig, ["output=x"]),
+        "compare": (CompareConfig, ["output=x"]),
         "diffusion": (TrainDiffusionConfig, ["output=x", "latents=y", "autoencoder=z"]),
     }
     schema, overrides = required[path.stem.split("_")[0]]
-    if "path: ???" in path.read_text():
-        overrides = [*overrides, "data.path=images"]
+    for key, value in {"path": "data.path=images", "initial": "initial=runs/vae"}.items():
+        if f"{key}: ???" in path.read_text():
+            overrides = [*overrides, value]
     configuration.load(schema, path, overrides)
     assert path.read_text().startswith("#"), "a recipe opens with its command and what is known about it"

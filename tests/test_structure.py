@@ -36,11 +36,35 @@ def test_imports_point_one_way(path):
 def test_nothing_unsafe_and_every_file_says_what_it_owns(path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), f"{path} opens without a docstring"
-    for word in ("torch.load", "import pickle", "trust_remote_code=True", "shell=True", "allow_pickle=True"):
+    for word in ("import pickle", "trust_remote_code=True", "shell=True", "allow_pickle=True"):
         assert word not in text, f"{path} uses {word}"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    for node in calls:
+        if isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), path
+    assert text.count("torch.load") == sum(map(is_safe_load, calls)), f"{path} loads without weights_only=True"
+
+
+def is_safe_load(call: ast.Call) -> bool:
+    """Whether a call is `torch.load(..., weights_only=True)`, with the literal True: it runs no code of the file."""
+    given = {word.arg: word.value for word in call.keywords}
+    value = given.get("weights_only")
+    return ast.unparse(call.func) == "torch.load" and isinstance(value, ast.Constant) and value.value is True
+
+
+@pytest.mark.parametrize(
+    ("code", "safe"),
+    [
+        ("torch.load(path, map_location='cpu', weights_only=True)", True),
+        ("torch.load(path)", False),
+        ("torch.load(path, weights_only=False)", False),
+        ("torch.load(path, weights_only=flag)", False),
+        ("torch.load(path, **settings)", False),
+    ],
+)
+def test_the_check_of_torch_load_sees_unsafe_calls(code, safe):
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert is_safe_load(call) is safe
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

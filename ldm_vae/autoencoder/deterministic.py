@@ -18,6 +18,7 @@ compat.repair_torchvision()
 import diffusers
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # a saved pipeline looks for the name here
 from torch import Tensor
 
 DETERMINISTIC_LOGVAR = -30.0

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.fingerprint import DECODER_PARTS
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.errors import UserError
 
 
 def start_from(path: str) -> Any:
-    """The autoencoder at `path`, every parameter trainable, float32."""
-    return load_autoencoder(path).train().requires_grad_(True)
+    """The autoencoder at `path`, every parameter trainable, float32.
+
+    Raises: UserError for diffusers' VQModel, whose codebook loss is of another shape.
+    """
+    autoencoder = load_autoencoder(path)
+    if isinstance(autoencoder, VQModel):
+        raise UserError(
+            f"initial={path}: diffusers' VQModel can be evaluated and encoded with, not trained here; "
+            "train one with autoencoder.kind=vq"
+        )
+    return autoencoder.train().requires_grad_(True)
 
 
 def select_trained(autoencoder: Any, names: list[str] | None) -> None:

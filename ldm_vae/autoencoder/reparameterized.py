@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 
 
 class Pass(NamedTuple):
@@ -63,7 +64,7 @@ class ReparameterizedAutoencoder(nn.Module):
             latents = latents * kept
         if latent_side is not None:
             latents = shrink(latents, latent_side)
-        if hasattr(self.autoencoder, "quantize"):
+        if isinstance(self.autoencoder, AutoencoderQuantized):
             quantized = self.autoencoder.quantize(latents)
             latents, losses, indices = quantized.latents, dict(quantized.losses), quantized.indices
             reconstruction = self.autoencoder.decode(latents, force_not_quantize=True).sample

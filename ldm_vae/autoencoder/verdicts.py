@@ -85,7 +85,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             pinned_share=Limit("share of the steps with beta at a bound and the target missed", fail=0.05),
         ),
         "posterior_collapse": _rule(
-            "the KL term outweighs reconstruction, so the latents say nothing about the image",
+            "the latents say nothing about the image: the KL outweighs reconstruction, or training has hardly begun",
             "lower rate.beta, or set rate.mode=target; check that the reconstruction loss reaches the encoder",
             nats=Limit("mean KL in nats per dimension", fail=0.05, below=True),
             permutation=Limit("error with latents of other images, relative to the right ones", fail=1.05, below=True),

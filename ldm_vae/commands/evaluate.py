@@ -1,9 +1,11 @@
 """Measure how well an autoencoder reconstructs images that training never saw, beside a linear baseline.
 
-Writes results.json, results.md, grid.png and examples/ into the output folder. A finished result is not
-redone.
+Baselines on the same pixels: a linear transform with as many numbers, bicubic scaling, JPEG and WebP at equal bytes.
+Writes results.json, results.md, grid.png and examples/ into the output folder. A finished result is not redone, and
+the result is the same for any number of processes.
 
   ldm-vae evaluate autoencoder=runs/mine data.source=folder data.path=~/images output=runs/mine/evaluation
+  torchrun --nproc_per_node 4 scripts/evaluate.py autoencoder=runs/mine output=runs/mine/evaluation ...
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 
 from ldm_vae.commands import config_arguments
 
-SUMMARY = "measure reconstructions: PSNR, SSIM, LPIPS, rate, and a linear baseline"
+SUMMARY = "measure reconstructions: PSNR, SSIM, LPIPS, rate; baselines, KID and FID"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate, markdown
+    from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
+    from ldm_vae.evaluation.summary import markdown
 
     config = config_arguments.load(args, EvaluateConfig)
     if config is None:
         return 0
-    results = evaluate(config, overwrite=args.overwrite)
-    print(f"{config.output}:\n\n{markdown(results)}", end="")
+
+    from ldm_vae.evaluation.processes import join_processes, leave_processes
+    from ldm_vae.training.signals import die_with_launcher
+
+    die_with_launcher()
+    processes = join_processes(config.processes)
+    try:
+        results = evaluate(config, overwrite=args.overwrite, processes=processes)
+    finally:
+        leave_processes()
+    if processes.is_main:
+        print(f"{config.output}:\n\n{markdown(results)}", end="")
     return 0

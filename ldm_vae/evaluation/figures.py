@@ -48,7 +48,7 @@ def style(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=9, length=0)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
         text.set_color(INK)
-        text.set_size(10)
+        text.set_fontsize(10)
 
 
 def legend(axes: Axes) -> None:
@@ -66,6 +66,7 @@ def to_svg(figure: Figure, label: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "var(--ink, #1f1e1b)").replace(RULE, "var(--rule, #e5e1d8)")
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # nothing but web addresses
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -17,12 +17,16 @@ from ldm_vae.random import numpy_rng
 DATA_RANGE = 2.0
 HIGHEST_PSNR_DB = 100.0
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+"""ITU-R BT.601, as in JPEG."""
+
 MS_SSIM_SMALLEST_SIDE = 161
 """Five scales of an 11-pixel window: the sides must exceed 10 * 2**4 pixels."""
 
 METRIC_TITLES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "ssim_luma": "SSIM luma",
     "ms_ssim": "MS-SSIM",
     "lpips": "LPIPS",
     "sharpness": "Sharpness ratio",
@@ -44,6 +48,18 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     """
     _check_pair(images, references)
     return _similarity(images.float(), references.float())[0]
+
+
+def luma(images: Tensor) -> Tensor:
+    """RGB (n, 3, h, w) -> its brightness Y of ITU-R BT.601 in the same range, (n, 1, h, w)."""
+    weights = torch.tensor(LUMA_WEIGHTS, device=images.device).view(1, 3, 1, 1)
+    return (images.float() * weights).sum(dim=1, keepdim=True)
+
+
+def ssim_luma(images: Tensor, references: Tensor) -> Tensor:
+    """`ssim` of the luma, (n,): the variant of the original paper, which had grey images (Wang 2004)."""
+    _check_pair(images, references)
+    return _similarity(luma(images), luma(references))[0]
 
 
 def ms_ssim(images: Tensor, references: Tensor) -> Tensor:
@@ -112,6 +128,21 @@ def bootstrap_interval(
     picks = numpy_rng(seed, "bootstrap").integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def paired_difference(values: np.ndarray, baseline: np.ndarray) -> dict[str, float | None]:
+    """Mean of values - baseline over the same images with its 95 % bootstrap interval, and Wilcoxon's p.
+
+    `wilcoxon_p`: two-sided signed-rank test that the differences are symmetric about 0 (Wilcoxon 1945); None where it
+    says nothing, which is under 6 images (no p under 0.05 exists) and where no difference is other than 0.
+    """
+    from scipy.stats import wilcoxon
+
+    differences = np.subtract(np.asarray(values, np.float64), np.asarray(baseline, np.float64))
+    low, high = bootstrap_interval(differences)
+    tested = len(differences) >= 6 and bool(np.any(differences))
+    p = float(wilcoxon(differences).pvalue) if tested else None
+    return {"mean": float(differences.mean()), "low": low, "high": high, "wilcoxon_p": p}
 
 
 def _check_pair(images: Tensor, references: Tensor) -> None:

@@ -1,24 +1,33 @@
-"""Training curves as small inline SVG panels, drawn from `metrics.jsonl`.
+"""Training curves of a run, drawn from `metrics.jsonl`.
 
-Owns reading the curves and drawing one panel; which colours the classes have is the page's style sheet, so a
-panel follows light and dark. Text stays text. No plotting library: a panel is a few lines and some labels.
+Owns reading the curves and drawing one panel; the look is that of `figures.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 16, 28
+from ldm_vae.evaluation.figures import COLOURS, INK, legend, new_figure, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MAXIMUM_POINTS = 240
 """Points drawn per curve; longer runs are averaged in bins, so the page stays small."""
+LOGARITHMIC_SPAN = 8.0
+LONG_CURVE = 100
+"""From so many points on a single extreme value is a spike, not the scale."""
+CLASSES = ("raw", "line", "held-out", "target", "alarm")
+"""What a panel draws; the classes of its groups in the SVG."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,17 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """What training warned of: the verdict's name and its sentence."""
+
+    step: int
+    verdict: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One plot: a `train` curve, a `held_out` curve, a `target` level.
+    """One plot: a `train` curve, a `held_out` curve, a `target` level, a mark at each alarm.
 
     A `noisy` training curve is drawn faint, its running mean bold.
     """
@@ -45,33 +63,52 @@ class Panel:
     noisy: bool = True
     logarithmic: bool = True
     """Where the values span a factor of eight or more."""
+    alarms: tuple[Alarm, ...] = ()
 
 
 def read_metrics(path: Path) -> dict[str, Curve]:
     """Key -> curve of a `metrics.jsonl`; empty when there is no such file.
 
-    A line cut off by a crash and non-finite values are skipped; a step logged twice (a resumed run) keeps the
+    A line cut off by a crash, text and non-finite values are skipped; a step logged twice (a resumed run) keeps the
     later value.
     """
     points: dict[str, dict[int, float]] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-                step = int(record.pop("step"))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                continue
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    points.setdefault(key, {})[step] = float(value)
+    for step, record in _records(path):
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                points.setdefault(key, {})[step] = float(value)
     return {
         key: Curve(np.array(sorted(found)), np.array([found[step] for step in sorted(found)]))
         for key, found in points.items()
     }
 
 
-def autoencoder_panels(metrics: Mapping[str, Curve], rate_target_nats: float | None = None) -> list[Panel]:
-    """Both loss terms apart, and any further term; the weight between them; quality on held-out images."""
+def read_alarms(path: Path) -> list[Alarm]:
+    """The alarms of a `metrics.jsonl` by step; one that a resumed run repeats counts once."""
+    found = {}
+    for step, record in _records(path):
+        sentence = record.get("alarm")
+        if isinstance(sentence, str):
+            alarm = Alarm(step, str(record.get("verdict") or "alarm"), sentence)
+            found[alarm.step, alarm.verdict, alarm.sentence] = alarm
+    return sorted(found.values(), key=lambda alarm: (alarm.step, alarm.verdict))
+
+
+def _records(path: Path) -> list[tuple[int, dict[str, object]]]:
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            found.append((int(record.pop("step")), record))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+    return found
+
+
+def autoencoder_panels(
+    metrics: Mapping[str, Curve], rate_target_nats: float | None = None, alarms: Sequence[Alarm] = ()
+) -> list[Panel]:
+    """Both loss terms apart, and any further term; the weight between them; quality on held-out images; health."""
     panels = [
         Panel(
             "Reconstruction loss",
@@ -116,9 +153,21 @@ def autoencoder_panels(metrics: Mapping[str, Curve], rate_target_nats: float | N
             "Reconstruction of images that training never sees; higher is better.",
             held_out=metrics.get("held_out/psnr"),
         ),
+        Panel(
+            "Quietest channel",
+            "KL in nats per dimension",
+            "The latent channel that says least; near zero it is dead.",
+            metrics.get("health/least_channel_nats"),
+        ),
+        Panel(
+            "Hottest position",
+            "standard deviations of its channel",
+            "The largest latent value of a batch; far above ten something global hides in single positions.",
+            metrics.get("health/hottest_sigmas"),
+        ),
         _learning_rate(metrics),
     ]
-    return [panel for panel in panels if panel.train or panel.held_out]
+    return [replace(panel, alarms=tuple(alarms)) for panel in panels if panel.train or panel.held_out]
 
 
 def diffusion_panels(metrics: Mapping[str, Curve]) -> list[Panel]:
@@ -149,118 +198,102 @@ def _learning_rate(metrics: Mapping[str, Curve]) -> Panel:
 
 
 def render_svg(panel: Panel) -> str:
-    """One panel as an `<svg>` element with the classes grid, axis, raw, line, held-out and target."""
+    """One panel as an `<svg>` element; what it draws stands in groups of the classes `CLASSES`."""
     train = panel.train and _thin(panel.train)
     held_out = panel.held_out and _thin(panel.held_out)
     smooth = train and (Curve(train.steps, running_mean(train.values)) if panel.noisy else train)
     drawn = [curve for curve in (smooth, held_out) if curve]
-    levels = np.concatenate([curve.values for curve in drawn])
-    if train:
-        levels = np.concatenate([levels, np.quantile(train.values, [0.02, 0.98])])
-    if panel.target is not None:
-        levels = np.append(levels, panel.target)
-    axis = _Axis.over(levels, panel.logarithmic)
-    last_step = float(max(curve.steps[-1] for curve in drawn)) or 1.0
-
-    def points(curve: Curve) -> str:
-        x = LEFT + curve.steps / last_step * (WIDTH - LEFT - RIGHT)
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, axis.heights(curve.values)))
-
-    parts = [_grid(axis, last_step)]
-    if panel.target is not None:
-        height = axis.heights(np.array([panel.target]))[0]
-        parts.append(f'<path class="target" d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
+    figure, (axes,) = new_figure(height=2.9)
+    _scale(axes, _levels(panel, train, drawn), panel.logarithmic)
+    axes.set_xlim(0, float(max(curve.steps[-1] for curve in drawn)) or 1.0)
+    axes.margins(x=0)
+    alone = held_out is None and panel.target is None
     if train and smooth:
         if smooth is not train:
-            parts.append(f'<polyline class="raw" points="{points(train)}"/>')
-        parts.append(f'<polyline class="line" points="{points(smooth)}"/>')
+            axes.plot(train.steps, train.values, color=COLOURS[0], linewidth=0.8, alpha=0.3, gid="raw")
+        label = None if alone else "training"
+        axes.plot(smooth.steps, smooth.values, color=COLOURS[0], linewidth=1.7, gid="line", label=label)
     if held_out:
-        parts.append(f'<polyline class="held-out" points="{points(held_out)}"/>')
-        parts += [
-            f'<circle class="held-out-dot" cx="{point.split(",")[0]}" cy="{point.split(",")[1]}" r="2.4"/>'
-            for point in points(held_out).split()
-            if len(held_out.steps) <= 40
-        ]
-    parts.append(_legend(panel))
-    label = escape(f"{panel.title}, {panel.unit}", quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        (line,) = axes.plot(
+            held_out.steps, held_out.values, color=COLOURS[1], linewidth=1.5, gid="held-out", label="held out"
+        )
+        if len(held_out.steps) <= 40:
+            line.set(marker="o", markersize=3.5, clip_on=False)
+    if panel.target is not None:
+        axes.axhline(panel.target, color=INK, linewidth=1.0, linestyle=(0, (1, 3)), gid="target", label="target")
+    _mark_alarms(axes, panel.alarms)
+    legend(axes)
+    return page_svg(figure, f"{panel.title}, {panel.unit}")
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """A vertical axis; logarithmic, where that is allowed and positive values span a factor of eight."""
+def page_svg(figure: Figure, label: str) -> str:
+    """`figures.to_svg` for a page of many: matplotlib numbers its groups anew in each, and an id must be unique.
 
-    low: float
-    high: float
-    logarithmic: bool
+    Groups named in `CLASSES` by their gid get that class.
+    """
 
-    @classmethod
-    def over(cls, values: np.ndarray, logarithmic: bool) -> _Axis:
-        low, high = float(values.min()), float(values.max())
-        if logarithmic and low > 0 and high / low >= 8:
-            return cls(low / 1.1, high * 1.1, True)
+    def classed(match: re.Match[str]) -> str:
+        return f'<g class="{match[1]}"' if match[1] in CLASSES else "<g"
+
+    return re.sub(r'<g id="([^"]*)"', classed, to_svg(figure, label))
+
+
+def _mark_alarms(axes: Axes, alarms: Sequence[Alarm]) -> None:
+    """A dashed line at each step with an alarm, the verdicts' names along it."""
+    steps = sorted({alarm.step for alarm in alarms})
+    last = axes.get_xlim()[1]
+    for step in steps:
+        if step > last:
+            continue
+        names = ", ".join(sorted({alarm.verdict for alarm in alarms if alarm.step == step}))
+        axes.axvline(step, color=COLOURS[5], linewidth=1.0, linestyle=(0, (4, 3)), gid="alarm")
+        axes.annotate(
+            names, (step, 0.02), xycoords=("data", "axes fraction"), xytext=(-2, 0), textcoords="offset points",
+            rotation=90, ha="right", va="bottom", fontsize=7.5, color=COLOURS[5],
+        )  # fmt: skip
+
+
+def _levels(panel: Panel, train: Curve | None, drawn: Sequence[Curve]) -> np.ndarray:
+    """What the vertical axis has to hold: the curves, of a noisy one all but its spikes, the target."""
+    levels = np.concatenate([curve.values for curve in drawn])
+    if train and panel.noisy:
+        values = train.values
+        if len(values) >= LONG_CURVE:
+            values = values.clip(*np.quantile(values, [0.005, 0.995], method="closest_observation"))
+        held_out = [curve.values for curve in drawn[1:]]
+        levels = np.concatenate([running_mean(values), np.quantile(values, [0.02, 0.98]), *held_out])
+    return levels if panel.target is None else np.append(levels, panel.target)
+
+
+def _scale(axes: Axes, levels: np.ndarray, logarithmic: bool) -> None:
+    """Limits and ticks; logarithmic where that is allowed and positive values span a factor of eight."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = float(levels.min()), float(levels.max())
+    if logarithmic and low > 0 and high / low >= LOGARITHMIC_SPAN:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+        decades = math.log10(high / low)
+        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3.5 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        return cls(max(low - room, 0.0) if low >= 0 else low - room, high + room, False)
-
-    def heights(self, values: np.ndarray) -> np.ndarray:
-        """SVG y coordinates; values outside are drawn at the edge."""
-        values = np.clip(values, self.low, self.high)
-        if self.logarithmic:
-            share = np.log(values / self.low) / math.log(self.high / self.low)
-        else:
-            share = (values - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def ticks(self) -> list[float]:
-        if not self.logarithmic:
-            return round_numbers(self.low, self.high, 5)
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in ((1, 2, 5), (1, 3), (1,)):
-            ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-            ticks = [tick for tick in ticks if self.low <= tick <= self.high]
-            if len(ticks) <= 7:
-                break
-        return ticks
+        axes.set_ylim(max(low - room, 0.0) if low >= 0 else low - room, high + room)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: step_label(value)))
 
 
-def round_numbers(low: float, high: float, count: int) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
-    raw = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw * 0.999)
-    return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def step_label(step: float) -> str:
+    """`step 0`, `500`, `20k`."""
+    text = f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
+    return f"step {text}" if step == 0 else text
 
 
-def _grid(axis: _Axis, last_step: float) -> str:
-    parts = []
-    for tick in axis.ticks():
-        height = axis.heights(np.array([tick]))[0]
-        parts.append(f'<path class="grid" d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in round_numbers(0, last_step, 5):
-        x = LEFT + tick / last_step * (WIDTH - LEFT - RIGHT)
-        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-        text = f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}"
-        text = f"step {text}" if tick == 0 else text
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{text}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    return "".join(parts)
-
-
-def _legend(panel: Panel) -> str:
-    entries = [("line", "training")] if panel.train and (panel.held_out or panel.target is not None) else []
-    entries += [("held-out", "held out")] if panel.held_out else []
-    entries += [("target", "target")] if panel.target is not None else []
-    parts = []
-    x = WIDTH - RIGHT
-    for name, text in reversed(entries):
-        parts.append(f'<text class="key {name}" x="{x}" y="11" text-anchor="end">{text}</text>')
-        x -= 14 + 7 * len(text)
-    return "".join(parts)
-
-
-def _number(value: float) -> str:
-    """A tick label: at most four digits, small values as 1.5e-3, with a true minus sign."""
+def number(value: float) -> str:
+    """A tick label: at most four digits, small values as 1.5e−3, with a true minus sign."""
     if value != 0 and abs(value) < 1e-2:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")

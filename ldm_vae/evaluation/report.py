@@ -6,8 +6,6 @@ leaves its section out. Everything shown is read from the stages' folders, nothi
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import shlex
@@ -19,8 +17,9 @@ from typing import Any
 
 from ldm_vae import provenance
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.html_pages import Picture, embed, template_environment
 from ldm_vae.evaluation.metrics import METRIC_TITLES
-from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_metrics, render_svg
+from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
 from ldm_vae.files import write_text
 
 STAGES = {
@@ -31,8 +30,6 @@ STAGES = {
     "evaluation": "Measure reconstructions",
 }
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-WEBP_QUALITY = 90
-MAXIMUM_SIDE = 512
 SAMPLES_PER_CLASS = 4
 SAMPLES_WITHOUT_CLASSES = 24
 HEADER_SAMPLES = 6
@@ -61,16 +58,6 @@ class Stage:
     @property
     def command(self) -> str:
         return shlex.join(self.record.get("command", []))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An embedded picture: `uri` is a data URI, `text` its alternative text."""
-
-    uri: str
-    text: str
-    width: int
-    height: int
 
 
 def write_report(run_root: str | Path, output: str | Path | None = None) -> Path:
@@ -108,26 +95,16 @@ def read_stages(root: Path) -> list[Stage]:
 
 def render(title: str, stages: list[Stage], command: str) -> str:
     """The page as HTML text; `command` is the one that writes it."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("ldm_vae.evaluation"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "duration": duration,
-        "quantity": quantity,
-        "signed": lambda x: f"{x:+.2f}".replace("-", "−"),
-    }
+    environment = template_environment()
     environment.globals["plot"] = lambda panel: Markup(render_svg(panel))
     folders = {stage.name: stage.directory for stage in stages}
     absent = Path("absent")
     vae, diffusion = folders.get("vae", absent), folders.get("diffusion", absent)
     settings = {name: _read_yaml(folder / "config.yaml") for name, folder in folders.items()}
     rate = settings.get("vae", {}).get("rate", {})
+    alarms = read_alarms(vae / "metrics.jsonl")
     manifest = _read_json(folders.get("latents", absent) / "manifest.json")
     samples = read_samples(folders.get("samples", absent))
     context = {
@@ -146,7 +123,9 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "vae_panels": autoencoder_panels(
             read_metrics(vae / "metrics.jsonl"),
             rate.get("target_nats") if rate.get("mode") == "target" else None,
+            alarms,
         ),
+        "alarms": alarms,
         "diffusion_panels": diffusion_panels(read_metrics(diffusion / "metrics.jsonl")),
         "encoded": sum(shard["count"] for shard in manifest.get("shards", [])),
         "parameters": {"vae": count_parameters(vae), "diffusion": count_parameters(diffusion)},
@@ -213,20 +192,6 @@ def label_of(path: Path, folder: Path) -> str:
     return word.replace("_", " ").replace("-", " ").strip()
 
 
-def embed(path: Path, text: str) -> Picture:
-    """A picture file as WebP in a data URI: at most 512 pixels, quality 90, or lossless when tiny."""
-    from PIL import Image
-
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    small = max(image.size) <= 96
-    image.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=small, method=4)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(f"data:image/webp;base64,{data}", text, *image.size)
-
-
 def count_parameters(folder: Path) -> int:
     """Parameters of the exported model under `folder`, checkpoints left out, from the safetensors headers."""
     from safetensors import safe_open
@@ -244,21 +209,6 @@ def count_parameters(folder: Path) -> int:
                 total += size
         break
     return total
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def quantity(number: float) -> str:
-    """`950`, `2,000`, `2.7 million`."""
-    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
 def _finished_record(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,10 @@ from ldm_vae.autoencoder.models import (
     latent_channels,
     load_autoencoder,
 )
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
+from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError
+from ldm_vae.latents.normalizer import LatentNormalizer
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ def test_mistakes_are_refused_in_one_line(overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_same_seed_gives_the_same_weights_as_before_there_were_kinds():
-    """A run that began with an earlier release resumes, and its fingerprints stay."""
+def test_an_autoencoder_that_was_saved_before_there_were_kinds_keeps_its_fingerprint():
     torch.manual_seed(0)
     model = build_autoencoder(AutoencoderConfig(preset="pico"))
     old = {name: value for name, value in dict(model.config).items() if name != "deterministic"}
@@ -165,6 +167,31 @@ def test_the_forward_pass_of_an_adapted_model_encodes_and_decodes(tmp_path):
     model = load_autoencoder(tmp_path)
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(model(images).sample, model.decode(model.encode(images).latent_dist.mode()).sample)
+
+
+@pytest.mark.parametrize("kind", ["ae", "vq", "fsq", "AutoencoderTiny"])
+def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
+    """diffusers finds the class of each part by the name of its module."""
+    torch.manual_seed(0)
+    if kind == "AutoencoderTiny":
+        tiny().save_pretrained(tmp_path / "original")
+        autoencoder = load_autoencoder(tmp_path / "original")
+    else:
+        autoencoder = build_autoencoder(AutoencoderConfig(preset="pico", kind=kind)).eval()
+    channels = latent_channels(autoencoder)
+    unet = build_unet(UNetConfig(preset="tiny", widths=(32, 64)), channels, 2).eval()
+    normalizer = LatentNormalizer([0.0] * channels, [1.0] * channels).to_dict()
+    scheduler = flow_scheduler(shift=1.5)
+    pipeline = LatentDiffusionPipeline(autoencoder, unet, scheduler, normalizer, (4, 4), ["a", "b"])
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(loaded.autoencoder) is type(autoencoder)
+    assert fingerprint(loaded.autoencoder) == fingerprint(autoencoder)
+    images = []
+    for candidate in (pipeline, loaded):
+        candidate.set_progress_bar_config(disable=True)
+        images.append(candidate(labels=["a"], num_inference_steps=2, seed=0, output_type="pt").images)
+    assert torch.equal(*images)
 
 
 def test_an_autoencoder_of_one_size_is_refused(tmp_path):

@@ -43,7 +43,7 @@ def start(output: Path, phases: str, *words: str, processes: int = 1, settings=S
 
 
 def finish(job: subprocess.Popen) -> None:
-    output, _ = job.communicate(timeout=200)
+    output, _ = job.communicate(timeout=1200)
     assert job.returncode == 0, output[-2000:]
 
 
@@ -164,3 +164,22 @@ def test_beta_zero_has_no_kl_gradient():
     loss, _ = model.loss(made.reconstruction, images, step=0)
     (gradient,) = torch.autograd.grad(loss, made.logvar, allow_unused=True)
     assert gradient is None or float(gradient.abs().max()) == 0  # no noise, no beta: nothing moves the variance
+
+
+@pytest.mark.slow
+def test_the_rate_meets_its_target_on_held_out_images_at_the_end_of_a_run(tmp_path):
+    """Within 3 % over the last 5 % of the run; the training images are drawn with surfaces, so that bits are needed."""
+    settings = [
+        "data.source=synthetic", "data.synthetic.count=400", "data.synthetic.resolution=128",
+        "data.synthetic.textured=1.0", "autoencoder.preset=pico", "training.workers=1", "training.device=cpu",
+        "training.tracker=none", "training.warmup_steps=100", "training.learning_rate=1.5e-3",
+        "training.ema_decay=0.98", "training.validate_every=20", "held_out_images=40", "held_out_resolution=64",
+        "rate.target_nats=2.5", "data.held_out=0.2",
+    ]  # fmt: skip
+    finish(start(tmp_path / "run", "{steps: 1500, crop: 64, batch: 16}", settings=settings))
+    last = [line for line in metrics(tmp_path / "run") if line["step"] > 0.95 * 1500]
+    held_out = [line["held_out/nats_per_dim"] for line in last if "held_out/nats_per_dim" in line]
+    trained = [line["rate/nats_per_dim"] for line in last if "rate/nats_per_dim" in line]
+    assert len(held_out) >= 3
+    assert sum(trained) / len(trained) == pytest.approx(2.5, rel=0.03)
+    assert sum(held_out) / len(held_out) == pytest.approx(2.5, rel=0.03)

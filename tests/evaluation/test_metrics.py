@@ -97,3 +97,30 @@ def test_bootstrap_interval_of_one_value_and_of_none() -> None:
     assert metrics.bootstrap_interval(np.array([3.0])) == (3.0, 3.0)
     with pytest.raises(ValueError, match="non-empty"):
         metrics.bootstrap_interval(np.array([]))
+
+
+def test_luma_ssim_is_ssim_of_grey_and_weighs_green_most(pair: tuple[Tensor, Tensor]) -> None:
+    images, references = pair
+    grey, grey_reference = (metrics.luma(x).expand(-1, 3, -1, -1) for x in pair)
+    torch.testing.assert_close(
+        metrics.ssim_luma(images, references), metrics.ssim(grey, grey_reference), atol=1e-6, rtol=0
+    )
+    white = torch.ones(1, 3, 4, 4)
+    torch.testing.assert_close(metrics.luma(white), torch.ones(1, 1, 4, 4))
+    assert metrics.luma(torch.eye(3).view(3, 3, 1, 1)).flatten().tolist() == pytest.approx([0.299, 0.587, 0.114])
+
+
+def test_paired_differences_see_what_unpaired_means_hide() -> None:
+    rng = np.random.default_rng(0)
+    content = rng.normal(25, 4, size=30)
+    better, worse = content + 0.3 + 0.05 * rng.normal(size=30), content
+    found = metrics.paired_difference(better, worse)
+    assert found["mean"] == pytest.approx(0.3, abs=0.05)
+    assert 0.2 < (found["low"] or 0) < (found["high"] or 0) < 0.4
+    assert (found["wilcoxon_p"] or 1) < 1e-5
+    assert metrics.bootstrap_interval(better)[0] < content.mean()  # unpaired: the intervals overlap
+
+
+def test_paired_differences_of_nothing_are_not_tested() -> None:
+    assert metrics.paired_difference(np.ones(10), np.ones(10))["wilcoxon_p"] is None
+    assert metrics.paired_difference(np.arange(5.0), np.zeros(5))["wilcoxon_p"] is None

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,14 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
+from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.examples import latent_colours
-from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate, spread
+from ldm_vae.evaluation.measurement import spread
+from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
 
 
 def save_autoencoder(path: Path, seed: int = 0) -> Path:
@@ -43,14 +48,17 @@ def results(config: EvaluateConfig) -> dict[str, Any]:
     return evaluate(config)
 
 
-def test_the_table_has_both_decodings_and_the_linear_baseline(results: dict[str, Any]) -> None:
+def test_the_table_has_both_decodings_and_every_baseline_the_linear_one_last(results: dict[str, Any]) -> None:
     assert [row["name"] for row in results["rows"]] == [
         "decode(mean)",
         "decode(sample)",
+        "bicubic 8x",
+        "JPEG, equal bytes",
+        "WebP, equal bytes",
         "block KLT, 3 components",
     ]
     for row in results["rows"]:
-        assert list(row["metrics"]) == ["psnr", "ssim", "sharpness"]
+        assert list(row["metrics"]) == ["psnr", "ssim", "ssim_luma", "sharpness"]
         for value in row["metrics"].values():
             assert value["low"] <= value["mean"] <= value["high"]
 
@@ -80,6 +88,98 @@ def test_means_rates_and_gain_follow_from_the_images(results: dict[str, Any]) ->
     assert rate["bits_per_pixel"] == pytest.approx(rate["bits_per_dim"] * 3 / 64)
 
 
+def test_differences_are_paired_with_wilcoxons_p(results: dict[str, Any]) -> None:
+    from scipy.stats import wilcoxon
+
+    assert [d["baseline"] for d in results["differences"]] == [row["name"] for row in results["rows"][1:]]
+    images = results["images"]
+    for difference in results["differences"]:
+        values = np.array([i["decode(mean)"]["ssim"] - i[difference["baseline"]]["ssim"] for i in images])
+        found = difference["metrics"]["ssim"]
+        assert found["mean"] == pytest.approx(values.mean())
+        assert found["low"] <= found["mean"] <= found["high"]
+        assert found["wilcoxon_p"] == pytest.approx(float(wilcoxon(values).pvalue))
+
+
+def test_codecs_get_each_images_own_rate_and_say_what_they_used(results: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in results["rows"]}
+    for name in ("JPEG, equal bytes", "WebP, equal bytes"):
+        files = [image[name] for image in results["images"]]
+        assert rows[name]["bits_per_pixel"] == pytest.approx(np.mean([f["bytes"] * 8 / 64**2 for f in files]))
+        assert rows[name]["over_budget"] == sum(not file["within_budget"] for file in files)
+        for image in results["images"]:
+            budget = image["nats_per_dim"] / np.log(2) * 3 * 64 / 8
+            assert image[name]["within_budget"] == (image[name]["bytes"] <= budget)
+    # a JPEG header alone is larger than what this tiny untrained autoencoder spends
+    assert rows["JPEG, equal bytes"]["over_budget"] == len(results["images"])
+    assert rows["decode(mean)"]["bits_per_pixel"] == results["rate"]["bits_per_pixel"]
+    assert rows["bicubic 8x"]["bits_per_pixel"] is None
+    assert "own rate" in results["equal_bytes"]
+
+
+def test_a_given_budget_is_the_codecs_budget(config: EvaluateConfig, tmp_path: Path) -> None:
+    results = evaluate(
+        replace(config, equal_bytes_bits_per_pixel=3.0, codecs=["JPEG"], count=2, output=str(tmp_path / "out"))
+    )
+    row = results["rows"][3]
+    assert row["name"] == "JPEG, equal bytes"
+    assert row["over_budget"] == 0
+    assert 1.5 < row["bits_per_pixel"] <= 3.0
+    assert "at most 3 bits per pixel" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("kind", "codec_rows"), [("ae", 0), ("vq", 1)])
+def test_a_deterministic_autoencoder_has_no_sample_and_no_kl_rate(
+    config: EvaluateConfig, tmp_path: Path, kind: Any, codec_rows: int
+) -> None:
+    torch.manual_seed(0)
+    codes = {"codebook_size": 64} if kind == "vq" else {}
+    model = build_autoencoder(AutoencoderConfig(preset="pico", kind=kind, **codes))
+    model.save_pretrained(tmp_path / "model")
+    settings = {"autoencoder": str(tmp_path / "model"), "codecs": ["WebP"], "count": 2}
+    results = evaluate(replace(config, **settings, output=str(tmp_path / "out")))
+    names = [row["name"] for row in results["rows"]]
+    assert "decode(sample)" not in names
+    assert names.count("WebP, equal bytes") == codec_rows
+    assert results["images"][0]["nats_per_dim"] is None
+    text = (tmp_path / "out" / "results.md").read_text()
+    if kind == "vq":
+        assert results["rate"]["bits_per_pixel"] == pytest.approx(np.log2(64) / 64)
+    else:
+        assert results["rate"]["bits_per_pixel"] is None
+        assert "no rate to be equal to; give equal_bytes_bits_per_pixel" in text
+    assert "| decode(mean) |" in text
+
+
+def test_two_processes_give_the_result_of_one(config: EvaluateConfig, results: dict[str, Any], tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    settings = replace(config, output=str(tmp_path / "two"), processes=2, batch=2)
+    (tmp_path / "settings.yaml").write_text(configuration.to_yaml(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(root / "scripts" / "evaluate.py"), str(tmp_path / "settings.yaml")],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| decode(mean) |") == 1
+    one = evaluate(replace(config, output=str(tmp_path / "one"), batch=2))
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    changes = configuration.changed_keys(json.loads(json.dumps(one)), two)
+    numbers = {key: pair for key, pair in changes.items() if isinstance(pair[0], float)}
+    assert changes.keys() - numbers.keys() == {"config.output", "config.processes"}
+    assert all(a == pytest.approx(b, rel=1e-6) for a, b in numbers.values())
+    assert [image["id"] for image in two["images"]] == [image["id"] for image in results["images"]]
+    assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(
+    config: EvaluateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"autoencoder={config.autoencoder}", "output=x", "data.source=folder", f"data.path={config.data.path}"]
+    assert cli.main(["evaluate", *words, "processes=2"]) == 2
+    assert "processes: 2 were asked for, 1 started" in capsys.readouterr().err
+
+
 def test_the_saved_8_bit_pictures_have_the_reported_psnr(config: EvaluateConfig, results: dict[str, Any]) -> None:
     by_id = {image["id"]: image for image in results["images"]}
     folder = Path(config.output) / "examples"
@@ -105,6 +205,8 @@ def test_the_folder_holds_a_readable_table_a_grid_and_the_record(
     text = (output / "results.md").read_text()
     assert "| decode(mean) |" in text
     assert "bits per latent dimension" in text
+    assert "decode(mean) minus JPEG, equal bytes" in text
+    assert "exceed the budget even at the lowest quality" in text
     assert Image.open(output / "grid.png").size == (3 * 64 + 2 * 8, 2 * 64 + 8)
     assert json.loads((output / "run.json").read_text())["finished"] is True
 
@@ -193,6 +295,10 @@ def test_impossible_settings_are_refused(config: EvaluateConfig, settings: dict[
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(UserError, match="has no effect without perceptual_net"):
         EvaluateConfig(autoencoder="a", output="b", perceptual_weights="c.safetensors")
+    with pytest.raises(UserError, match="has no effect without codecs"):
+        EvaluateConfig(autoencoder="a", output="b", codecs=[], equal_bytes_bits_per_pixel=1.0)
+    with pytest.raises(UserError, match="'GIF' cannot be written here; choose among JPEG"):
+        EvaluateConfig(autoencoder="a", output="b", codecs=["GIF"])
     with pytest.raises(UserError, match="count: 0"):
         EvaluateConfig(autoencoder="a", output="b", count=0)
 

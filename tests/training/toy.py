@@ -53,6 +53,7 @@ class ToyModel:
     def __init__(self, config: ToyConfig) -> None:
         torch.manual_seed(0)
         self.config = config
+        self.optimizer_settings = {}
         self.modules = {"net": nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))}
 
     def update(self, step, batch, engine):
@@ -66,8 +67,6 @@ class ToyModel:
             engine.backward(loss * float("nan") if step == self.config.nan_at else loss)
             total = total + loss.detach() / len(batch.parts)
         return {"loss/copy": total, "optim/grad_norm": engine.optimize("net", step)}
-
-    optimizer_settings = {}
 
     def alarms(self, step, metrics):
         return []

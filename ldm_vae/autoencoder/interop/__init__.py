@@ -1,0 +1,1 @@
+"""The autoencoder beyond this package: CompVis checkpoints, stock diffusers directories, ONNX, TorchScript."""

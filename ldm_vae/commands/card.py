@@ -1,0 +1,44 @@
+"""Write a model card, README.md, into the directory of an autoencoder, from recorded results only.
+
+MODEL is a run of `ldm-vae train-vae`, its autoencoder/, or a directory that `ldm-vae convert` wrote. What the card
+says comes from its files and from the folders given here; what is not recorded is said to be missing.
+The command that made the model is repeated as it was typed, with its paths.
+
+  ldm-vae card runs/mine --evaluation runs/evaluation --intended-use "Latents of flower photographs."
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "write a model card from recorded results, and upload the model if asked"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run of `ldm-vae train-vae`, or a model directory")
+    parser.add_argument("--evaluation", metavar="FOLDER", help="a folder that `ldm-vae evaluate` wrote")
+    parser.add_argument("--health", metavar="FOLDER", help="a folder with health.json (default: that of --evaluation)")
+    parser.add_argument("--intended-use", metavar="TEXT", help="what the model is for, in your words")
+    parser.add_argument("--data-credits", metavar="FILE", help="text on origin and licence of the training images")
+    parser.add_argument("--license", help="of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that this command did not write")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload the directory to this hub id (OWNER/NAME)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm_vae.evaluation.card import CardConfig, push, write_card
+
+    config = CardConfig(
+        model=args.model,
+        evaluation=args.evaluation,
+        health=args.health,
+        intended_use=args.intended_use,
+        data_credits=args.data_credits,
+        license=args.license,
+        overwrite=args.overwrite,
+    )
+    path, missing = write_card(config)
+    print(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+    if args.push_to_hub:
+        print(f"uploaded: {push(path.parent, args.push_to_hub)}")
+    return 0

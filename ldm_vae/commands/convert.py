@@ -1,0 +1,72 @@
+"""Convert an autoencoder between this package, diffusers, the CompVis checkpoint layout, ONNX and TorchScript.
+
+SOURCE is a run of `ldm-vae train-vae`, a diffusers directory, a hub id, or a .ckpt or .safetensors file in the CompVis
+layout (kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion, SDXL; whole models too, of which the autoencoder is taken).
+A .ckpt with anything but tensors in it is refused.
+
+  ldm-vae convert vae-ft-mse-840000-ema-pruned.safetensors models/sd-vae --to diffusers
+  ldm-vae convert runs/mine mine.safetensors --to compvis
+  ldm-vae convert runs/mine exported/mine --to onnx --latents runs/latents
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SUMMARY = "convert an autoencoder: diffusers, CompVis checkpoint, ONNX, TorchScript"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a run, a diffusers directory, a hub id, .ckpt, .safetensors")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a new directory; for compvis a name that ends in .safetensors"
+    )
+    parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "onnx", "torchscript"))
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (default fp32)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    parser.add_argument("--size", type=int, default=256, metavar="N", help="example side for onnx, torchscript (256)")
+    parser.add_argument(
+        "--latents", metavar="FOLDER", help="latent shards, whose statistics onnx and torchscript record"
+    )
+    parser.add_argument("--config", metavar="YAML", help="LDM configuration of a checkpoint file (scale_factor)")
+    parser.add_argument("--channels", type=int, metavar="N", help="keep the first N latent channels (nested training)")
+    parser.add_argument(
+        "--prefix", default="", help="before the names in a compvis file, for example first_stage_model."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm_vae.autoencoder.interop.convert import Conversion, convert
+
+    conversion = Conversion(
+        source=args.source,
+        target=args.target,
+        to=args.to,
+        precision=args.dtype,
+        overwrite=args.overwrite,
+        size=args.size,
+        config=args.config,
+        channels=args.channels,
+        prefix=args.prefix,
+    )
+    record, notes = convert(conversion, _statistics(args.latents, args.source) if args.latents else None)
+    for note in notes:
+        print(f"note: {note}")
+    source = record["source"]
+    print(f"{args.target}: {source['class']}, {args.to}, {args.dtype}, from {source['fingerprint'][:19]}...")
+    return 0
+
+
+def _statistics(folder: str, source: str) -> Any:
+    """Encoder fingerprint -> statistics of the latents in `folder`, which that encoder must have made."""
+    from ldm_vae.latents.manifest import read_manifest
+
+    def statistics_for(encoder_fingerprint: str) -> dict[str, Any]:
+        manifest = read_manifest(folder)
+        manifest.check_autoencoder(encoder_fingerprint, source)
+        return manifest.statistics
+
+    return statistics_for

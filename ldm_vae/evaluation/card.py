@@ -1,0 +1,256 @@
+"""The model card: README.md beside the weights, from recorded results only.
+
+Owns gathering, the front matter and the upload; the words are in `templates/card.md`, the sentences about the records
+in `card_facts.py`. A record of other weights is refused, a missing one is said to be missing; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_vae import compat
+from ldm_vae.errors import UserError
+
+compat.repair_torchvision()
+
+import diffusers
+
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.interop.source import model_directory
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.evaluation import card_facts as facts
+from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.files import write_text
+
+CARD = "README.md"
+MARKER = "written by `ldm-vae card`; the same command writes it anew"
+HEALTH, RESULTS = "health.json", "results.json"
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """`ldm-vae card`.
+
+    Args:
+        model: a run of `train-vae`, or a model directory.
+        evaluation: a folder with results.json.
+        health: a folder with health.json; None: that of `evaluation`, where it has one.
+        intended_use, data_credits: the user's words; `data_credits` names a text file.
+        license: an identifier of the hub.
+        overwrite: replace a README.md of other origin.
+    """
+
+    model: str
+    evaluation: str | None = None
+    health: str | None = None
+    intended_use: str | None = None
+    data_credits: str | None = None
+    license: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was found about a model; an empty dictionary or None where nothing was."""
+
+    training: dict[str, Any]
+    run: dict[str, Any]
+    config: dict[str, Any]
+    beta_path: list[list[float]]
+    evaluation: dict[str, Any]
+    health: dict[str, Any] | None
+    credits: str | None
+
+    def missing(self, config: CardConfig) -> list[str]:
+        """Names of what is not recorded, in the order of the card."""
+        present = {
+            "the intended use": config.intended_use,
+            "the data": self.config.get("data"),
+            "credits of the data": self.credits,
+            "how it was trained": self.config.get("phases"),
+            "command, time and machine of the training": self.run,
+            "the code's commit": self.run.get("versions", {}).get("commit"),
+            "rate and beta": self.training.get("rate"),
+            "an evaluation": self.evaluation,
+            "a health report": self.health is not None,
+            "a licence": config.license,
+        }
+        return [name for name, value in present.items() if not value]
+
+
+def write_card(config: CardConfig) -> tuple[Path, list[str]]:
+    """Write README.md into the model's directory; return its path and the names of what is not recorded.
+
+    Raises:
+        UserError: no model there, a record that belongs to other weights or is damaged, or a foreign README.md.
+    """
+    directory = model_directory(Path(config.model))
+    if directory is None:
+        raise UserError(f"{config.model}: holds no autoencoder; give a run of `ldm-vae train-vae` or a model directory")
+    path = directory / CARD
+    if path.exists() and MARKER not in path.read_text(errors="replace") and not config.overwrite:
+        raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
+    autoencoder = load_autoencoder(directory)
+    records = read_records(config, directory, fingerprint(autoencoder))
+    write_text(path, render(config, records, autoencoder, _title(directory)))
+    return path, records.missing(config)
+
+
+def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
+    """Everything recorded about the autoencoder with the fingerprint `identity`. Raises: UserError."""
+    training = facts.read_json(directory / "training.json")
+    facts.check_identity(training.get("fingerprint"), identity, directory / "training.json")
+    run_folder = directory.parent if directory.name == "autoencoder" else directory
+    run = facts.read_json(run_folder / "run.json")
+    settings = facts.read_yaml(run_folder / "config.yaml")
+    rate = training.get("rate") or {}
+    path = rate.get("beta_path") or facts.beta_path(run_folder / "metrics.jsonl")
+    evaluation: dict[str, Any] = {}
+    if config.evaluation:
+        evaluation = _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
+        if not {"autoencoder", "protocol", "rows", "config"} <= evaluation.keys():
+            raise UserError(f"{config.evaluation}/{RESULTS}: is no result of `ldm-vae evaluate`; give a folder of that")
+        facts.check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
+    health = None
+    folder = config.health or config.evaluation
+    if folder and (config.health or (Path(folder) / HEALTH).is_file()):
+        health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
+        facts.check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
+    return Records(training, run, settings, path, evaluation, health, _text(config.data_credits))
+
+
+def render(config: CardConfig, records: Records, autoencoder: Any, title: str) -> str:
+    """The card as text, front matter included."""
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    name = type(autoencoder).__name__
+    stock = hasattr(diffusers, name)
+    factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
+    environment = Environment(
+        loader=PackageLoader("ldm_vae.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    evaluation = records.evaluation
+    context: dict[str, Any] = {
+        "card_data": front_matter(config, records, stock, title).to_yaml(),
+        "marker": MARKER,
+        "title": title,
+        "stock_class": stock,
+        "class_name": name,
+        "plain_latents": stock and name in ("VQModel", "AutoencoderTiny", "AutoencoderDC"),
+        "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
+        "latent_channels": channels,
+        "downsampling": factor,
+        "fingerprint": fingerprint(autoencoder),
+        "scaling_factor": autoencoder.config.get("scaling_factor"),
+        "missing": records.missing(config),
+        "intended_use": config.intended_use,
+        "data": facts.data_rows(records.config),
+        "data_credits": records.credits,
+        "training": facts.training_rows(records.config, records.run),
+        "command": shlex.join(records.run.get("command", [])),
+        "rate": facts.rate_sentences(records.training, records.evaluation, factor, channels),
+        "beta_path": facts.thin(records.beta_path, 8),
+        "evaluation": facts.evaluation_facts(evaluation) if evaluation else None,
+        "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
+        "verdicts": None if records.health is None else facts.verdicts(records.health),
+        "limits": facts.limits(records.config, evaluation, records.health, factor, stock),
+    }
+    text = environment.get_template("card.md").render(context)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    ModelCard(text)  # parses and so validates the front matter
+    return text.rstrip() + "\n"
+
+
+def front_matter(config: CardConfig, records: Records, stock: bool, title: str) -> Any:
+    """The hub's metadata as validated `ModelCardData`. Raises: UserError when the hub's rules refuse it."""
+    from huggingface_hub import ModelCardData
+
+    results = eval_results(records.evaluation) if records.evaluation else []
+    dataset = facts.hub_dataset(records.config)
+    try:
+        return ModelCardData(
+            library_name="diffusers" if stock else "ldm_vae",
+            license=config.license,
+            tags=["autoencoder", "image-reconstruction", "latent-diffusion", "ldm_vae"],
+            datasets=[dataset] if dataset else None,
+            model_name=title if results else None,
+            eval_results=results or None,
+        )
+    except ValueError as error:
+        raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
+
+
+def eval_results(evaluation: dict[str, Any]) -> list[Any]:
+    """One `EvalResult` a metric of the first row, decode(mean), with its interval and protocol."""
+    from huggingface_hub import EvalResult
+
+    row, protocol = evaluation["rows"][0], evaluation["protocol"]
+    dataset = facts.hub_dataset(evaluation["config"])
+    return [
+        EvalResult(
+            task_type="image-reconstruction",
+            task_name="Image reconstruction",
+            dataset_type=dataset or evaluation["config"]["data"]["source"],
+            dataset_name=dataset or facts.data_name(evaluation["config"]),
+            dataset_split=protocol["images"]["part"],
+            dataset_args={
+                "images": protocol["images"]["count"],
+                "resolution": protocol["resolution"],
+                "fingerprint": protocol["images"]["fingerprint"],
+            },
+            metric_type=metric,
+            metric_name=f"{METRIC_TITLES.get(metric, metric)}, {row['name']}",
+            metric_value=value["mean"],
+            metric_args={"interval_95_percent": [value["low"], value["high"]]},
+        )
+        for metric, value in row["metrics"].items()
+    ]
+
+
+def push(directory: Path, repository: str, api: Any = None) -> str:
+    """Upload the directory to the hub as one commit; a repository that is not there yet is made, private.
+
+    Args:
+        repository: `OWNER/NAME`, or `NAME` for your own account.
+        api: a `huggingface_hub.HfApi`; None makes one with the stored login.
+
+    Raises:
+        UserError: no login, no right, no network; the hub's words in it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = api or HfApi()
+    try:
+        url = api.create_repo(repository, repo_type="model", private=True, exist_ok=True)
+        api.upload_folder(folder_path=directory, repo_id=url.repo_id, commit_message="Model and card of ldm_vae")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--push-to-hub {repository}: {words[0]}; log in with `hf auth login` and try again") from error
+    return str(url)
+
+
+def _title(directory: Path) -> str:
+    """The folder's name; of `RUN/autoencoder` the run's."""
+    folder = directory.resolve()
+    return folder.parent.name if folder.name == "autoencoder" else folder.name
+
+
+def _required(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a folder that `{command}` wrote")
+    return facts.read_json(path)
+
+
+def _text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data-credits: {path} cannot be read as text ({error})") from error

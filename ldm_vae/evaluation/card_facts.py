@@ -1,0 +1,246 @@
+"""Records in words: tables and sentences of the model card. Each restates a file; what is not there is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation.metrics import METRIC_TITLES
+
+Rows = list[tuple[str, str]]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file. Raises: UserError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is no valid JSON ({error}); restore it, or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, no record; restore it, or write it again")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; empty where there is none."""
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        return {}
+    value: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return value if isinstance(value, dict) else {}
+
+
+def check_identity(recorded: str | None, identity: str, where: Path) -> None:
+    """Raises: UserError when a record names the fingerprint of other weights."""
+    if recorded is not None and recorded != identity:
+        raise UserError(
+            f"{where}: is about {recorded[:19]}..., the model is {identity[:19]}...; give the record of this model"
+        )
+
+
+def beta_path(metrics_file: Path) -> list[list[float]]:
+    """[step, beta, nats per latent dimension] at the log steps of a run; empty without a log."""
+    if not metrics_file.is_file():
+        return []
+    found = []
+    for line in metrics_file.read_text().splitlines():
+        try:
+            values = json.loads(line)
+            found.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
+        except (ValueError, KeyError, TypeError):  # other lines: validation, a torn last one
+            continue
+    return [point for point in found if None not in point]
+
+
+def thin(points: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def data_name(config: dict[str, Any]) -> str:
+    """The images in one word: a dataset's name, a folder's name, or `synthetic`."""
+    data = config.get("data") or {}
+    if data.get("source") == "datasets":
+        return str(data.get("datasets", {}).get("name") or "datasets")
+    return Path(str(data["path"])).name if data.get("path") else str(data.get("source", "not recorded"))
+
+
+def hub_dataset(config: dict[str, Any]) -> str | None:
+    """The hub id of the dataset, where the images came from one."""
+    data = config.get("data") or {}
+    name = str((data.get("datasets") or {}).get("name") or "")
+    return name if data.get("source") == "datasets" and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def data_rows(config: dict[str, Any]) -> Rows:
+    """Where the images came from and how they were cropped."""
+    data, crop = config.get("data") or {}, config.get("crop") or {}
+    if not data:
+        return []
+    rows = [("source", str(data.get("source"))), ("images", data_name(config))]
+    datasets = data.get("datasets") or {}
+    for name in ("subset", "split", "revision"):
+        if data.get("source") == "datasets" and datasets.get(name):
+            rows.append((name, str(datasets[name])))
+    synthetic = data.get("synthetic") or {}
+    if data.get("source") == "synthetic":
+        rows += [(f"synthetic {name}", str(value)) for name, value in synthetic.items()]
+    rows.append(("share held out", f"{data.get('held_out'):g}"))
+    if crop:
+        rows.append(
+            ("short side before cropping", f"{crop.get('short_side_min')} to {crop.get('short_side_max')} pixels")
+        )
+        rows.append(("mirrored", "half of the crops" if crop.get("flip") else "no"))
+    return rows
+
+
+def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
+    """Architecture, phases, objective, optimiser, and what the run cost."""
+    rows: Rows = []
+    autoencoder = config.get("autoencoder") or {}
+    if autoencoder:
+        said = [f"{key} {value}" for key, value in autoencoder.items() if value not in (None, 0)]
+        rows.append(("autoencoder", ", ".join(said)))
+    if config.get("initial"):
+        trained = config.get("train")
+        rows.append(("started from", f"{config['initial']}; trained: {trained or 'everything'}"))
+    for number, phase in enumerate(config.get("phases") or [], start=1):
+        rows.append((f"phase {number}", f"{phase['steps']} steps, {phase['batch']} crops of {phase['crop']} pixels"))
+    weights = {key: value for key, value in (config.get("loss") or {}).items() if isinstance(value, float) and value}
+    if weights:
+        rows.append(("loss weights", ", ".join(f"{key} {value:g}" for key, value in weights.items())))
+    settings = config.get("training") or {}
+    for name in ("learning_rate", "weight_decay", "ema_decay", "seed"):
+        if settings.get(name) is not None:
+            rows.append((name.replace("_", " "), f"{settings[name]:g}"))
+    versions = run.get("versions", {})
+    found = {
+        "steps done": run.get("steps"),
+        "precision": run.get("precision"),
+        "started": run.get("started"),
+        "wall time": f"{timedelta(seconds=round(run['seconds']))} (h:mm:ss)" if "seconds" in run else None,
+        "machine": versions.get("machine"),
+        "device, processes": f"{run['device']}, {run.get('processes')}" if "device" in run else None,
+        "commit": versions.get("commit"),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("machine", "commit")) or None,
+    }
+    return rows + [(name, str(value)) for name, value in found.items() if value is not None]
+
+
+def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor: int, channels: int) -> list[str]:
+    """Mode, target, beta in both conventions, and the rate that was measured."""
+    rate = training.get("rate") or {}
+    sentences = []
+    if training.get("kind") not in (None, "kl"):
+        sentences.append(f"Of kind {training['kind']}: beta weighs no divergence of a posterior.")
+        rate = {}
+    if rate.get("mode") == "target":
+        sentences.append(f"Controlled towards {rate.get('target_nats')} nats per latent dimension.")
+    elif rate.get("mode"):
+        sentences.append(f"Mode: {rate['mode']}.")
+    if rate.get("final_beta") is not None:
+        weight = rate["final_beta"] * 3 * factor**2 / channels
+        sentences.append(
+            f"Final beta {rate['final_beta']:.3g} on means per element; a KL weight of {weight:.3g} in the convention "
+            f"of Stable Diffusion (sums over the image; beta = w c / {3 * factor**2})."
+        )
+    if rate.get("pinned_share"):
+        sentences.append(f"Beta was at a bound, the target missed, in {rate['pinned_share']:.1%} of the steps.")
+    measured = (evaluation.get("rate") or {}).get("nats_per_dim")
+    where = "in the evaluation"
+    if measured is None and training.get("kind") in (None, "kl"):  # of another kind the divergence is no rate
+        measured = (training.get("held_out") or {}).get("held_out/nats_per_dim")
+        where = "on the images that training validates on"
+    if measured is not None:
+        sentences.append(
+            f"Measured {where}: {measured:.3f} nats = {bits_per_dimension(measured):.3f} bits per latent dimension = "
+            f"{bits_per_pixel(measured, channels, factor):.3f} bits per pixel."
+        )
+    return sentences
+
+
+def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """`table` of all rows with intervals, and the protocol in `sentences`."""
+    names = list(evaluation["rows"][0]["metrics"])
+    lines = [
+        "| reconstruction | " + " | ".join(METRIC_TITLES.get(name, name) for name in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for row in evaluation["rows"]:
+        cells = [_interval(row["metrics"].get(name)) for name in names]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    protocol, gain = evaluation["protocol"], evaluation.get("gain_over_linear_db")
+    images, preprocessing = protocol["images"], protocol["preprocessing"]
+    name, side = data_name(evaluation["config"]), protocol["resolution"]
+    sentences = [
+        f"{images['count']} images ({images['part']}) of {name}, set `{images['fingerprint']}`.",
+        f"{side} x {side} pixels: {preprocessing['fit']}, {preprocessing['filter']}.",
+        f"{protocol['range']}; {protocol['average']}.",
+        f"Precision {protocol['precision']}; LPIPS network: {protocol.get('lpips') or 'none'}.",
+    ]
+    if gain:
+        sentences.append(f"Gain over the linear baseline on the same pixels: {_signed(gain)} dB.")
+    if evaluation.get("distribution"):
+        from ldm_vae.evaluation.distribution import sentences as distribution_sentences
+
+        sentences += distribution_sentences(evaluation["distribution"])
+    if evaluation.get("rejected"):
+        sentences.append(f"{len(evaluation['rejected'])} images could not be read and were left out.")
+    return {"table": "\n".join(lines), "sentences": sentences}
+
+
+def _interval(value: dict[str, float] | None) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else "not measured"
+
+
+def _signed(value: dict[str, float]) -> str:
+    return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+
+
+def verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
+    """Name, severity and sentence of each finding, the worst first."""
+    order = {"fail": 0, "warn": 1}
+    found = [
+        {key: str(verdict.get(key, "not recorded")) for key in ("name", "severity", "sentence")}
+        for verdict in health.get("verdicts") or []
+    ]
+    for verdict in found:  # the sentence of a record may open with both
+        verdict["sentence"] = verdict["sentence"].removeprefix(f"{verdict['name']} ({verdict['severity']}): ")
+    return sorted(found, key=lambda verdict: order.get(verdict["severity"], 2))
+
+
+def limits(
+    config: dict[str, Any], evaluation: dict[str, Any], health: dict[str, Any] | None, factor: int, stock: bool
+) -> list[str]:
+    """What follows from the records about where the model is known to work, and where nothing is known."""
+    sentences = [f"Reconstructions lose detail. Height and width must be multiples of {factor} pixels; pad others."]
+    if not stock:
+        sentences.append("Stock diffusers cannot load this class; install ldm_vae, or export to ONNX or TorchScript.")
+    crops = [phase["crop"] for phase in config.get("phases") or []]
+    if crops:
+        sentences.append(f"Trained on crops of at most {max(crops)} pixels of the images named above, no others.")
+    if evaluation:
+        protocol = evaluation["protocol"]
+        sentences.append(
+            f"Measured on {protocol['images']['count']} images at {protocol['resolution']} pixels; nothing is recorded "
+            "about other images, sizes or colour spaces."
+        )
+        if protocol["images"]["part"] != "held_out":
+            sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")
+    else:
+        sentences.append("No evaluation is recorded: how well it reconstructs unseen images is not known.")
+    if health is not None and any(verdict["severity"] == "fail" for verdict in verdicts(health)):
+        sentences.append("The health report found at least one failure; see above before building on the latents.")
+    return sentences

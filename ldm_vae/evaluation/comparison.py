@@ -1,0 +1,337 @@
+"""Several kinds of autoencoder on the same images with the same budget: one table, one picture grid.
+
+Owns the list of kinds and what is put side by side. Training and measuring each is `sweep.py`'s, interpolation, prior
+samples, codes and cost are `latent_quality.py`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.perceptual import LPIPS
+from ldm_vae.data.sources import open_source
+from ldm_vae.data.split import subset
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import latent_quality, sweep, sweep_page
+from ldm_vae.evaluation.measurement import crops, fit_baseline, spread
+from ldm_vae.evaluation.processes import Processes
+from ldm_vae.evaluation.reconstruction import compute_device
+from ldm_vae.evaluation.sweep import Outcome, Point, Run
+from ldm_vae.files import write_json, write_text
+
+MAY_CHANGE = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
+"""Settings that a rerun may change: kinds that they touch are trained on or measured again."""
+
+GRID_IMAGES = 4
+GRID_GAP = 8
+
+PROTOCOL = (
+    "Interpolation: straight lines between the latent means of pairs of held-out images, 8 steps; unevenness is the "
+    "largest step over the mean step (1: even, 8: one jump), midpoint sharpness the fine contrast half way over the "
+    "mean of both ends. Prior samples: every latent number drawn from N(channel mean, channel deviation of the "
+    "aggregate posterior), decoded and encoded again; the cycle error is in channel deviations (in brackets that of "
+    "posterior samples of real images), the distance is Fréchet's between 8x8-block statistics in 16 KLT components, "
+    "relative to the real images' variance (in brackets that of reconstructions). These figures compare the rows of "
+    "this table; they are not comparable to the literature."
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the comparison: a name, and the settings of `train-vae` that make it."""
+
+    name: str = "???"
+    overrides: list[str] = field(default_factory=list)
+
+
+def default_kinds() -> list[Kind]:
+    return [
+        Kind("kl", ["autoencoder.kind=kl"]),
+        Kind("ae", ["autoencoder.kind=ae"]),
+        Kind("vq", ["autoencoder.kind=vq"]),
+        Kind("fsq", ["autoencoder.kind=fsq"]),
+    ]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`ldm-vae compare`.
+
+    Args:
+        output: the folder; every kind is in `points/` below it.
+        vae: the YAML of `train-vae` that all kinds share.
+        overrides: settings of `train-vae` for all kinds, as `data.path=~/images`.
+        kinds: what is compared: a name and its own settings each.
+        steps: of each training; null: the recipe's.
+        parallel: kinds that are trained at once on this machine; their seconds are then not comparable.
+        evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
+        latent_images: held-out images for interpolation, prior samples and the use of codes.
+        macs_resolution: side of the image for which multiply-accumulates are counted.
+    """
+
+    output: str = "???"
+    vae: str = "???"
+    overrides: list[str] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=default_kinds)
+    steps: int | None = None
+    parallel: int = 1
+    evaluate: list[str] = field(default_factory=list)
+    latent_images: int = 16
+    macs_resolution: int = 512
+
+    def __post_init__(self) -> None:
+        names = [kind.name for kind in self.kinds]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"kinds: {names}; give at least one, each with a name of its own")
+        for name in names:
+            if not name or name.startswith(".") or not all(c.isalnum() or c in "-_." for c in name):
+                raise UserError(f"kinds: {name!r} is no name of a folder; use letters, digits, - and _")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps: {self.steps} is below 1")
+        if self.parallel < 1:
+            raise UserError(f"parallel: {self.parallel} is below 1")
+        if self.latent_images < 2:
+            raise UserError(f"latent_images: {self.latent_images} is below 2; an interpolation needs a pair")
+        if self.macs_resolution < 64 or self.macs_resolution % 64:
+            raise UserError(f"macs_resolution: {self.macs_resolution} is no multiple of 64; 512 is usual")
+
+
+def compare(config: CompareConfig, run: Run | None = None) -> dict[str, Any]:
+    """Make the kinds that are missing, measure their latents, write the comparison, return `comparison.json`.
+
+    Raises:
+        UserError: a setting is wrong, another sweep is in the folder, or no kind could be finished.
+    """
+    started = time.time()
+    root = Path(config.output)
+    sweep.claim(root, "compare", config, may_change=MAY_CHANGE)
+    points = [
+        sweep.plan_point(
+            root, kind.name, config.vae, [*config.overrides, *kind.overrides], config.evaluate, config.steps
+        )
+        for kind in config.kinds
+    ]
+    outcomes = sweep.run_points(points, config.parallel, run)
+    found = gather(config, points, outcomes)
+    publish(root, found, points)
+    provenance.write_run_record(
+        root, None, started, time.time() - started, finished=not found["missing"], kinds=len(found["kinds"])
+    )
+    return found
+
+
+def gather(config: CompareConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What `comparison.json` holds, from the folders of the finished kinds."""
+    records, missing = [], []
+    for point, outcome in zip(points, outcomes, strict=True):
+        results = sweep.read_results(point) if outcome.status == "finished" else None
+        if results is None:
+            missing.append(asdict(outcome))
+            continue
+        run = sweep.read_json(point.autoencoder / provenance.RUN_RECORD)
+        records.append(
+            {
+                "name": point.name,
+                "class": results["autoencoder"]["class"],
+                "parameters": results["autoencoder"]["parameters"],
+                "latent_channels": results["autoencoder"]["latent_channels"],
+                "downsampling": results["autoencoder"]["downsampling"],
+                "fingerprint": results["autoencoder"]["fingerprint"],
+                "rate": results["rate"],
+                "metrics": results["rows"][0]["metrics"],
+                "verdicts": sweep.verdicts_of(point, results),
+                "diagnosed": sweep.is_diagnosed(point),
+                "steps": sum(phase.steps for phase in point.train.phases),
+                "seconds": run.get("seconds"),
+                "images": results["protocol"]["images"],
+                "resolution": results["protocol"]["resolution"],
+                "latents": measure_latents(point, config, results["autoencoder"]["fingerprint"]),
+            }
+        )
+    if not records:
+        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
+        raise UserError(f"{config.output}: no kind is finished ({reasons})")
+    return {
+        "format_version": 1,
+        "kinds": records,
+        "missing": missing,
+        "protocol": PROTOCOL,
+        "config": configuration.to_dict(config),
+    }
+
+
+def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> dict[str, Any]:
+    """Cost, interpolation, prior samples and codes of one kind; read from `latents.json` where that is of these
+    weights and settings."""
+    settings = {
+        "fingerprint": fingerprint,
+        "images": config.latent_images,
+        "macs_resolution": config.macs_resolution,
+        "evaluate": configuration.digest(configuration.to_dict(point.evaluate) | {"output": None, "autoencoder": None}),
+    }
+    kept = sweep.read_json(point.folder / "latents.json")
+    if kept.get("settings") == settings:
+        return kept
+    evaluate = point.evaluate
+    device = compute_device(evaluate.device)
+    autoencoder = load_autoencoder(point.autoencoder).to(device)
+    source = open_source(evaluate.data)
+    chosen = subset(source, evaluate.part, evaluate.data.held_out)
+    images = torch.cat(list(crops(chosen, spread(len(chosen), config.latent_images), evaluate.resolution))).to(device)
+    fitted = chosen if evaluate.part == "all" else subset(source, "train", evaluate.data.held_out)
+    indices = spread(len(fitted), evaluate.baseline_images)
+    klt = fit_baseline(fitted, indices, evaluate.resolution, 8, Processes())
+    lpips = None
+    if evaluate.perceptual_net:
+        lpips = LPIPS(evaluate.perceptual_net, evaluate.perceptual_weights).to(device)
+    encode_gigamacs, decode_gigamacs = latent_quality.gigamacs(autoencoder, config.macs_resolution, device)
+    found = {
+        "settings": settings,
+        "encode_gigamacs": encode_gigamacs,
+        "decode_gigamacs": decode_gigamacs,
+        "interpolation": latent_quality.plain(latent_quality.interpolation(autoencoder, images, lpips)),
+        "prior_samples": latent_quality.plain(latent_quality.prior_samples(autoencoder, images, klt, evaluate.seed)),
+        "codes": latent_quality.code_use(autoencoder, images),
+        "downsampling": downsampling(autoencoder),
+    }
+    write_json(point.folder / "latents.json", found)
+    return found
+
+
+def publish(root: Path, found: dict[str, Any], points: Sequence[Point]) -> None:
+    """Write comparison.md, grid.png, index.html and, last, comparison.json."""
+    finished = {record["name"] for record in found["kinds"]}
+    sheet, columns = picture_grid([point for point in points if point.name in finished])
+    headings, rows = table(found)
+    write_text(root / "comparison.md", markdown(found, columns))
+    pictures = []
+    if sheet is not None:
+        sheet.save(root / "grid.png")
+        buffer = io.BytesIO()
+        sheet.save(buffer, "WEBP", quality=90, method=4)
+        uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        pictures.append(sweep_page.EmbeddedPicture(uri, f"The same images through every kind: {', '.join(columns)}."))
+    write_text(
+        root / "index.html",
+        sweep_page.render(
+            "Kinds of autoencoder side by side",
+            lead(found),
+            [found["protocol"]],
+            tables=[sweep_page.Table(headings, rows, notes(found))],
+            pictures=pictures,
+        ),
+    )
+    write_json(root / "comparison.json", found)
+
+
+def picture_grid(points: Sequence[Point]) -> tuple[Image.Image | None, list[str]]:
+    """One row per image: the original, then each kind's decode(mean), from the evaluations' own pictures."""
+    examples: list[dict[str, Path]] = []
+    for point in points:
+        results = json.loads((point.folder / "evaluation" / "results.json").read_text())
+        folder = point.folder / "evaluation" / "examples"
+        files = {example["id"]: example["files"] for example in results["examples"]}
+        examples.append({name: folder / file["decoded"] for name, file in files.items()})
+        if len(examples) == 1:
+            originals = {name: folder / file["original"] for name, file in files.items()}
+    if not examples:
+        return None, []
+    shared = [name for name in originals if all(name in each for each in examples)][:GRID_IMAGES]
+    if not shared:
+        return None, []
+    rows = [[originals[name], *(each[name] for each in examples)] for name in shared]
+    with Image.open(rows[0][0]) as first:
+        width, height = first.size
+    step_x, step_y = width + GRID_GAP, height + GRID_GAP
+    sheet = Image.new("RGB", (len(rows[0]) * step_x - GRID_GAP, len(rows) * step_y - GRID_GAP), "white")
+    for y, row in enumerate(rows):
+        for x, path in enumerate(row):
+            with Image.open(path) as picture:
+                sheet.paste(picture.convert("RGB"), (x * step_x, y * step_y))
+    return sheet, ["original", *(point.name for point in points)]
+
+
+def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells; what a kind does not have is a dash."""
+    with_lpips = all("lpips" in record["metrics"] for record in found["kinds"])
+    names = ["psnr", "ssim", *(["lpips"] if with_lpips else [])]
+    size = found["config"]["macs_resolution"]
+    headings = ["kind", "PSNR (dB)", "SSIM", *(["LPIPS"] if with_lpips else []), "bits/pixel"]
+    headings += ["code perplexity", "unused codes", f"GMAC encode + decode at {size}", "unevenness"]
+    headings += ["midpoint sharpness", "prior: cycle error", "prior: block distance", "steps", "seconds", "verdicts"]
+    rows = []
+    for record in found["kinds"]:
+        latents, values = record["latents"], [record["metrics"][name] for name in names]
+        codes, prior, line = latents["codes"], latents["prior_samples"], latents["interpolation"]
+        rate, seconds = record["rate"]["bits_per_pixel"], record["seconds"]
+        rows.append(
+            [
+                record["name"],
+                *(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values),
+                "–" if rate is None else f"{rate:.3f}",
+                "–" if codes is None else f"{codes['perplexity']:.1f} of {codes['codes']:.0f}",
+                "–" if codes is None else f"{100 * codes['dead_share']:.1f} %",
+                f"{latents['encode_gigamacs']:.2f} + {latents['decode_gigamacs']:.2f}",
+                f"{line['unevenness']:.2f}",
+                f"{line['midpoint_sharpness']:.2f}",
+                f"{prior['cycle_error']:.2f} ({prior['cycle_error_real']:.2f})",
+                f"{prior['frechet']:.3f} ({prior['frechet_reconstructions']:.3f})",
+                str(record["steps"]),
+                "–" if seconds is None else f"{seconds:.0f}",
+                ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none",
+            ]
+        )
+    return headings, rows
+
+
+def lead(found: dict[str, Any]) -> str:
+    first = found["kinds"][0]
+    return (
+        f"Trained on the same images for the same number of steps, measured on the same {first['images']['count']} "
+        f"images ({first['images']['part']}) at {first['resolution']} x {first['resolution']}."
+    )
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What else must be said: kinds that are missing, unequal steps, failing verdicts, what the rates are."""
+    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in found["missing"]]
+    undiagnosed = [record["name"] for record in found["kinds"] if not record["diagnosed"]]
+    if undiagnosed:
+        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    if len({record["steps"] for record in found["kinds"]}) > 1:
+        lines.append("The kinds were not trained for the same number of steps, so this is no fair comparison.")
+    for kind in sorted({record["rate"]["kind"] for record in found["kinds"]}):
+        names = ", ".join(record["name"] for record in found["kinds"] if record["rate"]["kind"] == kind)
+        lines.append(f"Rate of {names}: {kind}.")
+    counted = [record for record in found["kinds"] if record["latents"]["codes"]]
+    for record in counted:
+        codes = record["latents"]["codes"]
+        lines.append(f"Codes of {record['name']} were counted over {codes['positions']:.0f} positions.")
+    for record in found["kinds"]:
+        lines += [f"{record['name']}: {v['sentence']}" for v in record["verdicts"] if v["severity"] == "fail"]
+    distances = {record["latents"]["interpolation"]["distance"] for record in found["kinds"]}
+    lines.append(f"Steps of an interpolation are measured by {', '.join(sorted(distances))}.")
+    return lines
+
+
+def markdown(found: dict[str, Any], columns: Sequence[str]) -> str:
+    """`comparison.md`."""
+    headings, rows = table(found)
+    lines = ["# Kinds of autoencoder side by side", "", lead(found), "", *sweep_page.markdown_table(headings, rows), ""]
+    lines += [found["protocol"], "", *notes(found)]
+    if columns:
+        lines += ["", f"![The same images: {', '.join(columns)}](grid.png)"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,201 @@
+"""The health report of an autoencoder: its settings, the protocol, and the result folder.
+
+`health.json` holds every figure and verdict, `health.md` the same in words, `index.html` the page. Figures are measured
+in `health_figures.py`, judged in `judgement.py`, shown by `diagnosis_page.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.record import RECORD, read_record
+from ldm_vae.data import pixels
+from ldm_vae.data.decoding import ImageRejected
+from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.sources import DataConfig, ImageSource, open_source
+from ldm_vae.data.split import Part, subset
+from ldm_vae.data.transforms import cover_crop, preprocessing_record
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation.diagnosis_page import markdown, render
+from ldm_vae.evaluation.health_figures import measure
+from ldm_vae.evaluation.judgement import verdicts
+from ldm_vae.evaluation.measurement import spread
+from ldm_vae.evaluation.reconstruction import compute_device
+from ldm_vae.files import write_json, write_text
+
+RESULTS, TABLE, PAGE = "health.json", "health.md", "index.html"
+SMALLEST_RESOLUTION = 64
+MAY_CHANGE = ("output", "batch", "device")
+"""Settings that do not change a result."""
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig:
+    """`ldm-vae diagnose`.
+
+    Args:
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        output: the folder for the report.
+        part: held_out (what training never saw), train or all.
+        resolution: side of the centre crop in pixels, a multiple of the downsampling, 64 or more.
+        count: at most so many images, evenly spread over the part; 256 make the figures comparable between runs.
+        batch: images per forward pass.
+        seed: of the posterior samples and of all other noise.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    part: Part = "held_out"
+    resolution: int = 256
+    count: int = 256
+    batch: int = 8
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "count"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        if self.resolution < SMALLEST_RESOLUTION:
+            raise UserError(f"resolution: {self.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
+
+
+def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
+    """Measure, judge, write the report, return the content of `health.json`.
+
+    A folder that holds the finished report of these settings is read, not redone.
+
+    Raises:
+        UserError: the folder holds a report of other settings or of another autoencoder, and not `overwrite`; there
+            are fewer than 8 readable images.
+    """
+    started = time.time()
+    device = compute_device(config.device)
+    autoencoder = load_autoencoder(config.autoencoder).to(device)
+    factor = downsampling(autoencoder)
+    if config.resolution % factor:
+        nearest = max(1, round(config.resolution / factor)) * factor
+        raise UserError(f"resolution: {config.resolution} is no multiple of {factor}; use {nearest}")
+    identity = fingerprint(autoencoder)
+    finished = _finished_report(Path(config.output), config, identity, overwrite)
+    if finished is not None:
+        return finished
+    source = subset(open_source(config.data), config.part, config.data.held_out)
+    rejected: list[tuple[str, str]] = []
+    chosen = spread(len(source), config.count)
+    measured = measure(
+        autoencoder, read_images(source, chosen, config, rejected), len(chosen), config.batch, config.seed, device
+    )
+    training = training_record(config.autoencoder)
+    found = verdicts(measured.figures, training.get("rate", {}))
+    report = {
+        "format_version": 1,
+        "autoencoder": {
+            "fingerprint": identity,
+            "class": type(autoencoder).__name__,
+            "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
+            "latent_channels": latent_channels(autoencoder),
+            "downsampling": factor,
+            "deterministic": is_deterministic(autoencoder),
+        },
+        "protocol": _protocol(config, source, measured.figures["images"]["count"]),
+        "training": training,
+        "verdicts": [verdict.to_dict() for verdict in found],
+        **measured.figures,
+        "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
+        "config": configuration.to_dict(config),
+    }
+    output = Path(config.output)
+    write_text(output / TABLE, markdown(report))
+    write_text(output / PAGE, render(report, found, measured))
+    write_json(output / RESULTS, report)
+    provenance.write_run_record(output, None, started, time.time() - started, images=report["protocol"]["images"])
+    return report
+
+
+def failed(report: dict[str, Any]) -> bool:
+    """Whether a report holds a verdict of severity fail."""
+    return any(verdict["severity"] == "fail" for verdict in report["verdicts"])
+
+
+def read_images(
+    source: ImageSource, indices: list[int], config: DiagnoseConfig, rejected: list[tuple[str, str]]
+) -> Iterator[Tensor]:
+    """Centre crops (n, 3, resolution, resolution) in [-1, 1] in batches, with a progress bar.
+
+    Images that cannot be decoded are appended to `rejected` as (id, reason) and left out.
+    """
+    from tqdm import tqdm
+
+    images: list[Tensor] = []
+    for index in tqdm(indices, desc="diagnosing", unit="image", dynamic_ncols=True):
+        try:
+            crop = cover_crop(source.read(index), config.resolution)
+        except ImageRejected as error:
+            rejected.append((source.id(index), error.reason))
+            continue
+        images.append(pixels.from_uint8(to_tensor(crop)))
+        if len(images) == config.batch:
+            yield torch.stack(images)
+            images = []
+    if images:
+        yield torch.stack(images)
+
+
+def training_record(autoencoder: str) -> dict[str, Any]:
+    """What training left beside the weights in training.json; empty where there is none (a foreign autoencoder).
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return read_record(autoencoder)
+    except ValueError as error:
+        raise UserError(f"{autoencoder}: its {RECORD} is no valid JSON ({error}); restore the folder") from error
+
+
+def _finished_report(output: Path, config: DiagnoseConfig, identity: str, overwrite: bool) -> dict[str, Any] | None:
+    """The folder's finished report, None where there is none, UserError where it is of something else."""
+    if not (output / provenance.RUN_RECORD).is_file():
+        return None
+    if not (output / RESULTS).is_file():
+        raise UserError(f"{output}: holds another run; give another output")
+    if overwrite:
+        return None
+    report: dict[str, Any] = json.loads((output / RESULTS).read_text())
+    changes = configuration.changed_keys(report["config"], configuration.to_dict(config))
+    changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
+    if report["autoencoder"]["fingerprint"] != identity:
+        changes["autoencoder fingerprint"] = (report["autoencoder"]["fingerprint"][:15], identity[:15])
+    if changes:
+        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
+        raise UserError(f"{output}: holds the report of {listed}; give another output, or --overwrite")
+    return report
+
+
+def _protocol(config: DiagnoseConfig, source: ImageSource, count: int) -> dict[str, Any]:
+    """What has to be equal for two reports to be comparable."""
+    return {
+        "images": {"fingerprint": source.fingerprint(), "part": config.part, "count": count},
+        "preprocessing": preprocessing_record(config.resolution),
+        "resolution": config.resolution,
+        "seed": config.seed,
+        "precision": "float32; sums of the posteriors in float64",
+        "range": "reconstructions clamped to [-1, 1], not rounded to 8 bits",
+        "versions": provenance.versions(),
+    }

@@ -1,0 +1,86 @@
+"""What the HTML pages share: one template environment, one style sheet (`templates/style.css`), embedded pictures.
+
+A page is one file that loads nothing: pictures are data URIs. What a page says belongs to its own module and template.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from PIL.Image import Image
+
+WEBP_QUALITY = 90
+MAXIMUM_SIDE = 512
+LOSSLESS_SIDE = 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture: `uri` is a data URI, `text` its alternative text."""
+
+    uri: str
+    text: str
+    width: int
+    height: int
+
+
+def template_environment() -> Environment:
+    """Jinja over the package's templates: escaped, an undefined name is an error, with the filters of all pages."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("ldm_vae.evaluation"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration, "quantity": quantity, "signed": signed}
+    return environment
+
+
+def embed(path: Path, text: str) -> Picture:
+    """A picture file as WebP in a data URI: at most 512 pixels, quality 90, or lossless when tiny."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        return embed_image(file.convert("RGB"), text)
+
+
+def embed_image(image: Image, text: str) -> Picture:
+    """The same for an RGB picture in memory."""
+    from PIL.Image import Resampling
+
+    small = max(image.size) <= LOSSLESS_SIDE
+    if max(image.size) > MAXIMUM_SIDE:
+        image = image.copy()
+        image.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=small, method=4)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Picture(f"data:image/webp;base64,{data}", text, *image.size)
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def quantity(number: float) -> str:
+    """`950`, `2,000`, `2.7 million`."""
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,.0f}"
+
+
+def signed(number: float) -> str:
+    """Two digits with a sign, a true minus."""
+    return f"{number:+.2f}".replace("-", "−")

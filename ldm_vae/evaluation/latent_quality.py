@@ -1,0 +1,167 @@
+"""What a latent space is like to work in: interpolation, prior samples, the use of codes, and the cost of its networks.
+
+Measured on held-out images of one autoencoder, without a reference implementation to agree with: every figure compares
+autoencoders measured here, on the same images, and none of them with the literature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.autoencoder.perceptual import LPIPS
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage, token_indices
+from ldm_vae.data import pixels
+from ldm_vae.evaluation import metrics
+from ldm_vae.evaluation.distribution import frechet_distance
+from ldm_vae.evaluation.klt import BlockKLT, block_moments
+from ldm_vae.evaluation.measurement import codebook_size
+from ldm_vae.random import generator
+
+INTERPOLATION_STEPS = 8
+FRECHET_COMPONENTS = 16
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Over pairs of images, means. `unevenness` >= 1: the largest of the 8 steps of the path relative to the mean step;
+    `midpoint_sharpness`: fine contrast half way, relative to the mean of both ends; `distance`: what a step is."""
+
+    unevenness: float
+    midpoint_sharpness: float
+    distance: str
+    pairs: int
+
+
+@dataclass(frozen=True)
+class PriorSamples:
+    """Latents drawn per channel from N(mean, standard deviation) of the aggregate posterior, decoded.
+
+    `cycle_error`: rms of E(D(z)) - z per channel in its standard deviations; `cycle_error_real` the same for posterior
+    samples of real images; `frechet`: distance of block statistics to real images, relative to their total variance;
+    `frechet_reconstructions` the same for reconstructions: what an autoencoder loses without any sampling.
+    """
+
+    cycle_error: float
+    cycle_error_real: float
+    frechet: float
+    frechet_reconstructions: float
+    samples: int
+
+
+def step_distance(x: Tensor, y: Tensor, lpips: LPIPS | None) -> tuple[Tensor, str]:
+    """Perceptual distance of images (n, 3, h, w), (n,), and its name: LPIPS, else 1 - MS-SSIM, else 1 - SSIM."""
+    if lpips is not None:
+        return lpips(x, y), "LPIPS"
+    if min(x.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
+        return 1 - metrics.ms_ssim(x, y), "1 - MS-SSIM"
+    return 1 - metrics.ssim(x, y), "1 - SSIM"
+
+
+@torch.no_grad()
+def interpolation(autoencoder: Any, images: Tensor, lpips: LPIPS | None = None) -> Interpolation:
+    """Straight lines between the latent means of images (n, 3, h, w), the first with the second and so on; n >= 2.
+
+    A path of equal steps has an unevenness of 1, one that jumps once of 8. A blur in the middle, the usual sign of a
+    latent space with holes, has a midpoint sharpness under 1; even a perfect one need not reach 1, since a cross-fade
+    of two images has less contrast than either.
+    """
+    if len(images) < 2:
+        raise ValueError(f"interpolation: {len(images)} image(s); give at least 2")
+    unevenness, sharpness, name = [], [], ""
+    for pair in images[: len(images) // 2 * 2].split(2):
+        ends, _ = encode_moments(autoencoder, pair)
+        weights = torch.linspace(0, 1, INTERPOLATION_STEPS + 1, device=ends.device).view(-1, 1, 1, 1)
+        path = torch.cat([decode(autoencoder, latent[None]) for latent in (1 - weights) * ends[0] + weights * ends[1]])
+        path = pixels.from_uint8(pixels.to_uint8(path))
+        steps, name = step_distance(path[:-1], path[1:], lpips)
+        steps = steps.double().clamp_min(0)
+        unevenness.append(float(steps.max() / steps.mean().clamp_min(1e-12)))
+        middle = path[INTERPOLATION_STEPS // 2][None].expand_as(pair)
+        ratios = metrics.sharpness_ratio(middle, path[[0, -1]]).clamp_min(1e-12)
+        sharpness.append(float(2 / (1 / ratios).sum()))  # contrast over the mean contrast of both ends
+    return Interpolation(float(np.mean(unevenness)), float(np.mean(sharpness)), name, len(unevenness))
+
+
+@torch.no_grad()
+def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0) -> PriorSamples:
+    """As many samples as images (n, 3, h, w), of the latents' size. Positions are drawn independently: this is the
+    prior of the KL term, not that of a diffusion model, so pictures are not expected; the figures say how far off."""
+    means, logvars = zip(*(encode_moments(autoencoder, image[None]) for image in images), strict=True)
+    mean, variance = torch.cat(means), torch.cat(logvars).exp()
+    centre = mean.mean(dim=(0, 2, 3), keepdim=True)
+    spread = (mean.var(dim=(0, 2, 3), keepdim=True, correction=0) + variance.mean(dim=(0, 2, 3), keepdim=True)).sqrt()
+    noise = torch.randn(mean.shape, generator=generator(seed, "prior samples")).to(mean.device)
+    noise_real = torch.randn(mean.shape, generator=generator(seed, "posterior samples")).to(mean.device)
+    prior, real = centre + spread * noise, mean + variance.sqrt() * noise_real
+    decoded, cycle = _cycle(autoencoder, prior, spread)
+    reconstructed, cycle_real = _cycle(autoencoder, real, spread)
+    return PriorSamples(
+        cycle,
+        cycle_real,
+        block_frechet(decoded, images, klt),
+        block_frechet(reconstructed, images, klt),
+        len(images),
+    )
+
+
+def _cycle(autoencoder: Any, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
+    """The decoded images, and the rms distance of their encoding from the latents, in standard deviations."""
+    decoded, squares = [], []
+    for latent in latents.split(1):
+        image = decode(autoencoder, latent)
+        again, _ = encode_moments(autoencoder, image)
+        decoded.append(image)
+        squares.append(((again - latent) / spread.clamp_min(1e-6)).square().mean())
+    return torch.cat(decoded), float(torch.stack(squares).mean().sqrt())
+
+
+def block_frechet(images: Tensor, references: Tensor, klt: BlockKLT) -> float:
+    """Fréchet distance between the blocks of two sets of images as Gaussians in the first 16 KLT components, relative
+    to the references' variance there. 0: same colours and local structure on average; says nothing about objects."""
+    basis = klt.components[:FRECHET_COMPONENTS].double()
+    statistics = []
+    for each in (images, references):
+        moments = block_moments(each, klt.block)
+        mean = moments.total / moments.count
+        covariance = moments.products / moments.count - torch.outer(mean, mean)
+        statistics.append(((basis @ mean).numpy(), (basis @ covariance @ basis.T).numpy()))
+    (mean_x, covariance_x), (mean_y, covariance_y) = statistics
+    return frechet_distance(mean_x, covariance_x, mean_y, covariance_y) / max(float(np.trace(covariance_y)), 1e-12)
+
+
+def gigamacs(autoencoder: Any, resolution: int, device: torch.device) -> tuple[float, float]:
+    """Multiply-accumulates of encode and of decode for one image, in 10^9 (torch's FlopCounter, half its FLOPs)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = torch.zeros(1, 3, resolution, resolution, device=device)
+    with FlopCounterMode(display=False) as encoding:
+        mean, _ = encode_moments(autoencoder, image)
+    with FlopCounterMode(display=False) as decoding:
+        decode(autoencoder, mean)
+    return encoding.get_total_flops() / 2e9, decoding.get_total_flops() / 2e9
+
+
+@torch.no_grad()
+def code_use(autoencoder: Any, images: Tensor) -> dict[str, float] | None:
+    """Perplexity, share of unused codes, entropy in bits and the number of codes over images (n, 3, h, w).
+
+    None for an autoencoder without a codebook of this package. The share of unused codes is only meaningful where there
+    are many more positions than codes; `positions` says how many there were.
+    """
+    size = codebook_size(autoencoder)
+    if size is None or not isinstance(autoencoder, AutoencoderQuantized):
+        return None
+    indices = torch.cat([token_indices(autoencoder, image[None]).flatten() for image in images])
+    usage = codebook_usage(indices, size)
+    return {name: float(value) for name, value in usage.items()} | {"codes": size, "positions": len(indices)}
+
+
+def plain(value: Interpolation | PriorSamples) -> dict[str, Any]:
+    """JSON-able."""
+    return asdict(value)

@@ -1,0 +1,195 @@
+"""From values per image to what they say together: means, intervals, paired differences, the rate, and the table.
+
+Owns `results.json`'s summary and `results.md`; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ldm_vae.autoencoder.models import downsampling, latent_channels
+from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
+from ldm_vae.evaluation import distribution, metrics
+from ldm_vae.evaluation.measurement import Measurer, Unit
+
+
+def summary(measured: Unit, measurer: Measurer) -> dict[str, Any]:
+    """Rows with means and 95 % bootstrap intervals, decode(mean) minus each other row, the rate, the budget."""
+    first, *others = measured.rows
+    rate = rate_of(measured, measurer)
+    linear = np.subtract(measured.rows[first]["psnr"], measured.rows[others[-1]]["psnr"])
+    return {
+        "rows": [row_of(name, measured, rate["bits_per_pixel"], measurer) for name in measured.rows],
+        "gain_over_linear_db": interval(linear),
+        "differences": [
+            {
+                "row": first,
+                "baseline": other,
+                "metrics": {
+                    metric: metrics.paired_difference(np.array(values), np.array(measured.rows[other][metric]))
+                    for metric, values in measured.rows[first].items()
+                },
+            }
+            for other in others
+        ],
+        "rate": rate,
+        "equal_bytes": budget_sentence(measurer),
+        "linear": {"block": measurer.klt.block, "eigenvalues": measurer.klt.eigenvalues.tolist()},
+    }
+
+
+def row_of(name: str, measured: Unit, rate_bits_per_pixel: float | None, measurer: Measurer) -> dict[str, Any]:
+    """`bits_per_pixel`: mean over images; of files, the actual ones. None: nothing was coded."""
+    row: dict[str, Any] = {
+        "name": name,
+        "metrics": {metric: interval(values) for metric, values in measured.rows[name].items()},
+        "bits_per_pixel": rate_bits_per_pixel if name.startswith("decode(") else None,
+    }
+    if name in measured.files:
+        files = measured.files[name]
+        pixel_count = measurer.config.resolution**2
+        row["bits_per_pixel"] = float(np.mean([8 * file["bytes"] / pixel_count for file in files]))
+        row["over_budget"] = sum(not file["within_budget"] for file in files)
+    return row
+
+
+def rate_of(measured: Unit, measurer: Measurer) -> dict[str, Any]:
+    """The mean KL in three units, of a deterministic code its indices' bits, of a code without a rate None."""
+    channels, factor = latent_channels(measurer.autoencoder), downsampling(measurer.autoencoder)
+    if measurer.code_bits_per_pixel is not None:
+        bits = measurer.code_bits_per_pixel * factor**2 / channels
+        return {
+            "kind": "indices of a codebook, every code equally likely",
+            "nats_per_dim": bits * float(np.log(2)),
+            "bits_per_dim": bits,
+            "bits_per_pixel": measurer.code_bits_per_pixel,
+        }
+    if not measurer.rate_known:
+        kind = "none: a deterministic latent of real numbers has no rate"
+        return {"kind": kind, "nats_per_dim": None, "bits_per_dim": None, "bits_per_pixel": None}
+    nats = float(np.mean(measured.nats))
+    return {
+        "kind": "KL to N(0, 1)",
+        "nats_per_dim": nats,
+        "bits_per_dim": bits_per_dimension(nats),
+        "bits_per_pixel": bits_per_pixel(nats, channels, factor),
+    }
+
+
+def budget_sentence(measurer: Measurer) -> str:
+    """What the codecs' bytes are equal to."""
+    given = measurer.config.equal_bytes_bits_per_pixel
+    if not measurer.config.codecs:
+        return "no codecs were asked for"
+    if given is not None:
+        return f"each image's file has at most {given:g} bits per pixel, as equal_bytes_bits_per_pixel says"
+    if measurer.code_bits_per_pixel is not None:
+        return (
+            f"each image's file has at most the {measurer.code_bits_per_pixel:.4f} bits per pixel of the code's indices"
+        )
+    if not measurer.rate_known:
+        return (
+            "no codec rows: this deterministic autoencoder has no rate to be equal to; give equal_bytes_bits_per_pixel"
+        )
+    return "each image's file has at most the bytes of that image's own rate (its KL)"
+
+
+def per_image(measured: Unit, measurer: Measurer) -> list[dict[str, Any]]:
+    """One record an image: every value, and the file of every codec. `nats_per_dim` only where it is a rate."""
+    has_rate = measurer.rate_known and measurer.code_bits_per_pixel is None
+    return [
+        {
+            "id": name,
+            "nats_per_dim": measured.nats[i] if has_rate else None,
+            **{
+                row: {metric: values[i] for metric, values in named.items()}
+                | (measured.files[row][i] if row in measured.files else {})
+                for row, named in measured.rows.items()
+            },
+        }
+        for i, name in enumerate(measured.ids)
+    ]
+
+
+def interval(values: Any) -> dict[str, float]:
+    array = np.asarray(values, dtype=np.float64)
+    low, high = metrics.bootstrap_interval(array)
+    return {"mean": float(array.mean()), "low": low, "high": high}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """`results.md`: the table, the differences and the protocol in words."""
+    names = list(results["rows"][0]["metrics"])
+    lines = [
+        "| reconstruction | bits/pixel | " + " | ".join(metrics.METRIC_TITLES[name] for name in names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for row in results["rows"]:
+        cells = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in row["metrics"].values()]
+        rate = row.get("bits_per_pixel")
+        lines.append(
+            f"| {_named(row, results)} | " + " | ".join(["not coded" if rate is None else f"{rate:.3f}", *cells]) + " |"
+        )
+    protocol, gain = results["protocol"], results["gain_over_linear_db"]
+    lines += [
+        "",
+        f"Gain of decode(mean) over the linear baseline on the same pixels: {gain['mean']:+.2f} dB "
+        f"[{gain['low']:+.2f}, {gain['high']:+.2f}].",
+        *difference_lines(results),
+        rate_line(results["rate"]),
+        *codec_lines(results),
+        *(distribution.sentences(results["distribution"]) if results.get("distribution") else []),
+        f"{protocol['images']['count']} images ({protocol['images']['part']}), {protocol['resolution']} x "
+        f"{protocol['resolution']}, {protocol['range']}, {protocol['average']}.",
+        f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _named(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """The row's name, with a warning where its files are not of equal bytes after all."""
+    if not row.get("over_budget"):
+        return str(row["name"])
+    return f"{row['name']} ({row['over_budget']} of {results['protocol']['images']['count']} over)"
+
+
+def rate_line(rate: dict[str, Any]) -> str:
+    if rate["bits_per_pixel"] is None:
+        return f"Rate: {rate['kind']}."
+    return (
+        f"Rate: {rate['nats_per_dim']:.3f} nats = {rate['bits_per_dim']:.3f} bits per latent dimension = "
+        f"{rate['bits_per_pixel']:.3f} bits per pixel ({rate['kind']})."
+    )
+
+
+def difference_lines(results: dict[str, Any]) -> list[str]:
+    """Paired differences of PSNR and LPIPS (or SSIM) to each baseline, with Wilcoxon's p."""
+    lines = []
+    named = {row["name"]: _named(row, results) for row in results["rows"]}
+    for difference in results.get("differences", []):
+        second = "lpips" if "lpips" in difference["metrics"] else "ssim"
+        parts = []
+        for metric, unit in (("psnr", " dB"), (second, f" {metrics.METRIC_TITLES[second]}")):
+            value = difference["metrics"][metric]
+            p = value["wilcoxon_p"]
+            tested = "not tested" if p is None else f"p = {p:.2g}"
+            parts.append(f"{value['mean']:+.3f}{unit} [{value['low']:+.3f}, {value['high']:+.3f}], {tested}")
+        lines.append(f"{difference['row']} minus {named[difference['baseline']]}: {'; '.join(parts)}.")
+    if lines:
+        lines.append("Differences are paired over images; p is Wilcoxon's signed-rank test, two-sided, not corrected.")
+    return lines
+
+
+def codec_lines(results: dict[str, Any]) -> list[str]:
+    if "equal_bytes" not in results:
+        return []
+    lines = [f"Codecs: {results['equal_bytes']}; header bytes count; JPEG 4:2:0 and optimised."]
+    for row in results["rows"]:
+        if row.get("over_budget"):
+            lines.append(
+                f"{row['name']}: {row['over_budget']} of {results['protocol']['images']['count']} images exceed the "
+                "budget even at the lowest quality, which was taken."
+            )
+    return lines

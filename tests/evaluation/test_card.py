@@ -1,0 +1,254 @@
+"""The model card: it restates the records, says what is missing, refuses records of other weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from ldm_vae import cli
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import card_facts
+from ldm_vae.evaluation.card import CardConfig, push, write_card
+
+CONFIG = """
+output: runs/flowers
+data: {source: folder, path: /data/pictures/flowers, held_out: 0.1, datasets: {name: ''}, synthetic: {count: 5}}
+crop: {short_side_min: 64, short_side_max: 512, flip: true, flat: 0.04}
+autoencoder: {architecture: wavelet, preset: pico, latent_channels: 2}
+loss: {l1: 1.0, mse: 0.0, perceptual: 0.5, perceptual_net: vgg}
+rate: {mode: target, target_nats: 2.5}
+phases: [{steps: 100, crop: 64, batch: 8}, {steps: 20, crop: 192, batch: 2}]
+training: {learning_rate: 0.001, ema_decay: 0.999, seed: 3}
+"""
+RUN = {
+    "command": ["ldm-vae", "train-vae", "data.path=/data/pictures/flowers", "phases=[{steps: 100}]"],
+    "started": "2026-01-02T03:04:05+00:00",
+    "seconds": 3725.4,
+    "versions": {"ldm_vae": "0.1.0", "torch": "2.9", "commit": "0123456789ab", "machine": "Abacus 1, 2 cores"},
+    "finished": True,
+    "steps": 120,
+    "processes": 2,
+    "device": "cpu",
+    "precision": "bf16",
+}
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 1, "high": mean + 1}
+
+
+def evaluation(identity: str) -> dict:
+    return {
+        "autoencoder": {"fingerprint": identity},
+        "protocol": {
+            "images": {"fingerprint": "f00d", "part": "held_out", "count": 17},
+            "preprocessing": {"fit": "cover, centre crop", "filter": "lanczos"},
+            "resolution": 256,
+            "range": "8-bit round trip of every reconstruction",
+            "average": "per image, then mean over images",
+            "lpips": "vgg",
+            "precision": "float32",
+        },
+        "rows": [
+            {"name": "decode(mean)", "metrics": {"psnr": interval(27.125), "lpips": interval(3.5)}},
+            {"name": "block KLT, 2 components", "metrics": {"psnr": interval(23.0)}},
+        ],
+        "gain_over_linear_db": interval(4.125),
+        "rate": {"nats_per_dim": 2.0, "bits_per_dim": 2.885, "bits_per_pixel": 0.09},
+        "rejected": [],
+        "distribution": {
+            "images": 17,
+            "kid": {"mean": 0.002, "std": 0.001, "subsets": 100, "subset_size": 4},
+            "kid_floor": {"mean": 0.0005, "std": 0.001, "images": 8},
+        },
+        "config": {"data": {"source": "folder", "path": "/data/pictures/flowers"}},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with every record; what the files say is in CONFIG, RUN and here."""
+    torch.manual_seed(0)
+    model = build_autoencoder(AutoencoderConfig("wavelet", "pico", 2))
+    folder = tmp_path / "flowers"
+    model.save_pretrained(folder / "autoencoder")
+    identity = fingerprint(model)
+    rate = {"mode": "target", "target_nats": 2.5, "final_beta": 0.02}
+    record = {"fingerprint": identity, "rate": rate, "held_out": {"held_out/psnr": 26.5, "held_out/nats_per_dim": 2.4}}
+    (folder / "autoencoder" / "training.json").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "run.json").write_text(json.dumps(RUN))
+    lines = [{"step": i, "rate/beta": i / 1000, "rate/nats_per_dim": 2 + i / 1000} for i in range(1, 101)]
+    lines.append({"step": 100, "held_out/psnr": 26.5})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 1')
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(evaluation(identity)))
+    return folder
+
+
+def test_a_complete_card_restates_every_record(run, tmp_path):
+    (tmp_path / "credits.txt").write_text("Photographs by A. Person, CC0.")
+    found = [
+        {"name": "rate_miss", "severity": "warn", "sentence": "rate_miss (warn): the rate is 2.0. Try: longer."},
+        {"name": "grid", "severity": "fail", "sentence": "A grid of 8 pixels."},
+    ]
+    identity = json.loads((run / "autoencoder" / "training.json").read_text())["fingerprint"]
+    health = {"autoencoder": {"fingerprint": identity}, "verdicts": found}
+    (tmp_path / "evaluation" / "health.json").write_text(json.dumps(health))
+    path, missing = write_card(
+        CardConfig(
+            str(run),
+            evaluation=str(tmp_path / "evaluation"),
+            intended_use="Latents of flowers.",
+            data_credits=str(tmp_path / "credits.txt"),
+            license="cc0-1.0",
+        )
+    )
+    assert path == run / "autoencoder" / "README.md"
+    assert missing == []
+    text = path.read_text()
+    for expected in (
+        "# flowers\n",
+        "Latents of flowers.",
+        "Photographs by A. Person, CC0.",
+        "ldm-vae train-vae data.path=/data/pictures/flowers 'phases=[{steps: 100}]'",
+        "| commit | 0123456789ab |",
+        "| machine | Abacus 1, 2 cores |",
+        "| wall time | 1:02:05 (h:mm:ss) |",
+        "| phase 2 | 20 steps, 2 crops of 192 pixels |",
+        "| loss weights | l1 1, perceptual 0.5 |",
+        "Controlled towards 2.5 nats",
+        "Final beta 0.02 on means per element; a KL weight of 1.92 in the convention",  # 0.02 * 192 / 2
+        "Measured in the evaluation: 2.000 nats",
+        "| 1 | 0.001 | 2.001 |",
+        "| 100 | 0.1 | 2.100 |",
+        "| decode(mean) | 27.125 [26.125, 28.125] | 3.500 [2.500, 4.500] |",
+        "| block KLT, 2 components | 23.000 [22.000, 24.000] | not measured |",
+        "17 images (held_out) of flowers, set `f00d`.",
+        "KID of decode(mean) to the originals, N = 17: 2.000",
+        "Gain over the linear baseline on the same pixels: +4.12 [+3.12, +5.12] dB.",
+        "- **fail**, grid: A grid of 8 pixels.\n- **warn**, rate_miss: the rate is 2.0. Try: longer.",
+        "Trained on crops of at most 192 pixels",
+        "Stock diffusers cannot load this class",
+        "at least one failure",
+        identity,
+    ):
+        assert expected in text, expected
+    assert "Not recorded" not in text
+    assert len(card_facts.thin(list(range(100)), 8)) == 8
+
+
+def test_the_front_matter_is_what_the_hub_reads(run, tmp_path):
+    path, _ = write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation"), license="cc0-1.0"))
+    data = ModelCard(path.read_text()).data
+    assert (data.license, data.library_name, data.model_name) == ("cc0-1.0", "ldm_vae", "flowers")
+    assert data.datasets is None  # a folder is no dataset of the hub
+    psnr, lpips = data.eval_results
+    assert (psnr.metric_type, psnr.metric_value) == ("psnr", 27.125)
+    assert psnr.metric_args == {"interval_95_percent": [26.125, 28.125]}
+    assert psnr.dataset_args == {"images": 17, "resolution": 256, "fingerprint": "f00d"}
+    assert lpips.metric_type == "lpips"
+
+
+def test_what_is_missing_is_said_and_nothing_is_put_in_its_place(run, tmp_path, capsys):
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "autoencoder", alone)
+    (alone / "training.json").unlink()
+    assert cli.main(["card", str(alone)]) == 0
+    assert "not recorded: the intended use, the data, " in capsys.readouterr().out
+    text = (alone / "README.md").read_text()
+    for expected in (
+        "## Intended use\n\nNot stated.",
+        "## Data\n\nNot recorded.\n\nOrigin and licence of the training images: not stated.",
+        "## Training\n\nNot recorded.",
+        "### Rate\n\nNot recorded.",
+        "## Reconstruction\n\nNot measured.",
+        "## Health\n\nNot diagnosed.",
+        "No evaluation is recorded",
+    ):
+        assert expected in text, expected
+    data = ModelCard(text).data
+    assert data.eval_results is None
+    assert data.license is None
+
+
+def test_records_of_other_weights_are_refused(run, tmp_path):
+    results = tmp_path / "evaluation" / "results.json"
+    results.write_text(json.dumps(evaluation("sha256:" + "0" * 64)))
+    with pytest.raises(UserError, match=r"results.json: is about sha256:0+\.\.\., the model is sha256:"):
+        write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
+    results.write_text("{}")
+    with pytest.raises(UserError, match="is no result of `ldm-vae evaluate`"):
+        write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
+    (run / "autoencoder" / "training.json").write_text(json.dumps({"fingerprint": "sha256:" + "1" * 64}))
+    with pytest.raises(UserError, match=r"training\.json: is about"):
+        write_card(CardConfig(str(run)))
+    (run / "autoencoder" / "training.json").unlink()
+    with pytest.raises(UserError, match="no such file; give a folder that `ldm-vae diagnose` wrote"):
+        write_card(CardConfig(str(run), health=str(tmp_path)))
+    assert not (run / "autoencoder" / "README.md").exists()
+
+
+def test_somebody_elses_readme_is_kept_and_our_own_is_written_anew(run):
+    readme = run / "autoencoder" / "README.md"
+    readme.write_text("mine")
+    with pytest.raises(UserError, match="was not written by this command; give --overwrite"):
+        write_card(CardConfig(str(run)))
+    assert readme.read_text() == "mine"
+    write_card(CardConfig(str(run), overwrite=True))
+    write_card(CardConfig(str(run), intended_use="Again."))
+    assert "Again." in readme.read_text()
+
+
+def test_a_stock_class_gets_stock_instructions_and_a_codebook_no_false_rate(tmp_path):
+    build_autoencoder(AutoencoderConfig("sd", "tiny")).save_pretrained(tmp_path / "kl")
+    path, _ = write_card(CardConfig(str(tmp_path / "kl")))
+    assert 'AutoencoderKL.from_pretrained("DIRECTORY")' in path.read_text()
+    assert ModelCard(path.read_text()).data.library_name == "diffusers"
+    record = {"kind": "vq", "rate": {"final_beta": 1.0}, "held_out": {"held_out/nats_per_dim": 400.0}}
+    assert card_facts.rate_sentences(record, {}, 8, 4) == ["Of kind vq: beta weighs no divergence of a posterior."]
+
+
+def test_the_upload_is_the_directory_and_only_when_asked(run, monkeypatch, capsys):
+    calls: list[tuple] = []
+
+    class Api:
+        def create_repo(self, repository, **settings):
+            calls.append(("create", repository, settings["private"], settings["exist_ok"]))
+            return SimpleNamespace(repo_id=f"me/{repository}")
+
+        def upload_folder(self, *, folder_path, repo_id, commit_message):
+            calls.append(("upload", sorted(path.name for path in folder_path.iterdir()), repo_id))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert cli.main(["card", str(run)]) == 0
+    assert calls == []
+    assert cli.main(["card", str(run), "--push-to-hub", "flowers"]) == 0
+    files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "training.json"]
+    assert calls == [("create", "flowers", True, True), ("upload", files, "me/flowers")]
+
+    class Refusing(Api):
+        def create_repo(self, repository, **settings):
+            raise OSError("no route\nto the hub")
+
+    with pytest.raises(UserError, match="--push-to-hub flowers: no route; log in with `hf auth login`"):
+        push(run / "autoencoder", "flowers", Refusing())
+
+
+def test_the_hub_dataset_is_named_only_where_there_is_one(tmp_path, monkeypatch):
+    def config(source, name):
+        return {"data": {"source": source, "datasets": {"name": name}}}
+
+    assert card_facts.hub_dataset(config("datasets", "nlphuji/flickr30k")) == "nlphuji/flickr30k"
+    assert card_facts.hub_dataset(config("datasets", "imagefolder")) is None
+    assert card_facts.hub_dataset(config("folder", "nlphuji/flickr30k")) is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local" / "set").mkdir(parents=True)
+    assert card_facts.hub_dataset(config("datasets", "local/set")) is None
