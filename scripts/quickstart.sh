@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on the embedded images, on any machine: train an autoencoder, encode, train a latent U-Net,
-# generate, evaluate, report. About 10 minutes on 2 CPU cores after installation. Interrupt it at any time and run it
+# generate, evaluate, diagnose, report. About 10 minutes on 2 CPU cores after installation. Interrupt it at any time and run it
 # again: each command continues, or says that it is finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ number=0
 
 step() {
   number=$((number + 1))
-  printf '\n[%d/6] %s\n$ ldm-vae %s\n' "$number" "$1" "${*:2}"
+  printf '\n[%d/7] %s\n$ ldm-vae %s\n' "$number" "$1" "${*:2}"
   .venv/bin/ldm-vae "${@:2}"
 }
 
@@ -25,6 +25,8 @@ step "Generate images" generate $run/diffusion/pipeline --count 40 --seed 0 --st
   --precision bf16 --out $run/samples
 step "Evaluate reconstructions" evaluate autoencoder=$run/vae/autoencoder data.source=synthetic \
   resolution=512 count=24 baseline_images=64 output=$run/evaluation
+step "Look for what is wrong with it" diagnose autoencoder=$run/vae/autoencoder data.source=synthetic \
+  resolution=256 count=64 output=$run/health
 step "Write the report" report $run
 
-printf '\nDone: open %s/report.html\n' "$PWD/$run"
+printf '\nDone: open %s/report.html, and %s/health/index.html\n' "$PWD/$run" "$PWD/$run"

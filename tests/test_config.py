@@ -82,8 +82,8 @@ def test_changed_keys_reach_into_lists():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_in_the_repository_loads(path):
     from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.comparison import CompareConfig
-    from ldm_vae.evaluation.frontier import FrontierConfig
+    from ldm_vae.evaluation.sweeps.comparison import CompareConfig
+    from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
     from ldm_vae.latents.encode import EncodeConfig
 
     required = {

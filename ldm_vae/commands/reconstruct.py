@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.pictures import reconstruct_pictures
+    from ldm_vae.evaluation.fidelity.pictures import reconstruct_pictures
 
     if args.size is not None and args.size < 1:
         raise UserError(f"--size: {args.size} is not above 0")

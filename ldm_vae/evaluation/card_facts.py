@@ -193,7 +193,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
     if gain:
         sentences.append(f"Gain over the linear baseline on the same pixels: {_signed(gain)} dB.")
     if evaluation.get("distribution"):
-        from ldm_vae.evaluation.distribution import sentences as distribution_sentences
+        from ldm_vae.evaluation.fidelity.distribution import sentences as distribution_sentences
 
         sentences += distribution_sentences(evaluation["distribution"])
     if evaluation.get("rejected"):

@@ -18,8 +18,9 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import figures, klt, sweep, sweep_page
-from ldm_vae.evaluation.sweep import Outcome, Point, Run
+from ldm_vae.evaluation import figures, klt
+from ldm_vae.evaluation.sweeps import sweep, sweep_page
+from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 from ldm_vae import cli
 from ldm_vae.autoencoder.recipe import Phase
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation import sweep
-from ldm_vae.evaluation.sweep import Point
+from ldm_vae.evaluation.sweeps import sweep
+from ldm_vae.evaluation.sweeps.sweep import Point
 
 RECIPE = """
 data: {source: synthetic, held_out: 0.5, synthetic: {count: 32, resolution: 64}}
@@ -170,7 +170,7 @@ def test_a_wrong_setting_names_the_point(tmp_path: Path, recipe: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, recipe: Path) -> None:
-    from ldm_vae.evaluation.frontier import FrontierConfig
+    from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
 
     config = FrontierConfig(output=str(tmp_path / "a"), vae=str(recipe))
     sweep.claim(tmp_path / "a", "frontier", config, may_change=("parallel",))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.verdicts import RULES, Verdict
 from ldm_vae.data import pixels
-from ldm_vae.evaluation import diagnosis_plots
-from ldm_vae.evaluation.examples import DIFFERENCE_GAIN
-from ldm_vae.evaluation.health_figures import Measured
+from ldm_vae.evaluation.fidelity.examples import DIFFERENCE_GAIN
+from ldm_vae.evaluation.health import diagnosis_plots
+from ldm_vae.evaluation.health.health_figures import Measured
 from ldm_vae.evaluation.html_pages import Picture, embed_image, template_environment
 
 Report = dict[str, Any]

@@ -20,9 +20,9 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.examples import latent_colours
-from ldm_vae.evaluation.measurement import spread
-from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
+from ldm_vae.evaluation.fidelity.examples import latent_colours
+from ldm_vae.evaluation.fidelity.measurement import spread
+from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig, evaluate
 
 
 def save_autoencoder(path: Path, seed: int = 0) -> Path:
@@ -152,7 +152,7 @@ def test_a_deterministic_autoencoder_has_no_sample_and_no_kl_rate(
 
 
 def test_two_processes_give_the_result_of_one(config: EvaluateConfig, results: dict[str, Any], tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     settings = replace(config, output=str(tmp_path / "two"), processes=2, batch=2)
     (tmp_path / "settings.yaml").write_text(configuration.to_yaml(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.data import pixels
-from ldm_vae.evaluation import baselines
+from ldm_vae.evaluation.fidelity import baselines
 from ldm_vae.evaluation.metrics import psnr
 
 

@@ -16,7 +16,7 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation import klt
-from ldm_vae.evaluation.frontier import (
+from ldm_vae.evaluation.sweeps.frontier import (
     FrontierConfig,
     frontier,
     knee_of,
@@ -26,8 +26,8 @@ from ldm_vae.evaluation.frontier import (
     recommend,
     theory,
 )
-from ldm_vae.evaluation.sweep import is_training
-from tests.evaluation.test_sweep import EVALUATE, RECIPE, InProcess
+from ldm_vae.evaluation.sweeps.sweep import is_training
+from tests.evaluation.sweeps.test_sweep import EVALUATE, RECIPE, InProcess
 
 EIGENVALUES = [10.0 * 0.8**i for i in range(192)]
 
@@ -194,7 +194,7 @@ def test_the_command_trains_points_at_once_as_processes(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_a_stopped_command_saves_and_the_same_command_continues(tmp_path: Path, parallel: int) -> None:
     (tmp_path / "vae.yaml").write_text(RECIPE)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     config = FrontierConfig(
         output=str(tmp_path / "out"), vae=str(tmp_path / "vae.yaml"), targets_nats=[2.0], steps=4000,
         parallel=parallel, evaluate=EVALUATE, overrides=["training.save_every=2"],

@@ -19,8 +19,8 @@ from ldm_vae.autoencoder.interface import decode, encode_moments, is_determinist
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import decoder_probes, latent_statistics
-from ldm_vae.evaluation.judgement import dead_channels
+from ldm_vae.evaluation.health import decoder_probes, latent_statistics
+from ldm_vae.evaluation.health.judgement import dead_channels
 from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.random import generator
 

@@ -12,8 +12,8 @@ from ldm_vae import compat
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import distribution
-from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
+from ldm_vae.evaluation.fidelity import distribution
+from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,11 @@ from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import cover_crop, preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.diagnosis_page import markdown, render
-from ldm_vae.evaluation.health_figures import measure
-from ldm_vae.evaluation.judgement import verdicts
-from ldm_vae.evaluation.measurement import spread
-from ldm_vae.evaluation.reconstruction import compute_device
+from ldm_vae.evaluation.fidelity.measurement import spread
+from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.health.diagnosis_page import markdown, render
+from ldm_vae.evaluation.health.health_figures import measure
+from ldm_vae.evaluation.health.judgement import verdicts
 from ldm_vae.files import write_json, write_text
 
 RESULTS, TABLE, PAGE = "health.json", "health.md", "index.html"

@@ -11,8 +11,9 @@ import numpy as np
 
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
-from ldm_vae.evaluation import distribution, metrics
-from ldm_vae.evaluation.measurement import Measurer, Unit
+from ldm_vae.evaluation import metrics
+from ldm_vae.evaluation.fidelity import distribution
+from ldm_vae.evaluation.fidelity.measurement import Measurer, Unit
 
 
 def summary(measured: Unit, measurer: Measurer) -> dict[str, Any]:

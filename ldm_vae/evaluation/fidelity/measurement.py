@@ -22,15 +22,16 @@ from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.transforms import cover_crop
-from ldm_vae.evaluation import baselines, metrics
-from ldm_vae.evaluation.distribution import inception_features
-from ldm_vae.evaluation.examples import Example, make_example
+from ldm_vae.evaluation import metrics
+from ldm_vae.evaluation.fidelity import baselines
+from ldm_vae.evaluation.fidelity.distribution import inception_features
+from ldm_vae.evaluation.fidelity.examples import Example, make_example
+from ldm_vae.evaluation.fidelity.processes import Processes
 from ldm_vae.evaluation.klt import BlockKLT, Moments, block_moments, solve_klt
-from ldm_vae.evaluation.processes import Processes
 from ldm_vae.random import generator
 
 if TYPE_CHECKING:
-    from ldm_vae.evaluation.reconstruction import EvaluateConfig
+    from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig
 
 BASELINE_UNIT = 8
 """Images whose block moments are summed before they travel."""

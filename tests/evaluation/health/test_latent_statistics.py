@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.evaluation.latent_statistics import (
+from ldm_vae.evaluation.health.latent_statistics import (
     high_frequency_share,
     histogram_information,
     maximum_mean_discrepancy,

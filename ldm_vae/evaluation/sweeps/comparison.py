@@ -25,11 +25,11 @@ from ldm_vae.autoencoder.perceptual import LPIPS
 from ldm_vae.data.sources import open_source
 from ldm_vae.data.split import subset
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import latent_quality, sweep, sweep_page
-from ldm_vae.evaluation.measurement import crops, fit_baseline, spread
-from ldm_vae.evaluation.processes import Processes
-from ldm_vae.evaluation.reconstruction import compute_device
-from ldm_vae.evaluation.sweep import Outcome, Point, Run
+from ldm_vae.evaluation.fidelity.measurement import crops, fit_baseline, spread
+from ldm_vae.evaluation.fidelity.processes import Processes
+from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.sweeps import latent_quality, sweep, sweep_page
+from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
 
 MAY_CHANGE = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")

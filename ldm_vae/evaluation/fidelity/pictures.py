@@ -19,8 +19,8 @@ from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.sources import DataConfig, open_source
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.metrics import psnr
-from ldm_vae.evaluation.reconstruction import compute_device
 from ldm_vae.random import generator
 
 GAP = 8

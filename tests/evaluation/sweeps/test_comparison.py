@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import latent_quality
-from ldm_vae.evaluation.comparison import CompareConfig, Kind, compare
 from ldm_vae.evaluation.klt import fit_klt
-from tests.evaluation.test_sweep import EVALUATE, RECIPE, InProcess
+from ldm_vae.evaluation.sweeps import latent_quality
+from ldm_vae.evaluation.sweeps.comparison import CompareConfig, Kind, compare
+from tests.evaluation.sweeps.test_sweep import EVALUATE, RECIPE, InProcess
 
 
 class Blocks(nn.Module):

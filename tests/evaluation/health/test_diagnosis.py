@@ -18,12 +18,12 @@ from ldm_vae.autoencoder.verdicts import RULES, Verdict
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import decoder_probes
-from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose, training_record
-from ldm_vae.evaluation.diagnosis_page import markdown
-from ldm_vae.evaluation.health_figures import Measured, measure
-from ldm_vae.evaluation.judgement import verdicts
-from tests.evaluation.linear_autoencoder import RATE_NATS, LinearAutoencoder, random_fields
+from ldm_vae.evaluation.health import decoder_probes
+from ldm_vae.evaluation.health.diagnosis import DiagnoseConfig, diagnose, training_record
+from ldm_vae.evaluation.health.diagnosis_page import markdown
+from ldm_vae.evaluation.health.health_figures import Measured, measure
+from ldm_vae.evaluation.health.judgement import verdicts
+from tests.evaluation.health.linear_autoencoder import RATE_NATS, LinearAutoencoder, random_fields
 from tests.evaluation.test_report import Page
 
 CPU = torch.device("cpu")
@@ -311,7 +311,7 @@ def test_the_folder_holds_figures_words_and_a_page(config: DiagnoseConfig, repor
 def test_a_finished_report_is_read_and_one_of_other_settings_is_kept(
     config: DiagnoseConfig, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm_vae.evaluation.diagnosis.measure", None)
+    monkeypatch.setattr("ldm_vae.evaluation.health.diagnosis.measure", None)
     assert diagnose(replace(config, batch=3)) == json.loads(json.dumps(report))
     with pytest.raises(UserError, match=r"seed \(0 -> 1\); give another output, or --overwrite"):
         diagnose(replace(config, seed=1))
@@ -356,7 +356,7 @@ def test_refusals(
 
 
 def test_every_verdict_and_threshold_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "health.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "health.md").read_text()
     for name, rule in RULES.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         for limit in rule.limits.values():

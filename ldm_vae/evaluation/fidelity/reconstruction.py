@@ -28,16 +28,16 @@ from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import baselines
-from ldm_vae.evaluation.distribution import (
+from ldm_vae.evaluation.fidelity import baselines
+from ldm_vae.evaluation.fidelity.distribution import (
     KID_SUBSETS,
     Distribution,
     check_distribution,
     compare_sets,
     load_inception,
 )
-from ldm_vae.evaluation.examples import grid, save_examples
-from ldm_vae.evaluation.measurement import (
+from ldm_vae.evaluation.fidelity.examples import grid, save_examples
+from ldm_vae.evaluation.fidelity.measurement import (
     Measurer,
     Unit,
     codebook_size,
@@ -45,8 +45,8 @@ from ldm_vae.evaluation.measurement import (
     measure_images,
     spread,
 )
-from ldm_vae.evaluation.processes import Processes
-from ldm_vae.evaluation.summary import markdown, per_image, summary
+from ldm_vae.evaluation.fidelity.processes import Processes
+from ldm_vae.evaluation.fidelity.summary import markdown, per_image, summary
 from ldm_vae.files import write_json, write_text
 
 RESULTS = "results.json"

@@ -25,7 +25,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation.reconstruction import MAY_CHANGE, RESULTS, EvaluateConfig
+from ldm_vae.evaluation.fidelity.reconstruction import MAY_CHANGE, RESULTS, EvaluateConfig
 from ldm_vae.files import write_json, write_text
 
 DIAGNOSED_IMAGES = 256
@@ -193,7 +193,7 @@ def run_point(point: Point, run: Run, stopping: threading.Event | None = None) -
 
 def diagnosis_words(point: Point) -> list[str]:
     """`ldm-vae diagnose` on the images of the evaluation."""
-    from ldm_vae.evaluation.diagnosis import SMALLEST_RESOLUTION, DiagnoseConfig
+    from ldm_vae.evaluation.health.diagnosis import SMALLEST_RESOLUTION, DiagnoseConfig
 
     evaluate = point.evaluate
     settings = DiagnoseConfig(

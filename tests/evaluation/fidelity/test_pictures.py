@@ -13,7 +13,7 @@ from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.pictures import find_pictures, reconstruct_pictures
+from ldm_vae.evaluation.fidelity.pictures import find_pictures, reconstruct_pictures
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""How faithful reconstructions are: the protocol, baselines on the same pixels, distribution metrics, pictures."""
