@@ -23,6 +23,7 @@ from ldm_vae.autoencoder.interop.source import model_directory
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
 from ldm_vae.evaluation import card_facts as facts
 from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.result_folder import read_json, read_yaml
 from ldm_vae.files import write_text
 
 CARD = "README.md"
@@ -101,11 +102,11 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
 
 def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     """Everything recorded about the autoencoder with the fingerprint `identity`. Raises: UserError."""
-    training = facts.read_json(directory / "training.json")
+    training = read_json(directory / "training.json")
     facts.check_identity(training.get("fingerprint"), identity, directory / "training.json")
     run_folder = directory.parent if directory.name == "autoencoder" else directory
-    run = facts.read_json(run_folder / "run.json")
-    settings = facts.read_yaml(run_folder / "config.yaml")
+    run = read_json(run_folder / "run.json")
+    settings = read_yaml(run_folder / "config.yaml")
     rate = training.get("rate") or {}
     path = rate.get("beta_path") or facts.beta_path(run_folder / "metrics.jsonl")
     evaluation: dict[str, Any] = {}
@@ -244,7 +245,7 @@ def _title(directory: Path) -> str:
 def _required(path: Path, command: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that `{command}` wrote")
-    return facts.read_json(path)
+    return read_json(path)
 
 
 def _text(path: str | None) -> str | None:

@@ -17,29 +17,6 @@ Rows = list[tuple[str, str]]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file. Raises: UserError when it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); restore it, or write it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, no record; restore it, or write it again")
-    return value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty where there is none."""
-    from omegaconf import OmegaConf
-
-    if not path.is_file():
-        return {}
-    value: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return value if isinstance(value, dict) else {}
-
-
 def check_identity(recorded: str | None, identity: str, where: Path) -> None:
     """Raises: UserError when a record names the fingerprint of other weights."""
     if recorded is not None and recorded != identity:

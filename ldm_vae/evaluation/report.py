@@ -20,6 +20,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.html_pages import Picture, embed, template_environment
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
+from ldm_vae.evaluation.result_folder import read_json, read_yaml
 from ldm_vae.files import write_text
 
 STAGES = {
@@ -102,10 +103,10 @@ def render(title: str, stages: list[Stage], command: str) -> str:
     folders = {stage.name: stage.directory for stage in stages}
     absent = Path("absent")
     vae, diffusion = folders.get("vae", absent), folders.get("diffusion", absent)
-    settings = {name: _read_yaml(folder / "config.yaml") for name, folder in folders.items()}
+    settings = {name: read_yaml(folder / "config.yaml") for name, folder in folders.items()}
     rate = settings.get("vae", {}).get("rate", {})
     alarms = read_alarms(vae / "metrics.jsonl")
-    manifest = _read_json(folders.get("latents", absent) / "manifest.json")
+    manifest = read_json(folders.get("latents", absent) / "manifest.json")
     samples = read_samples(folders.get("samples", absent))
     context = {
         "title": title,
@@ -116,7 +117,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "longest_seconds": max(1e-9, *(stage.seconds for stage in stages)),
         "metric_titles": METRIC_TITLES,
         "synthetic": settings.get("vae", {}).get("data", {}).get("source") == "synthetic",
-        "results": _read_json(folders.get("evaluation", absent) / "results.json"),
+        "results": read_json(folders.get("evaluation", absent) / "results.json"),
         "examples": read_examples(folders.get("evaluation", absent)),
         "samples": samples,
         "header_samples": header_samples(samples),
@@ -141,7 +142,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:
     """Pictures and figures of the evaluation's examples: originals, latents, reconstructions, differences."""
-    results = _read_json(folder / "results.json")
+    results = read_json(folder / "results.json")
     images = {image["id"]: image for image in results.get("images", [])}
     rows = [row["name"] for row in results.get("rows", [])]
     found = []
@@ -212,29 +213,5 @@ def count_parameters(folder: Path) -> int:
 
 
 def _finished_record(folder: Path) -> dict[str, Any]:
-    record = _read_json(folder / provenance.RUN_RECORD)
+    record = read_json(folder / provenance.RUN_RECORD)
     return record if record.get("finished") else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); run its stage again") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    if not path.is_file():
-        return {}
-    value = OmegaConf.to_container(OmegaConf.load(path))
-    return value if isinstance(value, dict) else {}  # type: ignore[return-value]

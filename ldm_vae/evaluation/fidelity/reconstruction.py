@@ -6,7 +6,6 @@ Measuring is `measurement`'s, means and tables are `summary`'s, the pictures to 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interface import is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import downsampling, load_autoencoder
 from ldm_vae.autoencoder.perceptual import LPIPS, Backbone
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, subset
@@ -47,11 +46,10 @@ from ldm_vae.evaluation.fidelity.measurement import (
 )
 from ldm_vae.evaluation.fidelity.processes import Processes
 from ldm_vae.evaluation.fidelity.summary import markdown, per_image, summary
+from ldm_vae.evaluation.result_folder import check_resolution, describe_autoencoder, finished_result
 from ldm_vae.files import write_json, write_text
 
 RESULTS = "results.json"
-MAY_CHANGE = ("output", "batch", "device", "processes")
-"""Settings that do not change a result."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,11 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False, processes: Process
     processes = processes or Processes()
     device = compute_device(config.device, processes)
     autoencoder = load_autoencoder(config.autoencoder).to(device)
-    _check_resolution(config.resolution, downsampling(autoencoder))
+    check_resolution(config.resolution, downsampling(autoencoder))
     identity = fingerprint(autoencoder)
-    finished = processes.main_decides(lambda: _finished_result(Path(config.output), config, identity, overwrite))
+    finished = processes.main_decides(
+        lambda: finished_result(Path(config.output) / RESULTS, config, identity, overwrite)
+    )
     if finished is not None:
         return finished
     evaluated, fitted = _parts(config)
@@ -173,7 +173,7 @@ def _publish(
         found = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed)
     results = {
         "format_version": 1,
-        "autoencoder": _description(measurer.autoencoder),
+        "autoencoder": describe_autoencoder(measurer.autoencoder),
         "protocol": protocol,
         **summary(measured, measurer),
         "distribution": found,
@@ -224,41 +224,6 @@ def _parts(config: EvaluateConfig) -> tuple[ImageSource, ImageSource]:
     source = open_source(config.data)
     evaluated = subset(source, config.part, config.data.held_out)
     return evaluated, evaluated if config.part == "all" else subset(source, "train", config.data.held_out)
-
-
-def _finished_result(output: Path, config: EvaluateConfig, identity: str, overwrite: bool) -> dict[str, Any] | None:
-    """The folder's finished result, None where there is none, UserError where it is of something else."""
-    if not (output / provenance.RUN_RECORD).is_file():
-        return None
-    if not (output / RESULTS).is_file():
-        raise UserError(f"{output}: holds another run; give another output")
-    if overwrite:
-        return None
-    results = json.loads((output / RESULTS).read_text())
-    changes = configuration.changed_keys(results["config"], configuration.to_dict(config))
-    changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
-    if results["autoencoder"]["fingerprint"] != identity:
-        changes["autoencoder fingerprint"] = (results["autoencoder"]["fingerprint"][:15], identity[:15])
-    if changes:
-        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
-        raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
-    return results
-
-
-def _check_resolution(resolution: int, factor: int) -> None:
-    if resolution % factor:
-        nearest = max(1, round(resolution / factor)) * factor
-        raise UserError(f"resolution: {resolution} is no multiple of {factor}; use {nearest}")
-
-
-def _description(autoencoder: Any) -> dict[str, Any]:
-    return {
-        "fingerprint": fingerprint(autoencoder),
-        "class": type(autoencoder).__name__,
-        "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
-        "latent_channels": latent_channels(autoencoder),
-        "downsampling": downsampling(autoencoder),
-    }
 
 
 def _protocol(config: EvaluateConfig, evaluated: ImageSource, fitted: ImageSource, measured: Unit) -> dict[str, Any]:

@@ -6,7 +6,6 @@ in `health_figures.py`, judged in `judgement.py`, shown by `diagnosis_page.py`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ from torch import Tensor
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import downsampling, load_autoencoder
 from ldm_vae.autoencoder.record import RECORD, read_record
 from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected
@@ -34,12 +32,11 @@ from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.health.diagnosis_page import markdown, render
 from ldm_vae.evaluation.health.health_figures import measure
 from ldm_vae.evaluation.health.judgement import verdicts
+from ldm_vae.evaluation.result_folder import check_resolution, describe_autoencoder, finished_result
 from ldm_vae.files import write_json, write_text
 
 RESULTS, TABLE, PAGE = "health.json", "health.md", "index.html"
 SMALLEST_RESOLUTION = 64
-MAY_CHANGE = ("output", "batch", "device")
-"""Settings that do not change a result."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,9 @@ def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
     started = time.time()
     device = compute_device(config.device)
     autoencoder = load_autoencoder(config.autoencoder).to(device)
-    factor = downsampling(autoencoder)
-    if config.resolution % factor:
-        nearest = max(1, round(config.resolution / factor)) * factor
-        raise UserError(f"resolution: {config.resolution} is no multiple of {factor}; use {nearest}")
+    check_resolution(config.resolution, downsampling(autoencoder))
     identity = fingerprint(autoencoder)
-    finished = _finished_report(Path(config.output), config, identity, overwrite)
+    finished = finished_result(Path(config.output) / RESULTS, config, identity, overwrite)
     if finished is not None:
         return finished
     source = subset(open_source(config.data), config.part, config.data.held_out)
@@ -105,14 +99,7 @@ def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
     found = verdicts(measured.figures, training.get("rate", {}))
     report = {
         "format_version": 1,
-        "autoencoder": {
-            "fingerprint": identity,
-            "class": type(autoencoder).__name__,
-            "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
-            "latent_channels": latent_channels(autoencoder),
-            "downsampling": factor,
-            "deterministic": is_deterministic(autoencoder),
-        },
+        "autoencoder": describe_autoencoder(autoencoder),
         "protocol": _protocol(config, source, measured.figures["images"]["count"]),
         "training": training,
         "verdicts": [verdict.to_dict() for verdict in found],
@@ -167,25 +154,6 @@ def training_record(autoencoder: str) -> dict[str, Any]:
         return read_record(autoencoder)
     except ValueError as error:
         raise UserError(f"{autoencoder}: its {RECORD} is no valid JSON ({error}); restore the folder") from error
-
-
-def _finished_report(output: Path, config: DiagnoseConfig, identity: str, overwrite: bool) -> dict[str, Any] | None:
-    """The folder's finished report, None where there is none, UserError where it is of something else."""
-    if not (output / provenance.RUN_RECORD).is_file():
-        return None
-    if not (output / RESULTS).is_file():
-        raise UserError(f"{output}: holds another run; give another output")
-    if overwrite:
-        return None
-    report: dict[str, Any] = json.loads((output / RESULTS).read_text())
-    changes = configuration.changed_keys(report["config"], configuration.to_dict(config))
-    changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
-    if report["autoencoder"]["fingerprint"] != identity:
-        changes["autoencoder fingerprint"] = (report["autoencoder"]["fingerprint"][:15], identity[:15])
-    if changes:
-        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
-        raise UserError(f"{output}: holds the report of {listed}; give another output, or --overwrite")
-    return report
 
 
 def _protocol(config: DiagnoseConfig, source: ImageSource, count: int) -> dict[str, Any]:

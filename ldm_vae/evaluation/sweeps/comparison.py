@@ -28,6 +28,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import crops, fit_baseline, spread
 from ldm_vae.evaluation.fidelity.processes import Processes
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.result_folder import read_json
 from ldm_vae.evaluation.sweeps import latent_quality, sweep, sweep_page
 from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
@@ -141,7 +142,7 @@ def gather(config: CompareConfig, points: Sequence[Point], outcomes: Sequence[Ou
         if results is None:
             missing.append(asdict(outcome))
             continue
-        run = sweep.read_json(point.autoencoder / provenance.RUN_RECORD)
+        run = read_json(point.autoencoder / provenance.RUN_RECORD)
         records.append(
             {
                 "name": point.name,
@@ -182,7 +183,7 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
         "macs_resolution": config.macs_resolution,
         "evaluate": configuration.digest(configuration.to_dict(point.evaluate) | {"output": None, "autoencoder": None}),
     }
-    kept = sweep.read_json(point.folder / "latents.json")
+    kept = read_json(point.folder / "latents.json")
     if kept.get("settings") == settings:
         return kept
     evaluate = point.evaluate

@@ -19,6 +19,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import figures, klt
+from ldm_vae.evaluation.result_folder import read_json
 from ldm_vae.evaluation.sweeps import sweep, sweep_page
 from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
@@ -164,7 +165,7 @@ def gather(config: FrontierConfig, points: Sequence[Point], outcomes: Sequence[O
 
 def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
     """One point's line: rate, metrics of decode(mean) with their intervals, verdicts, cost."""
-    run = sweep.read_json(point.autoencoder / provenance.RUN_RECORD)
+    run = read_json(point.autoencoder / provenance.RUN_RECORD)
     return {
         "name": point.name,
         "channels": results["autoencoder"]["latent_channels"],

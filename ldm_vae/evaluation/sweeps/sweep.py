@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,8 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation.fidelity.reconstruction import MAY_CHANGE, RESULTS, EvaluateConfig
+from ldm_vae.evaluation.fidelity.reconstruction import RESULTS, EvaluateConfig
+from ldm_vae.evaluation.result_folder import MAY_CHANGE, read_json
 from ldm_vae.files import write_json, write_text
 
 DIAGNOSED_IMAGES = 256
@@ -255,12 +255,6 @@ def read_results(point: Point) -> dict[str, Any] | None:
     """The content of the point's finished results.json; None where there is none."""
     folder = point.folder / "evaluation"
     return read_json(folder / RESULTS) or None if _finished(folder) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    value = json.loads(path.read_text()) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
 
 
 def _finished(folder: Path) -> bool:

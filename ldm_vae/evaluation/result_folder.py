@@ -1,0 +1,90 @@
+"""A folder with a finished measurement of an autoencoder: read it, refuse it, and say what was measured.
+
+Shared by the commands that measure one autoencoder on images; what they measure and write is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.models import downsampling, latent_channels
+from ldm_vae.errors import UserError
+
+MAY_CHANGE = ("output", "batch", "device", "processes")
+"""Settings that do not change a result."""
+
+
+def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> dict[str, Any] | None:
+    """The content of `file` if it is the finished result of these settings; None where there is none.
+
+    Args:
+        file: the JSON that the command writes, with `config` and `autoencoder.fingerprint`.
+        identity: the fingerprint of the autoencoder at hand.
+
+    Raises:
+        UserError: the folder holds something else, or a result of other settings or weights and not `overwrite`.
+    """
+    output = file.parent
+    if not (output / provenance.RUN_RECORD).is_file():
+        return None
+    if not file.is_file():
+        raise UserError(f"{output}: holds another run; give another output")
+    if overwrite:
+        return None
+    result: dict[str, Any] = json.loads(file.read_text())
+    changes = configuration.changed_keys(result["config"], configuration.to_dict(config))
+    changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
+    if result["autoencoder"]["fingerprint"] != identity:
+        changes["autoencoder fingerprint"] = (result["autoencoder"]["fingerprint"][:15], identity[:15])
+    if changes:
+        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
+        raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
+    return result
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Raises: UserError naming the nearest resolution that the downsampling divides."""
+    if resolution % factor:
+        nearest = max(1, round(resolution / factor)) * factor
+        raise UserError(f"resolution: {resolution} is no multiple of {factor}; use {nearest}")
+
+
+def describe_autoencoder(autoencoder: Any) -> dict[str, Any]:
+    """What was measured: identity, class, parameters, channels, downsampling, whether its latents are points."""
+    return {
+        "fingerprint": fingerprint(autoencoder),
+        "class": type(autoencoder).__name__,
+        "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
+        "latent_channels": latent_channels(autoencoder),
+        "downsampling": downsampling(autoencoder),
+        "deterministic": is_deterministic(autoencoder),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file. Raises: UserError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is no valid JSON ({error}); restore it, or run its stage again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, no record; restore it, or run its stage again")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; empty where there is none."""
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        return {}
+    value: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return value if isinstance(value, dict) else {}
