@@ -84,16 +84,18 @@ class RateController:
         ln beta = I + k_p e
 
     A young encoder needs hundreds of steps to spend any bits at all, and integrating that would wind the integral down
-    to its bound: it moves only once the KL has met the target, or a fifth of the run is over. In the last
-    `lock_fraction` of the run beta stays at the geometric mean of the stretch before, so that the final objective is
-    stationary. The state lives in float64 tensors on the device: `average` is ln of the KL average, `pinned` counts
-    steps at a bound with the target missed by more than 5 %.
+    to its bound: until the KL has met the target once, the integral moves only where the KL has stopped rising by
+    itself, in the first fifth of the run not at all. In the last `lock_fraction` of the run beta stays at the geometric
+    mean of the stretch before, so that the final objective is stationary. The state lives in float64 tensors on the
+    device: `average` is ln of the KL average and `slow_average` a slower one, `met` whether the target was met once,
+    `pinned` counts steps at a bound with the target missed by more than 5 %.
     """
 
     INITIAL_BETA = 1e-3
-    AVERAGE_DECAY = 0.9
+    AVERAGE_DECAY, SLOW_DECAY = 0.9, 0.98
+    RISING = 0.02
     WARMUP_STEPS = 100
-    ENGAGE_FRACTION = 0.2
+    PATIENCE = 0.2
     DEADBAND = 0.01
     MISS = 0.05
 
@@ -108,7 +110,8 @@ class RateController:
             "integral": math.log(self.INITIAL_BETA),
             "log_beta": math.log(self.INITIAL_BETA),
             "locked_sum": 0.0,
-            "engaged": 0.0,
+            "slow_average": math.log(config.target_nats),
+            "met": 0.0,
             "pinned": 0.0,
         }
         self._state = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in initial.items()}
@@ -146,15 +149,17 @@ class RateController:
         state, log_kl = self._state, kl.mean().clamp(min=1e-8).log()
         log_kl = torch.where(log_kl.isfinite(), log_kl, state["average"])
         state["average"] += (1 - self.AVERAGE_DECAY) * (log_kl - state["average"])
+        state["slow_average"] += (1 - self.SLOW_DECAY) * (log_kl - state["slow_average"])
         raw_error = state["average"] - math.log(self.config.target_nats)
         error = torch.where(raw_error.abs() < self.DEADBAND, 0.0, raw_error.clamp(-1, 1))
         if step >= self.WARMUP_STEPS:
-            met = (raw_error >= 0) | (step >= self.ENGAGE_FRACTION * self.steps)
-            state["engaged"] = torch.maximum(state["engaged"], met.double())
+            state["met"] = torch.maximum(state["met"], (raw_error >= 0).double())
+        stalled = (state["average"] - state["slow_average"] < self.RISING) & (step >= self.PATIENCE * self.steps)
+        acting = torch.maximum(state["met"], (stalled & (step >= self.WARMUP_STEPS)).double())
         low, high = math.log(MINIMUM_BETA), math.log(MAXIMUM_BETA)
         saturated = ((state["log_beta"] <= low) & (error < 0)) | ((state["log_beta"] >= high) & (error > 0))
-        state["pinned"] += state["engaged"] * (saturated & (raw_error.abs() > self.MISS)).double()
-        state["integral"] += torch.where(saturated, 0.0, self.integral_gain * error * state["engaged"])
+        state["pinned"] += acting * (saturated & (raw_error.abs() > self.MISS)).double()
+        state["integral"] += torch.where(saturated, 0.0, self.integral_gain * error * acting)
         state["log_beta"] = (state["integral"] + self.config.proportional_gain * error).clamp(low, high)
         if self.averaging_start <= step < self.lock_start:
             state["locked_sum"] += state["log_beta"]

@@ -21,7 +21,10 @@ from ldm_vae.data.stream import StreamSamples, open_stream
 from ldm_vae.data.transforms import cover_crop, random_crop
 from ldm_vae.random import numpy_rng
 
-HELD_OUT_CROPS_PER_IMAGE = 4
+RATE_IMAGES = 128
+"""Held-out images that the rate is measured on: it differs from image to image, so many are needed."""
+FEW_IMAGES, CROPS_OF_FEW = 32, 4
+"""So many of them give more than one crop."""
 MEASURED_IMAGES = 256
 
 
@@ -52,10 +55,13 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
     side = config.phases[-1].crop
     images: list[Tensor] = []
     crops: list[Tensor] = []
-    for index, image in some_images(config, "held_out", config.held_out_images):
-        images.append(to_tensor(cover_crop(image, config.held_out_resolution)))
+    count = max(RATE_IMAGES, config.held_out_images)
+    for number, (index, image) in enumerate(some_images(config, "held_out", count)):
+        if number < config.held_out_images:
+            images.append(to_tensor(cover_crop(image, config.held_out_resolution)))
         rng = numpy_rng(0, "held_out_crops", index)
-        crops += [to_tensor(random_crop(image, rng, side, config.crop)) for _ in range(HELD_OUT_CROPS_PER_IMAGE)]
+        for _ in range(CROPS_OF_FEW if number < FEW_IMAGES else 1):
+            crops.append(to_tensor(random_crop(image, rng, side, config.crop)))
     if not images:
         return None
     return HeldOut(pixels.from_uint8(torch.stack(images)), pixels.from_uint8(torch.stack(crops)))
