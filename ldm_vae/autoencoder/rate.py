@@ -45,7 +45,7 @@ class RateConfig:
     arXiv:1606.04934, eq. 15, one group a channel).
 
     Args:
-        integral_gain: k_i of the controller; null: 80 over the steps of the run, between 0.01 and 0.1.
+        integral_gain: k_i of the controller; null: 80 over the steps of the run, between 0.01 and 0.2.
     """
 
     mode: Literal["target", "fixed", "free_bits"] = "target"
@@ -104,7 +104,7 @@ class RateController:
         self.steps = steps
         self.lock_start = round(steps * (1 - config.lock_fraction))
         self.averaging_start = round(steps * (1 - 1.5 * config.lock_fraction))
-        self.integral_gain = config.integral_gain or 0.01 * min(10.0, max(1.0, 8000 / steps))
+        self.integral_gain = config.integral_gain or min(0.2, max(0.01, 80 / steps))
         initial = {
             "average": math.log(config.target_nats),
             "integral": math.log(self.INITIAL_BETA),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,12 @@ class VaeModel:
         if config.adversarial.loss != "off":
             self.game = Game(config.adversarial, steps, seed, device)
             self.modules["discriminator"] = self.game.discriminator()
-            settings = {"learning_rate": config.adversarial.learning_rate, "betas": (0.5, 0.9), "weight_decay": 0.0}
-            self.optimizer_settings["discriminator"] = settings
+            self.optimizer_settings["discriminator"] = {
+                "learning_rate": config.adversarial.learning_rate,
+                "betas": (0.0, 0.99),
+                "weight_decay": 0.0,
+                "gradient_clip": math.inf,  # clipped, the rare steps with the penalty would count for next to nothing
+            }
         self._raised: set[str] = set()
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ class Engine:
         optimizer = self.optimizers[name]
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step, name)
-        norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.config.gradient_clip)
+        norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.configs[name].gradient_clip)
         bad = (~norm.isfinite()).float()
         if self.accelerator.scaler is None:
             optimizer.optimizer.found_inf = bad  # the fused kernel skips the whole update, without a host sync

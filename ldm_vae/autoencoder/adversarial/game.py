@@ -44,13 +44,14 @@ class AdversarialConfig:
         augment: differentiable augmentation of what the discriminator sees.
         width: channels of its first layer.
         learning_rate: its peak; the schedule is the run's.
-        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the game.
+        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the game, and
+            each such step takes 1 % off the weight that comes back, so that it settles where it does no harm.
         restore_above, restore_steps: above this for so many steps the weights before the game come back.
     """
 
     loss: Literal["off", "hinge", "relativistic"] = "off"
     weight: Literal["calibrated", "adaptive", "fixed"] = "calibrated"
-    strength: float = 0.2
+    strength: float = 0.3
     start: float = 0.0
     warmup: float = 0.05
     ramp: float = 0.05
@@ -114,6 +115,7 @@ class Game:
     AVERAGE_DECAY = 0.98
     RATIO_DECAY = 0.9
     LARGEST_WEIGHT = 1e4
+    HELD_DECAY = 0.99
     WEIGHT_AFTER_RESTORE = 0.25
 
     def __init__(self, config: AdversarialConfig, steps: int, seed: int, device: torch.device | str = "cpu") -> None:
@@ -127,7 +129,7 @@ class Game:
                 f"adversarial: the decoder would feel the discriminator from step {self.engage} of {steps} on, that is "
                 "never; lower adversarial.start or adversarial.warmup"
             )
-        names = ("ratio_sum", "ratio_count", "ratio", "reference", "average", "bad_steps", "factor")
+        names = ("ratio_sum", "ratio_count", "ratio", "reference", "average", "bad_steps", "factor", "restores")
         self._state = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self._state["factor"] += 1.0
         self._state["ratio"].fill_(math.nan)
@@ -229,6 +231,7 @@ class Game:
         if step < self.engage:
             state["reference"].copy_(state["average"])
         too_high = state["average"] > self.config.restore_above * state["reference"]
+        state["factor"] *= torch.where(self.holding, self.HELD_DECAY, 1.0)
         state["bad_steps"].copy_(torch.where(too_high, state["bad_steps"] + 1, 0.0))
 
     def must_restore(self) -> bool:
@@ -238,17 +241,18 @@ class Game:
     def restored(self) -> None:
         """The weights before the game are back: play on at a quarter of the weight."""
         self._state["factor"] *= self.WEIGHT_AFTER_RESTORE
+        self._state["restores"] += 1
         self._state["bad_steps"].zero_()
         self._state["average"].copy_(self._state["reference"])
 
     def alarms(self, metrics: Mapping[str, float]) -> list[Verdict]:
         """What the guard did, in words, from averaged metrics and the state. Waits for the device: log steps only."""
         knob = "a lower adversarial.strength, a longer adversarial.warmup, or a lower learning rate"
-        found, factor = [], float(self._state["factor"])
-        if factor < 1:
+        found, restores = [], float(self._state["restores"])
+        if restores > 0:
             cause = "the reconstruction had worsened too far, so the decoder's weights before the game came back"
             name = "adversarial_restored"
-            found.append(Verdict(name, "fail", "share of the adversarial weight left", factor, 1.0, None, cause, knob))
+            found.append(Verdict(name, "fail", "times that they came back", restores, 0.0, None, cause, knob))
         held = metrics.get("adversarial/holding", 0.0)
         if held > HELD_SHARE:
             cause = f"the reconstruction loss is more than {self.config.hold_above:g} times that before the game"
