@@ -2,9 +2,9 @@
 
     python scripts/record_results.py NAME RESULT_FOLDER [--headline]
 
-RESULT_FOLDER is what `ldm-vae evaluate` wrote (results.md, run.json), or a run root of the quickstart (run.json of each
-stage). The section NAME of docs/benchmarks.md is replaced or
-added; `--headline` also renews the README's figures.
+RESULT_FOLDER is what `ldm-vae evaluate`, `compare` or `frontier` wrote (a Markdown table, run.json), or a run root of
+the quickstart (run.json of each stage). The section NAME of docs/benchmarks.md is replaced or added; `--headline` also
+renews the README's figures, from an evaluation. Pictures stay out: they may show images that are not ours.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ def without_folder(word: str) -> str:
     return re.sub(r"(^|=)(?:\.\.|~|/)[^\s]*/", r"\1", word)
 
 
-def evaluation_section(folder: Path) -> list[str]:
-    record = json.loads((folder / "run.json").read_text())
-    return [(folder / "results.md").read_text().strip(), "", *provenance_lines(record)]
+TABLES = ("results.md", "comparison.md", "frontier.md")
+
+
+def measured_section(table: Path) -> list[str]:
+    record = json.loads((table.parent / "run.json").read_text())
+    lines = [line for line in table.read_text().strip().splitlines() if not line.startswith(("# ", "!["))]
+    return ["\n".join(lines).strip(), "", *provenance_lines(record)]
 
 
 def chain_section(root: Path) -> list[str]:
@@ -78,8 +82,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--headline", action="store_true", help="also renew the README's figures")
     args = parser.parse_args()
-    is_evaluation = (args.folder / "results.md").exists()
-    replace_section(args.name, evaluation_section(args.folder) if is_evaluation else chain_section(args.folder))
+    table = next((args.folder / name for name in TABLES if (args.folder / name).is_file()), None)
+    replace_section(args.name, measured_section(table) if table else chain_section(args.folder))
     if args.headline:
         headline(args.folder)
 

@@ -55,7 +55,7 @@ class AdversarialConfig:
     start: float = 0.0
     warmup: float = 0.05
     ramp: float = 0.05
-    r1: float = 10.0
+    r1: float = 0.1
     r1_every: int = 8
     augment: bool = True
     width: int = 64
