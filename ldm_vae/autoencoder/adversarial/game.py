@@ -51,7 +51,7 @@ class AdversarialConfig:
 
     loss: Literal["off", "hinge", "relativistic"] = "off"
     weight: Literal["calibrated", "adaptive", "fixed"] = "calibrated"
-    strength: float = 0.3
+    strength: float = 0.1
     start: float = 0.0
     warmup: float = 0.05
     ramp: float = 0.05

@@ -34,7 +34,8 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
     found = [unreachable, inactive]
     if unreachable is None:
         found.append(judge("rate_miss", {"relative_error": relative_error(rate["nats_per_dim"], training)}))
-    found += _channel_verdicts(figures)
+    plain = inactive is not None and inactive.severity == "info"  # then nothing keeps the log-variance off its bound
+    found += [v for v in _channel_verdicts(figures) if v and not (plain and v.name == "clamped")]
     found.append(judge("redundant", {key: figures["latents"][key] for key in ("effective_rank", "correlation")}))
     found.append(judge("brittle_decoder", {key: decoder[key] for key in ("gap_db", "tolerance")}))
     found.append(judge("prior_hole", {"cycle_ratio": decoder["cycle_ratio"]}))
