@@ -72,8 +72,8 @@ class RateConfig:
 
     @property
     def logvar_floor(self) -> float:
-        """The log-variance bound of the encoder that leaves the target reachable."""
-        return -2.0 * (self.target_nats + 1.0) if self.mode == "target" else -14.0
+        """The log-variance bound of the encoder that leaves the target reachable, also for channels above the mean."""
+        return -2.0 * (self.target_nats + 1.5) if self.mode == "target" else -14.0
 
 
 class RateController:
