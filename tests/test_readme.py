@@ -68,7 +68,7 @@ def test_every_command_of_the_readme_parses(line):
 def test_the_quickstart_runs_commands_that_parse():
     script = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ").replace("$run", "runs/quickstart")
     lines = [line for line in script.splitlines() if line.startswith("step ")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         check_command("ldm-vae " + line.split('"', 2)[2])
 
