@@ -133,8 +133,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             tail_share=Limit("share of the channel's energy in 0.1 % of the positions", warn=0.05, fail=0.10),
         ),
         "rate_miss": _rule(
-            "the rate on these images is not the rate that was asked for",
-            "train longer, or check that these images resemble those of the training",
+            "the run was short, its loss changed near the end, or these images differ from those of the training",
+            "more steps, a change of loss before the last fifth, a higher rate.integral_gain, or other images",
             relative_error=Limit("distance from the target rate, relative to it", warn=0.05, fail=0.15),
         ),
         "brittle_decoder": _rule(
