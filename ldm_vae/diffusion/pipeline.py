@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_vae import compat
 from ldm_vae.errors import UserError
@@ -130,7 +130,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in ("autoencoder", "unet"):
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-            getattr(pipeline, name).to(dtype=dtype, memory_format=torch.channels_last)
+            # torch's own `to`: that of diffusers warns of modules that are to stay in float32, where there are none
+            nn.Module.to(getattr(pipeline, name), dtype=dtype, memory_format=torch.channels_last)
         return pipeline
 
     @property
