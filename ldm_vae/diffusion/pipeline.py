@@ -131,7 +131,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         for name in ("autoencoder", "unet"):
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
             # torch's own `to`: that of diffusers warns of modules that are to stay in float32, where there are none
-            nn.Module.to(getattr(pipeline, name), dtype=dtype, memory_format=torch.channels_last)
+            part: Any = getattr(pipeline, name)
+            nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return pipeline
 
     @property
