@@ -63,6 +63,7 @@ def test_a_kind_goes_through_the_chain(kind, vision, tmp_path):
     logged = set().union(*(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()))
     assert ("codebook/perplexity" in logged) == (kind in ("vq", "vq-ema", "fsq"))
     assert not any(name.startswith("rate/") for name in logged)  # a point has no rate
+    assert json.loads((run / "autoencoder" / "training.json").read_text())["kind"] == kind.removesuffix("-ema")
 
     shutil.rmtree(run / "checkpoints" / "step-000000004")
     (run / "run.json").unlink()

@@ -235,20 +235,27 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
     if not directory.exists() and (str(path).count("/") != 1 or str(path).startswith(".")):
         raise UserError(f"{path}: no such directory; give the directory that `ldm-vae train-vae` wrote, or a hub id")
     if directory.exists():
-        if not (directory / "config.json").is_file() and (directory / "autoencoder" / "config.json").is_file():
-            directory = directory / "autoencoder"
-        if not (directory / "config.json").is_file():
+        found = model_directory(directory)
+        if found is None:
             raise UserError(
                 f"{directory}: holds no config.json, so it is no autoencoder; "
                 "a finished training run has one in RUN/autoencoder"
             )
-        path = directory
+        path = found
     model_class = _model_class(path)
     try:
         model = model_class.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be loaded as {model_class.__name__}: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def model_directory(path: Path) -> Path | None:
+    """The directory with the model's config.json: `path`, or the `autoencoder/` of a run; None where there is none."""
+    for directory in (path, path / "autoencoder"):
+        if (directory / "config.json").is_file():
+            return directory
+    return None
 
 
 def _model_class(path: str | Path) -> Any:

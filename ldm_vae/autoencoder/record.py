@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def write_record(
     record: dict[str, Any] = {
         "fingerprint": fingerprint(autoencoder),
         "encoder_fingerprint": encoder_fingerprint(autoencoder),
+        "kind": config.autoencoder.kind,
         "rate": {
             "mode": config.rate.mode,
             "target_nats": config.rate.target_nats if config.rate.mode == "target" else None,
@@ -45,6 +46,7 @@ def write_record(
     }
     if config.initial is not None:
         before = read_record(config.initial)
+        record["kind"] = before.get("kind")  # None: not known
         record["initial"] = {"path": config.initial, "fingerprint": before.get("fingerprint"), "train": config.train}
         if before.get("encoder_fingerprint") == record["encoder_fingerprint"]:  # the rate is that of the encoder
             record["rate"] = before["rate"]
@@ -52,15 +54,23 @@ def write_record(
 
 
 def beta_path(metrics_file: Path) -> list[list[float]]:
-    """[step, beta, nats per latent dimension] at log steps, thinned evenly to at most `PATH_POINTS`."""
-    path = []
+    """[step, beta, nats per latent dimension] at the log steps of a run, at most `PATH_POINTS`; empty without a log."""
+    found = []
     if metrics_file.is_file():
         for line in metrics_file.read_text().splitlines():
-            values = json.loads(line)
-            if values.get("rate/beta") is not None:
-                path.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
-    stride = max(1, -(-len(path) // PATH_POINTS))
-    return path[::-1][::stride][::-1]
+            try:
+                values = json.loads(line)
+                found.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
+            except (ValueError, KeyError, TypeError):  # other lines: validation, alarms, a torn last one
+                continue
+    return thin([point for point in found if None not in point], PATH_POINTS)
+
+
+def thin(points: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

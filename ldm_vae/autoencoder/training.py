@@ -58,9 +58,9 @@ class Sums:
         self.parts = parts
         self.values: dict[str, Tensor] = {}
 
-    def add(self, terms: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
-            value = term.detach() * (weight / self.parts)
+            value = term.detach() / self.parts
             self.values[name] = self.values[name] + value if name in self.values else value
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import compat
+from ldm_vae.autoencoder.record import beta_path, thin
 from ldm_vae.errors import UserError
 
 compat.repair_torchvision()
@@ -19,8 +20,7 @@ compat.repair_torchvision()
 import diffusers
 
 from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interop.source import model_directory
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory
 from ldm_vae.evaluation import card_facts as facts
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.result_folder import read_json, read_yaml
@@ -108,7 +108,7 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     run = read_json(run_folder / "run.json")
     settings = read_yaml(run_folder / "config.yaml")
     rate = training.get("rate") or {}
-    path = rate.get("beta_path") or facts.beta_path(run_folder / "metrics.jsonl")
+    path = rate.get("beta_path") or beta_path(run_folder / "metrics.jsonl")
     evaluation: dict[str, Any] = {}
     if config.evaluation:
         evaluation = _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
@@ -154,7 +154,7 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str) -
         "training": facts.training_rows(records.config, records.run),
         "command": shlex.join(records.run.get("command", [])),
         "rate": facts.rate_sentences(records.training, records.evaluation, factor, channels),
-        "beta_path": facts.thin(records.beta_path, 8),
+        "beta_path": thin(records.beta_path, 8),
         "evaluation": facts.evaluation_facts(evaluation) if evaluation else None,
         "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
         "verdicts": None if records.health is None else facts.verdicts(records.health),

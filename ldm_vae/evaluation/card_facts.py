@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,27 +21,6 @@ def check_identity(recorded: str | None, identity: str, where: Path) -> None:
         raise UserError(
             f"{where}: is about {recorded[:19]}..., the model is {identity[:19]}...; give the record of this model"
         )
-
-
-def beta_path(metrics_file: Path) -> list[list[float]]:
-    """[step, beta, nats per latent dimension] at the log steps of a run; empty without a log."""
-    if not metrics_file.is_file():
-        return []
-    found = []
-    for line in metrics_file.read_text().splitlines():
-        try:
-            values = json.loads(line)
-            found.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
-        except (ValueError, KeyError, TypeError):  # other lines: validation, a torn last one
-            continue
-    return [point for point in found if None not in point]
-
-
-def thin(points: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the points, evenly spread, the first and the last among them."""
-    if len(points) <= most:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def data_name(config: dict[str, Any]) -> str:

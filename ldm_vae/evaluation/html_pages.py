@@ -52,14 +52,14 @@ def embed(path: Path, text: str) -> Picture:
         return embed_image(file.convert("RGB"), text)
 
 
-def embed_image(image: Image, text: str) -> Picture:
-    """The same for an RGB picture in memory."""
+def embed_image(image: Image, text: str, maximum_side: int | None = MAXIMUM_SIDE) -> Picture:
+    """The same for an RGB picture in memory; `maximum_side` in pixels, None leaves its size."""
     from PIL.Image import Resampling
 
     small = max(image.size) <= LOSSLESS_SIDE
-    if max(image.size) > MAXIMUM_SIDE:
+    if maximum_side is not None and max(image.size) > maximum_side:
         image = image.copy()
-        image.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Resampling.LANCZOS)
+        image.thumbnail((maximum_side, maximum_side), Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=small, method=4)
     data = base64.b64encode(buffer.getvalue()).decode()

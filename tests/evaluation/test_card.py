@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from ldm_vae import cli
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
+from ldm_vae.autoencoder.record import thin
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import card_facts
 from ldm_vae.evaluation.card import CardConfig, push, write_card
@@ -142,7 +143,7 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
     ):
         assert expected in text, expected
     assert "Not recorded" not in text
-    assert len(card_facts.thin(list(range(100)), 8)) == 8
+    assert len(thin(list(range(100)), 8)) == 8
 
 
 def test_the_front_matter_is_what_the_hub_reads(run, tmp_path):

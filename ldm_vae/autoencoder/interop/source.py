@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm_vae.autoencoder.interop.checkpoint_file import SUFFIXES
 from ldm_vae.autoencoder.interop.compvis import load_compvis
-from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.errors import UserError
 
 
@@ -38,11 +38,3 @@ def open_autoencoder(source: str | Path, config: str | Path | None = None) -> Op
     if config is not None:
         raise UserError(f"--config: {source} states its own settings; give it for .ckpt and .safetensors files only")
     return Opened(load_autoencoder(source), [], model_directory(path))
-
-
-def model_directory(path: Path) -> Path | None:
-    """The directory with the model's config.json: `path`, or the `autoencoder/` of a run; None where there is none."""
-    for directory in (path, path / "autoencoder"):
-        if (directory / "config.json").is_file():
-            return directory
-    return None

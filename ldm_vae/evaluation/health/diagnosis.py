@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_vae import config as configuration
@@ -20,14 +19,11 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import downsampling, load_autoencoder
 from ldm_vae.autoencoder.record import RECORD, read_record
-from ldm_vae.data import pixels
-from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, subset
-from ldm_vae.data.transforms import cover_crop, preprocessing_record
+from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import spread
+from ldm_vae.evaluation.fidelity.measurement import read_crops, spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.health.diagnosis_page import markdown, render
 from ldm_vae.evaluation.health.health_figures import measure
@@ -129,19 +125,11 @@ def read_images(
     """
     from tqdm import tqdm
 
-    images: list[Tensor] = []
-    for index in tqdm(indices, desc="diagnosing", unit="image", dynamic_ncols=True):
-        try:
-            crop = cover_crop(source.read(index), config.resolution)
-        except ImageRejected as error:
-            rejected.append((source.id(index), error.reason))
-            continue
-        images.append(pixels.from_uint8(to_tensor(crop)))
-        if len(images) == config.batch:
-            yield torch.stack(images)
-            images = []
-    if images:
-        yield torch.stack(images)
+    starts = range(0, len(indices), config.batch)
+    for start in tqdm(starts, desc="diagnosing", unit="batch", dynamic_ncols=True):
+        _, images = read_crops(source, indices[start : start + config.batch], config.resolution, rejected)
+        if images is not None:
+            yield images
 
 
 def training_record(autoencoder: str) -> dict[str, Any]:

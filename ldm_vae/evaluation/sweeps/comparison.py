@@ -6,12 +6,10 @@ samples, codes and cost are `latent_quality.py`'s.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import crops, fit_baseline, spread
 from ldm_vae.evaluation.fidelity.processes import Processes
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.html_pages import embed_image
 from ldm_vae.evaluation.result_folder import read_json
 from ldm_vae.evaluation.sweeps import latent_quality, sweep, sweep_page
 from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
@@ -136,35 +135,18 @@ def compare(config: CompareConfig, run: Run | None = None) -> dict[str, Any]:
 
 def gather(config: CompareConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What `comparison.json` holds, from the folders of the finished kinds."""
-    records, missing = [], []
-    for point, outcome in zip(points, outcomes, strict=True):
-        results = sweep.read_results(point) if outcome.status == "finished" else None
-        if results is None:
-            missing.append(asdict(outcome))
-            continue
-        run = read_json(point.autoencoder / provenance.RUN_RECORD)
-        records.append(
-            {
-                "name": point.name,
-                "class": results["autoencoder"]["class"],
-                "parameters": results["autoencoder"]["parameters"],
-                "latent_channels": results["autoencoder"]["latent_channels"],
-                "downsampling": results["autoencoder"]["downsampling"],
-                "fingerprint": results["autoencoder"]["fingerprint"],
-                "rate": results["rate"],
-                "metrics": results["rows"][0]["metrics"],
-                "verdicts": sweep.verdicts_of(point, results),
-                "diagnosed": sweep.is_diagnosed(point),
-                "steps": sum(phase.steps for phase in point.train.phases),
-                "seconds": run.get("seconds"),
-                "images": results["protocol"]["images"],
-                "resolution": results["protocol"]["resolution"],
-                "latents": measure_latents(point, config, results["autoencoder"]["fingerprint"]),
-            }
-        )
-    if not records:
-        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
-        raise UserError(f"{config.output}: no kind is finished ({reasons})")
+
+    def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+        described = {
+            name: results["autoencoder"][name] for name in ("class", "parameters", "latent_channels", "downsampling")
+        }
+        return sweep.common_record(point, results) | {
+            **described,
+            "images": results["protocol"]["images"],
+            "latents": measure_latents(point, config, results["autoencoder"]["fingerprint"]),
+        }
+
+    records, missing = sweep.collect(points, outcomes, record_of, config.output, "kind")
     return {
         "format_version": 1,
         "kinds": records,
@@ -221,10 +203,8 @@ def publish(root: Path, found: dict[str, Any], points: Sequence[Point]) -> None:
     pictures = []
     if sheet is not None:
         sheet.save(root / "grid.png")
-        buffer = io.BytesIO()
-        sheet.save(buffer, "WEBP", quality=90, method=4)
-        uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-        pictures.append(sweep_page.EmbeddedPicture(uri, f"The same images through every kind: {', '.join(columns)}."))
+        text = f"The same images through every kind: {', '.join(columns)}."
+        pictures.append(embed_image(sheet, text, maximum_side=None))
     write_text(
         root / "index.html",
         sweep_page.render(

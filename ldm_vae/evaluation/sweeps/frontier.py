@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import figures, klt
-from ldm_vae.evaluation.result_folder import read_json
 from ldm_vae.evaluation.sweeps import sweep, sweep_page
 from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
@@ -142,44 +141,30 @@ def frontier(config: FrontierConfig, run: Run | None = None) -> dict[str, Any]:
 
 def gather(config: FrontierConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What `frontier.json` holds, from the folders of the finished points."""
-    records, missing, eigenvalues, block = [], [], None, 8
-    for point, outcome in zip(points, outcomes, strict=True):
-        results = sweep.read_results(point) if outcome.status == "finished" else None
-        if results is None:
-            missing.append(asdict(outcome))
-            continue
-        records.append(record_of(point, results))
-        eigenvalues, block = results["linear"]["eigenvalues"], results["linear"]["block"]
-    if not records:
-        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
-        raise UserError(f"{config.output}: no point is finished ({reasons})")
+    linear: dict[str, Any] = {}  # of the images, so any point's will do
+
+    def describe(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+        linear.update(results["linear"])
+        return record_of(point, results)
+
+    records, missing = sweep.collect(points, outcomes, describe, config.output, "point")
     return {
         "format_version": 1,
         "points": records,
         "missing": missing,
-        "linear": theory(eigenvalues or [], block, records),
+        "linear": theory(linear["eigenvalues"], linear["block"], records),
         "recommendation": recommend(records),
         "config": configuration.to_dict(config),
     }
 
 
 def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
-    """One point's line: rate, metrics of decode(mean) with their intervals, verdicts, cost."""
-    run = read_json(point.autoencoder / provenance.RUN_RECORD)
-    return {
-        "name": point.name,
+    """One point's line."""
+    return sweep.common_record(point, results) | {
         "channels": results["autoencoder"]["latent_channels"],
         "target_nats": point.train.rate.target_nats,
-        "rate": results["rate"],
-        "metrics": results["rows"][0]["metrics"],
         "gain_over_linear_db": results["gain_over_linear_db"],
-        "verdicts": sweep.verdicts_of(point, results),
-        "diagnosed": sweep.is_diagnosed(point),
-        "steps": sum(phase.steps for phase in point.train.phases),
-        "seconds": run.get("seconds"),
         "images": results["protocol"]["images"]["count"],
-        "resolution": results["protocol"]["resolution"],
-        "fingerprint": results["autoencoder"]["fingerprint"],
     }
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +23,7 @@ from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation.fidelity.reconstruction import RESULTS, EvaluateConfig
 from ldm_vae.evaluation.result_folder import MAY_CHANGE, read_json
+from ldm_vae.evaluation.sweeps.commands import Commands
 from ldm_vae.files import write_json, write_text
 
 DIAGNOSED_IMAGES = 256
@@ -251,6 +249,46 @@ def is_evaluated(point: Point) -> bool:
     return same_weights and not changes.keys() - {*MAY_CHANGE, "autoencoder"}
 
 
+def collect(
+    points: Sequence[Point],
+    outcomes: Sequence[Outcome],
+    describe: Callable[[Point, dict[str, Any]], dict[str, Any]],
+    where: str,
+    what: str,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `describe` says of each finished point and its results.json, and the outcomes of the others.
+
+    Raises:
+        UserError: nothing is finished; `where` is the sweep's folder, `what` its word for a point.
+    """
+    records, missing = [], []
+    for point, outcome in zip(points, outcomes, strict=True):
+        results = read_results(point) if outcome.status == "finished" else None
+        if results is None:
+            missing.append(asdict(outcome))
+        else:
+            records.append(describe(point, results))
+    if not records:
+        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
+        raise UserError(f"{where}: no {what} is finished ({reasons})")
+    return records, missing
+
+
+def common_record(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+    """What every sweep says of a finished point: rate, metrics of decode(mean) with intervals, verdicts, cost."""
+    return {
+        "name": point.name,
+        "fingerprint": results["autoencoder"]["fingerprint"],
+        "rate": results["rate"],
+        "metrics": results["rows"][0]["metrics"],
+        "verdicts": verdicts_of(point, results),
+        "diagnosed": is_diagnosed(point),
+        "steps": sum(phase.steps for phase in point.train.phases),
+        "seconds": read_json(point.autoencoder / provenance.RUN_RECORD).get("seconds"),
+        "resolution": results["protocol"]["resolution"],
+    }
+
+
 def read_results(point: Point) -> dict[str, Any] | None:
     """The content of the point's finished results.json; None where there is none."""
     folder = point.folder / "evaluation"
@@ -283,51 +321,6 @@ def is_training(run: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-class Commands:
-    """Starts `ldm-vae` commands as processes and can end those that run."""
-
-    def __init__(self, parallel: int = 1) -> None:
-        self.stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._running: list[subprocess.Popen] = []
-        self._environment = dict(os.environ)
-        if parallel > 1:  # processes that each take every core wait for each other
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))
-
-    def __call__(self, words: Sequence[str], log: Path) -> int:
-        with open(log, "a") as file:
-            file.write(f"$ ldm-vae {' '.join(words)}\n")
-            file.flush()
-            with self._lock:
-                if self.stopping.is_set():
-                    return EXIT_INTERRUPTED
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "ldm_vae.cli", *words],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment,
-                )
-                self._running.append(process)
-            try:
-                code = process.wait()
-            except BaseException:  # an interrupt of this thread: let the command save and leave first
-                process.terminate()
-                process.wait()
-                raise
-            finally:
-                with self._lock:
-                    self._running.remove(process)
-            return EXIT_INTERRUPTED if self.stopping.is_set() and code else code
-
-    def stop(self) -> None:
-        """SIGTERM to what runs: a training saves its state and leaves."""
-        with self._lock:
-            self.stopping.set()
-            for process in self._running:
-                process.terminate()
 
 
 def steps_for(point: Point, seconds: float, run: Run) -> int:

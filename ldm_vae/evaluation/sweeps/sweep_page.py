@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ldm_vae.evaluation.html_pages import template_environment
+from ldm_vae.evaluation.html_pages import Picture, template_environment
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,13 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class EmbeddedPicture:
-    """A data URI and its caption."""
-
-    uri: str
-    caption: str
-
-
 def render(
     title: str,
     lead: str,
     sentences: Sequence[str],
     drawings: Sequence[Drawing] = (),
     tables: Sequence[Table] = (),
-    pictures: Sequence[EmbeddedPicture] = (),
+    pictures: Sequence[Picture] = (),
 ) -> str:
     """The page as HTML; every text is escaped, the SVG is not."""
     from markupsafe import Markup
