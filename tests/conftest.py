@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_vae import compat
+from tests.s3 import Server, forget_filesystems
 
 compat.repair_torchvision()
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
@@ -40,3 +42,30 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         coarse.resize((80, 96), Image.Resampling.BICUBIC).save(path)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_session() -> Iterator[Server]:
+    """A server for all tests; it must not be stopped."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with pytest.MonkeyPatch.context() as environment:
+        server = Server(environment)
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def bucket(s3_session: Server) -> str:
+    """The URL of an empty bucket on a real S3 server."""
+    return s3_session.new_bucket()
+
+
+@pytest.fixture
+def s3_server(s3_session: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that a test may stop."""
+    server = Server(monkeypatch)
+    yield server
+    server.stop()
+    monkeypatch.undo()
+    forget_filesystems()

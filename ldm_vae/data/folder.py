@@ -1,9 +1,13 @@
-"""A folder of image files as a source: what is in it, in which order, with which labels."""
+"""A folder of image files as a source: what is in it, in which order, with which labels.
+
+The files are on a disk here; `remote_folder` has those behind a URL. Everything else is the same for both.
+"""
 
 from __future__ import annotations
 
 import csv
 import fnmatch
+import io
 import json
 import logging
 import os
@@ -11,12 +15,14 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 
 from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image
 from ldm_vae.data.sources import hash_items, number_labels
 from ldm_vae.errors import UserError
+from ldm_vae.storage import is_url, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +31,24 @@ FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
 LABEL_COLUMNS = ("label", "class")
 
 
+class ImageFiles(Protocol):
+    """The files below a folder, wherever it is. Picklable, safe to use after a fork."""
+
+    location: str
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """(relative path with `/`, size in bytes) of every visible file. Raises: UserError when there is no folder."""
+        ...
+
+    def read(self, name: str, length: int | None = None) -> bytes:
+        """The first `length` bytes, or all. Raises: ImageRejected `unreadable` where only this file is at fault."""
+        ...
+
+
 class FolderSource:
     """All images below a folder, in the order of their relative paths; hidden files and folders are left out.
+
+    The folder is a path, or a URL that fsspec knows; the same files have the same ids, labels and fingerprint in both.
 
     Labels come from the first of these that there is:
     1. `labels.csv` or `metadata.csv` with a column `label` or `class` and a column `file` or `file_name`; or
@@ -45,13 +67,13 @@ class FolderSource:
         limits: DecodeLimits = DecodeLimits(),  # noqa: B008
         include: Sequence[str] = (),
     ) -> None:
-        self.root, self.limits = Path(path).expanduser(), limits
-        if not self.root.is_dir():
-            what = "is a file" if self.root.is_file() else "no such folder"
-            raise UserError(f"data.path: {self.root}: {what}; give the folder that holds the images")
+        self.files, self.limits = _open_files(path), limits
+        where = self.files.location
         others: Counter[str] = Counter()
-        files = []
-        for name, size_bytes in _files(self.root):
+        files, tables = [], set()
+        for name, size_bytes in self.files.sizes():
+            if name in LABEL_FILES:
+                tables.add(name)
             if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
                 continue
             suffix = os.path.splitext(name)[1].lower()
@@ -60,17 +82,17 @@ class FolderSource:
             else:
                 others[suffix or "no suffix"] += 1
         if not files and include:
-            raise UserError(f"data.include: no image below {self.root} matches {list(include)}; `*` crosses folders")
+            raise UserError(f"data.include: no image below {where} matches {list(include)}; `*` crosses folders")
         if not files:
             found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "nothing"
             raise UserError(
-                f"data.path: {self.root}: no image in it (found: {found}); "
+                f"data.path: {where}: no image in it (found: {found}); "
                 f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
             )
         files.sort()
         self.names = [name for name, _ in files]
         self.sizes_bytes = np.array([size for _, size in files], np.int64)
-        self.label_names, self.labels = self._label()
+        self.label_names, self.labels = self._label(tables)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,20 +105,15 @@ class FolderSource:
         return int(self.labels[i])
 
     def read(self, i: int) -> np.ndarray:
-        try:
-            with open(self.root / self.names[i], "rb") as file:
-                data = file.read(self.limits.file_bytes + 1)
-        except OSError as error:
-            raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error
-        return decode_image(data, self.limits)
+        return decode_image(self.files.read(self.names[i], self.limits.file_bytes + 1), self.limits)
 
     def fingerprint(self) -> str:
         rows = ((self.id(i), self.label(i), int(self.sizes_bytes[i])) for i in range(len(self)))
         return hash_items([("folder", self.label_names), *rows])
 
-    def _label(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """(label names, class numbers (n,) int64)."""
-        listed = self._listed_labels()
+    def _label(self, tables: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
+        """(label names, class numbers (n,) int64). `tables`: those of LABEL_FILES that there are."""
+        listed = self._listed_labels(tables)
         if listed is None:
             listed = {name: name.split("/")[0] for name in self.names if "/" in name}
             if len(set(listed.values())) < 2:
@@ -105,33 +122,64 @@ class FolderSource:
         labels = [numbers[listed[name]] if name in listed else -1 for name in self.names]
         return tuple(numbers), np.array(labels, np.int64)
 
-    def _listed_labels(self) -> dict[str, str] | None:
+    def _listed_labels(self, tables: set[str]) -> dict[str, str] | None:
         """File -> label as the first label file has it; None where there is none with labels."""
         images = set(self.names)
         for name in LABEL_FILES:
-            path = self.root / name
-            if not path.is_file():
+            if name not in tables:
                 continue
+            where = f"{self.files.location}/{name}"
             try:
-                rows = list(_json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path, images))
+                text = self.files.read(name).decode("utf-8-sig")
+                rows = list(_json_rows(text) if name.endswith(".jsonl") else _csv_rows(text, images))
+            except ImageRejected as error:
+                raise UserError(f"{where}: {error}; make it readable or move it away") from error
             except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-                advice = f"write it as UTF-8 {path.suffix[1:]}"
-                raise UserError(f"{path}: cannot be read ({error}); {advice}") from error
+                raise UserError(f"{where}: cannot be read ({error}); write it as UTF-8 {name.split('.')[1]}") from error
             if not rows:
-                logger.info("%s has no column named label or class; it gives no labels", path)
+                logger.info("%s has no column named label or class; it gives no labels", where)
                 continue
             listed = {str(PurePosixPath(file.replace("\\", "/"))): label for file, label in rows}
             found = {file: label for file, label in listed.items() if file in images}
             if not found:
                 raise UserError(
-                    f"{path}: names no image of this folder, for example {next(iter(listed))!r}; "
+                    f"{where}: names no image of this folder, for example {next(iter(listed))!r}; "
                     "give paths relative to the folder"
                 )
             if len(found) < len(listed):
                 missing = len(listed) - len(found)
-                logger.warning("%s: %d of the %d files listed are not among the images", path, missing, len(listed))
+                logger.warning("%s: %d of the %d files listed are not among the images", where, missing, len(listed))
             return found
         return None
+
+
+class LocalFiles:
+    """See `ImageFiles`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.root = local_path(path)
+        self.location = str(self.root)
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        if not self.root.is_dir():
+            what = "is a file" if self.root.is_file() else "no such folder"
+            raise UserError(f"data.path: {self.root}: {what}; give the folder that holds the images")
+        yield from _files(self.root)
+
+    def read(self, name: str, length: int | None = None) -> bytes:
+        try:
+            with open(self.root / name, "rb") as file:
+                return file.read(-1 if length is None else length)
+        except OSError as error:
+            raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error
+
+
+def _open_files(path: str | Path) -> ImageFiles:
+    if is_url(path):
+        from ldm_vae.data.remote_folder import RemoteFiles
+
+        return RemoteFiles(str(path))
+    return LocalFiles(path)
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
@@ -170,10 +218,9 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
                 yield name, status.st_size
 
 
-def _csv_rows(path: Path, images: set[str]) -> Iterator[tuple[str, str]]:
+def _csv_rows(text: str, images: set[str]) -> Iterator[tuple[str, str]]:
     """(file, label) pairs of a CSV file; nothing when it has no label column."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
     if not rows:
         return
     header = [cell.lower() for cell in rows[0]]
@@ -189,12 +236,11 @@ def _csv_rows(path: Path, images: set[str]) -> Iterator[tuple[str, str]]:
             yield row[file_column], row[label_column]
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
+def _json_rows(text: str) -> Iterator[tuple[str, str]]:
     """(file, label) pairs of a JSON-lines file; nothing when its lines have no label."""
-    with open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            row = json.loads(line) if line.strip() else {}
-            name = next((row[column] for column in FILE_COLUMNS if column in row), None)
-            label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
-            if isinstance(name, str) and isinstance(label, (str, int)):
-                yield name, str(label)
+    for line in io.StringIO(text, newline=None):
+        row = json.loads(line) if line.strip() else {}
+        name = next((row[column] for column in FILE_COLUMNS if column in row), None)
+        label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
+        if isinstance(name, str) and isinstance(label, (str, int)):
+            yield name, str(label)

@@ -77,7 +77,7 @@ class DataConfig:
 
     Args:
         source: `synthetic` (made on the fly), `folder` (a folder of image files) or `datasets`.
-        path: the folder, for `folder`.
+        path: the folder, for `folder`: a path, or a URL that fsspec knows, as s3://bucket/images.
         include: patterns of relative paths to take from the folder, as `photos/*`; none: everything. The ids,
             and so the held-out part, stay those of the whole folder.
         held_out: fraction of the images kept out of training, chosen by a hash of their ids.

@@ -1,0 +1,227 @@
+"""The lock of a remote folder: an object that its holder renews, and that others may take once it is renewed no more.
+
+It is created on the condition that it does not exist, where the store can do this (S3, GCS, Azure), and read back.
+Who finds one that is not his waits for its end, unless its process was on this machine and is dead, or the last
+renewal lies STALE_SECONDS back by the clock of the store, which is asked by writing a probe: no two clocks are
+compared. Two who take over the same stale lock at once are told apart by reading it again after SETTLE_SECONDS.
+A holder that was stopped and woke up too late learns of it at its next renewal or write. What it wrote in between is
+no harm where file contents follow from their names, as those of latent shards do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from ldm_vae.errors import UserError
+from ldm_vae.storage import held_by
+from ldm_vae.storage.connection import AccessDenied, Connection
+
+logger = logging.getLogger(__name__)
+
+RENEW_SECONDS = 60.0
+STALE_SECONDS = 300.0
+SETTLE_SECONDS = 2.0
+ATTEMPTS = 5
+MAXIMUM_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the object says.
+
+    Attributes:
+        host, pid: the process that holds the lock.
+        machine: equal for two processes only if the one can see whether the other lives.
+        token: another one for each time the lock is taken.
+        renewed: when, by the clock of the holder; for people to read.
+    """
+
+    host: str
+    pid: int
+    machine: str
+    token: str
+    renewed: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host}"
+
+    @property
+    def is_dead(self) -> bool:
+        """True where this machine knows that the process has ended."""
+        if self.machine != _machine():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
+
+
+KINDS = {"host": str, "pid": int, "machine": str, "token": str, "renewed": str}
+UNKNOWN = Claim("unknown", 0, "", "", "")
+
+
+class Lease:
+    """One lock, taken once at most.
+
+    Args:
+        connection: the folder.
+        name: of the object, and so of the lock.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection, self.name, self.path = connection, name, connection.path(name)
+        self.claim = Claim(socket.gethostname(), os.getpid(), _machine(), uuid.uuid4().hex, "")
+        self.lost_to: str | None = None
+        self._renewed_at = 0.0
+        self._ended = threading.Event()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Take the lock, renew it in the background, give it back. Raises: UserError when another one has it."""
+        self._take()
+        thread = threading.Thread(target=self._keep_renewing, name=f"renew {self.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            if os.getpid() == self.claim.pid:  # not in a forked child
+                self._ended.set()
+                thread.join()
+                self._give_back()
+
+    def holder(self) -> str | None:
+        """Who holds it now."""
+        found = self._read()
+        try:
+            return None if found is None or found.is_dead or self._is_stale() else str(found)
+        except AccessDenied:  # no right to write a probe
+            return str(found)
+
+    def check(self) -> None:
+        """Before each write. Raises: UserError when the lock is lost."""
+        if os.getpid() != self.claim.pid:
+            return
+        if self.lost_to is None and time.time() - self._renewed_at > STALE_SECONDS:  # this process was stopped
+            self._renew(retry=True)
+        if self.lost_to is not None:
+            raise UserError(
+                f"{self.connection.location}: the lock {self.name} went to {self.lost_to}, as this process did not "
+                "renew it in time; wait for the other one, then run the same command again"
+            )
+
+    def _take(self) -> None:
+        for _ in range(ATTEMPTS):
+            found = self._read()
+            if found is None:
+                self._create()
+                found = self._read()
+            if found is None:  # another one took it and gave it back
+                continue
+            if found.token == self.claim.token:
+                self._renewed_at = time.time()
+                return
+            if not (found.is_dead or self._is_stale()):
+                raise held_by(self.connection.location, str(found), self.name)
+            logger.warning("%s: taking the lock %s over from %s", self.connection.location, self.name, found)
+            self._remove(found)
+            self._create()
+            time.sleep(SETTLE_SECONDS)
+        raise held_by(self.connection.location, str(self._read() or UNKNOWN), self.name)
+
+    def _create(self) -> None:
+        """Write the object if there is none."""
+
+        def create(filesystem: Any) -> None:
+            if not self.connection.is_object_store:
+                filesystem.makedirs(self.connection.root, exist_ok=True)
+            filesystem.pipe_file(self.path, self._bytes(), mode="create")
+
+        try:
+            self.connection.request(create)
+        except FileExistsError:  # another's; or our own, where an answer was lost and the request repeated
+            pass
+        except FileNotFoundError as error:
+            raise self.connection.no_folder(error) from error
+
+    def _read(self, *, retry: bool = True) -> Claim | None:
+        """The claim that is there; `UNKNOWN` where it cannot be understood."""
+        try:
+            data = self.connection.request(lambda filesystem: filesystem.cat_file(self.path), retry=retry)
+        except FileNotFoundError:
+            return None
+        try:
+            values = json.loads(data[:MAXIMUM_BYTES])
+            return Claim(**{name: kind(values[name]) for name, kind in KINDS.items()})
+        except (ValueError, TypeError, KeyError):
+            return UNKNOWN
+
+    def _is_stale(self) -> bool:
+        """By the clock of the store: the times of the lock and of a probe written now."""
+        probe = self.connection.path(f".{self.name}-{self.claim.token}")
+
+        def age_seconds(filesystem: Any) -> float:
+            filesystem.pipe_file(probe, b"?")
+            try:
+                return (filesystem.modified(probe) - filesystem.modified(self.path)).total_seconds()
+            finally:
+                filesystem.rm_file(probe)
+
+        try:
+            return self.connection.request(age_seconds) > STALE_SECONDS
+        except FileNotFoundError:  # given back meanwhile
+            return True
+
+    def _remove(self, claim: Claim, *, retry: bool = True) -> None:
+        """Remove the object if it still is this claim."""
+        found = self._read(retry=retry)
+        if found is not None and found.token == claim.token:
+            with suppress(FileNotFoundError):
+                self.connection.request(lambda filesystem: filesystem.rm_file(self.path), retry=retry)
+
+    def _renew(self, *, retry: bool = False) -> None:
+        found = self._read(retry=retry)
+        if found is None or found.token != self.claim.token:
+            self.lost_to = str(found) if found else "nobody (its file is gone)"
+            return
+        self.connection.request(lambda filesystem: filesystem.pipe_file(self.path, self._bytes()), retry=retry)
+        self._renewed_at = time.time()
+
+    def _keep_renewing(self) -> None:
+        while self.lost_to is None and not self._ended.wait(RENEW_SECONDS):
+            try:
+                self._renew()
+            except UserError as error:  # the next renewal may succeed
+                logger.warning("the lock %s was not renewed: %s", self.name, error)
+
+    def _give_back(self) -> None:
+        try:
+            self._remove(self.claim, retry=False)
+        except UserError as error:
+            logger.warning("the lock %s was not removed and ends in %.0f s: %s", self.name, STALE_SECONDS, error)
+
+    def _bytes(self) -> bytes:
+        renewed = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return json.dumps(asdict(self.claim) | {"renewed": renewed}).encode()
+
+
+def _machine() -> str:
+    """The running kernel and its process numbers: containers of one host may share its name, but not these."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()

@@ -1,0 +1,209 @@
+"""The lock of a folder, between real processes: on a disk the kernel keeps it, on S3 a lease object does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from ldm_vae.errors import UserError
+from ldm_vae.storage import Folder, lease, open_folder
+from ldm_vae.storage.lease import Claim
+from tests.s3 import make_older
+
+NAME = "test.lock"
+HOLD = """
+import sys
+from ldm_vae.storage import lease, open_folder
+lease.RENEW_SECONDS = 0.2
+folder = open_folder(sys.argv[1])
+with folder.hold(sys.argv[2]):
+    print("held", flush=True)
+    for line in sys.stdin:
+        folder.write(line.strip(), b"written")
+        print("written", flush=True)
+"""
+
+
+class Holder:
+    """Another process that has the lock."""
+
+    def __init__(self, location: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, location, NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout.readline() == "held\n"
+
+    def finish(self) -> int:
+        self.process.stdin.close()
+        return self.process.wait(20)
+
+
+@pytest.fixture(params=("local", "s3"))
+def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    return str(tmp_path / "set") if request.param == "local" else f"{request.getfixturevalue('bucket')}/set"
+
+
+@pytest.fixture
+def remote(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    return open_folder(f"{bucket}/set")
+
+
+@pytest.fixture
+def killed() -> Iterator[list[Holder]]:
+    """Holders to end with the test, whatever happens."""
+    holders: list[Holder] = []
+    yield holders
+    for holder in holders:
+        holder.process.kill()
+        holder.process.wait()
+
+
+def claim(**values: object) -> bytes:
+    return json.dumps({"host": "elsewhere", "pid": 1, "machine": "m", "token": "t", "renewed": ""} | values).encode()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None:
+    folder = open_folder(location)
+    assert folder.holder(NAME) is None
+    with folder.hold(NAME):
+        folder.write("a.bin", b"1")
+        assert folder.holder(NAME)
+        with pytest.raises(UserError, match="is at work here"), folder.hold(NAME):
+            pass
+    assert folder.holder(NAME) is None
+    killed.append(Holder(location))
+    who = f"process {killed[0].process.pid} on host "
+    assert (folder.holder(NAME) or "").startswith(who)
+    with pytest.raises(UserError, match=f"{who}.* is at work here"), folder.hold(NAME):
+        pass
+    with folder.hold("another.lock"):  # a lock is its name
+        pass
+    time.sleep(0.5)  # some renewals
+    assert folder.holder(NAME)
+    killed[0].process.stdin.write("a.bin\n")
+    killed[0].process.stdin.flush()
+    assert killed[0].process.stdout.readline() == "written\n"
+    assert folder.read("a.bin") == b"written"
+    assert killed[0].finish() == 0
+    assert folder.holder(NAME) is None
+    with folder.hold(NAME):
+        pass
+
+
+def test_a_lock_of_another_machine_is_respected_until_it_is_stale(
+    remote: Folder,
+) -> None:
+    remote.write(NAME, claim())
+    with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.hold(NAME):
+        pass
+    assert remote.holder(NAME) == "process 1 on host elsewhere"
+    make_older(remote.location, NAME, lease.STALE_SECONDS - 30)
+    assert remote.holder(NAME)
+    make_older(remote.location, NAME, 60)
+    assert remote.holder(NAME) is None
+    with remote.hold(NAME):
+        assert json.loads(remote.read(NAME))["host"] != "elsewhere"
+        make_older(remote.location, NAME, 3600)
+        wait_for(lambda: remote.holder(NAME))  # its own is renewed
+    assert remote.sizes() == {}
+    assert not [name for name, _ in remote._files()], "the probes are removed"
+
+
+def test_a_lock_is_made_only_where_there_is_none(remote: Folder) -> None:
+    """By the store, not by looking first: between the two another process may come."""
+    remote.write(NAME, claim())
+    lease.Lease(remote.connection, NAME)._create()
+    assert remote.read(NAME) == claim()
+
+
+def test_the_same_name_of_a_host_is_not_the_same_machine(remote: Folder) -> None:
+    """Containers share host names; their process numbers mean nothing to each other."""
+    mine = lease.Lease(remote.connection, NAME).claim
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert Claim(mine.host, dead.pid, mine.machine, "t", "").is_dead
+    assert not Claim(mine.host, dead.pid, "another boot", "t", "").is_dead
+    assert not mine.is_dead
+
+
+def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    other = open_folder(remote.location)
+    with remote.hold(NAME):
+        remote.write("a.bin", b"1")
+        other.write(NAME, claim())
+        (own,) = remote._leases
+        wait_for(lambda: own.lost_to)
+        with pytest.raises(UserError, match=r"the lock test\.lock went to process 1 on host elsewhere"):
+            remote.write("b.bin", b"2")
+    assert remote.sizes().keys() == {"a.bin", NAME}, "nothing was written, and the other's lock is left alone"
+
+
+def test_a_process_that_slept_looks_before_it_writes(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 100.0)
+    other = open_folder(remote.location)
+    with remote.hold(NAME):
+        monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
+        remote.write("a.bin", b"1")  # nobody took it: renewed
+        other.remove(NAME)
+        with pytest.raises(UserError, match="its file is gone"):
+            remote.write("b.bin", b"2")
+
+
+@pytest.mark.parametrize("before", ["free", "stale", "unreadable"])
+def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
+    if before != "free":
+        remote.write(NAME, claim() if before == "stale" else b'{"host": 1')
+        make_older(remote.location, NAME, 3600)
+    barrier, outcomes = threading.Barrier(6), []
+
+    def take() -> None:
+        with ExitStack() as stack:
+            barrier.wait()
+            try:
+                stack.enter_context(open_folder(remote.location).hold(NAME))
+                outcomes.append("held")
+            except UserError as error:
+                outcomes.append(str(error).split("is ", 1)[1])
+            barrier.wait()
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    refused = f"at work here ({NAME}); wait for it, or give another folder"
+    assert sorted(outcomes) == [refused] * 5 + ["held"]
+    assert remote.holder(NAME) is None
+
+
+def test_a_killed_process_holds_nothing(location: str, killed: list[Holder]) -> None:
+    killed.append(Holder(location))
+    folder = open_folder(location)
+    with pytest.raises(UserError), folder.hold(NAME):
+        pass
+    killed[0].process.kill()
+    killed[0].process.wait()
+    assert folder.holder(NAME) is None
+    with folder.hold(NAME):
+        folder.write("a.bin", b"1")
