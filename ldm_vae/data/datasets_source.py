@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,12 @@ def load_rows(config: DatasetsConfig) -> Any:
 
     Nothing is looked up on the network for a name that is a local path.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    return load_with_builder(config)[0]
+
+
+def load_with_builder(config: DatasetsConfig) -> tuple[Any, Any]:
+    """What `load_rows` gives, and the `DatasetBuilder` that knows the files of a stream (None where there is none)."""
+    from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
     name, files = os.path.expanduser(config.name), local_files(config.name)
     is_path = bool(files) or name.startswith((".", "/")) or Path(name).suffix in BUILDERS
@@ -94,17 +100,46 @@ def load_rows(config: DatasetsConfig) -> Any:
             saved = load_from_disk(name)
             if isinstance(saved, DatasetDict):
                 saved = _choose_split(saved, config)
-            return saved.to_iterable_dataset() if config.streaming else saved
-        if builder := BUILDERS.get(Path(name).suffix):
-            return load_dataset(builder, data_files=name, split=config.split, streaming=config.streaming)
-        return load_dataset(
-            name, config.subset, split=config.split, revision=config.revision, streaming=config.streaming
-        )
+            return saved.to_iterable_dataset() if config.streaming else saved, None
+        if kind := BUILDERS.get(Path(name).suffix):
+            origin: dict[str, Any] = {"path": kind, "data_files": name}
+        else:
+            origin = {"path": name, "name": config.subset, "revision": config.revision}
+        if not config.streaming:
+            return load_dataset(**origin, split=config.split), None
+        builder = load_dataset_builder(**origin)
+        if kind == "webdataset" and name.startswith(("s3://", "s3a://")):
+            _open_archives_plainly(builder)
+        return builder.as_streaming_dataset(split=config.split), builder
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data.datasets.name: {name}: {reason}; check the name, subset, split and revision") from error
+
+
+def _open_archives_plainly(builder: Any) -> None:
+    """Make the next streaming dataset of a webdataset builder open its tars without further options.
+
+    `datasets` opens them with `block_size=0`, which `s3fs` takes for an option of its connection, and refuses.
+    """
+    from datasets.utils.file_utils import ArchiveIterable
+
+    split_generators = builder._split_generators
+
+    def plain(manager: Any) -> Any:
+        del builder._split_generators  # else the stream cannot be pickled
+        manager.iter_archive = partial(ArchiveIterable, _archive_members)
+        return split_generators(manager)
+
+    builder._split_generators = plain
+
+
+def _archive_members(path: str) -> Iterator[tuple[str, Any]]:
+    from datasets.utils.file_utils import ArchiveIterable, xopen
+
+    with xopen(path, "rb") as file:
+        yield from ArchiveIterable._iter_tar(file)
 
 
 def _choose_split(saved: Any, config: DatasetsConfig) -> Any:
