@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ldm_vae.errors import UserError
 from ldm_vae.random import generator
-from ldm_vae.training.schedule import Plan, sample_index
+from ldm_vae.training.order import GlobalOrder, Order
+from ldm_vae.training.schedule import Plan
 
 WORKER_TIMEOUT_SECONDS = 300
+
+Made = TypeVar("Made")
 
 
 class Samples(Protocol):
@@ -34,6 +39,20 @@ class StreamedSamples(Protocol):
     def batches(self, keys: Iterable[list[Key]]) -> IterableDataset:
         """A list of samples for each list of keys, whose positions increase."""
         ...
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Samples that are visited in another order than the global shuffle."""
+
+    samples: Samples
+    order: Order
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
+        return self.samples.sample(index, position, size)
 
 
 @dataclass(frozen=True)
@@ -73,10 +92,10 @@ class _Keyed(Dataset):
 
 
 class _MicroBatchKeys:
-    """The keys of every micro-batch of this rank from a step on. `count` None: a stream, where the index is unknown."""
+    """The keys of every micro-batch of this rank from a step on. `order` None: a stream, where the index is unknown."""
 
-    def __init__(self, plan: Plan, count: int | None, seed: int, first_step: int, rank: int, processes: int) -> None:
-        self.plan, self.count, self.seed, self.first_step = plan, count, seed, first_step
+    def __init__(self, plan: Plan, order: Order | None, first_step: int, rank: int, processes: int) -> None:
+        self.plan, self.order, self.first_step = plan, order, first_step
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -87,7 +106,7 @@ class _MicroBatchKeys:
                 yield [Key(self._index(position), position, span.size) for position in positions]
 
     def _index(self, position: int) -> int:
-        return -1 if self.count is None else sample_index(self.seed, position, self.count)
+        return -1 if self.order is None else self.order(position)
 
 
 def rank_rows(global_batch: int, micro_batch: int, rank: int, processes: int) -> list[slice]:
@@ -117,6 +136,30 @@ def ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def from_workers(loader: Iterable[Made]) -> Iterator[Made]:
+    """What a data loader gives, and the error of a worker so that the program can end.
+
+    torch raises it from frames that hold the loader's iterator in a circle. Collected late, it would not tell the
+    workers to stop before it waits for them, and they ignore signals: without this the program hangs at its end.
+
+    Raises:
+        UserError: of a worker, as the sentence that it is and not as a traceback.
+    """
+    iterator = iter(loader)
+    while True:
+        try:
+            made = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            del iterator
+            if isinstance(error, UserError):
+                raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+            raise
+        yield made
+
+
 def batches(
     samples: Samples | StreamedSamples,
     plan: Plan,
@@ -130,12 +173,13 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps `first_step` ... on `device`. Samples are made in `workers` processes."""
     device = torch.device(device)
-    place = (seed, first_step, rank, processes)
+    place = (first_step, rank, processes)
     source: dict[str, Any]
     if isinstance(samples, StreamedSamples):
         source = {"dataset": samples.batches(_MicroBatchKeys(plan, None, *place)), "batch_size": None}
     else:
-        keys = _MicroBatchKeys(plan, len(samples), *place)
+        order = samples.order if isinstance(samples, InOrder) else GlobalOrder(seed, len(samples))
+        keys = _MicroBatchKeys(plan, order, *place)
         source = {"dataset": _Keyed(samples), "batch_sampler": keys}
     loader: DataLoader[Any] = DataLoader(
         **source,
@@ -147,7 +191,7 @@ def batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    collated = iter(loader)
+    collated = from_workers(loader)
     for step in range(first_step, plan.steps):
         span, _ = plan.span(step)
         parts = []

@@ -1,15 +1,11 @@
-"""What a step is, as a pure function of its number: its learning rate, its batch, its place in the order of samples."""
+"""What a step is, as a pure function of its number: its learning rate, its batch, its positions."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
 
 from ldm_vae.errors import UserError
-from ldm_vae.random import numpy_rng
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_fraction: float) -> float:
@@ -66,14 +62,3 @@ class Plan:
                     f"batch: {span.global_batch} samples per step do not divide into {processes} process(es) of "
                     f"micro-batches of {span.micro_batch}; choose a multiple of {processes * span.micro_batch}"
                 )
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return numpy_rng(seed, "order", epoch).permutation(count)
-
-
-def sample_index(seed: int, position: int, count: int) -> int:
-    """The source index of the sample at a global position: every epoch visits each of `count` samples once."""
-    epoch, offset = divmod(position, count)
-    return int(_epoch_order(seed, epoch, count)[offset])

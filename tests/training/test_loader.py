@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from ldm_vae.training.loader import batches, rank_rows
-from ldm_vae.training.schedule import Plan, Span, learning_rate, sample_index
+from ldm_vae.training.loader import InOrder, batches, rank_rows
+from ldm_vae.training.schedule import Plan, Span, learning_rate
 from tests.training.toy import ToySamples
 
 PLAN = Plan((Span(3, 8, 2), Span(4, 4, 2, size=16)))
@@ -37,9 +40,23 @@ def seen(first_step=0, rank=0, processes=1, workers=0):
 
 
 def test_every_epoch_visits_each_sample_once_in_a_new_order():
-    epochs = [[sample_index(0, epoch * 10 + offset, 10) for offset in range(10)] for epoch in range(3)]
+    indices = [index for step in seen() for index, _ in step]
+    epochs = [indices[start : start + 10] for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+class Backwards:
+    count = 10
+
+    def __call__(self, position):
+        return 9 - position % 10
+
+
+def test_samples_may_bring_their_order():
+    found = [index for batch in batches(InOrder(Positions(), Backwards()), PLAN, seed=0) for part in batch.parts
+             for index in part["index"].tolist()]  # fmt: skip
+    assert found == [9 - position % 10 for position in range(3 * 8 + 4 * 4)]
 
 
 def test_positions_run_on_through_the_spans():
@@ -77,3 +94,38 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1)
     assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+FAILING = """
+import sys
+from ldm_vae.errors import UserError
+from ldm_vae.training.loader import batches
+from ldm_vae.training.schedule import Plan, Span
+
+class Failing:
+    def __len__(self):
+        return 10
+
+    def sample(self, index, position, size):
+        raise {error}
+
+def main():
+    try:
+        for _ in batches(Failing(), Plan((Span(4, 4, 2),)), seed=0, workers=2):
+            pass
+    except UserError as error:
+        print("one sentence:", error)
+        return 2
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("UserError('data: nothing to read')", 2), ("ValueError('a mistake')", 1)])
+def test_an_error_in_a_worker_ends_the_program(error, code):
+    """torch alone would wait for its workers for ever."""
+    words = [sys.executable, "-c", FAILING.format(error=error)]
+    job = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert job.returncode == code
+    assert (job.stdout == "one sentence: data: nothing to read\n") == (code == 2)
+    assert ("ValueError: a mistake" in job.stderr) == (code == 1)
