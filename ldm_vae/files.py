@@ -49,9 +49,14 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def readable_json(value: Any) -> str:
+    """Indented, with a final newline. NaN and infinity are refused."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Readable JSON, published atomically."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, readable_json(value))
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
@@ -78,6 +83,13 @@ def temporary_directory(final: Path) -> Path:
     folder = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
     folder.mkdir(parents=True)
     return folder
+
+
+def checksum_bytes(data: bytes | memoryview) -> str:
+    """`xxh3_128:HEX` of bytes in memory."""
+    import xxhash
+
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
 
 
 def checksum(path: Path) -> str:

@@ -48,19 +48,17 @@ def command_line(argv: Sequence[str] | None = None) -> list[str]:
     return [path.name if path.is_absolute() else program, *arguments]
 
 
-def write_run_record(
-    directory: str | Path,
-    command: Sequence[str] | None,
-    started: float,
-    seconds: float,
-    *,
-    finished: bool = True,
-    **extra: Any,
-) -> None:
-    """Write `run.json` atomically into an existing result folder.
+def write_run_record(directory: str | Path, *arguments: Any, **extra: Any) -> None:
+    """Write `run.json` atomically into an existing result folder; what follows it is `run_record`'s."""
+    write_json(Path(directory) / RUN_RECORD, run_record(*arguments, **extra))
+
+
+def run_record(
+    command: Sequence[str] | None, started: float, seconds: float, *, finished: bool = True, **extra: Any
+) -> dict[str, Any]:
+    """What `run.json` holds.
 
     Args:
-        directory: The result's folder.
         command: The words of the command; None stands for this process's own (`command_line()`).
         started: `time.time()` at the start, in seconds since 1970; recorded as ISO 8601 UTC.
         seconds: Wall time spent, all interrupted attempts together where the caller knows them.
@@ -74,7 +72,7 @@ def write_run_record(
         "versions": versions(),
         "finished": finished,
     }
-    write_json(Path(directory) / RUN_RECORD, record | extra)
+    return record | extra
 
 
 @functools.cache

@@ -53,6 +53,11 @@ def encoder_fingerprint(autoencoder: Any) -> str:
     return _digest(autoencoder, except_parts=DECODER_PARTS)
 
 
+def token_fingerprint(autoencoder: Any) -> str:
+    """The same without the decoder only: quantized autoencoders with this in common make the same codes."""
+    return _digest(autoencoder, except_parts=("decoder",))
+
+
 def _digest(autoencoder: Any, except_parts: tuple[str, ...]) -> str:
     digest = hashlib.sha256(canonical_json(_identity(autoencoder)).encode())
     for name, tensor in sorted(autoencoder.state_dict().items()):

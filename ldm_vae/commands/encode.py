@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import signal
 
-    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
+    from ldm_vae.latents.encode import encode_dataset, make_accelerator
+    from ldm_vae.latents.settings import EncodeConfig
 
     config = config_arguments.load(args, EncodeConfig)
     if config is None:

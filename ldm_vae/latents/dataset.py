@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,26 +16,36 @@ from torch.utils.data import Dataset
 
 from ldm_vae.data.split import Part, part_of
 from ldm_vae.errors import UserError
+from ldm_vae.latents.contents import FLIPPED, STORED_DTYPES
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.latents.normalizer import LatentNormalizer
-from ldm_vae.latents.shard import STORED_DTYPES, OpenShard, open_shard, read_sidecar
+from ldm_vae.latents.shard import OpenShard, open_shard
+from ldm_vae.latents.sidecar import MAKE_AGAIN, read_sidecar
 from ldm_vae.random import generator
+
+MOST_OPEN_SHARDS = 1 << 14
+"""Mapped at once by a process; the kernel allows it about 65,000 mappings in all."""
+
+Posterior = Literal["sample", "mean", "moments"]
 
 
 class LatentDataset(Dataset):
-    """The samples of a set that `ldm-vae encode` wrote, as posterior samples, *not* normalised.
+    """The samples of a set that `ldm-vae encode` wrote, *not* normalised: use `self.normalizer` before training.
 
-    Use `self.normalizer` before training on them. Shards are opened, and compared with their checksums, when a
-    sample of them is first asked for, in each process on its own: safe in data loader workers.
+    Shards are opened, and compared with their checksums, when a sample of them is first asked for, in each process on
+    its own: safe in data loader workers. Shards behind a URL are fetched whole into a local cache at that moment.
 
     Args:
-        path: the folder with `manifest.json`.
-        seed: of the posterior noise.
-        posterior: `sample` draws from the posterior, and where the set holds mirror images, takes one half of the time;
-            `mean` gives the mean of the image as it is.
-        part: all samples, or the part that the hash of their ids puts them in, as `data.split` does.
+        path: the folder with `manifest.json`, or its URL.
+        seed: of the posterior noise and of the choice between an image and its mirror image.
+        posterior: what is made of stored moments: `sample` draws from the posterior, `mean` and `moments` are as
+            stored. Sets that hold something else leave no choice; None: `sample` where there are moments.
+        flip: where mirror images are stored, take them one half of the time.
+        part: all samples, or the part that the hash of their ids puts them in, as `data.split` does. This reads every
+            id: encode large sets with `part=` instead.
         held_out: fraction of ids that are held out; needed with `part`.
-        verify: compare each shard with its checksum (about 10 GB/s) before its first use.
+        verify: compare each shard with its checksum (about 10 GB/s) before its first use; data loader workers share
+            what was compared.
 
     Raises:
         UserError: no finished set, a damaged manifest, or an empty part; on first use: a damaged shard.
@@ -42,105 +55,187 @@ class LatentDataset(Dataset):
         self,
         path: str | Path,
         seed: int = 0,
-        posterior: Literal["sample", "mean"] = "sample",
+        posterior: Posterior | None = None,
         *,
+        flip: bool = True,
         part: Part = "all",
         held_out: float = 0.0,
         verify: bool = True,
     ) -> None:
-        self.path, self.seed, self.posterior, self.verify = Path(path), seed, posterior, verify
-        self.manifest = read_manifest(path)
-        self.normalizer: LatentNormalizer = self.manifest.normalizer
-        self._ends = np.cumsum([shard.count for shard in self.manifest.shards])
+        self.seed, self.verify = seed, verify
+        self.manifest = manifest = read_manifest(path)
+        self.layout, self.where = manifest.layout, str(manifest.where.location)
+        if posterior and manifest.content != "moments":
+            raise UserError(
+                f"{self.where}: posterior={posterior} needs stored moments, this set holds {manifest.content}; leave "
+                "posterior out, or encode with store=moments"
+            )
+        self.posterior = posterior or "sample"
+        self.flip = flip and manifest.flipped
+        self.index = manifest.shard_index
+        ends = np.cumsum(self.index.counts)
+        self._ends = array("q", ends.tolist())  # bisecting it is many times faster than numpy's search for one number
+        self._starts = array("q", (ends - self.index.counts).tolist())
+        self._describe()
         self._rows = self._select(part, held_out)
-        self._open: dict[int, OpenShard] = {}
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self._verified = torch.zeros(len(self.index), dtype=torch.bool).share_memory_()
+
+    def _describe(self) -> None:
+        """What an item is: its name, shape and precision (bfloat16 as its bits)."""
+        content, dtype = self.manifest.content, self.manifest.dtype
+        self._stored_kind: Any = np.uint16 if dtype == "bfloat16" else np.dtype(dtype).type
+        self._kind: Any
+        self._shape: tuple[int, ...]
+        self._name, self._shape, self._kind = "latent", self.manifest.latent_shape, np.float32
+        if content == "indices":
+            self._name, self._shape, self._kind = content, self.layout.sample_shape, np.int64
+        elif content == "moments" and self.posterior == "moments":
+            self._name, self._shape, self._kind = content, self.layout.sample_shape, self._stored_kind
+
+    @property
+    def normalizer(self) -> LatentNormalizer:
+        """Raises: UserError for a set of codes."""
+        return self.manifest.normalizer
+
+    @property
+    def shard_counts(self) -> np.ndarray:
+        """Samples of this dataset in each shard, int64; those of one shard follow each other."""
+        if isinstance(self._rows, range):
+            return self.index.counts
+        ends = np.frombuffer(self._ends, np.int64)
+        return np.bincount(np.searchsorted(ends, self._rows, side="right"), minlength=len(self.index))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Sample `i`, its posterior noise a function of (seed, epoch, source index); see `set_epoch`.
+    def __getitem__(self, i: int | Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Sample `i`; what is random in it is a function of (seed, epoch, source index), see `set_epoch`.
+
+        A list of indices gives a stacked batch of these samples, with a leading axis (n): with
+        `DataLoader(dataset, batch_size=None, sampler=BATCHES)` that is about three times as fast as collating them.
 
         Returns:
-            latent: float32 (c, h, w); label: int, -1 for none; index: int, the place in the image source.
+            label: int64, -1 for none; index: int64, the place in the image source; and one of
+            latent: float32 (c, h, w);
+            moments: (2c, h, w) in the stored precision, for posterior="moments";
+            indices: int64 (h, w), for a set of codes.
         """
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.path}: sample {i} of {len(self)}")
-        return self._sample(i, "epoch", int(self._epoch))
+        return self._batch(i) if isinstance(i, (Sequence, np.ndarray)) else self._one(int(i))
 
     def sample(self, index: int, position: int, size: int | None = None) -> dict[str, Any]:
         """Sample `index` as the training sample at global `position`: the noise is a function of (seed, position).
 
         What `training.loader` asks for. `size` has no meaning here.
         """
-        return self._sample(index, "position", position)
+        return self._one(index, "position", position)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch gives other posterior samples (for `__getitem__`; workers see it at once)."""
+        """Another epoch gives other posterior samples (for indexing; workers see it at once)."""
         self._epoch.fill_(epoch)
 
     def id(self, i: int) -> str:
         """The id of sample `i` in the image source; reads a sidecar."""
-        number, row = self._place(i)
+        number, row = self.place(i)
         return self._ids(number)[row]
 
-    def _sample(self, i: int, *key: int | str) -> dict[str, Any]:
-        number, row = self._place(i)
-        shard = self._shard(number)
-        index = int(shard.index[row])
-        moments = shard.moments
-        if self.posterior == "mean":
-            latent = self._tensor(moments[row, : self.manifest.latent_shape[0]])
-        else:
-            rng = generator(self.seed, "posterior", *key, *([index] if key[0] == "epoch" else []))
-            noise = torch.randn(self.manifest.latent_shape, generator=rng)
-            if shard.moments_flipped is not None and torch.rand((), generator=rng) < 0.5:
-                moments = shard.moments_flipped
-            mean, logvar = self._tensor(moments[row]).chunk(2)
-            latent = mean + torch.exp(0.5 * logvar) * noise
-        return {"latent": latent, "label": int(shard.label[row]), "index": index}
-
-    def _tensor(self, stored: np.ndarray) -> Tensor:
-        """A copy as float32."""
-        return torch.from_numpy(np.array(stored)).view(STORED_DTYPES[self.manifest.dtype]).float()
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """(shard number, row in it) of sample `i`."""
+    def place(self, i: int) -> tuple[int, int]:
+        """(shard number, row in it) of sample `i`. Raises: IndexError."""
+        if not -len(self._rows) <= i < len(self._rows):
+            raise IndexError(f"{self.where}: sample {i} of {len(self)}")
         place = int(self._rows[i])
-        number = int(np.searchsorted(self._ends, place, side="right"))
-        return number, place - int(self._ends[number]) + self.manifest.shards[number].count
+        number = bisect_right(self._ends, place)
+        return number, place - self._starts[number]
+
+    def _one(self, i: int, *position: int | str) -> dict[str, Any]:
+        stored, label, index, key = self._row(i, position)
+        values: np.ndarray = np.empty(self._shape, self._kind)
+        self._fill(values, stored, key, self._scratch())
+        return {self._name: self._tensor(values), "label": label, "index": index}
+
+    def _batch(self, samples: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        # numpy's memory: from 4 MiB it asks for huge pages, torch's costs a page fault every 4 KiB
+        values: np.ndarray = np.empty((len(samples), *self._shape), self._kind)
+        numbers, scratch = np.empty((2, len(samples)), np.int64), self._scratch()
+        for place, i in enumerate(samples):
+            stored, numbers[0, place], numbers[1, place], key = self._row(i, ())
+            self._fill(values[place], stored, key, scratch)
+        label, index = torch.from_numpy(numbers)
+        return {self._name: self._tensor(values), "label": label, "index": index}
+
+    def _row(self, i: int, position: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
+        """(what is stored for sample `i` or its mirror image, not copied; label; source index; key of its noise).
+        `position`: what the randomness depends on; empty: epoch and source index."""
+        number, row = self.place(i)
+        shard = self._shard(number)
+        index = shard["index"].item(row)
+        key = position or ("epoch", int(self._epoch), index)
+        flip = self.flip and torch.rand((), generator=generator(self.seed, "mirror", *key)) < 0.5
+        stored = shard[self.manifest.content + FLIPPED if flip else self.manifest.content]
+        return stored[row], shard["label"].item(row), index, key
+
+    def _scratch(self) -> tuple[Tensor, Tensor] | None:
+        """Room for one stored row, and for it in float32; None where rows are given as they are stored."""
+        if self._name != "latent":
+            return None
+        row: np.ndarray = np.empty(self.layout.sample_shape, self._stored_kind)
+        return torch.from_numpy(row), torch.empty(self.layout.sample_shape)
+
+    def _fill(
+        self, values: np.ndarray, stored: np.ndarray, key: tuple[int | str, ...], scratch: tuple[Tensor, Tensor] | None
+    ) -> None:
+        if scratch is None:
+            values[...] = stored
+            return
+        row, full = scratch
+        row.numpy()[...] = stored  # the only copy out of the mapped file; the rest happens in the processor's cache
+        latent, cached = torch.from_numpy(values), row.view(STORED_DTYPES[self.manifest.dtype])
+        if self.manifest.content != "moments" or self.posterior == "mean":
+            latent.copy_(cached[: len(latent)])
+            return
+        mean, logvar = full.copy_(cached).chunk(2)
+        latent.normal_(generator=generator(self.seed, "posterior", *key))
+        latent.mul_(logvar.mul_(0.5).exp_()).add_(mean)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.view(torch.bfloat16) if self._kind is np.uint16 else tensor
 
     def _shard(self, number: int) -> OpenShard:
-        if number not in self._open:
-            manifest, record = self.manifest, self.manifest.shards[number]
-            self._open[number] = open_shard(
-                self.path / record.file, record, manifest.latent_shape, manifest.dtype,
-                flipped=manifest.flipped, verify=self.verify,
-            )  # fmt: skip
-        return self._open[number]
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        verify = self.verify and not self._verified[number]
+        shard = open_shard(self.manifest.where, number, self.index[number], self.layout, verify=verify)
+        self._verified[number] |= verify
+        self._open[number] = shard
+        if len(self._open) > MOST_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard
 
     def _ids(self, number: int) -> list[str]:
-        record = self.manifest.shards[number]
-        path = (self.path / record.file).with_suffix(".json")
-        sidecar = read_sidecar(path)
-        if sidecar.record != record or len(sidecar.ids) != record.count:
-            raise UserError(f"{path}: is not of the shard that the manifest describes; encode that shard again")
-        return sidecar.ids
+        sidecar = read_sidecar(self.manifest.where, number)
+        if sidecar.header.record != self.index[number]:
+            raise UserError(
+                f"{self.where}: the sidecar of shard {number} is not of the shard that the manifest describes; "
+                f"{MAKE_AGAIN}"
+            )
+        return [sample.id for sample in sidecar.samples]
 
     def _select(self, part: Part, held_out: float) -> Sequence[int] | np.ndarray:
         count = self.manifest.count
         if part == "all":
             return range(count)
-        ids = (id for number in range(len(self.manifest.shards)) for id in self._ids(number))
+        ids = (id for number in range(len(self.index)) for id in self._ids(number))
         rows = np.array([row for row, id in enumerate(ids) if part_of(id, held_out) == part], np.int64)
         if not len(rows):
             raise UserError(
-                f"{self.path}: none of {count} samples falls into the {part} part at held_out={held_out}; "
+                f"{self.where}: none of {count} samples falls into the {part} part at held_out={held_out}; "
                 "change held_out or encode more images"
             )
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
         """Mapped files are opened anew in the process that unpickles this; they would travel as copies."""
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": OrderedDict()}

@@ -1,7 +1,8 @@
 """The manifest: what a folder of latent shards is, where it came from, and what is in it.
 
-`plan.json` (the `Origin`) is written before the first shard, `manifest.json` (the `Manifest`, the same fields and more)
-after the last one: a folder without a manifest is unfinished. Owns both files, not the shards.
+A set grows in segments: the first encoding, and one for each time that images were appended. `plan.json` (an `Origin`;
+`plan-000001.json` for the next segment) is written before the first shard of its segment, `manifest.json` after the
+last one: a folder without a manifest is unfinished. Owns these files, not the shards, and not their index.
 """
 
 from __future__ import annotations
@@ -9,47 +10,70 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
-from ldm_vae.files import write_json
+from ldm_vae.files import readable_json
+from ldm_vae.latents.contents import INDEX_DTYPES, LATENT_DTYPES, Layout
+from ldm_vae.latents.index import IndexPart, ShardIndex, read_index
 from ldm_vae.latents.normalizer import LatentNormalizer
+from ldm_vae.latents.statistics import combine
+from ldm_vae.storage import Folder, open_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-PLAN = "plan.json"
-SHARD_NAME = re.compile(r"shard-\d{6,}\.safetensors")
-_RESTORE = "delete it and run the same `ldm-vae encode` command again, which rebuilds it from the shards"
+RESTORE = "run the same `ldm-vae encode` command again, which rebuilds it from the shards"
+
+
+def plan_name(segment: int) -> str:
+    return f"plan-{segment:06d}.json" if segment else "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Everything that decides the bytes of the shards.
+class Recipe:
+    """How the latents of a set are made: the same for all of its shards.
 
     Attributes:
-        autoencoder: `fingerprint` and `encoder_fingerprint` ("sha256:..."), `class` and `config` of the autoencoder.
+        autoencoder: `fingerprint` and `encoder_fingerprint` ("sha256:..."), `class` and `config`; for codes also
+            `token_fingerprint`, which covers the quantizer.
         preprocessing: what was done to a picture, see `data.transforms.preprocessing_record`.
-        dataset: `source`, `part`, `fingerprint`, `label_names` and `count` (images; None in the plan of a stream).
-        dtype: of the stored moments: float16, bfloat16 or float32.
-        latent_shape: (c, h, w).
-        flipped: whether the moments of each image's mirror image are stored too.
-        encoding: `batch`, `shard_size` and `precision` of the computation; the last bits depend on them.
-        content: "moments": posterior mean and log-variance, unscaled.
+        content, dtype, latent_shape (c, h, w), flipped: see `contents.Layout`.
+        encoding: `batch`, `shard_size` and `precision` of the computation, on which the last bits depend; `seed` of
+            the noise where samples are stored.
     """
 
     autoencoder: dict[str, Any]
     preprocessing: dict[str, Any]
-    dataset: dict[str, Any]
+    content: str
     dtype: str
     latent_shape: tuple[int, int, int]
     flipped: bool
     encoding: dict[str, Any]
-    content: str = "moments"
     format_version: int = FORMAT_VERSION
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.content, self.dtype, self.latent_shape, self.flipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin(Recipe):
+    """The plan of a segment: everything that decides the bytes of its shards.
+
+    Attributes:
+        dataset: `source`, `part`, `held_out` (None for part "all"), `fingerprint`, `label_names` and `count` (images;
+            None in the plan of a stream).
+        first_shard, first_index: where its shards and source indices begin; those of earlier segments come before.
+    """
+
+    dataset: dict[str, Any]
+    first_shard: int = 0
+    first_index: int = 0
 
     @property
     def digest(self) -> str:
@@ -57,39 +81,52 @@ class Origin:
         return configuration.digest(self)
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """A shard: the source indices `first_index` to `last_index` (inclusive), of which `count` could be read."""
-
-    file: str
-    count: int
-    first_index: int
-    last_index: int
-    checksum: str
-
-
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Origin):
+class Manifest(Recipe):
     """A finished set.
 
     Attributes:
-        shards: in the order of their source indices.
-        statistics: `mean` [c] and `std` [c] of posterior samples over the whole set, `count` of latents measured.
-        rejected: images left out; quarantine.jsonl names them.
+        datasets: for each segment its `Origin.dataset`, with `first_shard`, `first_index` and `plan`, the digest.
+        label_names: of the classes, all segments together.
+        count, rejected, shards: samples; images left out, which quarantine.jsonl names; shards.
+        index: the files that list the shards.
+        statistics: `mean` [c] and `std` [c] of the latents as a trainer sees them, `count` of latents measured. Of
+            codes: `codebook_size`.
+        where: the folder it was read from; not part of the file.
     """
 
-    shards: tuple[ShardRecord, ...]
-    statistics: dict[str, Any]
+    datasets: tuple[dict[str, Any], ...]
+    label_names: tuple[str, ...]
+    count: int
     rejected: int
+    shards: int
+    index: tuple[IndexPart, ...]
+    statistics: dict[str, Any]
+    where: Folder = field(compare=False, repr=False)
 
-    @property
-    def count(self) -> int:
-        """Samples in the set."""
-        return sum(shard.count for shard in self.shards)
-
-    @property
+    @cached_property
     def normalizer(self) -> LatentNormalizer:
+        """Raises: UserError for a set of codes, and for constants that cannot be."""
+        if self.content == "indices":
+            raise UserError(
+                f"{self.where.location}: holds codes (content is indices), a diffusion model needs latents; "
+                "encode with store=moments or store=mean"
+            )
         return LatentNormalizer.from_dict(self.statistics)
+
+    @cached_property
+    def shard_index(self) -> ShardIndex:
+        """Of all shards. Raises: UserError when it is damaged or says something else than the manifest."""
+        channels = 0 if self.content == "indices" else self.latent_shape[0]
+        index = read_index(self.where, self.index, channels, RESTORE)
+        found = {"shards": len(index), "count": index.count, "rejected": index.rejected}
+        for name, value in found.items():
+            if value != getattr(self, name):
+                raise UserError(
+                    f"{self.where.location}: {name} is {getattr(self, name)} in {MANIFEST} and {value} in the index; "
+                    f"{RESTORE}"
+                )
+        return index
 
     def check_autoencoder(self, encoder_fingerprint: str, where: str) -> None:
         """Raises: UserError unless these latents were made by the encoder with this fingerprint.
@@ -103,73 +140,136 @@ class Manifest(Origin):
                 f"{short(made_by)}; give the autoencoder that made them, or encode again with this one"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What manifest.json holds, without its digest."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "where"}
+        values["index"] = [dataclasses.asdict(part) for part in self.index]
+        return json.loads(json.dumps(values))
 
-def write_plan(directory: Path, origin: Origin) -> None:
-    write_json(directory / PLAN, configuration.to_dict(origin))
+
+def measure(index: ShardIndex, layout: Layout, codebook_size: int | None) -> dict[str, Any]:
+    """The statistics of a manifest, which follow from the sums in its index."""
+    if codebook_size is not None:
+        return {"codebook_size": codebook_size}
+    latents = index.count * len(layout.names)
+    return combine(index.sums, latents, latents * layout.latent_shape[1] * layout.latent_shape[2])
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_plan(folder: Folder, origin: Origin, segment: int = 0) -> None:
+    folder.write(plan_name(segment), readable_json(configuration.to_dict(origin)).encode())
+
+
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Publish `manifest.json`, with the digest of its own content, so that accidents to it are found."""
-    write_json(directory / MANIFEST, {**configuration.to_dict(manifest), "digest": manifest.digest})
+    values = manifest.to_dict()
+    folder.write(MANIFEST, readable_json({**values, "digest": configuration.digest(values)}).encode())
 
 
-def read_plan(directory: Path) -> dict[str, Any]:
-    """The fields of plan.json as they stand. Raises: UserError when it is damaged or newer than this program."""
-    return _read(directory / PLAN, "restore it from a copy, or encode the images to another output")
+def read_plan(folder: Folder, segment: int = 0) -> dict[str, Any]:
+    """The fields of a plan as they stand. Raises: UserError when it is damaged or of another format version."""
+    return _read(folder, plan_name(segment), "restore it from a copy, or encode the images to another output")
 
 
-def read_manifest(directory: str | Path) -> Manifest:
+def read_origin(folder: Folder, segment: int = 0) -> Origin:
+    """A plan as an `Origin`. Raises: UserError as `read_plan`, or when fields are missing or unknown."""
+    values = read_plan(folder, segment)
+    try:
+        return Origin(**{**values, "latent_shape": tuple(values["latent_shape"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder.location}/{plan_name(segment)}: damaged ({error}); restore it from a copy") from error
+
+
+def planned_shards(origin: Origin) -> int | None:
+    """How many shards a segment gets; None for a stream whose length its plan does not know."""
+    count = origin.dataset["count"]
+    return None if count is None else -(-count // origin.encoding["shard_size"])
+
+
+def read_manifest(location: str | Path | Folder) -> Manifest:
     """The manifest of a finished set.
 
     Raises:
-        UserError: no such folder, not finished, damaged, or of a newer format.
+        UserError: no such folder, not finished, damaged, or of another format version.
     """
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        if (path.parent / PLAN).is_file():
-            raise UserError(f"{directory}: the encoding is not finished; run the same `ldm-vae encode` command again")
-        raise UserError(f"{directory}: holds no {MANIFEST}; give a folder that `ldm-vae encode` wrote")
-    values = _read(path, _RESTORE)
+    folder = open_folder(location) if isinstance(location, (str, Path)) else location
+    if not folder.exists(MANIFEST):
+        if folder.exists(plan_name(0)):
+            raise UserError(
+                f"{folder.location}: the encoding is not finished; run the same `ldm-vae encode` command again"
+            )
+        raise UserError(f"{folder.location}: holds no {MANIFEST}; give a folder that `ldm-vae encode` wrote")
+    where = f"{folder.location}/{MANIFEST}"
+    values = _read(folder, MANIFEST, f"delete it and {RESTORE}")
     digest = values.pop("digest", None)
     try:
-        values["latent_shape"] = tuple(values["latent_shape"])
-        values["shards"] = tuple(ShardRecord(**shard) for shard in values["shards"])
-        manifest = Manifest(**values)
+        edited = configuration.digest(values) != digest
+    except ValueError:  # NaN or infinity, for which there is no canonical JSON
+        edited = True
+    try:
+        for name in ("latent_shape", "datasets", "label_names"):
+            values[name] = tuple(values[name])
+        values["index"] = tuple(IndexPart(**part) for part in values["index"])
+        manifest = Manifest(**values, where=folder)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); {_RESTORE}") from error
-    if manifest.digest != digest:
-        raise UserError(f"{path}: damaged or edited, its digest does not fit its content; {_RESTORE}")
-    for shard in manifest.shards:
-        if not SHARD_NAME.fullmatch(shard.file):
-            raise UserError(f"{path}: {shard.file!r} is no name of a shard; {_RESTORE}")
+        raise UserError(f"{where}: damaged ({error}); delete it and {RESTORE}") from error
+    if edited:
+        _name_damage(manifest)
+        raise UserError(f"{where}: damaged or edited, its digest does not fit its content; delete it and {RESTORE}")
+    known = INDEX_DTYPES if manifest.content == "indices" else LATENT_DTYPES
+    if manifest.content not in ("moments", "mean", "sample", "indices") or manifest.dtype not in known:
+        raise UserError(f"{where}: content {manifest.content} in {manifest.dtype} is unknown; update ldm_vae")
     return manifest
 
 
-def _read(path: Path, advice: str) -> dict[str, Any]:
+def _name_damage(manifest: Manifest) -> None:
+    """Raises: UserError that names a statistic which is not that of the shards. The rest has no second copy."""
+    expected = measure(manifest.shard_index, manifest.layout, manifest.statistics.get("codebook_size"))
+    changes = configuration.changed_keys(expected, manifest.statistics, "statistics")
+    for key, (right, wrong) in changes.items():
+        raise UserError(
+            f"{manifest.where.location}/{MANIFEST}: damaged, {key} is {wrong} and the shards have {right}; "
+            f"delete it and {RESTORE}"
+        )
+
+
+def _read(folder: Folder, name: str, advice: str) -> dict[str, Any]:
+    where = f"{folder.location}/{name}"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(folder.read(name))
         version = values["format_version"]
         newer = version > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); {advice}") from error
-    if newer:
+        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); {advice}") from error
+    if newer or version < FORMAT_VERSION:
+        cure = "update ldm_vae" if newer else "use the release that wrote it"
         raise UserError(
-            f"{path}: has format version {version}, this program reads up to {FORMAT_VERSION}; update ldm_vae, "
-            "or encode the images to another output"
+            f"{where}: has format version {version}, this program reads {FORMAT_VERSION}; {cure}, or encode the images "
+            "to another output"
         )
     return values
 
 
-def check_same_origin(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raises: UserError that names every field of `expected` which is another one in `found`, and both values."""
-    names = [field.name for field in dataclasses.fields(Origin)]
-    changes = configuration.changed_keys(
-        {name: found.get(name) for name in names}, {name: expected.get(name) for name in names}
+def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raises: UserError that names every field of `expected` (of a plan) which is another one in `found`, and both
+    values. The decoder does not matter: what only the fingerprint of the whole autoencoder tells apart is the same."""
+    old, new = (
+        {
+            name: _without_decoder(value) if name == "autoencoder" else value
+            for name, value in values.items()
+            if name in expected
+        }
+        for values in (found, expected)
     )
+    changes = configuration.changed_keys(old, new)
     if changes:
-        shown = [f"{key} is {short(old)} there and {short(new)} here" for key, (old, new) in changes.items()]
-        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-        raise UserError(f"{where}: was made in another way: {'; '.join(shown[:3])}{more}; {advice}")
+        shown = [f"{key} is {short(there)} there and {short(here)} here" for key, (there, here) in changes.items()]
+        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+        raise UserError(f"{where}: was made in another way: {'; '.join(shown[:4])}{more}; {advice}")
+
+
+def _without_decoder(autoencoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the latents."""
+    return {key: value for key, value in autoencoder.items() if key.endswith("_fingerprint")}
 
 
 def short(value: Any) -> str:
@@ -177,3 +277,8 @@ def short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     match = re.fullmatch(r"(sha256:)?([0-9a-f]{12})[0-9a-f]{52}", text)
     return f"{match[1] or ''}{match[2]}..." if match else text if len(text) <= 80 else text[:77] + "..."
+
+
+def merge_label_names(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    """`known`, then those of `more` that are new: the numbers of known classes stay."""
+    return (*known, *(name for name in more if name not in known))

@@ -26,8 +26,9 @@ class LatentNormalizer:
         for channel, (centre, width) in enumerate(zip(self.mean, self.std)):
             if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
                 raise UserError(
-                    f"latent statistics: channel {channel} has mean {centre} and std {width}, which must be positive: "
-                    "the channel is dead or the manifest damaged; encode again with a healthy autoencoder"
+                    f"latent statistics: channel {channel} has mean {centre} and std {width}, which must be finite and "
+                    "the std above 0: the channel is dead or the file damaged; restore it, or encode again with a "
+                    "healthy autoencoder"
                 )
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -43,8 +44,14 @@ class LatentNormalizer:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatentNormalizer:
-        """From `to_dict()`, or from the statistics of a manifest."""
-        return cls(values["mean"], values["std"])
+        """From `to_dict()`, or from the statistics of a manifest. Raises: UserError also where they are no numbers."""
+        try:
+            return cls(values["mean"], values["std"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"latent statistics: mean is {values.get('mean')} and std is {values.get('std')}, which must be a "
+                "number for each channel; restore the file that they come from"
+            ) from error
 
     def _constant(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         if like.ndim < 3 or like.shape[-3] != len(values):

@@ -10,7 +10,8 @@ import torch
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
+from ldm_vae.latents.encode import encode_dataset, make_accelerator
+from ldm_vae.latents.settings import EncodeConfig
 
 Encode = Callable[..., int]
 
@@ -45,7 +46,7 @@ def settings(autoencoder_directory: Path, image_folder: Path) -> list[str]:
 def encode(settings: list[str]) -> Encode:
     """encode(output, *overrides) in this process."""
 
-    def run(output: Path, *overrides: str) -> int:
+    def run(output: Path | str, *overrides: str) -> int:
         config = configuration.load(EncodeConfig, None, [*settings, f"output={output}", *overrides])
         return encode_dataset(config, make_accelerator(config))
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ldm_vae.autoencoder.interface import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
@@ -15,6 +16,7 @@ from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.split import part_of
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
+from ldm_vae.latents import dataset as dataset_module
 from ldm_vae.latents.dataset import LatentDataset
 
 
@@ -36,7 +38,7 @@ def test_samples_are_those_of_the_autoencoder(latents, flipped, images, autoenco
     source, autoencoder = FolderSource(image_folder), load_autoencoder(autoencoder_directory)
     expected, _ = encode_moments(autoencoder, images)
     for path, tolerance in ((flipped, 1e-5), (latents, 2e-3)):
-        dataset = LatentDataset(path, posterior="mean")
+        dataset = LatentDataset(path, posterior="mean", flip=False)
         assert len(dataset) == len(source) == 24
         for i in range(24):
             assert dataset.id(i) == source.id(i)
@@ -114,3 +116,35 @@ def test_damage_is_found_at_the_first_touch(latents, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         LatentDataset(tmp_path / "set")[9]
+
+
+@pytest.mark.parametrize("posterior", ["sample", "mean", "moments"])
+@pytest.mark.parametrize("name", ["latents", "flipped"])
+def test_a_list_of_indices_gives_the_collated_samples(request, name, posterior):
+    dataset = LatentDataset(request.getfixturevalue(name), posterior=posterior)
+    indices = [5, 0, 23, 5, -1]
+    expected = default_collate([dataset[i] for i in indices])
+    found = dataset[indices]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value)
+        assert found[key].dtype == value.dtype
+    loader = DataLoader(dataset, batch_size=None, sampler=[indices, [1, 2]])
+    assert torch.equal(next(iter(loader))["label"], expected["label"])
+    assert dataset[np.int64(5)]["index"] == 5
+
+
+def test_more_shards_than_may_be_open_are_opened_again(latents, monkeypatch):
+    expected = [LatentDataset(latents)[i]["latent"] for i in range(24)]
+    monkeypatch.setattr(dataset_module, "MOST_OPEN_SHARDS", 2)
+    dataset = LatentDataset(latents)
+    for i in (0, 5, 9, 13, 0, 23, 9):
+        assert torch.equal(dataset[i]["latent"], expected[i])
+        assert len(dataset._open) <= 2
+
+
+def test_samples_of_each_shard_are_counted(latents):
+    assert LatentDataset(latents).shard_counts.tolist() == [4] * 6
+    part = LatentDataset(latents, part="train", held_out=0.3)
+    assert part.shard_counts.sum() == len(part) < 24
+    assert [part.place(i)[0] for i in range(len(part))] == np.repeat(np.arange(6), part.shard_counts).tolist()

@@ -6,12 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.interface import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.quantized import token_indices
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.pixels import from_uint8
 from ldm_vae.data.samples import to_tensor
@@ -31,12 +33,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_finished_set_has_these_files_and_records(latents):
-    shards = [f"shard-{number:06d}.{suffix}" for number in range(6) for suffix in ("json", "safetensors")]
-    assert sorted(contents(latents)) == ["manifest.json", "plan.json", "quarantine.jsonl", *shards]
+    shards = [f"shard-{number:06d}.{suffix}" for number in range(6) for suffix in ("jsonl", "safetensors")]
+    index = read_manifest(latents).index[0].file
+    assert sorted(contents(latents)) == [index, "manifest.json", "plan.json", "quarantine.jsonl", *shards]
     record = json.loads((latents / "run.json").read_text())
     assert record["finished"] is True
     assert record["images"] == record["images_encoded"] == 24
     assert record["images_per_second"] > 0
+    assert 0 < record["model_busy"] <= 1
     assert {"command", "started", "seconds", "versions"} <= record.keys()
 
 
@@ -73,7 +77,7 @@ def test_another_autoencoder_is_refused(encode, latents, autoencoder_directory, 
     with torch.no_grad():
         next(autoencoder.parameters())[0] += 1e-3
     autoencoder.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"autoencoder.fingerprint is sha256:\w{12}\.\.\. there and sha256:"):
+    with pytest.raises(UserError, match=r"autoencoder.encoder_fingerprint is sha256:\w{12}\.\.\. there and sha256:"):
         encode(latents, f"autoencoder={tmp_path}")
 
 
@@ -87,7 +91,7 @@ def test_other_images_are_refused(encode, latents, image_folder, tmp_path):
 def test_only_what_is_missing_is_made(encode, latents, tmp_path):
     output = tmp_path / "set"
     shutil.copytree(latents, output)
-    (output / "shard-000001.json").unlink()
+    (output / "shard-000001.jsonl").unlink()
     (output / "shard-000003.safetensors").unlink()
     truncated = output / "shard-000005.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-1])
@@ -99,9 +103,9 @@ def test_only_what_is_missing_is_made(encode, latents, tmp_path):
 
 
 def test_a_crash_at_any_publication_leaves_a_set_that_is_finished_to_the_byte(encode, latents, tmp_path, monkeypatch):
-    """Plan, 6 shards and 6 sidecars, quarantine, run record, manifest: each rename fails once."""
+    """Plan, 6 shards and 6 sidecars, quarantine, index, run record, manifest: each rename fails once."""
     rename = os.replace
-    for publication in range(16):
+    for publication in range(17):
         output, done = tmp_path / str(publication), []
 
         def crash(source, target, publication=publication, done=done):
@@ -123,7 +127,7 @@ def test_a_full_disk_is_named_and_costs_no_shard(encode, latents, tmp_path, monk
     output, sync = tmp_path / "set", os.fsync
 
     def full(descriptor):
-        if len(list(output.glob("shard-*.json"))) == 2:
+        if len(list(output.glob("shard-*.jsonl"))) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)
 
@@ -148,8 +152,8 @@ def test_unreadable_images_are_left_out_and_listed(encode, image_folder, tmp_pat
     assert lines[0]["index"] == 2
     assert lines[0]["reason"] == "unknown_format"
     manifest = read_manifest(output)
-    assert (manifest.count, manifest.rejected, manifest.dataset["count"]) == (19, 5, 24)
-    assert [shard.count for shard in manifest.shards] == [3, 4, 0, 4, 4, 4]
+    assert (manifest.count, manifest.rejected, manifest.datasets[0]["count"]) == (19, 5, 24)
+    assert manifest.shard_index.counts.tolist() == [3, 4, 0, 4, 4, 4]
     dataset = LatentDataset(output, posterior="mean")
     assert [dataset[i]["index"] for i in range(19)] == [0, 1, *range(3, 8), *range(12, 24)]
     assert dataset.id(7).startswith("b/")
@@ -197,7 +201,7 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
         lock.write("4711")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="process 4711 is encoding here"):
+        with pytest.raises(UserError, match="4711 is at work here"):
             encode(tmp_path / "set")
     assert encode(tmp_path / "set") == 0
 
@@ -208,6 +212,13 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
         (["autoencoder=nowhere/at/all"], "nowhere/at/all: no such directory"),
         (["dtype=float64"], "dtype"),
         (["resolution=36"], "36 is not a multiple of 8.*take 32 or 40"),
+        (["resolution=32x"], "'32x' is no size; give 512, 512x768"),
+        (["resolution=32,32"], "names a size twice"),
+        (["store=indices"], "AutoencoderWavelet has no codes; use store=moments"),
+        (["store=indices", "dtype=float16"], "dtype: has no effect on codes"),
+        (["seed=1"], "seed: has no effect with store=auto"),
+        (["share=4/4"], "share: '4/4' is no share; give 0/16"),
+        (["maximum_rejected=1"], "maximum_rejected: 1.0 is no share"),
         (["shard_size=5"], "shard_size: 5 is not a multiple of batch"),
         (["data.path=nowhere"], "data.path: nowhere: no such folder"),
         (["data.cache_megabytes=1"], "has no effect"),
@@ -234,7 +245,7 @@ def test_command_line(settings, tmp_path, capsys):
     assert "6 shards" in capsys.readouterr().out
     assert not (tmp_path / "set").exists()
     assert cli.main(["encode", "resolution=64", "--print-config"]) == 0
-    assert "resolution: 64" in capsys.readouterr().out
+    assert "resolution: '64'" in capsys.readouterr().out
     assert cli.main(words[:-1]) == EXIT_USER_ERROR
     assert "output is required" in capsys.readouterr().err
     assert cli.main(words) == 0
@@ -255,3 +266,110 @@ def test_diffusers_own_autoencoder_and_bf16(encode, tmp_path):
     assert dataset[0]["latent"].shape == (5, 8, 8)
     assert dataset[0]["latent"].dtype == torch.float32
     assert dataset.manifest.autoencoder["class"] == "AutoencoderKL"
+
+
+@pytest.fixture(scope="module")
+def token_autoencoder(tmp_path_factory) -> Path:
+    from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tokens")
+    AutoencoderQuantized(
+        latent_channels=3, codebook_size=20, encoder_channels=(8, 16), encoder_blocks=(1, 1),
+        decoder_channels=(16, 8, 8, 8), decoder_blocks=(1, 0, 0, 0),
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def test_codes_are_stored_as_the_smallest_integers(encode, token_autoencoder, image_folder, tmp_path):
+    encode(tmp_path / "set", f"autoencoder={token_autoencoder}", "store=indices", "flip=true")
+    dataset = LatentDataset(tmp_path / "set", flip=False)
+    manifest = dataset.manifest
+    assert (manifest.content, manifest.dtype, manifest.layout.sample_bytes) == ("indices", "uint16", 2 * 4 * 4 * 2)
+    assert manifest.statistics == {"codebook_size": 20}
+    images = from_uint8(torch.stack([to_tensor(cover_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)]))
+    expected = token_indices(load_autoencoder(token_autoencoder), images)
+    assert torch.equal(torch.stack([dataset[i]["indices"] for i in range(24)]), expected)
+    assert expected.unique().numel() > 1
+    assert dataset[3]["label"] == 0
+    with pytest.raises(UserError, match=r"holds codes.*encode with store=moments"):
+        dataset.normalizer  # noqa: B018
+
+
+def test_a_deterministic_autoencoder_stores_means(encode, token_autoencoder, tmp_path):
+    encode(tmp_path / "set", f"autoencoder={token_autoencoder}")
+    assert read_manifest(tmp_path / "set").content == "mean"
+    with pytest.raises(UserError, match="deterministic, its latents have no spread; use store=mean"):
+        encode(tmp_path / "other", f"autoencoder={token_autoencoder}", "store=sample")
+
+
+def test_means_and_samples_are_those_of_the_moments(encode, tmp_path):
+    for store, seed in (("moments", 0), ("mean", 0), ("sample", 0), ("sample", 1)):
+        seeds = [f"seed={seed}"] if seed else []
+        encode(tmp_path / f"{store}{seed}", f"store={store}", "dtype=float32", *seeds)
+    moments = LatentDataset(tmp_path / "moments0", posterior="moments")
+    mean, logvar = torch.stack([moments[i]["moments"] for i in range(24)]).chunk(2, 1)
+    means, samples, others = (
+        torch.stack([LatentDataset(tmp_path / name)[i]["latent"] for i in range(24)])
+        for name in ("mean0", "sample0", "sample1")
+    )
+    assert torch.equal(means, mean)
+    noise = (samples - mean) / torch.exp(0.5 * logvar)
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
+    assert not torch.equal(samples, others)
+    stored = read_manifest(tmp_path / "mean0").statistics
+    np.testing.assert_allclose(stored["std"], mean.double().std((0, 2, 3), correction=0), rtol=1e-6)
+    with pytest.raises(UserError, match="posterior=sample needs stored moments, this set holds mean"):
+        LatentDataset(tmp_path / "mean0", posterior="sample")
+
+
+def test_stored_samples_do_not_depend_on_threads_and_batches_of_noise(encode, tmp_path):
+    encode(tmp_path / "one", "store=sample", "flip=true", "threads=1")
+    encode(tmp_path / "two", "store=sample", "flip=true", "threads=3", "workers=2")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_several_sizes_are_a_set_each(encode, latents, tmp_path):
+    encode(tmp_path / "sets", "resolution=32,32x48")
+    square, wide = (read_manifest(tmp_path / "sets" / name) for name in ("32", "32x48"))
+    assert contents(tmp_path / "sets" / "32") == contents(latents)
+    assert wide.latent_shape == (3, 4, 6)
+    assert (wide.preprocessing["height"], wide.preprocessing["width"]) == (32, 48)
+    assert [square.count, wide.count] == [24, 24]
+
+
+def test_shares_of_independent_jobs_make_the_set_together(encode, latents, tmp_path, capsys):
+    for share in ("0/3", "2/3"):
+        encode(tmp_path / "set", f"share={share}")
+    assert "the same command without share completes" in capsys.readouterr().out
+    assert len(list((tmp_path / "set").glob("shard-*.jsonl"))) == 4
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    encode(tmp_path / "set")
+    assert json.loads((tmp_path / "set" / "run.json").read_text())["images_encoded"] == 8
+    made = {name: data for name, data in contents(tmp_path / "set").items() if not name.endswith(".lock")}
+    assert made == contents(latents)
+
+
+def test_too_many_unreadable_images_stop_the_job(encode, image_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    for name in ("004", "016", "018"):
+        (images / "a" / f"{name}.png").write_bytes(b"no picture")
+    settings = [f"data.path={images}", "maximum_rejected=0.1"]
+    with pytest.raises(UserError, match=r"3 of 24 images cannot be read, more than maximum_rejected=0.1 allows"):
+        encode(tmp_path / "set", *settings)
+    (images / "a" / "018.png").unlink()  # 2 of 23
+    encode(tmp_path / "other", *settings)
+    assert read_manifest(tmp_path / "other").rejected == 2
+
+
+def test_a_decoder_that_was_trained_further_continues_the_set(encode, latents, autoencoder_directory, tmp_path):
+    shutil.copytree(latents, tmp_path / "set")
+    (tmp_path / "set" / "shard-000002.safetensors").unlink()
+    autoencoder = load_autoencoder(autoencoder_directory)
+    with torch.no_grad():
+        next(autoencoder.decoder.parameters()).add_(0.1)
+    autoencoder.save_pretrained(tmp_path / "polished")
+    encode(tmp_path / "set", f"autoencoder={tmp_path / 'polished'}")
+    assert contents(tmp_path / "set") == contents(latents)

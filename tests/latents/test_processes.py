@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path,
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
     job = start(*settings, f"output={tmp_path / 'set'}")
     deadline = time.monotonic() + 60
-    while len(list((tmp_path / "set").glob("shard-*.json"))) < 3 and time.monotonic() < deadline:
+    while len(list((tmp_path / "set").glob("shard-*.jsonl"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.002)
     job.send_signal(number)
     job.communicate(timeout=60)
@@ -59,3 +60,36 @@ def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path,
     encode(tmp_path / "set", *settings)
     encode(tmp_path / "whole", *settings)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, latents, tmp_path):
+    jobs = [start(*settings, f"output={tmp_path / 'set'}") for _ in range(2)]
+    outputs = [job.communicate(timeout=120)[0] for job in jobs]
+    codes = sorted(job.returncode for job in jobs)
+    assert codes in ([0, 0], [0, 2]), outputs  # the second may come when the first has finished
+    assert any("is at work here" in output or "finished already" in output for output in outputs)
+    assert contents(tmp_path / "set") == contents(latents)
+
+
+@pytest.mark.slow
+def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(encode, settings, tmp_path):
+    """30 trials, each killed three times at a random moment, each time with 1 or 2 processes."""
+    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=200"]
+    settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
+    encode(tmp_path / "whole", *settings)
+    choose, killed = random.Random(0), 0
+    for trial in range(30):
+        output = tmp_path / str(trial)
+        for _ in range(3):
+            job = start(*settings, f"output={output}", processes=choose.choice([1, 1, 2]))
+            deadline, before = time.monotonic() + 60, len(list(output.glob("shard-*.jsonl")))
+            more = choose.randrange(1, 30)
+            while len(list(output.glob("shard-*.jsonl"))) < before + more and job.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            killed += job.poll() is None
+            subprocess.run(["pkill", "-KILL", "-f", str(output)], check=False)
+            job.communicate(timeout=60)
+        encode(output, *settings)
+        assert contents(output) == contents(tmp_path / "whole")
+    assert killed > 60

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -10,27 +11,26 @@ import torch
 from safetensors import safe_open
 
 from ldm_vae.errors import UserError
-from ldm_vae.latents.shard import (
-    STORED_DTYPES,
-    Rejection,
-    Shard,
-    finished_sidecar,
-    open_shard,
-    read_sidecar,
-    write_shard,
-)
+from ldm_vae.latents.contents import STORED_DTYPES, Layout
+from ldm_vae.latents.shard import Shard, open_shard, row_checksums, write_shard
+from ldm_vae.latents.sidecar import Header, Rejection, read_header, read_sidecar
+from ldm_vae.storage import open_folder
 
-SHAPE = (3, 4, 6)
+LAYOUT = Layout("moments", "float16", (3, 4, 6), flipped=True)
+NAME = "shard-000000.safetensors"
 
 
-def shard(count: int = 5, dtype: str = "float16", flipped: bool = True) -> Shard:
+def shard(count: int = 5, layout: Layout = LAYOUT) -> Shard:
     torch.manual_seed(0)
-    moments = torch.randn(count, 6, 4, 6).to(STORED_DTYPES[dtype])
+    rows = torch.randint(0, 60000, (count, *layout.sample_shape))
+    if layout.content != "indices":
+        rows = torch.randn(rows.shape).to(STORED_DTYPES[layout.dtype])
+    else:
+        rows = torch.from_numpy(rows.numpy().astype(layout.dtype))
     return Shard(
         first_index=40,
         last_index=40 + count,
-        moments=moments,
-        moments_flipped=moments.flip(-1) if flipped else None,
+        tensors={name: rows if name == layout.content else rows.roll(1, -1) for name in layout.names},
         labels=list(range(count)),
         indices=list(range(40, 40 + count)),
         ids=[f"image-{i}" for i in range(count)],
@@ -38,55 +38,69 @@ def shard(count: int = 5, dtype: str = "float16", flipped: bool = True) -> Shard
     )
 
 
-@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def write(path: Path, number: int = 0, written: Shard | None = None, layout: Layout = LAYOUT) -> Header:
+    return write_shard(open_folder(path), number, written or shard(layout=layout), layout, "origin")
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype"),
+    [("moments", "float16"), ("moments", "bfloat16"), ("mean", "float32"), ("indices", "uint16"), ("indices", "int32")],
+)
 @pytest.mark.parametrize("flipped", [False, True])
-def test_round_trip(tmp_path, dtype, flipped):
-    written = shard(dtype=dtype, flipped=flipped)
-    sidecar = write_shard(tmp_path, 7, written, "origin")
-    assert read_sidecar(tmp_path / "shard-000007.json") == sidecar
-    opened = open_shard(tmp_path / sidecar.record.file, sidecar.record, SHAPE, dtype, flipped=flipped, verify=True)
-    read = torch.from_numpy(np.array(opened.moments)).view(STORED_DTYPES[dtype])
-    assert torch.equal(read, written.moments)
-    assert (opened.moments_flipped is not None) == flipped
-    assert opened.label.tolist() == written.labels
-    assert opened.index.tolist() == written.indices
+def test_round_trip(tmp_path, content, dtype, flipped):
+    layout = Layout(content, dtype, (3, 4, 6), flipped)
+    written = shard(layout=layout)
+    header = write(tmp_path, 7, written, layout)
+    sidecar = read_sidecar(open_folder(tmp_path), 7)
+    assert sidecar.header.record == header.record == read_header(open_folder(tmp_path), 7).record
+    np.testing.assert_array_equal(sidecar.header.sums, header.sums)
+    assert [(sample.index, sample.id) for sample in sidecar.samples] == list(zip(written.indices, written.ids))
+    assert sidecar.rejected == written.rejected
+    opened = open_shard(open_folder(tmp_path), 7, header.record, layout, verify=True)
+    for name in layout.names:
+        read = torch.from_numpy(opened[name].copy()).view(STORED_DTYPES[dtype])
+        assert torch.equal(read, written.tensors[name])
+    assert (f"{content}_flipped" in opened) == flipped
+    assert opened["label"].tolist() == written.labels
+    assert opened["index"].tolist() == written.indices
+    assert row_checksums(opened) == [sample.checksum for sample in sidecar.samples]
 
 
 def test_safetensors_itself_reads_it_and_finds_one_metadata_key(tmp_path):
-    write_shard(tmp_path, 0, shard(), "origin")
-    with safe_open(tmp_path / "shard-000000.safetensors", "pt") as file:
+    write(tmp_path)
+    with safe_open(tmp_path / NAME, "pt") as file:
         assert set(file.keys()) == {"moments", "moments_flipped", "label", "index"}
-        assert torch.equal(file.get_tensor("moments"), shard().moments)
+        assert torch.equal(file.get_tensor("moments"), shard().tensors["moments"])
         assert list(file.metadata()) == ["ldm_vae"]
-        assert json.loads(file.metadata()["ldm_vae"]) == {"format_version": 1, "origin": "origin", "shard": 0}
+        assert json.loads(file.metadata()["ldm_vae"]) == {"format_version": 2, "origin": "origin", "shard": 0}
 
 
 def test_equal_content_gives_equal_bytes(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
-        write_shard(tmp_path / name, 0, shard(), "origin")
-    for name in ("shard-000000.safetensors", "shard-000000.json"):
+        write(tmp_path / name)
+    for name in (NAME, "shard-000000.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_shard_of_rejected_images_only_is_a_shard(tmp_path):
-    sidecar = write_shard(tmp_path, 0, shard(0), "origin")
-    opened = open_shard(tmp_path / sidecar.record.file, sidecar.record, SHAPE, "float16", flipped=True, verify=True)
-    assert opened.moments.shape == (0, 6, 4, 6)
-    assert sidecar.rejected[0].id == "broken"
+    header = write(tmp_path, 0, shard(0))
+    opened = open_shard(open_folder(tmp_path), 0, header.record, LAYOUT, verify=True)
+    assert opened["moments"].shape == (0, 6, 4, 6)
+    assert read_sidecar(open_folder(tmp_path), 0).rejected[0].id == "broken"
 
 
 def test_every_flipped_bit_and_cut_is_found(tmp_path):
-    sidecar = write_shard(tmp_path, 0, shard(), "origin")
-    path = tmp_path / sidecar.record.file
+    record = write(tmp_path).record
+    path = tmp_path / NAME
     whole = path.read_bytes()
 
     def refused(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            open_shard(path, sidecar.record, SHAPE, "float16", flipped=True, verify=True)
+            open_shard(open_folder(tmp_path), 0, record, LAYOUT, verify=True)
         except UserError as error:
-            return "shard-000000.safetensors: damaged" in str(error) and "again" in str(error)
+            return f"{NAME}: damaged" in str(error) and "repair" in str(error)
         return False
 
     choose = random.Random(0)
@@ -101,6 +115,18 @@ def test_every_flipped_bit_and_cut_is_found(tmp_path):
     assert not refused(whole)
 
 
+def test_every_flipped_bit_of_a_sidecar_is_found(tmp_path):
+    header = write(tmp_path)
+    path = tmp_path / "shard-000000.jsonl"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert read_sidecar(open_folder(tmp_path), 0).header.record != header.record, place
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -113,36 +139,30 @@ def test_every_flipped_bit_and_cut_is_found(tmp_path):
     ],
 )
 def test_headers_are_judged_without_a_checksum_too(tmp_path, data):
-    sidecar = write_shard(tmp_path, 0, shard(), "origin")
-    path = tmp_path / sidecar.record.file
-    path.write_bytes(data)
+    record = write(tmp_path).record
+    (tmp_path / NAME).write_bytes(data)
     with pytest.raises(UserError, match="shard-000000"):
-        open_shard(path, sidecar.record, SHAPE, "float16", flipped=True, verify=False)
+        open_shard(open_folder(tmp_path), 0, record, LAYOUT, verify=False)
 
 
 def test_a_cut_file_is_refused_before_it_is_mapped(tmp_path):
-    sidecar = write_shard(tmp_path, 0, shard(), "origin")
-    path = tmp_path / sidecar.record.file
+    record = write(tmp_path).record
+    path = tmp_path / NAME
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="cut off"):
-        open_shard(path, sidecar.record, SHAPE, "float16", flipped=True, verify=False)
+        open_shard(open_folder(tmp_path), 0, record, LAYOUT, verify=False)
 
 
-def test_a_shard_of_another_shape_or_precision_is_refused(tmp_path):
-    sidecar = write_shard(tmp_path, 0, shard(), "origin")
-    path = tmp_path / sidecar.record.file
-    for shape, dtype, flipped in [((4, 4, 6), "float16", True), (SHAPE, "float32", True), (SHAPE, "float16", False)]:
-        with pytest.raises(UserError, match="the manifest says"):
-            open_shard(path, sidecar.record, shape, dtype, flipped=flipped, verify=False)
-
-
-def test_only_a_whole_shard_of_this_plan_is_finished(tmp_path: Path):
-    sidecar = write_shard(tmp_path, 0, shard(), "origin")
-    path = tmp_path / sidecar.record.file
-    assert finished_sidecar(tmp_path, 0, "origin") == sidecar
-    assert finished_sidecar(tmp_path, 0, "another") is None
-    assert finished_sidecar(tmp_path, 1, "origin") is None
-    path.write_bytes(path.read_bytes()[:-1])
-    assert finished_sidecar(tmp_path, 0, "origin") is None
-    path.unlink()
-    assert finished_sidecar(tmp_path, 0, "origin") is None
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("moments", "float16", (4, 4, 6), flipped=True),
+        Layout("moments", "float32", (3, 4, 6), flipped=True),
+        Layout("moments", "float16", (3, 4, 6), flipped=False),
+        Layout("mean", "float16", (3, 4, 6), flipped=True),
+    ],
+)
+def test_a_shard_of_another_layout_is_refused(tmp_path, layout):
+    record = write(tmp_path).record
+    with pytest.raises(UserError, match="the manifest says"):
+        open_shard(open_folder(tmp_path), 0, record, layout, verify=False)

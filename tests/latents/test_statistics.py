@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from ldm_vae.latents.statistics import channel_sums, combine
+
+POSITIONS = 5 * 7
 
 
 def moments(count: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -14,10 +18,15 @@ def moments(count: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.cat([mean, logvar], 1).to(dtype)
 
 
+def measured(*shards: torch.Tensor) -> dict[str, Any]:
+    latents = sum(len(shard) for shard in shards)
+    return combine(np.stack([channel_sums([shard], 3) for shard in shards]), latents, latents * POSITIONS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_statistics_equal_the_definition_on_the_stored_values(dtype):
     stored = moments(9, dtype)
-    statistics = combine([channel_sums([stored])])
+    statistics = measured(stored)
     mean, logvar = stored.double().numpy()[:, :3], stored.double().numpy()[:, 3:]
     expected = mean.var((0, 2, 3)) + np.exp(logvar).mean((0, 2, 3))
     np.testing.assert_allclose(statistics["mean"], mean.mean((0, 2, 3)), rtol=1e-13)
@@ -25,30 +34,31 @@ def test_statistics_equal_the_definition_on_the_stored_values(dtype):
     assert statistics["count"] == 9
 
 
+def test_of_means_alone_they_are_those_of_the_means():
+    mean = moments(9)[:, :3]
+    np.testing.assert_allclose(measured(mean)["std"], mean.double().numpy().std((0, 2, 3)), rtol=1e-12)
+
+
 def test_statistics_are_those_of_posterior_samples():
     mean, logvar = moments(16).float().chunk(2, 1)
     torch.manual_seed(1)
     samples = torch.cat([mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) for _ in range(400)])
-    statistics = combine([channel_sums([moments(16)])])
+    statistics = measured(moments(16))
     np.testing.assert_allclose(samples.mean((0, 2, 3)), statistics["mean"], atol=0.01)
     np.testing.assert_allclose(samples.std((0, 2, 3)), statistics["std"], rtol=0.01)
 
 
 def test_shards_and_order_do_not_matter():
-    parts = [channel_sums([moments(count)]) for count in (3, 5, 1)]
-    whole = combine([channel_sums([torch.cat([moments(count) for count in (3, 5, 1)])])])
-    assert combine(parts) == combine(parts[::-1])
-    np.testing.assert_allclose(combine(parts)["std"], whole["std"], rtol=1e-13)
+    parts = [moments(count) for count in (3, 5, 1)]
+    assert measured(*parts) == measured(*parts[::-1])
+    np.testing.assert_allclose(measured(*parts)["std"], measured(torch.cat(parts))["std"], rtol=1e-13)
 
 
 def test_mirror_images_count_as_latents():
-    plain, flipped = moments(4), moments(4).flip(-1)
-    assert combine([channel_sums([plain, flipped])])["count"] == 8
-    np.testing.assert_allclose(
-        combine([channel_sums([plain, flipped])])["std"], combine([channel_sums([plain])])["std"], rtol=1e-13
-    )
+    plain = moments(4)
+    both = channel_sums([plain, plain.flip(-1)], 3)
+    np.testing.assert_allclose(both, 2 * channel_sums([plain], 3), rtol=1e-13)
 
 
 def test_a_shard_without_samples_adds_nothing():
-    empty = channel_sums([moments(2)[:0]])
-    assert combine([empty, channel_sums([moments(2)])]) == combine([channel_sums([moments(2)])])
+    assert measured(moments(2)[:0], moments(2)) == measured(moments(2))

@@ -1,72 +1,82 @@
+"""Streams are encoded to what the same images give with random access, whatever is counted, shared or interrupted."""
+
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from ldm_vae import config as configuration
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.encode import EncodeConfig
-from ldm_vae.latents.images import open_images
 from ldm_vae.latents.manifest import read_manifest
+
+FILES = (5, 9, 10)
+"""Images in each file of a collection; a unit has 4."""
 
 
 @pytest.fixture(scope="module")
-def parquet(image_folder: Path, tmp_path_factory) -> Path:
+def collections(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 24 images of the folder as parquet files, as tar files, and as compressed tar files, which nobody counts."""
     import datasets
 
-    paths = sorted(image_folder.rglob("*.png"))
-    rows = {
-        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
-        "label": [int(path.parent.name == "b") for path in paths],
-    }
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    path = tmp_path_factory.mktemp("parquet") / "images.parquet"
-    datasets.Dataset.from_dict(rows, features).to_parquet(path)
-    return path
+    folder = tmp_path_factory.mktemp("collections")
+    paths = iter(sorted(image_folder.rglob("*.png")))
+    features = datasets.Features({"png": datasets.Image(), "cls": datasets.ClassLabel(names=["a", "b"])})
+    for file, count in enumerate(FILES):
+        images = [(path.name, path.read_bytes(), int(path.parent.name == "b")) for path in islice(paths, count)]
+        rows = {
+            "png": [{"bytes": data, "path": name} for name, data, _ in images],
+            "cls": [label for _, _, label in images],
+        }
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{file}.parquet", batch_size=3)
+        for name, mode in ((f"{file}.tar", "w"), (f"compressed-{file}.tar", "w:gz")):
+            with tarfile.open(folder / name, mode) as archive:  # type: ignore[call-overload]
+                for name, data, label in images:
+                    for suffix, content in (("png", data), ("cls", b"%d" % label)):
+                        member = tarfile.TarInfo(f"{name.removesuffix('.png')}.{suffix}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+    return folder
 
 
-def data(parquet: Path, streaming: bool) -> list[str]:
+KINDS = pytest.mark.parametrize("kind", ["[0-9].parquet", "[0-9].tar", "compressed-*.tar"])
+
+
+def data(pattern: Path | str, streaming: bool = True) -> list[str]:
     return [
-        *("data.source=datasets", "data.path=null", f"data.datasets.name={parquet}"),
-        *("data.datasets.label_column=label", f"data.datasets.streaming={str(streaming).lower()}"),
+        *("data.source=datasets", "data.path=null", f"data.datasets.name={pattern}"),
+        *("data.datasets.image_column=png", "data.datasets.label_column=cls", "data.datasets.label_names=[a,b]"),
+        f"data.datasets.streaming={str(streaming).lower()}",
     ]
 
 
+@KINDS
 @pytest.mark.parametrize("part", ["all", "train"])
-def test_a_stream_gives_the_latents_of_random_access(encode, parquet, tmp_path, part):
+def test_a_stream_gives_the_latents_of_random_access(encode, collections, tmp_path, kind, part):
     split = [f"part={part}", "data.held_out=0.3"]
-    encode(tmp_path / "stream", *data(parquet, True), *split, "workers=2")
-    encode(tmp_path / "whole", *data(parquet, False), *split)
+    encode(tmp_path / "stream", *data(collections / kind), *split, "workers=2")
+    encode(tmp_path / "alone", *data(collections / kind), *split, "workers=0")
+    encode(tmp_path / "whole", *data(collections / "[0-9].parquet", False), *split)
     stream, whole = (LatentDataset(tmp_path / name) for name in ("stream", "whole"))
-    assert stream.manifest.dataset["count"] == len(stream) == len(whole)
+    assert stream.manifest.datasets[0]["count"] == len(stream) == len(whole)
     assert stream.manifest.statistics == whole.manifest.statistics
     for i in range(len(whole)):
         assert torch.equal(stream[i]["latent"], whole[i]["latent"])
         assert (stream[i]["label"], stream[i]["index"], stream.id(i)) == (whole[i]["label"], i, whole.id(i))
+    for path in (tmp_path / "stream").glob("*shard*"):
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
 
 
-def test_an_interrupted_stream_is_continued(encode, parquet, tmp_path):
-    encode(tmp_path / "set", *data(parquet, True))
+@KINDS
+def test_an_interrupted_stream_is_continued(encode, collections, tmp_path, kind):
+    encode(tmp_path / "set", *data(collections / kind))
     before = read_manifest(tmp_path / "set")
-    for name in ("manifest.json", "shard-000001.json", "shard-000005.safetensors"):
+    for name in ("manifest.json", "shard-000001.jsonl", "shard-000005.safetensors"):
         (tmp_path / "set" / name).unlink()
-    encode(tmp_path / "set", *data(parquet, True))
+    encode(tmp_path / "set", *data(collections / kind), "workers=2")
     assert read_manifest(tmp_path / "set") == before
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_processes_share_every_image_exactly_once(settings, parquet, streaming):
-    config = configuration.load(EncodeConfig, None, [*settings, "output=x", *data(parquet, streaming)])
-    images = open_images(config.data, "all")
-    finished = frozenset({2})
-    shares = [
-        [(unit, [index for index, _ in items]) for unit, items in images.groups(finished, rank, 3, 5, 2)]
-        for rank in range(3)
-    ]
-    places = sorted(index for share in shares for _, indices in share for index in indices)
-    assert places == [i for i in range(24) if i // 5 != 2]
-    for share in shares:
-        assert all({index // 5 for index in indices} == {unit} and len(indices) <= 2 for unit, indices in share)
-        assert [unit for unit, _ in share] == sorted(unit for unit, _ in share)
+    assert json.loads((tmp_path / "set" / "run.json").read_text())["images_encoded"] == 8

@@ -18,6 +18,7 @@ from ldm_vae.autoencoder.interop.convert import Conversion, convert
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.manifest import Manifest, write_manifest
+from ldm_vae.storage import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,11 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
         folder.mkdir()
         manifest = Manifest(
             autoencoder={"fingerprint": made_by, "encoder_fingerprint": made_by},
-            preprocessing={}, dataset={}, dtype="float16", latent_shape=(4, 4, 4), flipped=False, encoding={},
-            shards=(), statistics={"mean": [0.5] * 4, "std": [2.0] * 4, "count": 3}, rejected=0,
+            preprocessing={}, content="moments", dtype="float16", latent_shape=(4, 4, 4), flipped=False, encoding={},
+            datasets=(), label_names=(), count=3, shards=0, index=(), rejected=0, where=open_folder(folder),
+            statistics={"mean": [0.5] * 4, "std": [2.0] * 4, "count": 3},
         )  # fmt: skip
-        write_manifest(folder, manifest)
+        write_manifest(open_folder(folder), manifest)
         return folder
 
     ours = latents("ours", encoder_fingerprint(load_autoencoder(wavelet_run)))

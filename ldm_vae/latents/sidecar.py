@@ -1,0 +1,128 @@
+"""The sidecar of a shard: which images its samples come from, and which images were left out, one JSON line each.
+
+    {"format_version": 2, "origin": ..., "shard": 0, "count": 255, ..., "body": "xxh3_128:..."}   the header
+    {"index": 0, "id": "cats/001.jpg", "checksum": "9a..."}                                       a sample
+    {"index": 1, "id": "cats/002.jpg", "reason": "truncated", "message": "..."}                   an image left out
+
+Published after its shard, so a shard without a sidecar does not exist yet. The header is everything that a manifest
+needs of a shard, and can be read alone: at a few hundred thousand shards nobody wants to read every id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ldm_vae.errors import UserError
+from ldm_vae.files import canonical_json, checksum_bytes
+from ldm_vae.latents.index import ShardRecord, shard_name, sidecar_name
+from ldm_vae.latents.manifest import FORMAT_VERSION
+from ldm_vae.storage import Folder
+
+HEADER_BYTES = 1 << 13
+"""Read at first; a longer header costs a second read."""
+
+MAKE_AGAIN = "`ldm-vae latents repair` makes it again"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An image that was left out: its place in the source, its id, a short reason code and a sentence."""
+
+    index: int
+    id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that became a sample: its place in the source, its id, and xxh3_64 (16 hex digits) of its row."""
+
+    index: int
+    id: str
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first line says. `sums`: float64 (3, c), see `statistics`; `origin`: digest of the plan."""
+
+    origin: str
+    shard: int
+    record: ShardRecord
+    sums: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """All of it, in the order of the source indices."""
+
+    header: Header
+    samples: list[Sample]
+    rejected: list[Rejection]
+
+
+def sidecar_bytes(
+    origin: str, number: int, record: dict[str, Any], sums: np.ndarray, samples: Sequence[Sample],
+    rejected: Sequence[Rejection],
+) -> tuple[bytes, Header]:  # fmt: skip
+    """The file of a shard, and its header. `record`: the fields of the `ShardRecord` but `sidecar_checksum`."""
+    every: list[Sample | Rejection] = [*samples, *rejected]
+    lines = sorted(every, key=lambda line: line.index)
+    body = "".join(canonical_json(asdict(line)) + "\n" for line in lines).encode()
+    head = {
+        "format_version": FORMAT_VERSION, "origin": origin, "shard": number, **record,
+        "sums": sums.tolist(), "body": checksum_bytes(body),
+    }  # fmt: skip
+    first = canonical_json(head).encode()
+    return first + b"\n" + body, Header(
+        origin, number, ShardRecord(**record, sidecar_checksum=checksum_bytes(first)), sums
+    )
+
+
+def read_header(folder: Folder, number: int) -> Header:
+    """The header of a shard's sidecar. Raises: UserError when it is missing or not one of this format version."""
+    return _parse(folder, number, whole=False)[0]
+
+
+def read_sidecar(folder: Folder, number: int) -> Sidecar:
+    """The whole sidecar of a shard.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format version.
+    """
+    header, body = _parse(folder, number, whole=True)
+    lines = [json.loads(line) for line in body.splitlines()]
+    rejected = [Rejection(**line) for line in lines if "reason" in line]
+    return Sidecar(header, [Sample(**line) for line in lines if "reason" not in line], rejected)
+
+
+def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
+    """(header, the bytes after it; empty unless `whole`)."""
+    name = sidecar_name(number)
+    where = f"{folder.location}/{name}"
+    try:
+        data = folder.read(name, None if whole else HEADER_BYTES)
+        if b"\n" not in data and not whole:
+            data = folder.read(name)
+        first, _, body = data.partition(b"\n")
+        values = json.loads(first)
+        if values.pop("format_version") != FORMAT_VERSION:
+            raise UserError(f"{where}: has another format version; encode again, or use the release that wrote it")
+        checksum, sums = values.pop("body"), np.array(values.pop("sums"), np.float64)
+        origin, shard = values.pop("origin"), values.pop("shard")
+        record = ShardRecord(**values, sidecar_checksum=checksum_bytes(first))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); {MAKE_AGAIN}") from error
+    if shard != number or sums.ndim != 2:
+        raise UserError(f"{where}: is the sidecar of {shard_name(shard)}; {MAKE_AGAIN}")
+    if whole and checksum_bytes(body) != checksum:
+        raise UserError(f"{where}: damaged, its lines do not fit their checksum; {MAKE_AGAIN}")
+    return Header(origin, shard, record, sums), body if whole else b""

@@ -1,0 +1,271 @@
+"""Adding images to a finished set: those whose ids are not in it yet become a new segment, in shards of their own.
+
+Owns which images these are, and their place in the set; encoding them is `encode`'s work. No file that is there changes
+but the records of the whole set, and these only when the new shards are complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from ldm_vae.config import to_dict
+from ldm_vae.errors import UserError
+from ldm_vae.latents.encode import Job, encode_segment, main_decides, prepare
+from ldm_vae.latents.images import Addressable, Group, Item, Units, batches_of
+from ldm_vae.latents.manifest import (
+    Manifest,
+    Origin,
+    Recipe,
+    check_same,
+    merge_label_names,
+    plan_name,
+    read_manifest,
+    read_origin,
+    read_plan,
+)
+from ldm_vae.latents.output import Output
+from ldm_vae.latents.settings import EncodeConfig, parse_sizes, size_name
+from ldm_vae.latents.sidecar import read_sidecar
+from ldm_vae.latents.tools.known_ids import KnownIds, refuse_other_images
+from ldm_vae.storage import Folder, join, open_folder
+
+IDS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class AppendConfig(EncodeConfig):
+    """`ldm-vae latents append`: the settings of `ldm-vae encode`, `output` being the set, and
+
+    Args:
+        id_prefix: put before the ids of these images, where another source uses ids that the set has already.
+    """
+
+    id_prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment that is to be made.
+
+    Attributes:
+        number: of the segment; 1 or more.
+        origin: its plan.
+        keys: its images in the source, int64, increasing; see `RandomAccessImages.keys`.
+        known_names: class names of the segments before.
+    """
+
+    number: int
+    origin: Origin
+    keys: np.ndarray
+    known_names: tuple[str, ...]
+
+
+def append_images(config: AppendConfig, accelerator: Any) -> int:
+    """Add the images that are not in the set yet, for each size asked for. An interrupted run is continued.
+
+    Returns: 0, also when there is nothing new.
+
+    Raises:
+        UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
+    """
+    sizes = parse_sizes(config.resolution)
+    for size in sizes:
+        output = str(join(config.output, size_name(size))) if len(sizes) > 1 else config.output
+        main_decides(accelerator, partial(_check_finished, output))  # before anything that takes time
+        job = prepare(replace(config, output=output), accelerator, size)
+        folder = open_folder(output)
+        segment = main_decides(accelerator, partial(next_segment, job, folder, config.id_prefix))
+        if segment is not None:
+            encode_segment(*open_segment(job, folder, segment))
+    return 0
+
+
+def _check_finished(output: str) -> None:
+    read_manifest(output)
+
+
+def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment: int) -> tuple[Job, Output]:
+    """The job that made a segment (1 or later) of a finished set, to make shards of it again. For all processes.
+
+    The source may have grown since, by images that other segments hold. All sidecars of the other segments are read.
+
+    Raises:
+        UserError: the settings or the images are not those of the segment; a sidecar of another segment is damaged.
+    """
+    assert segment > 0, "the first segment is what `prepare` gives"
+    job = prepare(config, accelerator)
+    return open_segment(job, folder, main_decides(accelerator, partial(_made_segment, job, folder, segment)))
+
+
+def open_segment(job: Job, folder: Folder, segment: Segment) -> tuple[Job, Output]:
+    """The job that makes a segment, from one of its whole source."""
+    images = NewImages(_addressable(job), segment)
+    return replace(job, images=images, origin=segment.origin), Output(folder, segment.origin, segment.number)
+
+
+def next_segment(job: Job, folder: Folder, id_prefix: str) -> Segment | None:
+    """The segment that is to be made now, the interrupted one where there is one; None where nothing is new.
+
+    `job`: of the whole source. Says how many images are new. Raises: UserError, see `append_images`.
+    """
+    where = folder.location
+    manifest = read_manifest(folder)
+    images = _addressable(job)
+    _check_recipe(job, manifest, where)
+    known = KnownIds(folder, range(manifest.shards))
+    keys, shards = _looked_up(images, known, id_prefix)
+    new = shards < 0
+    refuse_other_images(job, images, manifest, keys[~new], shards[~new], id_prefix)
+    total, count, number = len(keys), int(new.sum()), len(manifest.datasets)
+    under_way = folder.exists(plan_name(number))
+    if not count and not under_way:
+        print(f"{where}: nothing new: all {total} images are in the set already, by their ids")
+        return None
+    print(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} are new")
+    last = manifest.datasets[-1]
+    place = (manifest.shards, last["first_index"] + last["count"])
+    segment = _planned(job, images, manifest, number, keys[new], place, id_prefix)
+    if under_way:
+        advice = (
+            f"give the images of the append that was interrupted, or delete {plan_name(number)} to begin it anew with "
+            "these"
+        )
+        check_same(to_dict(segment.origin), read_plan(folder, number), f"{where}/{plan_name(number)}", advice)
+    if manifest.label_names and not segment.origin.dataset["label_names"]:
+        print(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
+    return segment
+
+
+def _made_segment(job: Job, folder: Folder, number: int) -> Segment:
+    manifest, origin = read_manifest(folder), read_origin(folder, number)
+    images, where = _addressable(job), f"{folder.location}/{plan_name(number)}"
+    ends = [record["first_shard"] for record in manifest.datasets[number + 1 :]] + [manifest.shards]
+    others = [*range(origin.first_shard), *range(ends[0], manifest.shards)]
+    prefix = origin.dataset["id_prefix"]
+    keys, shards = _looked_up(images, KnownIds(folder, others), prefix)
+    place = (origin.first_shard, origin.first_index)
+    segment = _planned(job, images, manifest, number, keys[shards < 0], place, prefix)
+    advice = "give the settings and the images that this segment was made with"
+    check_same(to_dict(segment.origin), read_plan(folder, number), where, advice)
+    return segment
+
+
+def first_segment(job: Job, folder: Folder) -> Segment:
+    """The first segment of a set whose source has grown since: what is in no other segment, if that is what it was.
+
+    Raises:
+        UserError: the settings, or these images, are not those of the segment.
+    """
+    manifest, origin = read_manifest(folder), read_origin(folder)
+    images, where = _addressable(job), folder.location
+    _check_recipe(job, manifest, where)
+    end = manifest.datasets[1]["first_shard"] if len(manifest.datasets) > 1 else manifest.shards
+    keys, shards = _looked_up(images, KnownIds(folder, range(end, manifest.shards)), "")
+    keys, count = keys[shards < 0], manifest.datasets[0]["count"]
+    advice = "give exactly the images of the first run, or those and the ones that were appended"
+    if len(keys) != count:
+        raise UserError(
+            f"{where}: its first segment has {count} images, and {len(keys)} of those given are in no other; {advice}"
+        )
+    for number in range(end):
+        try:
+            sidecar = read_sidecar(folder, number)
+        except UserError:
+            continue  # damaged; its ids are those between the ones of its neighbours
+        ids = {line.index: line.id for line in sidecar.samples} | {line.index: line.id for line in sidecar.rejected}
+        for index, expected in ids.items():
+            if (id := images.id(int(keys[index]))) != expected:
+                raise UserError(f"{where}: image {index} is {expected} there and {id} here; {advice}")
+    return Segment(0, origin, keys, ())
+
+
+def _planned(
+    job: Job, images: Addressable, manifest: Manifest, number: int, keys: np.ndarray, place: tuple[int, int],
+    id_prefix: str,
+) -> Segment:  # fmt: skip
+    """The segment of the images at `keys`; `place`: its first shard and index. Everything else is as in the set."""
+    known_names: tuple[str, ...] = ()
+    for record in manifest.datasets[:number]:
+        known_names = merge_label_names(known_names, record["label_names"])
+    dataset = job.origin.dataset | images.record_of(keys) | {"count": len(keys), "id_prefix": id_prefix}
+    origin = replace(
+        job.origin, autoencoder=manifest.autoencoder, dataset=dataset, first_shard=place[0], first_index=place[1]
+    )
+    return Segment(number, origin, keys, known_names)
+
+
+def _addressable(job: Job) -> Addressable:
+    """Raises: UserError for a stream of unknown length."""
+    if not isinstance(job.images, Addressable):
+        raise UserError(
+            "data.datasets.streaming: the images of this stream cannot be counted, so that what is new in it is not "
+            "known; give parquet or plain tar files, or set it to false"
+        )
+    return job.images
+
+
+def _check_recipe(job: Job, manifest: Manifest, where: str) -> None:
+    """Raises: UserError unless the new latents would be like those of the set, of the same part of their source."""
+
+    def recipe(values: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
+        part = {key: dataset.get(key, ours[key]) for key in ("part", "held_out")}
+        return {field.name: values[field.name] for field in fields(Recipe)} | {"dataset": part}
+
+    ours = job.origin.dataset
+    here, there = recipe(to_dict(job.origin), ours), recipe(manifest.to_dict(), manifest.datasets[0])
+    check_same(here, there, where, "give the settings that the set was encoded with")
+
+
+def _looked_up(images: Addressable, known: KnownIds, id_prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """(key of every image of the source, the shard that has its id, -1 for a new one), both int64."""
+    keys, shards, every = [], [], iter(images.keys())
+    while chunk := list(islice(every, IDS_AT_ONCE)):
+        keys.append(np.array(chunk, np.int64))
+        shards.append(known.find(id_prefix + images.id(key) for key in chunk))
+    return np.concatenate(keys), np.concatenate(shards)
+
+
+class NewImages:
+    """The images of a segment: those at its keys of the source, with the ids and the class numbers of the set."""
+
+    def __init__(self, images: Addressable, segment: Segment) -> None:
+        self.images, self.keys, self.dataset = images, segment.keys, segment.origin.dataset
+        self.count, self.whole_units = len(self.keys), images.whole_units
+        self.label_names = tuple(self.dataset["label_names"])
+        names = merge_label_names(segment.known_names, self.label_names)
+        numbers = {name: number for number, name in enumerate(names)}
+        self.labels = [numbers.get(name, -1) for name in images.label_names]
+
+    def fingerprint(self) -> str:
+        return self.dataset["fingerprint"]
+
+    def groups(self, units: Units, unit: int, batch: int) -> Iterator[Group]:
+        total = -(-self.count // unit)
+        numbers = units.run(total) if self.whole_units else list(units.numbers(total))
+        ranges = (self.keys[number * unit : (number + 1) * unit].tolist() for number in numbers)
+        items = self.images.items(chain.from_iterable(ranges))
+        for number in numbers:
+            for indices, last in batches_of(number, unit, batch, self.count):
+                yield Group(number, [(index, self._renamed(item)) for index, item in zip(indices, items)], last)
+
+    def _renamed(self, item: Item) -> _Renamed:
+        label = self.labels[item.label] if item.label >= 0 else -1
+        return _Renamed(item, self.dataset.get("id_prefix", "") + item.id, label)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """See `images.Item`."""
+
+    item: Item
+    id: str
+    label: int
+
+    def read(self) -> np.ndarray:
+        return self.item.read()

@@ -1,0 +1,387 @@
+"""What the records of a set say: its plans, its manifest and its index, each judged by the others.
+
+A plan is known by its digest, which the manifest and every sidecar carry; the manifest has one of its own and lists
+the checksum of the index; and what one of them lost is in the others. Reads no shard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ldm_vae import config as configuration
+from ldm_vae.errors import UserError
+from ldm_vae.files import checksum_bytes, readable_json
+from ldm_vae.latents.contents import Layout
+from ldm_vae.latents.index import ALGORITHM, INDEX_NAME, IndexPart, ShardIndex, read_index
+from ldm_vae.latents.manifest import (
+    MANIFEST,
+    Manifest,
+    Origin,
+    Recipe,
+    measure,
+    merge_label_names,
+    plan_name,
+    planned_shards,
+    read_manifest,
+    read_origin,
+    short,
+)
+from ldm_vae.latents.output import QUARANTINE, SIDECAR_NAME
+from ldm_vae.latents.sidecar import read_header
+from ldm_vae.latents.tools.findings import Finding, Kind, reason
+from ldm_vae.provenance import RUN_RECORD
+from ldm_vae.storage import Folder
+
+PLAN_NAME = re.compile(r"plan(?:-(\d{6}))?\.json")
+SHARD_NAME = re.compile(r"shard-(\d{6,})\.(?:safetensors|jsonl)")
+BESIDE = (".lock", ".md", ".txt")
+"""Endings of files that may lie beside a set: locks, and what people write about it."""
+WITNESSES = 8
+"""Sidecars that are asked for the digest of their plan where no manifest has it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a set with a plan of its own.
+
+    Attributes:
+        number: 0 for the first encoding.
+        digest: of the plan as it was written; None where nothing says so.
+        origin: the plan as it was written, from elsewhere where its file is damaged; None where it is lost.
+        first_shard: its shards begin here.
+        shards: how many it has; None for a stream that has not come to its end.
+        listed: it belongs to the finished set.
+    """
+
+    number: int
+    digest: str | None
+    origin: Origin | None
+    first_shard: int
+    shards: int | None
+    listed: bool
+
+    def __contains__(self, number: int) -> bool:
+        return number >= self.first_shard and (self.shards is None or number < self.first_shard + self.shards)
+
+
+@dataclass
+class SetState:
+    """A set, as far as its records can be relied on.
+
+    Attributes:
+        sizes: name -> bytes of its files.
+        manifest, index: None where they are damaged or not there.
+        findings: about plans, manifest and index.
+        finished: there is a manifest, or there was one.
+    """
+
+    folder: Folder
+    sizes: dict[str, int]
+    manifest: Manifest | None = None
+    index: ShardIndex | None = None
+    segments: list[Segment] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    finished: bool = True
+
+    def add(self, file: str, kind: Kind, message: str, **more: Any) -> None:
+        self.findings.append(Finding(file, kind, message, **more))
+
+    @property
+    def listed(self) -> list[Segment]:
+        return [segment for segment in self.segments if segment.listed]
+
+    @property
+    def shards(self) -> int:
+        """Of the finished part."""
+        return sum(segment.shards or 0 for segment in self.listed)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Of all segments whose plan is known; what is there of an unfinished one uses its names too."""
+        names = self.manifest.label_names if self.manifest else ()
+        for segment in self.segments:
+            if segment.origin:
+                names = merge_label_names(names, segment.origin.dataset["label_names"])
+        return names
+
+    def index_file(self, shard: int) -> str:
+        """Where the record of a shard is."""
+        last = 0
+        for part in self.manifest.index if self.manifest else ():
+            last += part.shards
+            if shard < last:
+                return part.file
+        return MANIFEST
+
+    def segment_of(self, shard: int) -> Segment | None:
+        return next((segment for segment in self.segments if shard in segment), None)
+
+
+def read_state(folder: Folder) -> SetState:
+    """Raises: UserError where there is no set, or one of another format version."""
+    state = SetState(folder, folder.sizes())
+    names = state.sizes
+    if MANIFEST not in names and plan_name(0) not in names and not any(map(SHARD_NAME.fullmatch, names)):
+        read_manifest(folder)  # says so
+    state.finished = MANIFEST in names or QUARANTINE in names or any(map(INDEX_NAME.fullmatch, names))
+    _read_manifest(state)
+    _read_segments(state)
+    _read_index(state)
+    if state.manifest is None:
+        _guess_listed(state)
+    state.findings += _foreign(state)
+    return state
+
+
+def _read_manifest(state: SetState) -> None:
+    if MANIFEST not in state.sizes:
+        if state.finished:
+            state.add(MANIFEST, "missing", "is not there, and the set was finished once")
+        return
+    try:
+        state.manifest = read_manifest(state.folder)
+        data = state.folder.read(MANIFEST)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # whatever a flipped bit can lead to
+        own = isinstance(error, UserError) and f"/{MANIFEST}: " in str(error)
+        said = reason(error).split(" (")[0] if own and isinstance(error, UserError) else ""
+        if "format version" in said and _is_version(state.folder, said):
+            raise
+        state.add(MANIFEST, "damaged", said or "damaged or edited, its digest does not fit its content")
+        return
+    if _is_other_writing(data):
+        state.add(MANIFEST, "damaged", "is not written as it was, though it says the same")
+
+
+def _is_version(folder: Folder, said: str) -> bool:
+    """Whether the plan is of another format version too: then this is no damage."""
+    try:
+        read_origin(folder)
+    except UserError as error:
+        return "format version" in str(error)
+    return False
+
+
+def _is_other_writing(data: bytes) -> bool:
+    """Equal in length to what `readable_json` makes of the content, but not equal: a flipped bit, as in 1E-05; or cut
+    off before the last newline. Another writer's way with spaces and order is no damage."""
+    right = readable_json(json.loads(data)).encode()
+    return data != right and (len(data) == len(right) or data + b"\n" == right)
+
+
+def _read_segments(state: SetState) -> None:
+    manifest = state.manifest
+    matches = [match for match in map(PLAN_NAME.fullmatch, state.sizes) if match]
+    numbers = [int(match[1] or 0) for match in matches]
+    listed = len(manifest.datasets) if manifest else 0
+    shards_before = 0
+    for number in range(max([listed, *(number + 1 for number in numbers), 1])):
+        found, trouble = _read_plan(state, number)
+        if manifest and number < listed:
+            segment = _listed_segment(state, manifest, number, found, trouble)
+        else:
+            segment = _other_segment(state, number, found, trouble, shards_before)
+        state.segments.append(segment)
+        shards_before = segment.first_shard + (segment.shards or 0)
+
+
+def _read_plan(state: SetState, number: int) -> tuple[Origin | None, str]:
+    """(the plan as it stands, what is wrong with it)."""
+    name = plan_name(number)
+    if name not in state.sizes:
+        return None, "is not there"
+    try:
+        origin = read_origin(state.folder, number)
+        origin.layout.tensors(1), origin.digest, planned_shards(origin)
+        unlike = _is_other_writing(state.folder.read(name))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError) as error:
+        said = reason(error).split(" (")[0] if isinstance(error, UserError) else ""
+        if "format version" in said and state.manifest is None and MANIFEST not in state.sizes:
+            raise
+        return None, said or "damaged"
+    return origin, "is not written as it was, though it says the same" if unlike else ""
+
+
+def _listed_segment(
+    state: SetState, manifest: Manifest, number: int, found: Origin | None, trouble: str
+) -> Segment:  # fmt: skip
+    record = manifest.datasets[number]
+    origin = found
+    if found is None or found.digest != record["plan"]:
+        origin = rebuilt_origin(manifest, number)
+        if found is not None:
+            changes = configuration.changed_keys(
+                configuration.to_dict(origin) if origin else {}, configuration.to_dict(found)
+            )
+            key, (right, wrong) = next(iter(changes.items()))
+            trouble = f"{key} is {short(wrong)} and was {short(right)}" if origin else "its digest is not the recorded"
+    if trouble:
+        kind: Kind = "damaged" if plan_name(number) in state.sizes else "missing"
+        state.add(plan_name(number), kind, trouble, cure="plan")
+    following = [record["first_shard"] for record in manifest.datasets[number + 1 :]]
+    shards = [*following, manifest.shards][0] - record["first_shard"]
+    return Segment(number, record["plan"], origin, record["first_shard"], shards, listed=True)
+
+
+def rebuilt_origin(manifest: Manifest, number: int) -> Origin | None:
+    """The plan of a segment, which a manifest holds too; None where what is made of it has another digest."""
+    record = dict(manifest.datasets[number])
+    digest, first_shard, first_index = (record.pop(name) for name in ("plan", "first_shard", "first_index"))
+    recipe = {part.name: getattr(manifest, part.name) for part in fields(Recipe)}
+    for dataset in (record, record | {"count": None}):  # a stream's plan did not know its length
+        origin = Origin(**recipe, dataset=dataset, first_shard=first_shard, first_index=first_index)
+        if origin.digest == digest:
+            return origin
+    return None
+
+
+def _other_segment(
+    state: SetState, number: int, found: Origin | None, trouble: str, first_shard: int
+) -> Segment:  # fmt: skip
+    """A segment that the manifest does not list, or of a set without one: its shards are asked which plan made them."""
+    said = _witnesses(state, found.first_shard if found else first_shard)
+    digest = found.digest if found else said
+    if found and said and said != found.digest:
+        trouble, digest, found = "its digest is not the one that the shards carry", said, None
+    if trouble and (plan_name(number) in state.sizes or state.manifest is None):
+        kind: Kind = "damaged" if plan_name(number) in state.sizes else "missing"
+        lost = state.manifest is not None
+        trouble += "; its images were not appended yet: delete it, and append them again" if lost else ""
+        state.add(plan_name(number), kind, trouble, cure="none" if lost else "plan")
+    first_shard = found.first_shard if found else first_shard
+    return Segment(number, digest, found, first_shard, planned_shards(found) if found else None, listed=False)
+
+
+def _numbers(state: SetState) -> Iterator[int]:
+    """Of the sidecars that are there."""
+    return (int(match[1]) for match in map(SIDECAR_NAME.fullmatch, state.sizes) if match)
+
+
+def _witnesses(state: SetState, first_shard: int) -> str | None:
+    """The digest of the plan that most of the first shards from here on carry."""
+    digests: Counter[str] = Counter()
+    for number in sorted(number for number in _numbers(state) if number >= first_shard)[:WITNESSES]:
+        try:
+            digests[read_header(state.folder, number).origin] += 1
+        except UserError:
+            continue
+    return digests.most_common(1)[0][0] if digests else None
+
+
+def _read_index(state: SetState) -> None:
+    """Of a set without a manifest the files of an index are known by their names, which hold their checksums."""
+    manifest = state.manifest
+    if manifest is None:
+        parts = _self_named_parts(state)
+    else:
+        parts = list(manifest.index)
+    layout = next((segment.origin.layout for segment in state.segments if segment.origin), None)
+    if manifest:
+        layout = manifest.layout
+    if layout is None or not parts:
+        return
+    whole = True
+    for part in parts:
+        try:
+            read_index(state.folder, [part], _channels(layout), "read it again")
+        except UserError as error:
+            state.add(part.file, "damaged" if part.file in state.sizes else "missing", reason(error).split(" (")[0])
+            whole = False
+    if whole:
+        state.index = read_index(state.folder, parts, _channels(layout), "read it again")
+        if manifest and len(state.index) != manifest.shards:
+            state.add(MANIFEST, "stale", f"shards is {manifest.shards} and the index has {len(state.index)}")
+            state.index = None
+
+
+def _channels(layout: Layout) -> int:
+    return 0 if layout.content == "indices" else layout.latent_shape[0]
+
+
+def _self_named_parts(state: SetState) -> list[IndexPart]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    parts = []
+    for name in sorted(filter(INDEX_NAME.fullmatch, state.sizes)):
+        data = state.folder.read(name)
+        found = checksum_bytes(data)
+        if found.removeprefix(ALGORITHM)[:16] != name[13:29]:
+            state.add(name, "damaged", f"its checksum is {found}, and its name says another one")
+            return []
+        try:
+            parts.append(IndexPart(name, len(load(data)["count"]), found))
+        except (SafetensorError, KeyError) as error:
+            state.add(name, "damaged", f"is no index ({error})")
+            return []
+    distinct = {part.file[:12] for part in parts}
+    return parts if len(distinct) == len(parts) else []
+
+
+def _guess_listed(state: SetState) -> None:
+    """Without a manifest: the segments that the index covers, or else those whose shards are all there."""
+    names = set(_numbers(state))
+    for place, segment in enumerate(state.segments):
+        following = [other.first_shard for other in state.segments[place + 1 :] if other.origin]
+        last = max([segment.first_shard - 1, *names, len(state.index) - 1 if state.index else -1])
+        shards = segment.shards
+        if shards is None:  # its plan is lost, or was that of a stream
+            shards = [*following, last + 1][0] - segment.first_shard
+        end = segment.first_shard + shards
+        covered = end <= len(state.index) if state.index else names >= set(range(segment.first_shard, end))
+        if not state.finished or not (covered or place == 0):
+            return
+        state.segments[place] = replace(segment, shards=shards, listed=True)
+
+
+def _foreign(state: SetState) -> Iterator[Finding]:
+    """Files that do not belong to the set."""
+    indexes = {part.file for part in state.manifest.index} if state.manifest else set(state.sizes)
+    plans = {plan_name(segment.number) for segment in state.segments}
+    sure = state.manifest is not None or all(segment.origin for segment in state.segments)
+    for name in sorted(state.sizes):
+        if name in (MANIFEST, QUARANTINE, RUN_RECORD, *plans) or name.endswith(BESIDE):
+            continue
+        if INDEX_NAME.fullmatch(name) and name in indexes:
+            continue
+        match = SHARD_NAME.fullmatch(name)
+        if match and (not sure or state.segment_of(int(match[1]))):
+            continue
+        what = "is no shard of this set" if match else "is no file of a set"
+        if INDEX_NAME.fullmatch(name):
+            what = f"is no index that {MANIFEST} lists"
+        yield Finding(name, "foreign", what, cure="remove")
+
+
+def check_manifest(state: SetState, index: ShardIndex) -> Iterator[Finding]:
+    """What the manifest must say, given the plans and the records of the shards, against what it says."""
+    manifest, origins = state.manifest, [segment.origin for segment in state.listed]
+    if manifest is None or len(index) != manifest.shards:
+        return
+    datasets = []
+    for segment, record in zip(state.listed, manifest.datasets):
+        last = segment.first_shard + (segment.shards or 0) - 1
+        count = int(index.columns["last_index"][last]) + 1 - record["first_index"]
+        datasets.append(record | {"count": count})
+    codes = manifest.encoding.get("codebook_size")
+    expected: dict[str, Any] = {
+        "count": index.count, "rejected": index.rejected, "statistics": measure(index, manifest.layout, codes),
+        "datasets": datasets,
+    }  # fmt: skip
+    known = [origin for origin in origins if origin is not None]
+    if len(known) == len(origins):
+        names: tuple[str, ...] = ()
+        for origin in known:
+            names = merge_label_names(names, origin.dataset["label_names"])
+        plan = configuration.to_dict(known[-1])
+        makers = [configuration.to_dict(origin)["autoencoder"] for origin in known]
+        same = {"autoencoder": manifest.autoencoder} if manifest.autoencoder in makers else {}
+        expected |= {"label_names": list(names)} | {part.name: plan[part.name] for part in fields(Recipe)} | same
+    found = manifest.to_dict()
+    changes = configuration.changed_keys(expected, {name: found[name] for name in expected})
+    for key, (right, wrong) in changes.items():
+        yield Finding(MANIFEST, "stale", f"{key} is {short(wrong)}, but by plans and shards {short(right)}")
