@@ -6,7 +6,7 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from ldm_vae import __version__
@@ -15,6 +15,7 @@ from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 COMMANDS = {
     "train-vae": "train_vae",
     "encode": "encode",
+    "latents": "latents",
     "train-diffusion": "train_diffusion",
     "generate": "generate",
     "reconstruct": "reconstruct",
@@ -27,6 +28,10 @@ COMMANDS = {
     "convert": "convert",
     "card": "card",
 }
+
+
+GROUPS = ("latents",)
+"""Commands that have tools."""
 
 
 def command_module(name: str) -> ModuleType:
@@ -49,6 +54,37 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def tool_overview(name: str) -> str:
+    """The help of a command that has tools."""
+    module = command_module(name)
+    tools = (f"  {tool:<10} {tool_module(name, tool).SUMMARY}" for tool in module.TOOLS)
+    return "\n".join([f"usage: ldm-vae {name} TOOL [arguments]", "", str(module.__doc__), "tools:", *tools])
+
+
+def tool_module(name: str, tool: str) -> ModuleType:
+    module = command_module(name)
+    return importlib.import_module(f"{module.__name__}.{module.TOOLS[tool]}")
+
+
+def find(words: Sequence[str]) -> tuple[ModuleType, str, list[str]]:
+    """The module of a command or tool, its name, and the words that are left. Raises: UserError."""
+    name, *rest = words
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}; {suggestion(name, COMMANDS)}")
+    module = command_module(name)
+    if name not in GROUPS:
+        return module, name, rest
+    tool = rest[0] if rest else ""
+    if tool not in module.TOOLS:
+        raise UserError(f"{name} has no tool {tool!r}; {suggestion(tool, module.TOOLS)}")
+    return tool_module(name, tool), f"{name} {tool}", rest[1:]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -57,13 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("--version", "-V"):
         print(f"ldm_vae {__version__}")
         return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands are: {', '.join(COMMANDS)}"
-        print(f"ldm-vae: no command {name!r}; {hint}", file=sys.stderr)
+    if arguments[0] in GROUPS and arguments[1:] in ([], ["-h"], ["--help"]):
+        print(tool_overview(arguments[0]))
+        return 0
+    try:
+        module, name, rest = find(arguments)
+    except UserError as error:
+        print(f"ldm-vae: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    module = command_module(name)
     parser = argparse.ArgumentParser(
         prog=f"ldm-vae {name}",
         description=module.__doc__,

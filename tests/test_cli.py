@@ -17,12 +17,26 @@ from ldm_vae.errors import EXIT_USER_ERROR
 def test_every_command_is_in_the_overview_and_explains_itself(capsys):
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for name in cli.COMMANDS:
-        assert f"  {name} " in overview
+    assert all(f"  {name} " in overview for name in cli.COMMANDS)
+    for name in cli.COMMANDS.keys() - cli.GROUPS:
         with pytest.raises(SystemExit) as exit_:
             cli.main([name, "--help"])
         assert exit_.value.code == 0
         assert f"usage: ldm-vae {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.GROUPS)
+def test_every_tool_is_in_the_overview_of_its_command_and_explains_itself(name, capsys):
+    assert cli.main([name]) == cli.main([name, "--help"]) == 0
+    overview = capsys.readouterr().out
+    for tool in cli.command_module(name).TOOLS:
+        assert f"  {tool} " in overview
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([name, tool, "--help"])
+        assert exit_.value.code == 0
+        assert f"usage: ldm-vae {name} {tool}" in capsys.readouterr().out
+    assert cli.main([name, "verfy"]) == 2
+    assert "has no tool 'verfy'; did you mean 'verify'?" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():

@@ -84,7 +84,7 @@ def test_every_config_in_the_repository_loads(path):
     from ldm_vae.diffusion.training import TrainDiffusionConfig
     from ldm_vae.evaluation.sweeps.comparison import CompareConfig
     from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
-    from ldm_vae.latents.encode import EncodeConfig
+    from ldm_vae.latents.settings import EncodeConfig
 
     required = {
         "vae": (TrainVaeConfig, ["output=x"]),

@@ -33,7 +33,7 @@ def schema_of(command: str) -> type | None:
     from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig
     from ldm_vae.evaluation.sweeps.comparison import CompareConfig
     from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
-    from ldm_vae.latents.encode import EncodeConfig
+    from ldm_vae.latents.settings import EncodeConfig
 
     return {
         "train-vae": TrainVaeConfig,
@@ -49,10 +49,11 @@ def check_command(line: str) -> None:
     """The arguments parse; a configuration with its overrides loads."""
     import argparse
 
-    program, name, *arguments = shlex.split(line)
+    program, *words = shlex.split(line, comments=True)
     assert program == "ldm-vae"
+    module, name, arguments = cli.find(words)
     parser = argparse.ArgumentParser()
-    cli.command_module(name).add_arguments(parser)
+    module.add_arguments(parser)
     parser.parse_args(arguments)
     schema = schema_of(name)
     if schema is not None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents
+    from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents
 
     config = config_arguments.load(args, TrainDiffusionConfig)
     if config is None:
@@ -44,4 +44,4 @@ def run(args: argparse.Namespace) -> int:
 
         return dry_run(model, plan, config.training, accelerator)
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    return fit(model, samples, plan, config.training, run_directory, accelerator)
+    return fit(model, in_order(config, samples), plan, config.training, run_directory, accelerator)

@@ -20,8 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae import __version__, provenance
 from ldm_vae.config import changed_keys
+from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline, find_label, image_generator
-from ldm_vae.diffusion.sheets import labelled_sheet
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, checksum, write_atomically
 

@@ -28,6 +28,7 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint as fingerprint_o
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.data import pixels
 from ldm_vae.diffusion.unet import LatentUNet
+from ldm_vae.latents.manifest import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
 
 DEFAULT_GUIDANCE = 3.0
@@ -63,6 +64,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latent_size: list | tuple = (64, 64),
         label_names: list | tuple = (),
         encoder_fingerprint: str | None = None,
+        preprocessing: dict | None = None,
     ) -> None:
         """
         Args:
@@ -73,6 +75,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latent_size: (h, w) of the latents in training; the size of generated images where none is asked for.
             label_names: One name per class; left out, the classes are called "0", "1", ...
             encoder_fingerprint: Of the encoder that made the latents; left out, the given autoencoder is trusted.
+            preprocessing: What was done to the pictures behind the latents; None where it was not recorded.
 
         Raises:
             UserError: parts that do not belong together: channels, number of labels, another autoencoder.
@@ -90,6 +93,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latent_size=[int(side) for side in latent_size],
             label_names=names,
             encoder_fingerprint=self._check_fingerprint(autoencoder, encoder_fingerprint),
+            preprocessing=preprocessing,
         )
 
     @staticmethod
@@ -134,6 +138,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             part: Any = getattr(pipeline, name)
             nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return pipeline
+
+    def check_latents(self, manifest: Manifest) -> None:
+        """For whoever brings latents of a set to this pipeline: that they are what its U-Net was trained on.
+
+        Raises:
+            UserError: codes, or latents of another encoder or preprocessing, with both values of each differing field.
+        """
+        manifest.normalizer  # noqa: B018 - codes have none
+        expected = {"autoencoder": {"encoder_fingerprint": self.config["encoder_fingerprint"]}}
+        if self.config["preprocessing"] is not None:
+            expected["preprocessing"] = dict(self.config["preprocessing"])
+        advice = "'here' is the pipeline: give it latents that were made like those that it was trained on"
+        check_same(expected, manifest.to_dict(), manifest.where.location, advice)
 
     @property
     def labels(self) -> list[str]:

@@ -12,18 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.config import changed_keys
+from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
-from ldm_vae.diffusion.sheets import labelled_sheet
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import Manifest
+from ldm_vae.latents.manifest import Manifest, check_same, short
+from ldm_vae.latents.order import ShardBlockOrder
 from ldm_vae.random import generator
 from ldm_vae.training.engine import Engine, TrainingConfig
-from ldm_vae.training.loader import Batch
+from ldm_vae.training.loader import Batch, InOrder, Samples
 from ldm_vae.training.schedule import Plan, Span
 
 PREVIEW_STEPS = 20
@@ -47,6 +49,8 @@ class TrainDiffusionConfig:
         autoencoder: the directory of the autoencoder that made them; for previews and for the pipeline.
         steps, batch, micro_batch: optimizer steps; latents per step over all processes; per forward pass (null: all).
         held_out: fraction of the latents kept out of training, by a hash of their ids.
+        shuffle_shards: null shuffles the whole set in each epoch; N shuffles the shards, then the latents inside blocks
+            of N shards, one block after the other, so that N are read at a time: for sets larger than memory.
         label_dropout: share of labels replaced by "no label", which classifier-free guidance needs.
         shift: of training and sampling times towards noise; null: sqrt(c h w / 4096).
     """
@@ -59,6 +63,7 @@ class TrainDiffusionConfig:
     batch: int = 32
     micro_batch: int | None = None
     held_out: float = 0.1
+    shuffle_shards: int | None = None
     label_dropout: float = 0.1
     shift: float | None = None
     training: TrainingConfig = field(default_factory=default_training)
@@ -66,6 +71,10 @@ class TrainDiffusionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"label_dropout: {self.label_dropout} is no share; give 0 to 1")
+        if self.shuffle_shards is not None and self.shuffle_shards < 1:
+            raise UserError(
+                f"shuffle_shards: {self.shuffle_shards} is below 1; give a number of shards, or null for the whole set"
+            )
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"shift: {self.shift} is not above 0; 1 leaves the times as they are")
 
@@ -82,7 +91,7 @@ class DiffusionModel:
         self.manifest = manifest = samples.manifest
         self.normalizer = manifest.normalizer
         self.latent_shape = tuple(manifest.latent_shape)
-        self.label_names = tuple(manifest.dataset["label_names"])
+        self.label_names = tuple(manifest.label_names)
         self.shift = config.shift or flow.resolution_shift(*self.latent_shape)
         self.held_out = stack_samples(held_out, HELD_OUT_LATENTS) if held_out is not None else None
         self.autoencoder = load_matching_autoencoder(config.autoencoder, manifest)
@@ -169,6 +178,7 @@ class DiffusionModel:
             label_names=list(self.label_names),
             encoder_fingerprint=self.manifest.autoencoder["encoder_fingerprint"],
             latent_size=list(self.latent_shape[1:]),
+            preprocessing=self.manifest.preprocessing,
         )
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
@@ -186,19 +196,56 @@ class DiffusionModel:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"recipe": recipe_of(self.manifest), "images": images_of(self.manifest)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        pass
+        """Raises: UserError when the run began on latents that were made in another way."""
+        if "recipe" in state:  # a checkpoint of an earlier release has none
+            advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
+            check_same(state["recipe"], recipe_of(self.manifest), f"latents={self.config.latents}", advice)
+            check_images(state["images"], images_of(self.manifest), f"latents={self.config.latents}")
+
+
+def recipe_of(manifest: Manifest) -> dict[str, Any]:
+    """How the latents were made, which must stay the same under a run that continues."""
+    values = manifest.to_dict()
+    kept = ("preprocessing", "content", "dtype", "latent_shape", "flipped")
+    encoder = {"encoder_fingerprint": manifest.autoencoder["encoder_fingerprint"]}
+    return {"autoencoder": encoder} | {name: values[name] for name in kept}
+
+
+def images_of(manifest: Manifest) -> dict[str, Any]:
+    """Which latents there are: the order of the samples and their normalisation follow from it."""
+    plans = [dataset["plan"] for dataset in manifest.datasets]
+    return {"count": manifest.count, "plans": plans, "statistics": manifest.statistics}
+
+
+def check_images(began: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Raises: UserError when the set is not the one that a run began with, as after `ldm-vae latents append`."""
+    for key, (before, after) in changed_keys(began, now).items():
+        raise UserError(
+            f"{where}: {key} is {short(after)} and was {short(before)} when this run began; give another output to "
+            "train on what the set holds now, or a copy of the set as it was"
+        )
 
 
 def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
-    """The autoencoder that made the latents. Raises: UserError when it is another one."""
+    """The autoencoder that made the latents. Raises: UserError when it is another one, or cannot have made them."""
     autoencoder = load_autoencoder(path)
     manifest.check_autoencoder(encoder_fingerprint(autoencoder), where=f"autoencoder={path}")
+    factor, (channels, height, width) = downsampling(autoencoder), manifest.latent_shape
+    needed = {"channels": latent_channels(autoencoder), "height": factor * height, "width": factor * width}
+    found = {"channels": channels, **manifest.preprocessing}
+    for name, value in needed.items():
+        if found.get(name, value) != value:
+            raise UserError(
+                f"{manifest.where.location}: {name} is {found[name]}, and {value} would fit latent_shape "
+                f"{[channels, height, width]} and autoencoder={path}, which divides sides by {factor}; "
+                "give the latents and the autoencoder of one encoding"
+            )
     return autoencoder
 
 
@@ -219,3 +266,10 @@ def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDat
         return LatentDataset(config.latents, seed), None
     train = LatentDataset(config.latents, seed, part="train", held_out=config.held_out)
     return train, LatentDataset(config.latents, seed, part="held_out", held_out=config.held_out)
+
+
+def in_order(config: TrainDiffusionConfig, samples: LatentDataset) -> Samples:
+    """The training part in the order that the config asks for."""
+    if config.shuffle_shards is None:
+        return samples
+    return InOrder(samples, ShardBlockOrder(config.training.seed, samples.shard_counts, config.shuffle_shards))

@@ -128,7 +128,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         ),
         "alarms": alarms,
         "diffusion_panels": diffusion_panels(read_metrics(diffusion / "metrics.jsonl")),
-        "encoded": sum(shard["count"] for shard in manifest.get("shards", [])),
+        "encoded": manifest.get("count", 0),
         "parameters": {"vae": count_parameters(vae), "diffusion": count_parameters(diffusion)},
         "configurations": {
             stage.title: (stage.directory / "config.yaml").read_text()

@@ -1,4 +1,4 @@
-"""A whole pipeline small enough to run in a fraction of a second; its weights are random."""
+"""A whole pipeline small enough to run in a fraction of a second, its weights random; and latents to train on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.latents.normalizer import LatentNormalizer
+from tests.latents.conftest import autoencoder_directory, encode, latents, settings  # noqa: F401
 
 NAMES = ["cat", "dog", "red ball"]
 

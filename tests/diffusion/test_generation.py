@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from ldm_vae import cli
+from ldm_vae.data.sheets import label_cycle, labelled_sheet
 from ldm_vae.diffusion.generation import PNG_KEY, GenerationConfig, generate
-from ldm_vae.diffusion.sheets import label_cycle, labelled_sheet
 from ldm_vae.errors import UserError
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from ldm_vae.diffusion.pipeline import (
 )
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
+from ldm_vae.latents.manifest import Manifest, read_manifest
 from tests.diffusion.conftest import NAMES, make_pipeline
 
 MEANS, STDS = (0.5, -1.0), (0.3, 1.2)
@@ -117,6 +121,82 @@ def test_parts_that_do_not_fit_are_refused(pipeline: LatentDiffusionPipeline) ->
         LatentDiffusionPipeline(**parts, normalizer=pipeline.config["normalizer"], label_names=["a", "b"])
     with pytest.raises(UserError, match="no normaliser"):
         LatentDiffusionPipeline(**parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"std": [1.0, 0.5, float("nan"), 1.5]}, "channel 2 has mean 0.3 and std nan"),
+        (
+            {"std": [1.0, 0.0, 2.0, 1.5]},
+            "channel 1 has mean -0.2 and std 0.0, which must be finite and the std above 0",
+        ),
+        ({"mean": [float("inf"), 0, 0, 0]}, "channel 0 has mean inf"),
+        ({"mean": [0.1, -0.2, 0.3]}, "3 means for 4 standard deviations"),
+        ({"mean": [0.1] * 5, "std": [1.0] * 5}, "U-Net has 4 latent channels, the latent statistics have 5"),
+        ({"mean": None}, "mean is None and std is .*, which must be a number for each channel"),
+        ({"std": [1.0, None, 2.0, 1.5]}, "must be a number for each channel"),
+    ],
+)
+def test_a_damaged_normaliser_is_refused(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    copy = shutil.copytree(saved, tmp_path / "pipeline")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["normalizer"] |= changes
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        LatentDiffusionPipeline.from_pretrained(copy)
+
+
+@pytest.fixture
+def manifest(latents: Path, pipeline: LatentDiffusionPipeline) -> Manifest:
+    """Of latents that the pipeline's encoder made."""
+    manifest = read_manifest(latents)
+    encoder = {"encoder_fingerprint": pipeline.config["encoder_fingerprint"]}
+    return dataclasses.replace(manifest, autoencoder=manifest.autoencoder | encoder)
+
+
+def test_latents_meet_the_pipeline_that_was_trained_on_their_like(
+    pipeline: LatentDiffusionPipeline, manifest: Manifest, tmp_path: Path
+) -> None:
+    pipeline.check_latents(manifest)  # without a record of its own, any preprocessing
+    again = LatentDiffusionPipeline(
+        **pipeline.components, **pipeline.parameters | {"preprocessing": manifest.preprocessing}
+    )
+    again.save_pretrained(tmp_path)
+    loaded = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.check_latents(manifest)
+    other = dataclasses.replace(manifest, preprocessing=manifest.preprocessing | {"filter": "bicubic", "width": 48})
+    with pytest.raises(UserError) as caught:
+        loaded.check_latents(other)
+    for words in (
+        "preprocessing.filter is bicubic there and lanczos, antialiased, 8-bit here",
+        "preprocessing.width is 48 there and 32 here",
+        "give it latents that were made like those",
+    ):
+        assert words in str(caught.value)
+
+
+def test_latents_of_another_encoder_and_codes_do_not(
+    pipeline: LatentDiffusionPipeline,
+    manifest: Manifest,
+    latents: Path,
+) -> None:
+    with pytest.raises(
+        UserError, match=r"encoder_fingerprint is sha256:\w{12}\.\.\. there and sha256:\w{12}\.\.\. here"
+    ):
+        pipeline.check_latents(read_manifest(latents))
+    with pytest.raises(UserError, match="content is indices"):
+        pipeline.check_latents(dataclasses.replace(manifest, content="indices"))
+
+
+def test_a_pipeline_of_an_earlier_release_has_no_preprocessing(saved: Path, tmp_path: Path, manifest: Manifest) -> None:
+    copy = shutil.copytree(saved, tmp_path / "pipeline")
+    index = json.loads((copy / "model_index.json").read_text())
+    del index["preprocessing"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    loaded = LatentDiffusionPipeline.from_pretrained(copy)
+    assert loaded.config["preprocessing"] is None
+    loaded.check_latents(manifest)
 
 
 def test_components_build_an_equal_pipeline(pipeline: LatentDiffusionPipeline) -> None:

@@ -78,7 +78,7 @@ def run_root(tmp_path: Path) -> Path:
     (root / "diffusion" / "metrics.jsonl").write_text(
         '{"step": 1, "loss/flow": 1.0}\n{"step": 2, "held_out/flow": 0.9}\n'
     )
-    (root / "latents" / "manifest.json").write_text('{"shards": [{"count": 1000}, {"count": 234}]}')
+    (root / "latents" / "manifest.json").write_text('{"format_version": 2, "count": 1234, "shards": 2}')
     write_results(root / "evaluation")
     for number in range(6):
         save_picture(root / "samples" / f"{number:04d}_{'red-ball' if number % 2 else 'star'}_{number // 2}.png")

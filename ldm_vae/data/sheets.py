@@ -1,4 +1,4 @@
-"""A contact sheet: many generated images on one page, each column or each picture with its label."""
+"""A contact sheet: many pictures on one page, each column or each picture with its label."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def labelled_sheet(
 
     Args:
         images: Pictures; the first one's shape is every cell's shape.
-        labels: One per picture, or none at all.
+        labels: One per picture, all of them of the same number of lines, or none at all.
         side: Longest side of a cell in pixels; smaller pictures are not enlarged.
         maximum_columns: Of the sheet.
     """
@@ -36,7 +36,8 @@ def labelled_sheet(
     width, height = (max(1, round(length * scale)) for length in images[0].size)
     letter = max(10, min(16, width // 9))
     font = ImageFont.load_default(size=letter)
-    line = math.ceil(1.6 * letter) if labels else 0
+    lines = labels[0].count("\n") + 1 if labels else 0
+    line = math.ceil((1.6 + 1.25 * (lines - 1)) * letter) if labels else 0
     head, foot = (line, 0) if cycle else (0, line)
     sheet = Image.new(
         "RGB",
@@ -52,9 +53,9 @@ def labelled_sheet(
         y = MARGIN + head + index // columns * (height + foot + GAP)
         sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
         if labels and (foot or index < columns):
-            text = shortened(labels[index], font, width)
+            text = "\n".join(shortened(words, font, width) for words in labels[index].split("\n"))
             baseline = y + height + foot // 2 if foot else MARGIN + head // 2 - GAP // 4
-            draw.text((x + width / 2, baseline), text, font=font, fill=INK, anchor="mm")
+            draw.text((x + width / 2, baseline), text, font=font, fill=INK, anchor="mm", align="center")
     return sheet
 
 
