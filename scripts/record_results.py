@@ -2,9 +2,10 @@
 
     python scripts/record_results.py NAME RESULT_FOLDER [--headline]
 
-RESULT_FOLDER is what `ldm-vae evaluate`, `compare` or `frontier` wrote (a Markdown table, run.json), or a run root of
-the quickstart (run.json of each stage). The section NAME of docs/benchmarks.md is replaced or added; `--headline` also
-renews the README's figures, from an evaluation. Pictures stay out: they may show images that are not ours.
+RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier` or a `scripts/benchmark_*.py` wrote (a Markdown table,
+run.json), a set that `ldm-vae encode` made, or a run root of the quickstart (run.json of each stage). The section NAME
+of docs/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from an evaluation. Pictures
+stay out: they may show images that are not ours.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ def provenance_lines(record: dict) -> list[str]:
     versions = record["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("commit", "machine"))
     return [
-        f"- command: `ldm-vae {shlex.join(map(without_folder, record['command'][1:]))}`",
+        f"- command: `{typed(record['command'])}`",
         f"- {record['started'][:10]}, {versions['machine']}; {packages}",
     ]
+
+
+def typed(command: list[str]) -> str:
+    program = Path(command[0]).name
+    start = f"python scripts/{program}" if program.endswith(".py") else "ldm-vae"
+    return f"{start} {shlex.join(map(without_folder, command[1:]))}"
 
 
 def without_folder(word: str) -> str:
@@ -41,6 +48,21 @@ def measured_section(table: Path) -> list[str]:
     record = json.loads((table.parent / "run.json").read_text())
     lines = [line for line in table.read_text().strip().splitlines() if not line.startswith(("# ", "!["))]
     return ["\n".join(lines).strip(), "", *provenance_lines(record)]
+
+
+def encoding_section(folder: Path) -> list[str]:
+    record, manifest = (json.loads((folder / name).read_text()) for name in ("run.json", "manifest.json"))
+    size = "{height}x{width}".format(**manifest["preprocessing"])
+    rate = record["images_per_second"]
+    return [
+        "| images | size | stored | images/s | model busy | hours a million images | processes | device | precision |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| {record['images_encoded']} | {size} | {manifest['content']}, {manifest['dtype']} | {rate:.1f} | "
+        f"{record['model_busy']:.0%} | {1e6 / rate / 3600:.1f} | {record['processes']} | {record['device']} | "
+        f"{record['precision']} |",
+        "",
+        *provenance_lines(record),
+    ]
 
 
 def chain_section(root: Path) -> list[str]:
@@ -83,7 +105,12 @@ def main() -> None:
     parser.add_argument("--headline", action="store_true", help="also renew the README's figures")
     args = parser.parse_args()
     table = next((args.folder / name for name in TABLES if (args.folder / name).is_file()), None)
-    replace_section(args.name, measured_section(table) if table else chain_section(args.folder))
+    if table:
+        lines = measured_section(table)
+    else:
+        is_set = (args.folder / "manifest.json").is_file()
+        lines = encoding_section(args.folder) if is_set else chain_section(args.folder)
+    replace_section(args.name, lines)
     if args.headline:
         headline(args.folder)
 

@@ -1,0 +1,239 @@
+"""How fast latents are read: ours, HF `datasets`, a webdataset tar, one `.npy` per image, and a plain numpy memmap.
+
+    python scripts/benchmark_latents.py OUTPUT
+
+Every reader gets the same samples, float16 (8, 64, 64): mean and log-variance of a 512 x 512 image, 64 KiB. They are
+random, in a temporary folder, and few enough to stay in the page cache. What counts is a torch tensor with memory of
+its own, single or as a batch of 64. The limit is the memory copy: the same bytes from one array into a batch that is
+there already. One process, one thread. The readers take turns, so that what disturbs the machine meets all of them, and
+ratios are taken within a round. Writes results.json, results.md and run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.files import write_json, write_text
+from ldm_vae.provenance import write_run_record
+
+if TYPE_CHECKING:
+    from latent_readers import Pass, Reader
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: stored moments, or posterior samples drawn from them ("latents")."""
+
+    content: str
+    size: str
+    order: str
+
+
+CELLS = [Cell("moments", size, order) for size in ("single", "batch") for order in ("sequential", "random")]
+CELLS += [Cell("latents", size, "random") for size in ("single", "batch")]  # drawing takes most of the time
+
+Rates = dict[Cell, dict[str, list[float]]]
+"""Cell -> reader -> samples per second in each round."""
+
+
+def stream(reader: Reader, cell: Cell) -> Iterator[Tensor]:
+    """Tensors without end."""
+    if cell.content == "moments":
+        return forever(reader.moments, cell)
+    return forever(reader.latents, cell) if reader.latents else drawn(forever(reader.moments, cell))
+
+
+def forever(one_pass: Pass, cell: Cell) -> Iterator[Tensor]:
+    while True:
+        yield from one_pass(cell.size, cell.order)
+
+
+def drawn(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Posterior samples as a user writes them, from stored moments."""
+    import torch
+
+    for moments in tensors:
+        mean, logvar = moments.float().chunk(2, dim=-3)
+        yield mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+
+
+def measure(tensors: Iterator[Tensor], samples_each: int, seconds: float) -> float:
+    """Samples per second. As in training, a batch is alive until the next one is there."""
+    count, started = 0, time.perf_counter()
+    for _ in tensors:
+        count += samples_each
+        if (elapsed := time.perf_counter() - started) >= seconds:
+            return count / elapsed
+    raise AssertionError("an endless stream has ended")
+
+
+def measure_all(readers: dict[str, Reader], rounds: int, seconds: float) -> Rates:
+    """Rounds in which every reader has its turn, each round begun by another one; the first is not counted."""
+    from latent_readers import BATCH, LIMIT
+
+    streams = {cell: {name: stream(reader, cell) for name, reader in readers.items()} for cell in CELLS}
+    for cell in CELLS:
+        if (cell.content, cell.size) != ("moments", "batch"):  # the limit is one number an order
+            del streams[cell][LIMIT]
+    rates: Rates = {cell: {name: [] for name in turns} for cell, turns in streams.items()}
+    for number in range(rounds + 1):
+        for cell, turns in streams.items():
+            names = list(turns)
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                rate = measure(turns[name], BATCH if cell.size == "batch" else 1, seconds)
+                if number:
+                    rates[cell][name].append(rate)
+    return rates
+
+
+def summary(rates: Rates, missing: dict[str, str]) -> dict[str, Any]:
+    """`results.json`: of every cell and reader the rates, and quartiles of what was compared within a round."""
+    from latent_readers import BATCH, LIMIT, OURS, SAMPLE_BYTES
+
+    cells = []
+    for cell, found in rates.items():
+        limit = rates[Cell("moments", "batch", cell.order)][LIMIT]
+        for name, measured in found.items():
+            median = statistics.median(measured)
+            one: dict[str, Any] = {"reader": name, **asdict(cell), "samples_per_second": median, "rounds": measured}
+            if cell.content == "moments":
+                one["gigabytes_per_second"] = median * SAMPLE_BYTES / 1e9
+                one["fraction_of_limit"] = quartiles([rate / most for rate, most in zip(measured, limit)])
+            if name not in (OURS, LIMIT):
+                one["ours_over_this"] = quartiles([ours / rate for ours, rate in zip(found[OURS], measured)])
+            cells.append(one)
+    return {"sample_bytes": SAMPLE_BYTES, "batch": BATCH, "measured": cells, "missing": missing}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def report(found: dict[str, Any], note: str) -> str:
+    """`results.md`."""
+    from latent_readers import LIMIT, OURS, READERS
+
+    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+
+    table = {(one["content"], one["size"], one["order"], one["reader"]): one for one in found["measured"]}
+
+    def row(name: str, cells: Sequence[Cell], show: Callable[[dict[str, Any]], str]) -> list[str]:
+        if name in found["missing"]:
+            return [name, *[found["missing"][name]] * len(cells)]
+        ones = [table.get((cell.content, cell.size, cell.order, name)) for cell in cells]
+        return [name, *("–" if one is None else show(one) for one in ones)]
+
+    raw, sampled = CELLS[:4], CELLS[4:]
+    others = [name for name in READERS if name not in (OURS, LIMIT)]
+    headings = ["reader", *(f"{cell.size}, {cell.order}" for cell in raw)]
+    lines = ["# Reading latents", "", "Stored moments: samples per second (GB/s, fraction of the limit).", ""]
+    lines += markdown_table(headings, [row(name, raw, show_speed) for name in READERS])
+    lines += ["", f"{OURS} over each other reader in the same round: median [quartiles].", ""]
+    lines += markdown_table(headings, [row(name, raw, show_ratio) for name in others])
+    lines += ["", f"Posterior samples per second ({OURS} over this reader). The others draw after reading.", ""]
+    headings = ["reader", *(f"{cell.size}, {cell.order}" for cell in sampled)]
+    lines += markdown_table(headings, [row(name, sampled, show_both) for name in (OURS, *others)])
+    return "\n".join([*lines, "", note, ""])
+
+
+def show_rate(one: dict[str, Any]) -> str:
+    return f"{float(format(one['samples_per_second'], '.3g')):,.0f}"
+
+
+def show_speed(one: dict[str, Any]) -> str:
+    return f"{show_rate(one)} ({one['gigabytes_per_second']:.2f} GB/s, {100 * one['fraction_of_limit'][1]:.0f} %)"
+
+
+def show_ratio(one: dict[str, Any]) -> str:
+    low, middle, high = one["ours_over_this"]
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def show_both(one: dict[str, Any]) -> str:
+    return show_rate(one) + (f" ({show_ratio(one)})" if "ours_over_this" in one else "")
+
+
+def note(samples: int, rounds: int, seconds: float) -> str:
+    """What the figures hold for."""
+    from latent_readers import BATCH, OURS, SAMPLE_BYTES, SHUFFLE_BUFFER
+
+    packages = []
+    for name in ("numpy", "datasets", "pyarrow", "webdataset"):
+        try:
+            packages.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return (
+        f"{samples:,} samples of {SAMPLE_BYTES // 1024} KiB, random float16, in the page cache; one process, one "
+        f"thread; batches of {BATCH}; medians of {rounds} rounds, in which the readers take turns of {seconds} s. "
+        f"Every reader ends with a torch tensor that has its own memory; {OURS} gives label and source index too. "
+        f"A tar has no random access: there, random is a shuffle buffer of {SHUFFLE_BUFFER}. The limit, also of single "
+        f"samples, copies the same bytes from one array into a batch that is there already. {', '.join(packages)}."
+    )
+
+
+def benchmark(output: Path, samples: int, rounds: int, seconds: float, files: Path | None) -> str:
+    """Write the formats, measure, write the result folder. Returns: the Markdown."""
+    import numpy as np
+    import pyarrow
+    import torch
+    from datasets import disable_progress_bars
+    from latent_readers import BATCH, SHAPE, open_readers
+
+    if samples < BATCH or samples % BATCH:
+        raise UserError(f"--samples: {samples} are not whole batches; give a multiple of {BATCH}")
+    if rounds < 2:
+        raise UserError(f"--rounds: {rounds} shows no spread; give 2 or more")
+    if (output / "results.json").exists():
+        raise UserError(f"{output}: holds results already; give another folder")
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    pyarrow.set_cpu_count(1)
+    began = time.time()
+    moments = np.random.default_rng(0).standard_normal((samples, *SHAPE), np.float32).astype(np.float16)
+    with tempfile.TemporaryDirectory(dir=files) as folder:
+        readers, missing = open_readers(Path(folder), moments)
+        found = summary(measure_all(readers, rounds, seconds), missing)
+    text = report(found, note(samples, rounds, seconds))
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "results.md", text)
+    write_run_record(output, None, began, time.time() - began)
+    write_json(output / "results.json", found)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for the results")
+    parser.add_argument(
+        "--samples", type=int, default=8192, help="64 KiB each, seven times on disk (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of a reader's turn (default: %(default)s)")
+    parser.add_argument("--files", type=Path, help="where the temporary folder is made")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch, which read it once, are there
+    try:
+        print(benchmark(args.output, args.samples, args.rounds, args.seconds, args.files))
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
