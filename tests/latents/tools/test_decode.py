@@ -152,7 +152,13 @@ def test_a_damaged_shard_is_not_shown(latents, autoencoder_directory, tmp_path):
 def test_small_pictures_are_enlarged_and_captions_have_two_lines():
     samples = [Decoded(number, "cat", f"cats/{number:03d}.png", Image.new("RGB", (16, 32))) for number in range(3)]
     assert samples[2].caption == "2 cat\n002.png"
-    one_line = labelled_sheet([Image.new("RGB", (64, 128))] * 3, ["0 cat", "1 cat", "2 cat"])
+    one_line = labelled_sheet([Image.new("RGB", (64, 128))] * 3, ["0 cat", "1 cat", "2 cat"], maximum_columns=2)
     two_lines = contact_sheet(samples)
     assert two_lines.width == one_line.width
     assert two_lines.height > one_line.height
+
+
+def test_a_dozen_pictures_make_a_grid_and_not_one_row():
+    pictures = [Decoded(number, "", f"{number}.png", Image.new("RGB", (128, 128))) for number in range(12)]
+    sheet = contact_sheet(pictures)
+    assert sheet.width < 2 * sheet.height

@@ -311,12 +311,10 @@ def test_the_commands_of_the_page_parse():
     import argparse
     import shlex
 
-    from ldm_vae.commands import latents
-
     lines = re.findall(r"^ldm-vae latents ((?:export|import) .*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) == 4
     for line in lines:
         tool, *arguments = shlex.split(line, comments=True)
         parser = argparse.ArgumentParser()
-        cli.tool_module(latents, tool).add_arguments(parser)
+        cli.tool_module("latents", tool).add_arguments(parser)
         parser.parse_args(arguments)
