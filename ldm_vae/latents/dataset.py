@@ -20,11 +20,15 @@ from ldm_vae.latents.contents import FLIPPED, STORED_DTYPES
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.latents.normalizer import LatentNormalizer
 from ldm_vae.latents.shard import OpenShard, open_shard
-from ldm_vae.latents.sidecar import MAKE_AGAIN, read_sidecar
+from ldm_vae.latents.sidecar import read_ids
 from ldm_vae.random import generator
+from ldm_vae.storage import is_url
 
 MOST_OPEN_SHARDS = 1 << 14
 """Mapped at once by a process; the kernel allows it about 65,000 mappings in all."""
+
+FETCHED_BYTES = 32 * 10**9
+"""About so much of a set behind a URL stays mapped: a copy that the cache has removed takes its space until then."""
 
 Posterior = Literal["sample", "mean", "moments"]
 
@@ -79,6 +83,10 @@ class LatentDataset(Dataset):
         self._describe()
         self._rows = self._select(part, held_out)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._most_open = MOST_OPEN_SHARDS
+        if is_url(self.where):
+            mean_bytes = max(1, self.index.size_bytes // len(self.index))
+            self._most_open = min(MOST_OPEN_SHARDS, max(64, FETCHED_BYTES // mean_bytes))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
         self._verified = torch.zeros(len(self.index), dtype=torch.bool).share_memory_()
 
@@ -110,7 +118,7 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int | Sequence[int] | np.ndarray) -> dict[str, Any]:
+    def __getitem__(self, i: int | slice | Sequence[int] | np.ndarray | Tensor) -> dict[str, Any]:
         """Sample `i`; what is random in it is a function of (seed, epoch, source index), see `set_epoch`.
 
         A list of indices gives a stacked batch of these samples, with a leading axis (n): with
@@ -122,7 +130,11 @@ class LatentDataset(Dataset):
             moments: (2c, h, w) in the stored precision, for posterior="moments";
             indices: int64 (h, w), for a set of codes.
         """
-        return self._batch(i) if isinstance(i, (Sequence, np.ndarray)) else self._one(int(i))
+        if isinstance(i, (np.ndarray, Tensor)) and i.ndim:
+            i = i.tolist()
+        elif isinstance(i, slice):
+            i = range(len(self))[i]
+        return self._batch(i) if isinstance(i, Sequence) else self._one(int(i))
 
     def sample(self, index: int, position: int, size: int | None = None) -> dict[str, Any]:
         """Sample `index` as the training sample at global `position`: the noise is a function of (seed, position).
@@ -154,7 +166,7 @@ class LatentDataset(Dataset):
         self._fill(values, stored, key, self._scratch())
         return {self._name: self._tensor(values), "label": label, "index": index}
 
-    def _batch(self, samples: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+    def _batch(self, samples: Sequence[int]) -> dict[str, Tensor]:
         # numpy's memory: from 4 MiB it asks for huge pages, torch's costs a page fault every 4 KiB
         values: np.ndarray = np.empty((len(samples), *self._shape), self._kind)
         numbers, scratch = np.empty((2, len(samples)), np.int64), self._scratch()
@@ -210,18 +222,12 @@ class LatentDataset(Dataset):
         shard = open_shard(self.manifest.where, number, self.index[number], self.layout, verify=verify)
         self._verified[number] |= verify
         self._open[number] = shard
-        if len(self._open) > MOST_OPEN_SHARDS:
+        if len(self._open) > self._most_open:
             self._open.popitem(last=False)
         return shard
 
     def _ids(self, number: int) -> list[str]:
-        sidecar = read_sidecar(self.manifest.where, number)
-        if sidecar.header.record != self.index[number]:
-            raise UserError(
-                f"{self.where}: the sidecar of shard {number} is not of the shard that the manifest describes; "
-                f"{MAKE_AGAIN}"
-            )
-        return [sample.id for sample in sidecar.samples]
+        return read_ids(self.manifest.where, number, self.index[number])
 
     def _select(self, part: Part, held_out: float) -> Sequence[int] | np.ndarray:
         count = self.manifest.count

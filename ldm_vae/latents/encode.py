@@ -36,9 +36,9 @@ from ldm_vae.latents.images import ImageBatch, Images, Units, load_batches, open
 from ldm_vae.latents.manifest import Manifest, Origin, planned_shards
 from ldm_vae.latents.output import Output
 from ldm_vae.latents.progress import BusyTime, Progress
-from ldm_vae.latents.settings import EncodeConfig, parse_share, parse_sizes, size_name
+from ldm_vae.latents.settings import EncodeConfig, parse_share, parse_sizes
+from ldm_vae.latents.words import counted, size_text
 from ldm_vae.random import generator
-from ldm_vae.storage import join
 
 LONGEST_WAIT = timedelta(hours=24)
 """How long a process that has finished its share waits for the slowest one."""
@@ -155,11 +155,9 @@ def encode_dataset(config: EncodeConfig, accelerator: Any) -> int:
     Raises:
         UserError: a setting, the images or the output are not usable, or a latent is not finite.
     """
-    sizes = parse_sizes(config.resolution)
-    for size in sizes:
-        output = str(join(config.output, size_name(size))) if len(sizes) > 1 else config.output
-        job = prepare(replace(config, output=output), accelerator, size)
-        encode_segment(job, Output(output, job.origin))
+    for size, one in config.of_each_size():
+        job = prepare(one, accelerator, size)
+        encode_segment(job, Output(one.output, job.origin))
     return 0
 
 
@@ -175,7 +173,7 @@ def encode_segment(job: Job, output: Output) -> None:
             manifest = output.finished_manifest()
             if manifest:
                 print(f"{output.where}: finished already: {summary(manifest)}")
-            return None if manifest else output.finished_units(), output.origin
+            return None if manifest else output.finished_units(share), output.origin
 
         finished, output.origin = main_decides(accelerator, take)
         if finished is None:
@@ -194,8 +192,9 @@ def encode_segment(job: Job, output: Output) -> None:
                 print(f"{output.where}: share {config.share} is made; the same command without share completes the set")
                 return
             planned = planned_shards(job.origin)
-            manifest = output.complete(planned)
-            rejected = manifest.shard_index.columns["rejected"][job.origin.first_shard :][:planned]
+            completed = output.complete(planned)
+            manifest = completed.manifest
+            rejected = completed.index.columns["rejected"][job.origin.first_shard :][:planned]
             check_rejected(config, int(rejected.sum()), manifest.datasets[output.segment]["count"])
             record = provenance.run_record(
                 None, started, time.time() - started, images=manifest.count, images_encoded=encoded,
@@ -203,9 +202,10 @@ def encode_segment(job: Job, output: Output) -> None:
                 waited_for_images_seconds=round(figures["waited_seconds"], 3),
                 processes=accelerator.num_processes, device=accelerator.device.type, precision=config.precision,
             )  # fmt: skip
-            output.folder.write(provenance.RUN_RECORD, readable_json(record).encode())
-            output.publish(manifest)
-            print(f"{output.where}: {summary(manifest)}; {images_per_second:.1f} images/s")
+            completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
+            output.publish(completed)
+            speed = f"; {images_per_second:.1f} images/s" if encoded else ""
+            print(f"{output.where}: {summary(manifest)}{speed}")
 
         main_decides(accelerator, complete)
 
@@ -214,17 +214,26 @@ def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
     """Say what is there already, and whether the rest will fit on the disk."""
     planned = planned_shards(job.origin)
     if finished:
-        print(f"{output.where}: {len(finished)} of {planned or 'its'} shards are there; continuing")
-    free_bytes = output.folder.free_bytes()
-    if planned is None or free_bytes is None:
+        known = planned and not job.config.share
+        print(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
+    free_bytes, images = output.folder.free_bytes(), images_of_share(job)
+    if images is None or free_bytes is None:
         return
-    missing = job.origin.dataset["count"] - len(finished) * job.config.shard_size
-    needed = max(0, missing) * job.origin.layout.sample_bytes
+    needed = max(0, images - len(finished) * job.config.shard_size) * job.origin.layout.sample_bytes
     if needed > free_bytes:
         print(
             f"{output.where}: the set still needs {needed / 1e9:.3g} GB and {free_bytes / 1e9:.3g} GB are free; "
             "finished shards will stay, and the same command continues after space was made"
         )
+
+
+def images_of_share(job: Job) -> int | None:
+    """Images in all units of this job's share; None for a stream of unknown length."""
+    count, size = job.images.count, job.config.shard_size
+    if count is None:
+        return None
+    place, shares = parse_share(job.config.share)
+    return sum(min(size, count - number * size) for number in range(place, -(-count // size), shares))
 
 
 def encode_units(job: Job, output: Output, finished: frozenset[int]) -> dict[str, Any]:
@@ -241,7 +250,7 @@ def encode_units(job: Job, output: Output, finished: frozenset[int]) -> dict[str
     )  # fmt: skip
     busy = BusyTime(accelerator.device, lanes(job))
     opened: dict[int, OpenShard] = {}
-    progress = Progress(job.images.count, len(finished) * config.shard_size, accelerator, busy)
+    progress = Progress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
     with progress, Writer(output) as writer:
         for batch, stored in encoded_batches(job, progress.timed(batches), busy):
             shard = opened.setdefault(batch.unit, OpenShard(batch.unit, job.origin))
@@ -260,7 +269,7 @@ def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
     if config.maximum_rejected is not None and rejected > config.maximum_rejected * images:
         raise UserError(
             f"data: {rejected} of {images} images cannot be read, more than maximum_rejected={config.maximum_rejected} "
-            "allows; look at the reasons above, and repair the images or allow more"
+            "allows; allow more, or mend the images and encode them to another output"
         )
 
 
@@ -348,7 +357,8 @@ def main_decides(accelerator: Any, decide: Callable[[], Answer]) -> Answer:
 def summary(manifest: Manifest) -> str:
     """For example `1998 latents of 4x64x64 in 8 shards, 131.0 MB, 2 images left out (see quarantine.jsonl)`."""
     shape = "x".join(map(str, manifest.latent_shape))
-    kind = {"moments": "latents", "indices": "token maps"}.get(manifest.content, f"latents ({manifest.content})")
-    left_out = f", {manifest.rejected} images left out (see quarantine.jsonl)" if manifest.rejected else ""
-    size_megabytes = manifest.shard_index.size_bytes / 1e6
-    return f"{manifest.count} {kind} of {shape} in {manifest.shards} shards, {size_megabytes:.1f} MB{left_out}"
+    kinds = {"moments": "latent", "mean": "mean latent", "sample": "latent sample", "indices": "token map"}
+    kind = kinds[manifest.content]
+    left_out = f", {counted(manifest.rejected, 'image')} left out (see quarantine.jsonl)" if manifest.rejected else ""
+    size = size_text(manifest.shard_index.size_bytes)
+    return f"{counted(manifest.count, kind)} of {shape} in {counted(manifest.shards, 'shard')}, {size}{left_out}"

@@ -121,8 +121,8 @@ def _plain(value: np.ndarray) -> int | str:
     return int(value) if value.ndim == 0 else ALGORITHM + value.tobytes().hex()
 
 
-def write_index(folder: Folder, index: ShardIndex, shards_per_part: int = SHARDS_PER_PART) -> tuple[IndexPart, ...]:
-    """Publish the files of an index; equal records give equal bytes and names."""
+def index_files(index: ShardIndex, shards_per_part: int = SHARDS_PER_PART) -> list[tuple[IndexPart, bytes]]:
+    """The files of an index; equal records give equal bytes and names."""
     from safetensors.numpy import save
 
     parts = []
@@ -132,9 +132,15 @@ def write_index(folder: Folder, index: ShardIndex, shards_per_part: int = SHARDS
         data = save(columns)
         checksum = checksum_bytes(data)
         name = f"index-{number:06d}-{checksum.removeprefix(ALGORITHM)[:16]}.safetensors"
-        folder.write(name, data)
-        parts.append(IndexPart(name, len(columns["count"]), checksum))
-    return tuple(parts)
+        parts.append((IndexPart(name, len(columns["count"]), checksum), data))
+    return parts
+
+
+def write_index(folder: Folder, index: ShardIndex) -> tuple[IndexPart, ...]:
+    """Publish the files of an index."""
+    for part, data in (files := index_files(index)):
+        folder.write(part.file, data)
+    return tuple(part for part, _ in files)
 
 
 def read_index(folder: Folder, parts: Sequence[IndexPart], channels: int, advice: str) -> ShardIndex:

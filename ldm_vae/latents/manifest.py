@@ -27,7 +27,7 @@ from ldm_vae.storage import Folder, open_folder
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-RESTORE = "run the same `ldm-vae encode` command again, which rebuilds it from the shards"
+RESTORE = "`ldm-vae latents repair` rebuilds it from the shards"
 
 
 def plan_name(segment: int) -> str:
@@ -193,13 +193,18 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
     """
     folder = open_folder(location) if isinstance(location, (str, Path)) else location
     if not folder.exists(MANIFEST):
+        if folder.sizes("index-"):  # it is published just before
+            raise UserError(f"{folder.location}: {MANIFEST} is missing; {RESTORE}")
         if folder.exists(plan_name(0)):
             raise UserError(
                 f"{folder.location}: the encoding is not finished; run the same `ldm-vae encode` command again"
             )
-        raise UserError(f"{folder.location}: holds no {MANIFEST}; give a folder that `ldm-vae encode` wrote")
+        raise UserError(
+            f"{folder.location}: holds no {MANIFEST}; give a folder that `ldm-vae encode` wrote (of several sizes one "
+            "of the folders inside)"
+        )
     where = f"{folder.location}/{MANIFEST}"
-    values = _read(folder, MANIFEST, f"delete it and {RESTORE}")
+    values = _read(folder, MANIFEST, RESTORE)
     digest = values.pop("digest", None)
     try:
         edited = configuration.digest(values) != digest
@@ -211,10 +216,10 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
         values["index"] = tuple(IndexPart(**part) for part in values["index"])
         manifest = Manifest(**values, where=folder)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: damaged ({error}); delete it and {RESTORE}") from error
+        raise UserError(f"{where}: damaged ({error}); {RESTORE}") from error
     if edited:
         _name_damage(manifest)
-        raise UserError(f"{where}: damaged or edited, its digest does not fit its content; delete it and {RESTORE}")
+        raise UserError(f"{where}: damaged or edited, its digest does not fit its content; {RESTORE}")
     known = INDEX_DTYPES if manifest.content == "indices" else LATENT_DTYPES
     if manifest.content not in ("moments", "mean", "sample", "indices") or manifest.dtype not in known:
         raise UserError(f"{where}: content {manifest.content} in {manifest.dtype} is unknown; update ldm_vae")
@@ -227,8 +232,7 @@ def _name_damage(manifest: Manifest) -> None:
     changes = configuration.changed_keys(expected, manifest.statistics, "statistics")
     for key, (right, wrong) in changes.items():
         raise UserError(
-            f"{manifest.where.location}/{MANIFEST}: damaged, {key} is {wrong} and the shards have {right}; "
-            f"delete it and {RESTORE}"
+            f"{manifest.where.location}/{MANIFEST}: damaged, {key} is {wrong} and the shards have {right}; {RESTORE}"
         )
 
 

@@ -5,30 +5,47 @@ Only the main process opens or completes it; every process publishes shards into
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
 from ldm_vae.latents import manifest as manifests
-from ldm_vae.latents.index import INDEX_NAME, ShardIndex, shard_name, sidecar_name, write_index
+from ldm_vae.latents.index import INDEX_NAME, ShardIndex, index_files, shard_name, sidecar_name
 from ldm_vae.latents.manifest import MANIFEST, Manifest, Origin, Recipe, merge_label_names, plan_name
 from ldm_vae.latents.shard import no_space
 from ldm_vae.latents.sidecar import Header, read_header, read_sidecar
 from ldm_vae.storage import DISK_FULL, Folder, open_folder
 
 QUARANTINE = "quarantine.jsonl"
-LOCK = "encode.lock"
-OTHER_ORIGIN = "give the settings of the first run, or another output"
+LOCK, PLAN_LOCK = "encode.lock", "plan.lock"
+PLAN_ATTEMPTS, PLAN_PAUSE_SECONDS = 60, 1.0
+OTHER_ORIGIN = "give the settings of the first run, or another output; `ldm-vae latents append` adds images to a set"
 SIDECAR_NAME = re.compile(r"shard-(\d{6,})\.jsonl")
 READERS = 32
 """Sidecars read at once: against an object store the wait is latency, not bandwidth."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What makes shards a set, not yet written.
+
+    Attributes:
+        manifest, index: of all segments; the manifest cannot read its index before it is published.
+        files: by name those that are published before the manifest: the index, the list of images left out.
+    """
+
+    manifest: Manifest
+    index: ShardIndex
+    files: dict[str, bytes]
 
 
 class Output:
@@ -45,30 +62,59 @@ class Output:
         Raises:
             UserError: it holds other files, latents of another origin, or another process is at work in it.
         """
-        try:
-            plan = plan_name(self.segment)
+        plan = plan_name(self.segment)
+        with self._writing():
             contents = sorted(name for name in self.folder.sizes() if not name.endswith(".lock"))
             if contents and plan_name(0) not in contents:
                 raise UserError(
                     f"{self.where}: holds {contents[0]} but no {plan_name(0)}; give another output, or empty it"
                 )
-            with self.folder.hold(lock_name(share)):
+            with contextlib.ExitStack() as held:
+                held.enter_context(self.folder.hold(lock_name(share)))
                 self._refuse_others(share)
-                if not self.folder.exists(plan):
-                    manifests.write_plan(self.folder, self.origin, self.segment)
-                self._adopt(manifests.read_plan(self.folder, self.segment))
+                with self._planning(share):
+                    if not self.folder.exists(plan):
+                        manifests.write_plan(self.folder, self.origin, self.segment)
+                    self._adopt(manifests.read_plan(self.folder, self.segment))
                 if share == (0, 1):
                     self.folder.clean()
-                yield
+                lock = held.pop_all()
+        with lock:
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises: UserError instead of what the disk says."""
+        try:
+            yield
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise no_space(self.folder) from error
             raise UserError(f"{self.where}: cannot be written ({error.strerror}); give another output") from error
 
+    @contextmanager
+    def _planning(self, share: tuple[int, int]) -> Iterator[None]:
+        """Alone among the jobs that each make a share: two with different settings must not both write the plan."""
+        if share == (0, 1):
+            yield
+            return
+        for attempt in range(PLAN_ATTEMPTS):
+            try:
+                lock = self.folder.hold(PLAN_LOCK)
+                lock.__enter__()
+                break
+            except UserError:
+                if attempt == PLAN_ATTEMPTS - 1:
+                    raise
+                time.sleep(PLAN_PAUSE_SECONDS)
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
     def _refuse_others(self, share: tuple[int, int]) -> None:
         """A whole job and the shares of one exclude each other. Each holds its own lock before it looks for others."""
-        alone = share == (0, 1)
-        others = self.folder.sizes("encode-" if alone else LOCK)
+        others = self.folder.sizes("encode-" if share == (0, 1) else LOCK)
         for name in others:
             if holder := self.folder.holder(name):
                 raise UserError(f"{self.where}: {holder} is encoding here; wait for it, or give another output")
@@ -78,12 +124,13 @@ class Output:
         manifests.check_same(to_dict(self.origin), found, self.where, OTHER_ORIGIN)
         self.origin = replace(self.origin, autoencoder=found["autoencoder"])
 
-    def finished_units(self) -> frozenset[int]:
-        """Numbers within the segment of the shards that are published whole, of this plan."""
+    def finished_units(self, share: tuple[int, int] = (0, 1)) -> frozenset[int]:
+        """Numbers within the segment of the shards that are published whole, of this plan; of one share only."""
         sizes = self.folder.sizes("shard-")
         matches = (SIDECAR_NAME.fullmatch(name) for name in sizes)
-        first = self.origin.first_shard
-        numbers = [int(match[1]) for match in matches if match and int(match[1]) >= first]
+        first, (place, shares) = self.origin.first_shard, share
+        found = [int(match[1]) for match in matches if match]
+        numbers = [number for number in found if number >= first and (number - first) % shares == place]
         return frozenset(header.shard - first for header in self._headers(self.origin.digest, numbers, sizes) if header)
 
     def finished_manifest(self) -> Manifest | None:
@@ -100,9 +147,10 @@ class Output:
         )
         return manifest if there else None
 
-    def complete(self, units: int | None) -> Manifest:
-        """The manifest, which follows from the plans and sidecars of all segments; also publishes its index and the
-        list of images left out. `units`: of this segment; None for a stream, where all there are count.
+    def complete(self, units: int | None) -> Completed:
+        """What makes the shards a set; it follows from the plans and sidecars of all segments. Writes nothing.
+
+        `units`: of this segment; None for a stream, where all there are count.
 
         Raises:
             UserError: a shard of this segment or of one before is not there, or no image could be read.
@@ -110,24 +158,28 @@ class Output:
         segments = list(self._segments(units))
         headers = [header for _, made in segments for header in made]
         index = ShardIndex.of([header.record for header in headers], [header.sums for header in headers])
-        rejected = self._write_quarantine(index)
+        rejected = self._rejected(index)
         if not index.count:
             first = f"; the first: {rejected[0]['id']}, {rejected[0]['message']}" if rejected else ""
             raise UserError(f"{self.where}: none of {index.rejected} images could be read{first}")
         label_names: tuple[str, ...] = ()
         for origin, _ in segments:
             label_names = merge_label_names(label_names, origin.dataset["label_names"])
-        return Manifest(
+        parts = index_files(index)
+        files = {part.file: data for part, data in parts}
+        files[QUARANTINE] = "".join(json.dumps(rejection) + "\n" for rejection in rejected).encode()
+        manifest = Manifest(
             **{field.name: getattr(self.origin, field.name) for field in fields(Recipe)},
             datasets=tuple(segment_record(origin, made) for origin, made in segments),
             label_names=label_names,
             count=index.count,
             rejected=index.rejected,
             shards=len(index),
-            index=write_index(self.folder, index),
+            index=tuple(part for part, _ in parts),
             statistics=manifests.measure(index, self.origin.layout, self.origin.encoding.get("codebook_size")),
             where=self.folder,
         )
+        return Completed(manifest, index, files)
 
     def _segments(self, units: int | None) -> Iterator[tuple[Origin, list[Header]]]:
         """The plan and the headers of every segment that is whole, in order. Later ones than this may be unfinished."""
@@ -162,22 +214,26 @@ class Output:
         elif len(manifests.read_manifest(self.folder).datasets) > segment:
             raise UserError(f"{self.where}: {missing} is not there; make it again with `ldm-vae latents repair`")
 
-    def publish(self, manifest: Manifest) -> None:
-        """Make the manifest the set's, and remove the index of the one before."""
-        manifests.write_manifest(self.folder, manifest)
-        listed = {part.file for part in manifest.index}
-        for name in self.folder.sizes("index-"):
-            if INDEX_NAME.fullmatch(name) and name not in listed:
-                self.folder.remove(name)
+    def publish(self, completed: Completed) -> None:
+        """Make the shards a set, or the next version of it. A reader that has just opened the version before still
+        finds its index; that of older ones is removed."""
+        before: set[str] = set()
+        with contextlib.suppress(UserError):  # there is none, or it is damaged
+            before = {part.file for part in manifests.read_manifest(self.folder).index}
+        with self._writing():
+            for name, data in completed.files.items():
+                self.folder.write(name, data)
+            manifests.write_manifest(self.folder, completed.manifest)
+            for name in self.folder.sizes("index-"):
+                if INDEX_NAME.fullmatch(name) and name not in before | completed.files.keys():
+                    self.folder.remove(name)
 
-    def _write_quarantine(self, index: ShardIndex) -> list[dict]:
+    def _rejected(self, index: ShardIndex) -> list[dict]:
         """Only the sidecars of shards with images left out are read."""
         numbers = index.columns["rejected"].nonzero()[0].tolist()
         with ThreadPoolExecutor(READERS) as pool:
             sidecars = pool.map(lambda number: read_sidecar(self.folder, number), numbers)
-            rejected = [asdict(rejection) for sidecar in sidecars for rejection in sidecar.rejected]
-        self.folder.write(QUARANTINE, "".join(json.dumps(rejection) + "\n" for rejection in rejected).encode())
-        return rejected
+            return [asdict(rejection) for sidecar in sidecars for rejection in sidecar.rejected]
 
     def _headers(self, digest: str, numbers: Sequence[int], sizes: dict[str, int]) -> list[Header | None]:
         """Of each number the sidecar's header; None where the shard is not whole or not of the plan `digest`."""

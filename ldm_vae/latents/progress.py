@@ -13,6 +13,8 @@ import torch
 
 from ldm_vae.latents.images import ImageBatch
 
+SHOWN_REJECTIONS = 20
+
 
 class BusyTime:
     """How long the model computed, on a GPU by its own clock and without waiting for it.
@@ -83,8 +85,11 @@ class Progress:
             yield batch
 
     def advance(self, batch: ImageBatch) -> None:
-        for rejection in batch.rejected:
-            self.bar.write(f"{rejection.id}: left out: {rejection.message}")
+        for number, rejection in enumerate(batch.rejected, self.rejected):
+            if number < SHOWN_REJECTIONS:
+                self.bar.write(f"{rejection.id}: left out: {rejection.message}")
+            elif number == SHOWN_REJECTIONS:
+                self.bar.write("and more are left out; quarantine.jsonl will list them all")
         count = len(batch.rows) + len(batch.rejected)
         self.encoded += len(batch.rows)
         self.rejected += len(batch.rejected)

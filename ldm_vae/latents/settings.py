@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
 from ldm_vae.errors import UserError
+from ldm_vae.storage import join
+
+Settings = TypeVar("Settings", bound="EncodeConfig")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class EncodeConfig:
             raise UserError(f"seed: has no effect with store={self.store}; leave it out")
         parse_sizes(self.resolution)
         parse_share(self.share)
+
+    def of_each_size(self: Settings) -> list[tuple[tuple[int, int], Settings]]:
+        """(height, width) and the settings of each set: of several sizes, each in a folder of its own."""
+        sizes = parse_sizes(self.resolution)
+        if len(sizes) == 1:
+            return [(sizes[0], self)]
+        named = ((size, size_name(size)) for size in sizes)
+        return [(size, replace(self, resolution=name, output=str(join(self.output, name)))) for size, name in named]
 
 
 def parse_sizes(resolution: str) -> tuple[tuple[int, int], ...]:

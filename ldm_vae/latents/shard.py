@@ -9,8 +9,9 @@ samples and the images left out. Owns writing and opening; which shards there ar
 
 from __future__ import annotations
 
+import errno
 import json
-import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from ldm_vae.latents.statistics import channel_sums
 from ldm_vae.storage import DISK_FULL, Folder
 
 MAXIMUM_HEADER_BYTES = 1 << 20
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NUMPY_DTYPES = {
     "F16": np.float16, "BF16": np.uint16, "F32": np.float32, "U16": np.uint16, "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
@@ -135,14 +137,18 @@ def open_shard(folder: Folder, number: int, record: ShardRecord, layout: Layout,
         if tensors != expected:
             raise UserError(f"{where}: holds {tensors}, the manifest says {expected}; {MAKE_AGAIN}")
         return map_tensors(path, header, start)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); {MAKE_AGAIN}") from error
+    except (OSError, RuntimeError) as error:  # torch's mapping raises the latter
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        scarce = getattr(error, "errno", None) in SCARCE or isinstance(error, RuntimeError)
+        advice = "allow the process more files or memory (ulimit -n, -v)" if scarce else MAKE_AGAIN
+        raise UserError(f"{where}: cannot be read ({reason}); {advice}") from error
 
 
 def map_tensors(path: Path, header: Mapping[str, Any], start: int) -> OpenShard:
     """The tensors of a file whose header was judged by `read_header`, as views of one read-only mapping."""
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Python's own mmap would keep a file descriptor for each shard, and a process often may have 1,024 of them only
+    mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
+    mapped.flags.writeable = False
     arrays = {}
     for name, tensor in header.items():
         kind, items = _NUMPY_DTYPES[tensor["dtype"]], int(np.prod(tensor["shape"], dtype=object))

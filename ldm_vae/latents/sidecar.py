@@ -102,6 +102,17 @@ def read_sidecar(folder: Folder, number: int) -> Sidecar:
     return Sidecar(header, [Sample(**line) for line in lines if "reason" not in line], rejected)
 
 
+def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
+    """The ids of a shard's samples. Raises: UserError as `read_sidecar`, or when it is not of the shard `record`."""
+    sidecar = read_sidecar(folder, number)
+    if sidecar.header.record != record:
+        raise UserError(
+            f"{folder.location}: the sidecar of shard {number} is not of the shard that the manifest describes; "
+            f"{MAKE_AGAIN}"
+        )
+    return [sample.id for sample in sidecar.samples]
+
+
 def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
     """(header, the bytes after it; empty unless `whole`)."""
     name = sidecar_name(number)

@@ -1,7 +1,8 @@
 """One flat folder of files, on a local disk or behind any fsspec URL: what latent shards are written to and read from.
 
 Here stands what both have in common and how one is opened; `local` and `remote` do the work, `connection` makes
-requests, `lease` is the lock of a remote folder. What the files mean is nobody's business here.
+requests, `lease` is the lock of a remote folder, `cache` keeps copies of what was read from it. What the files mean is
+nobody's business here.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Folder(Protocol):
         ...
 
     def local(self, name: str, checksum: str) -> Path:
-        """A file on this machine with that content, to be memory-mapped. The file itself is not checked.
+        """A file on this machine with that content, to be memory-mapped.
+
+        On a disk it is the file itself, not checked. A copy of a remote file is compared at its first use in a process,
+        and stays at least until this process asks for the next one.
 
         Raises:
             FileNotFoundError: it is not there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -81,6 +80,8 @@ class LocalFolder:
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """The lock is the kernel's (flock) and ends with the process; the file `name` stays, and names the holder."""
+        import fcntl  # here: reading works on systems that do not have it
+
         with self._explained("written"):
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self._file(name), "a+")  # noqa: SIM115 - closed below
@@ -97,6 +98,8 @@ class LocalFolder:
                     fcntl.flock(file, fcntl.LOCK_UN)
 
     def holder(self, name: str) -> str | None:
+        import fcntl
+
         try:
             with self._explained("read"), open(self._file(name)) as file:
                 try:
@@ -109,6 +112,8 @@ class LocalFolder:
 
     def _lock(self, file: TextIO, name: str) -> None:
         """More than one attempt: `holder` takes the lock for a moment to see whether it is free."""
+        import fcntl
+
         for attempt in range(LOCK_ATTEMPTS):
             try:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

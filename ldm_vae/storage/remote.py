@@ -7,7 +7,6 @@ but is paid for until a lifecycle rule of the bucket ends it.
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.errors import UserError
-from ldm_vae.files import write_atomically
 from ldm_vae.storage import DISK_FULL, check_name
+from ldm_vae.storage.cache import cache_folder, cache_limit_bytes, open_cache
 from ldm_vae.storage.connection import Connection
 from ldm_vae.storage.lease import Lease
 
@@ -76,21 +75,19 @@ class RemoteFolder:
         return f"xxh3_128:{digest.hexdigest()}"
 
     def local(self, name: str, checksum: str) -> Path:
-        """A copy that is kept under its checksum, in `$LDM_VAE_CACHE` or `~/.cache/ldm_vae/shards`."""
+        """A copy that is kept under its checksum; see `cache`. It stays until the next call, or once it is mapped."""
         match = CHECKSUM.match(checksum)
         if not match:
             raise UserError(f"{self.location}/{name}: {checksum!r} is no checksum; repair the manifest")
-        copy = cache_folder() / match[1]
-        if not copy.is_file():
-            try:
-                write_atomically(copy, lambda temporary: self._download(name, checksum, temporary))
-            except OSError as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                advice = "free some space, or set LDM_VAE_CACHE to another folder"
-                reason = "no space left" if error.errno in DISK_FULL else error.strerror
-                raise UserError(f"{copy.parent}: cannot keep a copy of {name} ({reason}); {advice}") from error
-        return copy
+        cache = open_cache(cache_folder(), cache_limit_bytes())
+        try:
+            return cache.get(match[1], lambda temporary: self._download(name, checksum, temporary))
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            advice = "free some space, or set LDM_VAE_CACHE to another folder"
+            reason = "no space left" if error.errno in DISK_FULL else error.strerror
+            raise UserError(f"{cache.folder}: cannot keep a copy of {name} ({reason}); {advice}") from error
 
     def clean(self) -> None:
         for name, _ in self._files():
@@ -156,8 +153,3 @@ class RemoteFolder:
         if f"xxh3_128:{digest.hexdigest()}" != checksum:
             advice = "run `ldm-vae latents verify`, then `repair`"
             raise UserError(f"{self.location}/{name}: is damaged (xxh3_128:{digest.hexdigest()}); {advice}")
-
-
-def cache_folder() -> Path:
-    """Where copies of remote files are kept."""
-    return Path(os.environ.get("LDM_VAE_CACHE") or "~/.cache/ldm_vae/shards").expanduser()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,9 @@ def test_a_list_of_indices_gives_the_collated_samples(request, name, posterior):
     for key, value in expected.items():
         assert torch.equal(found[key], value)
         assert found[key].dtype == value.dtype
+    for same in (np.array(indices), torch.tensor(indices), tuple(indices)):
+        assert torch.equal(dataset[same]["index"], expected["index"])
+    assert dataset[3:10:3]["index"].tolist() == [3, 6, 9]
     loader = DataLoader(dataset, batch_size=None, sampler=[indices, [1, 2]])
     assert torch.equal(next(iter(loader))["label"], expected["label"])
     assert dataset[np.int64(5)]["index"] == 5
@@ -148,3 +152,24 @@ def test_samples_of_each_shard_are_counted(latents):
     part = LatentDataset(latents, part="train", held_out=0.3)
     assert part.shard_counts.sum() == len(part) < 24
     assert [part.place(i)[0] for i in range(len(part))] == np.repeat(np.arange(6), part.shard_counts).tolist()
+
+
+def test_open_shards_hold_no_file_descriptors(latents):
+    """A process may often have 1,024 files open, and a set has many more shards."""
+    dataset = LatentDataset(latents)
+    dataset[0]
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(24):
+        dataset[i]
+    assert len(dataset._open) == 6
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_given_is_a_copy_and_the_shard_stays_as_it_is(latents):
+    dataset = LatentDataset(latents, posterior="moments")
+    before = dataset[0]["moments"].clone()
+    dataset[0]["moments"].zero_()
+    dataset[[0]]["moments"].zero_()
+    assert torch.equal(dataset[0]["moments"], before)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset._shard(0)["moments"][0] = 0

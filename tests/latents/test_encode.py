@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from ldm_vae import cli
+from ldm_vae import config as configuration
 from ldm_vae.autoencoder.interface import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.quantized import token_indices
@@ -20,7 +23,11 @@ from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import read_manifest
+from ldm_vae.latents.encode import make_accelerator, prepare
+from ldm_vae.latents.manifest import read_manifest, read_origin
+from ldm_vae.latents.output import Output
+from ldm_vae.latents.settings import EncodeConfig, parse_share
+from ldm_vae.storage import open_folder
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -359,6 +366,12 @@ def test_too_many_unreadable_images_stop_the_job(encode, image_folder, tmp_path)
     settings = [f"data.path={images}", "maximum_rejected=0.1"]
     with pytest.raises(UserError, match=r"3 of 24 images cannot be read, more than maximum_rejected=0.1 allows"):
         encode(tmp_path / "set", *settings)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    for number in range(3):  # each of three jobs leaves less out than that, all together leave out too much
+        encode(tmp_path / "shares", *settings, f"share={number}/3")
+    with pytest.raises(UserError, match="3 of 24 images"):
+        encode(tmp_path / "shares", *settings)
+    assert {path.suffix for path in (tmp_path / "shares").glob("[!s]*")} == {".json", ".lock"}  # the plan alone
     (images / "a" / "018.png").unlink()  # 2 of 23
     encode(tmp_path / "other", *settings)
     assert read_manifest(tmp_path / "other").rejected == 2
@@ -373,3 +386,55 @@ def test_a_decoder_that_was_trained_further_continues_the_set(encode, latents, a
     autoencoder.save_pretrained(tmp_path / "polished")
     encode(tmp_path / "set", f"autoencoder={tmp_path / 'polished'}")
     assert contents(tmp_path / "set") == contents(latents)
+
+
+def test_the_bar_of_a_share_counts_its_own_images(encode, tmp_path, capsys):
+    encode(tmp_path / "set", "share=1/4")  # shards 1 and 5
+    assert "8/8" in capsys.readouterr().err
+    (tmp_path / "set" / "shard-000005.jsonl").unlink()
+    encode(tmp_path / "set", "share=1/4")
+    captured = capsys.readouterr()
+    assert "1 of its shards are there" in captured.out
+    assert "8/8" in captured.err
+
+
+def test_two_shares_with_different_settings_cannot_both_write_the_plan(settings, tmp_path):
+    """Twice the same moment: one waits while the other plans, and then is refused."""
+    from threading import Thread
+
+    outcomes: list[str] = []
+
+    def run(*overrides: str) -> None:
+        config = configuration.load(EncodeConfig, None, [*settings, f"output={tmp_path / 'set'}", *overrides])
+        job = prepare(config, make_accelerator(config))
+        try:
+            with Output(tmp_path / "set", job.origin).open(parse_share(config.share)):
+                outcomes.append("planned")
+        except UserError as error:
+            outcomes.append(str(error))
+
+    with open_folder(tmp_path / "set").hold("plan.lock"):
+        threads = [
+            Thread(target=run, args=(f"share={i}/2", f"dtype={d}")) for i, d in enumerate(("float16", "float32"))
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        assert not outcomes
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes)[1] == "planned"
+    assert "was made in another way: dtype is" in sorted(outcomes)[0]
+
+
+def test_a_reader_that_opened_the_version_before_still_finds_its_index(encode, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "set")
+    early = read_manifest(tmp_path / "set")
+    output = Output(tmp_path / "set", read_origin(open_folder(tmp_path / "set")))
+    completed = output.complete(6)
+    renamed = {name.replace("000000", "000001", 1): data for name, data in completed.files.items()}
+    parts = tuple(replace(part, file=part.file.replace("000000", "000001", 1)) for part in completed.manifest.index)
+    output.publish(replace(completed, manifest=replace(completed.manifest, index=parts), files=renamed))
+    assert early.shard_index.count == read_manifest(tmp_path / "set").shard_index.count == 24
+    output.publish(replace(completed, manifest=replace(completed.manifest, index=parts), files=renamed))
+    assert len(list((tmp_path / "set").glob("index-*"))) == 1

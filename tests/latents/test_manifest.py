@@ -82,7 +82,9 @@ def test_damaged_statistics_are_named_with_both_values(copy):
     statistics = json.loads((copy / MANIFEST).read_text())["statistics"]
     right, wrong = statistics["std"][1], [statistics["std"][0], 0.125, statistics["std"][2]]
     edit(copy, statistics=statistics | {"std": wrong})
-    with pytest.raises(UserError, match=rf"statistics.std.1 is 0.125 and the shards have {right}; delete it and run"):
+    with pytest.raises(
+        UserError, match=rf"statistics.std.1 is 0.125 and the shards have {right}; `ldm-vae latents repair`"
+    ):
         read_manifest(copy)
 
 
@@ -105,6 +107,9 @@ def test_unfinished_and_foreign_folders_are_told_apart(copy, tmp_path):
     with pytest.raises(UserError, match=r"holds no manifest.json"):
         read_manifest(tmp_path)
     (copy / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"manifest.json is missing; `ldm-vae latents repair` rebuilds it"):
+        read_manifest(copy)
+    next(copy.glob("index-*")).unlink()
     with pytest.raises(UserError, match="not finished; run the same"):
         read_manifest(copy)
 

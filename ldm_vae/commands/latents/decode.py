@@ -37,14 +37,18 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.files import write_atomically
     from ldm_vae.latents.dataset import LatentDataset
     from ldm_vae.latents.tools.decode import check_autoencoder, choose, contact_sheet, decode_samples
+    from ldm_vae.latents.tools.place import open_set_folder, refuse_inside
+    from ldm_vae.latents.words import counted
 
     output = Path(args.output)
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UserError(f"--output: {output} is no name of a picture; let it end in .png")
     if output.exists() and not args.overwrite:
         raise UserError(f"--output: {output} is there already; give another name, or --overwrite")
+    refuse_inside(output, "--output")
     if args.samples and (args.label or args.count):
         raise UserError("--samples: names the samples, so that --label and --count have no effect; leave those out")
+    open_set_folder(args.set)
     dataset = LatentDataset(args.set)
     manifest = dataset.manifest
     numbers = choose(manifest, COUNT if args.count is None else args.count, parse_numbers(args.samples), args.label)
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(output, sheet.save)
     for sample in decoded:
         print("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
-    print(f"{output}: {len(decoded)} of {manifest.count} samples")
+    print(f"{output}: {len(decoded)} of {counted(manifest.count, 'sample')}")
     return 0
 
 

@@ -2,7 +2,8 @@
 
 SRC is a local folder in the layout of LightningDiT's extract_features.py (latents_rank00_shard000.safetensors ...).
 Those files do not say which autoencoder made them: you do, and the set records it as your word. What can be checked is
-checked: channels and size, and latents_stats.pt against the data. The same command continues an interrupted import.
+checked: channels and size, and latents_stats.pt against the data. The same command continues an interrupted import, and
+makes damaged shards again.
 Afterwards look at some of them with `ldm-vae latents decode`: only pictures show whether it is the right autoencoder.
 Example:
 
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import shlex
+
     from ldm_vae.latents.encode import summary
     from ldm_vae.latents.tools.lightningdit import Import, import_set
 
@@ -45,5 +48,6 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     print(f"{args.output}: {summary(manifest)}")
-    print(f"that {args.autoencoder} made them is your word; see it with `ldm-vae latents decode {args.output}`")
+    words = [args.output, "--autoencoder", args.autoencoder, "--output", "sheet.png"]
+    print(f"that {args.autoencoder} made them is your word; see it with `ldm-vae latents decode {shlex.join(words)}`")
     return 0

@@ -21,7 +21,7 @@ SUMMARY = "make damaged and missing shards again"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments.add_arguments(parser)
-    parser.add_argument("--remove-foreign", action="store_true", help="delete files that do not belong to the set")
+    parser.add_argument("--remove-foreign", action="store_true", help="delete shards and plans of other sets")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ but the records of the whole set, and these only when the new shards are complet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice
@@ -30,12 +30,14 @@ from ldm_vae.latents.manifest import (
     read_plan,
 )
 from ldm_vae.latents.output import Output
-from ldm_vae.latents.settings import EncodeConfig, parse_sizes, size_name
+from ldm_vae.latents.settings import EncodeConfig
 from ldm_vae.latents.sidecar import read_sidecar
 from ldm_vae.latents.tools.known_ids import KnownIds, refuse_other_images
-from ldm_vae.storage import Folder, join, open_folder
+from ldm_vae.latents.words import counted
+from ldm_vae.storage import Folder, open_folder
 
 IDS_AT_ONCE = 1 << 16
+SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class AppendConfig(EncodeConfig):
 
 
 @dataclass(frozen=True)
-class Segment:
+class NewSegment:
     """A segment that is to be made.
 
     Attributes:
@@ -74,12 +76,10 @@ def append_images(config: AppendConfig, accelerator: Any) -> int:
     Raises:
         UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
     """
-    sizes = parse_sizes(config.resolution)
-    for size in sizes:
-        output = str(join(config.output, size_name(size))) if len(sizes) > 1 else config.output
-        main_decides(accelerator, partial(_check_finished, output))  # before anything that takes time
-        job = prepare(replace(config, output=output), accelerator, size)
-        folder = open_folder(output)
+    for size, one in config.of_each_size():
+        main_decides(accelerator, partial(_check_finished, one.output))  # before anything that takes time
+        job = prepare(one, accelerator, size)
+        folder = open_folder(one.output)
         segment = main_decides(accelerator, partial(next_segment, job, folder, config.id_prefix))
         if segment is not None:
             encode_segment(*open_segment(job, folder, segment))
@@ -103,13 +103,13 @@ def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment:
     return open_segment(job, folder, main_decides(accelerator, partial(_made_segment, job, folder, segment)))
 
 
-def open_segment(job: Job, folder: Folder, segment: Segment) -> tuple[Job, Output]:
+def open_segment(job: Job, folder: Folder, segment: NewSegment) -> tuple[Job, Output]:
     """The job that makes a segment, from one of its whole source."""
     images = NewImages(_addressable(job), segment)
     return replace(job, images=images, origin=segment.origin), Output(folder, segment.origin, segment.number)
 
 
-def next_segment(job: Job, folder: Folder, id_prefix: str) -> Segment | None:
+def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
     """The segment that is to be made now, the interrupted one where there is one; None where nothing is new.
 
     `job`: of the whole source. Says how many images are new. Raises: UserError, see `append_images`.
@@ -124,10 +124,16 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> Segment | None:
     refuse_other_images(job, images, manifest, keys[~new], shards[~new], id_prefix)
     total, count, number = len(keys), int(new.sum()), len(manifest.datasets)
     under_way = folder.exists(plan_name(number))
+    if left_out := known.left_out(id_prefix + images.id(key) for key in keys[~new].tolist()):
+        print(
+            f"{where}: {left_out} of those with known ids {'was' if left_out == 1 else 'were'} left out when they were "
+            "encoded; to add one that was mended, give it another name, or append it alone with id_prefix=NAME/"
+        )
     if not count and not under_way:
         print(f"{where}: nothing new: all {total} images are in the set already, by their ids")
         return None
-    print(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} are new")
+    verb = "is" if count == 1 else "are"
+    print(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} {verb} new")
     last = manifest.datasets[-1]
     place = (manifest.shards, last["first_index"] + last["count"])
     segment = _planned(job, images, manifest, number, keys[new], place, id_prefix)
@@ -137,12 +143,22 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> Segment | None:
             "these"
         )
         check_same(to_dict(segment.origin), read_plan(folder, number), f"{where}/{plan_name(number)}", advice)
-    if manifest.label_names and not segment.origin.dataset["label_names"]:
-        print(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
+    _say_classes(manifest, segment.origin.dataset["label_names"], where)
     return segment
 
 
-def _made_segment(job: Job, folder: Folder, number: int) -> Segment:
+def _say_classes(manifest: Manifest, names: Sequence[str], where: str) -> None:
+    """What the classes of new images mean for a set. `names`: of theirs."""
+    if manifest.label_names and not names:
+        print(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
+    if names and not manifest.label_names:
+        print(f"{where}: the {counted(manifest.count, 'image')} of the set have no label, the new ones have classes")
+    if new := [name for name in names if name not in manifest.label_names]:
+        more = f" and {len(new) - SHOWN_CLASSES} more" if len(new) > SHOWN_CLASSES else ""
+        print(f"{where}: new classes: {', '.join(new[:SHOWN_CLASSES])}{more} ({len(new)})")
+
+
+def _made_segment(job: Job, folder: Folder, number: int) -> NewSegment:
     manifest, origin = read_manifest(folder), read_origin(folder, number)
     images, where = _addressable(job), f"{folder.location}/{plan_name(number)}"
     ends = [record["first_shard"] for record in manifest.datasets[number + 1 :]] + [manifest.shards]
@@ -156,7 +172,7 @@ def _made_segment(job: Job, folder: Folder, number: int) -> Segment:
     return segment
 
 
-def first_segment(job: Job, folder: Folder) -> Segment:
+def first_segment(job: Job, folder: Folder) -> NewSegment:
     """The first segment of a set whose source has grown since: what is in no other segment, if that is what it was.
 
     Raises:
@@ -182,13 +198,13 @@ def first_segment(job: Job, folder: Folder) -> Segment:
         for index, expected in ids.items():
             if (id := images.id(int(keys[index]))) != expected:
                 raise UserError(f"{where}: image {index} is {expected} there and {id} here; {advice}")
-    return Segment(0, origin, keys, ())
+    return NewSegment(0, origin, keys, ())
 
 
 def _planned(
     job: Job, images: Addressable, manifest: Manifest, number: int, keys: np.ndarray, place: tuple[int, int],
     id_prefix: str,
-) -> Segment:  # fmt: skip
+) -> NewSegment:  # fmt: skip
     """The segment of the images at `keys`; `place`: its first shard and index. Everything else is as in the set."""
     known_names: tuple[str, ...] = ()
     for record in manifest.datasets[:number]:
@@ -197,7 +213,7 @@ def _planned(
     origin = replace(
         job.origin, autoencoder=manifest.autoencoder, dataset=dataset, first_shard=place[0], first_index=place[1]
     )
-    return Segment(number, origin, keys, known_names)
+    return NewSegment(number, origin, keys, known_names)
 
 
 def _addressable(job: Job) -> Addressable:
@@ -234,7 +250,7 @@ def _looked_up(images: Addressable, known: KnownIds, id_prefix: str) -> tuple[np
 class NewImages:
     """The images of a segment: those at its keys of the source, with the ids and the class numbers of the set."""
 
-    def __init__(self, images: Addressable, segment: Segment) -> None:
+    def __init__(self, images: Addressable, segment: NewSegment) -> None:
         self.images, self.keys, self.dataset = images, segment.keys, segment.origin.dataset
         self.count, self.whole_units = len(self.keys), images.whole_units
         self.label_names = tuple(self.dataset["label_names"])

@@ -23,9 +23,10 @@ from ldm_vae.files import readable_json
 from ldm_vae.latents.contents import FLIPPED, Layout
 from ldm_vae.latents.manifest import MANIFEST, Manifest, read_manifest, short
 from ldm_vae.latents.shard import OpenShard, open_shard
-from ldm_vae.latents.sidecar import MAKE_AGAIN, read_sidecar
+from ldm_vae.latents.sidecar import read_ids
 from ldm_vae.latents.statistics import combine
 from ldm_vae.latents.tools import export_datasets, export_webdataset
+from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.random import generator
 from ldm_vae.storage import DISK_FULL, Folder, is_url, open_folder
 
@@ -150,10 +151,13 @@ def export_set(
     """
     from tqdm import tqdm
 
-    manifest = read_manifest(source)
+    manifest = read_manifest(open_set_folder(source))
     export = plan_export(manifest, to, posterior, rows)
     folder = open_folder(output)
     _refuse_others(folder, export)
+    if {MANIFEST, *export.files} <= folder.sizes().keys():
+        print(f"{output}: exported already")
+        return export
     try:
         with folder.hold(LOCK):
             folder.clean()
@@ -226,13 +230,7 @@ class Samples:
             return
         where, record = self.manifest.where, self.index[number]
         self._shard = open_shard(where, number, record, self.manifest.layout, verify=True)
-        sidecar = read_sidecar(where, number)
-        if sidecar.header.record != record:
-            raise UserError(
-                f"{where.location}: the sidecar of shard {number} is not of the shard that the manifest describes; "
-                f"{MAKE_AGAIN}"
-            )
-        self._ids, self._number = [sample.id for sample in sidecar.samples], number
+        self._ids, self._number = read_ids(where, number, record), number
 
     def _block(self, rows: slice) -> Block:
         indices = self._shard["index"][rows]

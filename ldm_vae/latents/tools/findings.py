@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted, size_text
 
 Kind = Literal["missing", "damaged", "foreign", "content", "stale", "duplicate"]
 """missing: a file is not there. damaged: its bytes are not those that were written. foreign: it belongs to another
@@ -79,8 +80,9 @@ class Verification:
         findings: what is wrong, in the order of the shards.
         notes: what is no damage, but worth knowing, as a segment that is not finished.
         finished: it has, or had, a manifest. Without one there is no set yet, only the beginning of one.
-        shards, count: of the finished part, as far as it is known.
+        shards, count: of the finished part, as far as it is known; of a set that is not finished, what is there.
         bytes_read, seconds: what it took.
+        command: that made the set.
     """
 
     location: str
@@ -92,6 +94,7 @@ class Verification:
     count: int
     bytes_read: int
     seconds: float
+    command: str = "ldm-vae encode"
 
     @property
     def whole(self) -> bool:
@@ -122,17 +125,19 @@ class Verification:
 
     def _conclusion(self) -> str:
         looked = "sizes and headers are right" if self.quick else "every byte is as it was written"
-        speed = f"{self.bytes_read / 1e9:.2f} GB in {self.seconds:.1f} s"
-        size = f"{self.count} samples in {self.shards} shards"
+        speed = f" ({size_text(self.bytes_read)} in {self.seconds:.1f} s)" if self.bytes_read else ""
+        if self.seconds < 0.05:  # shown as 0.0
+            speed = ""
+        size = f"{counted(self.count, 'sample')} in {counted(self.shards, 'shard')}"
         if self.whole and self.finished:
             more = "; without --quick the content is compared too" if self.quick else ""
-            return f"whole: {size}, {looked} ({speed}){more}"
+            return f"whole: {size}, {looked}{speed}{more}"
         if self.whole:
-            return f"not finished: {size} are there, {looked}; run the same `ldm-vae encode` command again"
+            return f"not finished: {size} so far, {looked}{speed}; run the same `{self.command}` command again"
         affected = len(self.samples)
         concerned = f"{affected} of {self.count} samples" if affected else "no samples"
         things = "1 thing is" if len(self.findings) == 1 else f"{len(self.findings)} things are"
-        return f"{things} wrong, {concerned} affected ({speed}); {self._advice()}"
+        return f"{things} wrong, {concerned} affected{speed}; {self._advice()}"
 
     def _advice(self) -> str:
         cures = {finding.cure for finding in self.findings}
@@ -140,6 +145,8 @@ class Verification:
             return "nothing in the set can mend this: encode again to another output"
         if cures == {"remove"}:
             return "move these files elsewhere, or let `ldm-vae latents repair ... --remove-foreign` delete them"
+        if self.command != "ldm-vae encode":
+            return f"run the same `{self.command}` command again, which makes damaged files again"
         remove = " --remove-foreign" if "remove" in cures else ""
         return (
             f"run `ldm-vae latents repair ...{remove}` with the settings of the `ldm-vae encode` command that made it"

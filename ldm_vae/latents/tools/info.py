@@ -15,7 +15,10 @@ from ldm_vae.errors import UserError
 from ldm_vae.latents.index import shard_name
 from ldm_vae.latents.manifest import MANIFEST, Manifest, plan_name, planned_shards, read_manifest, read_origin, short
 from ldm_vae.latents.output import QUARANTINE, SIDECAR_NAME
-from ldm_vae.storage import Folder, open_folder
+from ldm_vae.latents.tools.place import open_set_folder
+from ldm_vae.latents.tools.state import command_for
+from ldm_vae.latents.words import counted, size_text
+from ldm_vae.storage import Folder
 
 SHOWN_NAMES = 12
 
@@ -25,8 +28,8 @@ def describe(location: str | Path) -> dict[str, Any]:
 
     Raises: UserError where there is no set, or its records are damaged.
     """
-    folder = open_folder(location)
-    if not folder.exists(MANIFEST) and folder.exists(plan_name(0)):
+    folder = open_set_folder(location)
+    if not folder.exists(MANIFEST) and folder.exists(plan_name(0)) and not folder.sizes("index-"):
         origin = read_origin(folder)
         recipe = {"layout": dataclasses.asdict(origin.layout), "autoencoder": _made_by(origin.autoencoder)}
         return {"location": str(location), "finished": False, **recipe, "unfinished": _unfinished(folder, 0)}
@@ -70,7 +73,7 @@ def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
     origin, sizes = read_origin(folder, number), folder.sizes("shard-")
     numbers = (int(match[1]) for match in map(SIDECAR_NAME.fullmatch, sizes) if match)
     shards = sum(number >= origin.first_shard and shard_name(number) in sizes for number in numbers)
-    command = "ldm-vae latents append" if number else "ldm-vae encode"
+    command = command_for(number, origin.dataset)
     return {"segment": number, "shards": shards, "planned": planned_shards(origin), "command": command}
 
 
@@ -92,8 +95,8 @@ def lines(values: dict[str, Any]) -> list[str]:
     shown = [
         _row("set", values["location"]),
         _row("content", f"{values['content']} {shape} in {values['dtype']}{mirrored} (latents {latent})"),
-        _row("samples", f"{count:,} in {values['shards']:,} shards"),
-        _row("size", f"{_size(size_bytes)}, {_size(values['sample_bytes'])} a sample"),
+        _row("samples", f"{count:,} in {counted(values['shards'], 'shard')}"),
+        _row("size", f"{size_text(size_bytes)}, {size_text(values['sample_bytes'])} a sample"),
         _row("autoencoder", made_by["class"]),
         *(_row("", f"{name} {short(value)}") for name, value in made_by.items() if name.endswith("fingerprint")),
         _row("encoding", ", ".join(f"{name} {value}" for name, value in encoding.items())),
@@ -104,7 +107,7 @@ def lines(values: dict[str, Any]) -> list[str]:
     ]
     if values["rejected"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in values["rejected_reasons"].items())
-        shown.append(_row("left out", f"{values['rejected']:,} images: {reasons}"))
+        shown.append(_row("left out", f"{counted(values['rejected'], 'image')}: {reasons}"))
     if values["unfinished"]:
         shown.append(_row("unfinished", _progress(values["unfinished"])))
     return shown
@@ -121,8 +124,8 @@ def _table(name: str, pairs: list[tuple[str, str]]) -> list[str]:
 def _segment(number: int, part: dict[str, Any]) -> str:
     prefix = f", ids begin with {part['id_prefix']}" if part.get("id_prefix") else ""
     where = f"from shard {part['first_shard']:,}"
-    images = f"{part['count']:,} images of {part['source']} ({part['part']})"
-    return f"{number}: {images}, {where}, {short(part['fingerprint'])}{prefix}"
+    images = f"{counted(part['count'], 'image')} of {part['source']} ({part['part']})"
+    return f"{number}: {images}, {where}, dataset {short(part['fingerprint'])}{prefix}"
 
 
 def _names(names: list[str]) -> str:
@@ -147,11 +150,3 @@ def _progress(unfinished: dict[str, Any]) -> str:
     of = "" if planned is None else f" of {planned:,}"
     where = f"segment {unfinished['segment']}, " if unfinished["segment"] else ""
     return f"{where}{unfinished['shards']:,}{of} shards; the same `{unfinished['command']}` command continues"
-
-
-def _size(size_bytes: int) -> str:
-    """In the unit that leaves one to three digits before the point."""
-    size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.4g} {units[0]}"

@@ -33,10 +33,12 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import checksum, readable_json
 from ldm_vae.latents.contents import FLIPPED, LATENT_DTYPES, SAFETENSORS_DTYPES
 from ldm_vae.latents.encode import summary
-from ldm_vae.latents.manifest import Manifest, Origin, planned_shards
+from ldm_vae.latents.manifest import Manifest, Origin, plan_name, planned_shards, write_plan
 from ldm_vae.latents.output import Output
 from ldm_vae.latents.settings import parse_sizes
 from ldm_vae.latents.shard import Shard, write_shard
+from ldm_vae.latents.tools.state import IMPORTED, read_state
+from ldm_vae.latents.tools.verify import verify
 from ldm_vae.storage import is_url, local_path
 
 STATISTICS = "latents_stats.pt"
@@ -240,7 +242,7 @@ def plan(settings: Import, source: Source) -> Origin:
         autoencoder=record | architecture(autoencoder) | {"asserted": True},
         preprocessing=preprocessing_record(height, width),
         dataset={
-            "source": "lightningdit",
+            "source": IMPORTED,
             "part": "all",
             "fingerprint": source.fingerprint(),
             "label_names": label_names(settings.labels, source.labels),
@@ -291,7 +293,7 @@ def label_names(path: str | None, labels: Tensor) -> list[str]:
 
 
 def import_set(settings: Import) -> Manifest:
-    """Make a set of a folder in LightningDiT's layout, or finish what was begun; every row becomes a sample.
+    """Make a set of a folder in LightningDiT's layout, or finish or mend what is there; every row becomes a sample.
 
     Raises:
         UserError: the folder, the autoencoder or the output is not usable, a latent is not finite, or latents_stats.pt
@@ -305,11 +307,17 @@ def import_set(settings: Import) -> Manifest:
     for note in source.notes():
         print(f"note: {settings.source}: {note}")
     output = Output(settings.output, plan(settings, source))
+    _restore_plan(output)
     with output.open():
-        if finished := output.finished_manifest():
+        verification = verify(output.where, progress=True)
+        finished = output.finished_manifest() if verification.whole else None
+        if finished:
             print(f"{output.where}: finished already: {summary(finished)}")
             return finished
-        origin, there = output.origin, output.finished_units()
+        for finding in verification.findings:
+            print(f"{output.where}/{finding}")
+        damaged = {finding.shard for finding in verification.findings if finding.cure == "encode"}
+        origin, there = output.origin, output.finished_units() - damaged
         units = planned_shards(origin) or 0
         with tqdm(total=source.count, unit=" rows", desc="import", dynamic_ncols=True) as bar:
             for unit in range(units):
@@ -317,13 +325,23 @@ def import_set(settings: Import) -> Manifest:
                 if unit not in there:
                     write_shard(output.folder, unit, shard(source, origin, start, stop), origin.layout, origin.digest)
                 bar.update(stop - start)
-        manifest = output.complete(units)
+        completed = output.complete(units)
         if theirs:
-            print(compare(manifest, theirs, source.folder / STATISTICS))
-        record = provenance.run_record(None, started, time.time() - started, images=manifest.count)
-        output.folder.write(provenance.RUN_RECORD, readable_json(record).encode())
-        output.publish(manifest)
-    return manifest
+            print(compare(completed.manifest, theirs, source.folder / STATISTICS))
+        record = provenance.run_record(None, started, time.time() - started, images=completed.manifest.count)
+        completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
+        output.publish(completed)
+    return completed.manifest
+
+
+def _restore_plan(output: Output) -> None:
+    """Write a damaged plan again, if it was the one of these settings: manifest and shards know its digest."""
+    if not output.folder.sizes("shard-"):
+        return
+    state = read_state(output.folder)
+    damaged = any(finding.file == plan_name(0) for finding in state.findings)
+    if damaged and state.segments[0].digest == output.origin.digest:
+        write_plan(output.folder, output.origin)
 
 
 def shard(source: Source, origin: Origin, start: int, stop: int) -> Shard:

@@ -19,14 +19,14 @@ from ldm_vae.latents.encode import Job, encode_units, main_decides, prepare
 from ldm_vae.latents.index import shard_name
 from ldm_vae.latents.manifest import Origin, check_same, plan_name, read_manifest, read_origin, short, write_plan
 from ldm_vae.latents.output import LOCK, OTHER_ORIGIN, Output
-from ldm_vae.latents.settings import EncodeConfig, parse_sizes, size_name
+from ldm_vae.latents.settings import EncodeConfig
 from ldm_vae.latents.sidecar import read_header
-from ldm_vae.latents.tools.append import AppendConfig, first_segment, open_segment, segment_job
-from ldm_vae.latents.tools.append import Segment as NewSegment
+from ldm_vae.latents.tools.append import AppendConfig, NewSegment, first_segment, open_segment, segment_job
 from ldm_vae.latents.tools.findings import Verification
-from ldm_vae.latents.tools.state import Segment, SetState, read_state
+from ldm_vae.latents.tools.state import IMPORTED, Segment, SetState, read_state
 from ldm_vae.latents.tools.verify import verify
-from ldm_vae.storage import Folder, join, open_folder
+from ldm_vae.latents.words import counted
+from ldm_vae.storage import Folder, open_folder
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,9 @@ def repair(config: AppendConfig, accelerator: Any, remove_foreign: bool = False)
     """
     if config.share is not None:
         raise UserError("share: has no effect here, all that is damaged is made by one job; leave it out")
-    sizes, left = parse_sizes(config.resolution), 0
-    for size in sizes:
-        output = str(join(config.output, size_name(size))) if len(sizes) > 1 else config.output
-        left |= repair_set(replace(config, output=output, resolution=size_name(size)), accelerator, remove_foreign)
+    left = 0
+    for _, one in config.of_each_size():
+        left |= repair_set(one, accelerator, remove_foreign)
     return left
 
 
@@ -83,6 +82,7 @@ def repair_set(config: EncodeConfig, accelerator: Any, remove_foreign: bool) -> 
         return 0
     done: list[int] = []
     first = damage.segments[0]
+    _refuse_imported(damage, config.output)
     job = prepare(config, accelerator) if 0 in damage.shards or first.origin is None else None
     if job is not None:
         job = _fitting(job, folder, damage)
@@ -93,16 +93,39 @@ def repair_set(config: EncodeConfig, accelerator: Any, remove_foreign: bool) -> 
     later = sorted(number for number in damage.shards if number)
     if later and not damage.manifest:  # the images of these are found with its help
         main_decides(accelerator, partial(_rebuild, folder, damage, later[0]))
+    refusals: dict[int, UserError | SystemExit] = {}
     for number in later:
-        _encode(*segment_job(config, accelerator, folder, number), damage.segments[number], damage.shards[number])
+        try:
+            job, output = segment_job(config, accelerator, folder, number)
+        except (UserError, SystemExit) as error:  # the latter where the main process has the former
+            refusals[number] = error
+            continue
+        _encode(job, output, damage.segments[number], damage.shards[number])
         done.append(number)
+    if refusals and not (done or damage.plans or not damage.manifest):
+        raise next(iter(refusals.values()))
+    if accelerator.is_main_process:
+        for number, refusal in refusals.items():
+            print(f"{refusal} - so the damaged shards of segment {number} stay as they are now")
     return main_decides(accelerator, partial(_finish, folder, damage, done, remove_foreign))
+
+
+def _refuse_imported(damage: Damage, where: str) -> None:
+    """Raises: UserError when shards are damaged whose images are not there."""
+    origin = damage.segments[0].origin
+    if 0 in damage.shards and origin is not None and origin.dataset["source"] == IMPORTED:
+        raise UserError(
+            f"{where}: its latents were imported, there are no images to encode; run the same `ldm-vae latents import` "
+            "command again, which makes damaged shards again"
+        )
 
 
 def _examine(location: str) -> Damage:
     verification = verify(location, progress=True)
     if verification.whole and not verification.finished:
-        raise UserError(f"{location}: is not damaged, but not finished; run the same `ldm-vae encode` command again")
+        raise UserError(
+            f"{location}: is not damaged, but not finished; run the same `{verification.command}` command again"
+        )
     print("\n".join(verification.lines()[:-1] if verification.findings else verification.lines()))
     return _damage(verification, read_state(open_folder(location)))
 
@@ -258,8 +281,13 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
             folder.remove(name)
         what = "is removed" if remove_foreign else "does not belong here and is left alone; --remove-foreign deletes it"
         print(f"{folder.location}: {name} {what}")
-    if set(damage.shards) <= set(done):
-        _rebuild(folder, damage)
+    left = {number: units for number, units in damage.shards.items() if number not in set(done)}
+    for number, units in left.items():
+        things = counted(len(units), "damaged shard")
+        print(f"{folder.location}: {things} of segment {number} left; run this again with the settings that made it")
+    if left:
+        return 1
+    _rebuild(folder, damage)
     verification = verify(folder.location, quick=True)
     print("\n".join(verification.lines()))
     if damage.hopeless:

@@ -10,13 +10,11 @@ import numpy as np
 from ldm_vae.errors import UserError
 from ldm_vae.latents.index import shard_name
 from ldm_vae.latents.manifest import Manifest
+from ldm_vae.latents.output import READERS
 from ldm_vae.latents.sidecar import MAKE_AGAIN
 
 HEADER_BYTES = 1 << 12
 """Read at first, with the indices and labels that follow; where they lie elsewhere, a second read finds them."""
-
-READERS = 16
-"""At a time: behind a URL each shard is a request."""
 
 MOST_SHARDS = 256
 """That samples are taken from: behind a URL each is fetched whole."""

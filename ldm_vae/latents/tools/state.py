@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -31,16 +31,15 @@ from ldm_vae.latents.manifest import (
     read_origin,
     short,
 )
-from ldm_vae.latents.output import QUARANTINE, SIDECAR_NAME
+from ldm_vae.latents.output import SIDECAR_NAME
 from ldm_vae.latents.sidecar import read_header
 from ldm_vae.latents.tools.findings import Finding, Kind, reason
-from ldm_vae.provenance import RUN_RECORD
 from ldm_vae.storage import Folder
 
 PLAN_NAME = re.compile(r"plan(?:-(\d{6}))?\.json")
 SHARD_NAME = re.compile(r"shard-(\d{6,})\.(?:safetensors|jsonl)")
-BESIDE = (".lock", ".md", ".txt")
-"""Endings of files that may lie beside a set: locks, and what people write about it."""
+IMPORTED = "lightningdit"
+"""The source of a set that was imported: no image is there that could be encoded again."""
 WITNESSES = 8
 """Sidecars that are asked for the digest of their plan where no manifest has it."""
 
@@ -77,7 +76,7 @@ class SetState:
         sizes: name -> bytes of its files.
         manifest, index: None where they are damaged or not there.
         findings: about plans, manifest and index.
-        finished: there is a manifest, or there was one.
+        finished: there is a manifest, or an index, which is published just before it.
     """
 
     folder: Folder
@@ -109,6 +108,12 @@ class SetState:
                 names = merge_label_names(names, segment.origin.dataset["label_names"])
         return names
 
+    @property
+    def command(self) -> str:
+        """The command that made the first segment."""
+        origin = self.segments[0].origin
+        return command_for(0, origin.dataset if origin else self.manifest.datasets[0] if self.manifest else {})
+
     def index_file(self, shard: int) -> str:
         """Where the record of a shard is."""
         last = 0
@@ -122,13 +127,20 @@ class SetState:
         return next((segment for segment in self.segments if shard in segment), None)
 
 
+def command_for(segment: int, dataset: Mapping[str, Any]) -> str:
+    """The command that makes a segment. `dataset`: of its plan."""
+    if segment:
+        return "ldm-vae latents append"
+    return "ldm-vae latents import" if dataset.get("source") == IMPORTED else "ldm-vae encode"
+
+
 def read_state(folder: Folder) -> SetState:
     """Raises: UserError where there is no set, or one of another format version."""
     state = SetState(folder, folder.sizes())
     names = state.sizes
     if MANIFEST not in names and plan_name(0) not in names and not any(map(SHARD_NAME.fullmatch, names)):
         read_manifest(folder)  # says so
-    state.finished = MANIFEST in names or QUARANTINE in names or any(map(INDEX_NAME.fullmatch, names))
+    state.finished = MANIFEST in names or any(map(INDEX_NAME.fullmatch, names))
     _read_manifest(state)
     _read_segments(state)
     _read_index(state)
@@ -303,10 +315,11 @@ def _channels(layout: Layout) -> int:
 
 
 def _self_named_parts(state: SetState) -> list[IndexPart]:
+    """Of each number the one with the most shards: that of the version before may be there too."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    parts = []
+    parts: dict[str, list[IndexPart]] = {}
     for name in sorted(filter(INDEX_NAME.fullmatch, state.sizes)):
         data = state.folder.read(name)
         found = checksum_bytes(data)
@@ -314,12 +327,13 @@ def _self_named_parts(state: SetState) -> list[IndexPart]:
             state.add(name, "damaged", f"its checksum is {found}, and its name says another one")
             return []
         try:
-            parts.append(IndexPart(name, len(load(data)["count"]), found))
+            parts.setdefault(name[:12], []).append(IndexPart(name, len(load(data)["count"]), found))
         except (SafetensorError, KeyError) as error:
             state.add(name, "damaged", f"is no index ({error})")
             return []
-    distinct = {part.file[:12] for part in parts}
-    return parts if len(distinct) == len(parts) else []
+    latest = [sorted(same, key=lambda part: part.shards)[-2:] for same in parts.values()]
+    unclear = any(len(same) > 1 and same[0].shards == same[1].shards for same in latest)
+    return [] if unclear else [same[-1] for same in latest]
 
 
 def _guess_listed(state: SetState) -> None:
@@ -339,22 +353,16 @@ def _guess_listed(state: SetState) -> None:
 
 
 def _foreign(state: SetState) -> Iterator[Finding]:
-    """Files that do not belong to the set."""
-    indexes = {part.file for part in state.manifest.index} if state.manifest else set(state.sizes)
+    """Shards and plans that do not belong to the set. Whatever else lies in the folder is its owner's business, and the
+    index of the version before is kept for readers."""
     plans = {plan_name(segment.number) for segment in state.segments}
     sure = state.manifest is not None or all(segment.origin for segment in state.segments)
     for name in sorted(state.sizes):
-        if name in (MANIFEST, QUARANTINE, RUN_RECORD, *plans) or name.endswith(BESIDE):
-            continue
-        if INDEX_NAME.fullmatch(name) and name in indexes:
-            continue
         match = SHARD_NAME.fullmatch(name)
-        if match and (not sure or state.segment_of(int(match[1]))):
-            continue
-        what = "is no shard of this set" if match else "is no file of a set"
-        if INDEX_NAME.fullmatch(name):
-            what = f"is no index that {MANIFEST} lists"
-        yield Finding(name, "foreign", what, cure="remove")
+        if match and sure and not state.segment_of(int(match[1])):
+            yield Finding(name, "foreign", "is no shard of this set", cure="remove")
+        elif PLAN_NAME.fullmatch(name) and name not in plans:
+            yield Finding(name, "foreign", "is no plan of this set", cure="remove")
 
 
 def check_manifest(state: SetState, index: ShardIndex) -> Iterator[Finding]:

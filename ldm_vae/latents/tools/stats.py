@@ -24,7 +24,9 @@ from ldm_vae.latents.shard import open_shard
 from ldm_vae.latents.sidecar import MAKE_AGAIN
 from ldm_vae.latents.statistics import channel_sums, combine
 from ldm_vae.latents.tools.distribution import Shape
+from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.latents.tools.samples import MOST_SHARDS, evenly, label_text, read_labels, spread
+from ldm_vae.latents.words import counted
 from ldm_vae.random import generator
 
 BATCH = 64
@@ -45,7 +47,16 @@ COLUMNS = {
     "tail_share": "> 4 std",
     "neighbour_correlation": "next ρ",
 }
-"""Of the table, one row a channel; `noise` is E σ² / Var z, `next ρ` the correlation with the neighbouring position."""
+"""Of the table, one row a channel."""
+
+LEGEND = {
+    "posterior_deviation": "mean σ: posterior",
+    "noise_share": "noise: E σ² / Var z",
+    "nats": "KL nats: a position",
+    "neighbour_correlation": "next ρ: of neighbours",
+    "minimum": "from min on: normalised",
+}
+"""What a title cannot say; below the table."""
 
 
 class Disagreement(UserError):
@@ -68,7 +79,7 @@ class Statistics:
 
 def open_set(location: str) -> LatentDataset:
     """A set whose samples are moments wherever moments are stored. Raises: UserError for no finished set."""
-    posterior: Posterior | None = "moments" if read_manifest(location).content == "moments" else None
+    posterior: Posterior | None = "moments" if read_manifest(open_set_folder(location)).content == "moments" else None
     return LatentDataset(location, posterior=posterior, verify=False)
 
 
@@ -172,8 +183,7 @@ def recompute(manifest: Manifest, samples: int) -> dict[str, Any]:
             where = f"{manifest.where.location}: shard {number}"
             _compare(stated, values, where, "in the index", "in its values", MAKE_AGAIN)
     found = _constants(manifest, sums, manifest.count)
-    advice = f"delete {MANIFEST} and {RESTORE}"
-    _compare(manifest.statistics, found, str(manifest.where.location), f"in {MANIFEST}", "in the shards", advice)
+    _compare(manifest.statistics, found, str(manifest.where.location), f"in {MANIFEST}", "in the shards", RESTORE)
     return {"mean": found["mean"], "std": found["std"], "shards_read": len(chosen)}
 
 
@@ -251,7 +261,7 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         ]  # fmt: skip
     else:
         read, shards = report["recomputed"]["shards_read"], report["shards"]
-        rows.append(("mean and std", f"agree with the sums of {shards} shards, {read} of them summed again"))
+        rows.append(("mean and std", f"agree with the sums of {counted(shards, 'shard')}, {read} of them summed again"))
         if (correlation := report["correlation"])["channels"]:
             first, second = correlation["channels"]
             rows.append(("largest correlation", f"{correlation['largest']:.3f}, channels {first} and {second}"))
@@ -274,7 +284,8 @@ def _label_rows(labels: dict[str, Any]) -> list[tuple[str, str]]:
 def table(report: dict[str, Any]) -> str:
     """The report for a terminal: one row a channel, then the rest."""
     shape = "x".join(map(str, report["latent_shape"]))
-    lines = [f"{report['set']}: {report['samples']} of {shape} ({report['content']}, {report['dtype']})", ""]
+    things = counted(report["samples"], "token map" if report["content"] == "indices" else "latent")
+    lines = [f"{report['set']}: {things} of {shape} ({report['content']}, {report['dtype']})", ""]
     if "channels" in report:
         used = {key: title for key, title in COLUMNS.items() if report["channels"][0][key] is not None}
         rows = [["channel", *used.values()]]
@@ -283,7 +294,7 @@ def table(report: dict[str, Any]) -> str:
         ]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines += ["  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows]
-        lines += ["min to next ρ: of normalised latents", ""]
+        lines += ["; ".join(LEGEND[key] for key in LEGEND if key in used), ""]
     names = summary(report)
     width = max(len(name) for name, _ in names)
     return "\n".join([*lines, *(f"{name.ljust(width)}  {value}" for name, value in names)])

@@ -24,9 +24,10 @@ from ldm_vae.latents.index import ShardIndex, shard_name, sidecar_name
 from ldm_vae.latents.output import LOCK, QUARANTINE
 from ldm_vae.latents.sidecar import Header, Rejection, Sample, read_sidecar
 from ldm_vae.latents.tools.findings import Affected, Finding, Verification
+from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.latents.tools.shard_check import Place, ShardReport, check_shard, stray_samples
-from ldm_vae.latents.tools.state import Segment, SetState, check_manifest, read_state
-from ldm_vae.storage import Folder, is_url, open_folder
+from ldm_vae.latents.tools.state import Segment, SetState, check_manifest, command_for, read_state
+from ldm_vae.storage import Folder, is_url
 
 THREADS, REMOTE_THREADS = 4, 16
 """Shards read at once; each takes some 25 MB, behind a URL 100 MB."""
@@ -45,7 +46,7 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     Raises:
         UserError: there is no set, it is of another format version, or it cannot be reached.
     """
-    started, folder = time.monotonic(), open_folder(location)
+    started, folder = time.monotonic(), open_set_folder(location)
     state = read_state(folder)
     survey = _Survey(state)
     places = list(_places(state))
@@ -59,11 +60,15 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     index = survey.index()
     if index is not None:
         findings += check_manifest(state, index)
+    notes = list(_notes(state))
     if state.finished:
-        findings += _check_quarantine(state, survey, quick)
+        found = list(_check_quarantine(state, survey, quick))
+        findings += [finding for finding in found if isinstance(finding, Finding)]
+        notes += [note for note in found if isinstance(note, str)]
+    counts = survey.counts.clip(min=0) if state.finished else np.array(survey.unlisted, np.int64)
     return Verification(
-        str(location), quick, tuple(findings), tuple(_notes(state)), state.finished,
-        len(survey.counts), int(survey.counts.clip(min=0).sum()), survey.bytes_read, time.monotonic() - started,
+        str(location), quick, tuple(findings), tuple(notes), state.finished, len(counts), int(counts.sum()),
+        survey.bytes_read, time.monotonic() - started, state.command,
     )  # fmt: skip
 
 
@@ -148,6 +153,8 @@ class _Survey:
         self.hashes: list[tuple[int, np.ndarray]] = []
         self.headers: list[Header] | None = [] if state.index is None else None
         self.rejected: list[Rejection] | None = []
+        self.unlisted: list[int] = []
+        self.unlisted_rejected: list[Rejection] = []
         self.bytes_read = 0
 
     def add(self, place: Place, report: ShardReport) -> None:
@@ -168,6 +175,9 @@ class _Survey:
                 self.rejected = None
             elif self.rejected is not None:
                 self.rejected += report.rejected or []
+        else:
+            self.unlisted.append(report.header.record.count if report.header else 0)
+            self.unlisted_rejected += report.rejected or []
         if report.samples is not None:
             hashes = (xxhash.xxh3_64_intdigest(sample.id.encode()) for sample in report.samples)
             self.hashes.append((number, np.fromiter(hashes, np.uint64, len(report.samples))))
@@ -250,24 +260,38 @@ class _Survey:
                 )  # fmt: skip
 
 
-def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator[Finding]:
-    """The list of images left out, which follows from the sidecars."""
+def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator[Finding | str]:
+    """The list of images left out, which follows from the sidecars: what is wrong with it, or a note.
+
+    It is published before the manifest, so that of a segment that is about to be finished it may hold the images too.
+    """
     if QUARANTINE not in state.sizes:
         yield Finding(QUARANTINE, "missing", "is not there")
         return
     found = state.folder.read(QUARANTINE)
     lines = found.decode(errors="replace").splitlines()
     if quick:
-        if state.manifest and len(lines) != state.manifest.rejected:
+        if state.manifest and not survey.unlisted and len(lines) != state.manifest.rejected:
             yield Finding(QUARANTINE, "damaged", f"has {len(lines)} lines and not {state.manifest.rejected}")
         return
     if survey.rejected is None:  # a sidecar with such images is damaged, and with it made again this file will be too
         return
-    right = [json.dumps(asdict(rejection)) for rejection in survey.rejected]
-    expected = "".join(line + "\n" for line in right).encode()
-    same = _parsed(lines) == _parsed(right) and len(found) != len(expected) and found + b"\n" != expected
-    if found != expected and not same:  # another writer's spaces are no damage
+    if _lists(found, survey.rejected):
+        return
+    if survey.unlisted_rejected and _lists(found, [*survey.rejected, *survey.unlisted_rejected]):
+        yield f"{QUARANTINE} lists the images of the unfinished segment already"
+    else:
         yield Finding(QUARANTINE, "damaged", "does not list the images that the sidecars say were left out")
+
+
+def _lists(found: bytes, rejected: list[Rejection]) -> bool:
+    """Whether a list of images left out holds just these; another writer's spaces are no damage."""
+    right = [json.dumps(asdict(rejection)) for rejection in rejected]
+    expected = "".join(line + "\n" for line in right).encode()
+    if found == expected:
+        return True
+    same = _parsed(found.decode(errors="replace").splitlines()) == _parsed(right)
+    return same and len(found) != len(expected) and found + b"\n" != expected
 
 
 def _parsed(lines: list[str]) -> list[Any] | None:
@@ -282,10 +306,10 @@ def _notes(state: SetState) -> Iterator[str]:
         if segment.listed:
             continue
         present, planned = len(_present(state, segment)), segment.shards
-        command = "encode" if segment.number == 0 else "latents append"
+        command = command_for(segment.number, segment.origin.dataset if segment.origin else {})
         yield (
             f"segment {segment.number} is unfinished: {present} of {planned or 'its'} shards are there; run the same "
-            f"`ldm-vae {command}` command again"
+            f"`{command}` command again"
         )
     for name in sorted(name for name in state.sizes if name.startswith(LOCK.split(".")[0]) and name.endswith(".lock")):
         if holder := state.folder.holder(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -50,8 +52,12 @@ def make(folder: Path, images: Path, settings: list[str]) -> RichSet:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Of the set itself."""
-    return sorted(path for path in folder.iterdir() if path.name not in SIDE_FILES)
+    """Of the set itself; the index of the version before is none of it."""
+    listed = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = {part["file"] for part in json.loads((folder / "manifest.json").read_bytes())["index"]}
+    paths = (path for path in folder.iterdir() if path.name not in SIDE_FILES)
+    return sorted(path for path in paths if listed is None or path.name[:6] != "index-" or path.name in listed)
 
 
 def content(folder: Path) -> dict[str, bytes]:

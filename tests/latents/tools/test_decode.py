@@ -116,6 +116,7 @@ def test_the_command_writes_a_sheet(latents, autoencoder_directory, tmp_path, ca
     for more, message in (
         (["--output", str(sheet)], "is there already; give another name, or --overwrite"),
         (["--output", "sheet.txt"], "sheet.txt is no name of a picture"),
+        (["--output", str(latents / "x.png")], "holds latents; give a place outside of it"),
         (["--output", "x.png", "--samples", "3", "--count", "2"], "--label and --count have no effect"),
         (["--output", "x.png", "--samples", "3,-1"], "'3,-1' is no list of numbers"),
     ):

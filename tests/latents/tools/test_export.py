@@ -286,6 +286,7 @@ def test_the_command(latents, tmp_path, capsys):
     assert cli.main(command) == 0
     assert f"{out}: 24 samples in 2 files; mean in float16" in capsys.readouterr().out
     assert cli.main(command) == 0
+    assert f"{out}: exported already" in capsys.readouterr().out
     assert cli.main([*command[:-1], "21"]) == EXIT_USER_ERROR
     assert "holds another export" in capsys.readouterr().err
 

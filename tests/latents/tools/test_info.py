@@ -36,7 +36,7 @@ def test_everything_about_a_set_is_in_a_screenful(rich):
         f"encoder_fingerprint {manifest.autoencoder['encoder_fingerprint'][:19]}...",
         "batch 2, shard_size 4, precision fp32",
         "height: 32",
-        "0: 14 images of folder (all), from shard 0",
+        f"0: 14 images of folder (all), from shard 0, dataset {manifest.datasets[0]['fingerprint'][:12]}...",
         "1: 6 images of folder (all), from shard 4",
         "ids begin with more/",
         "3: a, b, c",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.latents.tools.lightningdit import Import, import_set, natural_key
+from ldm_vae.latents.tools.verify import verify
+from tests.latents.tools.damaged_sets import flip
 
 NAME = "latents_rank{:02d}_shard{:03d}.safetensors"
 FILES = {(0, 0): 10, (0, 1): 3, (1, 0): 10, (1, 1): 3}
@@ -108,6 +111,35 @@ def test_an_interrupted_import_goes_on_and_a_finished_one_is_left(settings, tmp_
     assert "finished already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name", ["shard-000001.safetensors", "shard-000002.jsonl", "manifest.json", "plan.json", "index"]
+)
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_damaged_set_is_mended_by_the_same_command(settings, name, harm, capsys):
+    import_set(settings)
+    output = Path(settings.output)
+    before = contents(output)
+    path = next(output.glob(f"{name}*"))
+    if harm == "delete":
+        path.unlink()
+    else:
+        flip(path, 8 * (path.stat().st_size // 2))
+    assert "`ldm-vae latents import`" in verify(output).lines()[-1]
+    if name.startswith("shard-"):
+        command = [
+            "latents",
+            "repair",
+            f"autoencoder={settings.autoencoder}",
+            "data.source=folder",
+            "data.path=nowhere",
+        ]
+        assert cli.main([*command, f"output={output}"]) == EXIT_USER_ERROR
+        assert "run the same `ldm-vae latents import` command again" in capsys.readouterr().err
+    import_set(settings)
+    assert contents(output) == before
+    assert verify(output).whole
+
+
 def test_other_files_are_another_set(settings, source):
     import_set(settings)
     file = source / NAME.format(1, 0)
@@ -175,6 +207,12 @@ def test_statistics_of_other_latents_stop_it(settings, tmp_path, statistics, sen
     extract(Path(settings.source), **statistics)
     with pytest.raises(UserError, match=sentence):
         import_set(settings)
+    assert not (Path(settings.output) / "manifest.json").exists()
+    found = verify(settings.output)
+    assert (found.finished, found.whole) == (False, True)
+    assert "run the same `ldm-vae latents import` command again" in found.lines()[-1]
+    command = ["latents", "repair", f"autoencoder={settings.autoencoder}", "data.source=folder", "data.path=nowhere"]
+    assert cli.main([*command, f"output={settings.output}"]) == EXIT_USER_ERROR
     assert not (Path(settings.output) / "manifest.json").exists()
     (Path(settings.source) / "latents_stats.pt").unlink()
     assert import_set(settings).count == 26
@@ -286,13 +324,16 @@ def test_shards_are_counted_as_numbers():
     assert sorted(names, key=natural_key) == [names[1], names[0], names[2]]
 
 
-def test_the_command(settings, source, tmp_path, capsys):
+def test_the_command(settings, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = ["latents", "import", str(source), settings.output, "--from", "lightningdit"]
     assert cli.main([*command, "--autoencoder", settings.autoencoder]) == EXIT_USER_ERROR
     assert "makes 3x32x32 of images of 256x256" in capsys.readouterr().err
     assert cli.main([*command, "--autoencoder", settings.autoencoder, "--resolution", "32"]) == 0
     said = capsys.readouterr().out
     assert "26 latents (sample) of 3x4x4 in 1 shards" in said
-    assert re.search(r"is your word; see it with `ldm-vae latents decode .*set`", said)
+    (shown,) = re.findall(r"is your word; see it with `ldm-vae (latents decode .*)`", said)
+    assert cli.main(shlex.split(shown)) == 0
+    assert (tmp_path / "sheet.png").exists()
     record = json.loads((Path(settings.output) / "run.json").read_text())
     assert (record["finished"], record["images"]) == (True, 26)

@@ -115,7 +115,7 @@ def test_many_damages_at_once(rich, copy):
     for name in sorted(damaged - {sidecar_name(2)}):
         flip(copy / name, 8 * ((copy / name).stat().st_size // 2))
     (copy / sidecar_name(2)).unlink()
-    index = next(copy.glob("index-*"))
+    index = copy / read_manifest(rich.path).index[0].file
     flip(index, 0)
     assert run(copy, rich.encoded) == 0
     check_mended(rich, copy, damaged | {index.name}, before)
@@ -129,6 +129,20 @@ def test_both_segments_are_mended_one_after_the_other(rich, copy, capsys):
     assert "only the shards of other segments are made again now" in capsys.readouterr().out
     assert verify(copy).findings[0].file == shard_name(0)
     assert run(copy, rich.encoded) == 0
+    check_mended(rich, copy, damaged, before)
+
+
+def test_what_was_mended_is_finished_where_other_settings_are_needed_for_the_rest(rich, copy, capsys):
+    before, damaged = times(copy), {shard_name(0), shard_name(5)}
+    for name in damaged:
+        flip(copy / name, 8 * 1000)
+    assert run(copy, rich.encoded) == 1
+    said = capsys.readouterr().out
+    assert "so the damaged shards of segment 1 stay as they are now" in said
+    assert "1 damaged shard of segment 1 left; run this again with the settings that made it" in said
+    assert f"{shard_name(0)} is made again: the same bytes as before" in said
+    assert [finding.file for finding in verify(copy).findings] == [shard_name(5)]
+    assert run(copy, rich.appended) == 0
     check_mended(rich, copy, damaged, before)
 
 

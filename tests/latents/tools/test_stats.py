@@ -112,7 +112,7 @@ def test_statistics_that_are_not_those_of_the_shards_are_named(copy, capsys):
     assert out == ""
     assert error.count("\n") == 1
     assert f"channel 2 has std {std[2] * (1 + 1e-6)} in manifest.json and {std[2]}"[:60] in error
-    assert "delete manifest.json and run the same `ldm-vae encode`" in error
+    assert "; `ldm-vae latents repair` rebuilds it" in error
 
 
 @pytest.mark.parametrize("value", [8.0, float("nan"), float("inf")])
@@ -201,8 +201,12 @@ def test_the_command_shows_a_table_and_a_page(kind, request, tmp_path, capsys):
     if kind == "latents":
         assert len({len(line) for line in lines[2:6]}) == 1  # columns stand below each other
         assert "agree with the sums of 6 shards" in shown
+        assert ": 24 latents of 3x4x4 (moments, float16)" in lines[0]
+        assert all(title in shown for title in ("noise: ", "mean σ: ", "next ρ: ", "KL nats: "))
     else:
         assert "of 20 codes" in shown
+        assert ": 24 token maps of 3x4x4" in lines[0]
+        assert "noise" not in shown
     assert "classes" in shown
     page = (output / "index.html").read_text()
     assert page.count("<svg") == page.count('role="img"') == (5 if kind == "latents" else 2)

@@ -217,12 +217,15 @@ def test_shards_of_other_sets_are_found(copy, latents):
 
 def test_files_that_do_not_belong_here_are_found(copy, latents):
     shutil.copy(copy / shard_name(0), copy / shard_name(6))
-    shutil.copy(next(latents.glob("index-*")), copy)
-    (copy / "notes.bin").write_bytes(b"")
-    (copy / "README.md").write_text("what people write about a set is no damage")
+    shutil.copy(copy / "plan.json", copy / "plan-000000.json")
+    for name in ("notes.bin", "README.md", "damage.json", "index-of-mine", "shard-notes.txt"):
+        (copy / name).write_text("what people put beside a set is no damage")
+    shutil.copy(next(latents.glob("index-*")), copy)  # as that of the version before
     found = verify(copy)
-    assert {finding.kind for finding in found.findings} == {"foreign"}
-    assert len(found.findings) == 3
+    assert [(finding.file, finding.kind) for finding in found.findings] == [
+        ("plan-000000.json", "foreign"),
+        (shard_name(6), "foreign"),
+    ]
     assert "--remove-foreign" in found.lines()[-1]
 
 
@@ -240,11 +243,29 @@ def test_an_unfinished_segment_is_no_damage(copy, rich):
     assert only(verify(copy)).file == shard_name(4)
 
 
+def test_an_append_that_was_killed_before_the_manifest_is_no_damage(copy, rich):
+    shard = (copy / shard_name(5)).read_bytes()
+    (copy / shard_name(5)).unlink()
+    (copy / MANIFEST).unlink()
+    output = Output(str(copy), read_origin(open_folder(copy)), 0)
+    output.publish(output.complete(4))
+    (copy / shard_name(5)).write_bytes(shard)
+    for path in (rich.path / QUARANTINE, rich.path / read_manifest(rich.path).index[0].file):
+        shutil.copy(path, copy)
+    for quick in (False, True):
+        found = verify(copy, quick=quick)
+        assert found.whole, found.findings
+        assert "2 of 2 shards are there; run the same `ldm-vae latents append` command again" in found.notes[0]
+    assert "quarantine.jsonl lists the images of the unfinished segment already" in verify(copy).notes
+    (copy / QUARANTINE).write_text((copy / QUARANTINE).read_text().split("\n")[1] + "\n")
+    assert only(verify(copy)).file == QUARANTINE
+
+
 def test_a_set_that_is_not_finished_yet(latents, tmp_path, capsys):
     for name in ("plan.json", shard_name(0), sidecar_name(0), shard_name(1)):
         shutil.copy(latents / name, tmp_path)
     assert cli.main(["latents", "verify", str(tmp_path)]) == 2
-    assert "not finished: 0 samples" in capsys.readouterr().out
+    assert "not finished: 4 samples in 1 shard so far" in capsys.readouterr().out
     flip(tmp_path / shard_name(0), 8 * ((tmp_path / shard_name(0)).stat().st_size - 1))
     assert cli.main(["latents", "verify", str(tmp_path)]) == 1
 
@@ -353,8 +374,11 @@ def test_s3(rich, bucket):
 
 
 def test_what_is_no_set_is_said(tmp_path, copy):
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         verify(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        verify(tmp_path / "empty")
     for name in ("plan.json", MANIFEST):
         (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"format_version": 3}))
     with pytest.raises(UserError, match="format version 3"):
@@ -366,6 +390,9 @@ def test_command_line(copy, tmp_path, capsys):
     assert "whole: 18 samples in 6 shards" in capsys.readouterr().out
     (copy / shard_name(0)).unlink()
     report = tmp_path / "damage.json"
+    assert cli.main(["latents", "verify", str(copy), "--report", str(copy / "damage.json")]) == 2
+    assert "--report: " in capsys.readouterr().err
+    assert not (copy / "damage.json").exists()
     assert cli.main(["latents", "verify", str(copy), "--quick", "--report", str(report)]) == 1
     out = capsys.readouterr().out
     assert "4 samples: 0 (a/000.png, index 0)" in out
