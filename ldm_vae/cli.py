@@ -17,6 +17,7 @@ COMMANDS = {
     "encode": "encode",
     "latents": "latents",
     "train-diffusion": "train_diffusion",
+    "ema": "ema",
     "generate": "generate",
     "reconstruct": "reconstruct",
     "evaluate": "evaluate",

@@ -1,4 +1,4 @@
-"""Convert an autoencoder between this package, diffusers, the CompVis checkpoint layout, ONNX and TorchScript.
+"""Convert an autoencoder or a diffusion pipeline of this package: diffusers, CompVis checkpoint, ONNX, TorchScript.
 
 SOURCE is a run of `ldm-vae train-vae`, a diffusers directory, a hub id, or a .ckpt or .safetensors file in the CompVis
 layout (kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion, SDXL; whole models too, of which the autoencoder is taken).
@@ -7,6 +7,12 @@ A .ckpt with anything but tensors in it is refused.
   ldm-vae convert vae-ft-mse-840000-ema-pruned.safetensors models/sd-vae --to diffusers
   ldm-vae convert runs/mine mine.safetensors --to compvis
   ldm-vae convert runs/mine exported/mine --to onnx --latents runs/latents
+
+With --to diffusers-pipeline SOURCE is a run of `ldm-vae train-diffusion`, or its pipeline/; what is written runs in
+stock diffusers, without this package. That takes an autoencoder of architecture sd and a U-Net of patch 1 and
+prediction velocity.
+
+  ldm-vae convert runs/diffusion exported/diffusion --to diffusers-pipeline
 """
 
 from __future__ import annotations
@@ -14,7 +20,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-SUMMARY = "convert an autoencoder: diffusers, CompVis checkpoint, ONNX, TorchScript"
+SUMMARY = "convert a model: stock diffusers, CompVis checkpoint, ONNX, TorchScript"
+PIPELINE = "diffusers-pipeline"
+OF_AUTOENCODERS = {"size": 256, "latents": None, "config": None, "channels": None, "prefix": ""}
+"""Options of the other targets, with their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="TARGET", help="a new directory; for compvis a name that ends in .safetensors"
     )
-    parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "onnx", "torchscript"))
+    parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "onnx", "torchscript", PIPELINE))
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (default fp32)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     parser.add_argument("--size", type=int, default=256, metavar="N", help="example side for onnx, torchscript (256)")
     parser.add_argument(
-        "--latents", metavar="FOLDER", help="latent shards, whose statistics onnx and torchscript record"
+        "--latents",
+        metavar="FOLDER",
+        help="latent shards, whose statistics onnx and torchscript record and diffusers folds into the autoencoder",
     )
     parser.add_argument("--config", metavar="YAML", help="LDM configuration of a checkpoint file (scale_factor)")
     parser.add_argument("--channels", type=int, metavar="N", help="keep the first N latent channels (nested training)")
@@ -39,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.to == PIPELINE:
+        return _run_pipeline(args)
     from ldm_vae.autoencoder.interop.convert import Conversion, convert
 
     conversion = Conversion(
@@ -57,6 +70,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     source = record["source"]
     print(f"{args.target}: {source['class']}, {args.to}, {args.dtype}, from {source['fingerprint'][:19]}...")
+    return 0
+
+
+def _run_pipeline(args: argparse.Namespace) -> int:
+    from ldm_vae.diffusion.standard_export import export_standard
+    from ldm_vae.errors import UserError
+
+    for name, default in OF_AUTOENCODERS.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name}: has no effect with --to {PIPELINE}; leave it out")
+    record = export_standard(args.source, args.target, precision=args.dtype, overwrite=args.overwrite)
+    for note in record["notes"]:
+        print(f"note: {note}")
+    print(f"{args.target}: {record['class']} of stock diffusers, {args.dtype}; README.md there says how to call it")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Train a latent U-Net on the shards that `ldm-vae encode` wrote; ends with a pipeline that generates images.
 
-The same command resumes an interrupted run. Example:
+The same command resumes an interrupted run; `ldm-vae ema` chooses another length of its average afterwards. Example:
 
   ldm-vae train-diffusion configs/diffusion_small.yaml output=runs/diffusion latents=runs/latents \\
       autoencoder=runs/vae/autoencoder
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ldm_vae.diffusion.snapshots import FOLDER
     from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents
 
     config = config_arguments.load(args, TrainDiffusionConfig)
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     samples, held_out = open_latents(config)
     accelerator = make_accelerator(config.training, None if args.dry_run else Path(config.output))
     plan = config.plan(accelerator.num_processes)
-    model = DiffusionModel(config, samples, held_out)
+    snapshots = None if args.dry_run else Path(config.output) / FOLDER
+    model = DiffusionModel(config, samples, held_out, snapshots)
     if args.dry_run:
         from ldm_vae.training.dry_run import dry_run
 

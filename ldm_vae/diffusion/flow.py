@@ -14,6 +14,9 @@ from torch import Tensor
 UNIFORM_SHARE = 0.1
 """Share of training times drawn uniformly, so that both ends of [0, 1] are seen; the others are logit-normal."""
 
+SMALLEST_DIVISOR = 0.05
+"""Of the velocity of a predicted clean latent, which would grow without bound as t goes to 0."""
+
 
 def resolution_shift(channels: int, height: int, width: int) -> float:
     """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690). 2 at 4x64x64."""
@@ -58,6 +61,14 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
     """x0 = x_t - t v."""
     return noisy - as_column(times, noisy) * velocity
+
+
+def velocity_from_clean(noisy: Tensor, clean: Tensor, times: Tensor) -> Tensor:
+    """v = (x_t - x0) / max(t, 0.05) of a network that predicts the clean latent (Li and He 2025, arXiv:2511.13720).
+
+    Its loss stays that of the velocity. Below t = 0.05 the velocity is that much too small.
+    """
+    return (noisy - clean) / as_column(times, noisy).clamp(min=SMALLEST_DIVISOR)
 
 
 def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor, variance: Tensor) -> Tensor:

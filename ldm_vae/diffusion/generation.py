@@ -7,68 +7,33 @@ interrupted folder is completed by the same call, and more processes give the sa
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae import __version__, provenance
 from ldm_vae.config import changed_keys
+from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.sheets import labelled_sheet
-from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline, find_label, image_generator
+from ldm_vae.data.transforms import cover_crop
+from ldm_vae.diffusion.labels import find_label
+from ldm_vae.diffusion.pictures import GenerationConfig, Picture, plan
+from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+from ldm_vae.diffusion.sampling import first_step
+from ldm_vae.diffusion.schedulers import evaluations, flow_scheduler, sampler_of
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, checksum, write_atomically
 
 SHEET = "sheet.png"
 SHEET_IMAGES = 120
 PNG_KEY = "parameters"
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What decides the images.
-
-    Attributes:
-        model: A pipeline directory, or the run directory of `train-diffusion`.
-        labels: Names or ids, taken in turn; none: every class of the model in turn.
-        count: Images.
-        seed: Image i starts from the noise of (seed, i).
-        steps: Steps of the sampler.
-        guidance: Strength of classifier-free guidance; None: 3 for a model with classes.
-        height, width: Pixels; None: the size of the training images.
-        precision: Of the networks. Sampling itself is float32.
-    """
-
-    model: str
-    labels: tuple[str, ...] = ()
-    count: int = 16
-    seed: int = 0
-    steps: int = 30
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.count < max(1, len(self.labels)):
-            raise UserError(f"count: {self.count} images for {len(self.labels)} labels; give at least one per label")
-        if self.steps < 1:
-            raise UserError(f"steps: {self.steps} is below 1")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image to make; `label` is its class name, None without classes."""
-
-    index: int
-    label: str | None
-    path: Path
 
 
 def generate(
@@ -95,6 +60,7 @@ def generate(
     target = state.device if device in ("auto", "cpu", "cuda") else torch.device(device)
     pipeline = load_pipeline(config, target)
     parameters = describe(config, pipeline)
+    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
     folder = Path(output)
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
@@ -106,12 +72,12 @@ def generate(
     missing = [picture for picture in pictures if not picture.path.exists()]
     mine = missing[state.process_index :: state.num_processes]
     sampling = time.time()
-    make(pipeline, mine, config, parameters, batch, show=state.is_main_process)
+    make(pipeline, mine, config, parameters, pictures_in, batch, show=state.is_main_process)
     speed = len(mine) / (time.time() - sampling) if mine else 0.0
     state.wait_for_everyone()
     if state.is_main_process and not finished:
         shown = pictures[:SHEET_IMAGES]
-        sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.label for p in shown if p.label is not None])
+        sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption])
         write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
         figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
         provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
@@ -123,7 +89,9 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> LatentDiffu
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
     pipeline.to(device)
     if config.precision == "bf16":
-        for module in (pipeline.unet, pipeline.autoencoder):
+        for module in pipeline.components.values():
+            if not isinstance(module, torch.nn.Module):
+                continue
             torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of an empty list
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -140,7 +108,7 @@ def pipeline_directory(model: str) -> Path:
 
 
 def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
-    """The settings with every default filled in, and the identity of the weights: equal ones give equal images."""
+    """The settings with every default filled in, and what weights and files hold: equal ones give equal images."""
     if not pipeline.labels and config.guidance not in (None, 1.0):
         raise UserError(f"guidance: {config.guidance} has no effect on a model without classes; leave it out")
     settings = asdict(config)
@@ -148,28 +116,52 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
     if config.guidance is None:
         settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
-    height, width = pipeline.image_size(config.height, config.width)
+    pipeline.guidance(bool(pipeline.labels), settings["guidance"], config.autoguidance, config.guidance_interval)
+    settings["height"], settings["width"] = pipeline.image_size(config.height, config.width)
+    settings["guidance_interval"] = list(config.guidance_interval)
+    settings["interpolate"] = list(config.interpolate) if config.interpolate else None
+    scheduler = flow_scheduler(1.0, config.sampler) if config.sampler else pipeline.scheduler
+    settings["sampler"] = sampler_of(scheduler)
+    first = 0
+    if config.init is not None:
+        if config.strength is None:
+            settings["strength"] = 0.6 if config.mask is None else 1.0
+        first = first_step(config.steps, settings["strength"])
+        for name in ("init", "mask"):
+            settings[name] = None if settings[name] is None else checksum(existing_file(settings[name], name))
+    settings["evaluations"] = evaluations(settings["sampler"], config.steps, first)
     directory = pipeline_directory(config.model)
-    parts = ("unet", "autoencoder")
+    parts = ["unet", "autoencoder"] + ["autoguidance_unet"] * (config.autoguidance != 1)
     weights = {part: [checksum(path) for path in sorted(directory.glob(f"{part}/*.safetensors"))] for part in parts}
-    return settings | {
-        "height": height,
-        "width": width,
-        **weights,
-        "scheduler": type(pipeline.scheduler).__name__,
+    return settings | weights
+
+
+def existing_file(path: str, name: str) -> Path:
+    """Raises: UserError when it is no file."""
+    if not Path(path).is_file():
+        raise UserError(f"{name}: {path} is no file; give the file of an image")
+    return Path(path)
+
+
+def read_pictures(config: GenerationConfig, height: int, width: int) -> dict[str, np.ndarray]:
+    """`init` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped around the centre.
+
+    Raises:
+        UserError: a file that is no image, or a mask of another size.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, path in (("init", config.init), ("mask", config.mask)):
+        if path is not None:
+            try:
+                found[name] = decode_image(existing_file(path, name).read_bytes())
+            except ImageRejected as error:
+                raise UserError(f"{name}: {path} cannot be read ({error}); give the file of an image") from error
+    if "mask" in found and found["mask"].shape != found["init"].shape:
+        sizes = [" x ".join(map(str, found[name].shape[:2])) for name in ("mask", "init")]
+        raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
+    return {
+        name: cover_crop(pixels, (height, width))[..., : 1 if name == "mask" else 3] for name, pixels in found.items()
     }
-
-
-def plan(config: GenerationConfig, names: Sequence[str], folder: Path) -> list[Picture]:
-    """Index, class and file of every image."""
-    wanted = [names[find_label(label, names)] for label in config.labels] or list(names)
-    pictures = []
-    for index in range(config.count):
-        label = wanted[index % len(wanted)] if wanted else None
-        word = re.sub(r"[^\w]+", "-", label).strip("-").lower() if label else ""
-        name = f"{index:04d}_{word}.png" if word else f"{index:04d}.png"
-        pictures.append(Picture(index, label, folder / name))
-    return pictures
 
 
 def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Picture], overwrite: bool) -> bool:
@@ -207,32 +199,36 @@ def make(
     pictures: Sequence[Picture],
     config: GenerationConfig,
     parameters: dict[str, Any],
+    pictures_in: Mapping[str, np.ndarray],
     batch: int,
     show: bool,
 ) -> None:
     """Generate and save, batch by batch, under a progress bar."""
     from tqdm import tqdm
 
-    steps = config.steps
+    height, width = parameters["height"], parameters["width"]
     quiet = not show or not pictures
     with tqdm(total=len(pictures), desc="generating", unit="image", dynamic_ncols=True, disable=quiet) as bar:
 
-        def progress(_: Any, index: int, *__: Any) -> dict[str, Any]:
-            bar.set_postfix_str(f"step {index + 1}/{steps}")
-            return {}
+        def progress(_: Any, index: int, *__: Any) -> None:
+            bar.set_postfix_str(f"step {index + 1}")
 
         for first in range(0, len(pictures), batch):
             part = pictures[first : first + batch]
             (images,) = pipeline(
-                labels=[pipeline.labels.index(p.label) for p in part if p.label is not None] or None,
+                labels=[picture.classes for picture in part if picture.classes] or None,
                 num_images=len(part),
-                height=config.height,
-                width=config.width,
-                num_inference_steps=steps,
+                latents=torch.stack([picture.noise.draw(pipeline.latent_shape(height, width)) for picture in part]),
+                num_inference_steps=config.steps,
                 guidance_scale=parameters["guidance"],
-                generator=[image_generator(config.seed, picture.index) for picture in part],
+                guidance_interval=config.guidance_interval,
+                autoguidance_scale=config.autoguidance,
+                sampler=config.sampler,
+                strength=parameters["strength"],
                 return_dict=False,
                 callback_on_step_end=progress,
+                image=pictures_in.get("init"),
+                mask=pictures_in.get("mask"),
             )
             for picture, image in zip(part, images):
                 save_png(image, picture, parameters)
@@ -243,6 +239,7 @@ def save_png(image: Image.Image, picture: Picture, parameters: dict[str, Any]) -
     """Write atomically, with everything needed to make the image again as JSON in the text chunk `parameters`."""
     info = PngInfo()
     own = {key: value for key, value in parameters.items() if key not in ("labels", "count")}
-    info.add_itxt(PNG_KEY, canonical_json(own | {"index": picture.index, "label": picture.label}))
+    own |= {"index": picture.index, "label": picture.caption, "noise": asdict(picture.noise)}
+    info.add_itxt(PNG_KEY, canonical_json(own | {"classes": picture.classes}))
     info.add_text("Software", f"ldm_vae {__version__}")
     write_atomically(picture.path, lambda path: image.save(path, format="PNG", pnginfo=info))

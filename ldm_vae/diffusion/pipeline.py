@@ -1,17 +1,18 @@
 """`LatentDiffusionPipeline`: from labels and a seed to images; a diffusers pipeline that knows its autoencoder.
 
-Owns sampling, guidance and what makes a saved model complete: autoencoder, U-Net, scheduler, normaliser, label names.
-Files and captions are made in `generation.py`.
+Owns the order of things and what makes a saved model complete: autoencoder, U-Net, scheduler, normaliser, label names.
+The steps are `sampling.py`'s and `schedulers.py`'s, guidance `guidance.py`'s, images that go in `editing.py`'s. Files
+and captions are made in `generation.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae import compat
@@ -19,27 +20,28 @@ from ldm_vae.errors import UserError
 
 compat.repair_torchvision()
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from ldm_vae import random
 from ldm_vae.autoencoder import interface
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint as fingerprint_of_encoder
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.data import pixels
-from ldm_vae.diffusion.unet import LatentUNet
+from ldm_vae.diffusion import arguments, editing, flow, tiling
+from ldm_vae.diffusion.arguments import image_generator as image_generator
+from ldm_vae.diffusion.guidance import EVERYWHERE, Classes, Guidance, GuidedVelocity
+from ldm_vae.diffusion.labels import Wanted, class_shares
+from ldm_vae.diffusion.labels import find_label as find_label
+from ldm_vae.diffusion.previews import latents_to_rgb
+from ldm_vae.diffusion.sampling import Solver, first_step
+from ldm_vae.diffusion.schedulers import flow_scheduler as flow_scheduler
+from ldm_vae.diffusion.schedulers import make_solver, sampler_of, shift_of
+from ldm_vae.diffusion.unet import LatentUNet  # diffusers loads only parts whose module is imported
 from ldm_vae.latents.manifest import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
 
 DEFAULT_GUIDANCE = 3.0
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-Label = str | int
-
-
-def flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps along times with the shift of the training times (`flow.resolution_shift`)."""
-    return FlowMatchEulerDiscreteScheduler(shift=shift)
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -49,33 +51,40 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     save in float32 and choose the precision when loading (`torch_dtype`) or afterwards (`.to(torch.bfloat16)`).
     """
 
-    model_cpu_offload_seq = "unet->autoencoder"
+    model_cpu_offload_seq = "autoguidance_unet->unet->autoencoder"
+    _optional_components = ["autoguidance_unet"]  # noqa: RUF012 - as in every diffusers pipeline
+    _callback_tensor_inputs = ["latents", "clean"]  # noqa: RUF012
 
     autoencoder: Any
     unet: LatentUNet
-    scheduler: FlowMatchEulerDiscreteScheduler
+    scheduler: Any
+    autoguidance_unet: LatentUNet | None
 
     def __init__(
         self,
         autoencoder: ModelMixin,
         unet: ModelMixin,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         normalizer: dict | None = None,
         latent_size: list | tuple = (64, 64),
         label_names: list | tuple = (),
         encoder_fingerprint: str | None = None,
         preprocessing: dict | None = None,
+        latent_rgb: dict | None = None,
+        autoguidance_unet: ModelMixin | None = None,
     ) -> None:
         """
         Args:
             autoencoder: Any diffusers autoencoder with a latent distribution.
             unet: A `LatentUNet`, or a module of the same interface.
-            scheduler: Its `shift` belongs to latents of `latent_size`.
+            scheduler: One that `schedulers.sampler_of` accepts; its shift belongs to latents of `latent_size`.
             normalizer: `LatentNormalizer.to_dict()`, required: the statistics the U-Net was trained with.
             latent_size: (h, w) of the latents in training; the size of generated images where none is asked for.
             label_names: One name per class; left out, the classes are called "0", "1", ...
             encoder_fingerprint: Of the encoder that made the latents; left out, the given autoencoder is trusted.
             preprocessing: What was done to the pictures behind the latents; None where it was not recorded.
+            latent_rgb: `previews.fit_latent_rgb()` of latents and images; needed for previews only.
+            autoguidance_unet: A worse U-Net for the same latents and labels: smaller, or less trained.
 
         Raises:
             UserError: parts that do not belong together: channels, number of labels, another autoencoder.
@@ -87,13 +96,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         classes = int(unet.config["num_classes"])
         names = [str(name) for name in label_names] or [str(number) for number in range(classes)]
         self._check_parts(autoencoder, unet, len(self.normalizer.mean), names)
-        self.register_modules(autoencoder=autoencoder, unet=unet, scheduler=scheduler)
+        if autoguidance_unet is not None:
+            self._check_parts(autoencoder, autoguidance_unet, len(self.normalizer.mean), names)
+        self.register_modules(
+            autoencoder=autoencoder, unet=unet, scheduler=scheduler, autoguidance_unet=autoguidance_unet
+        )
         self.register_to_config(
             normalizer=self.normalizer.to_dict(),
             latent_size=[int(side) for side in latent_size],
             label_names=names,
             encoder_fingerprint=self._check_fingerprint(autoencoder, encoder_fingerprint),
             preprocessing=preprocessing,
+            latent_rgb=latent_rgb,
         )
 
     @staticmethod
@@ -132,7 +146,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         dtypes = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for name in ("autoencoder", "unet"):
+        for name in ("autoencoder", "unet", "autoguidance_unet"):
+            if getattr(pipeline, name) is None:
+                continue
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
             # torch's own `to`: that of diffusers warns of modules that are to stay in float32, where there are none
             part: Any = getattr(pipeline, name)
@@ -168,162 +184,207 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sides.append(trained * factor if asked is None else asked)
         return sides[0], sides[1]
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of an image. Raises: UserError for an impossible side."""
+        factor = downsampling(self.autoencoder)
+        height, width = self.image_size(height, width)
+        return latent_channels(self.autoencoder), height // factor, width // factor
+
+    def guidance(
+        self, labelled: bool, scale: float | None, autoguidance: float, interval: tuple[float, float]
+    ) -> Guidance:
+        """The guidance of a call with or without labels. Raises: UserError for one without effect, or impossible."""
+        if not labelled and scale not in (None, 1):
+            raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
+        if autoguidance != 1 and self.autoguidance_unet is None:
+            raise UserError(
+                f"autoguidance_scale: {autoguidance} needs a second U-Net; load the pipeline with autoguidance_unet=..."
+            )
+        by_label = 1.0 if not labelled else DEFAULT_GUIDANCE if scale is None else scale
+        return Guidance(by_label, autoguidance, (interval[0], interval[1]))
+
     @torch.no_grad()
     def __call__(
         self,
-        labels: Label | Sequence[Label] | None = None,
+        labels: Wanted = None,
         num_images: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = EVERYWHERE,
+        autoguidance_scale: float = 1.0,
+        sampler: str | None = None,
+        image: editing.Picture | None = None,
+        strength: float | None = None,
+        mask: editing.Picture | None = None,
+        latents: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate one batch.
+        """Generate one batch. On CPU, an image is the same to the last bit whatever else is in the batch.
 
         Args:
-            labels: Names or class ids, repeated in turn until there are `num_images`; None: any class.
-            num_images: Images in the batch; left out, one per label, or one.
-            height, width: Pixels, multiples of the autoencoder's downsampling; left out, the training size.
-            num_inference_steps: Euler steps; the U-Net runs once per step, on twice the batch under guidance.
+            labels: Names or class ids, repeated in turn until there are `num_images`; a mapping such as
+                `{"cat": 0.7, "dog": 0.3}` in the place of one mixes classes; None: any class.
+            num_images: Images in the batch; left out, one per label or image, or one.
+            height, width: Pixels, multiples of the autoencoder's downsampling; left out, those of `image` or `latents`,
+                or the training size. Large images are decoded in tiles.
+            num_inference_steps: Steps from noise to image; `heun` runs the U-Net twice in each.
             guidance_scale: 1 is the plain conditional model, larger follows the label more closely
-                (classifier-free guidance, Ho and Salimans 2022); left out, 3 with labels.
+                (classifier-free guidance, at twice the cost); left out, 3 with labels.
+            guidance_interval: Lowest and highest t in [0, 1] at which any guidance acts; 1 is pure noise.
+            autoguidance_scale: How far to go away from the `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
+            sampler: euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
+            image: Where to start: one for all images or one each; PIL, arrays (h, w, 3) or tensors (3, h, w) in [0, 1].
+            strength: Share of the steps that `image` goes through, in (0, 1]: small values stay close to it; left out,
+                1 with a mask and 0.6 without. Several seeds make variations.
+            mask: Of the size of `image`: only where it is above one half is painted, every other pixel stays exactly.
+            latents: Noise to start from instead of random one, (n, c, h/8, w/8), standard normal.
             generator: One for all images, or one per image.
             seed: Image i starts from the noise of (seed, i), whatever the batch; not together with `generator`.
-            output_type: "pil", "np" (n, h, w, 3) or "pt" (n, 3, h, w) in [0, 1], or "latent": the autoencoder's
-                own, unnormalised latents (n, c, h/8, w/8).
+            output_type: pil, np (n, h, w, 3) or pt (n, 3, h, w) in [0, 1], or latent: the autoencoder's own latents.
             return_dict: False gives the tuple (images,).
-            callback_on_step_end: Called as (pipeline, index, timestep, {"latents": normalised latents}); latents in
-                the dict that it returns replace them.
+            callback_on_step_end: Called as (pipeline, index, timestep, tensors) with the normalised `latents`, and in
+                `clean` what they are expected to become, for `preview`; `latents` in the dict that it returns
+                replace them.
 
         Raises:
             UserError: an unknown label (with the nearest known one), an impossible size, or settings without effect.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type: {output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
-        if num_inference_steps < 1:
-            raise UserError(f"num_inference_steps: {num_inference_steps} is below 1")
-        factor = downsampling(self.autoencoder)
-        shape = (latent_channels(self.autoencoder), *(side // factor for side in self.image_size(height, width)))
-        ids, count = self._class_ids(labels, num_images)
-        scale = self._guidance(ids, guidance_scale)
-        latents = self._noise(shape, self._generators(generator, seed, count), count)
-        self._set_times(num_inference_steps, shape)
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                time = timestep / self.scheduler.config["num_train_timesteps"]
-                velocity = self._velocity(latents, time, ids, scale)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, index, timestep, {"latents": latents})
-                    latents = (changed or {}).get("latents", latents)
-                bar.update()
-        images = self._output(self.normalizer.denormalize(latents), output_type)
+        arguments.check_call(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
+        count = arguments.count_images(labels, num_images, image, latents)
+        classes = class_shares(labels, count, self.labels)
+        guidance = self.guidance(classes is not None, guidance_scale, autoguidance_scale, guidance_interval)
+        source = None if image is None else editing.read_source(image, mask, count, downsampling(self.autoencoder))
+        shape = self._shape(height, width, source, latents)
+        if latents is None:
+            latents = arguments.draw_noise(
+                shape, arguments.generators_of(generator, seed, count), self._execution_device
+            )
+        if strength is None and source is not None:
+            strength = source.default_strength
+        first = 0 if strength is None else first_step(num_inference_steps, strength)
+        solvers = self._solvers(sampler, num_inference_steps, shape, first, count)
+        noise = latents.to(self._execution_device, torch.float32)
+        finished = self._sample(noise, source, solvers, classes, guidance, first, callback_on_step_end)
+        images = self._output(self.normalizer.denormalize(finished), output_type, source)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, latents: Tensor, time: Tensor, ids: Tensor | None, scale: float) -> Tensor:
-        """v at one time for the whole batch, float32; with guidance v_null + scale (v_label - v_null)."""
-        if ids is None or scale == 1:
-            return self.unet(latents, time, ids)
-        null = torch.full_like(ids, int(self.unet.config["num_classes"]))
-        conditional, unconditional = self.unet(torch.cat([latents, latents]), time, torch.cat([ids, null])).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+    def _sample(
+        self,
+        noise: Tensor,
+        source: editing.Source | None,
+        solvers: Sequence[Solver],
+        classes: Classes | None,
+        guidance: Guidance,
+        first: int,
+        callback: Callback | None,
+    ) -> Tensor:
+        """From noise, or a noisy image, to clean normalised latents (n, c, h, w)."""
+        groups = self._groups(len(noise))
+        velocities = [
+            GuidedVelocity(self.unet, self.autoguidance_unet, classes and classes[g], guidance) for g in groups
+        ]
+        times = solvers[0].times
+        x = noise
+        if source is not None:
+            clean = self._encode(source)
+            x = flow.interpolate(clean, noise, noise.new_full((len(noise),), times[first]))
+        for index in self.progress_bar(range(first, len(times) - 1)):
+            moved = [solver.step(v, x[rows], index) for solver, v, rows in zip(solvers, velocities, groups)]
+            x, expected = (torch.cat(parts) for parts in zip(*moved))
+            if source is not None and source.mask is not None:
+                known = flow.interpolate(clean, noise, noise.new_full((len(noise),), times[index + 1]))
+                x = torch.where(source.latent_mask(downsampling(self.autoencoder)).to(x.device), x, known)
+            if callback is not None:
+                tensors = {"latents": x, "clean": expected}
+                x = (callback(self, index - first, torch.tensor(1000 * times[index]), tensors) or {}).get("latents", x)
+        return x
 
-    def _output(self, latents: Tensor, output_type: str) -> Any:
-        """One image at a time through the decoder: bounded memory, and no image depends on its neighbours."""
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Rough pictures of normalised latents (n, c, h, w), one pixel per position, in no time: during sampling, of
+        the `clean` latents that a callback gets.
+
+        Raises:
+            UserError: the pipeline has no `latent_rgb`.
+        """
+        if self.config["latent_rgb"] is None:
+            raise UserError("preview: this pipeline has no latent_rgb; make it with latent_rgb=fit_latent_rgb(...)")
+        return pixels.to_pil(latents_to_rgb(latents, self.config["latent_rgb"]))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (n, c, h, w) in the autoencoder's own units -> images (n, 3, fh, fw) in [-1, 1], on the CPU.
+
+        One at a time: bounded memory, and no image depends on its neighbours. Above `tiling.TILE` positions along a
+        side in tiles.
+        """
+        return torch.cat([self._decode_one(latent[None]).cpu() for latent in latents])
+
+    def _decode_one(self, latent: Tensor) -> Tensor:
+        if max(latent.shape[-2:]) <= tiling.TILE:
+            return interface.decode(self.autoencoder, latent)
+        return tiling.decode_in_tiles(
+            lambda part: interface.decode(self.autoencoder, part),
+            latent,
+            factor=downsampling(self.autoencoder),
+            context=tiling.decoder_context(self.autoencoder),
+            tile=tiling.TILE,
+        )
+
+    def _encode(self, source: editing.Source) -> Tensor:
+        """Normalised posterior means (n, c, h, w) of images, one at a time."""
+        device = self._execution_device
+        images = (2 * source.images - 1).split(1)
+        means = [interface.encode_moments(self.autoencoder, image.to(device))[0] for image in images]
+        return self.normalizer.normalize(torch.cat(means))
+
+    def _output(self, latents: Tensor, output_type: str, source: editing.Source | None) -> Any:
         if output_type == "latent":
             return latents
-        images = torch.cat([interface.decode(self.autoencoder, latent[None]).cpu() for latent in latents])
+        images = (self.decode(latents) + 1) / 2
+        if source is not None:
+            images = source.paste(images)
         if output_type == "pil":
-            return pixels.to_pil(images)
-        images = (images + 1) / 2
+            return pixels.to_pil(2 * images - 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
-    def _class_ids(self, labels: Label | Sequence[Label] | None, num_images: int | None) -> tuple[Tensor | None, int]:
-        """Class ids (n,), or None without labels, and n."""
-        if num_images is not None and num_images < 1:
-            raise UserError(f"num_images: {num_images} is below 1")
-        if labels is None:
-            return None, num_images or 1
-        wanted = [labels] if isinstance(labels, str | int) else list(labels)
-        count = num_images or len(wanted)
-        if not wanted or count < len(wanted):
-            raise UserError(f"labels: {len(wanted)} of them for {count} images; ask for at least one image per label")
-        ids = [find_label(label, self.labels) for label in wanted]
-        return torch.tensor([ids[i % len(ids)] for i in range(count)], device=self._execution_device), count
+    def _groups(self, count: int) -> list[slice]:
+        """The images that go through the network together: one on CPU, where its convolutions are computed in another
+        order for another batch size; all of them elsewhere."""
+        if self._execution_device.type == "cpu":
+            return [slice(index, index + 1) for index in range(count)]
+        return [slice(0, count)]
 
-    @staticmethod
-    def _guidance(ids: Tensor | None, scale: float | None) -> float:
-        if scale is None:
-            return DEFAULT_GUIDANCE
-        if ids is None and scale != 1:
-            raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
-        return scale
-
-    @staticmethod
-    def _generators(
-        generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, count: int
-    ) -> list[torch.Generator | None]:
-        """One generator per image (the same object for all when one was given)."""
-        if seed is not None:
-            if generator is not None:
-                raise UserError("seed: given together with a generator; give one of them")
-            return [image_generator(seed, index) for index in range(count)]
-        if generator is None or isinstance(generator, torch.Generator):
-            return [generator] * count
-        if len(generator) != count:
-            raise UserError(
-                f"generator: {len(generator)} of them for {count} images; give one per image, or one for all"
-            )
-        return list(generator)
-
-    def _noise(self, shape: Sequence[int], generators: Sequence[torch.Generator | None], count: int) -> Tensor:
-        """Standard normal (n, c, h, w), float32, drawn image by image on each generator's own device."""
-        device = self._execution_device
-        noise = [torch.randn(*shape, generator=g, device=g.device if g else device).to(device) for g in generators]
-        assert len(noise) == count
-        return torch.stack(noise)
-
-    def _set_times(self, steps: int, shape: Sequence[int]) -> None:
-        """Times from 1 down to 0, evenly spaced before the shift; a larger latent gets a larger shift.
-
-        Given explicitly: the scheduler's own choice shifts its last time twice.
-        """
+    def _solvers(self, sampler: str | None, steps: int, shape: Sequence[int], first: int, count: int) -> list[Solver]:
+        """One per group of `count` images. A larger latent gets a larger shift."""
         trained_height, trained_width = self.config["latent_size"]
-        growth = math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
-        self.scheduler.set_shift(self.scheduler.config["shift"] * growth)
-        sigmas = [1 - step / steps for step in range(steps)]
-        self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        shift = shift_of(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
+        scheduler = self.scheduler if sampler is None else flow_scheduler(shift, sampler)
+        sampler_of(scheduler)
+        return [make_solver(scheduler, steps, shift, first) for _ in self._groups(count)]
 
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator behind image `index` of `seed`: a CPU generator, so that every device starts from equal noise."""
-    return random.generator(seed, "image", index)
-
-
-def find_label(label: Label, names: Sequence[str]) -> int:
-    """The class id of a name, of an id, or of an id written as text. Names win over ids; case does not matter.
-
-    Raises:
-        UserError: an unknown label, with the nearest known one.
-    """
-    if not names:
-        raise UserError(f"label {label!r}: this model is unconditional, it has no labels; leave it out")
-    if isinstance(label, str):
-        by_name = {name.casefold(): number for number, name in reversed(list(enumerate(names)))}
-        if label in names:
-            return list(names).index(label)
-        if label.casefold() in by_name:
-            return by_name[label.casefold()]
-    number = int(label) if isinstance(label, int) or label.isdecimal() else None
-    if number is not None and 0 <= number < len(names):
-        return number
-    near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.5)
-    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    hint = f"did you mean {near[0]!r}?" if near else f"known labels: {known}; or an id from 0 to {len(names) - 1}"
-    raise UserError(f"label {label!r}: unknown; {hint}")
+    def _shape(
+        self, height: int | None, width: int | None, source: editing.Source | None, latents: Tensor | None
+    ) -> tuple[int, int, int]:
+        """(c, h, w) of the latents, the size from whatever has one."""
+        factor, channels = downsampling(self.autoencoder), latent_channels(self.autoencoder)
+        if latents is not None and latents.shape[1:2] != (channels,):
+            raise UserError(f"latents: shape {tuple(latents.shape)}; give (n, {channels}, h, w)")
+        sides: list[tuple[str, tuple[int, int]]] = []
+        if source is not None:
+            sides.append(("image", (source.images.shape[-2], source.images.shape[-1])))
+        if latents is not None:
+            sides.append(("latents", (factor * latents.shape[-2], factor * latents.shape[-1])))
+        given = sides[0][1] if sides else (None, None)
+        asked = self.image_size(height or given[0], width or given[1])
+        for name, found in sides:
+            if found != asked:
+                raise UserError(
+                    f"{name}: of {found[0]} x {found[1]} pixels for {asked[0]} x {asked[1]}; fit one to the other"
+                )
+        return self.latent_shape(*asked)

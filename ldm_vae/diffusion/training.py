@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm_vae.autoencoder import interface
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
 from ldm_vae.config import changed_keys
+from ldm_vae.data import pixels
 from ldm_vae.data.sheets import labelled_sheet
-from ldm_vae.diffusion import flow
+from ldm_vae.diffusion import flow, held_out, memorisation
+from ldm_vae.diffusion.crops import Crops, CropsConfig, draw_crops
+from ldm_vae.diffusion.held_out import StopSuggestion
+from ldm_vae.diffusion.memorisation import Copies
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
+from ldm_vae.diffusion.previews import fit_latent_rgb
+from ldm_vae.diffusion.snapshots import EmaConfig, Snapshots
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
@@ -30,9 +37,10 @@ from ldm_vae.training.schedule import Plan, Span
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
-HELD_OUT_TIMES = 8
 HELD_OUT_LATENTS = 64
 MEASURED_LATENTS = 256
+COLOUR_LATENTS = 16
+"""Latents whose decoded images fit the colours of half-finished ones: thousands of positions each."""
 
 
 def default_training() -> TrainingConfig:
@@ -52,7 +60,11 @@ class TrainDiffusionConfig:
         shuffle_shards: null shuffles the whole set in each epoch; N shuffles the shards, then the latents inside blocks
             of N shards, one block after the other, so that N are read at a time: for sets larger than memory.
         label_dropout: share of labels replaced by "no label", which classifier-free guidance needs.
-        shift: of training and sampling times towards noise; null: sqrt(c h w / 4096).
+        shift: of training and sampling times towards noise; null: sqrt(c h w / 4096). Smaller for crops.
+        crops: training on crops of latents on a share of the steps.
+        ema: power-function averages, from which `ldm-vae ema` makes one of any length afterwards.
+        neighbours: training latents among which the nearest to each preview sample is looked for; 0 looks for none.
+        patience: share of the run without a better held-out loss after which an alarm suggests to stop.
     """
 
     output: str = "???"
@@ -66,6 +78,10 @@ class TrainDiffusionConfig:
     shuffle_shards: int | None = None
     label_dropout: float = 0.1
     shift: float | None = None
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    neighbours: int = 2048
+    patience: float = 0.2
     training: TrainingConfig = field(default_factory=default_training)
 
     def __post_init__(self) -> None:
@@ -77,53 +93,100 @@ class TrainDiffusionConfig:
             )
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"shift: {self.shift} is not above 0; 1 leaves the times as they are")
+        if self.neighbours < 0 or self.neighbours == 1:
+            raise UserError(
+                f"neighbours: {self.neighbours} training latents have no second nearest; give 0, or 2 or more"
+            )
+        if self.patience <= 0:
+            raise UserError(
+                f"patience: {self.patience} is not above 0; give a share of the run, 1 or more never suggests"
+            )
+        if self.crops.size is not None and not self.unet.coordinates:
+            raise UserError("crops.size: a U-Net cannot tell crops from images; set unet.coordinates=true as well")
 
     def plan(self, processes: int) -> Plan:
         return Plan((Span(self.steps, self.batch, self.micro_batch or max(1, self.batch // processes)),))
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a step, for the whole global batch of n; noise has the shape of the crops."""
+
+    noise: Tensor
+    times: Tensor
+    dropped: Tensor
+    crops: Crops
+
+
 class DiffusionModel:
     """Stage 3 for `fit()`: rectified flow on normalised latents, minimise |v - (eps - x0)|^2."""
 
-    def __init__(self, config: TrainDiffusionConfig, samples: LatentDataset, held_out: LatentDataset | None) -> None:
-        """`samples`: what it is trained on; `held_out`: what it is judged by, None for nothing."""
+    def __init__(
+        self,
+        config: TrainDiffusionConfig,
+        samples: LatentDataset,
+        held_out: LatentDataset | None,
+        snapshots: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            config: The run's settings.
+            samples: What it is trained on.
+            held_out: What it is judged by; None for nothing.
+            snapshots: Folder for the averages; None writes none.
+        """
         self.config = config
+        self.samples = samples
         self.manifest = manifest = samples.manifest
         self.normalizer = manifest.normalizer
         self.latent_shape = tuple(manifest.latent_shape)
         self.label_names = tuple(manifest.label_names)
         self.shift = config.shift or flow.resolution_shift(*self.latent_shape)
-        self.held_out = stack_samples(held_out, HELD_OUT_LATENTS) if held_out is not None else None
+        self.judges = stack_samples(held_out, HELD_OUT_LATENTS) if held_out is not None else None
         self.autoencoder = load_matching_autoencoder(config.autoencoder, manifest)
         torch.manual_seed(config.training.seed)
         unet = build_unet(config.unet, self.latent_shape[0], num_classes=len(self.label_names))
         if config.training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        config.crops.check(self.latent_shape, unet.multiple)
         unet.measure_tokens(self.normalizer.normalize(stack_samples(samples, MEASURED_LATENTS)["latent"]))
         self.modules: dict[str, nn.Module] = {"unet": unet.train()}
         self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.null_label = unet.null_label
+        self.snapshots = Snapshots(config.ema, unet, snapshots)
+        self.suggestion = StopSuggestion(config.patience)
+        self.finished = self.steps = 0
+        self.copies: Copies | None = None  # of the last preview, until the next log step
+        self.training_latents: Tensor | None = None
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
-        noise, times, dropped = self.draw(step, batch.global_size, engine.device)
+        draw = self.draw(step, batch.global_size, engine.device)
         total = torch.zeros((), device=engine.device)
         for part in engine.parts(batch):
-            clean = self.normalizer.normalize(part["latent"])
-            labels = self.labels(part["label"], dropped[part.rows])
-            noisy = flow.interpolate(clean, noise[part.rows], times[part.rows])
-            velocity = engine.models["unet"](noisy, times[part.rows], labels)
-            loss = flow.velocity_loss(velocity, flow.velocity_target(clean, noise[part.rows])).mean()
+            noise, times = draw.noise[part.rows], draw.times[part.rows]
+            clean, coordinates = draw.crops.cut(self.normalizer.normalize(part["latent"]), part.rows)
+            labels = self.labels(part["label"], draw.dropped[part.rows])
+            noisy = flow.interpolate(clean, noise, times)
+            velocity = engine.models["unet"](noisy, times, labels, coordinates)
+            loss = flow.velocity_loss(velocity, flow.velocity_target(clean, noise)).mean()
             engine.backward(loss)
             total = total + loss.detach() / len(batch.parts)
-        return {"loss/flow": total, "optim/grad_norm": engine.optimize("unet", step)}
+        norm = engine.optimize("unet", step)
+        self.snapshots.update(step, engine)
+        self.finished, self.steps = step + 1, engine.steps
+        return {"loss/flow" if draw.crops.size is None else "loss/flow_crops": total, "optim/grad_norm": norm}
 
-    def draw(self, step: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise (n, c, h, w), times (n,), and which labels are dropped (n,), for the whole global batch."""
-        rng = generator(self.config.training.seed, "flow", step, device=device)
-        noise = torch.randn((count, *self.latent_shape), generator=rng, device=device)
-        times = flow.sample_times(count, rng, self.shift, device)
+    def draw(self, step: int, count: int, device: torch.device) -> Draw:
+        """Noise (n, c, h, w), times (n,), which labels are dropped (n,), and where the crops of a crop step lie."""
+        seed, (channels, height, width) = self.config.training.seed, self.latent_shape
+        crops = draw_crops(self.config.crops, seed, step, count, height, width)
+        shape = (channels, crops.size or height, crops.size or width)
+        shift = self.shift * flow.resolution_shift(*shape) / flow.resolution_shift(*self.latent_shape)
+        rng = generator(seed, "flow", step, device=device)
+        noise = torch.randn((count, *shape), generator=rng, device=device)
+        times = flow.sample_times(count, rng, shift, device)
         dropped = torch.rand(count, generator=rng, device=device) < self.config.label_dropout
-        return noise, times, dropped
+        return Draw(noise, times, dropped, crops)
 
     def labels(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor | None:
         """Class ids with "no label" where there is none or it is dropped; None for an unconditional network."""
@@ -133,43 +196,66 @@ class DiffusionModel:
         return torch.where(missing, self.null_label, labels)
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Any]:
-        return []
+        """The suggestion to stop, and copies among the samples of the preview before."""
+        if "loss/flow" in metrics:
+            self.suggestion.see_training(metrics["loss/flow"])
+        copies, self.copies = self.copies, None
+        found = [self.suggestion.alarm(step, self.steps), copies if copies and copies.copies else None]
+        return [alarm for alarm in found if alarm is not None]
+
+    def validate(self, engine: Engine) -> dict[str, float]:
+        """The flow loss of the EMA weights on held-out latents, and the copy rate of the preview just made."""
+        figures = {"samples/copy_rate": self.copies.copies / self.copies.samples} if self.copies is not None else {}
+        if self.judges is None:
+            return figures
+        latents = self.normalizer.normalize(self.judges["latent"].to(engine.device))
+        labels = self.labels(self.judges["label"].to(engine.device))
+        with engine.accelerator.autocast():
+            losses = held_out.held_out_losses(engine.emas["unet"].module, latents, labels, self.shift)
+        found = held_out.figures(losses)
+        self.suggestion.see_held_out(self.finished, found["held_out/flow"])
+        return found | figures
 
     @torch.no_grad()
-    def validate(self, engine: Engine) -> dict[str, float]:
-        """The flow loss of the EMA weights on held-out latents, at fixed times with fixed noise."""
-        if self.held_out is None:
-            return {}
-        unet = engine.emas["unet"].module
-        latents = self.normalizer.normalize(self.held_out["latent"].to(engine.device))
-        labels = self.labels(self.held_out["label"].to(engine.device))
-        rng = generator(0, "held_out", device=engine.device)
-        losses = []
-        for number in range(HELD_OUT_TIMES):
-            time = flow.shift_times(torch.tensor((number + 0.5) / HELD_OUT_TIMES), self.shift)
-            times = time.expand(len(latents)).to(engine.device)
-            noise = torch.randn(latents.shape, generator=rng, device=engine.device)
-            with engine.accelerator.autocast():
-                velocity = unet(flow.interpolate(latents, noise, times), times, labels)
-            losses.append(flow.velocity_loss(velocity, flow.velocity_target(latents, noise)).mean())
-        return {"held_out/flow": float(torch.stack(losses).mean())}
-
     def preview(self, engine: Engine) -> Image.Image | None:
-        """A sheet of samples of the EMA weights, one per class, always from the same noise."""
+        """A sheet of samples of the EMA weights, one per class, always from the same noise; under each its nearest
+        training latent, decoded."""
         labels = list(range(min(len(self.label_names), PREVIEW_IMAGES))) or None
+        names = [self.label_names[label] for label in labels or []]
         pipeline = self.pipeline(engine).to(engine.device)
         pipeline.set_progress_bar_config(disable=True)
         with engine.accelerator.autocast():
-            images = pipeline(
+            latents = pipeline(
                 labels=labels,
                 num_images=PREVIEW_IMAGES if labels is None else None,
                 num_inference_steps=PREVIEW_STEPS,
                 guidance_scale=2.0 if labels else 1.0,
                 seed=0,
+                output_type="latent",
             ).images
-        return labelled_sheet(images, [self.label_names[label] for label in labels or []])
+            images = pixels.to_pil(self.decode(latents))
+        if min(self.config.neighbours, len(self.samples)) < 2:
+            return labelled_sheet(images, names)
+        training = self.known_latents()
+        found = memorisation.find_neighbours(self.normalizer.normalize(latents), training)
+        self.copies = Copies(found.copies, len(images), len(training))
+        nearest = self.normalizer.denormalize(training[found.nearest].float()).to(engine.device)
+        with engine.accelerator.autocast():
+            below = pixels.to_pil(self.decode(nearest))
+        return memorisation.panel(images, below, found.ratios, names)
 
-    def pipeline(self, engine: Engine) -> LatentDiffusionPipeline:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [-1, 1] of the autoencoder's own latents, on the CPU; one at a time through it."""
+        return torch.cat([interface.decode(self.autoencoder, latent[None]).float().cpu() for latent in latents])
+
+    def known_latents(self) -> Tensor:
+        """Normalised training latents for comparison, half precision, evenly spread over the set; read once."""
+        if self.training_latents is None:
+            latents = stack_samples(self.samples, self.config.neighbours)["latent"]
+            self.training_latents = self.normalizer.normalize(latents).half()
+        return self.training_latents
+
+    def pipeline(self, engine: Engine, latent_rgb: dict[str, Any] | None = None) -> LatentDiffusionPipeline:
         return LatentDiffusionPipeline(
             autoencoder=self.autoencoder,
             unet=engine.emas["unet"].module,
@@ -179,13 +265,21 @@ class DiffusionModel:
             encoder_fingerprint=self.manifest.autoencoder["encoder_fingerprint"],
             latent_size=list(self.latent_shape[1:]),
             preprocessing=self.manifest.preprocessing,
+            latent_rgb=latent_rgb,
         )
+
+    @torch.no_grad()
+    def colours(self, engine: Engine) -> dict[str, Any]:
+        """The linear map from latents to RGB that shows half-finished images."""
+        latents = stack_samples(self.samples, COLOUR_LATENTS)["latent"]
+        self.autoencoder.to(engine.device)
+        return fit_latent_rgb(self.normalizer.normalize(latents), self.decode(latents.to(engine.device)))
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write `pipeline/`: autoencoder, U-Net with EMA weights, scheduler, normaliser and labels."""
         final = directory / "pipeline"
         temporary = temporary_directory(final)
-        self.pipeline(engine).save_pretrained(temporary)
+        self.pipeline(engine, self.colours(engine)).save_pretrained(temporary)
         publish_directory(temporary, final)
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
@@ -196,10 +290,16 @@ class DiffusionModel:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recipe": recipe_of(self.manifest), "images": images_of(self.manifest)}
+        return {
+            "recipe": recipe_of(self.manifest),
+            "images": images_of(self.manifest),
+            "snapshots": self.snapshots.state_dict(),
+            "suggestion": self.suggestion.state_dict(),
+            "copies": asdict(self.copies) if self.copies is not None else None,
+        }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
+        return self.snapshots.tensors()
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Raises: UserError when the run began on latents that were made in another way."""
@@ -207,6 +307,9 @@ class DiffusionModel:
             advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
             check_same(state["recipe"], recipe_of(self.manifest), f"latents={self.config.latents}", advice)
             check_images(state["images"], images_of(self.manifest), f"latents={self.config.latents}")
+        self.snapshots.load_state_dict(state.get("snapshots", {}), tensors)
+        self.suggestion.load_state_dict(state.get("suggestion", {}))
+        self.copies = Copies(**state["copies"]) if state.get("copies") else None
 
 
 def recipe_of(manifest: Manifest) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae.diffusion import flow
+from ldm_vae.diffusion.crops import whole_coordinates
 
 GROUP_CHANNELS = 32
 """Channels per normalisation group. On CPU, GroupNorm of a bfloat16 channels_last tensor takes 10 to 25 times as long
@@ -48,21 +49,24 @@ class UNetConfig:
 
     Attributes:
         preset: tiny, small or base.
-        prediction: what the last layer puts out: the clean latent beyond its linear estimate (`x`), or the `velocity`.
+        prediction: what the last layer puts out: the clean latent beyond its linear estimate (`x`), the `clean` latent
+            itself, or the `velocity`. The loss is that of the velocity for all three.
         patch: latent positions per token along one side; a patch of 2 costs about 4 times a patch of 4.
         widths: channels per level, multiples of 32; each level has half the resolution of the one before.
         layers: residual blocks per level on the way down (one more on the way up).
         attention: levels with self-attention, 0 being the finest. The middle block always has it.
         dropout: probability inside the residual blocks.
+        coordinates: two more input channels say where in the image a token lies; training on crops needs them.
     """
 
     preset: Literal["tiny", "small", "base"] = "small"
-    prediction: Literal["x", "velocity"] = "x"
+    prediction: Literal["x", "clean", "velocity"] = "x"
     patch: int | None = None
     widths: tuple[int, ...] | None = None
     layers: int | None = None
     attention: tuple[int, ...] | None = None
     dropout: float = 0.0
+    coordinates: bool = False
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -99,6 +103,7 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
         num_classes=num_classes,
         prediction=config.prediction,
         dropout=config.dropout,
+        coordinates=config.coordinates,
         **config.shape(),
     )
     return model.to(memory_format=torch.channels_last)  # type: ignore[return-value]
@@ -107,9 +112,9 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
 class LatentUNet(ModelMixin, ConfigMixin):
     """Velocity of the flow at a noisy normalised latent of any size.
 
-    A token is a patch of the latent. With prediction `x`, the network corrects the best linear estimate of each clean
-    token, which needs the tokens' principal directions: call `measure_tokens` before training. They are saved with
-    the weights.
+    A token is a patch of the latent. Whatever `prediction` is, the velocity comes out. With prediction `x`, the network
+    corrects the best linear estimate of each clean token, which needs the tokens' principal directions: call
+    `measure_tokens` before training. They are saved with the weights.
 
     Labels run from 0 to num_classes - 1; `null_label` (= num_classes) stands for "no label".
     """
@@ -130,6 +135,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
         layers: int = 2,
         attention: tuple[int, ...] = (2,),
         dropout: float = 0.0,
+        coordinates: bool = False,
     ) -> None:
         super().__init__()
         levels = range(len(widths))
@@ -138,7 +144,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
         self.multiple = patch * 2 ** (len(widths) - 1)
         self.null_label = num_classes
         self.network = UNet2DModel(
-            in_channels=channels,
+            in_channels=channels + (2 if coordinates else 0),
             out_channels=channels,
             block_out_channels=tuple(widths),
             down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in levels),
@@ -169,21 +175,25 @@ class LatentUNet(ModelMixin, ConfigMixin):
         self.directions.copy_(directions)
         self.variance.copy_(variance.clamp(min=SMALLEST_VARIANCE))
 
-    def forward(self, noisy: Tensor, times: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Velocity (n, c, h, w), float32 whatever the precision inside.
+    def forward(
+        self, noisy: Tensor, times: Tensor, labels: Tensor | None = None, coordinates: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (n, c, h, w), float32 whatever the precision inside and whatever the network predicts.
 
         Args:
             noisy: x_t (n, c, h, w), any h and w; sides that the network cannot halve are padded and cropped back.
             times: t (n,) or a scalar, in [0, 1], 1 being pure noise.
             labels: Class ids (n,) for a class-conditional network; None stands for the null label everywhere.
+            coordinates: Of a crop, (n, 2, h, w) as `crops` makes them; None: `noisy` is a whole image.
 
         Raises:
-            ValueError: labels for a network without classes.
+            ValueError: labels for a network without classes, coordinates for one that was built without them.
         """
         count, _, height, width = noisy.shape
         times = times.to(noisy.device, torch.float32).expand(count)
         tokens = self._tokens(noisy.float())
-        inputs = tokens.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        inputs = self._with_coordinates(tokens, noisy, coordinates)
+        inputs = inputs.to(self.dtype).contiguous(memory_format=torch.channels_last)
         output = self.network(inputs, times * TIME_SCALE, self._class_labels(labels, noisy)).sample.float()
         if self.config["prediction"] == "x":
             with torch.autocast(noisy.device.type, enabled=False):
@@ -191,13 +201,28 @@ class LatentUNet(ModelMixin, ConfigMixin):
                 tokens = torch.einsum("nchw,cd->ndhw", tokens, directions)
                 velocity = flow.velocity_from_clean_head(tokens, output, times, self.variance)
                 output = torch.einsum("ndhw,cd->nchw", velocity, directions)
-        return F.pixel_shuffle(output, self.config["patch"])[..., :height, :width]
+        output = F.pixel_shuffle(output, self.config["patch"])[..., :height, :width]
+        return (
+            flow.velocity_from_clean(noisy.float(), output, times) if self.config["prediction"] == "clean" else output
+        )
 
     def _tokens(self, noisy: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, c patch², ⌈h / multiple⌉ multiple / patch, the same of w)."""
-        bottom, right = (-side % self.multiple for side in noisy.shape[-2:])
-        padded = F.pad(noisy, (0, right, 0, bottom), mode="replicate") if bottom or right else noisy
-        return F.pixel_unshuffle(padded, self.config["patch"])
+        return F.pixel_unshuffle(self._padded(noisy), self.config["patch"])
+
+    def _padded(self, maps: Tensor) -> Tensor:
+        bottom, right = (-side % self.multiple for side in maps.shape[-2:])
+        return F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
+
+    def _with_coordinates(self, tokens: Tensor, noisy: Tensor, coordinates: Tensor | None) -> Tensor:
+        """The tokens and, in a network that was built with them, the coordinates of each token's centre."""
+        if not self.config["coordinates"]:
+            if coordinates is not None:
+                raise ValueError("LatentUNet: coordinates given to a network without them; pass coordinates=None")
+            return tokens
+        if coordinates is None:
+            coordinates = whole_coordinates(*noisy.shape[-2:]).to(noisy.device).expand(len(noisy), -1, -1, -1)
+        return torch.cat([tokens, F.avg_pool2d(self._padded(coordinates), self.config["patch"])], dim=1)
 
     def _class_labels(self, labels: Tensor | None, like: Tensor) -> Tensor | None:
         if self.null_label == 0:

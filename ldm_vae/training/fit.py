@@ -108,12 +108,12 @@ def look(model: Model, engine: Engine, tracker: Tracker, step: int, steps: int) 
     if not (validation_due or preview_due):
         return figures
     if engine.accelerator.is_main_process:
-        if validation_due:
-            figures = model.validate(engine)
-            tracker.log_and_say(step, figures)
         image = model.preview(engine) if preview_due else None
         if image is not None:
             image.save(tracker.run.path / "previews" / f"step-{step:09d}.webp", quality=90)
+        if validation_due:  # after the preview, whose figures it may report
+            figures = model.validate(engine)
+            tracker.log_and_say(step, figures)
     engine.accelerator.wait_for_everyone()
     tracker.throughput()  # the time of looking is not training time
     return figures

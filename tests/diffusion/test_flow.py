@@ -82,6 +82,39 @@ def test_clean_head_without_a_network_is_the_best_linear_denoiser() -> None:
         torch.testing.assert_close(error, variance / ((1 - t) ** 2 * variance + t**2), rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("t", [0.05, 0.3, 0.7, 1.0])
+def test_predicting_the_clean_latent_or_the_velocity_has_the_same_optimum(t: float) -> None:
+    """Gaussian latents: the linear predictor that minimises the velocity loss, fitted in each of the three ways, and
+    the velocity known in closed form, E[eps - x0 | x_t] = (t - (1 - t) a) / ((1 - t)^2 a + t^2) x_t."""
+    a = 0.3
+    rng = generator(0, "gaussian")
+    clean, noise = torch.randn(2, 20, 1, 100, 100, generator=rng, dtype=torch.float64)
+    clean, times = clean * math.sqrt(a), torch.full((20,), t, dtype=torch.float64)
+    noisy, variance = flow.interpolate(clean, noise, times), torch.tensor([a])
+    target = flow.velocity_target(clean, noise)
+    ways = {
+        "velocity": lambda output: output,
+        "clean": lambda output: flow.velocity_from_clean(noisy, output, times),
+        "x": lambda output: flow.velocity_from_clean_head(noisy, output, times, variance),
+    }
+    for name, velocity in ways.items():  # each is affine in the factor k of the network k x_t
+        at_zero = velocity(torch.zeros_like(noisy))
+        slope = velocity(noisy) - at_zero
+        k = ((target - at_zero) * slope).sum() / slope.square().sum()
+        found = velocity(k * noisy)
+        expected = (t - (1 - t) * a) / ((1 - t) ** 2 * a + t**2) * noisy
+        assert (found - expected).square().mean().sqrt() < 0.02, name
+
+
+def test_the_velocity_of_a_clean_latent_is_exact_and_bounded_below_its_divisor() -> None:
+    clean, noise, times = batch()
+    times = times.clamp(min=0.05)
+    noisy = flow.interpolate(clean, noise, times)
+    torch.testing.assert_close(flow.velocity_from_clean(noisy, clean, times), noise - clean)
+    at_zero = flow.velocity_from_clean(noise, clean, torch.zeros(5))
+    torch.testing.assert_close(at_zero, (noise - clean) / 0.05)
+
+
 def test_clean_head_is_bounded_at_both_ends() -> None:
     clean, noise, _ = batch()
     variance = torch.tensor([1e-3, 0.1, 1.0, 20.0])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.data.sheets import label_cycle, labelled_sheet
-from ldm_vae.diffusion.generation import PNG_KEY, GenerationConfig, generate
+from ldm_vae.diffusion.generation import PNG_KEY, generate
+from ldm_vae.diffusion.pictures import GenerationConfig
 from ldm_vae.errors import UserError
 
 
@@ -58,7 +60,19 @@ def test_the_same_call_completes_a_folder(saved: Path, tmp_path: Path) -> None:
     expected, found = pixels(whole), pixels(broken)
     assert expected.keys() == found.keys()
     for name, image in expected.items():
-        assert np.abs(image - found[name]).max() <= 1, name
+        assert np.array_equal(image, found[name]), name
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_the_batch_changes_no_bit(saved: Path, tmp_path: Path, sampler: str) -> None:
+    folders = [tmp_path / str(batch) for batch in (1, 2, 3, 7)]
+    for folder, batch in zip(folders, (1, 2, 3, 7)):
+        generate(config(saved, count=7, sampler=sampler), folder, batch=batch)
+    first, *others = map(pixels, folders)
+    assert len(first) == 7
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(np.array_equal(image, other[name]) for name, image in first.items())
 
 
 def test_chosen_labels_size_and_precision(saved: Path, tmp_path: Path) -> None:
@@ -98,6 +112,110 @@ def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def parameters(path: Path) -> dict[str, Any]:
+    return json.loads(Image.open(path).text[PNG_KEY])  # type: ignore[attr-defined]
+
+
+def test_a_grid_of_labels_from_equal_noise(saved: Path, tmp_path: Path) -> None:
+    generate(config(saved, grid=True, count=2, labels=("cat", "dog")), tmp_path / "grid")
+    found = pixels(tmp_path / "grid")
+    assert sorted(found) == ["0000_cat.png", "0001_dog.png", "0002_cat.png", "0003_dog.png"]
+    generate(config(saved, count=2, labels=("dog",)), tmp_path / "dogs")
+    dogs = pixels(tmp_path / "dogs")
+    assert np.array_equal(found["0001_dog.png"], dogs["0000_dog.png"])
+    assert np.array_equal(found["0003_dog.png"], dogs["0001_dog.png"])
+    assert parameters(tmp_path / "grid" / "0003_dog.png")["noise"] == {
+        "seed": 0, "number": 1, "towards": None, "share": 0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="give two labels or more"):
+        generate(config(saved, grid=True, labels=("cat",)), tmp_path / "one")
+
+
+def test_interpolation_of_seeds_and_labels(saved: Path, tmp_path: Path) -> None:
+    seeds, labels = tmp_path / "seeds", tmp_path / "labels"
+    generate(config(saved, interpolate=("3", "5"), labels=("dog",), count=3), seeds)
+    between = pixels(seeds)
+    for seed, name in ((3, "0000_dog.png"), (5, "0002_dog.png")):
+        generate(config(saved, labels=("dog",), count=1, seed=seed), tmp_path / str(seed))
+        assert np.array_equal(between[name], pixels(tmp_path / str(seed))["0000_dog.png"])
+    assert not np.array_equal(between["0001_dog.png"], between["0000_dog.png"])
+    generate(config(saved, interpolate=("cat", "dog"), count=3), labels)
+    assert sorted(pixels(labels)) == ["0000_cat-100.png", "0001_cat-50.png", "0002_cat-0.png"]
+    assert parameters(labels / "0001_cat-50.png")["classes"] == {"cat": 0.5, "dog": 0.5}
+    generate(config(saved, labels=("cat",), count=1), tmp_path / "cat")
+    assert np.array_equal(pixels(labels)["0000_cat-100.png"], pixels(tmp_path / "cat")["0000_cat.png"])
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture of 128 x 64 pixels."""
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8, 3), dtype=np.uint8))
+    smooth.resize((128, 64), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_variations_of_an_image(saved: Path, photo: Path, tmp_path: Path) -> None:
+    near, far = tmp_path / "near", tmp_path / "far"
+    given = {"init": str(photo), "labels": ("cat",), "count": 2, "steps": 8}
+    generate(config(saved, **given, strength=0.1), near)
+    generate(config(saved, **given), far)
+    assert parameters(near / "0000_cat.png")["evaluations"] == 1
+    assert parameters(far / "0000_cat.png")["evaluations"] == 5
+    assert parameters(far / "0000_cat.png")["strength"] == 0.6
+    assert "photo" not in json.dumps(parameters(far / "0000_cat.png"))
+    found = pixels(near)
+    assert not np.array_equal(found["0000_cat.png"], found["0001_cat.png"])
+    assert generate(config(saved, **given), far)[0] == 0
+    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo)
+    with pytest.raises(UserError, match=r"holds other images .*init"):
+        generate(config(saved, **given), far)
+
+
+def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path) -> None:
+    mask = np.zeros((64, 128), dtype=np.uint8)
+    mask[16:48, 40:80] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = {"init": str(photo), "mask": str(tmp_path / "mask.png"), "labels": ("cat",), "count": 1}
+    generate(config(saved, **given), tmp_path / "out")
+    found = pixels(tmp_path / "out")["0000_cat.png"]
+    original = np.asarray(Image.open(photo))[:, 32:96]  # the centre, 64 x 64
+    kept = mask[:, 32:96] == 0
+    assert np.array_equal(found[kept], original[kept])
+    assert not np.array_equal(found[~kept], original[~kept])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "ddim"}, "choose one of euler, heun"),
+        ({"guidance_interval": (1.0, 0.5)}, "give the lower time first"),
+        ({"autoguidance": 2.0}, "needs a second U-Net"),
+        ({"interpolate": ("1", "2")}, "give one label"),
+        ({"interpolate": ("cat", "Cat")}, "'cat' twice"),
+        ({"interpolate": ("cat", "dog"), "labels": ("cat",)}, "leave out the others"),
+        ({"init": "nowhere.png"}, r"init: nowhere\.png is no file"),
+        ({"init": __file__}, "cannot be read"),
+    ],
+)
+def test_impossible_wishes_leave_no_folder(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(config(saved, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": 0.5}, "strength: has no effect without an image"),
+        ({"mask": "m.png"}, "mask: has no effect without an image"),
+        ({"grid": True, "interpolate": ("1", "2")}, "give one of them"),
+    ],
+)
+def test_settings_that_contradict_each_other(saved: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(saved, **changes)
+
+
 def test_a_run_directory_stands_for_its_pipeline(saved: Path, tmp_path: Path) -> None:
     generate(config(saved.parent, count=1), tmp_path)
     assert (tmp_path / "0000_cat.png").exists()
@@ -116,6 +234,19 @@ def test_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--size: 'big' is no size" in capsys.readouterr().err
 
 
+def test_command_with_everything(saved: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, words = tmp_path / "out", ["generate", str(saved), "--steps", "2", "--device", "cpu"]
+    sampling = ["--sampler", "heun", "--guidance", "2", "--guidance-interval", "0.1", "0.8"]
+    assert cli.main([*words, *sampling, "--grid", "--count", "1", "--out", str(out)]) == 0
+    found = parameters(out / "0000_cat.png")
+    assert (found["sampler"], found["evaluations"], found["guidance_interval"]) == ("heun", 4, [0.1, 0.8])
+    start = ["--init", str(photo), "--strength", "0.5", "--label", "cat", "--count", "1"]
+    assert cli.main([*words, *start, "--out", str(tmp_path / "edited")]) == 0
+    assert cli.main([*words, "--interpolate", "cat", "dog", "--count", "2", "--out", str(tmp_path / "between")]) == 0
+    assert capsys.readouterr().out.count("images/s") == 3
+    assert cli.main([*words, "--mask", str(photo), "--out", str(tmp_path / "none")]) == 2
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None:
     generate(config(saved), tmp_path / "one", device="cpu")
@@ -125,7 +256,7 @@ def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None
     subprocess.run([*launch, *words], check=True, timeout=240, env=environment)
     one, two = pixels(tmp_path / "one"), pixels(tmp_path / "two")
     assert one.keys() == two.keys()
-    assert all(np.abs(one[name] - two[name]).max() <= 1 for name in one)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["finished"]
 
 

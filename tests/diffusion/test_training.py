@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
+from ldm_vae.diffusion import flow
+from ldm_vae.diffusion.memorisation import Copies
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.training import TrainDiffusionConfig, in_order
+from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents, stack_samples
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.manifest import MANIFEST, read_manifest, write_manifest
-from ldm_vae.training.loader import batches
+from ldm_vae.training.engine import Engine, make_accelerator
+from ldm_vae.training.loader import Batch, MicroBatch, batches
 
 TINY = [
     "unet.preset=tiny", "unet.widths=[32,32]", "batch=4", "held_out=0", "training.precision=fp32", "training.workers=0",
@@ -180,3 +188,222 @@ def test_a_run_does_not_continue_on_a_set_that_has_grown(train, copy, settings, 
     shutil.copy(image_folder / "a" / "000.png", tmp_path / "images" / "a" / "new.png")
     assert cli.main(["latents", "append", *settings, f"output={copy}", f"data.path={tmp_path / 'images'}"]) == 0
     assert_refused(train(copy, "steps=2"), "count is 25 and was 24 when this run began; give another output")
+
+
+CROPS = [
+    "unet.patch=1", "unet.widths=[32]", "unet.coordinates=true", "crops.size=2", "crops.share=0.5", "held_out=0.3",
+    "steps=8", "ema.snapshots=4", "training.seed=3", "training.save_every=4", "training.log_every=1",
+    "training.validate_every=3", "training.preview_every=4", "training.keep_checkpoints=9",
+]  # fmt: skip
+
+
+LAST = Path("checkpoints") / "step-000000008"
+
+
+def newest_state(run: Path) -> dict[str, torch.Tensor]:
+    files = (run / LAST).glob("*.safetensors")
+    return {f"{file.stem}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in logged]
+
+
+@pytest.fixture(scope="module")
+def train_crops(autoencoder_directory: Path, latents: Path) -> Callable[..., Path]:
+    """train_crops(output, *overrides): eight steps that use everything: crops, averages, held-out loss, neighbours."""
+
+    def run(output: Path, *overrides: str) -> Path:
+        places = [f"output={output}", f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+        assert cli.main(["train-diffusion", *TINY, *places, *CROPS, *overrides]) == 0
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def crop_run(train_crops: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_crops(tmp_path_factory.mktemp("crops") / "run")
+
+
+def test_a_run_logs_crops_held_out_times_and_copies(crop_run: Path) -> None:
+    logged = lines(crop_run)
+    whole, crops = ([line["step"] for line in logged if f"loss/flow{kind}" in line] for kind in ("", "_crops"))
+    assert sorted(whole + crops) == list(range(1, 9))
+    assert min(len(whole), len(crops)) > 1
+    validated = [line for line in logged if "held_out/flow" in line]
+    assert [line["step"] for line in validated] == [3, 6, 8]
+    times = [value for name, value in validated[-1].items() if name.startswith("held_out/flow_t")]
+    assert sum(times) / 8 == pytest.approx(validated[-1]["held_out/flow"])
+    assert 0 <= validated[-1]["samples/copy_rate"] <= 1
+    assert "samples/copy_rate" not in validated[0]
+    assert len(list((crop_run / "previews").iterdir())) == 2
+    colours = LatentDiffusionPipeline.from_pretrained(crop_run / "pipeline").config["latent_rgb"]
+    assert np.shape(colours["weights"]) == (3, 3)
+
+
+def test_the_network_sees_crops_with_their_coordinates_and_times(autoencoder_directory, latents):
+    """Step 0 of this seed is a crop step, step 2 is not: what goes into the network is written out here."""
+    places = ["output=x", f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+    config = configuration.load(TrainDiffusionConfig, None, [*TINY, *CROPS, *places])
+    samples, _ = open_latents(config)
+    model = DiffusionModel(config, samples, None)
+    engine = Engine(model, config.training, make_accelerator(config.training), 8)
+    seen: list[Any] = []
+    model.modules["unet"].register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    stacked = stack_samples(samples, 4)
+    clean = model.normalizer.normalize(stacked["latent"])
+    for step, size in ((0, 2), (2, 4)):
+        metrics = model.update(step, Batch((MicroBatch(stacked, slice(0, 4)),), 4), engine)
+        assert ("loss/flow_crops" in metrics) == (size == 2)
+        noisy, times, labels, coordinates = seen.pop()
+        draw = model.draw(step, 4, engine.device)
+        crops = draw.crops
+        tops, lefts = crops.tops.tolist(), crops.lefts.tolist()
+        cut = torch.stack([x[:, t : t + size, u : u + size] for x, t, u in zip(clean, tops, lefts)])
+        torch.testing.assert_close(noisy, flow.interpolate(cut, draw.noise, times))
+        assert torch.equal(labels, torch.where(draw.dropped, 2, stacked["label"]))
+        if size == 4:
+            assert coordinates is None
+        else:
+            expected = [[-0.75 + 0.5 * (t + i) for i in range(2)] for t in tops]
+            assert coordinates[:, 0, :, 0].tolist() == expected
+    medians = [float(model.draw(step, 4001, engine.device).times.median()) for step in (0, 2)]
+    shift = flow.resolution_shift(3, 4, 4)
+    assert medians == pytest.approx([shift / 2 / (1 + shift / 2), shift / (1 + shift)], rel=0.1)
+
+
+def test_copies_and_overfitting_are_said_once(autoencoder_directory, latents):
+    places = ["output=x", f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+    config = configuration.load(TrainDiffusionConfig, None, [*TINY, *CROPS, *places])
+    model = DiffusionModel(config, open_latents(config)[0], None)
+    model.steps = 10
+    model.copies = Copies(2, 10, 24)
+    state = json.loads(json.dumps(model.state_dict()))
+    model.copies = None
+    model.load_state_dict(state, {})
+    assert [alarm.name for alarm in model.alarms(1, {"loss/flow": 1.0})] == ["copies"]
+    assert model.alarms(2, {"loss/flow": 0.9}) == []
+    model.suggestion.see_held_out(2, 1.0)
+    model.suggestion.see_held_out(4, 1.1)
+    assert [alarm.name for alarm in model.alarms(5, {"loss/flow": 0.5})] == ["overfitting"]
+    assert model.alarms(6, {"loss/flow": 0.4}) == []
+
+
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """accelerate keeps one precision in a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("another_precision")
+def test_a_run_that_was_killed_ends_where_an_unbroken_one_does(precision, crop_run, train_crops, tmp_path):
+    """Weights, optimizer, all three averages, figures and snapshots, to the last bit."""
+    words = [f"training.precision={precision}"]
+    unbroken = crop_run if precision == "fp32" else train_crops(tmp_path / "unbroken", *words)
+    broken = shutil.copytree(unbroken, tmp_path / "broken")
+    for name in (LAST, "pipeline"):
+        shutil.rmtree(broken / name)
+    (broken / "run.json").unlink()
+    (broken / "snapshots" / "step-000000006.safetensors").unlink()
+    train_crops(broken, *words)
+    expected, found = newest_state(unbroken), newest_state(broken)
+    assert found.keys() == expected.keys()
+    for stem in ("unet.", "unet-ema.", "unet-optimizer.", "unet-power-0.05.", "unet-power-0.1."):
+        assert any(name.startswith(stem) for name in found), stem
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert lines(broken) == lines(unbroken)
+    first, second = (json.loads((run / LAST / "state.json").read_text())["model"] for run in (unbroken, broken))
+    assert first == second
+    assert first["suggestion"]["best_step"] > 0
+    for path in (unbroken / "snapshots").iterdir():
+        assert (broken / "snapshots" / path.name).read_bytes() == path.read_bytes()
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    """Up to the order in which gradients are added up."""
+    states = newest_state(found), newest_state(expected)
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        if not name.startswith("unet-optimizer"):
+            torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=3e-5, msg=name)
+
+
+def test_micro_batches_equal_the_whole_batch(crop_run, train_crops, tmp_path):
+    assert_close(train_crops(tmp_path, "micro_batch=2"), crop_run)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(crop_run, autoencoder_directory, latents, tmp_path):
+    places = [f"output={tmp_path}", f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ldm_vae.cli"]
+    words = ["train-diffusion", *TINY, *places, *CROPS, "training.processes=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *words], check=True, timeout=240, env=environment)
+    assert_close(tmp_path, crop_run)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == sorted(
+        path.name for path in (crop_run / "snapshots").iterdir()
+    )
+
+
+def test_an_average_is_chosen_after_training(crop_run, tmp_path, capsys):
+    written = sorted(path.stem for path in (crop_run / "snapshots").iterdir())
+    assert written == [f"step-{step:09d}" for step in (2, 4, 6, 8)]
+    capsys.readouterr()
+    assert cli.main(["ema", str(crop_run), "--length", "0.1", "0.2", "0.02"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("the run's own average (training.ema_decay): held-out flow loss ")
+    own = float(said[0].rsplit(" ", 1)[1])
+    assert own == pytest.approx(lines(crop_run)[-1]["held_out/flow"], abs=1e-4)
+    assert said[1].startswith("length 0.1 after step 8: held-out flow loss ")
+    assert "of its profile cannot be made" not in said[1]
+    assert said[3].endswith("of its profile cannot be made from these snapshots")
+    assert cli.main(["ema", str(crop_run), "--length", "0.1", "--step", "4", "--out", str(tmp_path / "weak")]) == 0
+    weights = dict(LatentDiffusionPipeline.from_pretrained(tmp_path / "weak").unet.named_parameters())
+    stored = load_file(crop_run / "snapshots" / "step-000000004.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.detach(), stored[f"0.1/{name}"].float(), rtol=1e-2, atol=1e-5)
+    assert cli.main(["ema", str(crop_run), "--length", "0.1", "--out", str(tmp_path / "weak")]) == EXIT_USER_ERROR
+    assert "exists; give a new folder" in capsys.readouterr().err
+    assert cli.main(["ema", str(tmp_path), "--length", "0.1"]) == EXIT_USER_ERROR
+    assert "holds no pipeline; give the directory of a finished run" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(autoencoder_directory, latents, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = [f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+    assert cli.main(["train-diffusion", *TINY, *places, *CROPS, "ema.snapshots=8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for word in ("M trained parameters", "GMAC per sample", "peak memory"):
+        assert word in said
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("neighbours=1", "no second nearest"),
+        ("patience=0", "patience: 0"),
+        ("crops.size=4", "set unet.coordinates=true"),
+        ("ema.lengths=[0.4]", "ema.lengths: 0.4"),
+    ],
+)
+def test_settings_without_sense_are_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        configuration.load(TrainDiffusionConfig, None, ["output=x", "latents=x", "autoencoder=x", override])
+
+
+def test_without_labels_the_network_is_unconditional(train, copy, tmp_path, capsys):
+    rewrite(copy, label_names=())
+    assert train(copy, "held_out=0.3")[0] == 0
+    assert LatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").labels == []
+    assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
+    capsys.readouterr()
+    assert cli.main(["ema", str(tmp_path / "run"), "--length", "0.1"]) == 0
+    assert "length 0.1 after step 1: held-out flow loss" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
+from ldm_vae.diffusion.crops import whole_coordinates
 from ldm_vae.diffusion.unet import GROUP_CHANNELS, PRESETS, LatentUNet, UNetConfig, build_unet
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
@@ -93,6 +94,36 @@ def test_a_new_velocity_network_is_zero() -> None:
     assert torch.equal(unet(noisy, times), torch.zeros_like(noisy))
 
 
+@pytest.mark.parametrize("prediction", ["x", "clean", "velocity"])
+def test_the_velocity_comes_out_of_every_prediction(prediction: str) -> None:
+    """The last layer's bias alone is the prediction, so what must come out is known."""
+    config = UNetConfig(preset="tiny", widths=(32,), patch=2, prediction=prediction)  # type: ignore[arg-type]
+    unet = build_unet(config, latent_channels=4)
+    bias = torch.randn(16, generator=generator(0, "bias"))
+    with torch.no_grad():
+        unet.network.conv_out.bias.copy_(bias)
+    noisy, times = inputs(3)
+    predicted = torch.nn.functional.pixel_shuffle(bias.view(1, 16, 1, 1).expand(3, -1, 8, 8), 2)
+    expected = {
+        "velocity": predicted,
+        "clean": (noisy - predicted) / times.view(-1, 1, 1, 1),
+        "x": flow.velocity_from_clean_head(noisy, predicted, times, torch.ones(4)),
+    }
+    torch.testing.assert_close(unet(noisy, times), expected[prediction])
+
+
+def test_coordinates_tell_a_crop_from_a_whole_image() -> None:
+    unet = random_unet(UNetConfig(preset="tiny", widths=(32, 64), coordinates=True))
+    noisy, times = inputs(2, 16, 24)
+    whole = whole_coordinates(16, 24).expand(2, -1, -1, -1)
+    assert torch.equal(unet(noisy, times), unet(noisy, times, coordinates=whole))
+    corner = whole_coordinates(32, 48).expand(2, -1, -1, -1)[..., :16, :24]
+    assert not torch.allclose(unet(noisy, times), unet(noisy, times, coordinates=corner))
+    assert unet(noisy[..., :15, :23], times).shape == (2, 4, 15, 23)
+    with pytest.raises(ValueError, match="coordinates=None"):
+        random_unet()(noisy, times, coordinates=whole)
+
+
 def test_labels_matter_and_none_is_the_null_label() -> None:
     unet, (noisy, times) = random_unet(), inputs()
     none = unet(noisy, times)
@@ -127,11 +158,13 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
-@pytest.mark.parametrize(("preset", "lowest", "highest"), [("tiny", 0.2, 0.65), ("small", 3, 4.5)])
+@pytest.mark.parametrize(("preset", "lowest", "highest"), [("tiny", 0.2, 0.65), ("small", 3, 4.5), ("base", 20, 40)])
 def test_cost_of_the_presets(preset: str, lowest: float, highest: float) -> None:
-    unet = build_unet(UNetConfig(preset=preset), latent_channels=4, num_classes=10)  # type: ignore[arg-type]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(torch.zeros(1, 4, 64, 64), torch.zeros(1))
+    with torch.device("meta"):
+        config = UNetConfig(preset=preset, prediction="velocity")  # type: ignore[arg-type]
+        unet = build_unet(config, latent_channels=4, num_classes=10)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(torch.zeros(1, 4, 64, 64), torch.zeros(1))
     assert lowest < counter.get_total_flops() / 2e9 < highest
 
 

@@ -18,6 +18,7 @@ import diffusers
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interop.compvis import UNKNOWN_SAMPLE_SIZE, architecture_of, tensors_from_model
+from ldm_vae.autoencoder.interop.folding import fold_normalizer
 from ldm_vae.autoencoder.interop.runtime import export_runtime
 from ldm_vae.autoencoder.interop.source import Opened, open_autoencoder
 from ldm_vae.autoencoder.wavelet import narrow_channels
@@ -77,21 +78,25 @@ def convert(
     """Convert; return the record that is written beside the weights, and notes in words.
 
     Args:
-        statistics_for: encoder fingerprint -> `mean` and `std` of its latents per channel, for onnx and torchscript.
+        statistics_for: encoder fingerprint -> `mean` and `std` of its latents per channel. onnx and torchscript record
+            them, diffusers folds them in (`fold_normalizer`).
 
     Raises:
         UserError: the source cannot be read, the target cannot hold it, or something else stands at the target.
     """
     target = Path(conversion.target)
-    _check_target(target, conversion)
+    check_target(target, conversion.source, conversion.overwrite, is_file=conversion.to == "compvis")
     opened = open_autoencoder(conversion.source, conversion.config)
     if conversion.channels is not None:
         note = f"the first {conversion.channels} latent channels of the source, whose fingerprint is another one"
         opened = Opened(narrow_channels(opened.model, conversion.channels), [*opened.notes, note])
     identity = fingerprint(opened.model)
     statistics = statistics_for(encoder_fingerprint(opened.model)) if statistics_for else None
-    if statistics is not None and conversion.to in ("diffusers", "compvis"):
-        raise UserError("--latents: statistics are written by --to onnx and --to torchscript only; leave it out")
+    if statistics is not None and conversion.to == "compvis":
+        raise UserError("--latents: has no effect with --to compvis; use --to diffusers, onnx or torchscript")
+    if statistics is not None and conversion.to == "diffusers":
+        note = "the statistics of the latents are folded in: its latents have mean 0 and std 1, scaling_factor is 1"
+        opened = Opened(fold_normalizer(opened.model, statistics["mean"], statistics["std"]), [*opened.notes, note])
     record: dict[str, Any] = {
         "format_version": 1,
         "source": {"name": conversion.source, "class": type(opened.model).__name__, "fingerprint": identity},
@@ -122,22 +127,26 @@ def convert(
     return record, record["notes"]
 
 
-def _check_target(target: Path, conversion: Conversion) -> None:
+def check_target(target: Path, source: str, overwrite: bool, is_file: bool = False) -> None:
+    """Raises: UserError where `target` may not be written: what stands there is no conversion, or not to be replaced.
+
+    `is_file`: the target is a file with a YAML of the same name, not a directory.
+    """
     settings = target.with_suffix(".yaml")
-    if conversion.to == "compvis" and settings.exists() and not conversion.overwrite:
+    if is_file and settings.exists() and not overwrite:
         raise UserError(f"{settings}: exists and would be replaced; give another target, or --overwrite")
     if not target.exists():
         return
-    if target.resolve() == Path(conversion.source).resolve():
+    if target.resolve() == Path(source).resolve():
         raise UserError(f"{target}: is the source as well; give another target")
     if target.is_dir():
         if not any(target.iterdir()):
             return
-        if conversion.to == "compvis" or not (target / RECORD).is_file():
+        if is_file or not (target / RECORD).is_file():
             raise UserError(f"{target}: holds something that `ldm-vae convert` did not write; give another target")
-    elif conversion.to != "compvis":
+    elif not is_file:
         raise UserError(f"{target}: is a file; give a new directory")
-    if not conversion.overwrite:
+    if not overwrite:
         raise UserError(f"{target}: exists; give another target, or --overwrite")
 
 
@@ -152,8 +161,9 @@ def _write_diffusers(opened: Opened, folder: Path, conversion: Conversion, recor
             "stock diffusers cannot load it (use --to onnx or --to torchscript where ldm_vae is not installed)"
         )
     if record["fingerprint"] != record["source"]["fingerprint"]:
+        cause = "folding" if conversion.precision == "fp32" else f"rounding to {conversion.precision}"
         record["notes"].append(
-            f"rounding to {conversion.precision} changed the weights, so the fingerprint is another one; latents and "
+            f"{cause} changed the weights, so the fingerprint is another one; latents and "
             "diffusion models of the original will refuse this copy"
         )
     elif opened.directory is not None and (opened.directory / TRAINING).is_file():

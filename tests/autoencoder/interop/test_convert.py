@@ -138,7 +138,24 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
     arguments[4] = "diffusers"
     arguments[2] = str(tmp_path / "other")
     assert cli.main([*arguments, str(ours)]) == EXIT_USER_ERROR
-    assert "--latents: statistics are written by --to onnx" in capsys.readouterr().err
+    assert "AutoencoderWavelet: statistics fold into the 1x1 convolutions" in capsys.readouterr().err
+    compvis = Conversion(str(wavelet_run), str(tmp_path / "x.safetensors"), "compvis")
+    with pytest.raises(UserError, match="--latents: has no effect with --to compvis"):
+        convert(compvis, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
+
+
+def test_statistics_are_folded_into_a_stock_directory(tmp_path):
+    torch.manual_seed(0)
+    build_autoencoder(AutoencoderConfig("sd", "tiny")).save_pretrained(tmp_path / "kl")
+    conversion = Conversion(str(tmp_path / "kl"), str(tmp_path / "out"), "diffusers")
+    record, notes = convert(conversion, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
+    assert "its latents have mean 0 and std 1" in notes[0]
+    assert "folding changed the weights, so the fingerprint is another one" in notes[1]
+    folded, model = AutoencoderKL.from_pretrained(tmp_path / "out"), load_autoencoder(tmp_path / "kl")
+    assert record["fingerprint"] == fingerprint(folded) != record["source"]["fingerprint"] == fingerprint(model)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean = model.encode(images).latent_dist.mean
+    torch.testing.assert_close(folded.encode(images).latent_dist.mean, (mean - 0.5) / 2)
 
 
 def test_the_first_channels_are_cut_out_exactly(wavelet_run, tmp_path, capsys):
