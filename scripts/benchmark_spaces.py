@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.costs import gigamacs
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.files import write_json, write_text
 from ldm_vae.provenance import write_run_record
@@ -69,20 +70,6 @@ def median_seconds(function: Callable[[], object]) -> float:
         function()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def gigamacs(function: Callable[[], object]) -> float:
-    """Multiplications of one call, in thousand millions; attention on the CPU too, which torch leaves out."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        function()
-    return counter.get_total_flops() / 2e9
 
 
 def peak_megabytes() -> float:

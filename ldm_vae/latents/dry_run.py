@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_vae.costs import gigamacs
 from ldm_vae.latents.encode import encode_batch, encoded_batches, lanes, prepare
 from ldm_vae.latents.images import ImageBatch
 from ldm_vae.latents.manifest import planned_shards
@@ -29,9 +29,7 @@ def describe(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> l
     job = prepare(config, accelerator, size)
     noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)
     batch = ImageBatch(0, noise, list(range(config.batch)), list(range(config.batch)), [], [], [], last=False)
-    with FlopCounterMode(display=False) as counter:
-        encode_batch(job, batch)
-    gigamacs = counter.get_total_flops() / 2e9 / config.batch
+    cost = gigamacs(lambda: encode_batch(job, batch)) / config.batch
     for batches in (1, BATCHES):  # the first pass also prepares kernels
         started = time.monotonic()
         *_, (_, stored) = encoded_batches(job, [batch] * batches, BusyTime(accelerator.device, lanes(job)))
@@ -45,8 +43,8 @@ def describe(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> l
         f"             {job.origin.autoencoder['fingerprint']}",
         f"images       {'a stream' if count is None else count} at {size_name(size)}",
         f"stored       {layout.content}, {shape}, {layout.sample_bytes / 1024:.1f} KiB each in {layout.dtype}",
-        f"cost         {gigamacs:.2f} GMAC an image",
-        f"speed        {rate:.1f} images/s ({rate * gigamacs / 500:.2f} TFLOP/s) in batches of {config.batch} on "
+        f"cost         {cost:.2f} GMAC an image",
+        f"speed        {rate:.1f} images/s ({rate * cost / 500:.2f} TFLOP/s) in batches of {config.batch} on "
         f"{accelerator.device}, decoding not counted",
     ]
     if count is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_vae.costs import gigamacs
 from ldm_vae.training.engine import Engine, Model, TrainingConfig
 from ldm_vae.training.loader import Batch, MicroBatch, rank_rows
 from ldm_vae.training.schedule import Plan
@@ -34,17 +35,16 @@ def dry_run(model: Model, plan: Plan, config: TrainingConfig, accelerator: Any) 
             )
         ]
         batch = Batch(tuple(parts), span.global_batch)
-        with FlopCounterMode(display=False) as counter:
-            metrics = model.update(step, batch, engine)
+        gigamacs_of_all = gigamacs(partial(model.update, step, batch, engine))
         seconds = -time.perf_counter()
         metrics = model.update(step, batch, engine)
         losses = {name: round(float(value), 4) for name, value in metrics.items() if name.startswith("loss/")}
         seconds += time.perf_counter()
         shapes = {key: tuple(value.shape) for key, value in parts[0].data.items()}
-        gigamacs = counter.get_total_flops() / 2e9 / sum(p.rows.stop - p.rows.start for p in parts)
+        gigamacs_each = gigamacs_of_all / sum(part.rows.stop - part.rows.start for part in parts)
         say(
             f"steps {step} to {step + span.steps - 1}: {len(parts)} micro-batch(es) of {shapes}\n"
-            f"  {gigamacs:.2f} GMAC per sample forward and backward, {seconds:.2f} s a step "
+            f"  {gigamacs_each:.2f} GMAC per sample forward and backward, {seconds:.2f} s a step "
             f"({span.global_batch / seconds:.1f} samples/s), losses {losses}"
         )
         step += span.steps

@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "micro_batch",
     "phases.*.steps",
     "phases.*.micro_batch",
+    "neighbours",
+    "patience",
     "training.*_every",
     "training.keep_checkpoints",
     "training.workers",

@@ -105,7 +105,7 @@ def test_damaged_statistics_are_refused_with_field_and_both_values(train, copy, 
     manifest = json.loads((copy / MANIFEST).read_text())
     right, manifest["statistics"][constant][1] = manifest["statistics"][constant][1], value
     (copy / MANIFEST).write_text(json.dumps(manifest))
-    assert_refused(train(copy), f"statistics.{constant}.1 is {value} and the shards have {right}", "delete it and run")
+    assert_refused(train(copy), f"statistics.{constant}.1 is {value} and the shards have {right}", "latents repair")
 
 
 def test_statistics_that_cannot_be_are_refused_by_channel(train, copy):
@@ -120,7 +120,7 @@ def test_a_damaged_index_is_refused_with_both_values(train, copy):
     data = bytearray((copy / part.file).read_bytes())
     data[-5] ^= 1
     (copy / part.file).write_bytes(data)
-    assert_refused(train(copy), part.file, "its checksum is xxh3_128:", f"and not {part.checksum}", "run the same")
+    assert_refused(train(copy), part.file, "its checksum is xxh3_128:", f"and not {part.checksum}", "latents repair")
 
 
 def test_codes_are_refused(train, encode, tmp_path):

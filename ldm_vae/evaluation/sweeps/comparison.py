@@ -180,7 +180,7 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
     lpips = None
     if evaluate.perceptual_net:
         lpips = LPIPS(evaluate.perceptual_net, evaluate.perceptual_weights).to(device)
-    encode_gigamacs, decode_gigamacs = latent_quality.gigamacs(autoencoder, config.macs_resolution, device)
+    encode_gigamacs, decode_gigamacs = latent_quality.coding_gigamacs(autoencoder, config.macs_resolution, device)
     found = {
         "settings": settings,
         "encode_gigamacs": encode_gigamacs,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm_vae.autoencoder.interface import decode, encode_moments
 from ldm_vae.autoencoder.perceptual import LPIPS
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage, token_indices
+from ldm_vae.costs import gigamacs
 from ldm_vae.data import pixels
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity.distribution import frechet_distance
@@ -135,16 +136,11 @@ def block_frechet(images: Tensor, references: Tensor, klt: BlockKLT) -> float:
     return frechet_distance(mean_x, covariance_x, mean_y, covariance_y) / max(float(np.trace(covariance_y)), 1e-12)
 
 
-def gigamacs(autoencoder: Any, resolution: int, device: torch.device) -> tuple[float, float]:
-    """Multiply-accumulates of encode and of decode for one image, in 10^9 (torch's FlopCounter, half its FLOPs)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def coding_gigamacs(autoencoder: Any, resolution: int, device: torch.device) -> tuple[float, float]:
+    """Multiply-accumulates of encode and of decode for one image, in 10^9."""
     image = torch.zeros(1, 3, resolution, resolution, device=device)
-    with FlopCounterMode(display=False) as encoding:
-        mean, _ = encode_moments(autoencoder, image)
-    with FlopCounterMode(display=False) as decoding:
-        decode(autoencoder, mean)
-    return encoding.get_total_flops() / 2e9, decoding.get_total_flops() / 2e9
+    mean, _ = encode_moments(autoencoder, image)
+    return gigamacs(lambda: encode_moments(autoencoder, image)), gigamacs(lambda: decode(autoencoder, mean))
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_block_frechet_is_zero_for_the_same_images_and_sees_a_shift(images: Tens
 
 def test_gigamacs_of_the_small_presets_are_those_of_the_documentation() -> None:
     model: AutoencoderWavelet = build_autoencoder(AutoencoderConfig(preset="pico")).eval()
-    encode, decode = latent_quality.gigamacs(model, 128, torch.device("cpu"))
+    encode, decode = latent_quality.coding_gigamacs(model, 128, torch.device("cpu"))
     assert (16 * encode, 16 * decode) == (pytest.approx(2.5, abs=0.06), pytest.approx(5.7, abs=0.06))
 
 

@@ -331,7 +331,7 @@ def test_the_command(settings, source, tmp_path, capsys, monkeypatch):
     assert "makes 3x32x32 of images of 256x256" in capsys.readouterr().err
     assert cli.main([*command, "--autoencoder", settings.autoencoder, "--resolution", "32"]) == 0
     said = capsys.readouterr().out
-    assert "26 latents (sample) of 3x4x4 in 1 shards" in said
+    assert "26 latent samples of 3x4x4 in 1 shard" in said
     (shown,) = re.findall(r"is your word; see it with `ldm-vae (latents decode .*)`", said)
     assert cli.main(shlex.split(shown)) == 0
     assert (tmp_path / "sheet.png").exists()
