@@ -160,8 +160,8 @@ class LatentDataset(Dataset):
         number = bisect_right(self._ends, place)
         return number, place - self._starts[number]
 
-    def _one(self, i: int, *position: int | str) -> dict[str, Any]:
-        stored, label, index, key = self._row(i, position)
+    def _one(self, i: int, *moment: int | str) -> dict[str, Any]:
+        stored, label, index, key = self._row(i, moment or self._this_epoch())
         values: np.ndarray = np.empty(self._shape, self._kind)
         self._fill(values, stored, key, self._scratch())
         return {self._name: self._tensor(values), "label": label, "index": index}
@@ -169,20 +169,25 @@ class LatentDataset(Dataset):
     def _batch(self, samples: Sequence[int]) -> dict[str, Tensor]:
         # numpy's memory: from 4 MiB it asks for huge pages, torch's costs a page fault every 4 KiB
         values: np.ndarray = np.empty((len(samples), *self._shape), self._kind)
-        numbers, scratch = np.empty((2, len(samples)), np.int64), self._scratch()
-        for place, i in enumerate(samples):
-            stored, numbers[0, place], numbers[1, place], key = self._row(i, ())
-            self._fill(values[place], stored, key, scratch)
-        label, index = torch.from_numpy(numbers)
+        scratch, moment, labels, indices = self._scratch(), self._this_epoch(), [], []
+        for row, i in zip(values, samples):
+            stored, label, index, key = self._row(i, moment)
+            self._fill(row, stored, key, scratch)
+            labels.append(label)
+            indices.append(index)
+        label, index = torch.tensor([labels, indices])
         return {self._name: self._tensor(values), "label": label, "index": index}
 
-    def _row(self, i: int, position: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
+    def _this_epoch(self) -> tuple[str, int]:
+        return "epoch", int(self._epoch)
+
+    def _row(self, i: int, moment: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
         """(what is stored for sample `i` or its mirror image, not copied; label; source index; key of its noise).
-        `position`: what the randomness depends on; empty: epoch and source index."""
+        `moment`: ("position", p), or ("epoch", e), with which the noise depends on the source index too."""
         number, row = self.place(i)
         shard = self._shard(number)
         index = shard["index"].item(row)
-        key = position or ("epoch", int(self._epoch), index)
+        key = (*moment, index) if moment[0] == "epoch" else moment
         flip = self.flip and torch.rand((), generator=generator(self.seed, "mirror", *key)) < 0.5
         stored = shard[self.manifest.content + FLIPPED if flip else self.manifest.content]
         return stored[row], shard["label"].item(row), index, key
