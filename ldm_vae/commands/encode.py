@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
+from ldm_vae.commands.encoding_job import run_job
 
 SUMMARY = "encode images into latent shards"
 
@@ -22,8 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import signal
-
     from ldm_vae.latents.encode import encode_dataset, make_accelerator
     from ldm_vae.latents.settings import EncodeConfig
 
@@ -34,13 +33,4 @@ def run(args: argparse.Namespace) -> int:
         from ldm_vae.latents.dry_run import dry_run
 
         return dry_run(config, make_accelerator(config))
-
-    from ldm_vae.training.signals import die_with_launcher
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # shards are published whole: leaving is always safe
-    die_with_launcher()
-    accelerator = make_accelerator(config)
-    try:
-        return encode_dataset(config, accelerator)
-    finally:
-        accelerator.end_training()
+    return run_job(config, encode_dataset)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
+from ldm_vae.commands.encoding_job import run_job
 
 SUMMARY = "encode the images that a set does not hold yet"
 
@@ -25,19 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import signal
-
-    from ldm_vae.latents.encode import make_accelerator
     from ldm_vae.latents.tools.append import AppendConfig, append_images
-    from ldm_vae.training.signals import die_with_launcher
 
     config = config_arguments.load(args, AppendConfig)
-    if config is None:
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # shards are published whole: leaving is always safe
-    die_with_launcher()
-    accelerator = make_accelerator(config)
-    try:
-        return append_images(config, accelerator)
-    finally:
-        accelerator.end_training()
+    return 0 if config is None else run_job(config, append_images)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
+from ldm_vae.commands.encoding_job import run_job
 
 SUMMARY = "make damaged and missing shards again"
 
@@ -25,20 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import signal
+    from functools import partial
 
-    from ldm_vae.latents.encode import make_accelerator
     from ldm_vae.latents.tools.append import AppendConfig
     from ldm_vae.latents.tools.repair import repair
-    from ldm_vae.training.signals import die_with_launcher
 
     config = config_arguments.load(args, AppendConfig)
-    if config is None:
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files are published whole: leaving is always safe
-    die_with_launcher()
-    accelerator = make_accelerator(config)
-    try:
-        return repair(config, accelerator, remove_foreign=args.remove_foreign)
-    finally:
-        accelerator.end_training()
+    return 0 if config is None else run_job(config, partial(repair, remove_foreign=args.remove_foreign))
