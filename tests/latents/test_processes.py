@@ -73,12 +73,12 @@ def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, l
 
 @pytest.mark.slow
 def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(encode, settings, tmp_path):
-    """30 trials, each killed three times at a random moment, each time with 1 or 2 processes."""
+    """10 trials, each killed three times at a random moment, each time with 1 or 2 processes."""
     settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=200"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
     encode(tmp_path / "whole", *settings)
     choose, killed = random.Random(0), 0
-    for trial in range(30):
+    for trial in range(10):
         output = tmp_path / str(trial)
         for _ in range(3):
             job = start(*settings, f"output={output}", processes=choose.choice([1, 1, 2]))
@@ -92,4 +92,4 @@ def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(encode,
             job.communicate(timeout=60)
         encode(output, *settings)
         assert contents(output) == contents(tmp_path / "whole")
-    assert killed > 60
+    assert killed > 20
