@@ -66,7 +66,7 @@ def test_missing_credentials_are_named_at_once(s3_server: Server, monkeypatch: p
     start = time.monotonic()
     with pytest.raises(UserError, match="Unable to locate credentials"):
         open_folder("s3://bucket/set").sizes()
-    assert time.monotonic() - start < 1 < sum(connection.PAUSES_SECONDS)
+    assert time.monotonic() - start < sum(connection.PAUSES_SECONDS) / 2  # it was not tried again
 
 
 def test_a_missing_bucket_is_named(s3_session: Server) -> None:
