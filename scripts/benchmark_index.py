@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_folder import check_output, write_results
+
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.files import write_json, write_text
-from ldm_vae.provenance import write_run_record
 
 SETS = ((100_000_000, 256), (100_000_000, 4096), (1_000_000_000, 4096))
 """Samples and shard size of each set."""
@@ -157,18 +157,16 @@ def main() -> int:
     if args.open:
         print(json.dumps(open_set(args.open)))
         return 0
-    if args.output is None or (args.output / "results.json").exists():
-        message = "give a folder for the results" if args.output is None else f"{args.output}: holds results already"
-        print(f"{parser.prog}: {UserError(message)}", file=sys.stderr)
+    try:
+        output = check_output(args.output)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     sets = [tuple(map(int, word.split("/"))) for word in args.sets] if args.sets else SETS
     began = time.time()
     found = [simulate(samples, shard_size) for samples, shard_size in sets]
     text = report(found)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_text(args.output / "results.md", text)
-    write_run_record(args.output, None, began, time.time() - began)
-    write_json(args.output / "results.json", found)
+    write_results(output, found, text, began)
     print(text)
     return 0
 

@@ -23,9 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from result_folder import check_output, write_results
+
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.files import write_json, write_text
-from ldm_vae.provenance import write_run_record
 
 if TYPE_CHECKING:
     from latent_readers import Pass, Reader
@@ -198,8 +198,7 @@ def benchmark(output: Path, samples: int, rounds: int, seconds: float, files: Pa
         raise UserError(f"--samples: {samples} are not whole batches; give a multiple of {BATCH}")
     if rounds < 2:
         raise UserError(f"--rounds: {rounds} shows no spread; give 2 or more")
-    if (output / "results.json").exists():
-        raise UserError(f"{output}: holds results already; give another folder")
+    check_output(output)
     disable_progress_bars()
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
@@ -209,10 +208,7 @@ def benchmark(output: Path, samples: int, rounds: int, seconds: float, files: Pa
         readers, missing = open_readers(Path(folder), moments)
         found = summary(measure_all(readers, rounds, seconds), missing)
     text = report(found, note(samples, rounds, seconds))
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "results.md", text)
-    write_run_record(output, None, began, time.time() - began)
-    write_json(output / "results.json", found)
+    write_results(output, found, text, began)
     return text
 
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from result_folder import check_output, write_results
+
 from ldm_vae.costs import gigamacs
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.files import write_json, write_text
-from ldm_vae.provenance import write_run_record
 
 SIZES = (128, 256, 512)
 """Sides of the images in pixels."""
@@ -251,9 +251,7 @@ def main() -> int:
         print(json.dumps(one))
         return 0
     try:
-        if args.output is None or (args.output / "results.json").exists():
-            empty = args.output is None
-            raise UserError("give a folder for the results" if empty else f"{args.output}: holds results already")
+        output = check_output(args.output)
         if any(size < 64 or size % 64 for size in args.sizes):
             raise UserError(f"--sizes: {args.sizes} are not all multiples of 64, which every space can divide")
         began = time.time()
@@ -262,11 +260,9 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     text = report(found)
-    args.output.mkdir(parents=True, exist_ok=True)
-    draw(found, args.output / "spaces.svg")
-    write_text(args.output / "results.md", text)
-    write_run_record(args.output, None, began, time.time() - began)
-    write_json(args.output / "results.json", found)
+    output.mkdir(parents=True, exist_ok=True)
+    draw(found, output / "spaces.svg")
+    write_results(output, found, text, began)
     print(text)
     return 0
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import torch
 
-Content = Literal["moments", "mean", "sample", "indices"]
+CONTENTS = ("moments", "mean", "sample", "indices")
 
 LATENT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INDEX_DTYPES = {"uint16": torch.uint16, "int32": torch.int32}
@@ -48,6 +47,11 @@ class Layout:
         if self.content == "indices":
             return (height, width)
         return (2 * channels if self.content == "moments" else channels, height, width)
+
+    @property
+    def summed_channels(self) -> int:
+        """Channels that statistics are taken of; codes have none."""
+        return 0 if self.content == "indices" else self.latent_shape[0]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -30,6 +28,7 @@ from ldm_vae.data import pixels
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.files import readable_json
+from ldm_vae.latents.ahead import in_order
 from ldm_vae.latents.contents import FLIPPED, LATENT_DTYPES, index_dtype
 from ldm_vae.latents.filling import OpenShard, Writer
 from ldm_vae.latents.images import ImageBatch, Images, Units, load_batches, open_images
@@ -83,14 +82,17 @@ class Job:
     origin: Origin
 
 
-def prepare(config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None = None) -> Job:
-    """Open the autoencoder and the images, for the first size unless another one is given.
+def prepare(
+    config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None = None, like: Job | None = None
+) -> Job:
+    """Open the autoencoder and the images, for the first size unless another one is given. `like`: a job of another
+    size with the same settings, whose autoencoder and images are taken.
 
     Raises:
         UserError: for whatever cannot work, before anything is written.
     """
     size = size or parse_sizes(config.resolution)[0]
-    autoencoder = load_autoencoder(config.autoencoder)
+    autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
     factor = downsampling(autoencoder)
     for side in size:
         if side % factor:
@@ -99,7 +101,7 @@ def prepare(config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None
                 f"resolution: {side} is not a multiple of {factor}, by which the autoencoder divides it; "
                 f"take {below or factor} or {below + factor}"
             )
-    images = open_images(config.data, config.part, partial(main_decides, accelerator))
+    images = like.images if like else open_images(config.data, config.part, partial(main_decides, accelerator))
     origin = plan_origin(config, autoencoder, images, size)
     return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
 
@@ -155,8 +157,9 @@ def encode_dataset(config: EncodeConfig, accelerator: Any) -> int:
     Raises:
         UserError: a setting, the images or the output are not usable, or a latent is not finite.
     """
+    job = None
     for size, one in config.of_each_size():
-        job = prepare(one, accelerator, size)
+        job = prepare(one, accelerator, size, job)
         encode_segment(job, Output(one.output, job.origin))
     return 0
 
@@ -276,9 +279,9 @@ def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
 def lanes(job: Job) -> int:
     """Batches computed at once. On CPU several, each by one thread: that is faster than several threads for one batch
     (they wait for each other at every layer), and the last bits do not depend on the number of threads."""
-    return (
-        1 if job.accelerator.device.type != "cpu" else job.config.threads or min(torch.get_num_threads(), MOST_THREADS)
-    )
+    if job.accelerator.device.type != "cpu":
+        return 1
+    return job.config.threads or min(torch.get_num_threads(), MOST_THREADS)
 
 
 def encoded_batches(
@@ -295,17 +298,8 @@ def encoded_batches(
         return
     threads, torch_threads = lanes(job), torch.get_num_threads()
     torch.set_num_threads(1)  # new threads take it over
-    pending: deque[tuple[ImageBatch, Future]] = deque()
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            for batch in batches:
-                pending.append((batch, pool.submit(encode, batch)))
-                if len(pending) > threads:
-                    batch, future = pending.popleft()
-                    yield batch, future.result()
-            while pending:
-                batch, future = pending.popleft()
-                yield batch, future.result()
+        yield from in_order(encode, batches, threads=threads, ahead=threads)
     finally:
         torch.set_num_threads(torch_threads)
 

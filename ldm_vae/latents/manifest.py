@@ -19,7 +19,7 @@ from typing import Any
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
-from ldm_vae.latents.contents import INDEX_DTYPES, LATENT_DTYPES, Layout
+from ldm_vae.latents.contents import CONTENTS, INDEX_DTYPES, LATENT_DTYPES, Layout
 from ldm_vae.latents.index import IndexPart, ShardIndex, read_index
 from ldm_vae.latents.normalizer import LatentNormalizer
 from ldm_vae.latents.statistics import combine
@@ -117,8 +117,7 @@ class Manifest(Recipe):
     @cached_property
     def shard_index(self) -> ShardIndex:
         """Of all shards. Raises: UserError when it is damaged or says something else than the manifest."""
-        channels = 0 if self.content == "indices" else self.latent_shape[0]
-        index = read_index(self.where, self.index, channels, RESTORE)
+        index = read_index(self.where, self.index, self.layout.summed_channels, RESTORE)
         found = {"shards": len(index), "count": index.count, "rejected": index.rejected}
         for name, value in found.items():
             if value != getattr(self, name):
@@ -221,7 +220,7 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
         _name_damage(manifest)
         raise UserError(f"{where}: damaged or edited, its digest does not fit its content; {RESTORE}")
     known = INDEX_DTYPES if manifest.content == "indices" else LATENT_DTYPES
-    if manifest.content not in ("moments", "mean", "sample", "indices") or manifest.dtype not in known:
+    if manifest.content not in CONTENTS or manifest.dtype not in known:
         raise UserError(f"{where}: content {manifest.content} in {manifest.dtype} is unknown; update ldm_vae")
     return manifest
 

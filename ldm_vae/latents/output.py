@@ -98,19 +98,16 @@ class Output:
         if share == (0, 1):
             yield
             return
-        for attempt in range(PLAN_ATTEMPTS):
-            try:
-                lock = self.folder.hold(PLAN_LOCK)
-                lock.__enter__()
-                break
-            except UserError:
-                if attempt == PLAN_ATTEMPTS - 1:
-                    raise
-                time.sleep(PLAN_PAUSE_SECONDS)
-        try:
+        with contextlib.ExitStack() as held:
+            for attempt in range(PLAN_ATTEMPTS):
+                try:
+                    held.enter_context(self.folder.hold(PLAN_LOCK))
+                    break
+                except UserError:
+                    if attempt == PLAN_ATTEMPTS - 1:
+                        raise
+                    time.sleep(PLAN_PAUSE_SECONDS)
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def _refuse_others(self, share: tuple[int, int]) -> None:
         """A whole job and the shares of one exclude each other. Each holds its own lock before it looks for others."""

@@ -77,9 +77,7 @@ def write_shard(folder: Folder, number: int, shard: Shard, layout: Layout, origi
         "count": len(samples), "rejected": len(shard.rejected), "first_index": shard.first_index,
         "last_index": shard.last_index, "size_bytes": len(data), "checksum": checksum_bytes(data),
     }  # fmt: skip
-    is_latent = layout.content != "indices"
-    sums = channel_sums([tensors[name] for name in layout.names] if is_latent else [],
-                        layout.latent_shape[0] if is_latent else 0)  # fmt: skip
+    sums = channel_sums([tensors[name] for name in layout.names], layout.summed_channels)
     sidecar, header = sidecar_bytes(origin, number, record, sums, samples, shard.rejected)
     try:
         folder.write(shard_name(number), data)

@@ -76,9 +76,10 @@ def append_images(config: AppendConfig, accelerator: Any) -> int:
     Raises:
         UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
     """
+    job = None
     for size, one in config.of_each_size():
         main_decides(accelerator, partial(_check_finished, one.output))  # before anything that takes time
-        job = prepare(one, accelerator, size)
+        job = prepare(one, accelerator, size, job)
         folder = open_folder(one.output)
         segment = main_decides(accelerator, partial(next_segment, job, folder, config.id_prefix))
         if segment is not None:

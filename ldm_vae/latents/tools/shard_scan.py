@@ -58,7 +58,7 @@ def scan_shard(folder: Folder, name: str, layout: Layout | None, codes: int | No
 def _scan_tensors(
     stream: Stream, extents: Sequence[tuple[str, int, int]], count: int, layout: Layout, codes: int | None, scan: Scan
 ) -> None:
-    channels = 0 if layout.content == "indices" else layout.latent_shape[0]
+    channels = layout.summed_channels
     sums, improper = np.zeros((len(ROWS), channels)), set()
     for name, begin, end in extents:
         if name in ("index", "label"):

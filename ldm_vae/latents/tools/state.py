@@ -11,12 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum_bytes, readable_json
-from ldm_vae.latents.contents import Layout
 from ldm_vae.latents.index import ALGORITHM, INDEX_NAME, IndexPart, ShardIndex, read_index
 from ldm_vae.latents.manifest import (
     MANIFEST,
@@ -296,22 +297,18 @@ def _read_index(state: SetState) -> None:
         layout = manifest.layout
     if layout is None or not parts:
         return
-    whole = True
+    read: list[ShardIndex] = []
     for part in parts:
         try:
-            read_index(state.folder, [part], _channels(layout), "read it again")
+            read.append(read_index(state.folder, [part], layout.summed_channels, "read it again"))
         except UserError as error:
             state.add(part.file, "damaged" if part.file in state.sizes else "missing", reason(error).split(" (")[0])
-            whole = False
-    if whole:
-        state.index = read_index(state.folder, parts, _channels(layout), "read it again")
-        if manifest and len(state.index) != manifest.shards:
-            state.add(MANIFEST, "stale", f"shards is {manifest.shards} and the index has {len(state.index)}")
-            state.index = None
-
-
-def _channels(layout: Layout) -> int:
-    return 0 if layout.content == "indices" else layout.latent_shape[0]
+    if len(read) < len(parts):
+        return
+    state.index = reduce(add, read)
+    if manifest and len(state.index) != manifest.shards:
+        state.add(MANIFEST, "stale", f"shards is {manifest.shards} and the index has {len(state.index)}")
+        state.index = None
 
 
 def _self_named_parts(state: SetState) -> list[IndexPart]:

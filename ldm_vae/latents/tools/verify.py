@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm_vae.latents.ahead import in_order
 from ldm_vae.latents.index import ShardIndex, shard_name, sidecar_name
 from ldm_vae.latents.output import LOCK, QUARANTINE
 from ldm_vae.latents.sidecar import Header, Rejection, Sample, read_sidecar
@@ -27,7 +26,7 @@ from ldm_vae.latents.tools.findings import Affected, Finding, Verification
 from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.latents.tools.shard_check import Place, ShardReport, check_shard, stray_samples
 from ldm_vae.latents.tools.state import Segment, SetState, check_manifest, command_for, read_state
-from ldm_vae.storage import Folder, is_url
+from ldm_vae.storage import is_url
 
 THREADS, REMOTE_THREADS = 4, 16
 """Shards read at once; each takes some 25 MB, behind a URL 100 MB."""
@@ -52,8 +51,9 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     places = list(_places(state))
     total = sum(state.sizes.get(shard_name(place.number), 0) for place in places)
     threads = REMOTE_THREADS if is_url(location) else THREADS
+    check = partial(check_shard, folder, sizes=state.sizes, quick=quick)
     with _bar(0 if quick else total, progress and not quick) as bar:
-        for place, report in _reports(folder, places, state.sizes, quick, threads):
+        for place, report in in_order(check, places, threads=threads, ahead=2 * threads):
             survey.add(place, report)
             bar.update(report.bytes_read)
     findings = [*state.findings, *survey.findings()]
@@ -117,26 +117,6 @@ def _place(state: SetState, segment: Segment, number: int, classes: int | None) 
         record=index[number] if index and known else None,
         sums=index.sums[number] if index and known else None,
     )
-
-
-def _reports(
-    folder: Folder, places: Iterable[Place], sizes: dict[str, int], quick: bool, threads: int
-) -> Iterator[tuple[Place, ShardReport]]:
-    """In order, a few ahead."""
-    pending: deque[tuple[Place, Future[ShardReport]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for place in places:
-                pending.append((place, pool.submit(check_shard, folder, place, sizes, quick)))
-                if len(pending) > 2 * threads:
-                    place, future = pending.popleft()
-                    yield place, future.result()
-            while pending:
-                place, future = pending.popleft()
-                yield place, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
 
 
 class _Survey:
