@@ -17,6 +17,23 @@ compat.repair_torchvision()
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promise", action="append", type=int, help="only tests of this promise of docs/reliability.md")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The promises that a test proves go into its report, where scripts/reliability.py finds them."""
+    chosen, others = config.getoption("promise"), []
+    for item in items:
+        promises = [mark.args[0] for mark in item.iter_markers("promise")]
+        item.user_properties += [("promise", promise) for promise in promises]
+        if chosen and not set(chosen) & set(promises):
+            others.append(item)
+    items[:] = [item for item in items if item not in others]
+    if others:
+        config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(scope="session")
 def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A safetensors file in the layout of torchvision's SqueezeNet features, random: shows gradients, not quality."""
