@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,11 @@ COMMANDS = {
 
 GROUPS = ("latents",)
 """Commands that have tools."""
+
+REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+)  # fmt: skip
+"""Errors of disks, not of programs: a folder is full, may not be written, or has gone."""
 
 
 def command_module(name: str) -> ModuleType:
@@ -113,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return module.run(parser.parse_args(rest))
     except UserError as error:
         print(f"ldm-vae {name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ldm-vae {name}: {where}{error.strerror}; cure that and run the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"ldm-vae {name}: interrupted; the same command continues", file=sys.stderr)

@@ -6,6 +6,9 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75
 """Stopped by SIGTERM or SIGINT after saving (sysexits' EX_TEMPFAIL): the same command continues."""
 
+EXIT_STUCK = 70
+"""A process of the job stands still or is gone, and this one has ended itself: the same command continues."""
+
 
 class UserError(ValueError):
     """Something in the user's hands is wrong. The message is one sentence: *where: what; what instead*."""

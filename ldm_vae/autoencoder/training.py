@@ -29,6 +29,7 @@ from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
 from ldm_vae.random import generator, numpy_rng
+from ldm_vae.seal import seal
 from ldm_vae.training.engine import Engine
 from ldm_vae.training.loader import Batch
 
@@ -298,6 +299,7 @@ class VaeModel:
             metrics_file=directory / "metrics.jsonl",
             held_out=metrics,
         )
+        seal(temporary)
         publish_directory(temporary, final)
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:

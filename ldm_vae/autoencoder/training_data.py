@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ from ldm_vae.data.split import Part, subset
 from ldm_vae.data.stream import StreamSamples, open_stream
 from ldm_vae.data.transforms import cover_crop, random_crop
 from ldm_vae.random import numpy_rng
+
+logger = logging.getLogger(__name__)
 
 RATE_IMAGES = 128
 """Held-out images that the rate is measured on: it differs from image to image, so many are needed."""
@@ -83,8 +85,12 @@ def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tupl
         source = subset(open_source(config.data), part, held_out)
     found = 0
     for index in numpy_rng(0, part).permutation(len(source)):
-        with contextlib.suppress(ImageRejected):
-            yield int(index), source.read(int(index))
-            found += 1
+        try:
+            image = source.read(int(index))
+        except ImageRejected as error:
+            logger.warning("%s: cannot be read (%s); it is left out", source.id(int(index)), error.reason)
+            continue
+        yield int(index), image
+        found += 1
         if found == count:
             return

@@ -8,15 +8,24 @@ from typing import Any
 
 def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:
     """`job(config, accelerator)` on the device and processes that the config asks for. Returns: its exit code."""
-    import signal
-
+    from ldm_vae.errors import UserError
     from ldm_vae.latents.encode import make_accelerator
-    from ldm_vae.training.signals import die_with_launcher
+    from ldm_vae.training.loader import loss_of_worker
+    from ldm_vae.training.processes import close_accelerator
+    from ldm_vae.training.signals import StopRequest
+    from ldm_vae.training.watchdog import Watchdog
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files are published whole: leaving is always safe
-    die_with_launcher()
-    accelerator = make_accelerator(config)
-    try:
-        return job(config, accelerator)
-    finally:
-        accelerator.end_training()
+    with StopRequest(at_once=True):  # files are published whole: leaving is always safe
+        accelerator = make_accelerator(config)
+        with Watchdog(accelerator, config.timeout_seconds):
+            failure: BaseException | None = None
+            try:
+                return job(config, accelerator)
+            except BaseException as error:
+                reason = loss_of_worker(error)
+                failure = UserError(reason) if reason else error
+                if failure is error:
+                    raise
+                raise failure from error
+            finally:
+                close_accelerator(accelerator, failure)

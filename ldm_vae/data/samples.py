@@ -29,6 +29,9 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.source)
 
+    def id(self, index: int) -> str:
+        return self.source.id(index)
+
     def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
         """Source image `index` as the training sample at global `position`, a crop of `size` pixels.
 

@@ -8,13 +8,11 @@ filling of shards live beside it.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +24,7 @@ from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoe
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, token_indices
 from ldm_vae.data import pixels
 from ldm_vae.data.transforms import preprocessing_record
-from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
 from ldm_vae.latents.ahead import in_order
 from ldm_vae.latents.contents import FLIPPED, LATENT_DTYPES, index_dtype
@@ -38,9 +36,8 @@ from ldm_vae.latents.progress import BusyTime, Progress
 from ldm_vae.latents.settings import EncodeConfig, parse_share, parse_sizes
 from ldm_vae.latents.words import counted, size_text
 from ldm_vae.random import generator
-
-LONGEST_WAIT = timedelta(hours=24)
-"""How long a process that has finished its share waits for the slowest one."""
+from ldm_vae.training import watchdog
+from ldm_vae.training.processes import is_on_cpu, main_decides, open_accelerator, wait_for_all
 
 MOST_THREADS = 8
 """Unless more are asked for: each thread holds a batch and its activations."""
@@ -48,26 +45,12 @@ MOST_THREADS = 8
 JUDGED_IMAGES = 1000
 """Of a stream, whose length is unknown, before `maximum_rejected` can stop the job on the way."""
 
-Answer = TypeVar("Answer")
-
 
 def make_accelerator(config: EncodeConfig) -> Any:
     """An Accelerator on the device asked for. Raises: UserError when the device or the processes are not there."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.processes is not None and config.processes != launched:
-        raise UserError(
-            f"processes: {config.processes} were asked for, {launched} started; launch with `torchrun "
-            f"--nproc_per_node {config.processes} scripts/encode_dataset.py ...`"
-        )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, and torch sees no CUDA device; set device=auto")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.threads and not on_cpu:
+    if config.threads and not is_on_cpu(config):
         raise UserError("threads: has no effect on a GPU; leave it out, or set device=cpu")
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    return open_accelerator(config)
 
 
 @dataclass(frozen=True)
@@ -186,7 +169,7 @@ def encode_segment(job: Job, output: Output) -> None:
             announce(job, output, finished)
         encoding_started = time.monotonic()
         figures = encode_units(job, output, finished)
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         encoded = int(accelerator.reduce(torch.tensor(figures["images"], device=accelerator.device), "sum"))
         images_per_second = encoded / (time.monotonic() - encoding_started)
 
@@ -249,16 +232,17 @@ def encode_units(job: Job, output: Output, finished: frozenset[int]) -> dict[str
     units = Units(finished, accelerator.process_index, accelerator.num_processes, parse_share(config.share))
     batches = load_batches(
         job.images, units, unit=config.shard_size, batch=config.batch, size=job.size, workers=config.workers,
-        pin=accelerator.device.type == "cuda",
+        pin=accelerator.device.type == "cuda", timeout_seconds=config.timeout_seconds,
     )  # fmt: skip
     busy = BusyTime(accelerator.device, lanes(job))
     opened: dict[int, OpenShard] = {}
     progress = Progress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
-    with progress, Writer(output) as writer:
+    with contextlib.closing(batches), progress, Writer(output) as writer:
         for batch, stored in encoded_batches(job, progress.timed(batches), busy):
             shard = opened.setdefault(batch.unit, OpenShard(batch.unit, job.origin))
             shard.add(batch, stored)
             progress.advance(batch)
+            watchdog.advance(progress.encoded + progress.rejected)
             total = job.images.count or max(JUDGED_IMAGES, progress.encoded + progress.rejected)
             check_rejected(config, progress.rejected, total)
             if batch.last:
@@ -330,22 +314,6 @@ def encode_content(job: Job, images: Tensor, batch: ImageBatch, side: str) -> Te
             noise[row] = torch.randn(origin.latent_shape, generator=rng)
         mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
     return mean.to(LATENT_DTYPES[origin.dtype])
-
-
-def main_decides(accelerator: Any, decide: Callable[[], Answer]) -> Answer:
-    """Run `decide` in the main process and tell all of them the answer. Its error ends them all, and is shown once."""
-    from accelerate.utils import broadcast_object_list
-
-    told: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            told[0] = decide()
-        except UserError as error:
-            told[1] = str(error)
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise UserError(told[1]) if accelerator.is_main_process else SystemExit(EXIT_USER_ERROR)
-    return told[0]
 
 
 def summary(manifest: Manifest) -> str:

@@ -7,7 +7,7 @@ Batches of a unit come in order; batches of several units may alternate, at most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, groupby, islice
@@ -25,14 +25,13 @@ from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents.sidecar import Rejection
-from ldm_vae.training.loader import from_workers, ignore_signals
+from ldm_vae.training.loader import LOADER_SHARE, from_workers
+from ldm_vae.training.processes import TIMEOUT_SECONDS
+from ldm_vae.training.signals import obey_only_the_parent
 
 if TYPE_CHECKING:
     from ldm_vae.data.stream import StreamingSource
     from ldm_vae.data.stream_files import StreamFiles
-
-WORKER_TIMEOUT_SECONDS = 300
-
 
 Once = Callable[[Callable[[], Any]], Any]
 """Calls a function, in one of several processes, and gives all of them what it returned."""
@@ -311,23 +310,31 @@ def batches_of(number: int, unit: int, batch: int, count: int) -> Iterator[tuple
 
 
 def load_batches(
-    images: Images, units: Units, *, unit: int, batch: int, size: tuple[int, int], workers: int, pin: bool
-) -> Iterator[ImageBatch]:
+    images: Images,
+    units: Units,
+    *,
+    unit: int,
+    batch: int,
+    size: tuple[int, int],
+    workers: int,
+    pin: bool,
+    timeout_seconds: int = TIMEOUT_SECONDS,
+) -> Generator[ImageBatch, None, None]:
     """Decode, crop and stack the batches of these units, in `workers` processes.
 
     A worker holds 4 batches that are ready; with `images.whole_units` every worker has a unit under way, so that their
     batches alternate, and up to `workers` units are open until their `last` batches come.
 
     Raises:
-        UserError: while iterating, where the source cannot be read any more.
+        UserError: while iterating, where the source cannot be read any more, or gives nothing for `timeout_seconds`.
     """
     batches = DataLoader(
         _Batches(partial(images.groups, unit=unit, batch=batch), units, images.whole_units, batch, size),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # else the loader draws from the global one
-        worker_init_fn=ignore_signals,
-        timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+        worker_init_fn=obey_only_the_parent,
+        timeout=LOADER_SHARE * timeout_seconds if workers else 0,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )

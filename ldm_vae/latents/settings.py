@@ -10,6 +10,7 @@ from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
 from ldm_vae.errors import UserError
 from ldm_vae.storage import join
+from ldm_vae.training.processes import TIMEOUT_SECONDS, check_timeout
 
 Settings = TypeVar("Settings", bound="EncodeConfig")
 
@@ -39,6 +40,8 @@ class EncodeConfig:
         threads: CPU only: batches computed at once, each on one core; null: one for each core, up to 8.
         precision: of the computation; bf16 is faster and errs by about 0.4 % of each activation.
         processes: how many processes must have been launched; null: any number.
+        timeout_seconds: the longest wait for a batch of images, for a sign of life of another process, for anything;
+            what the first process does for all (counting files, publishing) may take twelve times as long.
     """
 
     autoencoder: str = "???"
@@ -59,6 +62,7 @@ class EncodeConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: int | None = None
+    timeout_seconds: int = TIMEOUT_SECONDS
 
     def __post_init__(self) -> None:
         for name in ("batch", "shard_size", "threads"):
@@ -79,6 +83,7 @@ class EncodeConfig:
             raise UserError("dtype: has no effect on codes, which are integers; leave it out")
         if self.seed and self.store != "sample":
             raise UserError(f"seed: has no effect with store={self.store}; leave it out")
+        check_timeout(self.timeout_seconds)
         parse_sizes(self.resolution)
         parse_share(self.share)
 

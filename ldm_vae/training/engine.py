@@ -11,7 +11,6 @@ def update(self, step, batch, engine):
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.errors import UserError
+from ldm_vae.training import watchdog
 from ldm_vae.training.ema import Ema
 from ldm_vae.training.loader import Batch, MicroBatch
+from ldm_vae.training.numbers import Numbers, marked, unusable
+from ldm_vae.training.processes import TIMEOUT_SECONDS, check_timeout, close_accelerator, is_on_cpu, open_accelerator
+from ldm_vae.training.roll_call import checksum
 from ldm_vae.training.schedule import learning_rate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MAXIMUM_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: int | None = None
+    timeout_seconds: int = TIMEOUT_SECONDS
     gradient_checkpointing: bool = False
     compile: bool = False
     workers: int = 2
@@ -64,6 +66,7 @@ class TrainingConfig:
             raise UserError(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay: {self.ema_decay} is not in [0, 1)")
+        check_timeout(self.timeout_seconds, "training.")
 
 
 class Alarm(Protocol):
@@ -125,24 +128,13 @@ class Model(Protocol):
 
 def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
     """An Accelerator for the config. Raises UserError when the processes or the precision are not what was asked."""
-    from accelerate import Accelerator
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.processes is not None and config.processes != processes:
-        raise UserError(
-            f"training.processes: {config.processes} were asked for, {processes} started; launch with `torchrun "
-            "--nproc_per_node N`, or on CPU `accelerate launch --multi_gpu --num_processes N` with training.device=cpu"
-        )
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device: cuda was asked for, and torch sees no CUDA device; set training.device=auto")
-    if config.precision == "fp16" and on_cpu:
+    if config.precision == "fp16" and is_on_cpu(config):
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
-    tracker = None if config.tracker == "none" or project_dir is None else config.tracker
-    return Accelerator(
-        cpu=on_cpu,
+    return open_accelerator(
+        config,
+        "training.",
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        log_with=tracker,
+        log_with=None if config.tracker == "none" or project_dir is None else config.tracker,
         project_dir=str(project_dir) if project_dir else None,
     )
 
@@ -158,13 +150,13 @@ class Engine:
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         self.emas: dict[str, Ema] = {}
-        self.skipped: dict[str, Tensor] = {}
+        self.numbers = Numbers(self.modules, scaled=accelerator.scaler is not None)
         self.configs: dict[str, TrainingConfig] = {}
         self._parts = 1
+        self._loss = torch.zeros((), device=accelerator.device)
         for name, module in self.modules.items():
             module.to(accelerator.device)
             self.emas[name] = Ema(module, config.ema_decay)
-            self.skipped[name] = torch.zeros((), device=accelerator.device)
             if config.compile:
                 module.compile()
             self.models[name] = accelerator.prepare_model(module)
@@ -184,10 +176,13 @@ class Engine:
                     for wrapped in self.models.values():
                         stack.enter_context(self.accelerator.no_sync(wrapped))
                 yield part
+                watchdog.advance()
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradient. `loss` is its mean; the step's loss is the mean over micro-batches."""
-        self.accelerator.backward(loss / self._parts)
+        loss = loss / self._parts
+        self._loss = self._loss + loss.detach()
+        self.accelerator.backward(marked(loss))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over the processes, without gradient."""
@@ -195,17 +190,17 @@ class Engine:
         return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
 
     def optimize(self, name: str, step: int) -> Tensor:
-        """Clip, step (not if a gradient is not finite), zero the gradients, move the EMA. Returns the gradient norm."""
+        """Clip, step (not if loss or gradient is not finite), zero the gradients, move the EMA. Returns the norm."""
         optimizer = self.optimizers[name]
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step, name)
         norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.configs[name].gradient_clip)
-        bad = (~norm.isfinite()).float()
         if self.accelerator.scaler is None:
-            optimizer.optimizer.found_inf = bad  # the fused kernel skips the whole update, without a host sync
+            optimizer.optimizer.found_inf = unusable(norm)  # the fused kernel skips the update, without a host sync
         optimizer.step()
         optimizer.zero_grad()
-        self.skipped[name] = (self.skipped[name] + 1) * bad
+        self.numbers.add(name, step + 1, self._loss, norm)
+        self._loss = torch.zeros_like(self._loss)
         self.emas[name].update(step)
         return norm
 
@@ -221,7 +216,11 @@ class Engine:
             step, self.steps, config.learning_rate, config.warmup_steps, config.final_learning_rate_fraction
         )
 
-    def close(self) -> None:
+    def checksum(self) -> int:
+        """Of the weights of all modules. Waits for the device: log steps only."""
+        return int(checksum(list(self.modules.values()), self.device))
+
+    def close(self, failure: BaseException | None = None) -> None:
         """Let go of the wrapped models, then of the process group, then end the trackers.
 
         In the other order the last reference to the group is the wrapper's, and its destructor waits for a thread that
@@ -230,16 +229,7 @@ class Engine:
         self.models.clear()
         self.optimizers.clear()
         self.accelerator.free_memory()
-        self.accelerator.end_training()
-
-    def check_skipped(self, step: int) -> None:
-        """Raises: UserError when too many updates in a row were not finite. Waits for the device: log steps only."""
-        for name, count in self.skipped.items():
-            if int(count) >= MAXIMUM_SKIPPED_STEPS:
-                raise UserError(
-                    f"step {step}: the gradient of {name} was not finite in {int(count)} steps in a row; lower "
-                    "training.learning_rate or set training.precision=fp32; the last checkpoint is intact"
-                )
+        close_accelerator(self.accelerator, failure)
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -15,9 +18,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 from ldm_vae.training.order import GlobalOrder, Order
+from ldm_vae.training.processes import TIMEOUT_SECONDS
 from ldm_vae.training.schedule import Plan
+from ldm_vae.training.signals import obey_only_the_parent
 
-WORKER_TIMEOUT_SECONDS = 300
+LOADER_SHARE = 0.8
+"""Of the timeout that the wait for a batch has: this error says more than that of the processes which wait for us."""
+
+STACKS_SECONDS = 0.5
+"""For the workers to show what they are doing."""
 
 Made = TypeVar("Made")
 
@@ -29,6 +38,10 @@ class Samples(Protocol):
 
     def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
         """Sample `index` as tensors and plain values; `size` is the span's sample size."""
+        ...
+
+    def id(self, index: int) -> str:
+        """A name of sample `index`, by which its user finds it."""
         ...
 
 
@@ -54,6 +67,9 @@ class InOrder:
     def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
         return self.samples.sample(index, position, size)
 
+    def id(self, index: int) -> str:
+        return self.samples.id(index)
+
 
 @dataclass(frozen=True)
 class Key:
@@ -77,10 +93,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of one step."""
+    """This process's share of one step. `first_index`: of the sample that begins the global batch; -1 of a stream."""
 
     parts: tuple[MicroBatch, ...]
     global_size: int
+    first_index: int = -1
 
 
 class _Keyed(Dataset):
@@ -116,6 +133,11 @@ def rank_rows(global_batch: int, micro_batch: int, rank: int, processes: int) ->
     return [slice(start, start + micro_batch) for start in starts]
 
 
+def order_of(samples: Samples, seed: int) -> Order:
+    """The order in which they are visited: their own, or the global shuffle."""
+    return samples.order if isinstance(samples, InOrder) else GlobalOrder(seed, len(samples))
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack tensors, make tensors of numbers, join lists."""
     collated: dict[str, Any] = {}
@@ -130,34 +152,68 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return collated
 
 
-def ignore_signals(_: int) -> None:
-    """Signals sent to the process group are the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def from_workers(loader: Iterable[Made]) -> Iterator[Made]:
+def from_workers(loader: Iterable[Made]) -> Generator[Made, None, None]:
     """What a data loader gives, and the error of a worker so that the program can end.
 
     torch raises it from frames that hold the loader's iterator in a circle. Collected late, it would not tell the
     workers to stop before it waits for them, and they ignore signals: without this the program hangs at its end.
+    A worker that does not stop, because it hangs, is killed: torch would ask it by the signal that it ignores.
 
     Raises:
-        UserError: of a worker, as the sentence that it is and not as a traceback.
+        UserError: of a worker, as the sentence that it is and not as a traceback; or the worker hangs, or was killed.
     """
     iterator = iter(loader)
+    workers = getattr(iterator, "_workers", [])
+    for worker in workers:
+        worker.terminate = worker.kill
     while True:
         try:
             made = next(iterator)
         except StopIteration:
             return
         except Exception as error:
+            reason = loss_of_worker(error)
+            if reason:
+                show_and_kill(workers)
             traceback.clear_frames(error.__traceback__)
             del iterator
             if isinstance(error, UserError):
                 raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+            if reason:
+                raise UserError(reason) from None
             raise
         yield made
+
+
+def loss_of_worker(error: BaseException) -> str | None:
+    """A sentence when `error` says that a worker hangs or was killed."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader "):
+        return None
+    if "timed out" not in str(error):
+        return (
+            f"data: a loading process was killed ({str(error).splitlines()[0]}); mostly for want of memory: lower "
+            "workers, or give the container more shared memory; the same command continues"
+        )
+    return (
+        f"data: no batch from the loading processes ({error}); what they were doing is above; look at the disk "
+        "or the network there, or raise timeout_seconds; the same command continues"
+    )
+
+
+def show_and_kill(workers: list[Any]) -> None:
+    """Each shows on stderr what it is doing, if it can, and is ended."""
+    for worker in workers:
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGUSR1)
+    time.sleep(STACKS_SECONDS)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # else torch's handler raises an error for each, wherever we are
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+        worker.join(STACKS_SECONDS)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def batches(
@@ -170,15 +226,17 @@ def batches(
     processes: int = 1,
     workers: int = 0,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+    timeout_seconds: int = TIMEOUT_SECONDS,
+) -> Generator[Batch, None, None]:
     """The batches of steps `first_step` ... on `device`. Samples are made in `workers` processes."""
     device = torch.device(device)
     place = (first_step, rank, processes)
     source: dict[str, Any]
+    order: Order | None = None
     if isinstance(samples, StreamedSamples):
         source = {"dataset": samples.batches(_MicroBatchKeys(plan, None, *place)), "batch_size": None}
     else:
-        order = samples.order if isinstance(samples, InOrder) else GlobalOrder(seed, len(samples))
+        order = order_of(samples, seed)
         keys = _MicroBatchKeys(plan, order, *place)
         source = {"dataset": _Keyed(samples), "batch_sampler": keys}
     loader: DataLoader[Any] = DataLoader(
@@ -186,14 +244,14 @@ def batches(
         collate_fn=collate,
         num_workers=workers,
         generator=generator(seed, "loader"),  # else every iter() draws from the global generator
-        worker_init_fn=ignore_signals,
-        timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+        worker_init_fn=obey_only_the_parent,
+        timeout=LOADER_SHARE * timeout_seconds if workers else 0,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
     collated = from_workers(loader)
     for step in range(first_step, plan.steps):
-        span, _ = plan.span(step)
+        span, position = plan.span(step)
         parts = []
         for rows in rank_rows(span.global_batch, span.micro_batch, rank, processes):
             data = {
@@ -201,4 +259,4 @@ def batches(
                 for name, value in next(collated).items()
             }
             parts.append(MicroBatch(data, rows))
-        yield Batch(tuple(parts), span.global_batch)
+        yield Batch(tuple(parts), span.global_batch, int(order(position)) if order else -1)

@@ -3,21 +3,28 @@
 config.yaml      the resolved configuration         checkpoints/   complete states to resume from
 metrics.jsonl    one line a log step                previews/      pictures while training
 run.json         command, versions, time            tensorboard/   the same metrics for TensorBoard
+quarantine.jsonl images that could not be read
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import fnmatch
 import json
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
-from ldm_vae.files import write_text
+from ldm_vae.files import remove_leftovers, system_errors_explained, write_atomically, write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAY_CHANGE = (
     "output",
@@ -31,12 +38,29 @@ MAY_CHANGE = (
     "training.keep_checkpoints",
     "training.workers",
     "training.processes",
+    "training.timeout_seconds",
     "training.device",
     "training.compile",
     "training.tracker",
     "training.gradient_checkpointing",
 )
 """Keys that a resumed run may change: they do not change what is learnt (steps: the run gets longer or shorter)."""
+
+
+PUBLISHED = ("config.yaml", "metrics.jsonl", "run.json", "autoencoder", "pipeline")
+"""What trainings write directly into the folder. Other commands may be at work on other names there."""
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The open lock files of this process."""
+
+
+def _let_go_of_locks() -> None:
+    """In a new fork: a worker that outlives a killed run for some seconds must not hold its lock."""
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class RunDirectory:
@@ -57,22 +81,31 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def previews(self) -> Path:
+        return self.path / "previews"
+
     def _open(self) -> None:
         config_file = self.path / "config.yaml"
-        if self.path.exists() and not config_file.exists() and any(self._contents()):
-            raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
-        try:
-            for folder in (self.path, self.checkpoints, self.path / "previews"):
+        with system_errors_explained(self.path, "give another output, or make room"):
+            if self.path.exists() and not config_file.exists() and any(self._contents()):
+                raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
+            for folder in (self.path, self.checkpoints, self.previews):
                 folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another output") from error
-        if config_file.exists():
-            self._refuse_other_config(config_file)
-        write_text(config_file, configuration.to_yaml(self.config))
+            if config_file.exists():
+                self._refuse_other_config(config_file)
+            for name in PUBLISHED:
+                remove_leftovers(self.path, name)
+            remove_leftovers(self.previews)
+            write_text(config_file, configuration.to_yaml(self.config))
 
     def _contents(self) -> list[Path]:
-        return [p for p in self.path.iterdir() if p.name not in ("checkpoints", "previews", "run.lock")]
+        return [
+            path
+            for path in self.path.iterdir()
+            if path.name not in ("checkpoints", "previews", "run.lock") and not path.name.startswith(".tmp-")
+        ]
 
     def _refuse_other_config(self, config_file: Path) -> None:
         old = configuration.load(type(self.config), config_file)  # a key that is newer than the run has its default
@@ -97,6 +130,24 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+        _locks.add(self._lock)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises: UserError in one sentence when the system refuses to write, or the folder has vanished."""
+        with system_errors_explained(self.path, "the last checkpoint is intact, and the same command continues"):
+            if not self.checkpoints.is_dir():  # a vanished mount: what is written would lie on the disk below it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            yield
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.writing(), open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def add_preview(self, step: int, image: Image) -> None:
+        path = self.previews / f"step-{step:09d}.webp"
+        with self.writing():
+            write_atomically(path, lambda temporary: image.save(temporary, "webp", quality=90))
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop metric lines after `step` (a killed run wrote them, the resumed one will again) and a torn last line."""
@@ -109,7 +160,8 @@ class RunDirectory:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        write_text(self.metrics, "".join(kept))
+        with self.writing():
+            write_text(self.metrics, "".join(kept))
 
 
 def may_change(key: str, allowed: Sequence[str] = MAY_CHANGE) -> bool:

@@ -5,7 +5,7 @@ Metrics are averaged over the steps since the last log step, on the device; the 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_vae.training.quarantine import Quarantine, sentences
 from ldm_vae.training.run import RunDirectory
 
 
@@ -64,6 +65,7 @@ class Tracker:
         self.accelerator = accelerator
         self.run = run
         self.seconds_before = seconds_before
+        self.quarantine = Quarantine(run.path)
         self._started = self._last_time = time.monotonic()
         self._images = 0
         self.bar = tqdm(
@@ -97,9 +99,9 @@ class Tracker:
         if not self.accelerator.is_main_process:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with open(self.run.metrics, "a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.accelerator.log(dict(metrics), step=step)
+        self.run.add_metrics({"step": step, **finite})
+        with self.run.writing():
+            self.accelerator.log(dict(metrics), step=step)
 
     def log_and_say(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log figures that are rare enough for a line of their own."""
@@ -110,9 +112,17 @@ class Tracker:
     def alarm(self, step: int, name: str, sentence: str) -> None:
         """One sentence above the progress bar, and a line among the metrics that the plots mark."""
         if self.accelerator.is_main_process:
-            with open(self.run.metrics, "a") as file:
-                file.write(json.dumps({"step": step, "alarm": sentence, "verdict": name}) + "\n")
+            self.run.add_metrics({"step": step, "alarm": sentence, "verdict": name})
         self.say(f"step {step}: ALARM {sentence}")
+
+    def report_rejected(self) -> None:
+        """Name the images that could not be read since the last call. All processes must call this."""
+        new = self.quarantine.take_new(self.accelerator)
+        if new and self.accelerator.is_main_process:
+            with self.run.writing():
+                self.quarantine.append(new)
+        for sentence in sentences(new):
+            self.say(sentence)
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """The figures worth a place beside the progress bar."""
@@ -127,4 +137,9 @@ class Tracker:
             self.bar.write(text)
 
     def close(self) -> None:
+        """A tracker that cannot write its last lines is let go: `metrics.jsonl` has them, an error may be under way."""
+        for tracker in self.accelerator.trackers:
+            with contextlib.suppress(OSError):
+                tracker.finish()
+        self.accelerator.trackers = []
         self.bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -129,3 +130,48 @@ def test_an_error_in_a_worker_ends_the_program(error, code):
     assert job.returncode == code
     assert (job.stdout == "one sentence: data: nothing to read\n") == (code == 2)
     assert ("ValueError: a mistake" in job.stderr) == (code == 1)
+
+
+LOST = """
+import os, signal, sys, time
+from ldm_vae.errors import UserError
+from ldm_vae.training.loader import batches
+from ldm_vae.training.schedule import Plan, Span
+
+class Lost:
+    def __len__(self):
+        return 10
+
+    def id(self, index):
+        return str(index)
+
+    def sample(self, index, position, size):
+        {fault}
+
+try:
+    for _ in batches(Lost(), Plan((Span(4, 4, 2),)), seed=0, workers=1, timeout_seconds=5):
+        pass
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.promise(3)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("time.sleep(1000)", "data: no batch from the loading processes (DataLoader timed out after 4.0 seconds)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "data: a loading process was killed (DataLoader worker (pid"),
+    ],
+)
+def test_a_worker_that_hangs_or_is_killed_ends_the_program(fault, sentence, record_property):
+    words = [sys.executable, "-c", LOST.format(fault=fault)]
+    started = time.monotonic()
+    job = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert job.returncode == 2, job.stderr
+    assert job.stdout.startswith(sentence)
+    assert ('File "<string>", line 15 in sample' in job.stderr) == (fault == "time.sleep(1000)")  # where it hangs
+    seconds = time.monotonic() - started
+    record_property("figure", f"a loading process, {fault}: one sentence, exit 2, {seconds:.0f} s with the imports")

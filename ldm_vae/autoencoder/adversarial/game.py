@@ -211,10 +211,10 @@ class Game:
         log_ratio = (
             0.5 * (squared_norms[0].double().clamp(min=1e-30) / squared_norms[1].double().clamp(min=1e-30)).log()
         )
-        state = self._state
-        state["ratio_sum"] += log_ratio
-        state["ratio_count"] += 1
-        new = log_ratio.exp()
+        state, usable = self._state, log_ratio.isfinite()  # not where the update is left out
+        state["ratio_sum"] += torch.where(usable, log_ratio, 0.0)
+        state["ratio_count"] += usable
+        new = torch.where(usable, log_ratio.exp(), state["ratio"])
         old = torch.where(state["ratio"].isnan(), new, state["ratio"])
         state["ratio"].copy_(old + (1 - self.RATIO_DECAY) * (new - old))
 

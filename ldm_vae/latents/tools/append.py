@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
-from ldm_vae.latents.encode import Job, encode_segment, main_decides, prepare
+from ldm_vae.latents.encode import Job, encode_segment, prepare
 from ldm_vae.latents.images import Addressable, Group, Item, Units, batches_of
 from ldm_vae.latents.manifest import (
     Manifest,
@@ -35,6 +35,7 @@ from ldm_vae.latents.sidecar import read_sidecar
 from ldm_vae.latents.tools.known_ids import KnownIds, refuse_other_images
 from ldm_vae.latents.words import counted
 from ldm_vae.storage import Folder, open_folder
+from ldm_vae.training.processes import main_decides
 
 IDS_AT_ONCE = 1 << 16
 SHOWN_CLASSES = 10

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
-from ldm_vae.latents.encode import Job, encode_units, main_decides, prepare
+from ldm_vae.latents.encode import Job, encode_units, prepare
 from ldm_vae.latents.index import shard_name
 from ldm_vae.latents.manifest import Origin, check_same, plan_name, read_manifest, read_origin, short, write_plan
 from ldm_vae.latents.output import LOCK, OTHER_ORIGIN, Output
@@ -27,6 +27,7 @@ from ldm_vae.latents.tools.state import IMPORTED, Segment, SetState, read_state
 from ldm_vae.latents.tools.verify import verify
 from ldm_vae.latents.words import counted
 from ldm_vae.storage import Folder, open_folder
+from ldm_vae.training.processes import main_decides, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _encode(job: Job, output: Output, segment: Segment, units: Iterable[int]) ->
         output.origin = main_decides(job.accelerator, take)
         total = segment.shards or max(units) + 1
         encode_units(replace(job, origin=output.origin), output, frozenset(range(total)) - units)
-        job.accelerator.wait_for_everyone()
+        wait_for_all(job.accelerator)
 
 
 def _rebuild(folder: Folder, damage: Damage, end: int | None = None) -> None:

@@ -88,6 +88,23 @@ def test_the_adaptive_weight_follows_the_ratio():
     assert float(game.weight(99)) == pytest.approx(0.5 * 6, rel=0.1)
 
 
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("weight", ["calibrated", "adaptive"])
+@pytest.mark.parametrize("norms", [[float("nan"), 1.0], [float("inf"), 1.0], [1.0, float("inf")]])
+def test_a_measurement_that_is_not_finite_counts_for_nothing(weight, norms):
+    """Its update is left out; the weight would stay NaN and with it every update after that."""
+    games = [Game(config(weight=weight, strength=0.5), 100, seed=0) for _ in range(2)]
+    for step in range(60):
+        for game, faulty in zip(games, (False, True)):
+            game.observe_loss(step, torch.tensor(float("nan") if faulty and step in (3, 25, 45) else 1.0))
+            if game.measures(step):
+                game.observe_ratio(torch.tensor([16.0, 1.0]))
+                if faulty and step in (20, 25, 45):
+                    game.observe_ratio(torch.tensor(norms))
+    assert float(games[1].weight(60)) == pytest.approx(float(games[0].weight(60)), rel=1e-6)
+    assert float(games[1].weight(60)) > 0
+
+
 def test_the_guard_holds_then_restores_and_is_part_of_the_state():
     game = Game(config(weight="fixed", strength=0.5, restore_steps=20), 1000, seed=0)
     for step in range(50):

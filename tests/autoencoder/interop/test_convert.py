@@ -119,8 +119,9 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
         folder.mkdir()
         manifest = Manifest(
             autoencoder={"fingerprint": made_by, "encoder_fingerprint": made_by},
-            preprocessing={}, content="moments", dtype="float16", latent_shape=(4, 4, 4), flipped=False, encoding={},
-            datasets=(), label_names=(), count=3, shards=0, index=(), rejected=0, where=open_folder(folder),
+            preprocessing={}, content="moments", dtype="float16", latent_shape=(4, 4, 4), flipped=False,
+            encoding={"batch": 1, "shard_size": 1}, datasets=(), label_names=(), count=3, shards=0, index=(),
+            rejected=0, where=open_folder(folder),
             statistics={"mean": [0.5] * 4, "std": [2.0] * 4, "count": 3},
         )  # fmt: skip
         write_manifest(open_folder(folder), manifest)
