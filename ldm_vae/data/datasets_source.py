@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image
+from ldm_vae.data.local_file import read_regular_file
 from ldm_vae.data.sources import DatasetsConfig, hash_items, number_labels
 from ldm_vae.errors import UserError
 
@@ -180,17 +181,16 @@ def image_bytes(cell: dict[str, Any] | None, limits: DecodeLimits, remote: bool 
     Raises:
         ImageRejected: `empty` or `unreadable`.
     """
-    if cell is None or not (cell["bytes"] or cell["path"]):
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise ImageRejected("empty", "the dataset has no image here")
-    if cell["bytes"]:
+    if cell["bytes"] is not None:
         return cell["bytes"]
-    try:
-        if remote:
-            from datasets.utils.file_utils import xopen
+    if not remote or "://" not in cell["path"]:
+        return read_regular_file(cell["path"], limits.file_bytes + 1)
+    from datasets.utils.file_utils import xopen
 
-            with xopen(cell["path"], "rb") as file:
-                return file.read(limits.file_bytes + 1)
-        with open(cell["path"], "rb") as file:
+    try:
+        with xopen(cell["path"], "rb") as file:
             return file.read(limits.file_bytes + 1)
     except OSError as error:
         raise ImageRejected("unreadable", f"cannot be opened: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ goes wrong inside a decoder becomes an `ImageRejected` with a reason. The rules:
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,17 +32,18 @@ SUFFIXES = frozenset(
 HIGHEST_MEGAPIXELS = 178  # beyond it PIL itself refuses
 LOWEST_SIDE = 8
 LARGEST_PROFILE_BYTES = 4 << 20
+STRIP_PIXELS = 1 << 21
+"""Converted at a time: of a large picture, only the decoder's result and ours are whole in memory."""
+
+SLOW_DECODERS = frozenset({"ppm", "ppm_plain", "bmp_rle"})
+SLOW_BYTES = 2 << 20
+"""PIL decodes these in Python, at up to a microsecond a byte."""
+
+MOST_SCANNED_PIXELS = 1280 * 10**6
+"""Scans of a JPEG times its pixels: each scan visits all of them, and a few bytes are enough for one (LJT-01-005)."""
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 ORIENTATION = 0x0112
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageRejected(ValueError):
@@ -67,7 +69,7 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
     """Decode to sRGB pixels, uint8 (h, w, 3), by the rules above.
 
     Raises:
-        ImageRejected: with reason `empty`, `too_large`, `unknown_format`, `too_small`, `undecodable`,
+        ImageRejected: with reason `empty`, `too_large`, `too_slow`, `unknown_format`, `too_small`, `undecodable`,
             `unsupported_pixels` or `out_of_memory`.
     """
     if not data:
@@ -88,6 +90,12 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
 
 
 def _decode(data: bytes, limits: DecodeLimits) -> np.ndarray:
+    pixels, orientation = _read(data, limits)
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
+def _read(data: bytes, limits: DecodeLimits) -> tuple[np.ndarray, int]:
+    """The pixels as they are stored, and their EXIF orientation."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
@@ -96,13 +104,10 @@ def _decode(data: bytes, limits: DecodeLimits) -> np.ndarray:
         raise ImageRejected("too_large", f"more than {HIGHEST_MEGAPIXELS} megapixels") from error
     with image:
         _check_size(image, limits)
+        _check_time(image, data)
         image.load()  # not verify(), which accepts truncated files
         _check_size(image, limits)
-        orientation = _orientation(image)
-        pixels = _to_rgb(image)
-    if orientation in TRANSPOSE:
-        pixels = pixels.transpose(TRANSPOSE[orientation])
-    return np.array(pixels)
+        return _rgb_pixels(image), _orientation(image)
 
 
 def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
@@ -117,6 +122,34 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         raise ImageRejected("too_small", f"{width}x{height} is less than {LOWEST_SIDE} pixels wide or high")
 
 
+def _check_time(image: Image.Image, data: bytes) -> None:
+    tiles = getattr(image, "tile", [])
+    if len(data) > SLOW_BYTES and any(tile[0] in SLOW_DECODERS for tile in tiles):
+        raise ImageRejected("too_slow", f"more than {SLOW_BYTES >> 20} MiB of {tiles[0][0]}; save the image as PNG")
+    if image.format in ("JPEG", "MPO"):
+        scans = count_scans(data)
+        if scans * image.width * image.height > MOST_SCANNED_PIXELS:
+            raise ImageRejected("too_slow", f"{scans} scans of {image.width}x{image.height}; save the image anew")
+
+
+def count_scans(data: bytes) -> int:
+    """The scans of a JPEG, up to its end marker; what comes behind is not looked at."""
+    scans, place = 0, 2
+    while (marker := JPEG_MARKER.search(data, place)) and marker.group() != b"\xff\xd9":
+        scans += marker.group() == b"\xff\xda"
+        place = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(h, w, 3), turned as EXIF says: rows and columns reversed, then exchanged."""
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8. (PIL's TIFF reader has already applied it and says 1.)"""
     try:
@@ -125,9 +158,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB on white, in sRGB."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Any mode -> uint8 (h, w, 3) on white, in sRGB."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom)), image.format))
+    return pixels
+
+
+def _to_rgb(image: Image.Image, format: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         advice = "have no defined range; save the image with 8 or 16 bits"

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image
+from ldm_vae.data.local_file import read_regular_file
 from ldm_vae.data.sources import hash_items, number_labels
 from ldm_vae.errors import UserError
 from ldm_vae.storage import is_url, local_path
@@ -74,6 +75,7 @@ class FolderSource:
         for name, size_bytes in self.files.sizes():
             if name in LABEL_FILES:
                 tables.add(name)
+                continue
             if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
                 continue
             suffix = os.path.splitext(name)[1].lower()
@@ -84,11 +86,12 @@ class FolderSource:
         if not files and include:
             raise UserError(f"data.include: no image below {where} matches {list(include)}; `*` crosses folders")
         if not files:
-            found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "nothing"
             raise UserError(
-                f"data.path: {where}: no image in it (found: {found}); "
+                f"data.path: {where}: no image in it (found: {_counts(others) or 'nothing'}); "
                 f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
             )
+        if others:
+            logger.warning("%s: left out as no images by their names: %s", where, _counts(others))
         files.sort()
         self.names = [name for name, _ in files]
         self.sizes_bytes = np.array([size for _, size in files], np.int64)
@@ -134,7 +137,7 @@ class FolderSource:
                 rows = list(_json_rows(text) if name.endswith(".jsonl") else _csv_rows(text, images))
             except ImageRejected as error:
                 raise UserError(f"{where}: {error}; make it readable or move it away") from error
-            except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+            except (ValueError, csv.Error, RecursionError) as error:
                 raise UserError(f"{where}: cannot be read ({error}); write it as UTF-8 {name.split('.')[1]}") from error
             if not rows:
                 logger.info("%s has no column named label or class; it gives no labels", where)
@@ -167,11 +170,12 @@ class LocalFiles:
         yield from _files(self.root)
 
     def read(self, name: str, length: int | None = None) -> bytes:
-        try:
-            with open(self.root / name, "rb") as file:
-                return file.read(-1 if length is None else length)
-        except OSError as error:
-            raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error
+        return read_regular_file(self.root / name, length)
+
+
+def _counts(suffixes: Counter[str]) -> str:
+    """The most frequent ones in words."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(3))
 
 
 def _open_files(path: str | Path) -> ImageFiles:
@@ -183,9 +187,10 @@ def _open_files(path: str | Path) -> ImageFiles:
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """(relative path, size in bytes) of every visible regular file below `root`.
+    """(relative path, size in bytes) of everything visible below `root` but folders; 0 for what is no regular file.
 
-    Links are followed, each real folder is entered once, real folders before linked ones: loops end.
+    Links are followed, each real folder is entered once, real folders before linked ones: loops end. A link to nothing
+    or to itself counts as a file: it is named when it is read.
     """
     entered = set()
     folders: list[str] = [""]
@@ -210,12 +215,13 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
                 continue
             try:
                 status = entry.stat()
-            except OSError:  # a dangling link
+            except OSError:
+                yield name, 0
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (linked if entry.is_symlink() else folders).append(name)
-            elif stat.S_ISREG(status.st_mode):
-                yield name, status.st_size
+            else:
+                yield name, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _csv_rows(text: str, images: set[str]) -> Iterator[tuple[str, str]]:
@@ -240,6 +246,8 @@ def _json_rows(text: str) -> Iterator[tuple[str, str]]:
     """(file, label) pairs of a JSON-lines file; nothing when its lines have no label."""
     for line in io.StringIO(text, newline=None):
         row = json.loads(line) if line.strip() else {}
+        if not isinstance(row, dict):
+            raise ValueError(f"a line is {line.strip()[:40]!r}, not an object with {FILE_COLUMNS[0]}")
         name = next((row[column] for column in FILE_COLUMNS if column in row), None)
         label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
         if isinstance(name, str) and isinstance(label, (str, int)):

@@ -133,10 +133,25 @@ def test_links_are_followed_and_loops_end(folder: Path, tmp_path: Path) -> None:
     os.symlink(elsewhere, folder / "linked")
     os.symlink(folder, elsewhere / "back")
     os.symlink(elsewhere / "6.png", folder / "single.png")
+    os.symlink("itself.png", folder / "itself.png")
     os.mkfifo(folder / "pipe.png")
-    assert ids(FolderSource(folder)) == sorted(
-        ["a/1.PNG", "a/deep/3.jpg", "b/2.png", "c/4.webp", "linked/6.png", "single.png"]
-    )
+    unreadable = ["dangling.png", "itself.png", "pipe.png"]
+    readable = ["a/1.PNG", "a/deep/3.jpg", "b/2.png", "c/4.webp", "linked/6.png", "single.png"]
+    source = FolderSource(folder)
+    assert ids(source) == sorted([*readable, *unreadable])
+    for name in unreadable:  # named, not passed over
+        with pytest.raises(ImageRejected) as caught:
+            source.read(ids(source).index(name))
+        assert caught.value.reason == "unreadable"
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("holiday.heic", "b/party.heic", "IMG_0001"):
+        (folder / name).write_bytes(encode(picture()))
+    (folder / "labels.csv").write_text("file,label\na/1.PNG,x\n")
+    with caplog.at_level(logging.WARNING):
+        FolderSource(folder)
+    assert "left out as no images by their names: 2 .heic, 1 no suffix" in caplog.text
 
 
 def test_a_name_that_is_no_utf8_has_an_id_that_is(folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_nothing_to_read_is_explained(location: str) -> None:
     with pytest.raises(UserError, match=r"data\.path: .*a\.png: is a file"):
         FolderSource(f"{location}/a.png")
     upload(f"{location}/texts", {"notes.txt": b"2", "labels.csv": b"x"})
-    with pytest.raises(UserError, match=r"found: 1 \.(txt, 1 \.csv|csv, 1 \.txt)"):
+    with pytest.raises(UserError, match=r"found: 1 \.txt\)"):
         FolderSource(f"{location}/texts")
 
 

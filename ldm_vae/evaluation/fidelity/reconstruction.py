@@ -6,6 +6,7 @@ Measuring is `measurement`'s, means and tables are `summary`'s, the pictures to 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -46,8 +47,14 @@ from ldm_vae.evaluation.fidelity.measurement import (
 )
 from ldm_vae.evaluation.fidelity.processes import Processes
 from ldm_vae.evaluation.fidelity.summary import markdown, per_image, summary
-from ldm_vae.evaluation.result_folder import check_resolution, describe_autoencoder, finished_result
-from ldm_vae.files import write_json, write_text
+from ldm_vae.evaluation.result_folder import (
+    alone_in,
+    check_resolution,
+    describe_autoencoder,
+    finished_result,
+    publishing,
+)
+from ldm_vae.files import write_atomically, write_json, write_text
 
 RESULTS = "results.json"
 
@@ -145,12 +152,13 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False, processes: Process
     check_distribution(config.distribution, config.fid, config.inception_weights, len(indices))
     block = downsampling(autoencoder)
     chosen = spread(len(fitted), config.baseline_images)
-    klt = fit_baseline(fitted, chosen, config.resolution, block, processes)
-    measurer = _measurer(config, autoencoder, klt, device)
-    measured = measure_images(measurer, evaluated, indices, processes)
-    return processes.main_decides(
-        lambda: _publish(config, measurer, measured, evaluated, _protocol(config, evaluated, fitted, measured), started)
-    )
+    with contextlib.ExitStack() as held:
+        processes.main_decides(lambda: held.enter_context(alone_in(config.output)))
+        klt = fit_baseline(fitted, chosen, config.resolution, block, processes)
+        measurer = _measurer(config, autoencoder, klt, device)
+        measured = measure_images(measurer, evaluated, indices, processes)
+        protocol = _protocol(config, evaluated, fitted, measured)
+        return processes.main_decides(lambda: _publish(config, measurer, measured, evaluated, protocol, started))
 
 
 def _publish(
@@ -171,21 +179,24 @@ def _publish(
     if config.distribution != "none":
         real, decoded = np.stack(measured.real_features), np.stack(measured.decoded_features)
         found = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed)
-    results = {
-        "format_version": 1,
-        "autoencoder": describe_autoencoder(measurer.autoencoder),
-        "protocol": protocol,
-        **summary(measured, measurer),
-        "distribution": found,
-        "examples": save_examples(output / "examples", measured.examples),
-        "rejected": [{"id": name, "reason": reason} for name, reason in measured.rejected],
-        "images": per_image(measured, measurer),
-        "config": configuration.to_dict(config),
-    }
-    grid(measured.examples).save(output / "grid.png")
-    write_text(output / "results.md", markdown(results))
-    write_json(output / RESULTS, results)
-    provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
+    with publishing(output):
+        results = {
+            "format_version": 1,
+            "autoencoder": describe_autoencoder(measurer.autoencoder),
+            "protocol": protocol,
+            **summary(measured, measurer),
+            "distribution": found,
+            "examples": save_examples(output / "examples", measured.examples),
+            "rejected": [{"id": name, "reason": reason} for name, reason in measured.rejected],
+            "images": per_image(measured, measurer),
+            "config": configuration.to_dict(config),
+        }
+        if measured.examples:  # none where exactly those images could not be read
+            picture = grid(measured.examples)
+            write_atomically(output / "grid.png", lambda path: picture.save(path, format="PNG"))
+        write_text(output / "results.md", markdown(results))
+        write_json(output / RESULTS, results)
+        provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
     return results
 
 
