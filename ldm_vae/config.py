@@ -9,16 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
+from ldm_vae.privacy import check_no_password, redacted, without_password
 
 Config = TypeVar("Config")
 
+FORMAT_VERSION = 1
+"""Of the files that `to_yaml` writes, as their `format_version`; a file without one has this one."""
 MAXIMUM_YAML_BYTES = 1 << 20
+MAXIMUM_YAML_VALUES = 50_000
+"""In a file, aliases counted as often as they are used: a few lines of them can stand for a billion values."""
+MAXIMUM_YAML_DEPTH = 50
+MAXIMUM_YAML_LETTERS = 10_000
+"""Of one value: YAML knows numbers in base 60 (1:30:00), and to read a long one takes the square of its length."""
 
 
 def load(schema: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -34,12 +43,10 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
     where = str(path)
     try:
         if path is not None:
-            merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
+            merged = OmegaConf.merge(merged, _plain(_of_known_format(read_yaml(Path(path)), where), where))
         for override in overrides:
-            where = f"override {override!r}"
-            if "=" not in override:
-                raise UserError(f"{where}: not of the form key=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            where = f"override {without_password(override)!r}"
+            merged = OmegaConf.merge(merged, _plain(_read_override(override, where), where))
         where = str(path) if path is not None else "settings"
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -53,8 +60,15 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
         raise UserError(f"{where}: {error}") from error
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A mapping from a YAML file, as plain containers; `${...}` stays as it is.
+
+    Raises:
+        UserError: no such file, or one that is no mapping, has tags or duplicate keys, or stands for more than
+            `MAXIMUM_YAML_VALUES` values.
+    """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if not path.is_file():
@@ -67,9 +81,87 @@ def _read_yaml(path: Path) -> Any:
     if path.stat().st_size > MAXIMUM_YAML_BYTES:
         raise UserError(f"{path}: larger than {MAXIMUM_YAML_BYTES} bytes; this is no configuration file")
     try:
-        return OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
+        _check_extent(path.read_bytes(), str(path))
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except UserError:
+        raise
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__} and no `key: value` lines; give a configuration file")
+    return values
+
+
+def _read_override(text: str, where: str) -> Any:
+    """What `key=value` says, as plain containers. Raises: UserError."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if "=" not in text:
+        raise UserError(f"{where}: not of the form key=value")
+    try:
+        _check_extent(text.partition("=")[2], where)
+        return OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except UserError:
+        raise
+    except (YAMLError, IndexError, ValueError) as error:  # IndexError: of keys such as `[`
+        raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+def _of_known_format(values: dict[Any, Any], where: str) -> dict[Any, Any]:
+    """The settings without `format_version`. Raises: UserError when that is another one."""
+    version = values.pop("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{where}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae, or remove "
+            "format_version and every setting that it does not know"
+        )
+    return values
+
+
+def _check_extent(text: str | bytes, where: str) -> None:
+    """Raises: UserError before anything is built of a file that would take all memory or hours."""
+    import yaml
+
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = longest = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.NodeEvent):
+            total += sizes.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+            sizes[event.anchor] = MAXIMUM_YAML_VALUES  # a node may not hold itself
+        elif isinstance(event, yaml.ScalarEvent):
+            longest = max(longest, len(event.value))
+            sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes[anchor] = total - before + 1
+        if total > MAXIMUM_YAML_VALUES or len(open_nodes) > MAXIMUM_YAML_DEPTH or longest > MAXIMUM_YAML_LETTERS:
+            raise UserError(
+                f"{where}: stands for more than {MAXIMUM_YAML_VALUES} values, for {MAXIMUM_YAML_DEPTH} inside each "
+                f"other, or for one of {MAXIMUM_YAML_LETTERS} letters; this is no configuration file"
+            )
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The same containers, `~` for the home folder spelled out.
+
+    Raises:
+        UserError: a reference `${...}`, which could bring a secret of the environment into the saved settings, or an
+            address with a password.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    if "${" in value:
+        raise UserError(f"{where}: {value!r} refers to something else, which is not resolved; write the value itself")
+    check_no_password(value, where)
+    return os.path.expanduser(value) if value.startswith("~/") else value
 
 
 def _one_line(error: Exception) -> str:
@@ -81,14 +173,14 @@ def _one_line(error: Exception) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON-able containers of a config dataclass, tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Plain JSON-able containers of a config dataclass, tuples as lists, to be written down: see `privacy`."""
+    return redacted(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def to_yaml(config: Any) -> str:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create({"format_version": FORMAT_VERSION} | to_dict(config)))
 
 
 def digest(value: Any) -> str:

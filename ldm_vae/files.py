@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ldm_vae.errors import UserError
+from ldm_vae.privacy import redacted
+from ldm_vae.storage import DISK_FULL
 
 
 def fsync_path(path: Path) -> None:
@@ -41,7 +47,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    """Publish a text atomically, without what is not written down: see `privacy`."""
+    write_bytes(path, redacted(text).encode())
 
 
 def canonical_json(value: Any) -> str:
@@ -60,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place; its files are fsynced first. An older one is moved aside, then removed.
+    """Rename a finished folder into place; all in it is fsynced first. An older one is moved aside, then removed.
 
     Files get the folder's permissions: safetensors makes files that only their owner can read.
     """
@@ -68,7 +75,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
     for path in sorted(temporary.rglob("*")):
         if path.is_file():
             path.chmod(permissions)
-            fsync_path(path)
+        fsync_path(path)
     fsync_path(temporary)
     trash = final.with_name(f".trash-{uuid.uuid4().hex[:8]}-{final.name}")
     if final.exists():
@@ -83,6 +90,41 @@ def temporary_directory(final: Path) -> Path:
     folder = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
     folder.mkdir(parents=True)
     return folder
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name: it is renamed first."""
+    trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}-{path.name}")
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what writers of `name` (a pattern) left in `folder` when they were killed. None may be at work there."""
+    for path in [*folder.glob(f".tmp-*-{name}"), *folder.glob(f".trash-*-{name}")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def system_errors_explained(where: str | Path, advice: str) -> Iterator[None]:
+    """What the system refuses inside, a full disk for one, as one sentence that begins with `where`. Raises: UserError.
+
+    Also what safetensors reports, which tells the number of the error in its text only.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number is None:
+            raise
+        reason = "no space left on the device" if number in DISK_FULL else os.strerror(number)
+        raise UserError(f"{where}: cannot be written ({reason}); {advice}") from error
 
 
 def checksum_bytes(data: bytes | memoryview) -> str:

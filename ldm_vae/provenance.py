@@ -1,7 +1,7 @@
 """Where a result comes from: the versions, the machine and the command, written as `run.json` beside it.
 
-Owns the record and nothing of its use. The command is recorded as it was typed; nothing is read from the
-environment, and the machine is named by its class (processor, cores, accelerator), never by its host name.
+Owns the record and nothing of its use. The command is recorded as it was typed, but for what `privacy` takes out; the
+machine is named by its class (processor, cores, accelerator), never by its host name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from typing import Any
 
 from ldm_vae import __version__
 from ldm_vae.files import write_json
+from ldm_vae.privacy import redacted
 
 RUN_RECORD = "run.json"
+RUN_LOCK = "run.lock"
+"""Of the job that is filling a result folder."""
 
 
 def versions() -> dict[str, str]:
@@ -72,7 +75,7 @@ def run_record(
         "versions": versions(),
         "finished": finished,
     }
-    return record | extra
+    return redacted(record | extra)
 
 
 @functools.cache

@@ -24,11 +24,14 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
+from ldm_vae.autoencoder.weights import check_complete, check_finite
 from ldm_vae.errors import UserError
+from ldm_vae.tensor_files import check_model_folder
 
 DOWNSAMPLING = 16
 RESIDUAL_BOUND = 3.0
@@ -209,11 +212,18 @@ def _pretrained_vision(encoder: str) -> Any:
     if looks_local and not Path(encoder).is_dir():
         raise UserError(f"autoencoder.encoder: {encoder}: no such directory; give one, or a hub id like OWNER/NAME")
     try:
+        check_model_folder(Path(encoder))
         _check_model_type(transformers.AutoConfig.from_pretrained(encoder).model_type, encoder)
-        return transformers.AutoModel.from_pretrained(encoder, use_safetensors=True, dtype=torch.float32)
+        vision, loading = transformers.AutoModel.from_pretrained(
+            encoder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        # a checkpoint of a classifier has the head as well
+        check_complete(loading, f"autoencoder.encoder: {encoder}: as {type(vision).__name__}", unexpected=False)
+        check_finite(vision.state_dict(), f"autoencoder.encoder: {encoder}")
+        return vision
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"autoencoder.encoder: {encoder}: cannot be loaded ({reason}); give a directory that holds config.json and "

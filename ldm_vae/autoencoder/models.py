@@ -23,6 +23,8 @@ from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
+from ldm_vae.autoencoder.weights import load_weights
+from ldm_vae.seal import check_seal
 
 WAVELET_PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "pico": {
@@ -229,7 +231,8 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
     diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
 
     Raises:
-        UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1].
+        UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1], or a damaged one:
+            see `seal` and `weights`.
     """
     directory = Path(path)
     if not directory.exists() and (str(path).count("/") != 1 or str(path).startswith(".")):
@@ -242,12 +245,10 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
                 "a finished training run has one in RUN/autoencoder"
             )
         path = found
+        check_seal(found)
     model_class = _model_class(path)
-    try:
-        model = model_class.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be loaded as {model_class.__name__}: {str(error).splitlines()[0]}") from error
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model = load_weights(model_class, path, dtype)
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def model_directory(path: Path) -> Path | None:
@@ -261,8 +262,8 @@ def model_directory(path: Path) -> Path | None:
 def _model_class(path: str | Path) -> Any:
     if Path(path).exists():
         try:
-            config = json.loads((Path(path) / "config.json").read_text())
-        except ValueError as error:
+            config = dict(json.loads((Path(path) / "config.json").read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path}/config.json: not valid JSON ({error}); restore the directory") from error
     else:
         config = AutoencoderKL.load_config(str(path))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae import compat
+from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.errors import UserError
+from ldm_vae.tensor_files import check_tensor_file
 
 Backbone = Literal["vgg", "squeeze", "alex"]
 
@@ -98,9 +100,11 @@ def _load_backbone(network: Any, path: Path, net: Backbone) -> None:
             f"{_BACKBONE_NAMES[net]} features, or leave it out to let torchvision download them"
         )
     try:
+        check_tensor_file(path)
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"perceptual_weights={path}: not a safetensors file ({error})") from error
+    check_finite(tensors, f"perceptual_weights={path}")
     tensors = {
         key.removeprefix("features."): value.float() for key, value in tensors.items() if "classifier" not in key
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.errors import UserError
 from ldm_vae.files import write_json
 
 RECORD = "training.json"
@@ -74,8 +75,15 @@ def thin(points: Sequence[Any], most: int) -> list[Any]:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record of an autoencoder directory or a run; empty for an autoencoder that this package did not train."""
+    """The record of an autoencoder directory or a run; empty for an autoencoder that this package did not train.
+
+    Raises:
+        UserError: it is damaged.
+    """
     for folder in (Path(path), Path(path) / "autoencoder"):
         if (folder / RECORD).is_file():
-            return json.loads((folder / RECORD).read_text())
+            try:
+                return dict(json.loads((folder / RECORD).read_text()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{folder / RECORD}: cannot be read ({error}); restore it from a copy") from error
     return {}

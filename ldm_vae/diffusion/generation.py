@@ -6,7 +6,10 @@ interrupted folder is completed by the same call, and more processes give the sa
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,7 +32,8 @@ from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
 from ldm_vae.diffusion.sampling import first_step
 from ldm_vae.diffusion.schedulers import evaluations, flow_scheduler, sampler_of
 from ldm_vae.errors import UserError
-from ldm_vae.files import canonical_json, checksum, write_atomically
+from ldm_vae.files import canonical_json, checksum, remove_leftovers, system_errors_explained, write_atomically
+from ldm_vae.storage import open_folder
 
 SHEET = "sheet.png"
 SHEET_IMAGES = 120
@@ -50,6 +54,9 @@ def generate(
 
     Returns:
         The number of images that this process made now, and its images per second.
+
+    Raises:
+        UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
     """
     from accelerate import PartialState
 
@@ -65,22 +72,26 @@ def generate(
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
     state.wait_for_everyone()  # every process has seen the folder as it was
-    if state.is_main_process and not finished:
-        prepare_folder(folder, pictures, overwrite)
-        provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)
-    state.wait_for_everyone()
-    missing = [picture for picture in pictures if not picture.path.exists()]
-    mine = missing[state.process_index :: state.num_processes]
-    sampling = time.time()
-    make(pipeline, mine, config, parameters, pictures_in, batch, show=state.is_main_process)
-    speed = len(mine) / (time.time() - sampling) if mine else 0.0
-    state.wait_for_everyone()
-    if state.is_main_process and not finished:
-        shown = pictures[:SHEET_IMAGES]
-        sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption])
-        write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
-        figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
-        provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
+    advice = "finished images stay, and the same command makes the others"
+    with contextlib.ExitStack() as held, system_errors_explained(folder, advice):
+        if state.is_main_process and not finished:
+            held.enter_context(open_folder(folder).hold(provenance.RUN_LOCK))
+            check_folder(folder, parameters, pictures, overwrite)  # by now another call may have been here
+            prepare_folder(folder, pictures, overwrite)
+            provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)
+        state.wait_for_everyone()
+        missing = [picture for picture in pictures if not picture.path.exists()]
+        mine = missing[state.process_index :: state.num_processes]
+        sampling = time.time()
+        make(pipeline, mine, config, parameters, pictures_in, batch, show=state.is_main_process)
+        speed = len(mine) / (time.time() - sampling) if mine else 0.0
+        state.wait_for_everyone()
+        if state.is_main_process and not finished:
+            shown = pictures[:SHEET_IMAGES]
+            sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption])
+            write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
+            figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
+            provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
     return len(mine), speed
 
 
@@ -170,7 +181,8 @@ def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Pi
     Raises:
         UserError: it holds something else, and nobody said that it may be overwritten.
     """
-    if overwrite or not folder.exists() or not any(folder.iterdir()):
+    passing = (provenance.RUN_LOCK, ".tmp-")
+    if overwrite or not folder.exists() or all(path.name.startswith(passing) for path in folder.iterdir()):
         return False
     path = folder / provenance.RUN_RECORD
     try:
@@ -187,8 +199,8 @@ def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Pi
 
 
 def prepare_folder(folder: Path, pictures: Sequence[Picture], overwrite: bool) -> None:
-    """Make the folder; with `overwrite`, remove the images of an earlier call."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
+    remove_leftovers(folder)
     if overwrite:
         for path in folder.glob("[0-9][0-9][0-9][0-9]*.png"):
             path.unlink()
@@ -230,6 +242,8 @@ def make(
                 image=pictures_in.get("init"),
                 mask=pictures_in.get("mask"),
             )
+            if not (part[0].path.parent / provenance.RUN_RECORD).exists():  # a vanished mount: see the disk below it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             for picture, image in zip(part, images):
                 save_png(image, picture, parameters)
             bar.update(len(part))

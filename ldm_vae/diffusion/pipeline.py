@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ldm_vae.diffusion.arguments import image_generator as image_generator
 from ldm_vae.diffusion.guidance import EVERYWHERE, Classes, Guidance, GuidedVelocity
 from ldm_vae.diffusion.labels import Wanted, class_shares
 from ldm_vae.diffusion.labels import find_label as find_label
+from ldm_vae.diffusion.parts import load_parts
 from ldm_vae.diffusion.previews import latents_to_rgb
 from ldm_vae.diffusion.sampling import Solver, first_step
 from ldm_vae.diffusion.schedulers import flow_scheduler as flow_scheduler
@@ -39,6 +41,7 @@ from ldm_vae.diffusion.schedulers import make_solver, sampler_of, shift_of
 from ldm_vae.diffusion.unet import LatentUNet  # diffusers loads only parts whose module is imported
 from ldm_vae.latents.manifest import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
+from ldm_vae.seal import seal
 
 DEFAULT_GUIDANCE = 3.0
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -143,9 +146,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         `torch_dtype` (one for all parts, or a dict by part) is applied after the check, which needs float32 weights.
         Convolutions are laid out channels_last, as in training: faster, and the same rounding.
+
+        Raises:
+            UserError: parts that do not belong together, or damaged ones: see `seal` and `weights`.
         """
         dtypes = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        directory = Path(pretrained_model_name_or_path)
+        if not directory.is_dir():
+            directory = Path(cls.download(pretrained_model_name_or_path, **kwargs))
+        parts = load_parts(directory, except_parts=kwargs, variant=kwargs.get("variant"))
+        pipeline = super().from_pretrained(directory, **parts | kwargs)
+        pipeline.register_to_config(_name_or_path=directory.name)  # else it would save the path in model_index.json
         for name in ("autoencoder", "unet", "autoguidance_unet"):
             if getattr(pipeline, name) is None:
                 continue
@@ -154,6 +165,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             part: Any = getattr(pipeline, name)
             nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return pipeline
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Like diffusers', with a checksum of every file beside them."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        seal(Path(save_directory))
 
     def check_latents(self, manifest: Manifest) -> None:
         """For whoever brings latents of a set to this pipeline: that they are what its U-Net was trained on.

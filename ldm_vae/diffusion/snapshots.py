@@ -1,7 +1,8 @@
 """Power-function averages of the U-Net's weights, stored now and then, so that the length is chosen after training.
 
 Owns the folder `snapshots/` of a run: one safetensors file each 5 % of it, which holds the averages of every length in
-half precision. The mathematics is `training.ema`'s; running averages are float32 and part of the checkpoint.
+half precision, and in its metadata the format version, step, lengths and a checksum for each length. The mathematics is
+`training.ema`'s; running averages are float32 and part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, write_atomically
+from ldm_vae.tensor_files import check_tensor_file
 from ldm_vae.training.ema import PowerEma, combination, gamma_of
 from ldm_vae.training.engine import Engine
 
 FOLDER = "snapshots"
 METADATA = "snapshot"
+FORMAT_VERSION = 1
 NEGLIGIBLE = 1e-6
 """A coefficient below this is not worth reading a file for."""
 
@@ -81,12 +84,13 @@ class Snapshots:
 
     def _write(self, folder: Path, step: int) -> None:
         """Publish the file of `step`; remove what an attempt left that was broken off and continued otherwise."""
-        values = {
-            f"{ema.length}/{name}": tensor.half().cpu().contiguous()
-            for ema in self.emas
-            for name, tensor in ema.tensors.items()
-        }
-        metadata = {METADATA: canonical_json({"step": step, "lengths": [ema.length for ema in self.emas]})}
+        values: dict[str, Tensor] = {}
+        record: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "checksums": {}}
+        for ema in self.emas:
+            halves = {name: tensor.half().cpu().contiguous() for name, tensor in ema.tensors.items()}
+            values |= {f"{ema.length}/{name}": tensor for name, tensor in halves.items()}
+            record["checksums"][str(ema.length)] = tensors_checksum(halves)
+        metadata = {METADATA: canonical_json(record)}
         try:
             write_atomically(folder / file_name(step), lambda path: save_file(values, path, metadata))
         except (OSError, SafetensorError) as error:
@@ -115,6 +119,17 @@ def file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3_128, 32 hex digits, of names, shapes and half-precision bytes in the order of the names."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Average:
     """A synthesised average: its weights by parameter name, float32, and what is left of its profile (0: exact)."""
@@ -134,7 +149,7 @@ def synthesise(run: str | Path, length: float, step: int | None = None) -> Avera
         step: Of a snapshot; None: the last one.
 
     Raises:
-        UserError: no snapshots, an impossible length, or a step without a snapshot.
+        UserError: no snapshots, a damaged one, an impossible length, or a step without a snapshot.
     """
     check_length(length, "length")
     stored = stored_averages(Path(run) / FOLDER)
@@ -149,28 +164,59 @@ def synthesise(run: str | Path, length: float, step: int | None = None) -> Avera
     for coefficient, (_, source), path in zip(coefficients, stored, stored.values()):
         if abs(coefficient) < NEGLIGIBLE:
             continue
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                if key.startswith(f"{source}/"):
-                    name = key.split("/", 1)[1]
-                    values = file.get_tensor(key).float() * coefficient
-                    weights[name] = weights[name].add_(values) if name in weights else values
+        for name, tensor in read_average(path, source).items():
+            values = tensor.float() * coefficient
+            weights[name] = weights[name].add_(values) if name in weights else values
     return Average(step, length, weights, left)
+
+
+def read_average(path: Path, length: float) -> dict[str, Tensor]:
+    """The average of one of a file's lengths, by parameter name, float16. Raises: UserError when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = [key for key in file.keys() if key.startswith(f"{length}/")]  # noqa: SIM118 - no mapping
+            tensors = {name.split("/", 1)[1]: file.get_tensor(name) for name in names}
+            expected = _record(file)["checksums"][str(length)]
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise _no_snapshot(path, str(error)) from error
+    if tensors_checksum(tensors) != expected:
+        raise _no_snapshot(path, "its checksum is another one")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise _no_snapshot(path, "it is not finite in half precision")
+    return tensors
 
 
 def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
     """(step, length) -> file of each stored average, in the order of steps. Raises: UserError where there are none."""
     found: dict[tuple[int, float], Path] = {}
     for path in sorted(folder.glob("step-*.safetensors")):
+        check_tensor_file(path)
         try:
             with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()[METADATA])
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: is no snapshot ({error}); remove it, the others do without it") from error
-        found |= {(int(record["step"]), float(length)): path for length in record["lengths"]}
+                record = _record(file)
+            if (version := record["format_version"]) > FORMAT_VERSION:
+                raise UserError(
+                    f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
+                )
+            if version != FORMAT_VERSION or path.name != file_name(record["step"]):
+                raise ValueError(f"is of step {record['step']} and format version {version}")
+            found |= {(record["step"], float(length)): path for length in record["checksums"]}
+        except UserError:
+            raise
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+            raise _no_snapshot(path, str(error)) from error
     if not found:
         raise UserError(f"{folder}: holds no snapshots; train with ema.snapshots above 0")
     return found
+
+
+def _record(file: Any) -> dict[str, Any]:
+    """What `_write` says about a file."""
+    return dict(json.loads(file.metadata()[METADATA]))
+
+
+def _no_snapshot(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: is no snapshot ({reason}); remove it, the others do without it")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
 from ldm_vae.evaluation.result_folder import read_json, read_yaml
 from ldm_vae.files import write_text
+from ldm_vae.tensor_files import check_tensor_file
 
 STAGES = {
     "vae": "Train the autoencoder",
@@ -202,6 +203,7 @@ def count_parameters(folder: Path) -> int:
     for path in sorted(folder.glob(f"**/{pattern}/*.safetensors")):
         if "checkpoints" in path.relative_to(folder).parts:
             continue
+        check_tensor_file(path)
         with safe_open(path, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 size = 1

@@ -5,7 +5,11 @@ Shared by the commands that measure one autoencoder on images; what they measure
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interface import is_deterministic
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.errors import UserError
+from ldm_vae.files import system_errors_explained
+from ldm_vae.storage import open_folder
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
@@ -46,6 +52,29 @@ def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> 
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
         raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
     return result
+
+
+@contextmanager
+def alone_in(output: str | Path) -> Iterator[None]:
+    """Nobody else measures into this folder or trains in it. Raises: UserError that names who does."""
+    with open_folder(Path(output)).hold(provenance.RUN_LOCK):
+        yield
+
+
+@contextmanager
+def publishing(output: str | Path) -> Iterator[None]:
+    """Inside, a result is written by who is `alone_in` the folder. `run.json` goes first and comes last: a folder that
+    has one is complete, also after a result was to be replaced.
+
+    Raises:
+        UserError: the system refuses to write, in one sentence; or the folder has vanished.
+    """
+    folder = Path(output)
+    with system_errors_explained(output, "free some space or make it writable, and run the same command again"):
+        if not (folder / provenance.RUN_LOCK).exists():  # a vanished mount: the result would lie on the disk below it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        (folder / provenance.RUN_RECORD).unlink(missing_ok=True)
+        yield
 
 
 def check_resolution(resolution: int, factor: int) -> None:
@@ -81,10 +110,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty where there is none."""
-    from omegaconf import OmegaConf
-
-    if not path.is_file():
-        return {}
-    value: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return value if isinstance(value, dict) else {}
+    """A run's config.yaml; empty where there is none. Raises: UserError when it is damaged."""
+    return configuration.read_yaml(path) if path.is_file() else {}

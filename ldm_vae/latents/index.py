@@ -18,6 +18,7 @@ import numpy as np
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum_bytes
 from ldm_vae.storage import Folder
+from ldm_vae.tensor_files import check_tensor_header
 
 SHARDS_PER_PART = 1 << 16
 INDEX_NAME = re.compile(r"index-\d{6}-[0-9a-f]{16}\.safetensors")
@@ -159,6 +160,7 @@ def read_index(folder: Folder, parts: Sequence[IndexPart], channels: int, advice
             raise UserError(f"{where}: is not there; {advice}") from error
         if (checksum := checksum_bytes(data)) != part.checksum:
             raise UserError(f"{where}: damaged, its checksum is {checksum} and not {part.checksum}; {advice}")
+        check_tensor_header(data[8:], int.from_bytes(data[:8], "little"), where)
         try:
             columns = load(data)
         except SafetensorError as error:

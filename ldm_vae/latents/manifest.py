@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,10 +173,15 @@ def read_plan(folder: Folder, segment: int = 0) -> dict[str, Any]:
 def read_origin(folder: Folder, segment: int = 0) -> Origin:
     """A plan as an `Origin`. Raises: UserError as `read_plan`, or when fields are missing or unknown."""
     values = read_plan(folder, segment)
+    where = f"{folder.location}/{plan_name(segment)}"
     try:
-        return Origin(**{**values, "latent_shape": tuple(values["latent_shape"])})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder.location}/{plan_name(segment)}: damaged ({error}); restore it from a copy") from error
+        origin = Origin(**{**values, "latent_shape": tuple(values["latent_shape"])})
+        _check_values(origin, where)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: damaged ({error}); restore it from a copy") from error
+    return origin
 
 
 def planned_shards(origin: Origin) -> int | None:
@@ -214,15 +220,41 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
             values[name] = tuple(values[name])
         values["index"] = tuple(IndexPart(**part) for part in values["index"])
         manifest = Manifest(**values, where=folder)
-    except (KeyError, TypeError) as error:
+        _check_values(manifest, where)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{where}: damaged ({error}); {RESTORE}") from error
     if edited:
         _name_damage(manifest)
         raise UserError(f"{where}: damaged or edited, its digest does not fit its content; {RESTORE}")
-    known = INDEX_DTYPES if manifest.content == "indices" else LATENT_DTYPES
-    if manifest.content not in CONTENTS or manifest.dtype not in known:
-        raise UserError(f"{where}: content {manifest.content} in {manifest.dtype} is unknown; update ldm_vae")
     return manifest
+
+
+def _check_values(recipe: Recipe, where: str) -> None:
+    """Raises: ValueError for a field of another type or an impossible size, UserError for an unknown content."""
+    for name, kind in typing.get_type_hints(type(recipe)).items():
+        value, kind = getattr(recipe, name), typing.get_origin(kind) or kind
+        if name != "where" and (not isinstance(value, kind) or (kind is int and (type(value) is not int or value < 0))):
+            raise ValueError(f"{name} is {short(value)}")
+    sizes = {"latent_shape": recipe.latent_shape, "shard_size": (recipe.encoding["shard_size"],)}
+    if isinstance(recipe, Origin):
+        count = recipe.dataset["count"]
+        sizes["count"] = (1 if count in (None, 0) else count,)
+    if isinstance(recipe, Manifest):
+        sizes["index"] = tuple(part.shards for part in recipe.index)
+        if not all(isinstance(text, str) for part in recipe.index for text in (part.file, part.checksum)):
+            raise ValueError("index names no files")
+        if not all(isinstance(text, str) for text in recipe.label_names):
+            raise ValueError("label_names are no names")
+    for name, numbers in sizes.items():
+        if not all(type(number) is int and 0 < number < 1 << 48 for number in numbers):
+            raise ValueError(f"{name} is {short(list(numbers))}")
+    if len(recipe.latent_shape) != 3:
+        raise ValueError(f"latent_shape is {short(list(recipe.latent_shape))}")
+    known = INDEX_DTYPES if recipe.content == "indices" else LATENT_DTYPES
+    if recipe.content not in CONTENTS or recipe.dtype not in known:
+        raise UserError(f"{where}: content {short(recipe.content)} in {short(recipe.dtype)} is unknown; update ldm_vae")
 
 
 def _name_damage(manifest: Manifest) -> None:

@@ -47,7 +47,9 @@ class LatentNormalizer:
         """From `to_dict()`, or from the statistics of a manifest. Raises: UserError also where they are no numbers."""
         try:
             return cls(values["mean"], values["std"])
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"latent statistics: mean is {values.get('mean')} and std is {values.get('std')}, which must be a "
                 "number for each channel; restore the file that they come from"

@@ -26,6 +26,9 @@ from ldm_vae.storage import Folder
 HEADER_BYTES = 1 << 13
 """Read at first; a longer header costs a second read."""
 
+NUMBERS = ("index", "count", "rejected", "first_index", "last_index", "size_bytes")
+"""Names of the fields that are numbers; the others are text."""
+
 MAKE_AGAIN = "`ldm-vae latents repair` makes it again"
 
 
@@ -97,9 +100,17 @@ def read_sidecar(folder: Folder, number: int) -> Sidecar:
         UserError: it is missing, damaged, or of another format version.
     """
     header, body = _parse(folder, number, whole=True)
-    lines = [json.loads(line) for line in body.splitlines()]
-    rejected = [Rejection(**line) for line in lines if "reason" in line]
-    return Sidecar(header, [Sample(**line) for line in lines if "reason" not in line], rejected)
+    try:
+        lines = [json.loads(line) for line in body.splitlines()]
+        rejected = [Rejection(**line) for line in lines if "reason" in line]
+        samples = [Sample(**line) for line in lines if "reason" not in line]
+        every: list[Sample | Rejection] = [*samples, *rejected]
+        for entry in every:
+            _check_types(entry)
+    except (ValueError, TypeError, RecursionError) as error:
+        where = f"{folder.location}/{sidecar_name(number)}"
+        raise UserError(f"{where}: a line cannot be read ({type(error).__name__}: {error}); {MAKE_AGAIN}") from error
+    return Sidecar(header, samples, rejected)
 
 
 def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
@@ -111,6 +122,14 @@ def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
             f"{MAKE_AGAIN}"
         )
     return [sample.id for sample in sidecar.samples]
+
+
+def _check_types(record: ShardRecord | Sample | Rejection) -> None:
+    """Raises: ValueError for a field that is not the number or the text that it should be."""
+    for name, value in vars(record).items():
+        kind = type(value)
+        if kind is not (int if name in NUMBERS else str) or (kind is int and not 0 <= value < 1 << 63):
+            raise ValueError(f"{name} is {value!r}"[:80])
 
 
 def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
@@ -128,6 +147,9 @@ def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
         checksum, sums = values.pop("body"), np.array(values.pop("sums"), np.float64)
         origin, shard = values.pop("origin"), values.pop("shard")
         record = ShardRecord(**values, sidecar_checksum=checksum_bytes(first))
+        _check_types(record)
+        if not (isinstance(origin, str) and type(shard) is int and shard >= 0):
+            raise ValueError("no origin or shard")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -26,6 +26,7 @@ from typing import BinaryIO
 from ldm_vae import files
 from ldm_vae.errors import UserError
 from ldm_vae.storage import DISK_FULL
+from ldm_vae.storage.local import is_at
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Cache:
                 return None
             take_lock(file, shared=True, patience_seconds=1.0)
             try:
-                is_whole, is_there = self._is_whole(file, copy), _is_at(file, copy)
+                is_whole, is_there = self._is_whole(file, copy), is_at(file, copy)
             except OSError:  # the disk is damaged
                 is_whole, is_there = False, True
             if is_whole and is_there:
@@ -226,7 +227,7 @@ class Cache:
                 if not taken:
                     yield False
                     return
-                if _is_at(file, path):
+                if is_at(file, path):
                     try:
                         yield waited
                     finally:
@@ -281,16 +282,8 @@ def _remove(copy: Copy) -> bool:
             is_free = take_lock(file)
             if is_free is None:
                 is_free = not 0 <= time.time() - copy.used_seconds < UNLOCKED_SECONDS
-            if is_free and _is_at(file, copy.path):  # else it was removed meanwhile, and perhaps fetched again
+            if is_free and is_at(file, copy.path):  # else it was removed meanwhile, and perhaps fetched again
                 copy.path.unlink()
             return is_free
     except FileNotFoundError:  # by another process
         return True
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the path still leads to this open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False

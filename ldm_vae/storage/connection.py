@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ldm_vae.errors import UserError
+from ldm_vae.privacy import check_no_password
 from ldm_vae.storage import DISK_FULL
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,13 @@ class Connection:
     pickled, and used after a fork. Listings are never cached, or a reader would not see what others write.
 
     Raises:
-        UserError: the protocol is unknown, or its package is not installed.
+        UserError: the protocol is unknown, its package is not installed, or the URL holds a password.
     """
 
     location: str
 
     def __post_init__(self) -> None:
+        check_no_password(self.location, "address")
         self.request(lambda filesystem: None)
 
     @property

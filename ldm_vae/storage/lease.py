@@ -45,6 +45,7 @@ class Claim:
         machine: equal for two processes only if the one can see whether the other lives.
         token: another one for each time the lock is taken.
         renewed: when, by the clock of the holder; for people to read.
+        started: when the process began, by the machine's own count; "" where unknown. Numbers of processes come again.
     """
 
     host: str
@@ -52,6 +53,7 @@ class Claim:
     machine: str
     token: str
     renewed: str
+    started: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on host {self.host}"
@@ -67,10 +69,12 @@ class Claim:
             return True
         except OSError:
             pass
-        return False
+        now = _start_of(self.pid)
+        return "" not in (now, self.started) and now != self.started
 
 
 KINDS = {"host": str, "pid": int, "machine": str, "token": str, "renewed": str}
+"""Of what every claim has."""
 UNKNOWN = Claim("unknown", 0, "", "", "")
 
 
@@ -84,7 +88,7 @@ class Lease:
 
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection, self.name, self.path = connection, name, connection.path(name)
-        self.claim = Claim(socket.gethostname(), os.getpid(), _machine(), uuid.uuid4().hex, "")
+        self.claim = Claim(socket.gethostname(), os.getpid(), _machine(), uuid.uuid4().hex, "", _start_of(os.getpid()))
         self.lost_to: str | None = None
         self._renewed_at = 0.0
         self._ended = threading.Event()
@@ -165,7 +169,8 @@ class Lease:
             return None
         try:
             values = json.loads(data[:MAXIMUM_BYTES])
-            return Claim(**{name: kind(values[name]) for name, kind in KINDS.items()})
+            known = {name: kind(values[name]) for name, kind in KINDS.items()}
+            return Claim(**known, started=str(values.get("started", "")))
         except (ValueError, TypeError, KeyError):
             return UNKNOWN
 
@@ -225,3 +230,12 @@ def _machine() -> str:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
         return socket.gethostname()
+
+
+def _start_of(pid: int) -> str:
+    """When a living process of this machine began, in ticks since its boot; "" where that is not known."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]  # the name before it may hold spaces and brackets
+    except (OSError, IndexError):
+        return ""

@@ -1,27 +1,39 @@
 """Checkpoints that are complete or absent: written beside, hashed, fsynced, renamed. Tensors as safetensors, no pickle.
 
 A checkpoint is a folder `step-000001234` with the weights, their EMA and the optimizer state of every module as
-safetensors, `state.json`, and `MANIFEST.json` with a checksum of each. Nothing in it is ever rewritten; the newest one
-that verifies is the one to resume from.
+safetensors, `state.json`, and `MANIFEST.json` with a checksum of each (see `seal`). Nothing in it is ever rewritten;
+the newest one that verifies is the one to resume from.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_vae.errors import UserError
-from ldm_vae.files import checksum, publish_directory, temporary_directory, write_json
+from ldm_vae.files import (
+    publish_directory,
+    remove_directory,
+    remove_leftovers,
+    system_errors_explained,
+    temporary_directory,
+    write_json,
+)
+from ldm_vae.seal import damage, seal
+from ldm_vae.tensor_files import check_model_folder
 
-FORMAT_VERSION = 1
-MANIFEST = "MANIFEST.json"
+STATE = "state.json"
 
 
 @dataclass
@@ -34,11 +46,35 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Publish a checkpoint in `folder`, then remove all but the newest `keep` (at least 2) others.
+    """Publish a checkpoint in `folder`, then remove all but the newest `keep` (at least 2).
 
     Raises:
-        UserError: when a tensor is not finite (the run's earlier checkpoints stay), or the disk is full.
+        UserError: a tensor is not finite, the disk is full, or the folder has become unwritable or has vanished. The
+            earlier checkpoints stay.
     """
+    _refuse_what_is_not_finite(checkpoint)
+    final = folder / f"step-{checkpoint.step:09d}"
+    with system_errors_explained(folder, "earlier checkpoints are intact, and the same command continues from them"):
+        if not folder.is_dir():  # a vanished mount: a new folder would lie on the disk below it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        remove_leftovers(folder)  # before writing: it may be their room that is needed
+        temporary = temporary_directory(final)
+        try:
+            for stem, tensors in checkpoint.tensors.items():
+                contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+                save_file(contiguous, temporary / f"{stem}.safetensors")
+            write_json(temporary / STATE, {"step": checkpoint.step, **checkpoint.state})
+            seal(temporary)
+            publish_directory(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in sorted(folder.glob("step-*"))[: -max(2, keep)]:
+            remove_directory(old)
+    return final
+
+
+def _refuse_what_is_not_finite(checkpoint: Checkpoint) -> None:
     for stem, tensors in checkpoint.tensors.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -46,58 +82,46 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                     f"step {checkpoint.step}: {stem} tensor {name!r} is not finite, so nothing was saved; "
                     "resume from the last checkpoint with a lower training.learning_rate"
                 )
-    final = folder / f"step-{checkpoint.step:09d}"
-    temporary = temporary_directory(final)
-    try:
-        for stem, tensors in checkpoint.tensors.items():
-            contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary / f"{stem}.safetensors")
-        write_json(temporary / "state.json", {"step": checkpoint.step, **checkpoint.state})
-        files = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-        publish_directory(temporary, final)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if "No space left" in str(error):
-            raise UserError(f"{folder}: no space left on the device; earlier checkpoints are intact") from error
-        raise
-    for old in sorted(folder.glob("step-*"))[: -max(2, keep)]:
-        shutil.rmtree(old)
-    for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    return final
-
-
-def verify(path: Path) -> str | None:
-    """None when every file of the checkpoint is as it was written, else what is wrong."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format_version"] > FORMAT_VERSION:
-            return f"has format version {manifest['format_version']}, newer than {FORMAT_VERSION}; update ldm_vae"
-        for name, expected in manifest["files"].items():
-            if checksum(path / name) != expected:
-                return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
-    problems: list[str] = []
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not: it is renamed.
+
+    So that it does not count as one of those that are kept, nothing of it is lost, and it is not met again.
+
+    Raises:
+        UserError: none of those that are there verifies, or one has a newer format.
+    """
+    damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = verify(path)
+        problem = damage(path)
         if problem is None:
-            return path, problems
-        problems.append(f"{path}: {problem}; it is passed over")
-    return None, problems
+            return path, [_set_aside(path, problem) for path, problem in damaged.items()]
+        damaged[path] = problem
+    if damaged:
+        raise UserError(
+            f"{folder}: none of the checkpoints can be used ({'; '.join(f'{p.name}: {w}' for p, w in damaged.items())}"
+            "); bring back one of them from a copy, or remove them to begin anew"
+        )
+    return None, []
+
+
+def _set_aside(path: Path, problem: str) -> str:
+    aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+    with system_errors_explained(path, "make the folder writable and run the same command again"):
+        os.rename(path, aside)
+    return f"{path}: {problem}; it is passed over, and is now called {aside.name}"
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint that was verified. Tensors come to the CPU."""
-    state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+    """Read a checkpoint that was verified. Tensors come to the CPU. Raises: UserError for one that others made up."""
+    check_model_folder(path)
+    try:
+        state = dict(json.loads((path / STATE).read_text()))
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path}: is no checkpoint ({type(error).__name__}: {error}); remove it") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

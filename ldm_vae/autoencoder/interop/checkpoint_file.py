@@ -8,6 +8,7 @@ and refuses everything else, so no code of the file runs.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.errors import UserError
+from ldm_vae.tensor_files import check_tensor_file
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
@@ -81,12 +83,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        check_tensor_file(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is no readable safetensors file ({error}); fetch it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    _check_unpacked_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes is the file's fault
@@ -103,7 +107,29 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, no dictionary of tensors; save its state_dict()")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if not _has_all_its_numbers(tensor):
+            raise UserError(f"{path}: the tensor {name!r} has a shape without the numbers for it; fetch it again")
+    return tensors
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raises: UserError for a packed archive, which could unpack to any size. Torch packs nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # the format before torch 1.6 is no archive
+    if unpacked > path.stat().st_size:
+        raise UserError(f"{path}: unpacks to {unpacked} bytes, more than it has; fetch it again")
+
+
+def _has_all_its_numbers(tensor: Tensor) -> bool:
+    """False for a tensor that repeats one number, or has none: a small file could ask for any memory."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _first_line(error: Exception) -> str:

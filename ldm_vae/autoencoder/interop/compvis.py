@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm_vae import compat
+from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
+from ldm_vae.tensor_files import count_numbers
 
 compat.repair_torchvision()
 
@@ -23,6 +25,7 @@ from diffusers import AutoencoderKL
 from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.interop.architecture import Architecture, from_diffusers, from_shapes, is_projection
 from ldm_vae.autoencoder.interop.checkpoint_file import read_foreign
+from ldm_vae.autoencoder.weights import check_finite
 
 UNKNOWN_SAMPLE_SIZE = 256
 """Pixels; diffusers uses it for tiling only."""
@@ -84,7 +87,11 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
             f"the tensors do not fit a CompVis autoencoder of widths {architecture.widths}: "
             f"missing {_some(missing)}, unknown {_some(unknown)}"
         )
-    model: Any = (VQModel if architecture.is_quantized else AutoencoderKL)(**config)
+    model_class: Any = VQModel if architecture.is_quantized else AutoencoderKL
+    asked, held = count_numbers(lambda: model_class(**config)), sum(tensor.numel() for tensor in tensors.values())
+    if asked > 2 * held:  # before memory is taken; smaller differences are named below
+        raise UserError(f"the tensors hold {held} numbers, the architecture that they describe has {asked}")
+    model = model_class(**config)
     state = {
         theirs: (tensors[ours].flatten(1) if is_projection(ours) else tensors[ours]).to(torch.float32)
         for ours, theirs in names.items()
@@ -94,6 +101,7 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
     except RuntimeError as error:
         shapes = " ".join(str(error).split())
         raise UserError(f"shapes do not fit the architecture that the others describe: {shapes[:300]}") from error
+    check_finite(state, "the model")
     return model.eval().requires_grad_(False)
 
 
@@ -119,15 +127,9 @@ def architecture_of(model: Any) -> Architecture:
 
 def read_settings(path: Path) -> CompVisSettings:
     """scale_factor and resolution of an LDM configuration file. Raises: UserError when it is not one."""
-    from omegaconf import OmegaConf
-
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the YAML configuration of the original repository")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML parser's errors have no common class
-        raise UserError(f"{path}: is no readable YAML ({str(error).splitlines()[0]})") from error
-    values: Any = content if isinstance(content, dict) else {}
+    values = configuration.read_yaml(path)
     parameters = _mapping(_mapping(values, "model"), "params")
     if not parameters:
         raise UserError(f"{path}: has no model.params, so it is no LDM configuration; leave --config out")

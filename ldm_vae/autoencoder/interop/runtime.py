@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -199,13 +200,22 @@ def _write_onnx(graph: nn.Module, example: Tensor, path: Path, half: str, factor
                 f"{model}: torch cannot export its {half} to ONNX ({type(error).__name__}); try --to torchscript"
             ) from error
         assert program is not None
+        for node in program.model.graph.all_nodes():  # each names its lines of source by their paths on this machine
+            node.metadata_props.clear()
         program.save(path)
 
 
 def _write_torchscript(graph: nn.Module, example: Tensor, path: Path, half: str, factor: int) -> None:
     """A frozen trace: weights are constants; shapes are read from the input, as the check at another size shows."""
     with _quiet(), torch.no_grad():
-        torch.jit.freeze(torch.jit.trace(graph, (example,), check_trace=False)).save(str(path))
+        traced = path.with_suffix(".traced")
+        torch.jit.freeze(torch.jit.trace(graph, (example,), check_trace=False)).save(str(traced))
+    # all but the lines of source that each operation came from, named by their paths on this machine
+    with zipfile.ZipFile(traced) as archive, zipfile.ZipFile(path, "w") as kept:
+        for member in archive.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                kept.writestr(zipfile.ZipInfo(member.filename), archive.read(member))
+    traced.unlink()
 
 
 def _onnx_graph(path: Path) -> Graph:

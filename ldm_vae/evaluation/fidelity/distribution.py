@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ldm_vae import compat
+from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
 from ldm_vae.random import numpy_rng
+from ldm_vae.tensor_files import check_tensor_file
 
 Distribution = Literal["none", "kid", "fid"]
 
@@ -67,13 +69,15 @@ def load_inception(weights: str | None = None) -> Any:
     torch.save(tensors, buffer)
     buffer.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception", [str(FEATURES)], feature_extractor_weights_path=buffer)
+        network = FeatureExtractorInceptionV3("inception", [str(FEATURES)], feature_extractor_weights_path=buffer)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
             f"inception_weights={weights}: is not the Inception of FID ({reason}); give torch-fidelity's "
             "weights-inception-2015-12-05, or leave it out to let torch-fidelity download it"
         ) from error
+    check_finite(network.state_dict(), f"inception_weights={weights}")
+    return network
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:
@@ -86,6 +90,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
+            check_tensor_file(path)
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file makes the reader raise

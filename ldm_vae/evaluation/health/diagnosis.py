@@ -28,7 +28,13 @@ from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.health.diagnosis_page import markdown, render
 from ldm_vae.evaluation.health.health_figures import measure
 from ldm_vae.evaluation.health.judgement import verdicts
-from ldm_vae.evaluation.result_folder import check_resolution, describe_autoencoder, finished_result
+from ldm_vae.evaluation.result_folder import (
+    alone_in,
+    check_resolution,
+    describe_autoencoder,
+    finished_result,
+    publishing,
+)
 from ldm_vae.files import write_json, write_text
 
 RESULTS, TABLE, PAGE = "health.json", "health.md", "index.html"
@@ -86,28 +92,31 @@ def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
     if finished is not None:
         return finished
     source = subset(open_source(config.data), config.part, config.data.held_out)
-    rejected: list[tuple[str, str]] = []
-    chosen = spread(len(source), config.count)
-    measured = measure(
-        autoencoder, read_images(source, chosen, config, rejected), len(chosen), config.batch, config.seed, device
-    )
-    training = training_record(config.autoencoder)
-    found = verdicts(measured.figures, training.get("rate", {}))
-    report = {
-        "format_version": 1,
-        "autoencoder": describe_autoencoder(autoencoder),
-        "protocol": _protocol(config, source, measured.figures["images"]["count"]),
-        "training": training,
-        "verdicts": [verdict.to_dict() for verdict in found],
-        **measured.figures,
-        "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
-        "config": configuration.to_dict(config),
-    }
-    output = Path(config.output)
-    write_text(output / TABLE, markdown(report))
-    write_text(output / PAGE, render(report, found, measured))
-    write_json(output / RESULTS, report)
-    provenance.write_run_record(output, None, started, time.time() - started, images=report["protocol"]["images"])
+    with alone_in(config.output):
+        rejected: list[tuple[str, str]] = []
+        chosen = spread(len(source), config.count)
+        measured = measure(
+            autoencoder, read_images(source, chosen, config, rejected), len(chosen), config.batch, config.seed, device
+        )
+        training = training_record(config.autoencoder)
+        found = verdicts(measured.figures, training.get("rate", {}))
+        report = {
+            "format_version": 1,
+            "autoencoder": describe_autoencoder(autoencoder),
+            "protocol": _protocol(config, source, measured.figures["images"]["count"]),
+            "training": training,
+            "verdicts": [verdict.to_dict() for verdict in found],
+            **measured.figures,
+            "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
+            "config": configuration.to_dict(config),
+        }
+        output, page = Path(config.output), render(report, found, measured)
+        with publishing(output):
+            write_text(output / TABLE, markdown(report))
+            write_text(output / PAGE, page)
+            write_json(output / RESULTS, report)
+            images = report["protocol"]["images"]
+            provenance.write_run_record(output, None, started, time.time() - started, images=images)
     return report
 
 

@@ -101,7 +101,7 @@ def _with_overrides(config: EvaluateConfig, overrides: Sequence[str]) -> Evaluat
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        base = OmegaConf.merge(OmegaConf.structured(EvaluateConfig), configuration.to_dict(config))
+        base = OmegaConf.structured(config)
         merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:

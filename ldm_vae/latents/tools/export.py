@@ -28,7 +28,7 @@ from ldm_vae.latents.statistics import combine
 from ldm_vae.latents.tools import export_datasets, export_webdataset
 from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.random import generator
-from ldm_vae.storage import DISK_FULL, Folder, is_url, open_folder
+from ldm_vae.storage import DISK_FULL, Folder, open_folder
 
 FORMATS = {"parquet": export_datasets, "webdataset": export_webdataset}
 EXPORT = "export.json"
@@ -172,8 +172,6 @@ def export_set(
                     bar.update(stop - start)
             folder.write(CARD, _card(export).encode())
             folder.write(MANIFEST, manifest.where.read(MANIFEST))
-            if not is_url(output):  # the lock of a remote folder goes by itself
-                folder.remove(LOCK)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise UserError(

@@ -40,6 +40,7 @@ from ldm_vae.latents.shard import Shard, write_shard
 from ldm_vae.latents.tools.state import IMPORTED, read_state
 from ldm_vae.latents.tools.verify import verify
 from ldm_vae.storage import is_url, local_path
+from ldm_vae.tensor_files import check_tensor_file
 
 STATISTICS = "latents_stats.pt"
 FILE_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
@@ -203,6 +204,7 @@ def read_header(path: Path) -> File:
     """Raises: UserError when it is damaged, or of another layout."""
     from safetensors import SafetensorError, safe_open
 
+    check_tensor_file(path)
     try:
         with safe_open(path, framework="pt") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict

@@ -36,6 +36,7 @@ from ldm_vae.latents.output import SIDECAR_NAME
 from ldm_vae.latents.sidecar import read_header
 from ldm_vae.latents.tools.findings import Finding, Kind, reason
 from ldm_vae.storage import Folder
+from ldm_vae.tensor_files import check_tensor_header
 
 PLAN_NAME = re.compile(r"plan(?:-(\d{6}))?\.json")
 SHARD_NAME = re.compile(r"shard-(\d{6,})\.(?:safetensors|jsonl)")
@@ -324,8 +325,9 @@ def _self_named_parts(state: SetState) -> list[IndexPart]:
             state.add(name, "damaged", f"its checksum is {found}, and its name says another one")
             return []
         try:
+            check_tensor_header(data[8:], int.from_bytes(data[:8], "little"), name)
             parts.setdefault(name[:12], []).append(IndexPart(name, len(load(data)["count"]), found))
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, UserError) as error:
             state.add(name, "damaged", f"is no index ({error})")
             return []
     latest = [sorted(same, key=lambda part: part.shards)[-2:] for same in parts.values()]

@@ -1,0 +1,64 @@
+"""Weights of a model from safetensors: complete, nothing else beside them, every number finite.
+
+diffusers itself only warns of a tensor that is missing, and gives it random numbers. Which class a model has, and what
+it is for, belongs to whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_vae.errors import UserError
+from ldm_vae.tensor_files import check_model_folder
+
+INSTEAD = "restore it from a copy, or make it again"
+
+
+def load_weights(model_class: Any, path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    """A diffusers model in eval mode, from a directory or hub id. Further arguments go to its `from_pretrained`.
+
+    Raises:
+        UserError: naming the tensor that is missing, unknown, of another shape or not finite; or the reason why the
+            files cannot be read.
+    """
+    name = model_class.__name__
+    try:
+        check_model_folder(Path(path), model_class)
+        model, loading = model_class.from_pretrained(
+            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **kwargs
+        )
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: cannot be loaded as {name}: {_reason(error)}; {INSTEAD}") from error
+    check_complete(loading, f"{path}: as {name}")
+    check_finite(model.state_dict(), str(path))
+    if Path(path).exists():
+        model.register_to_config(_name_or_path=Path(path).name)  # else it would save the path in its config.json
+    return model.eval()
+
+
+def check_complete(loading: Mapping[str, Any], where: str, unexpected: bool = True) -> None:
+    """Raises: UserError for weights that were `missing_keys` or, unless allowed, `unexpected_keys` when loading."""
+    wrong = {"lacks": loading["missing_keys"], "does not know": loading["unexpected_keys"] if unexpected else []}
+    for what, names in wrong.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{where} it {what} the tensor {min(names)!r}{more}; {INSTEAD}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises: UserError naming the first tensor with NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: the tensor {name!r} is not finite; {INSTEAD}")
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of diffusers' messages, whose very first says nothing of a tensor."""
+    return " ".join(" ".join(str(error).split()).split()[:40]) or type(error).__name__
