@@ -3,6 +3,7 @@
     python scripts/reliability.py          # every promise, the long trials among them: more than an hour on 2 cores
     python scripts/reliability.py 1 4      # promises 1 and 4 alone; the rows of the others stay
     python scripts/reliability.py 1 -- -m "promise and not slow"     # what follows -- goes to pytest
+    python scripts/reliability.py --reports a.xml b.xml              # of earlier runs of `pytest --junitxml=a.xml`
 
 Runs the tests marked `promise(number)`. What each recorded while it ran (`record_property("figure", ...)`) is its
 row in the table; a test that fails says FAILED there, and this program ends with pytest's exit code.
@@ -16,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -40,10 +40,14 @@ class Row:
         return f"| {self.promise} | {self.test} | {self.figure} | {self.seconds} | {self.day} |\n"
 
 
-def rows_of_report(report: Path, day: str) -> list[Row]:
+def rows_of_report(report: Path) -> list[Row]:
     """A row for each promise of each test in a JUnit file; tests that were skipped have none."""
-    rows = []
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    rows: list[Row] = []
+    suite = ElementTree.parse(report).getroot().find(".//testsuite")
+    if suite is None:
+        return rows
+    day = suite.get("timestamp", "")[:10]
+    for case in suite.iter("testcase"):
         properties = [(item.get("name"), item.get("value", "")) for item in case.iter("property")]
         if case.find("skipped") is not None:
             continue
@@ -78,22 +82,37 @@ def with_rows(text: str, rows: Sequence[Row]) -> str:
     return before + START + HEADER + "".join(map(str, rows)) + END + rest.split(END)[1]
 
 
+def record(new: Sequence[Row]) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(with_rows(text, merged(rows_of_document(text), new)), encoding="utf-8")
+    print(f"{DOCUMENT.relative_to(ROOT)}: {len(new)} figures")
+
+
 def main() -> int:
     words = sys.argv[1:]
     own, further = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("promises", nargs="*", type=int, help="numbers; all when left out")
-    chosen = parser.parse_args(own).promises
+    parser.add_argument("--reports", nargs="+", type=Path, help="take the figures of these and run nothing")
+    arguments = parser.parse_args(own)
+    if arguments.reports:
+        record([row for report in arguments.reports for row in rows_of_report(report)])
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "promise and not gpu", f"--junitxml={report}"]
-        command += [f"--promise={number}" for number in chosen] + further
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "promise and not gpu",
+            f"--junitxml={report}",
+            "-o",
+            "junit_family=xunit1",
+        ]
+        command += [f"--promise={number}" for number in arguments.promises] + further
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        new = rows_of_report(report, date.today().isoformat()) if report.exists() else []
-    if new:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        DOCUMENT.write_text(with_rows(text, merged(rows_of_document(text), new)), encoding="utf-8")
-        print(f"{DOCUMENT.relative_to(ROOT)}: {len(new)} figures")
+        record(rows_of_report(report) if report.exists() else [])
     return code
 
 

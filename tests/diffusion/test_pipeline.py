@@ -25,6 +25,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
 from ldm_vae.latents.manifest import Manifest, read_manifest
 from ldm_vae.latents.normalizer import LatentNormalizer
+from ldm_vae.seal import MANIFEST, seal
 from tests.diffusion.conftest import NAMES, make_pipeline
 from tests.diffusion.fields import Gaussian
 from tests.test_structure import imported
@@ -155,6 +156,7 @@ def test_a_damaged_normaliser_is_refused(saved: Path, tmp_path: Path, changes: d
     index = json.loads((copy / "model_index.json").read_text())
     index["normalizer"] |= changes
     (copy / "model_index.json").write_text(json.dumps(index))
+    seal(copy)
     with pytest.raises(UserError, match=message):
         LatentDiffusionPipeline.from_pretrained(copy)
 
@@ -207,6 +209,7 @@ def test_a_pipeline_of_an_earlier_release_is_loaded(saved: Path, tmp_path: Path,
     for key in ("preprocessing", "latent_rgb", "autoguidance_unet"):
         del index[key]
     (copy / "model_index.json").write_text(json.dumps(index))
+    (copy / MANIFEST).unlink()
     loaded = LatentDiffusionPipeline.from_pretrained(copy)
     assert loaded.config["preprocessing"] is loaded.config["latent_rgb"] is loaded.autoguidance_unet is None
     loaded.check_latents(manifest)

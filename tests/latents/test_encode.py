@@ -183,8 +183,9 @@ def test_images_that_are_all_unreadable_are_an_error(encode, tmp_path):
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
+@pytest.mark.promise(8)
 def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
-    encode, autoencoder_directory, image_folder, tmp_path
+    encode, autoencoder_directory, image_folder, tmp_path, record_property
 ):
     autoencoder = load_autoencoder(autoencoder_directory)
     with torch.no_grad():
@@ -198,6 +199,7 @@ def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
     with pytest.raises(UserError, match=f"^{first}: its latent is not finite in float16"):
         encode(tmp_path / "set", f"autoencoder={tmp_path / 'autoencoder'}")
     assert not (tmp_path / "set" / "manifest.json").exists()
+    record_property("figure", "latents beyond float16: the job stopped with the image's name, no set was published")
 
 
 def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
@@ -371,7 +373,7 @@ def test_too_many_unreadable_images_stop_the_job(encode, image_folder, tmp_path)
         encode(tmp_path / "shares", *settings, f"share={number}/3")
     with pytest.raises(UserError, match="3 of 24 images"):
         encode(tmp_path / "shares", *settings)
-    assert {path.suffix for path in (tmp_path / "shares").glob("[!s]*")} == {".json", ".lock"}  # the plan alone
+    assert {path.suffix for path in (tmp_path / "shares").glob("[!s]*")} == {".json"}  # the plan alone
     (images / "a" / "018.png").unlink()  # 2 of 23
     encode(tmp_path / "other", *settings)
     assert read_manifest(tmp_path / "other").rejected == 2

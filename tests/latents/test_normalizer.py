@@ -35,11 +35,13 @@ def test_constants_survive_json_to_the_last_bit():
     assert (again.mean, again.std) == ((1 / 3,), (2 / 7,))
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
         ([0.0], [0.0], "channel 0"),
         ([0.0, float("nan")], [1.0, 1.0], "channel 1"),
+        ([0.0, 0.0], [1.0, float("inf")], "channel 1"),
         ([0.0, 0.0], [1.0], "2 means for 1"),
         ([], [], "0 means"),
     ],

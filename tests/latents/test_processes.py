@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from ldm_vae import cli
 from tests.latents.test_encode import contents
 
 ROOT = Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ldm_vae.latents.encode", "accelerate", __name__])
 SCRIPT = str(ROOT / "scripts" / "encode_dataset.py")
 
 
@@ -62,6 +69,7 @@ def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path,
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
+@pytest.mark.promise(11)
 def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, latents, tmp_path):
     jobs = [start(*settings, f"output={tmp_path / 'set'}") for _ in range(2)]
     outputs = [job.communicate(timeout=120)[0] for job in jobs]
@@ -71,25 +79,95 @@ def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, l
     assert contents(tmp_path / "set") == contents(latents)
 
 
-@pytest.mark.slow
-def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(encode, settings, tmp_path):
-    """10 trials, each killed three times at a random moment, each time with 1 or 2 processes."""
-    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=200"]
+def run_rank(words: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+    """`ldm-vae WORDS` in one of the processes that a launcher would have started; what it says is added to `log`."""
+    with open(log, "a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    if processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any command
+    torch.set_num_threads(1)
+    sys.exit(cli.main(words))
+
+
+class Forked:
+    """`ldm-vae WORDS` in some processes, forked from a server that has imported torch once."""
+
+    def __init__(self, words: list[str], processes: int, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [(words, rank, processes, port, log) for rank in range(processes)]
+        self.processes = [FORKS.Process(target=run_rank, args=arguments) for arguments in ranks]
+        for process in self.processes:
+            process.start()
+
+    def wait_for_files(self, directory: Path, count: int) -> None:
+        """Until so many belong to shards, or all processes have ended."""
+        wait_for(
+            lambda: (
+                len(list(directory.glob("shard-*"))) >= count
+                or not any(process.is_alive() for process in self.processes)
+            )
+        )
+
+    def kill(self, choose: random.Random) -> int:
+        """One after the other, with a moment in between where the others go on. Returns: how many still lived."""
+        killed = 0
+        for process in choose.sample(self.processes, len(self.processes)):
+            process.kill()
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            time.sleep(choose.choice([0, 0, 0.1]))
+        return killed
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Look often: what is waited for may last for milliseconds."""
+    end = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.003)
+
+
+def published(directory: Path) -> dict[str, bytes]:
+    """What is there under a final name and belongs to the set."""
+    names = ("shard-*", "plan*", "index-*", "quarantine.jsonl", "manifest.json")
+    return {path.name: path.read_bytes() for name in names for path in directory.glob(name)}
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.promise(4)
+@pytest.mark.parametrize("trials", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(
+    encode, settings, tmp_path, trials, record_property
+):
+    """Trials of three rounds, each with 1 to 3 processes that are killed while they start or some files later."""
+    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=120"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
+    choose, killed, compared = random.Random(trials), 0, 0
     encode(tmp_path / "whole", *settings)
-    choose, killed = random.Random(0), 0
-    for trial in range(10):
-        output = tmp_path / str(trial)
+    whole = contents(tmp_path / "whole")
+    for trial in range(trials):
+        output, log = tmp_path / str(trial), tmp_path / f"{trial}.txt"
         for _ in range(3):
-            job = start(*settings, f"output={output}", processes=choose.choice([1, 1, 2]))
-            deadline, before = time.monotonic() + 60, len(list(output.glob("shard-*.jsonl")))
-            more = choose.randrange(1, 30)
-            while len(list(output.glob("shard-*.jsonl"))) < before + more and job.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            killed += job.poll() is None
-            subprocess.run(["pkill", "-KILL", "-f", str(output)], check=False)
-            job.communicate(timeout=60)
+            words = ["encode", *settings, f"output={output}", f"workers={choose.choice([0, 0, 2])}"]
+            more = choose.randrange(40)  # of 120 files
+            job = Forked(words, choose.choice([1, 2, 3]), log)
+            job.wait_for_files(output, len(list(output.glob("shard-*"))) + more)
+            time.sleep(choose.uniform(0, 0.05))
+            killed += job.kill(choose)
+            for name, data in published(output).items():
+                assert data == whole[name], f"{name} after a kill in trial {trial}"
+                compared += 1
         encode(output, *settings)
-        assert contents(output) == contents(tmp_path / "whole")
-    assert killed > 20
+        assert contents(output) == whole, log.read_text()
+        assert not list(output.glob(".tmp-*"))
+    assert killed >= trials
+    record_property(
+        "figure",
+        f"{trials} trials, {killed} processes killed: {trials} sets byte-identical; {compared} published files read "
+        "after the kills, 0 torn",
+    )

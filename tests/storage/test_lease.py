@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +86,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.promise(11)
 def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None:
     folder = open_folder(location)
     assert folder.holder(NAME) is None
@@ -110,9 +115,8 @@ def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None
         pass
 
 
-def test_a_lock_of_another_machine_is_respected_until_it_is_stale(
-    remote: Folder,
-) -> None:
+@pytest.mark.promise(11)
+def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder) -> None:
     remote.write(NAME, claim())
     with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.hold(NAME):
         pass
@@ -146,6 +150,91 @@ def test_the_same_name_of_a_host_is_not_the_same_machine(remote: Folder) -> None
     assert not mine.is_dead
 
 
+@pytest.mark.promise(11)
+def test_another_process_with_the_number_of_a_dead_one_is_told_apart(remote: Folder) -> None:
+    """Numbers come again, in containers soon: the same number that began at another time is another process."""
+    mine = lease.Lease(remote.connection, NAME).claim
+    if not mine.started:
+        pytest.skip("no /proc here")
+    assert replace(mine, started="1").is_dead
+    assert not replace(mine, started="").is_dead, "a claim of an older release does not say"
+    remote.write(NAME, json.dumps(asdict(replace(mine, started="1"))).encode())
+    assert remote.holder(NAME) is None
+    with remote.hold(NAME):
+        assert json.loads(remote.read(NAME))["started"] == mine.started
+
+
+@pytest.mark.promise(11)
+@pytest.mark.parametrize("named", ["living", "elsewhere", "nobody", "noise"])
+def test_a_lock_file_that_no_process_has_open_holds_nobody_up(tmp_path: Path, named: str) -> None:
+    """On a disk the kernel knows; what the file says may be of another host, or of a number that came again."""
+    words = {"living": f"process {os.getppid()} on host {socket.gethostname()}", "nobody": ""}
+    words |= {"elsewhere": "process 1 on host elsewhere", "noise": "\x00\xff" * 5000}
+    (tmp_path / NAME).write_text(words[named])
+    folder = open_folder(tmp_path)
+    assert folder.holder(NAME) is None
+    with folder.hold(NAME):
+        assert (tmp_path / NAME).read_text() == f"process {os.getpid()} on host {socket.gethostname()}"
+    assert not (tmp_path / NAME).exists()
+
+
+@pytest.mark.promise(11)
+def test_a_child_of_a_killed_holder_is_waited_for(tmp_path: Path) -> None:
+    """It shares the lock, as the workers of a data loader do, which notice after seconds that their process is gone."""
+    script = (
+        "import os, sys, time; from ldm_vae.storage import open_folder\n"
+        "with open_folder(sys.argv[1]).hold(sys.argv[2]):\n"
+        "    if os.fork() == 0: time.sleep(2); os._exit(0)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path), NAME], check=False).returncode == -9
+    folder = open_folder(tmp_path)
+    assert folder.holder(NAME)
+    with folder.hold(NAME):
+        assert str(os.getpid()) in (tmp_path / NAME).read_text()
+
+
+def test_who_opened_the_lock_of_the_one_before_does_not_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock's file goes with it: between opening and locking it, it may be gone, and a new one be another's."""
+    import fcntl
+
+    flock, before, other = fcntl.flock, ExitStack(), ExitStack()
+    before.enter_context(open_folder(tmp_path).hold(NAME))
+
+    def overtaken(file: object, operation: int) -> None:
+        monkeypatch.setattr("fcntl.flock", flock)
+        before.close()
+        other.enter_context(open_folder(tmp_path).hold(NAME))
+        flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", overtaken)
+    with other, pytest.raises(UserError, match="is at work here"), open_folder(tmp_path).hold(NAME):
+        pass
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_filesystem_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"this filesystem has no locks \(Function not implemented\)"):
+        open_folder(tmp_path).hold(NAME).__enter__()
+
+
+def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "set")
+    with folder.hold(NAME):
+        folder.write("a.bin", b"1")
+        (tmp_path / "set").rename(tmp_path / "before")
+        (tmp_path / "set").mkdir()
+        with pytest.raises(UserError, match=r"has changed under this process \(test\.lock is gone\)"):
+            folder.write("b.bin", b"2")
+    assert not list((tmp_path / "set").iterdir())
+
+
 def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: pytest.LogCaptureFixture) -> None:
     other = open_folder(remote.location)
     with remote.hold(NAME):
@@ -169,6 +258,7 @@ def test_a_process_that_slept_looks_before_it_writes(remote: Folder, monkeypatch
             remote.write("b.bin", b"2")
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("before", ["free", "stale", "unreadable"])
 def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
@@ -197,6 +287,7 @@ def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypa
     assert remote.holder(NAME) is None
 
 
+@pytest.mark.promise(11)
 def test_a_killed_process_holds_nothing(location: str, killed: list[Holder]) -> None:
     killed.append(Holder(location))
     folder = open_folder(location)
