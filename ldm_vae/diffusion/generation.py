@@ -23,21 +23,33 @@ from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.data.transforms import cover_crop
+from ldm_vae.diffusion.arguments import DEFAULT_GUIDANCE, read_guidance
 from ldm_vae.diffusion.labels import find_label
+from ldm_vae.diffusion.memorisation import compare_with_training
 from ldm_vae.diffusion.pictures import GenerationConfig, Picture, plan
-from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.sampling import first_step
 from ldm_vae.diffusion.schedulers import evaluations, flow_scheduler, sampler_of
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, checksum, write_atomically
+from ldm_vae.latents.dataset import LatentDataset
+from ldm_vae.latents.manifest import read_manifest
 
 SHEET = "sheet.png"
+PAIRS = "neighbours.png"
 SHEET_IMAGES = 120
+NEIGHBOURS = 2048
 PNG_KEY = "parameters"
 
 
 def generate(
-    config: GenerationConfig, output: str | Path, *, batch: int = 8, device: str = "auto", overwrite: bool = False
+    config: GenerationConfig,
+    output: str | Path,
+    *,
+    batch: int = 8,
+    device: str = "auto",
+    overwrite: bool = False,
+    neighbours: str | None = None,
 ) -> tuple[int, float]:
     """Write `0000_label.png` ..., `sheet.png` and `run.json` into `output`; only what is missing.
 
@@ -47,6 +59,8 @@ def generate(
         batch: Images per pass; changes memory and speed.
         device: auto, cpu, cuda, ... ; under a launcher each process takes its own part of the images.
         overwrite: Replace the images of another call.
+        neighbours: The latents that the model was trained on: `neighbours.png` shows the nearest to each image of the
+            sheet, and `run.json` has the copy rate.
 
     Returns:
         The number of images that this process made now, and its images per second.
@@ -56,14 +70,17 @@ def generate(
     if batch < 1:
         raise UserError(f"batch: {batch} is below 1")
     started = time.time()
-    state = PartialState(cpu=device == "cpu")
-    target = state.device if device in ("auto", "cpu", "cuda") else torch.device(device)
-    pipeline = load_pipeline(config, target)
-    parameters = describe(config, pipeline)
-    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder")
+    state = PartialState(cpu=device == "cpu")
+    pipeline = load_pipeline(config, choose_device(device, state.device))
+    parameters = describe(config, pipeline)
+    training = open_training(neighbours, pipeline, parameters["height"], parameters["width"])
+    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
+    finished = finished and (training is None or (folder / PAIRS).exists())
     state.wait_for_everyone()  # every process has seen the folder as it was
     if state.is_main_process and not finished:
         prepare_folder(folder, pictures, overwrite)
@@ -77,11 +94,57 @@ def generate(
     state.wait_for_everyone()
     if state.is_main_process and not finished:
         shown = pictures[:SHEET_IMAGES]
-        sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption])
-        write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
-        figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
+        images, captions = [Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption]
+        save_sheet(folder / SHEET, labelled_sheet(images, captions))
+        figures: dict[str, Any] = {"images": len(pictures)}
+        if mine:
+            figures["images_per_second"] = round(speed * state.num_processes, 3)
+        if training is not None:
+            pairs, copies = compare_with_training(pipeline, images, captions, training, NEIGHBOURS)
+            save_sheet(folder / PAIRS, pairs)
+            state.print(
+                f"{folder / PAIRS}: {copies.copies} of {copies.samples} images are copies of one of {copies.compared} "
+                "training latents"
+            )
+            figures |= {"copies": copies.copies, "compared_images": copies.samples, "compared_latents": copies.compared}
         provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
     return len(mine), speed
+
+
+def open_training(
+    latents: str | None, pipeline: LatentDiffusionPipeline, height: int, width: int
+) -> LatentDataset | None:
+    """Posterior means, not mirrored. Raises: UserError for latents of another model or size, or fewer than two."""
+    if latents is None:
+        return None
+    manifest = read_manifest(latents)
+    pipeline.check_latents(manifest)
+    training = LatentDataset(latents, posterior="mean" if manifest.content == "moments" else None, flip=False)
+    shape, known = pipeline.latent_shape(height, width), manifest.latent_shape
+    if shape != tuple(known):
+        raise UserError(
+            f"neighbours: latents of {shape[1]} x {shape[2]} cannot be compared with {known[1]} x {known[2]}; "
+            "leave out the size"
+        )
+    if len(training) < 2:
+        raise UserError(f"{latents}: {len(training)} latents have no second nearest; give the set of the training")
+    return training
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def choose_device(name: str, default: torch.device) -> torch.device:
+    """`auto` and the kind of `default` are `default`. Raises: UserError for a device that is not here."""
+    if name in ("auto", default.type):
+        return default
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not here ({str(error).splitlines()[0]}); use auto or cpu") from error
+    return device
 
 
 def load_pipeline(config: GenerationConfig, device: torch.device) -> LatentDiffusionPipeline:
@@ -116,7 +179,10 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
     if config.guidance is None:
         settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
-    pipeline.guidance(bool(pipeline.labels), settings["guidance"], config.autoguidance, config.guidance_interval)
+    read_guidance(
+        settings["guidance"], config.autoguidance, config.guidance_interval, config.guidance_rescale,
+        labelled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
+    )  # fmt: skip
     settings["height"], settings["width"] = pipeline.image_size(config.height, config.width)
     settings["guidance_interval"] = list(config.guidance_interval)
     settings["interpolate"] = list(config.interpolate) if config.interpolate else None
@@ -188,10 +254,13 @@ def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Pi
 
 def prepare_folder(folder: Path, pictures: Sequence[Picture], overwrite: bool) -> None:
     """Make the folder; with `overwrite`, remove the images of an earlier call."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); give another --out") from error
     if overwrite:
-        for path in folder.glob("[0-9][0-9][0-9][0-9]*.png"):
-            path.unlink()
+        for path in [*folder.glob("[0-9][0-9][0-9][0-9]*.png"), folder / PAIRS]:
+            path.unlink(missing_ok=True)
 
 
 def make(
@@ -222,6 +291,7 @@ def make(
                 num_inference_steps=config.steps,
                 guidance_scale=parameters["guidance"],
                 guidance_interval=config.guidance_interval,
+                guidance_rescale=config.guidance_rescale,
                 autoguidance_scale=config.autoguidance,
                 sampler=config.sampler,
                 strength=parameters["strength"],
