@@ -82,7 +82,7 @@ def forget_peak() -> None:
 
 
 def measure_space(name: str, size: int, preset: str) -> dict[str, Any]:
-    """One space at one size, in this process."""
+    """One space at one size, in this process; the memory counts only in a fresh one, where none is used again."""
     import torch
 
     from ldm_vae.diffusion import flow

@@ -33,9 +33,17 @@ def test_pixels_have_64_times_the_tokens_and_the_work(monkeypatch: pytest.Monkey
     }
     assert 50 < found["pixels"]["gigamacs"] / found["latents"]["gigamacs"] < 70
     assert found["pixels"]["sampling_seconds"] > found["latents"]["sampling_seconds"]
-    assert found["pixels"]["training_megabytes"] > 0
     coder = script.measure_autoencoder(64, "pico")
     assert coder["decoding_gigamacs"] > coder["encoding_gigamacs"] > 0 < coder["decoding_seconds"]
+
+
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    """Weights, gradients and two moments at least; in this process freed memory would be used again."""
+    found = script.in_fresh_process("latents", 64, "tiny")
+    weights = 4 * found["parameters"] / 2**20
+    assert found["sampling_megabytes"] > weights
+    assert found["training_megabytes"] > 4 * weights
+    assert found["training_megabytes"] > found["sampling_megabytes"]
 
 
 def test_what_was_measured_is_written_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="times at which guidance acts, 1 being pure noise (default 0 1)",
     )
     parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="0 to 1, against the strong colours of strong guidance (default 0; 0.7 is usual)",
+    )
+    parser.add_argument(
         "--autoguidance",
         type=float,
         default=1.0,
@@ -51,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask", metavar="IMAGE", help="change --init only where this one is white")
     parser.add_argument("--size", metavar="N", help="pixels: 512, or height x width as 512x768 (default: as trained)")
+    parser.add_argument(
+        "--neighbours",
+        metavar="LATENTS",
+        help="the latents of the training: neighbours.png shows the nearest to each image, and the copy rate is said",
+    )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (default 8)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
@@ -73,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         sampler=args.sampler,
         guidance=args.guidance,
         guidance_interval=(args.guidance_interval[0], args.guidance_interval[1]),
+        guidance_rescale=args.guidance_rescale,
         autoguidance=args.autoguidance,
         grid=args.grid,
         interpolate=(args.interpolate[0], args.interpolate[1]) if args.interpolate else None,
@@ -83,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
         width=width,
         precision=args.precision,
     )
-    made, speed = generate(config, args.out, batch=args.batch, device=args.device, overwrite=args.overwrite)
+    made, speed = generate(
+        config, args.out, batch=args.batch, device=args.device, overwrite=args.overwrite, neighbours=args.neighbours
+    )
     say = PartialState().print  # on the main process only
     if made:
-        say(f"{args.out}: {made} images and sheet.png, {speed:.2f} images/s")
+        say(f"{args.out}: {made} images and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
     else:
         say(f"{args.out}: these images are there already; nothing to do")
     return 0

@@ -4,6 +4,8 @@ The same command resumes an interrupted run; `ldm-vae ema` chooses another lengt
 
   ldm-vae train-diffusion configs/diffusion_small.yaml output=runs/diffusion latents=runs/latents \\
       autoencoder=runs/vae/autoencoder
+
+With kid.samples=1000 kid.data.source=folder kid.data.path=IMAGES the KID of samples to the images held out is measured.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     accelerator = make_accelerator(config.training, None if args.dry_run else Path(config.output))
     plan = config.plan(accelerator.num_processes)
     snapshots = None if args.dry_run else Path(config.output) / FOLDER
-    model = DiffusionModel(config, samples, held_out, snapshots)
+    judge = None
+    if config.kid.samples and not args.dry_run:
+        from ldm_vae.evaluation.fidelity.samples import make_judge
+
+        judge = make_judge(config.kid, config.held_out)
+    model = DiffusionModel(config, samples, held_out, snapshots, judge)
     if args.dry_run:
         from ldm_vae.training.dry_run import dry_run
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ldm_vae import random
 from ldm_vae.diffusion import editing
+from ldm_vae.diffusion.guidance import Guidance
 from ldm_vae.diffusion.labels import Wanted
 from ldm_vae.errors import UserError
 
+DEFAULT_GUIDANCE = 3.0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -31,6 +33,32 @@ def check_call(
         raise UserError("seed: given together with a generator; give one of them")
     if latents is not None and (seed is not None or generator is not None):
         raise UserError("latents: are the noise already; leave out seed and generator")
+
+
+def read_guidance(
+    scale: float | None,
+    autoguidance: float,
+    interval: tuple[float, float],
+    rescale: float,
+    *,
+    labelled: bool,
+    weak: bool,
+) -> Guidance:
+    """The guidance of a call with or without labels, of a pipeline with or without a second U-Net.
+
+    Raises:
+        UserError: one without effect, or impossible.
+    """
+    if not labelled and scale not in (None, 1):
+        raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
+    if autoguidance != 1 and not weak:
+        raise UserError(
+            f"autoguidance_scale: {autoguidance} needs a second U-Net; load the pipeline with autoguidance_unet=..."
+        )
+    by_label = 1.0 if not labelled else DEFAULT_GUIDANCE if scale is None else scale
+    if rescale and by_label == autoguidance == 1:
+        raise UserError(f"guidance_rescale: {rescale} has no effect without guidance; leave it out")
+    return Guidance(by_label, autoguidance, (interval[0], interval[1]), rescale)
 
 
 def count_images(labels: Wanted, num_images: int | None, image: Any, latents: Tensor | None) -> int:

@@ -26,22 +26,34 @@ from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.data.transforms import cover_crop
+from ldm_vae.diffusion.arguments import DEFAULT_GUIDANCE, read_guidance
 from ldm_vae.diffusion.labels import find_label
+from ldm_vae.diffusion.memorisation import compare_with_training
 from ldm_vae.diffusion.pictures import GenerationConfig, Picture, plan
-from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.sampling import first_step
 from ldm_vae.diffusion.schedulers import evaluations, flow_scheduler, sampler_of
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, checksum, remove_leftovers, system_errors_explained, write_atomically
+from ldm_vae.latents.dataset import LatentDataset
+from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.storage import open_folder
 
 SHEET = "sheet.png"
+PAIRS = "neighbours.png"
 SHEET_IMAGES = 120
+NEIGHBOURS = 2048
 PNG_KEY = "parameters"
 
 
 def generate(
-    config: GenerationConfig, output: str | Path, *, batch: int = 8, device: str = "auto", overwrite: bool = False
+    config: GenerationConfig,
+    output: str | Path,
+    *,
+    batch: int = 8,
+    device: str = "auto",
+    overwrite: bool = False,
+    neighbours: str | None = None,
 ) -> tuple[int, float]:
     """Write `0000_label.png` ..., `sheet.png` and `run.json` into `output`; only what is missing.
 
@@ -51,6 +63,8 @@ def generate(
         batch: Images per pass; changes memory and speed.
         device: auto, cpu, cuda, ... ; under a launcher each process takes its own part of the images.
         overwrite: Replace the images of another call.
+        neighbours: The latents that the model was trained on: `neighbours.png` shows the nearest to each image of the
+            sheet, and `run.json` has the copy rate.
 
     Returns:
         The number of images that this process made now, and its images per second.
@@ -63,14 +77,17 @@ def generate(
     if batch < 1:
         raise UserError(f"batch: {batch} is below 1")
     started = time.time()
-    state = PartialState(cpu=device == "cpu")
-    target = state.device if device in ("auto", "cpu", "cuda") else torch.device(device)
-    pipeline = load_pipeline(config, target)
-    parameters = describe(config, pipeline)
-    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder")
+    state = PartialState(cpu=device == "cpu")
+    pipeline = load_pipeline(config, choose_device(device, state.device))
+    parameters = describe(config, pipeline)
+    training = open_training(neighbours, pipeline, parameters["height"], parameters["width"])
+    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
+    finished = finished and (training is None or (folder / PAIRS).exists())
     state.wait_for_everyone()  # every process has seen the folder as it was
     advice = "finished images stay, and the same command makes the others"
     with contextlib.ExitStack() as held, system_errors_explained(folder, advice):
@@ -87,12 +104,69 @@ def generate(
         speed = len(mine) / (time.time() - sampling) if mine else 0.0
         state.wait_for_everyone()
         if state.is_main_process and not finished:
-            shown = pictures[:SHEET_IMAGES]
-            sheet = labelled_sheet([Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption])
-            write_atomically(folder / SHEET, lambda path: sheet.save(path, format="PNG"))
-            figures = {"images": len(pictures), "images_per_second": round(speed * state.num_processes, 3)}
+            figures: dict[str, Any] = {"images": len(pictures)}
+            if mine:
+                figures["images_per_second"] = round(speed * state.num_processes, 3)
+            figures |= make_sheets(folder, pictures[:SHEET_IMAGES], pipeline, training, state)
             provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
     return len(mine), speed
+
+
+def open_training(
+    latents: str | None, pipeline: LatentDiffusionPipeline, height: int, width: int
+) -> LatentDataset | None:
+    """Posterior means, not mirrored. Raises: UserError for latents of another model or size, or fewer than two."""
+    if latents is None:
+        return None
+    manifest = read_manifest(latents)
+    pipeline.check_latents(manifest)
+    training = LatentDataset(latents, posterior="mean" if manifest.content == "moments" else None, flip=False)
+    shape, known = pipeline.latent_shape(height, width), manifest.latent_shape
+    if shape != tuple(known):
+        raise UserError(
+            f"neighbours: latents of {shape[1]} x {shape[2]} cannot be compared with {known[1]} x {known[2]}; "
+            "leave out the size"
+        )
+    if len(training) < 2:
+        raise UserError(f"{latents}: {len(training)} latents have no second nearest; give the set of the training")
+    return training
+
+
+def make_sheets(
+    folder: Path,
+    shown: Sequence[Picture],
+    pipeline: LatentDiffusionPipeline,
+    training: LatentDataset | None,
+    state: Any,
+) -> dict[str, int]:
+    """Write the sheet of the images and, with the latents of the training, that of their neighbours: its figures."""
+    images, captions = [Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption]
+    save_sheet(folder / SHEET, labelled_sheet(images, captions))
+    if training is None:
+        return {}
+    pairs, copies = compare_with_training(pipeline, images, captions, training, NEIGHBOURS)
+    save_sheet(folder / PAIRS, pairs)
+    state.print(
+        f"{folder / PAIRS}: {copies.copies} of {copies.samples} images are copies of one of {copies.compared} "
+        "training latents"
+    )
+    return {"copies": copies.copies, "compared_images": copies.samples, "compared_latents": copies.compared}
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def choose_device(name: str, default: torch.device) -> torch.device:
+    """`auto` and the kind of `default` are `default`. Raises: UserError for a device that is not here."""
+    if name in ("auto", default.type):
+        return default
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not here ({str(error).splitlines()[0]}); use auto or cpu") from error
+    return device
 
 
 def load_pipeline(config: GenerationConfig, device: torch.device) -> LatentDiffusionPipeline:
@@ -127,7 +201,10 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
     if config.guidance is None:
         settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
-    pipeline.guidance(bool(pipeline.labels), settings["guidance"], config.autoguidance, config.guidance_interval)
+    read_guidance(
+        settings["guidance"], config.autoguidance, config.guidance_interval, config.guidance_rescale,
+        labelled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
+    )  # fmt: skip
     settings["height"], settings["width"] = pipeline.image_size(config.height, config.width)
     settings["guidance_interval"] = list(config.guidance_interval)
     settings["interpolate"] = list(config.interpolate) if config.interpolate else None
@@ -202,8 +279,8 @@ def prepare_folder(folder: Path, pictures: Sequence[Picture], overwrite: bool) -
     """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
     remove_leftovers(folder)
     if overwrite:
-        for path in folder.glob("[0-9][0-9][0-9][0-9]*.png"):
-            path.unlink()
+        for path in [*folder.glob("[0-9][0-9][0-9][0-9]*.png"), folder / PAIRS]:
+            path.unlink(missing_ok=True)
 
 
 def make(
@@ -234,6 +311,7 @@ def make(
                 num_inference_steps=config.steps,
                 guidance_scale=parameters["guidance"],
                 guidance_interval=config.guidance_interval,
+                guidance_rescale=config.guidance_rescale,
                 autoguidance_scale=config.autoguidance,
                 sampler=config.sampler,
                 strength=parameters["strength"],

@@ -6,6 +6,7 @@ Owns the measurement and the suggestion in words. Nothing here stops a run.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,12 @@ def held_out_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, shi
     return {time: float(loss) for time, loss in losses.items()}
 
 
-def figures(losses: dict[float, float]) -> dict[str, float]:
-    """What is logged: the mean over the times, and the loss at each of them."""
+def figures(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
+    """What is logged: the mean over the times, the loss at each of them, and by how much the mean is above that of
+    training latents, measured in the same way."""
     by_time = {f"held_out/flow_t{time:.3g}": loss for time, loss in losses.items()}
-    return {"held_out/flow": sum(losses.values()) / len(losses)} | by_time
+    mean, trained = (sum(values.values()) / len(values) for values in (losses, of_training))
+    return {"held_out/flow": mean, "held_out/gap": mean - trained} | by_time
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ class StopSuggestion:
             return None
         self.said = True
         return Overfitting(self.best_step, (self.best, self.last), (self.train_then, self.train))
+
+    def last_word(self, step: int, snapshots: Sequence[int]) -> str:
+        """What a finished run says: which step was best for latents that it has not seen, and how to get it."""
+        if not math.isfinite(self.best):
+            return "no latents were held out"
+        if self.best_step == step:
+            return f"the held-out loss was best at the end ({self.best:.4g}): a longer run may be better"
+        words = f"the held-out loss was best at step {self.best_step} ({self.best:.4g}, now {self.last:.4g})"
+        if not snapshots:
+            return words
+        near = min(snapshots, key=lambda number: abs(number - self.best_step))
+        return f"{words}: `ldm-vae ema RUN --length 0.05 --step {near} --out DIR` writes the pipeline of that time"
 
     def state_dict(self) -> dict[str, Any]:
         """Exact; floats in hexadecimal, since JSON has no infinity."""

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_vae.autoencoder import interface
+from ldm_vae.data import pixels
 from ldm_vae.data.sheets import GAP, PAPER, labelled_sheet
+from ldm_vae.latents.dataset import LatentDataset
 
 COPY_RATIO = 1 / 3
 CHUNK = 256
@@ -59,6 +64,36 @@ def find_neighbours(samples: Tensor, training: Tensor) -> Neighbours:
     ]
     (first, second), (nearest, _) = (found.unbind(1) for found in torch.cat(distances, 1).topk(2, largest=False))
     return Neighbours(nearest, first / second.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+@torch.no_grad()
+def compare_with_training(
+    pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], training: LatentDataset, compared: int
+) -> tuple[Image.Image, Copies]:
+    """The panel of finished pictures, encoded again, and how many of them are copies.
+
+    Args:
+        pipeline: Made them.
+        images: Of the size of the training images.
+        captions: One per image, or none.
+        training: What the pipeline was trained on.
+        compared: At most so many of its latents, evenly spread.
+    """
+    count = min(compared, len(training))
+    known = torch.stack([training.sample(number * len(training) // count, 0)["latent"] for number in range(count)])
+    found = torch.cat([_encoded(pipeline, image) for image in images])
+    neighbours = find_neighbours(found, pipeline.normalizer.normalize(known))
+    below = [pixels.to_pil(pipeline.decode(known[number : number + 1].to(pipeline.device)))[0]
+             for number in neighbours.nearest.tolist()]  # fmt: skip
+    return panel(images, below, neighbours.ratios, captions), Copies(neighbours.copies, len(images), count)
+
+
+def _encoded(pipeline: Any, image: Image.Image) -> Tensor:
+    """Normalised posterior mean (1, c, h, w), on the CPU."""
+    tensor = pixels.from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None])
+    return pipeline.normalizer.normalize(
+        interface.encode_moments(pipeline.autoencoder, tensor.to(pipeline.device))[0]
+    ).cpu()
 
 
 def panel(

@@ -31,6 +31,7 @@ class GenerationConfig:
         sampler: euler, heun, dpm++ or unipc; None: the pipeline's scheduler.
         guidance: Strength of classifier-free guidance; None: 3 for a model with classes.
         guidance_interval: Lowest and highest t in [0, 1] at which guidance acts.
+        guidance_rescale: 0 to 1, against the strong colours of strong guidance.
         autoguidance: Strength of autoguidance, for a pipeline with a second U-Net.
         grid: Every label from the same noise: what the label changes.
         interpolate: Two seeds, or two labels; `count` images from the one to the other.
@@ -49,6 +50,7 @@ class GenerationConfig:
     sampler: str | None = None
     guidance: float | None = None
     guidance_interval: tuple[float, float] = EVERYWHERE
+    guidance_rescale: float = 0.0
     autoguidance: float = 1.0
     grid: bool = False
     interpolate: tuple[str, str] | None = None
@@ -60,7 +62,9 @@ class GenerationConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        if self.count < 1 or (self.count < len(self.labels) and not self.grid):
+        if self.count < 1:
+            raise UserError(f"count: {self.count} is below 1")
+        if self.count < len(self.labels) and not self.grid:
             raise UserError(f"count: {self.count} images for {len(self.labels)} labels; give at least one per label")
         if self.steps < 1:
             raise UserError(f"steps: {self.steps} is below 1")

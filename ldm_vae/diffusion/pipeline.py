@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ from ldm_vae.errors import UserError
 
 compat.repair_torchvision()
 
+import diffusers
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae.autoencoder import interface
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint as fingerprint_of_encoder
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.data import pixels
-from ldm_vae.diffusion import arguments, editing, flow, tiling
+from ldm_vae.diffusion import arguments, editing, flow, saving, tiling
 from ldm_vae.diffusion.arguments import image_generator as image_generator
 from ldm_vae.diffusion.guidance import EVERYWHERE, Classes, Guidance, GuidedVelocity
 from ldm_vae.diffusion.labels import Wanted, class_shares
@@ -41,17 +42,16 @@ from ldm_vae.diffusion.schedulers import make_solver, sampler_of, shift_of
 from ldm_vae.diffusion.unet import LatentUNet  # diffusers loads only parts whose module is imported
 from ldm_vae.latents.manifest import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
-from ldm_vae.seal import seal
+from ldm_vae.seal import check_seal, seal
 
-DEFAULT_GUIDANCE = 3.0
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
     """Generates images, unconditionally or by class label.
 
-    `save_pretrained` and `from_pretrained` are exact; a half-precision copy is no longer the same autoencoder, so
-    save in float32 and choose the precision when loading (`torch_dtype`) or afterwards (`.to(torch.bfloat16)`).
+    `save_pretrained` and `from_pretrained` are exact, in half precision too (`variant="fp16"`): a directory knows the
+    fingerprints of its encoder's roundings. Sampling itself is float32 whatever the networks are.
     """
 
     model_cpu_offload_seq = "autoguidance_unet->unet->autoencoder"
@@ -75,6 +75,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         preprocessing: dict | None = None,
         latent_rgb: dict | None = None,
         autoguidance_unet: ModelMixin | None = None,
+        rounded_encoders: dict | None = None,
+        training: dict | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +90,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             preprocessing: What was done to the pictures behind the latents; None where it was not recorded.
             latent_rgb: `previews.fit_latent_rgb()` of latents and images; needed for previews only.
             autoguidance_unet: A worse U-Net for the same latents and labels: smaller, or less trained.
+            rounded_encoders: Fingerprints of the encoder in half precision; left out, they are computed.
+            training: What its training recorded, for the model card.
 
         Raises:
             UserError: parts that do not belong together: channels, number of labels, another autoencoder.
@@ -104,13 +108,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_modules(
             autoencoder=autoencoder, unet=unet, scheduler=scheduler, autoguidance_unet=autoguidance_unet
         )
+        for part in (autoencoder, unet, autoguidance_unet):
+            if part is not None:  # as in training: faster, and the same rounding
+                nn.Module.to(part, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fingerprint, rounded_encoders = saving.check_encoder(autoencoder, encoder_fingerprint, rounded_encoders)
         self.register_to_config(
             normalizer=self.normalizer.to_dict(),
             latent_size=[int(side) for side in latent_size],
             label_names=names,
-            encoder_fingerprint=self._check_fingerprint(autoencoder, encoder_fingerprint),
+            encoder_fingerprint=fingerprint,
             preprocessing=preprocessing,
             latent_rgb=latent_rgb,
+            rounded_encoders=rounded_encoders,
+            training=training,
         )
 
     @staticmethod
@@ -128,48 +138,55 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 "take both from one run"
             )
 
-    @staticmethod
-    def _check_fingerprint(autoencoder: Any, expected: str | None) -> str:
-        if expected is not None and autoencoder.dtype != torch.float32:
-            return expected  # a cast copy has other weights; `from_pretrained` checks before it casts
-        found = fingerprint_of_encoder(autoencoder)
-        if expected not in (None, found):
-            raise UserError(
-                f"pipeline: encoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
-                "load it with the autoencoder that encoded the latents, or encode and train again"
-            )
-        return found
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Like diffusers', from a directory or hub id; refuses an autoencoder that the latents did not come from.
 
         `torch_dtype` (one for all parts, or a dict by part) is applied after the check, which needs float32 weights.
-        Convolutions are laid out channels_last, as in training: faster, and the same rounding.
-
-        Raises:
-            UserError: parts that do not belong together, or damaged ones: see `seal` and `weights`.
+        Raises: UserError for parts that do not belong together, or damaged ones: see `seal` and `weights`.
         """
         dtypes = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if not isinstance(dtypes, torch.dtype | dict | None):
+            raise UserError(f"torch_dtype: {dtypes!r} is no torch.dtype; give for instance torch.bfloat16")
         directory = Path(pretrained_model_name_or_path)
-        if not directory.is_dir():
+        if directory.is_dir():
+            check_seal(directory)
+        else:
             directory = Path(cls.download(pretrained_model_name_or_path, **kwargs))
         parts = load_parts(directory, except_parts=kwargs, variant=kwargs.get("variant"))
         pipeline = super().from_pretrained(directory, **parts | kwargs)
         pipeline.register_to_config(_name_or_path=directory.name)  # else it would save the path in model_index.json
         for name in ("autoencoder", "unet", "autoguidance_unet"):
-            if getattr(pipeline, name) is None:
-                continue
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-            # torch's own `to`: that of diffusers warns of modules that are to stay in float32, where there are none
-            part: Any = getattr(pipeline, name)
-            nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if dtype is not None and getattr(pipeline, name) is not None:
+                # torch's own `to`: that of diffusers warns of modules that are to stay in float32, where there are none
+                nn.Module.to(getattr(pipeline, name), dtype)
         return pipeline
 
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The snapshot of a hub repository: that of diffusers refuses parts whose classes are not its own."""
+        return saving.download(pretrained_model_name, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Like diffusers', which alone takes over no part but of the very class that the constructor names."""
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        return super().from_pipe(pipeline, **parts | kwargs)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Like diffusers', with a checksum of every file beside them."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """Like diffusers', with a checksum of every file beside them, and a model card where there is none yet."""
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if not (Path(save_directory) / saving.CARD).exists():
+            saving.write_card(self, Path(save_directory))
         seal(Path(save_directory))
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
+        """diffusers writes a card without content before it uploads, unless the repository has one."""
+        if not huggingface_hub.file_exists(repo_id, saving.CARD, token=token):
+            saving.write_card(self, Path(working_dir), repo_id)
+        seal(Path(working_dir))
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def check_latents(self, manifest: Manifest) -> None:
         """For whoever brings latents of a set to this pipeline: that they are what its U-Net was trained on.
@@ -206,19 +223,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         height, width = self.image_size(height, width)
         return latent_channels(self.autoencoder), height // factor, width // factor
 
-    def guidance(
-        self, labelled: bool, scale: float | None, autoguidance: float, interval: tuple[float, float]
-    ) -> Guidance:
-        """The guidance of a call with or without labels. Raises: UserError for one without effect, or impossible."""
-        if not labelled and scale not in (None, 1):
-            raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
-        if autoguidance != 1 and self.autoguidance_unet is None:
-            raise UserError(
-                f"autoguidance_scale: {autoguidance} needs a second U-Net; load the pipeline with autoguidance_unet=..."
-            )
-        by_label = 1.0 if not labelled else DEFAULT_GUIDANCE if scale is None else scale
-        return Guidance(by_label, autoguidance, (interval[0], interval[1]))
-
     @torch.no_grad()
     def __call__(
         self,
@@ -229,6 +233,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int = 30,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = EVERYWHERE,
+        guidance_rescale: float = 0.0,
         autoguidance_scale: float = 1.0,
         sampler: str | None = None,
         image: editing.Picture | None = None,
@@ -253,6 +258,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance_scale: 1 is the plain conditional model, larger follows the label more closely
                 (classifier-free guidance, at twice the cost); left out, 3 with labels.
             guidance_interval: Lowest and highest t in [0, 1] at which any guidance acts; 1 is pure noise.
+            guidance_rescale: 0 to 1, against the strong colours of strong guidance; 0.7 is usual.
             autoguidance_scale: How far to go away from the `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
             sampler: euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
             image: Where to start: one for all images or one each; PIL, arrays (h, w, 3) or tensors (3, h, w) in [0, 1].
@@ -274,7 +280,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         arguments.check_call(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
         count = arguments.count_images(labels, num_images, image, latents)
         classes = class_shares(labels, count, self.labels)
-        guidance = self.guidance(classes is not None, guidance_scale, autoguidance_scale, guidance_interval)
+        guidance = arguments.read_guidance(
+            guidance_scale, autoguidance_scale, guidance_interval, guidance_rescale,
+            labelled=classes is not None, weak=self.autoguidance_unet is not None,
+        )  # fmt: skip
         source = None if image is None else editing.read_source(image, mask, count, downsampling(self.autoencoder))
         shape = self._shape(height, width, source, latents)
         if latents is None:
@@ -379,9 +388,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _solvers(self, sampler: str | None, steps: int, shape: Sequence[int], first: int, count: int) -> list[Solver]:
         """One per group of `count` images. A larger latent gets a larger shift."""
         trained_height, trained_width = self.config["latent_size"]
+        sampler_of(self.scheduler)
         shift = shift_of(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
         scheduler = self.scheduler if sampler is None else flow_scheduler(shift, sampler)
-        sampler_of(scheduler)
         return [make_solver(scheduler, steps, shift, first) for _ in self._groups(count)]
 
     def _shape(
@@ -404,3 +413,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                     f"{name}: of {found[0]} x {found[1]} pixels for {asked[0]} x {asked[1]}; fit one to the other"
                 )
         return self.latent_shape(*asked)
+
+
+# `DiffusionPipeline.from_pretrained` looks for the class that a directory names among the names of diffusers.
+diffusers.LatentDiffusionPipeline = LatentDiffusionPipeline

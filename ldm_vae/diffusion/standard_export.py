@@ -29,8 +29,9 @@ from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Precision, check_target
 from ldm_vae.autoencoder.interop.folding import fold_normalizer
 from ldm_vae.autoencoder.models import downsampling
+from ldm_vae.diffusion.arguments import DEFAULT_GUIDANCE
 from ldm_vae.diffusion.generation import pipeline_directory
-from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.schedulers import shift_of
 from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
 from ldm_vae.files import publish_directory, temporary_directory, write_json, write_text

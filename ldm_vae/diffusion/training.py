@@ -20,6 +20,7 @@ from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.diffusion import flow, held_out, memorisation
 from ldm_vae.diffusion.crops import Crops, CropsConfig, draw_crops
 from ldm_vae.diffusion.held_out import StopSuggestion
+from ldm_vae.diffusion.kid import Judge, KidConfig
 from ldm_vae.diffusion.memorisation import Copies
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
 from ldm_vae.diffusion.previews import fit_latent_rgb
@@ -65,6 +66,7 @@ class TrainDiffusionConfig:
         ema: power-function averages, from which `ldm-vae ema` makes one of any length afterwards.
         neighbours: training latents among which the nearest to each preview sample is looked for; 0 looks for none.
         patience: share of the run without a better held-out loss after which an alarm suggests to stop.
+        kid: KID of samples to held-out images, on request.
     """
 
     output: str = "???"
@@ -82,6 +84,7 @@ class TrainDiffusionConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     neighbours: int = 2048
     patience: float = 0.2
+    kid: KidConfig = field(default_factory=KidConfig)
     training: TrainingConfig = field(default_factory=default_training)
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class TrainDiffusionConfig:
             )
         if self.crops.size is not None and not self.unet.coordinates:
             raise UserError("crops.size: a U-Net cannot tell crops from images; set unet.coordinates=true as well")
+        self.kid.check(self.held_out, self.training.validate_every)
 
     def plan(self, processes: int) -> Plan:
         return Plan((Span(self.steps, self.batch, self.micro_batch or max(1, self.batch // processes)),))
@@ -127,6 +131,7 @@ class DiffusionModel:
         samples: LatentDataset,
         held_out: LatentDataset | None,
         snapshots: Path | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """
         Args:
@@ -134,15 +139,17 @@ class DiffusionModel:
             samples: What it is trained on.
             held_out: What it is judged by; None for nothing.
             snapshots: Folder for the averages; None writes none.
+            judge: What measures samples when `kid` says so; None measures none.
         """
-        self.config = config
+        self.config, self.judge = config, judge
         self.samples = samples
         self.manifest = manifest = samples.manifest
         self.normalizer = manifest.normalizer
         self.latent_shape = tuple(manifest.latent_shape)
         self.label_names = tuple(manifest.label_names)
         self.shift = config.shift or flow.resolution_shift(*self.latent_shape)
-        self.judges = stack_samples(held_out, HELD_OUT_LATENTS) if held_out is not None else None
+        parts = {"held_out": held_out, "train": samples} if held_out is not None else {}
+        self.judges = {name: stack_samples(part, HELD_OUT_LATENTS) for name, part in parts.items() if part is not None}
         self.autoencoder = load_matching_autoencoder(config.autoencoder, manifest)
         torch.manual_seed(config.training.seed)
         unet = build_unet(config.unet, self.latent_shape[0], num_classes=len(self.label_names))
@@ -158,6 +165,7 @@ class DiffusionModel:
         self.finished = self.steps = 0
         self.copies: Copies | None = None  # of the last preview, until the next log step
         self.training_latents: Tensor | None = None
+        self.rounded_encoders: dict[str, str] | None = None
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         draw = self.draw(step, batch.global_size, engine.device)
@@ -204,17 +212,24 @@ class DiffusionModel:
         return [alarm for alarm in found if alarm is not None]
 
     def validate(self, engine: Engine) -> dict[str, float]:
-        """The flow loss of the EMA weights on held-out latents, and the copy rate of the preview just made."""
-        figures = {"samples/copy_rate": self.copies.copies / self.copies.samples} if self.copies is not None else {}
-        if self.judges is None:
-            return figures
-        latents = self.normalizer.normalize(self.judges["latent"].to(engine.device))
-        labels = self.labels(self.judges["label"].to(engine.device))
-        with engine.accelerator.autocast():
-            losses = held_out.held_out_losses(engine.emas["unet"].module, latents, labels, self.shift)
-        found = held_out.figures(losses)
-        self.suggestion.see_held_out(self.finished, found["held_out/flow"])
-        return found | figures
+        """Epochs so far, the flow loss of the EMA weights on held-out latents and how much lower it is on training
+        latents, the copy rate of the preview just made, and KID when it is due."""
+        figures = {"train/epochs": self.finished * self.config.batch / len(self.samples)}
+        if self.copies is not None:
+            figures["samples/copy_rate"] = self.copies.copies / self.copies.samples
+        losses: dict[str, dict[float, float]] = {}
+        for part, samples in self.judges.items():
+            latents = self.normalizer.normalize(samples["latent"].to(engine.device))
+            labels = self.labels(samples["label"].to(engine.device))
+            with engine.accelerator.autocast():
+                losses[part] = held_out.held_out_losses(engine.emas["unet"].module, latents, labels, self.shift)
+        if losses:
+            figures |= held_out.figures(losses["held_out"], losses["train"])
+            self.suggestion.see_held_out(self.finished, figures["held_out/flow"])
+        if self.judge is not None and self.config.kid.due(self.finished, engine.steps):
+            with engine.accelerator.autocast():
+                figures |= self.judge(self.sampler(engine))
+        return figures
 
     @torch.no_grad()
     def preview(self, engine: Engine) -> Image.Image | None:
@@ -222,17 +237,17 @@ class DiffusionModel:
         training latent, decoded."""
         labels = list(range(min(len(self.label_names), PREVIEW_IMAGES))) or None
         names = [self.label_names[label] for label in labels or []]
-        pipeline = self.pipeline(engine).to(engine.device)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = self.sampler(engine)
         with engine.accelerator.autocast():
-            latents = pipeline(
+            (latents,) = pipeline(
                 labels=labels,
                 num_images=PREVIEW_IMAGES if labels is None else None,
                 num_inference_steps=PREVIEW_STEPS,
                 guidance_scale=2.0 if labels else 1.0,
                 seed=0,
                 output_type="latent",
-            ).images
+                return_dict=False,
+            )
             images = pixels.to_pil(self.decode(latents))
         if min(self.config.neighbours, len(self.samples)) < 2:
             return labelled_sheet(images, names)
@@ -255,8 +270,15 @@ class DiffusionModel:
             self.training_latents = self.normalizer.normalize(latents).half()
         return self.training_latents
 
-    def pipeline(self, engine: Engine, latent_rgb: dict[str, Any] | None = None) -> LatentDiffusionPipeline:
-        return LatentDiffusionPipeline(
+    def sampler(self, engine: Engine) -> LatentDiffusionPipeline:
+        """The pipeline on the device of the training, without a progress bar."""
+        pipeline = self.pipeline(engine).to(engine.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline(self, engine: Engine, **recorded: Any) -> LatentDiffusionPipeline:
+        """Of the EMA weights. `recorded`: its `latent_rgb` and `training`."""
+        pipeline = LatentDiffusionPipeline(
             autoencoder=self.autoencoder,
             unet=engine.emas["unet"].module,
             scheduler=flow_scheduler(self.shift),
@@ -265,8 +287,11 @@ class DiffusionModel:
             encoder_fingerprint=self.manifest.autoencoder["encoder_fingerprint"],
             latent_size=list(self.latent_shape[1:]),
             preprocessing=self.manifest.preprocessing,
-            latent_rgb=latent_rgb,
+            rounded_encoders=self.rounded_encoders,
+            **recorded,
         )
+        self.rounded_encoders = pipeline.config["rounded_encoders"]  # computed once
+        return pipeline
 
     @torch.no_grad()
     def colours(self, engine: Engine) -> dict[str, Any]:
@@ -276,11 +301,14 @@ class DiffusionModel:
         return fit_latent_rgb(self.normalizer.normalize(latents), self.decode(latents.to(engine.device)))
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
-        """Write `pipeline/`: autoencoder, U-Net with EMA weights, scheduler, normaliser and labels."""
+        """Write `pipeline/`: autoencoder, U-Net with EMA weights, scheduler, normaliser, labels and a model card."""
         final = directory / "pipeline"
         temporary = temporary_directory(final)
-        self.pipeline(engine, self.colours(engine)).save_pretrained(temporary)
+        training = {"steps": engine.steps, "batch": self.config.batch, "latents": len(self.samples), **metrics}
+        self.pipeline(engine, latent_rgb=self.colours(engine), training=training).save_pretrained(temporary)
         publish_directory(temporary, final)
+        epochs = f"{metrics['train/epochs']:.1f} epochs of {len(self.samples)} latents"
+        print(f"{directory}: {epochs}; {self.suggestion.last_word(engine.steps, self.snapshots.written)}")
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         count = rows.stop - rows.start
@@ -291,6 +319,7 @@ class DiffusionModel:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "finished": self.finished,
             "recipe": recipe_of(self.manifest),
             "images": images_of(self.manifest),
             "snapshots": self.snapshots.state_dict(),
@@ -307,6 +336,7 @@ class DiffusionModel:
             advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
             check_same(state["recipe"], recipe_of(self.manifest), f"latents={self.config.latents}", advice)
             check_images(state["images"], images_of(self.manifest), f"latents={self.config.latents}")
+        self.finished = state.get("finished", 0)
         self.snapshots.load_state_dict(state.get("snapshots", {}), tensors)
         self.suggestion.load_state_dict(state.get("suggestion", {}))
         self.copies = Copies(**state["copies"]) if state.get("copies") else None

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "phases.*.micro_batch",
     "neighbours",
     "patience",
+    "kid.*",
     "training.*_every",
     "training.keep_checkpoints",
     "training.workers",

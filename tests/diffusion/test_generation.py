@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm_vae import cli
@@ -112,6 +113,19 @@ def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_devices_and_folders_that_are_not_there_are_refused(saved: Path, tmp_path: Path) -> None:
+    for name in ("foo", "meta:x") + (() if torch.cuda.is_available() else ("cuda", "cuda:1")):
+        with pytest.raises(UserError, match=f"device: '{name}' is not here"):
+            generate(config(saved), tmp_path / "out", device=name)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        generate(config(saved), tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be made"):
+        generate(config(saved, count=1), tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="count: 0 is below 1"):
+        config(saved, count=0)
+
+
 def parameters(path: Path) -> dict[str, Any]:
     return json.loads(Image.open(path).text[PNG_KEY])  # type: ignore[attr-defined]
 
@@ -195,6 +209,9 @@ def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path
         ({"interpolate": ("cat", "dog"), "labels": ("cat",)}, "leave out the others"),
         ({"init": "nowhere.png"}, r"init: nowhere\.png is no file"),
         ({"init": __file__}, "cannot be read"),
+        ({"guidance": float("nan")}, "guidance_scale: nan is no number"),
+        ({"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale: 0.7 has no effect without guidance"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale: 1.5 is no share"),
     ],
 )
 def test_impossible_wishes_leave_no_folder(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -225,7 +242,7 @@ def test_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = str(tmp_path / "out")
     words = ["generate", str(saved), "--out", out, "--label", "dog", "--count", "2", "--steps", "1", "--size", "32x64"]
     assert cli.main(words) == 0
-    assert "images/s" in capsys.readouterr().out
+    assert " s each)" in capsys.readouterr().out
     assert sorted(pixels(tmp_path / "out")) == ["0000_dog.png", "0001_dog.png"]
     assert pixels(tmp_path / "out")["0000_dog.png"].shape == (32, 64, 3)
     assert cli.main(words) == 0
@@ -245,6 +262,30 @@ def test_command_with_everything(saved: Path, photo: Path, tmp_path: Path, capsy
     assert cli.main([*words, "--interpolate", "cat", "dog", "--count", "2", "--out", str(tmp_path / "between")]) == 0
     assert capsys.readouterr().out.count("images/s") == 3
     assert cli.main([*words, "--mask", str(photo), "--out", str(tmp_path / "none")]) == 2
+
+
+def test_the_nearest_training_latents_beside_a_sheet(
+    saved: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's own pictures, encoded by its own autoencoder, are the training set; one more is new."""
+    out, encoded = tmp_path / "out", tmp_path / "encoded"
+    generate(config(saved, count=6), out)
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in sorted(out.glob("000[0-4]*.png")):
+        (source / path.name).write_bytes(path.read_bytes())
+    words = [f"autoencoder={saved / 'autoencoder'}", f"output={encoded}", "data.source=folder", f"data.path={source}"]
+    assert cli.main(["encode", *words, "resolution=64", "workers=0", "precision=fp32"]) == 0
+    capsys.readouterr()
+    assert generate(config(saved, count=6), out, neighbours=str(encoded))[0] == 0
+    assert "neighbours.png: 5 of 6 images are copies of one of 5 training latents" in capsys.readouterr().out
+    record = json.loads((out / "run.json").read_text())
+    assert (record["copies"], record["compared_images"], record["compared_latents"]) == (5, 6, 5)
+    assert Image.open(out / "neighbours.png").height > Image.open(out / "sheet.png").height
+    with pytest.raises(UserError, match="encoder_fingerprint"):
+        generate(config(saved, count=6), out, neighbours=str(latents))
+    with pytest.raises(UserError, match="latents of 4 x 4 cannot be compared with 8 x 8; leave out the size"):
+        generate(config(saved, count=1, height=32, width=32), tmp_path / "small", neighbours=str(encoded))
 
 
 @pytest.mark.slow

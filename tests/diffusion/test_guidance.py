@@ -78,6 +78,34 @@ def test_an_interval_without_sense_is_refused(interval: tuple[float, float]) -> 
         Guidance(interval=interval)
 
 
+class Textured(Labelled):
+    """Velocities that lead to clean latents of unit spread, three times as wide without a label of 3."""
+
+    def __call__(self, noisy: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+        wide = torch.where(labels == 3, 1.0, 0.5).view(-1, 1, 1, 1)
+        return (noisy - wide * TEXTURE) / float(time)
+
+
+TEXTURE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_rescaling_gives_clean_latents_the_spread_of_unguided_ones() -> None:
+    noisy, time = torch.randn(1, 4, 16, 16), torch.tensor(0.5, dtype=torch.float64)
+    spreads = []
+    for rescale in (0.0, 0.5, 1.0):
+        guided = GuidedVelocity(Textured(), None, classes(3), Guidance(5.0, rescale=rescale))(noisy, time)
+        clean = noisy - 0.5 * guided
+        spreads.append(float(clean.std() / TEXTURE.std()))
+        assert torch.corrcoef(torch.stack([clean.flatten(), TEXTURE.flatten()]))[0, 1] > 0.999
+    assert spreads == pytest.approx([0.5 + 5 * 0.5, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("settings", [{"scale": float("nan")}, {"autoguidance": float("inf")}, {"rescale": -0.1}])
+def test_guidance_that_is_no_number_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"guidance_scale: |guidance_rescale: "):
+        Guidance(**settings)  # type: ignore[arg-type]
+
+
 def test_classes_that_only_other_images_need_cost_nothing() -> None:
     alone = classes(3, {7: 1, 2: 1})[0:1]
     assert (alone.ids.tolist(), alone.shares.tolist()) == ([[3]], [[1]])

@@ -36,9 +36,10 @@ def test_the_loss_at_each_time_is_the_known_one() -> None:
     for t, loss in losses.items():
         assert loss == pytest.approx(a / ((1 - t) ** 2 * a + t**2), rel=0.02)
     assert losses == held_out_losses(Linear(a), latents, None, shift)
-    logged = figures(losses)
+    logged = figures(losses, {t: loss - 0.25 for t, loss in losses.items()})
     assert logged["held_out/flow"] == pytest.approx(sum(losses.values()) / 8)
-    assert len(logged) == 9
+    assert logged["held_out/gap"] == pytest.approx(0.25)
+    assert len(logged) == 10
     assert logged["held_out/flow_t0.118"] == losses[next(iter(losses))]
 
 
@@ -81,6 +82,21 @@ def test_the_sentence_has_the_figures() -> None:
     assert alarm is not None
     for words in ("best at step 40 (0.72, now 0.75)", "fell from 0.9", "stop, use more images"):
         assert words in alarm.sentence()
+
+
+def test_the_last_word_names_the_best_step_and_how_to_get_it() -> None:
+    suggestion = StopSuggestion(0.2)
+    assert suggestion.last_word(100, []) == "no latents were held out"
+    run(suggestion, FALLING[:8], TURNING[:8])
+    assert (
+        suggestion.last_word(40, [20, 40]) == "the held-out loss was best at the end (0.72): a longer run may be better"
+    )
+    suggestion.see_held_out(100, 0.9)
+    said = suggestion.last_word(100, [15, 30, 45, 60])
+    assert said.startswith(
+        "the held-out loss was best at step 40 (0.72, now 0.9): `ldm-vae ema RUN --length 0.05 --step 45 "
+    )
+    assert suggestion.last_word(100, []) == "the held-out loss was best at step 40 (0.72, now 0.9)"
 
 
 def test_its_memory_survives_json_exactly() -> None:

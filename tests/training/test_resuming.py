@@ -123,7 +123,7 @@ def test_the_order_is_a_function_of_seed_and_step_on_any_number_of_processes(ste
 
 
 @pytest.mark.promise(1)
-@pytest.mark.parametrize("schedules", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedules", [4, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_checkpoint_is_never_inside_an_accumulation(tmp_path, schedules, record_property):
     choose, saves = random.Random(0), 0
     for number in range(schedules):

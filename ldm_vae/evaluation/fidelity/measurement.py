@@ -172,9 +172,9 @@ def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:
 
 
 def read_crops(
-    source: ImageSource, indices: list[int], resolution: int, rejected: Rejected
+    source: ImageSource, indices: list[int], resolution: int | tuple[int, int], rejected: Rejected
 ) -> tuple[list[int], Tensor | None]:
-    """The indices that could be read, and their centre crops (n, 3, resolution, resolution) in [-1, 1].
+    """The indices that could be read, and their centre crops (n, 3, h, w) in [-1, 1], of a side or of (h, w).
 
     The others are appended to `rejected` as (id, reason). None where none is left.
     """

@@ -1,0 +1,129 @@
+"""What a saved pipeline says about itself: which encoder its latents came from, also of a half-precision copy, and
+README.md, its model card; and its download from the hub.
+
+The card states what the directory records; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import torch
+
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.autoencoder.models import downsampling
+from ldm_vae.errors import UserError
+from ldm_vae.files import write_text
+
+if TYPE_CHECKING:
+    from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+
+CARD = "README.md"
+OF_DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+TEXT = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- ldm_vae
+- latent-diffusion
+---
+
+# Latent diffusion, {height}x{width}
+
+A `LatentDiffusionPipeline` of the package `ldm_vae`: no text, {kind}.
+
+```python
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+
+pipeline = LatentDiffusionPipeline.from_pretrained("{where}")
+image = pipeline({label}, seed=0).images[0]
+```
+
+| | |
+|---|---|
+{rows}
+
+This card says what the directory records. On what images it was trained, their licence and what it must not be used for
+stand here only if somebody adds it.
+"""
+
+
+def check_encoder(
+    autoencoder: Any, expected: str | None, rounded: Mapping[str, str] | None
+) -> tuple[str, dict[str, str]]:
+    """The fingerprint of the encoder that made the latents, and those of its copies in half precision, by precision.
+
+    Args:
+        autoencoder: The one at hand. In half precision it is taken for what it is said to be: who loads a directory
+            checks before casting.
+        expected: Of the latents' encoder; None trusts the one at hand.
+        rounded: Of the copies, where they are known.
+
+    Raises:
+        UserError: another encoder.
+    """
+    if expected is not None and autoencoder.dtype != torch.float32:
+        return expected, dict(rounded or {})
+    found = encoder_fingerprint(autoencoder)
+    if expected is not None and expected != found and found not in (rounded or {}).values():
+        raise UserError(
+            f"pipeline: encoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
+            "load it with the autoencoder that encoded the latents, or encode and train again"
+        )
+    if rounded is None and autoencoder.dtype == torch.float32:
+        copies = {name: copy.deepcopy(autoencoder).to(dtype) for name, dtype in HALF.items()}
+        rounded = {name: encoder_fingerprint(one) for name, one in copies.items()}
+    return expected or found, dict(rounded or {})
+
+
+def card(pipeline: LatentDiffusionPipeline, where: str) -> str:
+    """README.md of a pipeline that is loaded from `where`."""
+    height, width = pipeline.image_size()
+    names, unet, settings = pipeline.labels, pipeline.unet, pipeline.config
+    facts = {
+        "Classes": ", ".join(names[:20]) + (f", ... ({len(names)})" if len(names) > 20 else "") if names else "none",
+        "U-Net": f"{sum(parameter.numel() for parameter in unet.parameters()) / 1e6:.1f} M parameters",
+        "Autoencoder": f"{type(pipeline.autoencoder).__name__}, {downsampling(pipeline.autoencoder)}x, "
+        f"{len(pipeline.normalizer.mean)} channels",
+        "Encoder of the latents": f"`{settings['encoder_fingerprint'][:19]}...`",
+        "Scheduler": type(pipeline.scheduler).__name__,
+        "Preprocessing": described(settings["preprocessing"] or {}) or "not recorded",
+        "Training": described(settings["training"] or {}) or "not recorded",
+    }
+    return TEXT.format(
+        height=height,
+        width=width,
+        kind=f"{len(names)} classes" if names else "no classes",
+        where=where,
+        label=repr(names[0]) if names else "num_images=1",
+        rows="\n".join(f"| {name} | {words.replace('|', '/')} |" for name, words in facts.items()),
+    )
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """`steps 800, held_out/flow 0.748`."""
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in sorted(values.items()))  # fmt: skip
+
+
+def write_card(pipeline: LatentDiffusionPipeline, directory: Path, where: str | None = None) -> None:
+    """Write README.md into a saved pipeline's directory. `where`: what to load it from; None: "DIRECTORY"."""
+    write_text(directory / CARD, card(pipeline, where or "DIRECTORY"))
+
+
+def download(repository: str, variant: str | None = None, **settings: Any) -> str:
+    """The local snapshot of a hub repository, with the weights of one variant; other settings have no effect."""
+    variants = ["*_model.*.safetensors", "*_model.*-*-of-*.safetensors"]  # the plain names have no second dot
+    weights = [name.replace("_model.*", f"_model.{variant}") for name in variants] if variant else ["*.safetensors"]
+    return huggingface_hub.snapshot_download(
+        repository,
+        allow_patterns=["*.json", CARD, *weights],
+        ignore_patterns=None if variant else variants,
+        **{name: settings[name] for name in OF_DOWNLOADS if settings.get(name) is not None},
+    )
