@@ -54,6 +54,7 @@ def fit(
             raise failure from error
         finally:
             engine.close(failure)
+            run.close()
 
 
 def train(

@@ -65,7 +65,7 @@ os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class RunDirectory:
-    """Opens or continues the run at `path`. Holds a lock until the process ends."""
+    """Opens or continues the run at `path`. Holds a lock until `close`, or the end of the process."""
 
     def __init__(self, path: str | Path, config: Any, *, main_process: bool = True) -> None:
         self.path = Path(path)
@@ -132,6 +132,11 @@ class RunDirectory:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         _locks.add(self._lock)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

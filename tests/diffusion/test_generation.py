@@ -120,7 +120,7 @@ def test_devices_and_folders_that_are_not_there_are_refused(saved: Path, tmp_pat
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a folder"):
         generate(config(saved), tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be written"):
         generate(config(saved, count=1), tmp_path / "file" / "out")
     with pytest.raises(UserError, match="count: 0 is below 1"):
         config(saved, count=0)
