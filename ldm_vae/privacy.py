@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ldm_vae.errors import UserError
@@ -21,11 +22,15 @@ PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 
 def redacted(value: Any) -> Any:
     """The same plain containers and text, without secrets, and with `~` in the place of the home folder."""
+    return _redacted(value, _secrets())
+
+
+def _redacted(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
+        return {_redacted(key, secrets): _redacted(item, secrets) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
-    return _redacted_text(value) if isinstance(value, str) else value
+        return [_redacted(item, secrets) for item in value]
+    return _redacted_text(value, secrets) if isinstance(value, str) else value
 
 
 def without_password(text: str) -> str:
@@ -42,9 +47,9 @@ def check_no_password(text: str, where: str) -> None:
         )
 
 
-def _redacted_text(text: str) -> str:
+def _redacted_text(text: str, secrets: Sequence[str]) -> str:
     text = without_password(text)
-    for secret in _secrets():
+    for secret in secrets:
         text = text.replace(secret, "***")
     home = os.path.expanduser("~").rstrip("/")  # of some containers it is /
     return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home.startswith("/") else text

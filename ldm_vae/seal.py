@@ -9,7 +9,8 @@ nobody's business here. Against somebody who means to deceive it is no protectio
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum, readable_json, write_text
@@ -20,10 +21,11 @@ SEALED = (".json", ".safetensors")
 """Suffixes of the files that are listed; a README may be edited."""
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of a folder, of everything in it at any depth."""
-    files = {name: checksum(folder / name) for name in _sealed(folder)}
-    write_text(folder / MANIFEST, readable_json({"format_version": FORMAT_VERSION, "files": files}))
+def seal(folder: Path, others: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of a folder, of everything in it at any depth. `others`: files that it will be put among."""
+    files = dict(others or {}) | {name: checksum(folder / name) for name in _sealed(folder)}
+    manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+    write_text(folder / MANIFEST, readable_json(manifest))
 
 
 def damage(folder: Path) -> str | None:
@@ -43,7 +45,10 @@ def damage(folder: Path) -> str | None:
         if version != FORMAT_VERSION or readable_json(manifest) != text:
             return f"{MANIFEST} is damaged"
         there = _sealed(folder)
+        folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in files)}
         for name in sorted({*files, *there}):
+            if name not in files and PurePosixPath(name).parent not in folders:
+                continue  # a folder of somebody else, as of generated images, is read by nobody who reads this one
             if name not in files:
                 return f"{name} does not belong to it"
             if name not in there:  # nor is a file elsewhere touched

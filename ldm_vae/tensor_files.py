@@ -92,7 +92,20 @@ def _layers(config: Any) -> int:
 
 def count_numbers(build: Callable[[], Any]) -> int:
     """Numbers in the state of the module that `build` makes, for which no memory is taken."""
-    from accelerate import init_empty_weights
+    import torch
+    from torch.overrides import TorchFunctionMode
 
-    with init_empty_weights():
+    sized = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
+
+    class WithoutMemory(TorchFunctionMode):
+        """In this thread alone: accelerate's `init_empty_weights` patches torch for the others as well. Tensors made
+        of given numbers stay, since some modules compute with them when they are built."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function in sized and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    with WithoutMemory():
         return sum(tensor.numel() for tensor in build().state_dict().values())

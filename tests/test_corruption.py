@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.diffusion.parts import load_parts
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.snapshots import EmaConfig, Snapshots, file_name, read_average, stored_averages
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum
@@ -55,6 +55,10 @@ def verify_set(folder: Path) -> None:
     found = verify(folder).findings
     if found:
         raise UserError(str(found[0]))
+
+
+def use_pipeline(folder: Path) -> None:
+    LatentDiffusionPipeline.from_pretrained(folder)
 
 
 def use_checkpoint(folder: Path) -> None:
@@ -263,14 +267,14 @@ def test_any_file_removed_or_emptied(tmp_path, record_property):
         (make_set(tmp_path), verify_set),
         (small_checkpoint(tmp_path / "run"), lambda folder: newest(folder.parent)),
         (make_autoencoder(tmp_path), use_autoencoder),
-        (unpacked("pipeline", tmp_path), load_parts),
+        (unpacked("pipeline", tmp_path), use_pipeline),
     ]
     tried = 0
     for folder, use in cases:
         assert not refused(use, folder)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             whole = path.read_bytes()
-            if not (path.name == MANIFEST and use in (use_autoencoder, load_parts)):
+            if not (path.name == MANIFEST and use in (use_autoencoder, use_pipeline)):
                 path.unlink()
                 assert refused(use, folder), f"{path} removed"
                 tried += 1
@@ -313,6 +317,8 @@ def test_the_weights_of_an_average_in_another_file_are_refused(tmp_path):
 def test_a_seal_that_was_broken_on_purpose_says_what_to_do(tmp_path):
     folder = make_autoencoder(tmp_path)
     (folder / "README.md").write_text("a page may be added, and changed")
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "run.json").write_text("{}")  # nor does a folder inside belong to it
     load_autoencoder(folder)
     shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
     with pytest.raises(UserError, match=r"other.safetensors does not belong to it; .*remove MANIFEST.json"):

@@ -185,7 +185,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """diffusers writes a card without content before it uploads, unless the repository has one."""
         if not huggingface_hub.file_exists(repo_id, saving.CARD, token=token):
             saving.write_card(self, Path(working_dir), repo_id)
-        seal(Path(working_dir))
+        seal(Path(working_dir), saving.listed_on_hub(repo_id, token, kwargs.get("subfolder")))
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def check_latents(self, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ The card states what the directory records; nothing is measured here.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.errors import UserError
 from ldm_vae.files import write_text
+from ldm_vae.seal import MANIFEST
 
 if TYPE_CHECKING:
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
@@ -115,6 +117,18 @@ def described(values: Mapping[str, Any]) -> str:
 def write_card(pipeline: LatentDiffusionPipeline, directory: Path, where: str | None = None) -> None:
     """Write README.md into a saved pipeline's directory. `where`: what to load it from; None: "DIRECTORY"."""
     write_text(directory / CARD, card(pipeline, where or "DIRECTORY"))
+
+
+def listed_on_hub(repository: str, token: Any, subfolder: str | None = None) -> dict[str, str]:
+    """What the manifest of a hub repository lists already, which an upload of another variant leaves there."""
+    path = f"{subfolder}/{MANIFEST}" if subfolder else MANIFEST
+    if not huggingface_hub.file_exists(repository, path, token=token):
+        return {}
+    try:
+        text = Path(huggingface_hub.hf_hub_download(repository, path, token=token)).read_text()
+        return dict(json.loads(text)["files"])
+    except (ValueError, KeyError, TypeError):  # it is replaced
+        return {}
 
 
 def download(repository: str, variant: str | None = None, **settings: Any) -> str:

@@ -17,6 +17,7 @@ from ldm_vae.latents.images import ImageBatch
 from ldm_vae.latents.manifest import Origin
 from ldm_vae.latents.output import Output
 from ldm_vae.latents.shard import Shard, write_shard
+from ldm_vae.training import watchdog
 
 
 class OpenShard:
@@ -86,12 +87,14 @@ class Writer:
 
     def _wait(self) -> None:
         if self.pending is not None:
-            self.pending.result()
+            with watchdog.solo():  # to a remote folder a shard may have a long way
+                self.pending.result()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.thread.shutdown()
+        with watchdog.solo():
+            self.thread.shutdown()
         if kind is None:
             self._wait()

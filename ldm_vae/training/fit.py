@@ -72,7 +72,7 @@ def train(
         accelerator.print(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
         return 0
     if accelerator.is_main_process:
-        run.keep_metrics_until(first_step)
+        run.begin(first_step)
     start_trackers(accelerator, config, run)
     tracker = Tracker(run, accelerator, plan.steps, first_step, seconds_before)
     roll_call = RollCall(accelerator.num_processes)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
 from ldm_vae.files import remove_leftovers, system_errors_explained, write_atomically, write_text
+from ldm_vae.provenance import RUN_RECORD
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,6 +155,13 @@ class RunDirectory:
         path = self.previews / f"step-{step:09d}.webp"
         with self.writing():
             write_atomically(path, lambda temporary: image.save(temporary, "webp", quality=90))
+
+    def begin(self, step: int) -> None:
+        """Steps after `step` are to come: drop what an earlier attempt said of them, and that the run is finished, as
+        it was if it has become longer."""
+        with self.writing():
+            (self.path / RUN_RECORD).unlink(missing_ok=True)
+        self.keep_metrics_until(step)
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop metric lines after `step` (a killed run wrote them, the resumed one will again) and a torn last line."""

@@ -162,6 +162,12 @@ def test_what_is_pushed_to_the_hub_can_be_loaded_from_it(
         )
         assert torch.equal(draw(loaded), draw(half))
         assert len(list(folder.rglob("snapshots/**/*.safetensors"))) == weights
+    for name, content in repository.items():  # as `hf download` gives it
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).write_bytes(content)
+    for variant in ("fp16", None):
+        loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / "all", variant=variant, torch_dtype=torch.float16)
+        assert torch.equal(draw(loaded), draw(half))
 
 
 def test_offloading_keeps_one_network_at_a_time(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

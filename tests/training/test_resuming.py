@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -63,6 +64,13 @@ class WatchfulModel(toy.ToyModel):
         return {}
 
 
+class LostModel(toy.ToyModel):
+    """Its training is lost just before the finished model is published."""
+
+    def export(self, engine, directory, metrics):
+        raise RuntimeError("lost")
+
+
 def train(output: Path, model_class: type[Any], samples: Any, plan: Plan, *overrides: str) -> Any:
     config = configuration.load(toy.ToyConfig, None, [f"output={output}", *overrides])
     accelerator = make_accelerator(config.training, output)
@@ -100,6 +108,14 @@ class Indices:
 
     def sample(self, index, position, size):
         return {"index": index}
+
+
+def test_a_finished_run_that_was_made_longer_and_lost_before_its_end_is_not_finished(tmp_path):
+    """Its last checkpoint is there, and what the first attempt published, which is not the model of this one."""
+    for steps, model_class in ((4, toy.ToyModel), (8, LostModel), (8, toy.ToyModel)):
+        with pytest.raises(RuntimeError, match="lost") if model_class is LostModel else contextlib.nullcontext():
+            train(tmp_path, model_class, toy.ToySamples(), Plan((Span(steps, 8, 8),)), f"steps={steps}")
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 8
 
 
 def visited(steps: int, processes: int) -> list[int]:

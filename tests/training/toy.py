@@ -48,6 +48,9 @@ class ToySamples:
         x = torch.linspace(-1, 1, 3 * 16).reshape(3, 4, 4) * (index + 1) / 20
         return {"x": x.flip(-1) if flip else x}
 
+    def id(self, index):
+        return f"sample {index}"
+
 
 class ToyModel:
     def __init__(self, config: ToyConfig) -> None:

@@ -18,6 +18,7 @@ from ldm_vae.diffusion.kid import FEWEST, KidConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.distribution import compare_sets, inception_features, load_inception
 from ldm_vae.evaluation.fidelity.measurement import read_crops
+from ldm_vae.training import watchdog
 
 BATCH = 16
 
@@ -83,7 +84,8 @@ class SampleJudge:
         return np.concatenate(features)
 
     def _features(self, images: torch.Tensor) -> np.ndarray:
-        """In float32 whatever the precision of the training around it."""
+        """In float32 whatever the precision of the training around it, which may stand still for long meanwhile."""
+        watchdog.advance()
         with torch.autocast(images.device.type, enabled=False):
             return inception_features(self.network, images.float())
 

@@ -27,6 +27,7 @@ from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.latents.tools.shard_check import Place, ShardReport, check_shard, stray_samples
 from ldm_vae.latents.tools.state import Segment, SetState, check_manifest, command_for, read_state
 from ldm_vae.storage import is_url
+from ldm_vae.training import watchdog
 
 THREADS, REMOTE_THREADS = 4, 16
 """Shards read at once; each takes some 25 MB, behind a URL 100 MB."""
@@ -56,6 +57,7 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
         for place, report in in_order(check, places, threads=threads, ahead=2 * threads):
             survey.add(place, report)
             bar.update(report.bytes_read)
+            watchdog.advance()
     findings = [*state.findings, *survey.findings()]
     index = survey.index()
     if index is not None:

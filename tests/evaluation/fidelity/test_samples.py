@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ldm_vae.diffusion.kid import KidConfig
 from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.evaluation.fidelity.samples import SampleJudge, make_judge
+from ldm_vae.training.watchdog import Watchdog
 
 HELD_OUT = 0.5
 
@@ -80,6 +82,24 @@ def test_the_right_distribution_is_nearer_than_a_wrong_one(folder: Path) -> None
     assert {part_of(images.id(number), HELD_OUT) for number in range(len(images))} == {"held_out"}
     assert judge.real is not None
     assert len(judge.real) == len(images) < 240
+
+
+def test_a_long_measurement_is_no_standstill(folder: Path) -> None:
+    """Every few images count as a sign of life: the whole may take hours, more than a process has alone."""
+    config = KidConfig(samples=100, data=data(folder))
+    judge = SampleJudge(config, subset(open_source(config.data), "held_out", HELD_OUT), Colours())
+
+    class Slow(Uniform):
+        def __call__(self, labels: list[str], generator: list[torch.Generator], **named: Any) -> Any:
+            stood.append(dog._still_seconds)
+            dog._still_seconds = 1000.0
+            return super().__call__(labels, generator, **named)
+
+    stood: list[float] = []
+    with Watchdog(SimpleNamespace(process_index=0, num_processes=1), timeout_seconds=1000) as dog:
+        judge(Slow(0.5))
+    assert len(stood) == 7
+    assert max(stood) < 500
 
 
 @pytest.mark.parametrize(

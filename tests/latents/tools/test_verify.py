@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from ldm_vae.latents.tools import shard_scan
 from ldm_vae.latents.tools.findings import Finding, Verification
 from ldm_vae.latents.tools.verify import verify
 from ldm_vae.storage import open_folder
+from ldm_vae.training.watchdog import Watchdog
 from tests.latents.tools.damaged_sets import RichSet, files_of, flip, flips, make
 
 COUNTS = [4, 4, 4, 1, 3, 2]
@@ -37,6 +39,14 @@ def rich(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, settings:
 @pytest.fixture
 def copy(rich: RichSet, tmp_path: Path) -> Path:
     return shutil.copytree(rich.path, tmp_path / "set")
+
+
+def test_each_shard_is_a_sign_of_life(rich: RichSet) -> None:
+    """A repair reads the whole set first, which may take longer than a process has alone."""
+    with Watchdog(SimpleNamespace(process_index=0, num_processes=1), timeout_seconds=1000) as dog:
+        dog._still_seconds = 1000.0
+        verify(rich.path)
+        assert dog._still_seconds < 500
 
 
 def numbers(verification: Verification) -> list[int | None]:
