@@ -102,6 +102,7 @@ def test_two_processes_with_micro_batches_equal_one_process(reference, tmp_path)
         assert a == pytest.approx(b, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(1)
 def test_a_run_killed_at_a_random_moment_ends_bit_identical(reference, tmp_path, record_property):
     phases = "{steps: 3, crop: 32, batch: 4}, {steps: 9, crop: 48, batch: 4}"

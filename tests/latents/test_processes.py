@@ -35,7 +35,7 @@ def start(*words: str, processes: int = 1) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_do_not_change_a_byte(settings, latents, tmp_path, processes):
     job = start(*settings, f"output={tmp_path / 'set'}", f"processes={processes}", processes=processes)
     output, _ = job.communicate(timeout=120)

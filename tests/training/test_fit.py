@@ -94,7 +94,7 @@ def test_gradients_that_bypass_the_wrapper_are_noticed(tmp_path):
     assert "step 3: the processes are out of step, with other weights" in result.stderr
 
 
-@pytest.mark.parametrize("step", [3, 5, 11])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5)), 11])
 def test_a_run_killed_at_a_step_ends_bit_identical(reference, tmp_path, step):
     """Checkpoints are at 5 and 10; log steps at 3, 6, 9, 12: the resumed run starts inside a logging interval."""
     output = tmp_path / "run"
