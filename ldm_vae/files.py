@@ -5,6 +5,7 @@ xxh3_128 finds accidents at memory speed; it is no protection against somebody w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -77,12 +78,11 @@ def publish_directory(temporary: Path, final: Path) -> None:
             path.chmod(permissions)
         fsync_path(path)
     fsync_path(temporary)
-    trash = final.with_name(f".trash-{uuid.uuid4().hex[:8]}-{final.name}")
-    if final.exists():
-        os.rename(final, trash)
+    trash = _moved_aside(final) if final.exists() else None
     os.rename(temporary, final)
     fsync_path(final.parent)
-    shutil.rmtree(trash, ignore_errors=True)
+    if trash is not None:
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def temporary_directory(final: Path) -> Path:
@@ -94,9 +94,13 @@ def temporary_directory(final: Path) -> Path:
 
 def remove_directory(path: Path) -> None:
     """Remove a folder so that no part of it is ever seen under its name: it is renamed first."""
+    shutil.rmtree(_moved_aside(path), ignore_errors=True)
+
+
+def _moved_aside(path: Path) -> Path:
     trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}-{path.name}")
     os.rename(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    return trash
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -106,6 +110,11 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def vanished() -> FileNotFoundError:
+    """To be raised when a folder has gone with its mount: what is written would lie on the disk below it."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 @contextmanager

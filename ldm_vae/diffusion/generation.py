@@ -7,9 +7,7 @@ interrupted folder is completed by the same call, and more processes give the sa
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -34,7 +32,14 @@ from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.sampling import first_step
 from ldm_vae.diffusion.schedulers import evaluations, flow_scheduler, sampler_of
 from ldm_vae.errors import UserError
-from ldm_vae.files import canonical_json, checksum, remove_leftovers, system_errors_explained, write_atomically
+from ldm_vae.files import (
+    canonical_json,
+    checksum,
+    remove_leftovers,
+    system_errors_explained,
+    vanished,
+    write_atomically,
+)
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.storage import open_folder
@@ -320,8 +325,8 @@ def make(
                 image=pictures_in.get("init"),
                 mask=pictures_in.get("mask"),
             )
-            if not (part[0].path.parent / provenance.RUN_RECORD).exists():  # a vanished mount: see the disk below it
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if not (part[0].path.parent / provenance.RUN_RECORD).exists():
+                raise vanished()
             for picture, image in zip(part, images):
                 save_png(image, picture, parameters)
             bar.update(len(part))

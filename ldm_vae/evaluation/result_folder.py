@@ -5,9 +5,7 @@ Shared by the commands that measure one autoencoder on images; what they measure
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interface import is_deterministic
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.errors import UserError
-from ldm_vae.files import system_errors_explained
+from ldm_vae.files import system_errors_explained, vanished
 from ldm_vae.storage import open_folder
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
@@ -71,8 +69,8 @@ def publishing(output: str | Path) -> Iterator[None]:
     """
     folder = Path(output)
     with system_errors_explained(output, "free some space or make it writable, and run the same command again"):
-        if not (folder / provenance.RUN_LOCK).exists():  # a vanished mount: the result would lie on the disk below it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if not (folder / provenance.RUN_LOCK).exists():
+            raise vanished()
         (folder / provenance.RUN_RECORD).unlink(missing_ok=True)
         yield
 

@@ -7,7 +7,6 @@ the newest one that verifies is the one to resume from.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from ldm_vae.files import (
     remove_leftovers,
     system_errors_explained,
     temporary_directory,
+    vanished,
     write_json,
 )
 from ldm_vae.seal import damage, seal
@@ -55,8 +55,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     _refuse_what_is_not_finite(checkpoint)
     final = folder / f"step-{checkpoint.step:09d}"
     with system_errors_explained(folder, "earlier checkpoints are intact, and the same command continues from them"):
-        if not folder.is_dir():  # a vanished mount: a new folder would lie on the disk below it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if not folder.is_dir():
+            raise vanished()
         remove_leftovers(folder)  # before writing: it may be their room that is needed
         temporary = temporary_directory(final)
         try:

@@ -8,7 +8,6 @@ quarantine.jsonl images that could not be read
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import fnmatch
 import json
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import UserError
-from ldm_vae.files import remove_leftovers, system_errors_explained, write_atomically, write_text
+from ldm_vae.files import remove_leftovers, system_errors_explained, vanished, write_atomically, write_text
 from ldm_vae.provenance import RUN_RECORD
 
 if TYPE_CHECKING:
@@ -143,8 +142,8 @@ class RunDirectory:
     def writing(self) -> Iterator[None]:
         """Raises: UserError in one sentence when the system refuses to write, or the folder has vanished."""
         with system_errors_explained(self.path, "the last checkpoint is intact, and the same command continues"):
-            if not self.checkpoints.is_dir():  # a vanished mount: what is written would lie on the disk below it
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if not self.checkpoints.is_dir():
+                raise vanished()
             yield
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:

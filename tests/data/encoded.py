@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 
 def picture(height: int = 48, width: int = 64) -> np.ndarray:
@@ -33,3 +33,16 @@ def raw_png(width: int, height: int, depth: int, colour_type: int, rows: bytes, 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(rows, 9))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
+
+
+def swapped_srgb_profile() -> bytes:
+    """sRGB with the red and the green primary exchanged: (r, g, b) of it is (g, r, b) of sRGB."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    entries = {}
+    for i in range(struct.unpack_from(">I", profile, 128)[0]):
+        entries[bytes(profile[132 + 12 * i : 136 + 12 * i])] = 136 + 12 * i
+    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
+    profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
+    for text in ("sRGB built-in", "sRGB"):
+        profile = profile.replace(text.encode("utf-16-be"), ("x" * len(text)).encode("utf-16-be"))
+    return bytes(profile)

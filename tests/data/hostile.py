@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from tests.data.encoded import chunk, encode, picture, raw_png
+from tests.data.encoded import chunk, encode, picture, raw_png, swapped_srgb_profile
 
 HIGH_QUALITY = {"quality": 95, "subsampling": 0}
 TURNS = {
@@ -267,19 +267,6 @@ def run_length_bitmap(side: int) -> bytes:
 def zeros_compressed(megabytes: int) -> bytes:
     compressor = zlib.compressobj(1)
     return b"".join([*(compressor.compress(bytes(10**6)) for _ in range(megabytes)), compressor.flush()])
-
-
-def swapped_srgb_profile() -> bytes:
-    """sRGB with the red and the green primary exchanged: (r, g, b) of it is (g, r, b) of sRGB."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    entries = {}
-    for i in range(struct.unpack_from(">I", profile, 128)[0]):
-        entries[bytes(profile[132 + 12 * i : 136 + 12 * i])] = 136 + 12 * i
-    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
-    profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
-    for text in ("sRGB built-in", "sRGB"):
-        profile = profile.replace(text.encode("utf-16-be"), ("x" * len(text)).encode("utf-16-be"))
-    return bytes(profile)
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:

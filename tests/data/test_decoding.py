@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import struct
 import tracemalloc
 import warnings
 import zlib
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image
-from tests.data.encoded import chunk, encode, picture, raw_png
+from tests.data.encoded import chunk, encode, picture, raw_png, swapped_srgb_profile
 
 LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}, "AVIF": {"quality": 95}}
 LOSSLESS = ("PNG", "BMP", "TIFF", "PPM")
@@ -133,19 +132,6 @@ def test_print_colours_come_back(mode: str) -> None:
     assert difference(decode_image(encode(image, "TIFF")), picture()) < 3
     if mode == "CMYK":
         assert difference(decode_image(encode(image, "JPEG", quality=95, subsampling=0)), picture()) < 3
-
-
-def swapped_srgb_profile() -> bytes:
-    """sRGB with the red and the green primary exchanged: (r, g, b) of it is (g, r, b) of sRGB."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    entries = {}
-    for i in range(struct.unpack_from(">I", profile, 128)[0]):
-        entries[bytes(profile[132 + 12 * i : 136 + 12 * i])] = 136 + 12 * i
-    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
-    profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
-    for text in ("sRGB built-in", "sRGB"):
-        profile = profile.replace(text.encode("utf-16-be"), ("x" * len(text)).encode("utf-16-be"))
-    return bytes(profile)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])

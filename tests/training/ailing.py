@@ -19,6 +19,7 @@ from ldm_vae.training.engine import TrainingConfig, make_accelerator
 from ldm_vae.training.fit import fit
 from ldm_vae.training.run import RunDirectory
 from ldm_vae.training.schedule import Plan, Span
+from tests.training.toy import Bare
 
 MODULES = ("decoder", "judge")
 ONCE = ("loss_nan", "loss_inf", "gradient_nan", "gradient_inf", "gradient_huge", "pixel_nan")
@@ -55,7 +56,7 @@ class Named:
         return {"x": torch.linspace(-1, 1, 48).reshape(3, 4, 4) * (index + 1) / 20, "rejected": rejected}
 
 
-class AilingModel:
+class AilingModel(Bare):
     """Two modules that each learn to copy. `trace`: the weights of each after every step."""
 
     def __init__(self, config: AilingConfig) -> None:
@@ -95,25 +96,7 @@ class AilingModel:
         return {kind for at, module, kind, *ranks in asked if int(at) == step and module == name
                 and (not ranks or int(ranks[0]) == rank)}  # fmt: skip
 
-    def alarms(self, step, metrics):
-        return []
-
-    def tensors(self):
-        return {}
-
-    def validate(self, engine):
-        return {}
-
-    def preview(self, engine):
-        return None
-
     def export(self, engine, directory, metrics):
-        pass
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state, tensors):
         pass
 
 

@@ -52,7 +52,29 @@ class ToySamples:
         return f"sample {index}"
 
 
-class ToyModel:
+class Bare:
+    """What a model of the tests has nothing to say about."""
+
+    def alarms(self, step, metrics):
+        return []
+
+    def tensors(self):
+        return {}
+
+    def validate(self, engine):
+        return {}
+
+    def preview(self, engine):
+        return None
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state, tensors):
+        pass
+
+
+class ToyModel(Bare):
     def __init__(self, config: ToyConfig) -> None:
         torch.manual_seed(0)
         self.config = config
@@ -71,29 +93,11 @@ class ToyModel:
             total = total + loss.detach() / len(batch.parts)
         return {"loss/copy": total, "optim/grad_norm": engine.optimize("net", step)}
 
-    def alarms(self, step, metrics):
-        return []
-
-    def tensors(self):
-        return {}
-
-    def validate(self, engine):
-        return {}
-
-    def preview(self, engine):
-        return None
-
     def export(self, engine, directory, metrics):
         from safetensors.torch import save_file
 
         save_file(engine.emas["net"].module.state_dict(), directory / "ema.safetensors")
         save_file(engine.modules["net"].state_dict(), directory / "model.safetensors")
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state, tensors):
-        pass
 
 
 def main(output: str, *overrides: str) -> int:
