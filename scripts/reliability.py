@@ -6,7 +6,8 @@
     python scripts/reliability.py --reports a.xml b.xml              # of earlier runs of `pytest --junitxml=a.xml`
 
 Runs the tests marked `promise(number)`. What each recorded while it ran (`record_property("figure", ...)`) is its
-row in the table; a test that fails says FAILED there, and this program ends with pytest's exit code.
+row in the table, with the figure of its longest variant; a test that fails says FAILED there, and this program ends
+with pytest's exit code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,60 +25,86 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "reliability.md"
 START, END = "<!-- figures: written by scripts/reliability.py -->\n", "<!-- end of figures -->\n"
-HEADER = "| promise | test | last figure | seconds | date |\n|---|---|---|---|---|\n"
+HEADER = "| promise | test | variants | figure of the longest | seconds, all | date |\n|---|---|---|---|---|---|\n"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A line of the table: a test function, with all its variants (parameters) that recorded a figure."""
 
     promise: int
     test: str
+    variants: int
     figure: str
-    seconds: str
+    seconds: int
     day: str
 
+    @property
+    def failed(self) -> bool:
+        return self.figure.startswith("FAILED")
+
     def __str__(self) -> str:
-        return f"| {self.promise} | {self.test} | {self.figure} | {self.seconds} | {self.day} |\n"
+        cells = (self.promise, self.test, self.variants, self.figure, self.seconds, self.day)
+        return f"| {' | '.join(map(str, cells))} |\n"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a test, as it ran."""
+
+    name: str
+    figure: str
+    seconds: float
 
 
 def rows_of_report(report: Path) -> list[Row]:
-    """A row for each promise of each test in a JUnit file that recorded a figure, or failed."""
-    rows: list[Row] = []
+    """A row for each promise of each test function in a JUnit file that recorded a figure, or failed."""
     suite = ElementTree.parse(report).getroot().find(".//testsuite")
     if suite is None:
-        return rows
-    day = suite.get("timestamp", "")[:10]
-    for case in suite.iter("testcase"):
-        properties = [(item.get("name"), item.get("value", "")) for item in case.iter("property")]
-        if case.find("skipped") is not None:
+        return []
+    cases: dict[tuple[int, str], list[Case]] = defaultdict(list)
+    for element in suite.iter("testcase"):
+        properties = [(item.get("name"), item.get("value", "")) for item in element.iter("property")]
+        if element.find("skipped") is not None:
             continue
-        failed = case.find("failure") is not None or case.find("error") is not None
-        figure = "FAILED" if failed else "; ".join(value for name, value in properties if name == "figure")
+        failed = element.find("failure") is not None or element.find("error") is not None
+        name = element.get("name", "")
+        figure = f"FAILED: {name}" if failed else "; ".join(value for key, value in properties if key == "figure")
         if not figure:
             continue
-        test = f"`{case.get('classname', '').removeprefix('tests.')}::{case.get('name')}`"
-        rows += [
-            Row(int(value), test, figure.replace("|", "\\|"), f"{float(case.get('time', 0)):.0f}", day)
-            for name, value in properties
-            if name == "promise"
-        ]
-    return rows
+        test = f"`{element.get('classname', '').removeprefix('tests.')}::{name.split('[')[0]}`"
+        case = Case(name, figure.replace("|", "\\|"), float(element.get("time", 0)))
+        for promise in (int(value) for key, value in properties if key == "promise"):
+            cases[promise, test].append(case)
+    day = suite.get("timestamp", "")[:10]
+    return [row_of_cases(promise, test, variants, day) for (promise, test), variants in cases.items()]
+
+
+def row_of_cases(promise: int, test: str, cases: Sequence[Case], day: str) -> Row:
+    """The longest variant speaks for all, unless one failed."""
+    spokesman = max(cases, key=lambda case: (case.figure.startswith("FAILED"), case.seconds))
+    return Row(promise, test, len(cases), spokesman.figure, round(sum(case.seconds for case in cases)), day)
 
 
 def rows_of_document(text: str) -> list[Row]:
     """The rows that an earlier run wrote."""
     lines = text.split(START)[1].split(END)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [Row(int(promise), *rest) for promise, *rest in cells]
+    return [
+        Row(int(promise), test, int(variants), figure, int(seconds), day)
+        for promise, test, variants, figure, seconds, day in cells
+    ]
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows of tests that ran replace their own; those of tests that did not run stay."""
-    ran = {(row.promise, row.test) for row in new}
-    return sorted(
-        [*new, *(row for row in old if (row.promise, row.test) not in ran)], key=lambda row: (row.promise, row.test)
-    )
+    """A test that ran with fewer variants than before, say without the slow ones, does not replace them: unless it
+    failed, or they had."""
+    rows = {(row.promise, row.test): row for row in old}
+    for row in new:
+        before = rows.get((row.promise, row.test))
+        if before is None or row.failed or before.failed or row.variants >= before.variants:
+            rows[row.promise, row.test] = row
+    return sorted(rows.values(), key=lambda row: (row.promise, row.test))
 
 
 def with_rows(text: str, rows: Sequence[Row]) -> str:
