@@ -7,6 +7,7 @@ The collections themselves live beside this file: `folder`, `datasets_source`, `
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -16,6 +17,9 @@ import numpy as np
 from ldm_vae.data.decoding import HIGHEST_MEGAPIXELS, DecodeLimits
 from ldm_vae.data.synthetic import SyntheticConfig
 from ldm_vae.errors import UserError
+
+WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
+"""As a label; what is longer is a name."""
 
 
 class ImageSource(Protocol):
@@ -163,7 +167,7 @@ def _open(config: DataConfig) -> ImageSource:
 def number_labels(labels: Iterable[str]) -> dict[str, int]:
     """Label -> class number, in numeric order where all labels are whole numbers, else alphabetical."""
     names = set(labels)
-    numeric = all(name.lstrip("-").isdecimal() for name in names)
+    numeric = all(WHOLE_NUMBER.fullmatch(name) for name in names)
     return {name: i for i, name in enumerate(sorted(names, key=(lambda n: (int(n), n)) if numeric else None))}
 
 

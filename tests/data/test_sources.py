@@ -51,6 +51,8 @@ def test_the_synthetic_set_is_the_default() -> None:
 def test_labels_are_numbered_in_a_natural_order() -> None:
     assert number_labels(["10", "9", "-1", "9"]) == {"-1": 0, "9": 1, "10": 2}
     assert number_labels(["b", "10", "9"]) == {"10": 0, "9": 1, "b": 2}
+    assert number_labels(["--9", "10", "9"]) == {"--9": 0, "10": 1, "9": 2}  # not a number
+    assert number_labels(["9" * 5000, "10"]) == {"10": 0, "9" * 5000: 1}  # nor one that Python reads
 
 
 def test_parts_are_known_forever() -> None:
