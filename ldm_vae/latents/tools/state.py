@@ -231,8 +231,9 @@ def _listed_segment(
             changes = configuration.changed_keys(
                 configuration.to_dict(origin) if origin else {}, configuration.to_dict(found)
             )
-            key, (right, wrong) = next(iter(changes.items()))
-            trouble = f"{key} is {short(wrong)} and was {short(right)}" if origin else "its digest is not the recorded"
+            trouble = "its digest is not the recorded"  # all that is to say of, for one, a renamed key without a value
+            for key, (right, wrong) in list(changes.items())[:1] if origin else ():
+                trouble = f"{key} is {short(wrong)} and was {short(right)}"
     if trouble:
         kind: Kind = "damaged" if plan_name(number) in state.sizes else "missing"
         state.add(plan_name(number), kind, trouble, cure="plan")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,6 +382,16 @@ def test_s3(rich, bucket):
     remote.write(shard_name(1), bytes(data))
     remote.remove(sidecar_name(5))
     assert numbers(verify(f"{bucket}/set")) == [7, 16, 17]
+
+
+def test_a_plan_whose_key_without_a_value_has_another_name_is_found(copy):
+    """Equal in every value that it has, and not the plan."""
+    plan = (copy / "plan.json").read_text()
+    renamed = re.sub(r'"(\w+)"(: *null)', r'"x\1"\2', plan, count=1)
+    assert renamed != plan
+    (copy / "plan.json").write_text(renamed)
+    (finding,) = verify(copy).findings
+    assert (finding.file, finding.kind) == ("plan.json", "damaged")
 
 
 def test_what_is_no_set_is_said(tmp_path, copy):
