@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from ldm_vae import __version__
+from ldm_vae.allocator import reuse_freed_memory
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 COMMANDS = {
@@ -115,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    parsed = parser.parse_args(rest)
+    reuse_freed_memory()
     try:
-        return module.run(parser.parse_args(rest))
+        return module.run(parsed)
     except UserError as error:
         print(f"ldm-vae {name}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -2,7 +2,7 @@
 
     python scripts/record_results.py NAME RESULT_FOLDER [--headline]
 
-RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, a `scripts/benchmark_*.py` or `measure_synthetic.py`
+RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, `scripts/benchmark.py` or `measure_synthetic.py`
 wrote (a Markdown table, run.json), a set that `ldm-vae encode` made, or a run root of the quickstart (run.json of each
 stage). The section NAME of docs/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from
 an evaluation. Pictures stay out: they may show images that are not ours.

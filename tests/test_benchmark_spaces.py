@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark_spaces.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-import benchmark_spaces as script
+import benchmark
+from benchmarks import spaces as script
 
 
 def test_multiplications_include_attention() -> None:
@@ -58,8 +59,8 @@ def test_what_was_measured_is_written_and_drawn(tmp_path: Path, monkeypatch: pyt
         return coder if what == "autoencoder" else row | {"gigamacs": many[what] * size}
 
     monkeypatch.setattr(script, "in_fresh_process", pretend)
-    monkeypatch.setattr(sys, "argv", ["benchmark_spaces.py", str(tmp_path / "out"), "--sizes", "128", "64"])
-    assert script.main() == 0
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "spaces", str(tmp_path / "out"), "--sizes", "128", "64"])
+    assert benchmark.main() == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [each["size"] for each in found["spaces"]] == [64] * 3 + [128] * 3
     text = (tmp_path / "out" / "results.md").read_text()
@@ -68,18 +69,29 @@ def test_what_was_measured_is_written_and_drawn(tmp_path: Path, monkeypatch: pyt
     assert "100 MB (1.0x) | 10 MB | 15.0 s |" in text
     assert (tmp_path / "out" / "spaces.svg").read_text().count("pixels, coarse") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["command"]
-    assert script.main() == 2  # holds results already
+    assert benchmark.main() == 2  # holds results already
 
 
 @pytest.mark.slow
 def test_the_script_measures_in_fresh_processes(tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPT, tmp_path / "out", "--sizes", "64", "--preset", "tiny", "--autoencoder", "pico"]
+    words = [
+        sys.executable,
+        SCRIPT,
+        "spaces",
+        tmp_path / "out",
+        "--sizes",
+        "64",
+        "--preset",
+        "tiny",
+        "--autoencoder",
+        "pico",
+    ]
     subprocess.run(words, check=True, timeout=300)
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["spaces"]) == 3
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPT, tmp_path / "out", "--sizes", "100"]
+    words = [sys.executable, SCRIPT, "spaces", tmp_path / "out", "--sizes", "100"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr.count("multiples of 64")) == (2, 1)
     assert not (tmp_path / "out").exists()

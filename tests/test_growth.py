@@ -31,7 +31,7 @@ from tests.training.toy import ToyConfig, ToyModel, ToySamples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from benchmark_index import write_set
+from benchmarks.index import write_set
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 

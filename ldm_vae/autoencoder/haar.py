@@ -26,6 +26,23 @@ def haar_forward(x: Tensor) -> Tensor:
     )
 
 
+def haar_bands(x: Tensor, levels: int) -> Tensor:
+    """`haar_forward` that many times, as one product with a matrix: (n, c, h, w) -> (n, 4^l c, h/2^l, w/2^l).
+
+    The result is channels_last and in the precision of `x`, which each number is rounded to once.
+    """
+    count, channels, height, width = x.shape
+    side = 2**levels
+    block = channels * side**2
+    bands = torch.eye(block, dtype=x.dtype, device=x.device).reshape(block, side, side, channels).movedim(-1, 1)
+    for _ in range(levels):
+        bands = haar_forward(bands)  # what a block with a single 1 becomes
+    pixels = x.reshape(count, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        found = pixels.reshape(-1, block) @ bands.reshape(block, block)
+    return found.reshape(count, height // side, width // side, block).permute(0, 3, 1, 2)
+
+
 def haar_inverse(y: Tensor) -> Tensor:
     """(n, 4c, h, w) -> (n, c, 2h, 2w), the exact inverse (and transpose) of `haar_forward`."""
     low, horizontal, vertical, diagonal = (0.5 * y).chunk(4, dim=1)

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.deterministic import ADAPTED
 from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
+from ldm_vae.autoencoder.inference import prepare_for_inference
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
@@ -165,7 +166,7 @@ class AutoencoderConfig:
 
 
 def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Any:
-    """A new autoencoder with random weights, float32, channels_last. Seed torch before for reproducible weights.
+    """A new autoencoder with random weights, float32, see `inference`. Seed torch before for reproducible weights.
 
     `logvar_floor` is for kind "kl" with architecture "wavelet". Kind "frozen" reads its encoder here, from disk or,
     when it is a hub id, from the hub; its statistics are still to be fitted.
@@ -191,7 +192,7 @@ def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> 
         model = AutoencoderWavelet(
             latent_channels=config.latent_channels, logvar_floor=logvar_floor, **WAVELET_PRESETS[config.preset]
         )
-    return model.to(memory_format=torch.channels_last)
+    return prepare_for_inference(model)
 
 
 def _build_sd(config: AutoencoderConfig) -> Any:
@@ -225,7 +226,7 @@ def _build_frozen(config: AutoencoderConfig) -> AutoencoderFrozenEncoder:
 
 
 def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, channels_last.
+    """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, see `inference`.
 
     A run directory of `train-vae` works too: its `autoencoder/` is taken. Weights come from safetensors only.
     diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
@@ -248,7 +249,7 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
         check_seal(found)
     model_class = _model_class(path)
     model = load_weights(model_class, path, dtype)
-    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+    return prepare_for_inference(model.requires_grad_(False))
 
 
 def model_directory(path: Path) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder.adversarial.game import Game
 from ldm_vae.autoencoder.fine_tuning import encoder_is_frozen, select_trained, start_from
+from ldm_vae.autoencoder.group_norm import use_blocked_group_norm
 from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.loss import ReconstructionLoss
@@ -78,6 +79,7 @@ class VaeModel:
         else:
             autoencoder = start_from(config.initial)
         select_trained(autoencoder, config.train)
+        use_blocked_group_norm(autoencoder)
         if config.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         self.autoencoder: Any = autoencoder

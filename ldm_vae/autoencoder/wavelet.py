@@ -32,7 +32,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
-from ldm_vae.autoencoder.haar import haar_forward
+from ldm_vae.autoencoder.haar import haar_bands, haar_forward
+from ldm_vae.autoencoder.inference import only_values
 from ldm_vae.errors import UserError
 
 Padding = Literal["zeros", "replicate"]
@@ -84,6 +85,18 @@ class Stage(nn.Module):
         return x
 
 
+class Halving(nn.Sequential):
+    """A pixel-unshuffle by 2 and a 1x1 convolution; without gradients, the 2x2 convolution of stride 2 they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, o, h/2, w/2)."""
+        if not only_values():
+            return super().forward(x)
+        layer: Any = self[1]
+        kernel = layer.weight.view(len(layer.weight), -1, 2, 2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, kernel, layer.bias, stride=2)
+
+
 class Encoder(nn.Module):
     """(n, 3, h, w) -> (n, 2c, h/f, w/f): mean and raw log-variance; `deterministic`: (n, c, h/f, w/f), the latents.
 
@@ -106,7 +119,7 @@ class Encoder(nn.Module):
             if level == 0:
                 resample: nn.Module = convolution(previous, width)
             else:
-                resample = nn.Sequential(nn.PixelUnshuffle(2), convolution(4 * previous, width, kernel=1))
+                resample = Halving(nn.PixelUnshuffle(2), convolution(4 * previous, width, kernel=1))
             stages.append(Stage(resample, width, count, "zeros"))
             previous = width
         self.stages = nn.ModuleList(stages)
@@ -115,8 +128,11 @@ class Encoder(nn.Module):
             self.head.bias.data[latent_channels:] = INITIAL_LOGVAR  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.haar_levels):
-            x = haar_forward(x)
+        if only_values():
+            x = haar_bands(x, self.haar_levels)
+        else:
+            for _ in range(self.haar_levels):
+                x = haar_forward(x)
         x = 0.5**self.haar_levels * x  # the low band of an image in [-1, 1] would span [-4, 4] after two levels
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:

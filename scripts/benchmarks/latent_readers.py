@@ -1,4 +1,4 @@
-"""The readers that `benchmark_latents.py` compares: each writes the samples in its format, and reads them its best way.
+"""The readers that `read.py` compares: each writes the samples in its format, and reads them its best way.
 
 A sample is float16 (8, 64, 64). What a reader yields are torch tensors with memory of their own, single or as batches.
 Owns the formats and the check that every reader gives the same samples; knows nothing of time.

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +15,10 @@ from ldm_vae.errors import UserError
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_latents
-import latent_readers
+import benchmark
 import record_results
-from benchmark_latents import Cell
-from latent_readers import LIMIT, OURS, READERS
+from benchmarks import latent_readers, read
+from benchmarks.latent_readers import LIMIT, OURS, READERS
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +28,16 @@ def moments() -> np.ndarray:
 
 def test_every_reader_is_measured_in_every_cell_and_the_result_can_be_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_readers, "SHARD", 64)
-    monkeypatch.setattr(sys, "argv", ["scripts/benchmark_latents.py", str(tmp_path / "result"), "--rounds", "2"])
-    text = benchmark_latents.benchmark(tmp_path / "result", 192, 2, 0.005, tmp_path)
+    words = [str(tmp_path / "result"), "--rounds", "2", "--samples", "192", "--seconds", "0.005"]
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", "read", *words])
+    words += ["--files", str(tmp_path)]
+    benchmark.run_subject("read", words)
+    text = (tmp_path / "result" / "results.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["result"]  # no sample is left behind
     found = json.loads((tmp_path / "result" / "results.json").read_text())
     assert found["missing"] == {}
     measured = {(one["content"], one["size"], one["order"], one["reader"]): one for one in found["measured"]}
-    names = {content: set(READERS) - {LIMIT} for content in ("moments", "latents")}
+    names = {"moments": set(READERS) - {LIMIT}, "latents": set(READERS)}
     for size, order in (("single", "sequential"), ("single", "random"), ("batch", "sequential"), ("batch", "random")):
         assert {name for *cell, name in measured if cell == ["moments", size, order]} >= names["moments"]
         if order == "random":
@@ -44,6 +45,8 @@ def test_every_reader_is_measured_in_every_cell_and_the_result_can_be_recorded(t
     assert all(one["samples_per_second"] > 0 and len(one["rounds"]) == 2 for one in found["measured"])
     assert measured["moments", "batch", "random", LIMIT]["fraction_of_limit"] == [1, 1, 1]
     assert all(name in text for name in READERS)
+    assert text.count("| over webdataset, tar of `.npy`, ") == 2
+    assert "| posterior samples over the arithmetic" in text
 
     page = tmp_path / "benchmarks.md"
     page.write_text("# Benchmarks\n")
@@ -51,9 +54,9 @@ def test_every_reader_is_measured_in_every_cell_and_the_result_can_be_recorded(t
     monkeypatch.setattr(sys, "argv", ["record_results.py", "Reading latents", str(tmp_path / "result")])
     record_results.main()
     assert "## Reading latents\n\nStored moments: samples per second" in page.read_text()
-    assert "- command: `python scripts/benchmark_latents.py result --rounds 2`" in page.read_text()
+    assert "- command: `python scripts/benchmark.py read result --rounds 2 --samples" in page.read_text()
     with pytest.raises(UserError, match="holds results already"):
-        benchmark_latents.benchmark(tmp_path / "result", 192, 2, 0.005, tmp_path)
+        benchmark.run_subject("read", words)
 
 
 def test_a_package_that_is_not_there_is_a_row_that_says_so(tmp_path, monkeypatch, moments):
@@ -63,20 +66,22 @@ def test_a_package_that_is_not_there_is_a_row_that_says_so(tmp_path, monkeypatch
     monkeypatch.setattr(latent_readers, "READERS", chosen)
     readers, missing = latent_readers.open_readers(tmp_path, moments)
     assert missing == {name: "webdataset is not installed"}
-    found = benchmark_latents.summary(benchmark_latents.measure_all(readers, 2, 0.001), missing)
-    assert f"| {name} | webdataset is not installed |" in benchmark_latents.report(found, "")
+    found = read.summary(read.measure_all(readers, 2, 0.001), missing)
+    found |= {"samples": 192, "rounds": 2, "seconds": 0.001}
+    assert f"| {name} | webdataset is not installed |" in read.text(found)
 
 
 def test_fractions_and_ratios_are_of_the_same_round():
     sizes = {"single": (30.0, 15.0), "batch": (60.0, 30.0)}
     rates = {
         cell: {OURS: [ours, 2 * ours], "other": [other, 2 * other]}
-        for cell in benchmark_latents.CELLS
+        for cell in read.CELLS
         for ours, other in [sizes[cell.size]]
     }
-    for order in ("sequential", "random"):
-        rates[Cell("moments", "batch", order)][LIMIT] = [120.0, 240.0]
-    measured = benchmark_latents.summary(rates, {})["measured"]
+    for cell in read.CELLS:
+        if (cell.content, cell.size) != ("moments", "single"):
+            rates[cell][LIMIT] = [120.0, 240.0]
+    measured = read.summary(rates, {})["measured"]
     single = next(one for one in measured if (one["size"], one["reader"]) == ("single", "other"))
     assert single["fraction_of_limit"] == [0.125] * 3
     assert single["ours_over_this"] == [2.0] * 3
@@ -100,7 +105,7 @@ def test_a_reader_that_gives_other_samples_is_found(moments):
 
 def test_posterior_samples_of_a_user_have_the_stored_moments():
     moments = torch.stack([torch.full((64, 64), value) for value in (3.0, -1.0, 0.0, 2.0)]).half()
-    sample = next(benchmark_latents.drawn(iter([moments])))
+    sample = next(read.drawn(iter([moments])))
     torch.testing.assert_close(sample.mean((1, 2)), torch.tensor([3.0, -1.0]), atol=0.2, rtol=0)
     torch.testing.assert_close(sample.std((1, 2)), torch.tensor([1.0, 2.718]), atol=0.2, rtol=0)
 
@@ -111,7 +116,7 @@ def test_a_rate_counts_the_samples_of_batches_in_wall_time():
             time.sleep(0.002)
             yield torch.zeros(1)
 
-    assert 0 < benchmark_latents.measure(slow(), 64, 0.01) <= 64 / 0.002
+    assert 0 < read.rate_of(slow(), 64, 0.01) <= 64 / 0.002
 
 
 @pytest.mark.parametrize(
@@ -119,10 +124,4 @@ def test_a_rate_counts_the_samples_of_batches_in_wall_time():
 )
 def test_settings_that_measure_nothing_are_refused(tmp_path, samples, rounds, message):
     with pytest.raises(UserError, match=message):
-        benchmark_latents.benchmark(tmp_path / "result", samples, rounds, 0.1, None)
-
-
-def test_help_needs_no_heavy_package():
-    program = "import benchmark_latents, sys; print({'torch', 'numpy', 'datasets'} & sys.modules.keys())"
-    found = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+        benchmark.run_subject("read", [str(tmp_path), "--samples", str(samples), "--rounds", str(rounds)])

@@ -1,12 +1,12 @@
 """How fast latents are read: ours, HF `datasets`, a webdataset tar, one `.npy` per image, and a plain numpy memmap.
 
-    python scripts/benchmark_latents.py OUTPUT
+    python scripts/benchmark.py read OUTPUT
 
 Every reader gets the same samples, float16 (8, 64, 64): mean and log-variance of a 512 x 512 image, 64 KiB. They are
 random, in a temporary folder, and few enough to stay in the page cache. What counts is a torch tensor with memory of
 its own, single or as a batch of 64. The limit is the memory copy: the same bytes from one array into a batch that is
 there already. One process, one thread. The readers take turns, so that what disturbs the machine meets all of them, and
-ratios are taken within a round. Writes results.json, results.md and run.json.
+ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from result_folder import check_output, write_results
+from benchmarks.rounds import bar, bars_table
 
-from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.errors import UserError
 
 if TYPE_CHECKING:
-    from latent_readers import Pass, Reader
+    from benchmarks.latent_readers import Pass, Reader
     from torch import Tensor
+
+SUMMARY = "how fast stored latents are read, beside HF `datasets`, webdataset and numpy"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ CELLS += [Cell("latents", size, "random") for size in ("single", "batch")]  # dr
 
 Rates = dict[Cell, dict[str, list[float]]]
 """Cell -> reader -> samples per second in each round."""
+PEERS = ("HF `datasets`, `Array3D`, torch format", "webdataset, tar of `.npy`")
+"""Those that the promise names."""
 
 
 def stream(reader: Reader, cell: Cell) -> Iterator[Tensor]:
@@ -69,7 +72,7 @@ def drawn(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
         yield mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
 
 
-def measure(tensors: Iterator[Tensor], samples_each: int, seconds: float) -> float:
+def rate_of(tensors: Iterator[Tensor], samples_each: int, seconds: float) -> float:
     """Samples per second. As in training, a batch is alive until the next one is there."""
     count, started = 0, time.perf_counter()
     for _ in tensors:
@@ -81,11 +84,11 @@ def measure(tensors: Iterator[Tensor], samples_each: int, seconds: float) -> flo
 
 def measure_all(readers: dict[str, Reader], rounds: int, seconds: float) -> Rates:
     """Rounds in which every reader has its turn, each round begun by another one; the first is not counted."""
-    from latent_readers import BATCH, LIMIT
+    from benchmarks.latent_readers import BATCH, LIMIT
 
     streams = {cell: {name: stream(reader, cell) for name, reader in readers.items()} for cell in CELLS}
     for cell in CELLS:
-        if (cell.content, cell.size) != ("moments", "batch"):  # the limit is one number an order
+        if (cell.content, cell.size) == ("moments", "single"):  # the limit is one number an order
             del streams[cell][LIMIT]
     rates: Rates = {cell: {name: [] for name in turns} for cell, turns in streams.items()}
     for number in range(rounds + 1):
@@ -93,7 +96,7 @@ def measure_all(readers: dict[str, Reader], rounds: int, seconds: float) -> Rate
             names = list(turns)
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                rate = measure(turns[name], BATCH if cell.size == "batch" else 1, seconds)
+                rate = rate_of(turns[name], BATCH if cell.size == "batch" else 1, seconds)
                 if number:
                     rates[cell][name].append(rate)
     return rates
@@ -101,7 +104,7 @@ def measure_all(readers: dict[str, Reader], rounds: int, seconds: float) -> Rate
 
 def summary(rates: Rates, missing: dict[str, str]) -> dict[str, Any]:
     """`results.json`: of every cell and reader the rates, and quartiles of what was compared within a round."""
-    from latent_readers import BATCH, LIMIT, OURS, SAMPLE_BYTES
+    from benchmarks.latent_readers import BATCH, LIMIT, OURS, SAMPLE_BYTES
 
     cells = []
     for cell, found in rates.items():
@@ -112,7 +115,7 @@ def summary(rates: Rates, missing: dict[str, str]) -> dict[str, Any]:
             if cell.content == "moments":
                 one["gigabytes_per_second"] = median * SAMPLE_BYTES / 1e9
                 one["fraction_of_limit"] = quartiles([rate / most for rate, most in zip(measured, limit)])
-            if name not in (OURS, LIMIT):
+            if name != OURS and (name, cell.content) != (LIMIT, "moments"):
                 one["ours_over_this"] = quartiles([ours / rate for ours, rate in zip(found[OURS], measured)])
             cells.append(one)
     return {"sample_bytes": SAMPLE_BYTES, "batch": BATCH, "measured": cells, "missing": missing}
@@ -123,9 +126,9 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def report(found: dict[str, Any], note: str) -> str:
+def text(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from latent_readers import LIMIT, OURS, READERS
+    from benchmarks.latent_readers import LIMIT, OURS, READERS
 
     from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
 
@@ -146,8 +149,25 @@ def report(found: dict[str, Any], note: str) -> str:
     lines += markdown_table(headings, [row(name, raw, show_ratio) for name in others])
     lines += ["", f"Posterior samples per second ({OURS} over this reader). The others draw after reading.", ""]
     headings = ["reader", *(f"{cell.size}, {cell.order}" for cell in sampled)]
-    lines += markdown_table(headings, [row(name, sampled, show_both) for name in (OURS, *others)])
-    return "\n".join([*lines, "", note, ""])
+    lines += markdown_table(headings, [row(name, sampled, show_both) for name in (OURS, *others, LIMIT)])
+    lines += ["", *bars_table(bars(table))]
+    return "\n".join([*lines, "", note(found["samples"], found["rounds"], found["seconds"]), ""])
+
+
+def bars(table: Mapping[tuple[str, str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was promised, over the peers that were there."""
+    from benchmarks.latent_readers import LIMIT, OURS
+
+    found = []
+    for size in ("single", "batch"):
+        rate = table["moments", size, "random", OURS]["samples_per_second"]
+        found.append(bar(f"random samples a second, {size}", rate, 60_000, ""))
+        for name in PEERS:
+            if one := table.get(("moments", size, "random", name)):
+                found.append(bar(f"over {name}, {size}, random", one["ours_over_this"][1], 15))
+        drawn_share = table["latents", size, "random", LIMIT]["ours_over_this"][1]
+        found.append(bar(f"posterior samples over the arithmetic alone, {size}", drawn_share, 0.5))
+    return found
 
 
 def show_rate(one: dict[str, Any]) -> str:
@@ -169,7 +189,7 @@ def show_both(one: dict[str, Any]) -> str:
 
 def note(samples: int, rounds: int, seconds: float) -> str:
     """What the figures hold for."""
-    from latent_readers import BATCH, OURS, SAMPLE_BYTES, SHUFFLE_BUFFER
+    from benchmarks.latent_readers import BATCH, OURS, SAMPLE_BYTES, SHUFFLE_BUFFER
 
     packages = []
     for name in ("numpy", "datasets", "pyarrow", "webdataset"):
@@ -182,54 +202,40 @@ def note(samples: int, rounds: int, seconds: float) -> str:
         f"thread; batches of {BATCH}; medians of {rounds} rounds, in which the readers take turns of {seconds} s. "
         f"Every reader ends with a torch tensor that has its own memory; {OURS} gives label and source index too. "
         f"A tar has no random access: there, random is a shuffle buffer of {SHUFFLE_BUFFER}. The limit, also of single "
-        f"samples, copies the same bytes from one array into a batch that is there already. {', '.join(packages)}."
+        f"samples, copies the same bytes from one array into a batch that is there already; for samples of the "
+        f"posterior it is the arithmetic on such a batch. {', '.join(packages)}."
     )
 
 
-def benchmark(output: Path, samples: int, rounds: int, seconds: float, files: Path | None) -> str:
-    """Write the formats, measure, write the result folder. Returns: the Markdown."""
-    import numpy as np
-    import pyarrow
-    import torch
-    from datasets import disable_progress_bars
-    from latent_readers import BATCH, SHAPE, open_readers
-
-    if samples < BATCH or samples % BATCH:
-        raise UserError(f"--samples: {samples} are not whole batches; give a multiple of {BATCH}")
-    if rounds < 2:
-        raise UserError(f"--rounds: {rounds} shows no spread; give 2 or more")
-    check_output(output)
-    disable_progress_bars()
-    torch.set_num_threads(1)
-    pyarrow.set_cpu_count(1)
-    began = time.time()
-    moments = np.random.default_rng(0).standard_normal((samples, *SHAPE), np.float32).astype(np.float16)
-    with tempfile.TemporaryDirectory(dir=files) as folder:
-        readers, missing = open_readers(Path(folder), moments)
-        found = summary(measure_all(readers, rounds, seconds), missing)
-    text = report(found, note(samples, rounds, seconds))
-    write_results(output, found, text, began)
-    return text
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder for the results")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=8192, help="64 KiB each, seven times on disk (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.15, help="of a reader's turn (default: %(default)s)")
     parser.add_argument("--files", type=Path, help="where the temporary folder is made")
-    args = parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Write the formats and let the readers take turns. Raises: UserError."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch, which read it once, are there
-    try:
-        print(benchmark(args.output, args.samples, args.rounds, args.seconds, args.files))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    import numpy as np
+    import pyarrow
+    import torch
+    from benchmarks.latent_readers import BATCH, SHAPE, open_readers
+    from datasets import disable_progress_bars
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if arguments.samples < BATCH or arguments.samples % BATCH:
+        raise UserError(f"--samples: {arguments.samples} are not whole batches; give a multiple of {BATCH}")
+    if arguments.rounds < 2:
+        raise UserError(f"--rounds: {arguments.rounds} shows no spread; give 2 or more")
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    pyarrow.set_cpu_count(1)
+    moments = np.random.default_rng(0).standard_normal((arguments.samples, *SHAPE), np.float32).astype(np.float16)
+    with tempfile.TemporaryDirectory(dir=arguments.files) as folder:
+        progress(f"writing {arguments.samples:,} samples in every format ...")
+        readers, missing = open_readers(Path(folder), moments)
+        progress(f"{arguments.rounds} rounds of {len(readers)} readers ...")
+        found = summary(measure_all(readers, arguments.rounds, arguments.seconds), missing)
+    return found | {"samples": arguments.samples, "rounds": arguments.rounds, "seconds": arguments.seconds}

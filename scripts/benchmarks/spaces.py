@@ -1,6 +1,6 @@
 """The claim of latent diffusion, measured: one U-Net family on latents and on pixels, at several image sizes.
 
-    python scripts/benchmark_spaces.py OUTPUT
+    python scripts/benchmark.py spaces OUTPUT
 
 Three spaces. `latents`: c x h/8 x w/8. `pixels`: 3 x h x w through the same U-Net with the same patch, so with 64 times
 as many tokens. `pixels, coarse`: patches 8 times as large, so as many tokens as `latents` has, of 48 times as many
@@ -8,7 +8,7 @@ values. For each space and size a fresh process builds the network with random w
 (forward, backward, AdamW, one image) and sampling steps, in float32 on the CPU: medians of as many as fit into a few
 seconds after one that is not counted. Memory is the peak over that of the imported packages, GMAC the multiplications
 of one forward pass, in thousand millions. What the latents cost on top, encoding and decoding, is measured as well.
-Nothing is extrapolated. Writes results.json, results.md, spaces.svg and run.json.
+Nothing is extrapolated. Draws spaces.svg.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from result_folder import check_output, write_results
-
 from ldm_vae.costs import gigamacs
-from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.errors import UserError
 
+SUMMARY = "what the same U-Net costs on latents and on pixels"
 SIZES = (128, 256, 512)
 """Sides of the images in pixels."""
 SECONDS = 3.0
@@ -141,7 +140,7 @@ def measure_autoencoder(size: int, preset: str) -> dict[str, Any]:
 
 
 def in_fresh_process(what: str, size: int, preset: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", what, str(size), preset]
+    command = [sys.executable, __file__, what, str(size), preset]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         words = (result.stderr.strip().splitlines() or ["killed, probably for memory"])[-1]
@@ -149,13 +148,16 @@ def in_fresh_process(what: str, size: int, preset: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def measure(sizes: list[int], preset: str, autoencoder: str) -> dict[str, Any]:
-    """Everything, one fresh process after the other."""
+def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Everything, one fresh process after the other. Raises: UserError."""
+    sizes, preset, autoencoder = sorted(arguments.sizes), arguments.preset, arguments.autoencoder
+    if any(size < 64 or size % 64 for size in sizes):
+        raise UserError(f"--sizes: {sizes} are not all multiples of 64, which every space can divide")
     spaces: list[dict[str, Any]] = []
     coders: list[dict[str, Any]] = []
     for size in sizes:
         for name in SPACES:
-            print(f"{name}, {size}x{size} ...", file=sys.stderr, flush=True)
+            progress(f"{name}, {size}x{size} ...")
             spaces.append({"space": name, "size": size} | in_fresh_process(name, size, preset))
         coders.append({"size": size} | in_fresh_process("autoencoder", size, autoencoder))
     return {"preset": preset, "autoencoder": autoencoder, "spaces": spaces, "autoencoders": coders}
@@ -167,7 +169,7 @@ def image_seconds(row: dict[str, Any], found: dict[str, Any]) -> float:
     return STEPS * row["sampling_seconds"] + (decoding[row["size"]] if row["space"] == "latents" else 0.0)
 
 
-def report(found: dict[str, Any]) -> str:
+def text(found: dict[str, Any]) -> str:
     """`results.md`."""
     from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
 
@@ -209,7 +211,7 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: dict[str, Any], output: Path) -> None:
     """Cost over image size, a panel for each quantity and a line for each space."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -232,40 +234,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.set_title(title)
     panels[0].margins(y=0.4)  # room for the legend
     legend(panels[0])
-    save_svg(figure, path, "Cost of the same U-Net on latents and on pixels over the size of the image")
+    output.mkdir(parents=True, exist_ok=True)
+    save_svg(
+        figure, output / "spaces.svg", "Cost of the same U-Net on latents and on pixels over the size of the image"
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, nargs="?", help="folder for the results")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), metavar="PIXELS", help="sides of images")
     parser.add_argument("--preset", default="small", choices=("tiny", "small", "base"), help="of the U-Net (small)")
     parser.add_argument("--autoencoder", default="nano", metavar="PRESET", help="of the autoencoder (nano)")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        what, size, preset = args.measure
-        one = (
-            measure_autoencoder(int(size), preset) if what == "autoencoder" else measure_space(what, int(size), preset)
-        )
-        print(json.dumps(one))
-        return 0
-    try:
-        output = check_output(args.output)
-        if any(size < 64 or size % 64 for size in args.sizes):
-            raise UserError(f"--sizes: {args.sizes} are not all multiples of 64, which every space can divide")
-        began = time.time()
-        found = measure(sorted(args.sizes), args.preset, args.autoencoder)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    text = report(found)
-    output.mkdir(parents=True, exist_ok=True)
-    draw(found, output / "spaces.svg")
-    write_results(output, found, text, began)
-    print(text)
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the fresh process of `in_fresh_process`
+    what, side, of_preset = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    one = measure_autoencoder(side, of_preset) if what == "autoencoder" else measure_space(what, side, of_preset)
+    print(json.dumps(one))

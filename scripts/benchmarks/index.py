@@ -1,11 +1,10 @@
 """How a set of a hundred million samples opens: its manifest and index as they would be, without any latents.
 
-    python scripts/benchmark_index.py OUTPUT
+    python scripts/benchmark.py index OUTPUT
 
 For each size of set a folder with plan, index and manifest is written as `ldm-vae encode` writes them; then a fresh
 process opens it as `LatentDataset` and looks samples up, as a trainer does, up to the point where a shard would be
-opened. Times are medians of three such processes, memory is what the process has more than before. Writes results.json,
-results.md and run.json.
+opened. Times are medians of three such processes, memory is what the process has more than before.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from result_folder import check_output, write_results
+from ldm_vae.errors import UserError
 
-from ldm_vae.errors import EXIT_USER_ERROR, UserError
-
+SUMMARY = "how sets of up to a thousand million samples open"
 SETS = ((100_000_000, 256), (100_000_000, 4096), (1_000_000_000, 4096))
 """Samples and shard size of each set."""
 CHANNELS, SIDE = 4, 64
@@ -109,7 +108,7 @@ def simulate(samples: int, shard_size: int) -> dict[str, Any]:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         runs = []
         for _ in range(PROCESSES):
-            command = [sys.executable, __file__, "--open", name]
+            command = [sys.executable, __file__, name]
             runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     index = [size for name, size in sizes.items() if name.startswith("index-")]
     return {
@@ -123,7 +122,7 @@ def simulate(samples: int, shard_size: int) -> dict[str, Any]:
     }
 
 
-def report(found: list[dict[str, Any]]) -> str:
+def text(found: dict[str, Any]) -> str:
     """`results.md`."""
     from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
 
@@ -137,7 +136,7 @@ def report(found: list[dict[str, Any]]) -> str:
             f"{one['memory_megabytes']:.0f} MB ({one['memory_with_orders_megabytes']:.0f} with both orders)",
             f"{one['global_lookup_microseconds']:.1f} us", f"{one['blocks_lookup_microseconds']:.1f} us",
         ]
-        for one in found
+        for one in found["sets"]
     ]  # fmt: skip
     note = (
         f"Simulated: plan, index and manifest as they would be, no latents. Latents {CHANNELS}x{SIDE}x{SIDE}; memory "
@@ -147,29 +146,28 @@ def report(found: list[dict[str, Any]]) -> str:
     return "\n".join(["# Opening large sets", "", *markdown_table(headings, rows), "", note, ""])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, nargs="?", help="folder for the results")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", nargs="+", metavar="SAMPLES/SHARD_SIZE", help="sizes of sets to simulate")
-    parser.add_argument("--open", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Every size of set, one after the other. Raises: UserError."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    if args.open:
-        print(json.dumps(open_set(args.open)))
-        return 0
-    try:
-        output = check_output(args.output)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    sets = [tuple(map(int, word.split("/"))) for word in args.sets] if args.sets else SETS
-    began = time.time()
-    found = [simulate(samples, shard_size) for samples, shard_size in sets]
-    text = report(found)
-    write_results(output, found, text, began)
-    print(text)
-    return 0
+    sets = [parsed(words) for words in arguments.sets] if arguments.sets else SETS
+    found = []
+    for samples, shard_size in sets:
+        progress(f"{samples:,} samples in shards of {shard_size:,} ...")
+        found.append(simulate(samples, shard_size))
+    return {"sets": found}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def parsed(words: str) -> tuple[int, int]:
+    """ "1000/16" -> (1000, 16). Raises: UserError."""
+    numbers = words.split("/")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--sets: {words!r} is not SAMPLES/SHARD_SIZE; give for example 1000000/256")
+    return int(numbers[0]), int(numbers[1])
+
+
+if __name__ == "__main__":  # the fresh process of `simulate`
+    print(json.dumps(open_set(sys.argv[1])))
