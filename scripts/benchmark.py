@@ -21,7 +21,6 @@ from types import ModuleType
 
 from result_folder import check_output, write_results
 
-from ldm_vae.allocator import reuse_freed_memory
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 
 SUBJECTS = {
@@ -61,7 +60,6 @@ def run_subject(subject: str, words: Sequence[str]) -> None:
     module.add_arguments(parser)
     arguments = parser.parse_args(words)
     output = check_output(arguments.output)
-    reuse_freed_memory()  # as every command does; whatever is measured profits alike
     began = time.time()
     found = module.measure(arguments, progress)
     text = module.text(found)

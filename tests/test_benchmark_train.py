@@ -30,7 +30,8 @@ def test_both_sides_take_a_step_and_everything_is_told(tmp_path: Path) -> None:
     assert {name: len(values) for name, values in found["seconds"].items()} == {
         "ours, bf16": 2,
         "ours, fp32": 2,
-        "diffusers' example, fp32": 2,
+        script.EXAMPLE: 2,
+        script.REPAIRED: 2,
     }
     whole, plain = found["roof"]
     assert whole["gigaflops"] > whole["lpips_gigaflops"] > 0 == plain["lpips_gigaflops"]
@@ -70,12 +71,13 @@ def test_a_missed_limit_is_called_missed() -> None:
     found = {
         "widths": [8], "preset": "pico", "perceptual": "vgg", "crop": 48, "batch": 1, "rounds": 2, "device": "cpu",
         "threads": 1,
-        "seconds": {"ours, bf16": [1.0, 1.0], "ours, fp32": [2.0, 2.0], "diffusers' example, fp32": [2.2, 2.2]},
+        "seconds": {"ours, bf16": [1.0, 1.0], "ours, fp32": [2.0, 2.0]}
+        | {script.EXAMPLE: [2.2, 2.2], script.REPAIRED: [3.0, 3.0]},
         "roof": [row], "waits": {"steps": 2, "waited_seconds": 0.01, "share": 0.01},
     }  # fmt: skip
     lines = script.text(found).splitlines()
     assert sum(line.endswith("**missed** |") for line in lines) == 3  # 1.1x in fp32, half of the roof, the wait
-    assert any(line.startswith("| diffusers' example in fp32 over ours in bf16 | 2.2x") for line in lines)
+    assert any(line.startswith(f"| {script.EXAMPLE}, over ours, bf16 | 2.2x") for line in lines)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -41,6 +41,9 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     """Runs of ours in both precisions and turns of the script, in turn."""
     import torch
 
+    from ldm_vae.allocator import reuse_freed_memory
+
+    reuse_freed_memory()  # as the command does; the script profits from it too
     names = ("size", "images", "peer_images", "preset", "peer_preset", "workers", "rounds")
     found: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     contestants = ("ours, bf16", "ours, fp32", "script, fp32")

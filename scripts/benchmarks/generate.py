@@ -32,6 +32,9 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     """Both precisions, one after the other."""
     import torch
 
+    from ldm_vae.allocator import reuse_freed_memory
+
+    reuse_freed_memory()
     found = []
     for precision in ("fp32", "bf16"):
         progress(f"{arguments.size}x{arguments.size}, {arguments.steps} steps, {precision} ...")

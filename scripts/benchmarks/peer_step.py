@@ -26,10 +26,11 @@ def patch_discriminator() -> Any:
     return nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
 
 
-def peer_step(autoencoder: Any, perceptual: Any, images: Any) -> Callable[[], None]:
+def peer_step(autoencoder: Any, perceptual: Any, images: Any, repaired: bool = False) -> Callable[[], None]:
     """A call is one update of the autoencoder and then one of the discriminator: two iterations of the example.
 
     Args:
+        repaired: LPIPS has its gradient, as in ours.
         autoencoder: diffusers' `AutoencoderKL`, float32.
         perceptual: `lpips.LPIPS`, frozen.
         images: float32 (n, 3, h, w) in [-1, 1].
@@ -54,7 +55,7 @@ def peer_step(autoencoder: Any, perceptual: Any, images: Any) -> Callable[[], No
     def step() -> None:
         posterior, made = forward()
         reconstruction = F.l1_loss(made, images, reduction="none")
-        with torch.no_grad():
+        with torch.set_grad_enabled(repaired):
             distance = perceptual(made, images)
         likelihood = (reconstruction + PERCEPTUAL_SCALE * distance).sum() / len(images)
         kl = posterior.kl().sum() / len(images)
