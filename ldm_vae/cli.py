@@ -25,6 +25,13 @@ COMMANDS = {
     "frontier": "frontier",
     "compare": "compare",
     "diagnose": "diagnose",
+    "codec-fit": "codec_fit",
+    "compress": "compress",
+    "decompress": "decompress",
+    "codec-bench": "codec_bench",
+    "directions": "directions",
+    "interpolate": "interpolate",
+    "anomaly": "anomaly",
     "synth": "synth",
     "report": "report",
     "convert": "convert",
@@ -32,7 +39,7 @@ COMMANDS = {
 }
 
 
-GROUPS = ("latents",)
+GROUPS = ("latents", "directions", "anomaly")
 """Commands that have tools."""
 
 REFUSALS = (
