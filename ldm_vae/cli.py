@@ -26,6 +26,13 @@ COMMANDS = {
     "frontier": "frontier",
     "compare": "compare",
     "diagnose": "diagnose",
+    "codec-fit": "codec_fit",
+    "compress": "compress",
+    "decompress": "decompress",
+    "codec-bench": "codec_bench",
+    "directions": "directions",
+    "interpolate": "interpolate",
+    "anomaly": "anomaly",
     "synth": "synth",
     "report": "report",
     "convert": "convert",
@@ -33,7 +40,7 @@ COMMANDS = {
 }
 
 
-GROUPS = ("latents",)
+GROUPS = ("latents", "directions", "anomaly")
 """Commands that have tools."""
 
 REFUSALS = (

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_vae.applications.directions.reader import convolutional_trunk
 from ldm_vae.data import pixels
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource
@@ -93,16 +94,8 @@ class Reader(nn.Module):
     def __init__(self, side: int, width: int = 32) -> None:
         super().__init__()
         self.side = side
-        layers: list[nn.Module] = []
-        channels, remaining = 3, side
-        for number in range(4):
-            wider = width * (number + 1)
-            layers += [nn.Conv2d(channels, wider, 5 if number == 0 else 3, 2, 2 if number == 0 else 1)]
-            layers += [nn.BatchNorm2d(wider), nn.SiLU()]
-            channels, remaining = wider, math.ceil(remaining / 2)
-        hidden = 4 * width
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * remaining**2, hidden), nn.SiLU())
-        self.heads = nn.Linear(hidden, len(LABELS) + len(LINES) + 2 * len(CIRCLES))
+        self.trunk = convolutional_trunk(side, width)
+        self.heads = nn.Linear(4 * width, len(LABELS) + len(LINES) + 2 * len(CIRCLES))
         self.register_buffer("centre", torch.zeros(len(LINES)))
         self.register_buffer("spread", torch.ones(len(LINES)))
 

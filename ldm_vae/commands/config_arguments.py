@@ -7,7 +7,7 @@ from typing import TypeVar
 
 Config = TypeVar("Config")
 
-PLACEHOLDERS = ["output=OUTPUT", "autoencoder=AUTOENCODER", "latents=LATENTS"]
+PLACEHOLDERS = ["output=OUTPUT", "autoencoder=AUTOENCODER", "latents=LATENTS", "directions=DIRECTIONS"]
 """What stands for required keys where nothing is read or written."""
 
 

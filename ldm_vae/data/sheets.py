@@ -14,7 +14,11 @@ INK = (40, 40, 44)
 
 
 def labelled_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str] = (), side: int = 192, maximum_columns: int = 12
+    images: Sequence[Image.Image],
+    labels: Sequence[str] = (),
+    side: int = 192,
+    maximum_columns: int = 12,
+    columns: int | None = None,
 ) -> Image.Image:
     """Pictures reduced to at most `side` pixels, on light paper.
 
@@ -26,11 +30,12 @@ def labelled_sheet(
         labels: One per picture, all of them of the same number of lines, or none at all.
         side: Longest side of a cell in pixels; smaller pictures are not enlarged.
         maximum_columns: Of the sheet.
+        columns: Exactly so many, each picture with its label.
     """
     assert images, "labelled_sheet: no images"
     assert len(labels) in (0, len(images)), f"labelled_sheet: {len(labels)} labels for {len(images)} images"
-    cycle = label_cycle(labels, maximum_columns)
-    columns = cycle or min(maximum_columns, max(1, math.ceil(math.sqrt(len(images)))))
+    cycle = 0 if columns else label_cycle(labels, maximum_columns)
+    columns = columns or cycle or min(maximum_columns, max(1, math.ceil(math.sqrt(len(images)))))
     rows = math.ceil(len(images) / columns)
     scale = min(1.0, side / max(images[0].size))
     width, height = (max(1, round(length * scale)) for length in images[0].size)
@@ -57,6 +62,15 @@ def labelled_sheet(
             baseline = y + height + foot // 2 if foot else MARGIN + head // 2 - GAP // 4
             draw.text((x + width / 2, baseline), text, font=font, fill=INK, anchor="mm", align="center")
     return sheet
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row, white between."""
+    width, height = images[0].size
+    row = Image.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")
+    for number, image in enumerate(images):
+        row.paste(image, (number * (width + GAP), 0))
+    return row
 
 
 def label_cycle(labels: Sequence[str], longest: int) -> int:

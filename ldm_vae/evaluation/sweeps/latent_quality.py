@@ -74,19 +74,43 @@ def interpolation(autoencoder: Any, images: Tensor, lpips: LPIPS | None = None) 
     """
     if len(images) < 2:
         raise ValueError(f"interpolation: {len(images)} image(s); give at least 2")
-    unevenness, sharpness, name = [], [], ""
+    found = []
     for pair in images[: len(images) // 2 * 2].split(2):
         ends, _ = encode_moments(autoencoder, pair)
         weights = torch.linspace(0, 1, INTERPOLATION_STEPS + 1, device=ends.device).view(-1, 1, 1, 1)
         path = torch.cat([decode(autoencoder, latent[None]) for latent in (1 - weights) * ends[0] + weights * ends[1]])
-        path = pixels.from_uint8(pixels.to_uint8(path))
-        steps, name = step_distance(path[:-1], path[1:], lpips)
-        steps = steps.double().clamp_min(0)
-        unevenness.append(float(steps.max() / steps.mean().clamp_min(1e-12)))
-        middle = path[INTERPOLATION_STEPS // 2][None].expand_as(pair)
-        ratios = metrics.sharpness_ratio(middle, path[[0, -1]]).clamp_min(1e-12)
-        sharpness.append(float(2 / (1 / ratios).sum()))  # contrast over the mean contrast of both ends
-    return Interpolation(float(np.mean(unevenness)), float(np.mean(sharpness)), name, len(unevenness))
+        found.append(measure_path(path, lpips))
+    unevenness, sharpness = ([getattr(one, name) for one in found] for name in ("unevenness", "midpoint_sharpness"))
+    return Interpolation(float(np.mean(unevenness)), float(np.mean(sharpness)), found[0].distance, len(found))
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way from an image to another. `unevenness`, `midpoint_sharpness`, `distance`: see `Interpolation`.
+
+    `perceptual_length`: mean over steps of distance / step**2, the whole way being 1 (Karras et al. 2019,
+    arXiv:1812.04948, section 4.1): the smaller, the smoother. Comparable between ways of as many frames.
+    """
+
+    unevenness: float
+    midpoint_sharpness: float
+    perceptual_length: float
+    distance: str
+
+
+def measure_path(path: Tensor, lpips: LPIPS | None = None) -> Path:
+    """Frames (s, 3, h, w) in [-1, 1], s >= 3, from one image to another, after an 8-bit round trip."""
+    path = pixels.from_uint8(pixels.to_uint8(path))
+    distances, name = step_distance(path[:-1], path[1:], lpips)
+    steps = distances.double().clamp_min(0)
+    ends = path[[0, -1]]
+    ratios = metrics.sharpness_ratio(path[len(path) // 2][None].expand_as(ends), ends).clamp_min(1e-12)
+    return Path(
+        unevenness=float(steps.max() / steps.mean().clamp_min(1e-12)),
+        midpoint_sharpness=float(2 / (1 / ratios).sum()),  # contrast over the mean contrast of both ends
+        perceptual_length=float(steps.mean() * len(steps) ** 2),
+        distance=name,
+    )
 
 
 @torch.no_grad()
@@ -100,8 +124,8 @@ def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0
     noise = torch.randn(mean.shape, generator=generator(seed, "prior samples")).to(mean.device)
     noise_real = torch.randn(mean.shape, generator=generator(seed, "posterior samples")).to(mean.device)
     prior, real = centre + spread * noise, mean + variance.sqrt() * noise_real
-    decoded, cycle = _cycle(autoencoder, prior, spread)
-    reconstructed, cycle_real = _cycle(autoencoder, real, spread)
+    decoded, cycle = round_trip(autoencoder, prior, spread)
+    reconstructed, cycle_real = round_trip(autoencoder, real, spread)
     return PriorSamples(
         cycle,
         cycle_real,
@@ -111,7 +135,7 @@ def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0
     )
 
 
-def _cycle(autoencoder: Any, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
+def round_trip(autoencoder: Any, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
     """The decoded images, and the rms distance of their encoding from the latents, in standard deviations."""
     decoded, squares = [], []
     for latent in latents.split(1):

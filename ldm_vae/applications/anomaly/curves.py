@@ -1,0 +1,98 @@
+"""How well a score tells anomalous from normal: known figures of ranked lists, exact where values are equal.
+
+A score is higher for what is more anomalous. `normal` (n,) and `anomalous` (m,) are its values on images of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm_vae.random import numpy_rng
+
+RESAMPLES = 1000
+HIGHEST_PIXEL_RATE = 0.3
+
+
+def wins(normal: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
+    """(m, n): 1 where the anomalous image scores higher than the normal one, 0.5 where both are equal, else 0."""
+    above, normal = np.asarray(anomalous, np.float64)[:, None], np.asarray(normal, np.float64)[None]
+    return (above > normal) + 0.5 * (above == normal)
+
+
+def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
+    """The chance that an anomalous image scores higher than a normal one; 0.5 says nothing."""
+    return float(wins(normal, anomalous).mean())
+
+
+def auroc_interval(normal: np.ndarray, anomalous: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval, normal and anomalous images drawn apart."""
+    won = wins(normal, anomalous)
+    rng = numpy_rng(0, "anomaly bootstrap")
+    rows, columns = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size for size in won.shape)
+    low, high = np.quantile(((rows @ won) * columns).sum(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def rates(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rate (k,) of "at least this" for every distinct value, from the highest on."""
+    levels = np.unique(np.concatenate([normal, anomalous]))[::-1]
+    false, true = (
+        1 - np.searchsorted(np.sort(values), levels, side="left") / len(values) for values in (normal, anomalous)
+    )
+    return false, true
+
+
+def average_precision(normal: np.ndarray, anomalous: np.ndarray, prevalence: float) -> float:
+    """Area under precision over recall where a share `prevalence` of all images is anomalous; chance gives that share.
+
+    Precision is p TPR / (p TPR + (1 - p) FPR), so the share in the test set does not matter.
+    """
+    false, true = rates(normal, anomalous)
+    found = prevalence * true
+    called = found + (1 - prevalence) * false
+    precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
+    return float((np.diff(true, prepend=0.0) * precision).sum())
+
+
+def false_positive_rate_at(normal: np.ndarray, anomalous: np.ndarray, true_rate: float = 0.95) -> float:
+    """The smallest false positive rate at which at least `true_rate` of the anomalous images are found."""
+    false, true = rates(normal, anomalous)
+    return float(false[np.argmax(true >= true_rate - 1e-12)])
+
+
+def pixel_aupro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float | None:
+    """Area under the per-region overlap up to a pixel false-positive rate of 0.3, over 0.3; chance gives 0.15.
+
+    Each connected region of a mask counts the same, whatever its size (Bergmann et al., "Uninformed Students", 2020,
+    arXiv:1911.02357). None where no mask has a pixel, or no pixel is normal.
+
+    Args:
+        maps: (h, w) of each image, higher for more anomalous.
+        masks: bool (h, w) of each image; empty for a normal image.
+    """
+    from scipy.integrate import trapezoid
+    from scipy.ndimage import label
+
+    values, overlaps, normals, regions = [], [], [], 0
+    for heat, mask in zip(maps, masks, strict=True):
+        named, count = label(mask, structure=np.ones((3, 3)))
+        sizes = np.bincount(named.ravel(), minlength=count + 1)
+        share = 1 / sizes.clip(min=1)
+        share[0] = 0.0
+        values.append(np.asarray(heat, np.float64).ravel())
+        overlaps.append(share[named].ravel())
+        normals.append(~np.asarray(mask, bool).ravel())
+        regions += count
+    value, overlap, normal = (np.concatenate(parts) for parts in (values, overlaps, normals))
+    if not regions or not normal.any():
+        return None
+    order = np.argsort(-value, kind="stable")
+    last = np.append(np.diff(value[order]) != 0, True)  # equal values are found together
+    rate = np.concatenate([[0.0], np.cumsum(normal[order])[last] / normal.sum()])
+    found = np.concatenate([[0.0], np.cumsum(overlap[order])[last] / regions])
+    inside = rate <= HIGHEST_PIXEL_RATE
+    rate_up_to = np.append(rate[inside], HIGHEST_PIXEL_RATE)
+    found_up_to = np.append(found[inside], np.interp(HIGHEST_PIXEL_RATE, rate, found))
+    return float(trapezoid(found_up_to, rate_up_to) / HIGHEST_PIXEL_RATE)

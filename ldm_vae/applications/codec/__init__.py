@@ -1,0 +1,1 @@
+"""Image compression: quantised latents in a real file, coded with integer tables so that any machine decodes them."""

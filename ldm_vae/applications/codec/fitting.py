@@ -1,0 +1,310 @@
+"""`ldm-vae codec-fit`: an entropy model from the latents of a set.
+
+Owns the settings and the training of the context networks in floats; the integers that they become are
+`integer_network`'s, the file is `fitted_model`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_vae.applications.codec import entropy_models
+from ldm_vae.applications.codec.compression import identity
+from ldm_vae.applications.codec.fitted_model import LARGEST_INTEGER, FittedModel, Kind
+from ldm_vae.applications.codec.integer_network import HIDDEN, LARGEST_ACTIVATION, OUTPUTS, VALUE_BITS, flat_weights
+from ldm_vae.applications.codec.passes import (
+    CROSS,
+    EARLIER_CHANNELS,
+    MARGIN,
+    ROLES,
+    Pass,
+    input_count,
+    passes,
+)
+from ldm_vae.applications.codec.quantisation import STEP_DENOMINATOR, Grid, channel_units, step_of
+from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.errors import UserError
+from ldm_vae.latents.dataset import LatentDataset, Posterior
+from ldm_vae.latents.manifest import read_manifest
+from ldm_vae.latents.tools.decode import check_autoencoder
+from ldm_vae.latents.tools.samples import evenly
+from ldm_vae.random import numpy_rng
+
+STATISTICS_SAMPLES = 256
+HELD_OUT = 0.1
+"""The part of the ids that `data.held_out` keeps from every training is kept from this one, for the report."""
+EVERY = 10
+"""Where a set has none of them, as one of the training part, every tenth sample is kept instead."""
+REPORTED_SAMPLES = 24
+CROP = 64
+"""Longest side of a training sample in latent positions."""
+MOST_CONTEXT_CHANNELS = 64
+QUALITIES = (5.0, 80.0)
+"""Training draws the step of each batch from these."""
+LEAST_SAMPLES = 20
+
+Samples = tuple[LatentDataset, np.ndarray]
+"""A set and the numbers of some of its samples."""
+
+
+@dataclass(frozen=True)
+class CodecFitConfig:
+    """`ldm-vae codec-fit`.
+
+    Args:
+        autoencoder: the directory of the autoencoder that made the latents.
+        latents: a set that `ldm-vae encode` wrote, with store=moments or mean.
+        output: the file to write, a .safetensors.
+        kind: `context` (small networks over decoded neighbours) or `static` (one distribution a channel).
+        steps: of training, for `context`.
+        batch: samples per step.
+        learning_rate: at the start; it falls to zero along a cosine.
+        seed: of weights, samples and steps.
+    """
+
+    autoencoder: str = "???"
+    latents: str = "???"
+    output: str = "???"
+    kind: Kind = "context"
+    steps: int = 1500
+    batch: int = 8
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+
+
+def fit(config: CodecFitConfig, overwrite: bool = False) -> tuple[FittedModel, dict[str, float]]:
+    """Fit, write the file, and return the model with bits per level on held-out samples at quality 50.
+
+    Raises:
+        UserError: the output is there and not `overwrite`; the latents are codes, samples, too few, of another
+            autoencoder, or not finite.
+    """
+    output = Path(config.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"output: {output} is no name of an entropy model; let it end in .safetensors")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: is there already; give another output, or --overwrite")
+    autoencoder = load_autoencoder(config.autoencoder)
+    (dataset, fitted_on), held_out = _split(config)
+    _check(config, dataset, autoencoder)
+    statistics = _statistics(config, dataset, autoencoder, fitted_on)
+    model = statistics
+    if config.kind == "context":
+        model = _with_networks(statistics, _train(config, dataset, statistics, fitted_on))
+    model.save(output)
+    return model, _report(statistics, model, *held_out)
+
+
+def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any) -> None:
+    content, channels = dataset.manifest.content, dataset.manifest.latent_shape[0]
+    if content not in ("moments", "mean"):
+        raise UserError(
+            f"{config.latents}: holds {content}, and files hold posterior means; encode with store=moments or mean"
+        )
+    check_autoencoder(dataset.manifest, autoencoder, f"autoencoder: {config.autoencoder}")
+    if len(dataset) < LEAST_SAMPLES:
+        raise UserError(f"{config.latents}: {len(dataset)} samples are too few; give {LEAST_SAMPLES} or more")
+    if config.kind == "context" and channels > MOST_CONTEXT_CHANNELS:
+        raise UserError(
+            f"kind: context is for up to {MOST_CONTEXT_CHANNELS} channels, these latents have {channels}; use static"
+        )
+
+
+def _split(config: CodecFitConfig) -> tuple[Samples, Samples]:
+    """Samples to fit to, and those to report on."""
+    content = read_manifest(config.latents).content
+    posterior: Posterior | None = "moments" if content == "moments" else None
+    try:
+        fitted, held = (
+            LatentDataset(config.latents, posterior=posterior, part=part, held_out=HELD_OUT)
+            for part in ("train", "held_out")
+        )
+        return (fitted, np.arange(len(fitted))), (held, np.arange(len(held)))
+    except UserError:  # of one part alone, or damaged: then this fails too
+        whole = LatentDataset(config.latents, posterior=posterior)
+        kept = np.arange(len(whole)) % EVERY == EVERY - 1
+        return (whole, np.flatnonzero(~kept)), (whole, np.flatnonzero(kept))
+
+
+def moments(dataset: LatentDataset, indices: Any) -> tuple[Tensor, Tensor | None]:
+    """Posterior means (n, c, h, w), and log-variances where they are stored, float32. Raises: UserError for NaN."""
+    chosen = [int(i) for i in indices]
+    if dataset.manifest.content == "moments":
+        mean, logvar = dataset[chosen]["moments"].float().chunk(2, dim=1)
+    else:
+        mean, logvar = dataset[chosen]["latent"], None
+    if not bool(torch.isfinite(mean).all()):
+        raise UserError(f"{dataset.where}: holds latents that are not finite; encode again with a healthy autoencoder")
+    return mean, logvar
+
+
+def _statistics(
+    config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any, indices: np.ndarray
+) -> FittedModel:  # fmt: skip
+    mean, logvar = moments(dataset, indices[evenly(len(indices), STATISTICS_SAMPLES)])
+    units = channel_units(mean, None if is_deterministic(autoencoder) else logvar)
+    centre = mean.double().mean(dim=(0, 2, 3)).numpy()
+    deviation = mean.double().std(dim=(0, 2, 3), correction=0).clamp_min(1e-6).numpy()
+    normal = (mean.double().numpy() - centre[:, None, None]) / deviation[:, None, None]
+    one = 1 << entropy_models.RATIO_BITS
+    ratios = tuple(_integer(float(u / d) * one) for u, d in zip(units, deviation, strict=True))
+    scales = tuple(_integer(_logistic_scale(normal[:, c]) * one) for c in range(len(centre)))
+    return FittedModel("static", identity(autoencoder), centre, units, ratios, scales)
+
+
+def _integer(value: float) -> int:
+    """Rounded, within what the file allows: a dead channel has next to no deviation."""
+    return min(max(1, round(value)), LARGEST_INTEGER - 1)
+
+
+def _logistic_scale(values: np.ndarray) -> float:
+    """The scale at which a logistic density of mean 0 gives the values the highest likelihood, to 2 %."""
+    sample = np.abs(values.reshape(-1)[:: max(1, values.size // 100_000)])
+    scales = 2.0 ** (np.arange(-160, 64) / 32)
+    cost = [float(np.mean(sample / s + 2 * np.log1p(np.exp(-sample / s)) + np.log(s))) for s in scales]
+    return float(scales[int(np.argmin(cost))])
+
+
+class ContextNetworks(nn.Module):
+    """The networks of all channels and roles in floats, with the layout of `integer_network.shapes`."""
+
+    def __init__(self, channels: int, scales: np.ndarray, generator: torch.Generator) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterDict()
+        for channel in range(channels):
+            for role in range(ROLES):
+                inputs = input_count(channel, role)
+                made = {
+                    "first": torch.randn(inputs, HIDDEN, generator=generator) / math.sqrt(inputs),
+                    "first_bias": torch.zeros(HIDDEN),
+                    "second": torch.randn(HIDDEN, HIDDEN, generator=generator) * math.sqrt(2 / HIDDEN),
+                    "second_bias": torch.zeros(HIDDEN),
+                    "last": 0.1 * torch.randn(HIDDEN, OUTPUTS, generator=generator) / math.sqrt(HIDDEN),
+                    "direct": torch.zeros(inputs, OUTPUTS),
+                    "last_bias": torch.tensor([0.0, math.log2(float(scales[channel]))]),
+                }
+                for name, tensor in made.items():
+                    self.tensors[f"{channel}_{role}_{name}"] = nn.Parameter(tensor)
+
+    def of(self, channel: int, role: int) -> dict[str, Tensor]:
+        names = ("first", "first_bias", "second", "second_bias", "last", "direct", "last_bias")
+        return {name: self.tensors[f"{channel}_{role}_{name}"] for name in names}
+
+    def forward(self, inputs: Tensor, channel: int, role: int) -> Tensor:
+        """(n, inputs) -> (n, 2): mean and log2 of the scale, in standard deviations."""
+        t, most = self.of(channel, role), float(LARGEST_ACTIVATION >> VALUE_BITS)
+        hidden = (inputs @ t["first"] + t["first_bias"]).clamp(0, most)
+        hidden = (hidden @ t["second"] + t["second_bias"]).clamp(0, most)
+        return hidden @ t["last"] + inputs @ t["direct"] + t["last_bias"]
+
+
+def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray) -> Any:
+    """Networks that minimise the code length of levels at random steps."""
+    from tqdm import tqdm
+
+    one = 1 << entropy_models.RATIO_BITS
+    networks = ContextNetworks(
+        statistics.channels, np.array(statistics.scales) / one, torch.Generator().manual_seed(config.seed)
+    )
+    optimizer = torch.optim.Adam(networks.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    bar = tqdm(range(config.steps), desc="fitting", unit="step", dynamic_ncols=True, leave=False)
+    for number in bar:
+        rng = numpy_rng(config.seed, "codec", number)
+        dataset.set_epoch(number)  # another choice between images and their mirror images
+        step = step_of(float(rng.uniform(*QUALITIES)))
+        mean, _ = moments(dataset, rng.choice(indices, size=min(config.batch, len(indices)), replace=False))
+        levels = _levels(statistics, _crop(mean, rng).double().numpy(), step)
+        loss = code_length(networks, levels, statistics, step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if number % 50 == 0:
+            bar.set_postfix(bits=f"{loss.item():.3f}")
+    return networks
+
+
+def _crop(mean: Tensor, rng: np.random.Generator) -> Tensor:
+    height, width = mean.shape[-2:]
+    top, left = (int(rng.integers(max(0, side - CROP) + 1)) for side in (height, width))
+    return mean[..., top : top + CROP, left : left + CROP]
+
+
+def _levels(model: FittedModel, means: np.ndarray, step: int) -> np.ndarray:
+    """Latents (n, c, h, w) -> levels, int64."""
+    grid = Grid(model.mean, model.unit, step)
+    return np.stack([grid.quantise(latents, "latents") for latents in means])
+
+
+def code_length(networks: ContextNetworks, levels: np.ndarray, model: FittedModel, step: int) -> Tensor:
+    """Mean bits per level of (n, c, h, w): a logistic distribution of the predicted mean and scale over each level."""
+    widths = np.array(model.ratios) * step / (1 << entropy_models.RATIO_BITS) / STEP_DENOMINATOR
+    margins = ((0, 0), (0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
+    values = torch.from_numpy(np.pad(levels * widths[:, None, None], margins).astype(np.float32))
+    bits = torch.zeros(())
+    for channel, width in enumerate(map(float, widths)):
+        for part in passes(*levels.shape[-2:]):
+            predicted = networks(_inputs(values, channel, part, width), channel, part.role)
+            own = values[(slice(None), channel, *part.window())].reshape(-1)
+            bits = bits + logistic_bits(own, predicted, width).sum()
+    return bits / levels.size
+
+
+def _inputs(values: Tensor, channel: int, part: Pass, width: float) -> Tensor:
+    """As `entropy_models.gather` in floats: (n * positions, inputs)."""
+    earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
+    seen = [(channel, place) for place in part.neighbours] + [(other, place) for other in earlier for place in CROSS]
+    found = [values[(slice(None), other, *part.window(*place))].reshape(-1) for other, place in seen]
+    count = values[(slice(None), channel, *part.window())].numel()
+    found.append(torch.full((count,), math.floor(16 * math.log2(width)) / 16))
+    return torch.stack(found, dim=-1).clamp(-16, 16)
+
+
+def logistic_bits(values: Tensor, predicted: Tensor, width: float) -> Tensor:
+    """-log2 of the probability of cells of `width` around values (n,); stable however small it is."""
+    mean, scale = predicted[:, 0], torch.exp2(predicted[:, 1].clamp(-12, 6)).clamp_min(width / 16)
+    distance = (values - mean).abs()
+    upper, lower = (0.5 * width - distance) / scale, (-0.5 * width - distance) / scale
+    log_probability = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width / scale))
+    return -log_probability / math.log(2)
+
+
+def _with_networks(statistics: FittedModel, networks: ContextNetworks) -> FittedModel:
+    weights = {}
+    for channel in range(statistics.channels):
+        for role in range(ROLES):
+            floats = {name: tensor.detach().numpy() for name, tensor in networks.of(channel, role).items()}
+            weights[channel, role] = flat_weights(floats, input_count(channel, role))
+    return FittedModel(
+        "context", statistics.autoencoder, statistics.mean, statistics.unit, statistics.ratios, statistics.scales,
+        weights,
+    )  # fmt: skip
+
+
+def _report(
+    statistics: FittedModel, model: FittedModel, dataset: LatentDataset, held_out: np.ndarray
+) -> dict[str, float]:
+    """Bits per level on held-out samples at quality 50, with the integers that the codec uses."""
+    chosen = held_out[evenly(len(held_out), REPORTED_SAMPLES)]
+    step = step_of(50.0)
+    levels = _levels(statistics, moments(dataset, chosen)[0].double().numpy(), step)
+    return {
+        kind.kind: float(np.mean([entropy_models.ideal_bits(kind.at(step), one) / one.size for one in levels]))
+        for kind in {"static": statistics, model.kind: model}.values()
+    }

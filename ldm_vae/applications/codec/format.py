@@ -1,0 +1,212 @@
+"""The file of a compressed picture: what its bytes mean, and that they are whole. docs/codec.md is its specification.
+
+    magic, version, checksum | autoencoder, size, step, channels, kind of entropy model, number of parts
+    the entropy model: its fingerprint, or mean, unit and scale of each channel
+    of each part: last channel, length, and from the second on a checksum
+    the parts
+
+All little-endian. The first checksum is over everything after it up to the end of the first part, so a preview reads
+and trusts a prefix. Sizes are judged before memory is taken. What parts hold is `entropy_models`'.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+
+from ldm_vae.applications.codec.tables import SCALES
+from ldm_vae.data.decoding import DecodeLimits
+from ldm_vae.errors import UserError
+
+MAGIC = b"LDMZ"
+FORMAT_VERSION = 1
+SUFFIX = ".ldmz"
+
+PREAMBLE = struct.Struct("<4sB8s")
+FIXED = struct.Struct("<8sHHHHBB")
+CHANNEL = struct.Struct("<eeB")
+PART = struct.Struct("<HI")
+CHECKSUM_BYTES = FINGERPRINT_BYTES = 8
+LARGEST_SIDE = 65535
+MOST_PIXELS = DecodeLimits().megapixels * 10**6
+MOST_CHANNELS = 1024
+MOST_PARTS = 64
+SELF_FITTED, FITTED = 0, 1
+
+ADVICE = "fetch it again, or compress the picture again"
+
+
+@dataclass(frozen=True)
+class SelfFitted:
+    """What a file says of its own latents: mean, unit and scale row of each channel."""
+
+    mean: np.ndarray
+    unit: np.ndarray
+    scales: tuple[int, ...]
+
+    @classmethod
+    def rounded(cls, mean: np.ndarray, unit: np.ndarray, scales: tuple[int, ...]) -> SelfFitted:
+        """With mean and unit as the file will hold them, in half precision."""
+        mean = mean.clip(-60000, 60000).astype(np.float16).astype(np.float64)
+        unit = unit.clip(1e-4, 60000).astype(np.float16).astype(np.float64)
+        return cls(mean, unit, scales)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything but the data.
+
+    Args:
+        autoencoder: first bytes of the fingerprint of what makes the latents.
+        width, height: of the picture in pixels.
+        step: in 1/1024 units.
+        channels: of the latent.
+        entropy: the model that stands in the file, or the first bytes of a fitted one's fingerprint.
+        parts: the channel that each part ends before.
+        lengths: bytes of each part.
+        checksums: of the parts from the second on.
+    """
+
+    autoencoder: bytes
+    width: int
+    height: int
+    step: int
+    channels: int
+    entropy: SelfFitted | bytes
+    parts: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    checksums: tuple[bytes, ...] = field(default=())
+
+
+def pack(header: Header, data: list[bytes]) -> bytes:
+    """The whole file."""
+    self_fitted = isinstance(header.entropy, SelfFitted)
+    body = FIXED.pack(
+        header.autoencoder, header.width, header.height, header.step, header.channels,
+        SELF_FITTED if self_fitted else FITTED, len(header.parts),
+    )  # fmt: skip
+    if isinstance(header.entropy, SelfFitted):
+        own = header.entropy
+        body += b"".join(CHANNEL.pack(*row) for row in zip(own.mean, own.unit, own.scales, strict=True))
+    else:
+        body += header.entropy
+    for number, (end, piece) in enumerate(zip(header.parts, data, strict=True)):
+        body += PART.pack(end, len(piece)) + (digest(piece) if number else b"")
+    return PREAMBLE.pack(MAGIC, FORMAT_VERSION, digest(body + data[0])) + body + b"".join(data)
+
+
+def digest(data: bytes) -> bytes:
+    """Eight bytes of xxh3_64."""
+    import xxhash
+
+    return xxhash.xxh3_64_digest(data)
+
+
+class Reader:
+    """Reads a file from its start, remembers what it read, and says so when the file ends early."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int, where: str) -> None:
+        self.file, self.left_bytes, self.where = file, size_bytes, where
+        self.seen = b""
+
+    def take(self, count: int) -> bytes:
+        if count > self.left_bytes:
+            raise UserError(f"{self.where}: is cut off ({count - self.left_bytes} bytes are missing); {ADVICE}")
+        data = self.file.read(count)
+        if len(data) != count:
+            raise UserError(f"{self.where}: is cut off while it is read; {ADVICE}")
+        self.left_bytes -= count
+        self.seen += data
+        return data
+
+    def wrong(self, what: str) -> UserError:
+        return UserError(f"{self.where}: is damaged ({what}); {ADVICE}")
+
+
+def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = None) -> tuple[Header, list[bytes]]:
+    """Header and data of all parts, or of those with the first `channels` channels, of which alone the file is read.
+
+    Raises:
+        UserError: it is another kind of file, newer, damaged or cut off; or no part ends at `channels`.
+    """
+    reader = Reader(file, size_bytes, where)
+    if size_bytes < len(MAGIC) or reader.take(len(MAGIC)) != MAGIC:
+        raise UserError(f"{where}: is no file of `ldm-vae compress`; give one that ends in {SUFFIX}")
+    version = reader.take(1)[0]
+    if version > FORMAT_VERSION:
+        raise UserError(f"{where}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae")
+    if version != FORMAT_VERSION:
+        raise reader.wrong(f"format version {version}")
+    checksum, reader.seen = reader.take(CHECKSUM_BYTES), b""
+    header = _header(reader)
+    first = reader.take(header.lengths[0])
+    if digest(reader.seen) != checksum:
+        raise reader.wrong("its checksum differs")
+    wanted = _wanted(header, channels, where)
+    data = [first]
+    for length, expected in zip(header.lengths[1:wanted], header.checksums):
+        reader.seen = b""
+        data.append(reader.take(length))
+        if digest(data[-1]) != expected:
+            raise reader.wrong("the checksum of a part differs")
+    if wanted == len(header.parts) and reader.left_bytes:
+        raise reader.wrong(f"{reader.left_bytes} bytes too many")
+    return header, data
+
+
+def _header(reader: Reader) -> Header:
+    """What stands before the parts. Its sizes are plausible; that they are true, the checksum says."""
+    autoencoder, width, height, step, channels, kind, count = FIXED.unpack(reader.take(FIXED.size))
+    if not width or not height or not step:
+        raise reader.wrong("a size or the step is 0")
+    if width * height > MOST_PIXELS:
+        raise reader.wrong(f"{width} x {height} pixels are more than {MOST_PIXELS // 10**6} megapixels")
+    if not 1 <= channels <= MOST_CHANNELS or not 1 <= count <= min(channels, MOST_PARTS):
+        raise reader.wrong(f"{channels} channels in {count} parts")
+    entropy: SelfFitted | bytes
+    if kind == SELF_FITTED:
+        entropy = _self_fitted(reader, channels)
+    elif kind == FITTED:
+        entropy = reader.take(FINGERPRINT_BYTES)
+    else:
+        raise reader.wrong(f"an entropy model of kind {kind}")
+    parts: list[int] = []
+    lengths: list[int] = []
+    checksums: list[bytes] = []
+    for number in range(count):
+        end, length = PART.unpack(reader.take(PART.size))
+        if end <= (parts[-1] if parts else 0) or end > channels or length % 4:
+            raise reader.wrong("its parts do not follow each other")
+        parts.append(end)
+        lengths.append(length)
+        if number:
+            checksums.append(reader.take(CHECKSUM_BYTES))
+    if parts[-1] != channels:
+        raise reader.wrong("its parts are not all channels")
+    return Header(
+        autoencoder, width, height, step, channels, entropy, tuple(parts), tuple(lengths), tuple(checksums)
+    )  # fmt: skip
+
+
+def _self_fitted(reader: Reader, channels: int) -> SelfFitted:
+    means, units, scales = zip(*(CHANNEL.unpack(reader.take(CHANNEL.size)) for _ in range(channels)))
+    mean, unit = np.array(means), np.array(units)
+    if not (np.isfinite(mean).all() and np.isfinite(unit).all() and (unit > 0).all() and max(scales) < SCALES):
+        raise reader.wrong("a mean, unit or scale is out of range")
+    return SelfFitted(mean, unit, scales)
+
+
+def _wanted(header: Header, channels: int | None, where: str) -> int:
+    """How many parts hold the first `channels` channels."""
+    if channels is None:
+        return len(header.parts)
+    if channels not in header.parts:
+        there = ", ".join(map(str, header.parts))
+        raise UserError(
+            f"{where}: cannot be decoded from {channels} channels alone, only from {there}; compress with "
+            "--progressive for more, which pays with an autoencoder of nested channels"
+        )
+    return header.parts.index(channels) + 1

@@ -1,0 +1,1 @@
+"""Controlled edits: directions of the latent space, fitting, applying and judging them."""

@@ -1,0 +1,173 @@
+"""Attributes that somebody knows of images: classes, columns of a table, the scenes of the synthetic set.
+
+Owns how each becomes numbers: a class is yes or no against all others, a number stays one, a circle (hue in turns) is
+its cosine and its sine. What pixels tell is `measured`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ldm_vae.data.folder import FILE_COLUMNS, LABEL_COLUMNS
+from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.synthetic import SyntheticSource
+from ldm_vae.data.synthetic.scene import TEXTURES
+from ldm_vae.errors import UserError
+
+LEAST_IMAGES = 20
+"""With a known value, or of a class and outside of it together, before a direction is fitted."""
+LEAST_OF_CLASS = 5
+SCENE_NUMBERS = ("x", "y", "size", "roll", "light")
+SCENE_CIRCLES = ("hue", "background_hue")
+"""In turns; what has no effect in most pictures (spin, phase) is left out."""
+MAXIMUM_TABLE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One number for each of n images.
+
+    Attributes:
+        values: (n,) float64, NaN where it is not known.
+        binary: the values are 0 (no) and 1 (yes).
+    """
+
+    name: str
+    values: np.ndarray
+    binary: bool
+
+    @property
+    def known(self) -> np.ndarray:
+        """(n,) bool."""
+        return np.isfinite(self.values)
+
+    def at(self, rows: np.ndarray) -> Attribute:
+        return Attribute(self.name, self.values[rows], self.binary)
+
+    def problem(self) -> str | None:
+        """Why no direction can be fitted to it; None where one can."""
+        values = self.values[self.known]
+        if len(values) < LEAST_IMAGES:
+            return f"is known of {len(values)} images, {LEAST_IMAGES} are the least"
+        if values.min() == values.max():
+            return f"is the same in all {len(values)} images ({values[0]:g})"
+        if self.binary and min(values.sum(), len(values) - values.sum()) < LEAST_OF_CLASS:
+            return f"has {int(values.sum())} images of {len(values)}, {LEAST_OF_CLASS} inside and outside are the least"
+        return None
+
+
+def of_classes(labels: np.ndarray, names: Sequence[str], where: str) -> list[Attribute]:
+    """One attribute for each class, against all others; labels (n,) int64, -1 (not known) for none.
+
+    Raises:
+        UserError: fewer than two classes among the images.
+    """
+    found = sorted({int(label) for label in labels if label >= 0})
+    if len(found) < 2:
+        what = f"one class only ({names[found[0]]!r})" if found else "no labels"
+        raise UserError(f"{where}: {what} among {len(labels)} images; a direction needs at least two classes")
+    labels = np.asarray(labels)
+    return [Attribute(names[k], np.where(labels < 0, np.nan, (labels == k).astype(float)), True) for k in found]
+
+
+def of_scenes(source: SyntheticSource, indices: Sequence[int]) -> list[Attribute]:
+    """The known truth of the synthetic set: place, size, roll, light, both hues and the texture."""
+    rows = [source.attributes(index) for index in indices]
+    found = [Attribute(name, np.array([row[name] for row in rows]), False) for name in SCENE_NUMBERS]
+    for name in SCENE_CIRCLES:
+        found += of_circle(name, np.array([row[name] for row in rows]))
+    textures = np.array([int(row["texture"]) for row in rows])
+    plain = (textures != TEXTURES.index("plain")).astype(float)
+    return [*found, Attribute("textured", plain, True)]
+
+
+def of_circle(name: str, turns: np.ndarray) -> list[Attribute]:
+    """Turns (n,) -> `NAME.cos` and `NAME.sin`."""
+    angle = 2 * math.pi * turns
+    return [Attribute(f"{name}.cos", np.cos(angle), False), Attribute(f"{name}.sin", np.sin(angle), False)]
+
+
+def of_table(path: str | Path, ids: Sequence[str], circles: Sequence[str] = ()) -> list[Attribute]:
+    """The columns of a CSV or JSONL file for images with these ids: a column of numbers is one attribute, of words one
+    for each word. `circles`: columns in turns.
+
+    Raises:
+        UserError: no such file, no column that names the images, or none of these images in it.
+    """
+    rows = read_table(Path(path))
+    named = [column for column in ("id", *FILE_COLUMNS) if column in rows[0]]
+    if not named:
+        raise UserError(f"{path}: no column names the images; give one called {', '.join(FILE_COLUMNS)} or id")
+    known: dict[str, dict[str, Any]] = {}
+    for column in named:
+        known |= {str(PurePosixPath(str(row.get(column)).replace("\\", "/"))): row for row in rows}
+    found = [known.get(id) for id in ids]
+    if not any(found):
+        raise UserError(
+            f"{path}: names none of the {len(ids)} images, for example {rows[0][named[0]]!r} and no {ids[0]!r}; give "
+            "paths relative to the folder of images, or ids"
+        )
+    columns = [column for column in rows[0] if column not in named]
+    for column in circles:
+        if column not in columns:
+            raise UserError(f"circles: {column!r} is no column of {path}; there are {', '.join(columns)}")
+    attributes = []
+    for column in columns:
+        cells = [None if row is None else row.get(column) for row in found]
+        attributes += _of_column(column, cells, column in circles)
+    return attributes
+
+
+def _of_column(name: str, cells: Sequence[Any], circle: bool) -> list[Attribute]:
+    texts = [None if cell is None or str(cell).strip() == "" else str(cell).strip() for cell in cells]
+    try:
+        if name in LABEL_COLUMNS:
+            raise ValueError(f"{name} holds classes even where they are numbers")
+        numbers = np.array([math.nan if text is None else float(text) for text in texts])
+    except ValueError:
+        words = sorted({text for text in texts if text is not None})
+        prefix = "" if name in LABEL_COLUMNS else f"{name}="
+        return [
+            Attribute(
+                f"{prefix}{word}", np.array([math.nan if text is None else float(text == word) for text in texts]), True
+            )
+            for word in words
+        ]
+    if circle:
+        return of_circle(name, numbers)
+    binary = set(numbers[np.isfinite(numbers)].tolist()) <= {0.0, 1.0}
+    return [Attribute(name, numbers, binary)]
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .csv or .jsonl file, at least one. Raises: UserError."""
+    try:
+        if path.stat().st_size > MAXIMUM_TABLE_BYTES:
+            raise UserError(f"{path}: is larger than {MAXIMUM_TABLE_BYTES} bytes; give a table of attributes")
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a .csv or .jsonl file") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); write it as UTF-8 .csv or .jsonl") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: holds no rows of attributes; give a .csv with a header, or .jsonl")
+    return rows
+
+
+def scene_source(source: ImageSource) -> SyntheticSource:
+    """Raises: UserError for a source whose scenes nobody knows."""
+    if not isinstance(source, SyntheticSource):
+        raise UserError("attributes_from: scene is for data.source=synthetic; give pixels, labels or a table")
+    return source

@@ -1,0 +1,1 @@
+"""Anomaly detection: formulas against hand-worked cases, then the three tools end to end."""

@@ -1,0 +1,206 @@
+"""Pictures of any size through a file and back, and every wrong companion refused; also at the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_vae import cli
+from ldm_vae.applications.codec import compression
+from ldm_vae.applications.codec.quantisation import STEP_DENOMINATOR, Grid, channel_units, step_of
+from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, narrow_channels
+from ldm_vae.data import pixels
+from ldm_vae.errors import UserError
+from tests.applications.codec.conftest import random_model, smooth_picture
+
+
+def through(codec, image, quality=60.0, parts=()):
+    data = compression.compress(codec, compression.analyse(codec, image, "it"), step_of(quality), parts).data
+    return data, compression.decompress(codec, data, "it")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (33, 18), (64, 64), (7, 90)])
+def test_any_size_comes_back(plain, fitted, size):
+    image = smooth_picture(*size)
+    for codec in (plain, fitted):
+        data, decoded = through(codec, image)
+        assert decoded.shape == image.shape
+        assert (decoded == compression.decompress(codec, data, "it")).all()
+
+
+def test_a_fine_step_gives_what_the_autoencoder_gives(plain):
+    image = smooth_picture(40, 48)
+    tensor = pixels.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
+    mean, _ = encode_moments(plain.autoencoder, tensor)
+    exact = pixels.to_uint8(decode(plain.autoencoder, mean))[0].permute(1, 2, 0).numpy()
+    errors = [np.abs(through(plain, image, quality)[1].astype(int) - exact).mean() for quality in (1.0, 50.0, 100.0)]
+    sizes = [len(through(plain, image, quality)[0]) for quality in (1.0, 50.0, 100.0)]
+    assert errors[2] < 1.0
+    assert errors[0] > errors[2]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
+def test_the_grid_errs_by_half_a_step_at_most():
+    grid = Grid(np.array([0.5, -3.0]), np.array([0.1, 2.0]), STEP_DENOMINATOR // 2)
+    latents = np.random.default_rng(0).normal(0, 4, (2, 5, 5))
+    levels = grid.quantise(latents, "it")
+    error = np.abs(grid.restore(levels) - latents).max(axis=(1, 2))
+    assert (error <= np.array([0.05, 1.0]) / 2 + 1e-6).all()
+    assert np.abs(grid.restore(levels[:1]) - grid.restore(levels)[:1]).max() == 0
+    with pytest.raises(UserError, match="span more than 16383 steps"):
+        grid.quantise(np.full((2, 1, 1), 1e6), "it")
+    with pytest.raises(UserError, match="not finite"):
+        grid.quantise(np.full((2, 1, 1), np.nan), "it")
+
+
+def test_units_are_the_posteriors_or_a_share_of_the_latents():
+    mean = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    logvar = torch.full_like(mean, -4.0)
+    assert channel_units(mean, logvar) == pytest.approx(np.exp(-2.0) * np.ones(3))
+    assert channel_units(12 * mean, None) == pytest.approx(mean.double().std(dim=(0, 2, 3), correction=0).numpy())
+
+
+def test_a_target_is_met_and_nearly_used_up(plain, fitted):
+    image = smooth_picture(128, 128)
+    for codec in (plain, fitted):
+        picture = compression.analyse(codec, image, "it")
+        for target in (0.2, 0.35):
+            size = len(compression.compress_within(codec, picture, target).data)
+            assert 0.9 * target <= 8 * size / 128**2 <= target
+        with pytest.raises(UserError, match=r"its smallest file has .* bits per pixel, more than 0.001"):
+            compression.compress_within(codec, picture, 0.001)
+
+
+def test_qualities_are_from_1_to_100():
+    assert step_of(50) == 2 * STEP_DENOMINATOR
+    assert step_of(62) == STEP_DENOMINATOR
+    for quality in (0.9, 101, float("nan")):
+        with pytest.raises(UserError, match="is not between 1 and 100"):
+            step_of(quality)
+
+
+def test_wrong_companions_are_refused(plain, fitted, autoencoder_folder, model_file, tmp_path):
+    image = smooth_picture(16, 16)
+    data, _ = through(fitted, image)
+    with pytest.raises(UserError, match=r"it: needs the entropy model [0-9a-f]{16}; give its file with --entropy"):
+        compression.decompress(plain, data, "it")
+    other = dataclasses.replace(random_model(plain.identity, 3), scales=(36001, 36000, 36000))
+    with pytest.raises(UserError, match="it: was compressed with entropy model"):
+        compression.decompress(dataclasses.replace(plain, model=other), data, "it")
+    stranger = dataclasses.replace(plain, identity="sha256:" + "1" * 64, where="runs/other")
+    with pytest.raises(UserError, match=r"it: was compressed with autoencoder [0-9a-f]{16}, and runs/other is 1{16}"):
+        compression.decompress(stranger, through(plain, image)[0], "it")
+    random_model("sha256:" + "2" * 64, 3).save(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="was fitted to the latents of another autoencoder"):
+        compression.open_codec(str(autoencoder_folder), str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="is too large to compress"):
+        compression.analyse(plain, np.broadcast_to(np.uint8(0), (70000, 1, 3)), "it")
+
+
+def test_a_decoder_that_was_trained_further_reads_old_files(plain):
+    image = smooth_picture(16, 16)
+    data, decoded = through(plain, image)
+    again = build_like(plain.autoencoder)
+    again.load_state_dict(plain.autoencoder.state_dict())
+    with torch.no_grad():
+        again.decoder.head.bias += 0.2
+    codec = dataclasses.replace(plain, autoencoder=again.eval(), identity=compression.identity(again))
+    assert codec.identity == plain.identity
+    assert (compression.decompress(codec, data, "it") != decoded).any()
+    with torch.no_grad():
+        again.encoder.head.bias += 0.2
+    assert compression.identity(again) != plain.identity
+
+
+def build_like(autoencoder):
+    return type(autoencoder).from_config(autoencoder.config)
+
+
+def test_a_preview_is_what_the_narrow_autoencoder_decodes(plain):
+    image = smooth_picture(24, 40)
+    data, _ = through(plain, image, parts=(2,))
+    preview = compression.decompress(plain, data, "it", channels=2)
+    picture = compression.analyse(plain, image, "it")
+    levels = compression.compress(plain, picture, step_of(60.0)).levels
+    own = compression.format.SelfFitted.rounded(picture.mean, picture.unit, (0, 0, 0))
+    latents = Grid(own.mean, own.unit, step_of(60.0)).restore(levels[:2])
+    narrow = narrow_channels(plain.autoencoder, 2)
+    expected = pixels.to_uint8(decode(narrow, torch.from_numpy(latents)[None]))[0].permute(1, 2, 0).numpy()
+    assert np.abs(preview.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["ae", "vq", "fsq"])
+def test_other_kinds_of_autoencoders_compress_too(kind):
+    if kind != "ae":
+        pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    model = build_autoencoder(AutoencoderConfig(kind=kind, preset="pico", latent_channels=4)).eval()
+    codec = compression.Codec(model, None, compression.identity(model), 4, 8, "it")
+    image = smooth_picture(16, 24)
+    assert through(codec, image)[1].shape == image.shape
+
+
+def test_the_commands_there_and_back(autoencoder_folder, model_file, tmp_path, capsys):
+    for number, size in enumerate(((20, 30), (64, 48))):
+        Image.fromarray(smooth_picture(*size, seed=number)).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    pictures = [str(tmp_path / name) for name in ("0.png", "1.png", "broken.png")]
+    companions = ["--autoencoder", str(autoencoder_folder), "--entropy", str(model_file), "--device", "cpu"]
+    small, back = str(tmp_path / "small"), str(tmp_path / "back")
+    assert cli.main(["compress", *pictures, *companions, "--output", small, "--progressive", "1,2"]) == 0
+    assert "broken.png: left out (unknown_format)" in capsys.readouterr().out
+    files = sorted(str(path) for path in (tmp_path / "small").iterdir())
+    assert [name[-6:] for name in files] == ["0.ldmz", "1.ldmz"]
+    assert cli.main(["decompress", *files, *companions, "--output", back]) == 0
+    assert [Image.open(tmp_path / "back" / f"{n}.png").size for n in (0, 1)] == [(30, 20), (48, 64)]
+    assert cli.main(["decompress", *files, *companions, "--output", back]) == 2
+    assert "is there already; give another --output, or --overwrite" in capsys.readouterr().err
+    again = ["--output", back, "--overwrite", "--channels"]
+    assert cli.main(["decompress", *files, *companions, *again, "1"]) == 0
+    assert cli.main(["decompress", *files, *companions, *again, "4"]) == 2
+    assert "cannot be decoded from 4 channels alone, only from 1, 2, 3" in capsys.readouterr().err
+
+
+def test_a_damaged_file_among_others_is_named(autoencoder_folder, tmp_path, capsys):
+    Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "a.png")
+    companions = ["--autoencoder", str(autoencoder_folder), "--device", "cpu"]
+    assert cli.main(["compress", str(tmp_path / "a.png"), *companions, "--quality", "30"]) == 0
+    data = (tmp_path / "a.ldmz").read_bytes()
+    (tmp_path / "b.ldmz").write_bytes(data[:-3])
+    files = [str(tmp_path / name) for name in ("b.ldmz", "a.ldmz")]
+    output = ["--output", str(tmp_path / "back")]
+    assert cli.main(["decompress", *files, *companions, *output]) == 2
+    assert "b.ldmz: is cut off (3 bytes are missing)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["a.png"]
+
+
+def test_two_pictures_of_one_name_do_not_overwrite_each_other(autoencoder_folder, tmp_path, capsys):
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(smooth_picture(20, 30)).save(tmp_path / name)
+    words = ["compress", str(tmp_path), "--autoencoder", str(autoencoder_folder)]
+    assert cli.main(words) == 2
+    assert "would both become it; give them one by one" in capsys.readouterr().err
+    assert cli.main([*words, "--output", str(tmp_path / "small")]) == 0
+    assert len(list((tmp_path / "small").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--quality", "0"], "quality: 0 is not between 1 and 100"),
+        (["--target-bpp", "-1"], "--target-bpp: -1 is no number of bits per pixel"),
+        (["--progressive", "2,1"], "--progressive: '2,1' is no rising list of channel counts up to 3"),
+        (["--entropy", "missing"], "missing: no such file; give one that `ldm-vae codec-fit` wrote"),
+    ],
+)
+def test_wrong_words_are_refused(autoencoder_folder, tmp_path, capsys, words, sentence):
+    Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "a.png")
+    assert cli.main(["compress", str(tmp_path / "a.png"), "--autoencoder", str(autoencoder_folder), *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.ldmz"))
