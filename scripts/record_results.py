@@ -38,7 +38,7 @@ def typed(command: list[str]) -> str:
 
 def without_folder(word: str) -> str:
     """A path outside the repository is reduced to its last part: where it lies is nobody's business."""
-    return re.sub(r"(^|=)(?:\.\.|~|/)[^\s]*/", r"\1", word)
+    return re.sub(r"(^|[=\[,])(?:\.\.|~|/)[^\s,\]]*/", r"\1", word)
 
 
 TABLES = ("results.md", "comparison.md", "frontier.md")

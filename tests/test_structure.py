@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ldm_vae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["data", "training", "autoencoder", "latents", "diffusion", "evaluation", "commands"]
+ORDER = ["data", "training", "autoencoder", "latents", "diffusion", "evaluation", "applications", "commands"]
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "np.load", "numpy.load"}
