@@ -38,6 +38,7 @@ def test_pixels_have_64_times_the_tokens_and_the_work(monkeypatch: pytest.Monkey
     assert coder["decoding_gigamacs"] > coder["encoding_gigamacs"] > 0 < coder["decoding_seconds"]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     """Weights, gradients and two moments at least; in this process freed memory would be used again."""
     found = script.in_fresh_process("latents", 64, "tiny")
