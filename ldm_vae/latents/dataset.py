@@ -101,6 +101,8 @@ class LatentDataset(Dataset):
             self._name, self._shape, self._kind = content, self.layout.sample_shape, np.int64
         elif content == "moments" and self.posterior == "moments":
             self._name, self._shape, self._kind = content, self.layout.sample_shape, self._stored_kind
+        samples_posterior = self._name == "latent" and content == "moments" and self.posterior == "sample"
+        self._draws = self.flip or samples_posterior
 
     @property
     def normalizer(self) -> LatentNormalizer:
@@ -162,6 +164,8 @@ class LatentDataset(Dataset):
 
     def _one(self, i: int, *moment: int | str) -> dict[str, Any]:
         stored, label, index, key = self._row(i, moment or self._this_epoch())
+        if self._name != "latent":
+            return {self._name: self._tensor(stored.astype(self._kind)), "label": label, "index": index}
         values: np.ndarray = np.empty(self._shape, self._kind)
         self._fill(values, stored, key, self._scratch())
         return {self._name: self._tensor(values), "label": label, "index": index}
@@ -169,17 +173,21 @@ class LatentDataset(Dataset):
     def _batch(self, samples: Sequence[int]) -> dict[str, Tensor]:
         # numpy's memory: from 4 MiB it asks for huge pages, torch's costs a page fault every 4 KiB
         values: np.ndarray = np.empty((len(samples), *self._shape), self._kind)
-        scratch, moment, labels, indices = self._scratch(), self._this_epoch(), [], []
+        moment, labels, indices = self._this_epoch(), [], []
+        scratch = self._scratch() if self._name == "latent" else None
         for row, i in zip(values, samples):
             stored, label, index, key = self._row(i, moment)
-            self._fill(row, stored, key, scratch)
+            if scratch is None:
+                row[...] = stored
+            else:
+                self._fill(row, stored, key, scratch)
             labels.append(label)
             indices.append(index)
         label, index = torch.tensor([labels, indices])
         return {self._name: self._tensor(values), "label": label, "index": index}
 
     def _this_epoch(self) -> tuple[str, int]:
-        return "epoch", int(self._epoch)
+        return "epoch", int(self._epoch) if self._draws else 0  # reading a tensor takes as long as a tenth of a sample
 
     def _row(self, i: int, moment: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
         """(what is stored for sample `i` or its mirror image, not copied; label; source index; key of its noise).
@@ -187,24 +195,20 @@ class LatentDataset(Dataset):
         number, row = self.place(i)
         shard = self._shard(number)
         index = shard["index"].item(row)
-        key = (*moment, index) if moment[0] == "epoch" else moment
+        key = (*moment, index) if self._draws and moment[0] == "epoch" else moment
         flip = self.flip and torch.rand((), generator=generator(self.seed, "mirror", *key)) < 0.5
         stored = shard[self.manifest.content + FLIPPED if flip else self.manifest.content]
         return stored[row], shard["label"].item(row), index, key
 
-    def _scratch(self) -> tuple[Tensor, Tensor] | None:
-        """Room for one stored row, and for it in float32; None where rows are given as they are stored."""
-        if self._name != "latent":
-            return None
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        """Room for one stored row, and for it in float32."""
         row: np.ndarray = np.empty(self.layout.sample_shape, self._stored_kind)
         return torch.from_numpy(row), torch.empty(self.layout.sample_shape)
 
     def _fill(
-        self, values: np.ndarray, stored: np.ndarray, key: tuple[int | str, ...], scratch: tuple[Tensor, Tensor] | None
+        self, values: np.ndarray, stored: np.ndarray, key: tuple[int | str, ...], scratch: tuple[Tensor, Tensor]
     ) -> None:
-        if scratch is None:
-            values[...] = stored
-            return
+        """A latent from what is stored of it."""
         row, full = scratch
         row.numpy()[...] = stored  # the only copy out of the mapped file; the rest happens in the processor's cache
         latent, cached = torch.from_numpy(values), row.view(STORED_DTYPES[self.manifest.dtype])
