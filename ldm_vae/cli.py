@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -124,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     parsed = parser.parse_args(rest)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     reuse_freed_memory()
     try:
         return module.run(parsed)

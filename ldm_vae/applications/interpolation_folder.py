@@ -22,6 +22,8 @@ from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected, decode_image
+from ldm_vae.data.folder import printable
+from ldm_vae.data.local_file import read_regular_file
 from ldm_vae.data.sheets import labelled_sheet, side_by_side
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
@@ -37,6 +39,8 @@ SHOWN_PAIRS = 4
 """Whose frames and animations are written; all pairs are measured."""
 SHEET_FRAMES = 7
 MILLISECONDS = 70
+NAME_LENGTH = 40
+"""Characters of each image's name in those of files."""
 HOLD = 8
 """Frames that an animation rests at each end."""
 
@@ -123,7 +127,7 @@ def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
     images = []
     for path in files:
         try:
-            image = decode_image(path.read_bytes())
+            image = decode_image(read_regular_file(path))
         except ImageRejected as error:
             raise UserError(f"{path}: cannot be read ({error.reason}); give another image") from error
         if size is not None:
@@ -138,10 +142,15 @@ def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
         raise UserError(f"{files[0]}: is below 16 pixels; give larger images, or --size N")
     return [
         Pair(
-            f"{number // 2:02d}_{files[number].stem}_{files[number + 1].stem}", torch.stack(images[number : number + 2])
+            f"{number // 2:02d}_{_short(files[number])}_{_short(files[number + 1])}",
+            torch.stack(images[number : number + 2]),
         )
         for number in range(0, len(images), 2)
     ]
+
+
+def _short(path: Path) -> str:
+    return printable(path.stem)[:NAME_LENGTH]
 
 
 def interpolate(
@@ -165,7 +174,14 @@ def interpolate(
     other = None if config.compare is None else load_autoencoder(config.compare).to(target)
     identity = fingerprint(autoencoder)
     finished = finished_result(output / RESULTS, config, identity, overwrite)
+    networks = {
+        "compare": None if other is None else fingerprint(other),
+        "pipeline": None if pipeline is None else fingerprint(pipeline.unet),
+    }
     if finished is not None:
+        for name, found_network in networks.items():
+            if finished["networks"][name] != found_network:
+                raise UserError(f"{output}: holds the result of another {name}; give another --out, or --overwrite")
         return finished
     pairs = read_pairs(files, config.size)
     ways = ways_of(config, autoencoder, other, pipeline)
@@ -182,6 +198,7 @@ def interpolate(
         results = {
             "format_version": 1,
             "autoencoder": describe_autoencoder(autoencoder),
+            "networks": networks,
             "other": None if other is None else describe_autoencoder(other),
             "protocol": {
                 "pairs": len(pairs),
@@ -297,6 +314,8 @@ def write_pictures(
         animate([side_by_side(row) for row in zip(*pictures.values())], animations[-1])
         for way in ways:
             frames = pictures[way.key]
+            for old in (output / "frames" / pair.name).glob(f"{way.key}_*.png"):
+                old.unlink()  # an earlier result had more
             for k, frame in enumerate(frames):
                 _save(frame, output / "frames" / pair.name / f"{way.key}_{k:03d}.png")
             animate(frames, output / f"{pair.name}_{way.key}.{config.animation}")

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.applications.codec.format import SUFFIX
     from ldm_vae.applications.codec.quantisation import step_of
     from ldm_vae.data.decoding import ImageRejected, decode_image
+    from ldm_vae.data.local_file import read_regular_file
     from ldm_vae.errors import UserError
     from ldm_vae.evaluation.fidelity.pictures import find_pictures
     from ldm_vae.evaluation.fidelity.reconstruction import compute_device
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     written = 0
     for path, goal in goals:
         try:
-            image = decode_image(path.read_bytes())
+            image = decode_image(read_regular_file(path))
         except ImageRejected as error:
             print(f"{path}: left out ({error.reason})")
             continue
@@ -78,6 +79,8 @@ def targets(
 
     from ldm_vae.errors import UserError
 
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"--output: {output} is a file; give a folder")
     found: dict[Path, Path] = {}
     for name, path in named:
         goal = path.with_suffix(suffix) if output is None else Path(output) / f"{name}{suffix}"

@@ -102,7 +102,7 @@ class FolderSource:
 
     def id(self, i: int) -> str:
         """The path relative to the folder, with `/`; bytes that are no UTF-8 are written as escapes."""
-        return self.names[i].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return printable(self.names[i])
 
     def label(self, i: int) -> int:
         return int(self.labels[i])
@@ -171,6 +171,11 @@ class LocalFiles:
 
     def read(self, name: str, length: int | None = None) -> bytes:
         return read_regular_file(self.root / name, length)
+
+
+def printable(name: str) -> str:
+    """A name of the file system as text; bytes that are no UTF-8 are written as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _counts(suffixes: Counter[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.applications.interpolation_folder import animate, find_pairs
+from ldm_vae.applications.interpolation_folder import animate, find_pairs, read_pairs
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
 from tests.diffusion.conftest import saved as saved  # a fixture
@@ -59,6 +60,20 @@ def test_a_folder_of_pairs_beside_another_autoencoder(
     assert (out / "results.json").stat().st_mtime_ns == before
     assert cli.main([*words[:-1], str(out), "--frames", "7"]) == EXIT_USER_ERROR
     assert "holds the result of frames" in capsys.readouterr().err
+    assert cli.main([*words, "--frames", "3", "--overwrite"]) == 0
+    assert len(list((out / "frames" / name).glob("latents_*.png"))) == 3
+    words += ["--frames", "3"]
+    torch.manual_seed(2)
+    build_autoencoder(AutoencoderConfig(preset="pico", latent_channels=2, kind="ae")).save_pretrained(plain)
+    assert cli.main(words) == EXIT_USER_ERROR
+    assert "holds the result of another compare; give another --out, or --overwrite" in capsys.readouterr().err
+
+
+def test_long_names_and_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    for letter in (b"a", b"b"):
+        Image.new("RGB", (16, 16)).save(tmp_path / os.fsdecode(b"\xff" + 100 * letter + b".png"))
+    (pair,) = read_pairs(find_pairs([str(tmp_path)], None), None)
+    assert pair.name == "00_\\xff" + 36 * "a" + "_\\xff" + 36 * "b"
 
 
 def test_through_a_diffusion_model(saved: Path, image_folder: Path, tmp_path: Path) -> None:

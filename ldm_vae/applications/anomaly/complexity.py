@@ -12,7 +12,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from ldm_vae.applications.anomaly.curves import wins
+from ldm_vae.applications.anomaly.curves import auroc
 
 MATCHING_RATIO = 1.1
 """A normal image matches an anomalous one when their PNG sizes differ by no more than this factor."""
@@ -34,14 +34,13 @@ def matched_auroc(
 
     Each anomalous image counts once. None for fewer than 10 of them.
     """
-    distance = np.abs(np.log(anomalous_bytes)[:, None] - np.log(normal_bytes)[None])
-    near = distance <= math.log(MATCHING_RATIO) + 1e-12
-    matched = near.any(axis=1)
-    share = float(matched.mean())
-    if matched.sum() < FEWEST_MATCHED:
-        return None, share
-    won = (wins(normal, anomalous) * near)[matched].sum(axis=1) / near[matched].sum(axis=1)
-    return float(won.mean()), share
+    won, logarithms = [], np.log(normal_bytes)
+    for value, size in zip(anomalous, np.log(anomalous_bytes), strict=True):
+        near = np.abs(size - logarithms) <= math.log(MATCHING_RATIO) + 1e-12
+        if near.any():
+            won.append(auroc(normal[near], np.array([value])))
+    share = len(won) / len(anomalous)
+    return (float(np.mean(won)) if len(won) >= FEWEST_MATCHED else None), share
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:

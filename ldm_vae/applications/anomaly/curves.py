@@ -15,23 +15,28 @@ RESAMPLES = 1000
 HIGHEST_PIXEL_RATE = 0.3
 
 
-def wins(normal: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
-    """(m, n): 1 where the anomalous image scores higher than the normal one, 0.5 where both are equal, else 0."""
-    above, normal = np.asarray(anomalous, np.float64)[:, None], np.asarray(normal, np.float64)[None]
-    return (above > normal) + 0.5 * (above == normal)
-
-
 def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
     """The chance that an anomalous image scores higher than a normal one; 0.5 says nothing."""
-    return float(wins(normal, anomalous).mean())
+    below, up_to = _ranks(normal, anomalous)
+    return float((below + up_to).mean() / (2 * len(normal)))
+
+
+def _ranks(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many normal images score lower than each anomalous one, and not higher, (m,)."""
+    ordered = np.sort(normal)
+    return np.searchsorted(ordered, anomalous, side="left"), np.searchsorted(ordered, anomalous, side="right")
 
 
 def auroc_interval(normal: np.ndarray, anomalous: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval, normal and anomalous images drawn apart."""
-    won = wins(normal, anomalous)
     rng = numpy_rng(0, "anomaly bootstrap")
-    rows, columns = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size for size in won.shape)
-    low, high = np.quantile(((rows @ won) * columns).sum(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    sizes = (len(anomalous), len(normal))
+    rows, columns = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) / size for size in sizes)
+    share = np.cumsum(columns[:, np.argsort(normal)], axis=1)
+    share = np.concatenate([np.zeros((RESAMPLES, 1)), share], axis=1)  # of the normal ones, drawn, that score lowest
+    below, up_to = _ranks(normal, anomalous)
+    found = (rows * (share[:, below] + share[:, up_to]) / 2).sum(axis=1)
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

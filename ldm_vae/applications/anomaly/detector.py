@@ -36,11 +36,12 @@ from ldm_vae.files import (
     temporary_directory,
     write_json,
 )
-from ldm_vae.seal import damage, seal
+from ldm_vae.seal import MANIFEST, damage, seal
 from ldm_vae.tensor_files import MAXIMUM_JSON_BYTES, check_tensor_file
 
 FORMAT_VERSION = 1
 DESCRIPTION, TENSORS = "detector.json", "detector.safetensors"
+OWN_FILES = {DESCRIPTION, TENSORS, provenance.RUN_RECORD, MANIFEST}
 GAUSSIANS = ("positions", "pooled")
 ADVICE = "restore it from a copy, or fit it again"
 
@@ -201,14 +202,15 @@ def models_of(
 
 
 def check_output(output: Path) -> None:
-    """Raises: UserError when something other than a detector is in the way."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / DESCRIPTION).is_file()):
+    """Raises: UserError when something other than a detector is in the way, also beside one: it would be replaced."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if output.is_file() or (names and DESCRIPTION not in names) or names - OWN_FILES:
         raise UserError(f"output: {output} holds something else; give a new folder")
 
 
 def digest(folder: str | Path) -> str:
     """Changes with every byte of the detector."""
-    return checksum(Path(folder) / "MANIFEST.json")
+    return checksum(Path(folder) / MANIFEST)
 
 
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:

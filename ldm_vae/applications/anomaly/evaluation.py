@@ -25,6 +25,7 @@ from ldm_vae.applications.anomaly.measurement import Models, load_models, measur
 from ldm_vae.applications.anomaly.report import Shown, markdown, picture, render
 from ldm_vae.applications.anomaly.threshold import rate_interval
 from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.sources import DataConfig, open_source
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import spread
@@ -102,12 +103,18 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False) -> dict[str, Any]:
         detector, config.detector, config.autoencoder, compute_device(config.device), config.pipeline,
         config.perceptual_weights,
     )  # fmt: skip
+    truth = known_truth(config.data, config.normal, config.masks)
     finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
     if finished is not None:
         if finished["detector"]["digest"] != digest(config.detector):
             raise UserError(f"{output}: holds the result of another detector; give another output, or --overwrite")
+        if finished["protocol"]["images"]["fingerprint"] != truth.source.fingerprint():
+            raise UserError(f"{output}: holds the result of other images; give another output, or --overwrite")
+        if config.baseline is not None and finished["baseline"]["autoencoder"]["fingerprint"] != fingerprint(
+            load_autoencoder(config.baseline)
+        ):
+            raise UserError(f"{output}: holds the result of another baseline; give another output, or --overwrite")
         return finished
-    truth = known_truth(config.data, config.normal, config.masks)
     chosen = _chosen(truth, config.count)
     with alone_in(output):
         contestants = {"detector": Contestant(detector, models)}

@@ -148,6 +148,8 @@ def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | Non
             f"fails: the defects stand out in their image (L1 within them is {error_ratio:.1f} times that around), but "
             "normal images have places that are reconstructed as badly, such as edges and textures"
         )
+    if name == "regret":
+        return "fails: the encoder serves the anomalies as well as normal images"
     if base(name).startswith("flow"):
         return "fails: the diffusion model explains the latents of the anomalies as well as those of normal images"
     return "fails: the latents of the anomalies are as usual as those of normal images"

@@ -29,7 +29,7 @@ from ldm_vae.applications.anomaly.detector import (
 from ldm_vae.applications.anomaly.images import Crop, batches, read_crops, refuse_enlarged, stack
 from ldm_vae.applications.anomaly.maps import STRIDE
 from ldm_vae.applications.anomaly.measurement import Models, check_pipeline_size, learn, load_models, measure
-from ldm_vae.applications.anomaly.threshold import check_rate, rate_interval, smallest_rate, threshold
+from ldm_vae.applications.anomaly.threshold import check_rate, rate_interval, rounded_up, smallest_rate, threshold
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.perceptual import Backbone
@@ -128,11 +128,12 @@ def summary(detector: Detector, output: str) -> str:
     """What was fitted, in words."""
     found, rate = detector.description, detector.rate
     low, high = found["false_positive_rate_interval"]
+    smallest = rounded_up(found["smallest_false_positive_rate"])
     counts = found["counts"]
     return (
         f"{output}: learnt from {counts['learnt_from']} normal images; {len(detector.normal)} scores with thresholds "
         f"from {counts['held_out']} others, at a false-positive rate of {rate:g} (so few can mean one from {low:.3f} "
-        f"to {high:.3f}, and support {found['smallest_false_positive_rate']:.4f} at the least); the verdict is by "
+        f"to {high:.3f}, and support {smallest} at the least); the verdict is by "
         f"{detector.by}"
     )
 
@@ -159,8 +160,13 @@ def fit_detector(config: FitConfig, models: Models) -> Detector:
         found = read_crops(parts[part], chosen[part], config.resolution, rejected)
         for batch in batches(found, config.batch, len(chosen[part]), task):
             refuse_enlarged(batch, config.resolution)
-            marks.update(crop.mark() for crop in batch)
-            yield batch
+            fresh = []
+            for crop in batch:
+                if part == "train" or crop.mark() not in marks:  # a copy of what was learnt from sets no threshold
+                    fresh.append(crop)
+                marks.add(crop.mark())
+            if fresh:
+                yield fresh
 
     learnt = learn(models, (([crop.id for crop in batch], stack(batch)) for batch in crops("train", "learning")))
     learnt_from = len(chosen["train"]) - len(rejected)

@@ -93,11 +93,13 @@ def score(config: ScoreConfig, overwrite: bool = False) -> dict[str, Any]:
         config.perceptual_weights,
     )  # fmt: skip
     finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
+    source = open_source(config.data)
     if finished is not None:
         if finished["detector"]["digest"] != digest(config.detector):
             raise UserError(f"{output}: holds the result of another detector; give another output, or --overwrite")
+        if finished["images_fingerprint"] != source.fingerprint():
+            raise UserError(f"{output}: holds the result of other images; give another output, or --overwrite")
         return finished
-    source = open_source(config.data)
     with alone_in(output):
         rejected: list[tuple[str, str]] = []
         rows = _measure(config, detector, models, source, by, rejected)
@@ -111,6 +113,7 @@ def score(config: ScoreConfig, overwrite: bool = False) -> dict[str, Any]:
             "by": by,
             "threshold": detector.thresholds()[by],
             "held_out": len(detector.normal[by]),
+            "images_fingerprint": source.fingerprint(),
             "images": rows,
             "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
             "versions": provenance.versions(),
@@ -136,6 +139,7 @@ def _measure(
     """One record an image, the strangest first."""
     chosen = spread(len(source), config.count)
     found: list[Row] = []
+    seen = set(detector.seen.tolist())
     for batch in batches(
         read_crops(source, chosen, detector.resolution, rejected), config.batch, len(chosen), "scoring"
     ):
@@ -143,7 +147,8 @@ def _measure(
         measured = measure(models, detector.learnt, stack(batch), ids).values
         for row, crop in enumerate(batch):
             values = {name: float(of_score[row]) for name, of_score in measured.items()}
-            found.append({"id": crop.id, "index": crop.index, "enlarged": crop.enlarged, "scores": values})
+            told = {"enlarged": crop.enlarged, "seen": crop.mark() in seen}
+            found.append({"id": crop.id, "index": crop.index, **told, "scores": values})
     by_score = np.array([row["scores"][by] for row in found])
     normal, threshold = detector.normal[by], detector.thresholds()[by]
     columns = zip(found, by_score, percentiles(normal, by_score), p_values(normal, by_score))
@@ -160,7 +165,7 @@ def _measure(
 def table(rows: list[Row]) -> str:
     """`scores.csv`: verdict and percentile, then every score."""
     names = list(rows[0]["scores"])
-    first = ["id", "verdict", "score", "percentile", "p_value", "enlarged"]
+    first = ["id", "verdict", "score", "percentile", "p_value", "enlarged", "seen"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*first, *names])
@@ -186,6 +191,7 @@ def render(results: dict[str, Any], detector: Detector, source: ImageSource, mod
         "quantity": quantity,
         "anomalous": sum(row["verdict"] == "anomalous" for row in results["images"]),
         "enlarged": sum(row["enlarged"] for row in results["images"]),
+        "seen": sum(row["seen"] for row in results["images"]),
         "examples": examples,
         "number": number,
     }
@@ -203,6 +209,8 @@ def summary(results: dict[str, Any], output: str) -> str:
     ]
     if small := sum(row["enlarged"] for row in rows):
         lines.append(f"{small} images are smaller than the detector's crop and were enlarged, which alone may show")
+    if seen := sum(row["seen"] for row in rows):
+        lines.append(f"the detector was fitted to {seen} of them, whose percentiles mean little")
     if results["rejected"]:
         lines.append(f"{len(results['rejected'])} images could not be read; {RESULTS} names them")
     lines += [f"  {row['percentile']:5.1f} %  {row['verdict']:<9}  {row['id']}" for row in rows[:10]]

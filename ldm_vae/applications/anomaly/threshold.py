@@ -18,6 +18,11 @@ def smallest_rate(count: int) -> float:
     return 1 / (count + 1)
 
 
+def rounded_up(rate: float) -> str:
+    """A rate in four digits that is not below it."""
+    return f"{math.ceil(1e4 * rate) / 1e4:.4g}"
+
+
 def images_for(rate: float) -> int:
     """Held-out normal images that a false-positive rate needs."""
     return math.ceil(round(1 / rate, 9)) - 1
@@ -28,7 +33,7 @@ def check_rate(rate: float, count: int) -> None:
     if count < images_for(rate):
         raise UserError(
             f"false_positive_rate: {rate} needs {images_for(rate)} held-out normal images, here are {count}, which "
-            f"support {math.ceil(1e4 * smallest_rate(count)) / 1e4:.4g} at the least; set that, raise data.held_out or "
+            f"support {rounded_up(smallest_rate(count))} at the least; set that, raise data.held_out or "
             "add images"
         )
 

@@ -97,6 +97,10 @@ class CodecBenchConfig:
         for name in ("qualities", "codec_qualities"):
             if len(set(getattr(self, name))) < 3:
                 raise UserError(f"{name}: {list(getattr(self, name))} is no curve; give three or more")
+        for name in ("qualities", "codec_qualities", "codecs", "entropy"):
+            values = list(getattr(self, name))
+            if twice := next((value for value in values if values.count(value) > 1), None):
+                raise UserError(f"{name}: {twice} is there twice; leave one out")
         for quality in self.qualities:
             step_of(quality)
         if not all(1 <= quality <= 95 for quality in self.codec_qualities):
@@ -186,7 +190,7 @@ def _fitted(config: CodecBenchConfig, plain: Codec) -> dict[str, Codec]:
             raise UserError(f"{path}: was fitted to the latents of another autoencoder than {config.autoencoder}")
         name = f"ldm-vae, {model.kind}"
         if name in found:
-            name += f" ({Path(path).stem})"
+            name += f" ({path})"
         found[name] = Codec(plain.autoencoder, model, plain.identity, plain.channels, plain.factor, plain.where)
     return found
 

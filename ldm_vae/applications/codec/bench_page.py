@@ -214,7 +214,8 @@ def plot(results: Results, metric: str) -> str:
         axes.plot(
             [point["bits_per_pixel"] for point in ordered], [point[metric] for point in ordered],
             color=figures.COLOURS[number % len(figures.COLOURS)], marker="o", markersize=3.5,
-            linewidth=1.9 if ours else 1.2, linestyle="-" if ours else (0, (4, 2)), label=codec,
+            linewidth=1.9 if ours else 1.2, linestyle="-" if ours else (0, (4, 2)),
+            label=codec.replace("$", r"\$"),  # no formula
         )  # fmt: skip
     sample = results["latent"].get(SAMPLE)
     if sample is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from ldm_vae.applications.codec import entropy_models, format
 from ldm_vae.applications.codec.entropy_models import EntropyModel, StaticModel
 from ldm_vae.applications.codec.fitted_model import FittedModel, load_model, short_fingerprint
-from ldm_vae.applications.codec.quantisation import LARGEST_STEP, Grid, channel_means, channel_units, step_of
+from ldm_vae.applications.codec.quantisation import Grid, TooFine, channel_means, channel_units, step_of
 from ldm_vae.applications.codec.tables import best_scale
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, token_fingerprint
 from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
@@ -140,13 +141,15 @@ def compress_within(codec: Codec, picture: Analysed, bits_per_pixel: float, part
 
     def size(level: int) -> int:
         if level not in found:
-            step = min(LARGEST_STEP, step_of(level / LEVELS_PER_QUALITY))
-            found[level] = compress(codec, picture, step, parts)
+            try:
+                found[level] = compress(codec, picture, step_of(level / LEVELS_PER_QUALITY), parts)
+            except TooFine:
+                return sys.maxsize
         return len(found[level].data)
 
     best = largest_within(size, LEVELS_PER_QUALITY, 100 * LEVELS_PER_QUALITY, budget)
     if best is None:
-        least = 8 * size(LEVELS_PER_QUALITY) / (picture.width * picture.height)
+        least = 8 * len(compress(codec, picture, step_of(1.0), parts).data) / (picture.width * picture.height)
         raise UserError(
             f"{picture.name}: its smallest file has {least:.3f} bits per pixel, more than {bits_per_pixel:g}; give a "
             "higher --target-bpp, or leave it out and take --quality 1"

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.interface import decode, encode_moments
 from ldm_vae.autoencoder.models import downsampling, load_autoencoder
 from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected, decode_image
+from ldm_vae.data.local_file import read_regular_file
 from ldm_vae.data.sheets import PAPER, labelled_sheet, side_by_side
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
@@ -65,6 +66,8 @@ class ApplySettings:
             raise UserError(
                 f"strengths: {list(self.strengths)} is no list of numbers up to {LARGEST_STRENGTH:g}; try -2,-1,0,1,2"
             )
+        if len({file_mark(strength) for strength in self.strengths}) < len(self.strengths):
+            raise UserError(f"strengths: two of {list(self.strengths)} are the same in two digits; leave one out")
         if self.mask is not None and self.box is not None:
             raise UserError("mask: and box say both where; give one of them")
         if self.feather is not None and self.mask is None and self.box is None:
@@ -104,6 +107,8 @@ def apply_direction(
     check_continuous(autoencoder, f"autoencoder {settings.autoencoder}")
     found.check_autoencoder(autoencoder, f"autoencoder {settings.autoencoder}")
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder for --out")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder}: is not empty; give another --out, or --overwrite")
     rejected: list[tuple[str, str]] = []
@@ -123,7 +128,7 @@ def apply_direction(
             decoded = torch.cat([decode(autoencoder, one[None]).cpu() for one in moved])[..., :height, :width]
             row = pixels.to_pil(decoded)
             for strength, picture in zip(settings.strengths, row):
-                _save(picture, folder / f"{name}_{strength:+.2f}.png")
+                _save(picture, folder / f"{name}_{file_mark(strength)}.png")
             _save(side_by_side(row), folder / f"{name}_strip.png")
             count += 1
             if count <= SHEET_IMAGES:
@@ -143,6 +148,11 @@ def apply_direction(
     return count, rejected
 
 
+def file_mark(strength: float) -> str:
+    """`+1.00`."""
+    return f"{strength + 0.0:+.2f}"
+
+
 def _save(picture: Image.Image, path: Path) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
@@ -156,7 +166,7 @@ def _encoded(
 ) -> Iterator[Encoded]:
     for name, path in find_pictures(inputs):
         try:
-            image = decode_image(path.read_bytes())
+            image = decode_image(read_regular_file(path))
         except ImageRejected as error:
             rejected.append((str(path), error.reason))
             continue
@@ -190,11 +200,9 @@ def read_mask(settings: ApplySettings, height: int, width: int, factor: int) -> 
     if settings.mask is None:
         return None
     try:
-        image = decode_image(Path(settings.mask).read_bytes())
+        image = decode_image(read_regular_file(settings.mask))
     except ImageRejected as error:
-        raise UserError(f"mask: {settings.mask} cannot be read ({error.reason}); give a picture") from error
-    except OSError as error:
-        raise UserError(f"mask: {settings.mask} cannot be read ({error.strerror}); give a picture") from error
+        raise UserError(f"mask: {settings.mask}: {error}; give a picture") from error
     if image.shape[:2] != (height, width):
         raise UserError(
             f"mask: {image.shape[0]} x {image.shape[1]} pixels (height x width) for an image of {height} x {width}; "

@@ -138,6 +138,10 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
     described = describe_autoencoder(autoencoder)
     finished = finished_result(Path(config.output) / RESULTS, config, described["fingerprint"], overwrite)
     if finished is not None:
+        if finished["directions"] != found.digest:
+            raise UserError(
+                f"{config.output}: holds the result of other directions; give another output, or --overwrite"
+            )
         return finished
     with alone_in(config.output):
         source, indices = select(config.data, config.part, config.count)
@@ -163,6 +167,7 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
         results = {
             "format_version": 1,
             "autoencoder": described,
+            "directions": found.digest,
             "protocol": {
                 "images": {"fingerprint": source.fingerprint(), "part": config.part, "count": len(indices)},
                 "preprocessing": preprocessing_record(config.resolution),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ldm_vae.applications.directions.fitting import Direction
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_json
+from ldm_vae.files import checksum_bytes, publish_directory, temporary_directory, write_json
 from ldm_vae.latents.manifest import short
 from ldm_vae.seal import check_seal, seal
 from ldm_vae.tensor_files import MAXIMUM_JSON_BYTES, check_tensor_file
@@ -38,12 +38,14 @@ class Directions:
     Attributes:
         images: what it was fitted on, see `samples.Samples`.
         left_out: attribute -> why no direction was fitted to it.
+        digest: of their files, where they were read from some.
     """
 
     directions: list[Direction]
     encoder_fingerprint: str
     images: dict[str, Any]
     left_out: dict[str, str]
+    digest: str | None = None
 
     def find(self, name: str) -> Direction:
         """By its whole name, or by its attribute (then the difference of the means). Raises: UserError."""
@@ -108,8 +110,9 @@ def load_directions(path: str | Path) -> Directions:
         vectors = load_file(folder / TENSORS)["vectors"].double().numpy()
         found = _described(vectors, description["directions"])
         return Directions(
-            found, str(description["encoder_fingerprint"]), dict(description["images"]), dict(description["left_out"])
-        )
+            found, str(description["encoder_fingerprint"]), dict(description["images"]), dict(description["left_out"]),
+            checksum_bytes((folder / DESCRIPTION).read_bytes() + (folder / TENSORS).read_bytes()),
+        )  # fmt: skip
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:

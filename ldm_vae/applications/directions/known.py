@@ -7,6 +7,7 @@ its cosine and its sine. What pixels tell is `measured`'s.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -103,7 +104,8 @@ def of_table(path: str | Path, ids: Sequence[str], circles: Sequence[str] = ()) 
         UserError: no such file, no column that names the images, or none of these images in it.
     """
     rows = read_table(Path(path))
-    named = [column for column in ("id", *FILE_COLUMNS) if column in rows[0]]
+    columns = list(dict.fromkeys(column for row in rows for column in row if column is not None))
+    named = [column for column in ("id", *FILE_COLUMNS) if column in columns]
     if not named:
         raise UserError(f"{path}: no column names the images; give one called {', '.join(FILE_COLUMNS)} or id")
     known: dict[str, dict[str, Any]] = {}
@@ -111,11 +113,12 @@ def of_table(path: str | Path, ids: Sequence[str], circles: Sequence[str] = ()) 
         known |= {str(PurePosixPath(str(row.get(column)).replace("\\", "/"))): row for row in rows}
     found = [known.get(id) for id in ids]
     if not any(found):
+        example = rows[0].get(named[0])
         raise UserError(
-            f"{path}: names none of the {len(ids)} images, for example {rows[0][named[0]]!r} and no {ids[0]!r}; give "
+            f"{path}: names none of the {len(ids)} images, for example {example!r} and no {ids[0]!r}; give "
             "paths relative to the folder of images, or ids"
         )
-    columns = [column for column in rows[0] if column not in named]
+    columns = [column for column in columns if column not in named]
     for column in circles:
         if column not in columns:
             raise UserError(f"circles: {column!r} is no column of {path}; there are {', '.join(columns)}")
@@ -154,9 +157,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: is larger than {MAXIMUM_TABLE_BYTES} bytes; give a table of attributes")
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a .csv or .jsonl file") from error
     except (ValueError, csv.Error, RecursionError) as error:

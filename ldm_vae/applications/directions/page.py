@@ -79,6 +79,7 @@ def matrix_svg(results: dict[str, Any]) -> str:
     blue, orange = figures.COLOURS[2], figures.COLOURS[1]
     colours = LinearSegmentedColormap.from_list("changes", [blue, "#ffffff", orange])
     axes.imshow(values, cmap=colours, vmin=-1, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(attributes)), attributes, rotation=60, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    across, down = ([name.replace("$", r"\$") for name in those] for those in (attributes, names))  # no formulas
+    axes.set_xticks(range(len(attributes)), across, rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), down)
     return figures.to_svg(figure, "Change of every attribute by every direction")

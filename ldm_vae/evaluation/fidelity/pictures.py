@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected, decode_image
-from ldm_vae.data.sources import DataConfig, open_source
+from ldm_vae.data.folder import FolderSource, printable
 from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
@@ -104,11 +104,11 @@ def _files(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
-            source = open_source(DataConfig(source="folder", path=str(path)))
-            for index in range(len(source)):
-                yield path / source.id(index), Path(source.id(index))
+            source = FolderSource(path)
+            for index, name in enumerate(source.names):
+                yield path / name, Path(source.id(index))
         elif path.is_file():
-            yield path, Path(path.name)
+            yield path, Path(printable(path.name))
         else:
             raise UserError(f"{text}: no such file or folder; give image files or folders")
 

@@ -79,6 +79,11 @@ def test_a_baseline_of_the_same_weights_has_the_same_figures(evaluated, detector
         assert found == results["scores"][name], name
     assert results["scores"] == json.loads((evaluated / "results.json").read_text())["scores"]
     assert "\n- Baseline, `" in (tmp_path / "out" / "results.md").read_text()
+    for part, what in ((results["baseline"]["autoencoder"], "baseline"), (results["protocol"]["images"], "images")):
+        part["fingerprint"] = "another"
+        (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+        with pytest.raises(UserError, match=rf"holds the result of (an)?other {what}"):
+            evaluate(configuration.load(EvaluateConfig, None, words))
 
 
 def test_the_pages_can_be_read(evaluated):
@@ -161,6 +166,17 @@ def test_images_of_ones_own_are_scored_and_sorted(scoring, tmp_path, capsys):
     page = Page((tmp_path / "out" / "index.html").read_text())
     assert all(source.startswith("data:image/webp") for source in page.images)
     assert len(page.images) == 6
+    (tmp_path / "images" / "small.png").unlink()
+    assert cli.main(["anomaly", "score", *scoring, "shown=3"]) == EXIT_USER_ERROR
+    assert "holds the result of other images" in capsys.readouterr().err
+
+
+def test_images_that_the_detector_was_fitted_to_are_said_to_be(plain, autoencoder_directory, tmp_path, capsys):
+    words = [f"detector={plain}", f"autoencoder={autoencoder_directory}", *SYNTHETIC, "data.synthetic.count=48"]
+    assert cli.main(["anomaly", "score", *words, f"output={tmp_path / 'out'}", "shown=1"]) == 0
+    assert "the detector was fitted to 40 of them, whose percentiles mean little" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["images"]
+    assert sum(row["seen"] for row in rows) == 40
 
 
 @pytest.mark.slow

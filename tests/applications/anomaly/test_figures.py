@@ -80,6 +80,7 @@ def test_a_mean_that_hides_what_its_peak_shows(noise):
 
 def test_other_scores_fail_in_their_own_words(noise):
     assert "latents of the anomalies are as usual" in judged({"mahalanobis": noise})
+    assert "the encoder serves the anomalies" in judged({"regret": noise})
     assert "the diffusion model explains" in judged({"flow_t0.3": noise})
 
 

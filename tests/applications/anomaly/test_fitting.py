@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.detector import load_detector
+from ldm_vae.applications.anomaly.detector import check_output, load_detector
 from ldm_vae.applications.anomaly.fitting import FitConfig, fit
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
@@ -47,6 +47,14 @@ def test_a_finished_detector_is_read_and_another_one_refused(plain, tmp_path, ca
     assert run([*plain, "count=18"], overwrite=True).description["counts"]["learnt_from"] == 18
     assert load_detector(tmp_path / "detector").description["counts"]["learnt_from"] == 18
     assert sorted(path.name for path in tmp_path.iterdir()) == ["detector"]  # nothing temporary is left
+
+
+def test_what_lies_beside_a_detector_is_in_the_way(tmp_path):
+    (tmp_path / "detector.json").write_text("{}")
+    check_output(tmp_path)
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(UserError, match="holds something else; give a new folder"):
+        check_output(tmp_path)
 
 
 def test_the_command_says_what_so_few_images_support(plain, capsys):
@@ -100,9 +108,18 @@ def test_images_of_mixed_size_are_refused_where_some_would_be_enlarged(image_fol
 
 def test_what_cannot_be_read_is_named_and_does_not_count(image_folder, plain, tmp_path):
     folder = tmp_path / "images"
-    for copy in "xyz":
+    for angle, copy in enumerate("xyz"):
         shutil.copytree(image_folder, folder / copy)
+        for path in (folder / copy).rglob("*.png"):
+            Image.open(path).rotate(90 * angle).save(path)
     (folder / "x" / "broken.png").write_bytes(b"no picture")
     detector = run([*plain, "data.source=folder", f"data.path={folder}"])
     assert [entry["id"] for entry in detector.description["rejected"]] == ["x/broken.png"]
     assert sum(detector.description["counts"].values()) == 72
+
+
+def test_copies_of_what_was_learnt_from_set_no_threshold(image_folder, plain, tmp_path):
+    for copy in "xyz":
+        shutil.copytree(image_folder, tmp_path / "images" / copy)
+    with pytest.raises(UserError, match="held-out normal images, here are"):
+        run([*plain, "data.source=folder", f"data.path={tmp_path / 'images'}"])

@@ -75,6 +75,8 @@ def test_a_finished_result_is_read_and_another_refused(result, capsys):
         ({"qualities": [50.0, 60.0]}, "qualities: [50.0, 60.0] is no curve; give three or more"),
         ({"qualities": [0.0, 50.0, 60.0]}, "quality: 0 is not between 1 and 100"),
         ({"codec_qualities": [0, 1, 2]}, "codec_qualities: [0, 1, 2] are not all between 1 and 95"),
+        ({"qualities": [20.0, 50.0, 50.0, 60.0]}, "qualities: 50.0 is there twice; leave one out"),
+        ({"codecs": ["JPEG", "JPEG"]}, "codecs: JPEG is there twice; leave one out"),
         ({"codecs": ["GIF"]}, "codecs: 'GIF' cannot be written here"),
         ({"perceptual_weights": "x"}, "perceptual_weights: has no effect without perceptual_net"),
     ],

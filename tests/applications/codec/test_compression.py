@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_a_target_is_met_and_nearly_used_up(plain, fitted):
             assert 0.9 * target <= 8 * size / 128**2 <= target
         with pytest.raises(UserError, match=r"its smallest file has .* bits per pixel, more than 0.001"):
             compression.compress_within(codec, picture, 0.001)
+
+
+def test_a_target_is_met_where_the_finest_steps_have_too_many_levels(plain):
+    picture = compression.analyse(plain, smooth_picture(32, 32), "it")
+    narrow = dataclasses.replace(picture, unit=picture.unit / 1000)
+    with pytest.raises(UserError, match="its latents span more than 16383 steps; take a lower quality"):
+        compression.compress(plain, narrow, step_of(100.0))
+    assert compression.compress_within(plain, narrow, 90.0).step > step_of(100.0)
+
+
+def test_a_posterior_that_was_held_to_no_rate_sets_no_unit():
+    mean = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    units = channel_units(mean, torch.full_like(mean, -20.0))
+    assert units == pytest.approx(float(mean.std(correction=0)) / 128)
 
 
 def test_qualities_are_from_1_to_100():
@@ -190,12 +205,26 @@ def test_two_pictures_of_one_name_do_not_overwrite_each_other(autoencoder_folder
     assert len(list((tmp_path / "small").iterdir())) == 2
 
 
+def test_names_that_are_no_utf_8_are_read(autoencoder_folder, tmp_path, capsys):
+    folder, small = tmp_path / "pictures", tmp_path / "small"
+    folder.mkdir()
+    path = folder / os.fsdecode(b"a\xff.png")
+    Image.fromarray(smooth_picture(20, 30)).save(path)
+    companions = ["--autoencoder", str(autoencoder_folder), "--device", "cpu"]
+    for given in (folder, path):
+        assert cli.main(["compress", str(given), *companions, "--output", str(small), "--overwrite"]) == 0
+        assert cli.main(["compress", str(given), *companions, "--overwrite"]) == 0
+    assert [file.name for file in small.iterdir()] == ["a\\xff.ldmz"]
+    assert len(list(folder.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--quality", "0"], "quality: 0 is not between 1 and 100"),
         (["--target-bpp", "-1"], "--target-bpp: -1 is no number of bits per pixel"),
         (["--progressive", "2,1"], "--progressive: '2,1' is no rising list of channel counts up to 3"),
+        (["--output", "/proc/version"], "--output: /proc/version is a file; give a folder"),
         (["--entropy", "missing"], "missing: no such file; give one that `ldm-vae codec-fit` wrote"),
     ],
 )

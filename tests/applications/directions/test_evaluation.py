@@ -52,6 +52,9 @@ def test_the_folder_says_what_changed(words: list[str], tmp_path: Path, capsys: 
     assert (tmp_path / "out" / "results.json").stat().st_mtime_ns == before
     assert cli.main([*command, "names=[pca/1]"]) == EXIT_USER_ERROR
     assert "holds the result of names" in capsys.readouterr().err
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results | {"directions": "xxh3_128:0"}))
+    assert cli.main([*command, chosen]) == EXIT_USER_ERROR
+    assert "holds the result of other directions; give another output, or --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,22 @@ def test_a_table_of_numbers_words_and_circles(tmp_path: Path) -> None:
     assert (found["open"].binary, found["age"].binary, found["mood=sad"].binary) == (True, False, True)
 
 
+def test_columns_that_the_first_row_lacks_count_and_cells_without_a_column_do_not(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": "x"}\n{"id": "y", "age": 7}\n')
+    (age,) = known.of_table(tmp_path / "t.jsonl", ["x", "y"])
+    np.testing.assert_equal(age.values, [np.nan, 7])
+    (tmp_path / "t.csv").write_text("id,age\nx,3,4,5\ny,7\n")
+    assert [a.name for a in known.of_table(tmp_path / "t.csv", ["x", "y"])] == ["age"]
+
+
+def test_cells_keep_their_line_breaks(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('id,told,age\nx,"one\ntwo",3\ny,one,7\n')
+    (tmp_path / "t.jsonl").write_text('{"id": "x", "told": "a\u2028b", "age": 3}\n{"id": "y", "age": 7}\n')
+    for name in ("t.csv", "t.jsonl"):
+        found = {a.name: a for a in known.of_table(tmp_path / name, ["x", "y"])}
+        np.testing.assert_equal(found["age"].values, [3, 7])
+
+
 def test_a_label_column_of_numbers_holds_classes(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"id": "x", "label": 3}\n{"id": "y", "label": 7}\n')
     assert [a.name for a in known.of_table(tmp_path / "t.jsonl", ["x", "y"])] == ["3", "7"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,12 @@ def test_equal_names_do_not_replace_each_other(tmp_path: Path) -> None:
     outputs = [*names, *(f"{name}_beside" for name in names)]
     assert names[0] == "a"
     assert len(set(outputs)) == len(outputs)
+
+
+def test_a_name_that_is_no_utf_8_leads_to_its_file(tmp_path: Path) -> None:
+    path = save_picture(tmp_path / os.fsdecode(b"a\xff.png"), 16, 16)
+    for given in (tmp_path, path):
+        assert find_pictures([str(given)]) == [("a\\xff", path)]
 
 
 def test_missing_input_and_a_full_output_folder_are_refused(autoencoder: str, tmp_path: Path) -> None:
