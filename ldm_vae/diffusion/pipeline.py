@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder.inference import prepare_for_inference
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.data import pixels
 from ldm_vae.diffusion import arguments, editing, flow, saving, tiling
@@ -108,9 +109,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.register_modules(
             autoencoder=autoencoder, unet=unet, scheduler=scheduler, autoguidance_unet=autoguidance_unet
         )
-        for part in (autoencoder, unet, autoguidance_unet):
-            if part is not None:  # as in training: faster, and the same rounding
-                nn.Module.to(part, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        prepare_for_inference(autoencoder)
+        for part in filter(None, (unet, autoguidance_unet)):  # as in training: faster, and the same rounding
+            nn.Module.to(part, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fingerprint, rounded_encoders = saving.check_encoder(autoencoder, encoder_fingerprint, rounded_encoders)
         self.register_to_config(
             normalizer=self.normalizer.to_dict(),
