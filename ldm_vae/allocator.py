@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -19,6 +18,8 @@ def reuse_freed_memory() -> bool:
     It hands large blocks back to the kernel, which clears each page when it is touched again: for a feature map of
     100 MB that takes 5 times as long as computing it. At most `KEPT_BYTES` are kept at the end of the heap.
     """
+    import ctypes  # not for every --help
+
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library; TypeError: Windows

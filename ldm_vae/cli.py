@@ -124,11 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    parsed = parser.parse_args(rest)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
-    reuse_freed_memory()
     try:
+        parsed = parser.parse_args(rest)
+        reuse_freed_memory()
         return module.run(parsed)
     except UserError as error:
         print(f"ldm-vae {name}: {error}", file=sys.stderr)

@@ -47,6 +47,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
+def write_png(path: Path, picture: Any) -> None:
+    """Publish a PIL image atomically, whatever the file is called."""
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Publish a text atomically, without what is not written down: see `privacy`."""
     write_bytes(path, redacted(text).encode())

@@ -31,8 +31,8 @@ from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.evaluation.fidelity.pictures import find_pictures
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.result_folder import alone_in, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_atomically, write_json
+from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.files import write_atomically, write_json, write_png
 
 RESULTS = "results.json"
 SHOWN_PAIRS = 4
@@ -179,9 +179,8 @@ def interpolate(
         "pipeline": None if pipeline is None else fingerprint(pipeline.unet),
     }
     if finished is not None:
-        for name, found_network in networks.items():
-            if finished["networks"][name] != found_network:
-                raise UserError(f"{output}: holds the result of another {name}; give another --out, or --overwrite")
+        parts = {f"another {name}": (finished["networks"][name], present) for name, present in networks.items()}
+        check_made_of(output, parts, place="--out")
         return finished
     pairs = read_pairs(files, config.size)
     ways = ways_of(config, autoencoder, other, pipeline)
@@ -317,14 +316,14 @@ def write_pictures(
             for old in (output / "frames" / pair.name).glob(f"{way.key}_*.png"):
                 old.unlink()  # an earlier result had more
             for k, frame in enumerate(frames):
-                _save(frame, output / "frames" / pair.name / f"{way.key}_{k:03d}.png")
+                write_png(output / "frames" / pair.name / f"{way.key}_{k:03d}.png", frame)
             animate(frames, output / f"{pair.name}_{way.key}.{config.animation}")
             chosen = spread(len(frames), SHEET_FRAMES)
             cells += [frames[k] for k in chosen]
             captions += [f"{way.title}" if k == 0 else f"{k / (len(frames) - 1):.0%}" for k in chosen]
     columns = min(SHEET_FRAMES, config.frames)
     sheet = labelled_sheet(cells, captions, columns=columns)
-    _save(sheet, output / "sheet.png")
+    write_png(output / "sheet.png", sheet)
     return sheet, animations
 
 
@@ -339,10 +338,6 @@ def animate(frames: Sequence[Image.Image], path: Path) -> None:
             temporary, save_all=True, append_images=loop[1:], duration=MILLISECONDS, loop=0, **kind
         ),
     )
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def _progress(pairs: Sequence[Pair]) -> Any:

@@ -14,7 +14,7 @@ from ldm_vae.data import pixels
 from ldm_vae.data.sheets import labelled_sheet
 from ldm_vae.evaluation.html_pages import Picture, embed_image
 from ldm_vae.evaluation.sweeps.sweep_page import Table, markdown_table, render
-from ldm_vae.files import write_atomically, write_text
+from ldm_vae.files import write_png, write_text
 
 LARGEST_ANIMATION_BYTES = 2 << 20
 """That is embedded into the page."""
@@ -49,7 +49,7 @@ def write_page(
         lines += ["", *markdown_table(headings, prior), "", note]
         tables.append(Table(headings, prior, [note]))
         sheet = prior_sheet(drawn)
-        write_atomically(output / "prior.png", lambda path: sheet.save(path, format="PNG"))
+        write_png(output / "prior.png", sheet)
         pictures.append(embed_image(sheet, "Draws decoded, one row for each prior.", None))
     write_text(output / "results.md", "\n".join(lines).rstrip() + "\n")
     pairs = results["protocol"]["pairs"]

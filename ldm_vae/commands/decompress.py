@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import sys
-    from functools import partial
     from pathlib import Path
 
     from PIL import Image
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.commands.compress import targets
     from ldm_vae.errors import EXIT_USER_ERROR, UserError
     from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-    from ldm_vae.files import write_atomically
+    from ldm_vae.files import write_png
 
     paths = [Path(text) for text in args.files]
     for path in paths:
@@ -51,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"ldm-vae decompress: {error}", file=sys.stderr)
             refused += 1
             continue
-        write_atomically(goal, partial(image.save, format="PNG"))
+        write_png(goal, image)
         print(f"{goal}: {image.width} x {image.height}")
     return EXIT_USER_ERROR if refused else 0

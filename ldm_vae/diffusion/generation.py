@@ -39,6 +39,7 @@ from ldm_vae.files import (
     system_errors_explained,
     vanished,
     write_atomically,
+    write_png,
 )
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.manifest import read_manifest
@@ -146,20 +147,16 @@ def make_sheets(
 ) -> dict[str, int]:
     """Write the sheet of the images and, with the latents of the training, that of their neighbours: its figures."""
     images, captions = [Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption]
-    save_sheet(folder / SHEET, labelled_sheet(images, captions))
+    write_png(folder / SHEET, labelled_sheet(images, captions))
     if training is None:
         return {}
     pairs, copies = compare_with_training(pipeline, images, captions, training, NEIGHBOURS)
-    save_sheet(folder / PAIRS, pairs)
+    write_png(folder / PAIRS, pairs)
     state.print(
         f"{folder / PAIRS}: {copies.copies} of {copies.samples} images are copies of one of {copies.compared} "
         "training latents"
     )
     return {"copies": copies.copies, "compared_images": copies.samples, "compared_latents": copies.compared}
-
-
-def save_sheet(path: Path, sheet: Image.Image) -> None:
-    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
 def choose_device(name: str, default: torch.device) -> torch.device:

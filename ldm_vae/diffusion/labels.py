@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ldm_vae.data.sources import WHOLE_NUMBER
 from ldm_vae.diffusion.guidance import Classes
 from ldm_vae.errors import UserError
 
@@ -57,7 +57,7 @@ def find_label(label: Label, names: Sequence[str]) -> int:
             return list(names).index(label)
         if label.casefold() in by_name:
             return by_name[label.casefold()]
-    number = int(label) if isinstance(label, int) or re.fullmatch(r"\d{1,18}", label) else None
+    number = int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
     if number is not None and 0 <= number < len(names):
         return number
     near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.5)

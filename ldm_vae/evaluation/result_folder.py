@@ -6,7 +6,7 @@ Shared by the commands that measure one autoencoder on images; what they measure
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,21 @@ def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> 
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
         raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
     return result
+
+
+def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], place: str = "output") -> None:
+    """That a finished result was made of what is at hand now, where settings name it by a path that may hold another.
+
+    Args:
+        parts: what it would otherwise be the result of ("other images") -> what was recorded, what is at hand.
+        place: the setting of the output, for the advice.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for other, (recorded, present) in parts.items():
+        if recorded != present:
+            raise UserError(f"{output}: holds the result of {other}; give another {place}, or --overwrite")
 
 
 @contextmanager

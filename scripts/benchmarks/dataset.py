@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     """Runs of ours in both precisions and turns of the script, in turn."""
     import torch
+    from benchmarks.rounds import rotated
 
     from ldm_vae.allocator import reuse_freed_memory
 
@@ -61,8 +62,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
         files = sorted((folder / "images").glob("*.jpg"))
         for number in range(arguments.rounds + 1):
             progress(f"round {number} of {arguments.rounds} ...")
-            first = number % len(contestants)
-            for contestant in contestants[first:] + contestants[:first]:
+            for contestant in rotated(contestants, number):
                 if contestant == "script, fp32":
                     taken = script.run(files[: arguments.peer_images], folder / "arrays")
                 else:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rounds import bar, bars_table
+from benchmarks.rounds import bar, bars_table, rotated
 
 from ldm_vae.errors import UserError
 
@@ -93,9 +93,7 @@ def measure_all(readers: dict[str, Reader], rounds: int, seconds: float) -> Rate
     rates: Rates = {cell: {name: [] for name in turns} for cell, turns in streams.items()}
     for number in range(rounds + 1):
         for cell, turns in streams.items():
-            names = list(turns)
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
+            for name in rotated(list(turns), number):
                 rate = rate_of(turns[name], BATCH if cell.size == "batch" else 1, seconds)
                 if number:
                     rates[cell][name].append(rate)

@@ -26,12 +26,16 @@ def alternating(
     for action in actions.values():
         action()
     found: Seconds = {name: [] for name in actions}
-    names = list(actions)
     for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(list(actions), number):
             found[name].append(turn(actions[name], seconds, device))
     return found
+
+
+def rotated(contestants: Sequence[str], number: int) -> list[str]:
+    """Their order in round `number`, begun by another one each time."""
+    first = number % len(contestants)
+    return [*contestants[first:], *contestants[:first]]
 
 
 def turn(action: Callable[[], object], seconds: float, device: str) -> float:

@@ -30,8 +30,8 @@ from ldm_vae.data.sources import DataConfig, open_source
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.result_folder import alone_in, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_atomically, write_json, write_text
+from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.files import write_json, write_png, write_text
 
 RESULTS = "results.json"
 FEWEST_OF_A_CLASS = 10
@@ -106,14 +106,14 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False) -> dict[str, Any]:
     truth = known_truth(config.data, config.normal, config.masks)
     finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
     if finished is not None:
-        if finished["detector"]["digest"] != digest(config.detector):
-            raise UserError(f"{output}: holds the result of another detector; give another output, or --overwrite")
-        if finished["protocol"]["images"]["fingerprint"] != truth.source.fingerprint():
-            raise UserError(f"{output}: holds the result of other images; give another output, or --overwrite")
-        if config.baseline is not None and finished["baseline"]["autoencoder"]["fingerprint"] != fingerprint(
-            load_autoencoder(config.baseline)
-        ):
-            raise UserError(f"{output}: holds the result of another baseline; give another output, or --overwrite")
+        parts = {
+            "another detector": (finished["detector"]["digest"], digest(config.detector)),
+            "other images": (finished["protocol"]["images"]["fingerprint"], truth.source.fingerprint()),
+        }
+        if config.baseline is not None:
+            baseline = finished["baseline"]["autoencoder"]["fingerprint"]
+            parts["another baseline"] = baseline, fingerprint(load_autoencoder(config.baseline))
+        check_made_of(output, parts)
         return finished
     chosen = _chosen(truth, config.count)
     with alone_in(output):
@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False) -> dict[str, Any]:
             write_text(output / "index.html", page)
             if shown:
                 sheet = picture(results, shown)
-                write_atomically(output / "grid.png", lambda path: sheet.save(path, format="PNG"))
+                write_png(output / "grid.png", sheet)
             write_json(output / RESULTS, results)
             images = len(tables["detector"].ids)
             provenance.write_run_record(output, None, started, time.time() - started, images=images)

@@ -28,10 +28,10 @@ from ldm_vae.applications.anomaly.threshold import p_values, percentiles
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import spread
+from ldm_vae.evaluation.fidelity.measurement import none_readable, spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.html_pages import template_environment
-from ldm_vae.evaluation.result_folder import alone_in, describe_autoencoder, finished_result, publishing
+from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
 from ldm_vae.files import write_json, write_text
 
 RESULTS, TABLE, PAGE = "scores.json", "scores.csv", "index.html"
@@ -95,17 +95,17 @@ def score(config: ScoreConfig, overwrite: bool = False) -> dict[str, Any]:
     finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
     source = open_source(config.data)
     if finished is not None:
-        if finished["detector"]["digest"] != digest(config.detector):
-            raise UserError(f"{output}: holds the result of another detector; give another output, or --overwrite")
-        if finished["images_fingerprint"] != source.fingerprint():
-            raise UserError(f"{output}: holds the result of other images; give another output, or --overwrite")
+        parts = {
+            "another detector": (finished["detector"]["digest"], digest(config.detector)),
+            "other images": (finished["images_fingerprint"], source.fingerprint()),
+        }
+        check_made_of(output, parts)
         return finished
     with alone_in(output):
         rejected: list[tuple[str, str]] = []
         rows = _measure(config, detector, models, source, by, rejected)
         if not rows:
-            reasons = ", ".join(sorted({reason for _, reason in rejected}))
-            raise UserError(f"data: none of the {len(source)} images could be read ({reasons})")
+            raise none_readable("data", len(source), rejected)
         results = {
             "format_version": 1,
             "autoencoder": describe_autoencoder(models.autoencoder),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,17 @@ from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity import baselines
-from ldm_vae.evaluation.fidelity.measurement import read_crops, spread
+from ldm_vae.evaluation.fidelity.measurement import none_readable, read_crops, spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.result_folder import (
     alone_in,
+    check_made_of,
     check_resolution,
     describe_autoencoder,
     finished_result,
     publishing,
 )
-from ldm_vae.files import write_atomically, write_json, write_text
+from ldm_vae.files import write_json, write_png, write_text
 from ldm_vae.random import generator
 
 RESULTS = "results.json"
@@ -150,8 +150,7 @@ def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
     file = Path(config.output) / RESULTS
     finished = finished_result(file, config, fingerprint(plain.autoencoder), overwrite)
     if finished is not None:
-        if finished["entropy"] != models:
-            raise UserError(f"{config.output}: holds the result of other entropy models; give another output")
+        check_made_of(config.output, {"other entropy models": (finished["entropy"], models)})
         return finished
     source = subset(open_source(config.data), config.part, config.data.held_out)
     with alone_in(config.output):
@@ -171,9 +170,7 @@ def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
             for name, svg in bench_page.plot_files(results).items():
                 write_text(output / name, svg)
             if measured.examples:
-                write_atomically(
-                    output / "examples.png", partial(bench_page.sheet(measured.examples).save, format="PNG")
-                )
+                write_png(output / "examples.png", bench_page.sheet(measured.examples))
             write_text(output / "results.md", bench_page.markdown(results))
             write_text(output / "index.html", page)
             write_json(file, results)
@@ -225,8 +222,7 @@ def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSou
         if index in shown:
             measured.examples.append(bench_page.example(judge.picture, mine, config.codecs))
     if not measured.ids:
-        reasons = ", ".join(sorted({reason for _, reason in measured.rejected}))
-        raise UserError(f"{config.output}: none of the {len(source)} images could be read ({reasons})")
+        raise none_readable(config.output, len(source), measured.rejected)
     return measured
 
 

@@ -28,7 +28,7 @@ from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.pictures import find_pictures
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.files import system_errors_explained, write_atomically
+from ldm_vae.files import system_errors_explained, write_png
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.tools.decode import choose
 from ldm_vae.latents.tools.place import open_set_folder
@@ -128,8 +128,8 @@ def apply_direction(
             decoded = torch.cat([decode(autoencoder, one[None]).cpu() for one in moved])[..., :height, :width]
             row = pixels.to_pil(decoded)
             for strength, picture in zip(settings.strengths, row):
-                _save(picture, folder / f"{name}_{file_mark(strength)}.png")
-            _save(side_by_side(row), folder / f"{name}_strip.png")
+                write_png(folder / f"{name}_{file_mark(strength)}.png", picture)
+            write_png(folder / f"{name}_strip.png", side_by_side(row))
             count += 1
             if count <= SHEET_IMAGES:
                 cells += row
@@ -140,7 +140,7 @@ def apply_direction(
         sheet = labelled_sheet(
             [ImageOps.pad(cell, (side, side), color=PAPER) for cell in cells], captions, CELL, len(settings.strengths)
         )
-        _save(sheet, folder / "sheet.png")
+        write_png(folder / "sheet.png", sheet)
         provenance.write_run_record(
             folder, None, started, time.time() - started,
             images=count, direction=direction.name, strengths=list(settings.strengths),
@@ -151,10 +151,6 @@ def apply_direction(
 def file_mark(strength: float) -> str:
     """`+1.00`."""
     return f"{strength + 0.0:+.2f}"
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 Encoded = tuple[str, Tensor, tuple[int, int]]

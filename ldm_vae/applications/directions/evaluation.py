@@ -39,6 +39,7 @@ from ldm_vae.evaluation.fidelity.measurement import read_crops
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.result_folder import (
     alone_in,
+    check_made_of,
     check_resolution,
     describe_autoencoder,
     finished_result,
@@ -138,10 +139,7 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
     described = describe_autoencoder(autoencoder)
     finished = finished_result(Path(config.output) / RESULTS, config, described["fingerprint"], overwrite)
     if finished is not None:
-        if finished["directions"] != found.digest:
-            raise UserError(
-                f"{config.output}: holds the result of other directions; give another output, or --overwrite"
-            )
+        check_made_of(config.output, {"other directions": (finished["directions"], found.digest)})
         return finished
     with alone_in(config.output):
         source, indices = select(config.data, config.part, config.count)

@@ -22,6 +22,7 @@ from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.transforms import cover_crop
+from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity import baselines
 from ldm_vae.evaluation.fidelity.distribution import inception_features
@@ -189,6 +190,12 @@ def read_crops(
             found.append(index)
             images.append(pixels.from_uint8(torch.from_numpy(crop.copy()).permute(2, 0, 1)))
     return found, torch.stack(images) if images else None
+
+
+def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
+    """What to say where all of `count` images were rejected."""
+    reasons = ", ".join(sorted({reason for _, reason in rejected}))
+    return UserError(f"{where}: none of the {count} images could be read ({reasons})")
 
 
 def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:

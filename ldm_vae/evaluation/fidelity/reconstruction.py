@@ -43,6 +43,7 @@ from ldm_vae.evaluation.fidelity.measurement import (
     codebook_size,
     fit_baseline,
     measure_images,
+    none_readable,
     spread,
 )
 from ldm_vae.evaluation.fidelity.processes import Processes
@@ -54,7 +55,7 @@ from ldm_vae.evaluation.result_folder import (
     finished_result,
     publishing,
 )
-from ldm_vae.files import write_atomically, write_json, write_text
+from ldm_vae.files import write_json, write_png, write_text
 
 RESULTS = "results.json"
 
@@ -172,8 +173,7 @@ def _publish(
     """Write the result folder; `run.json` is the last file, so a folder with one is complete."""
     output = Path(config.output)
     if not measured.ids:
-        reasons = ", ".join(sorted({reason for _, reason in measured.rejected}))
-        raise UserError(f"{config.output}: none of the {len(evaluated)} images could be read ({reasons})")
+        raise none_readable(config.output, len(evaluated), measured.rejected)
     check_distribution(config.distribution, config.fid, config.inception_weights, len(measured.ids))
     found = None
     if config.distribution != "none":
@@ -193,7 +193,7 @@ def _publish(
         }
         if measured.examples:  # none where exactly those images could not be read
             picture = grid(measured.examples)
-            write_atomically(output / "grid.png", lambda path: picture.save(path, format="PNG"))
+            write_png(output / "grid.png", picture)
         write_text(output / "results.md", markdown(results))
         write_json(output / RESULTS, results)
         provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
