@@ -1,6 +1,7 @@
 """Sort an emoji font's images into labels by what Unicode calls them: a data set for `encode` and `train-diffusion`.
 
     python scripts/label_emoji.py noto-emoji/png/512 data/emoji
+    python scripts/label_emoji.py noto-emoji/png/512 data/emoji --only clock face heart
 
 Reads files named `emoji_u1f600.webp` (or .png); `unicodedata` of the standard library knows what these code points are
 called. Writes the images and a labels.csv (file, label, name) into a new folder. Images that differ from another one
@@ -98,7 +99,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="a folder of emoji_uXXXX.webp or .png")
     parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="leave out all other labels")
     arguments = parser.parse_args()
+    unknown = set(arguments.only or ()) - {"object", *(found for found, _ in rules())}
+    if unknown:
+        print(f"--only: no label {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     if arguments.output.exists():
         print(f"{arguments.output}: exists; name a new folder", file=sys.stderr)
         return 2
@@ -109,9 +115,11 @@ def main() -> int:
         if points and not VARIANTS & set(points[1:]):
             names = [unicodedata.name(chr(point), "") for point in points if point not in (0x200D, 0xFE0F)]
             name = " + ".join(filter(None, names))
-            rows.append((path, label(name) if name else "object", name))
+            found = label(name) if name else "object"
+            if not arguments.only or found in arguments.only:
+                rows.append((path, found, name))
     if not rows:
-        print(f"{arguments.images}: holds no file named like emoji_u1f600.webp", file=sys.stderr)
+        print(f"{arguments.images}: holds no such file named like emoji_u1f600.webp", file=sys.stderr)
         return 2
     arguments.output.mkdir(parents=True)
     for path, _, _ in rows:

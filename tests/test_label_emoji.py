@@ -61,5 +61,12 @@ def test_a_folder_becomes_a_labelled_data_set_without_near_copies(script, tmp_pa
         "emoji_u1f9d1_200d_1f52c.png": "person",
     }
     assert {path.name for path in output.iterdir()} == {*rows, "labels.csv"}
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(source), str(tmp_path / "few"), "--only", "face"])
+    assert script.main() == 0
+    assert sorted(path.name for path in (tmp_path / "few").iterdir()) == ["emoji_u1f600.png", "labels.csv"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(source), str(tmp_path / "none"), "--only", "fase"])
+    assert script.main() == 2
+    assert "no label fase" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(source), str(output)])
     assert script.main() == 2  # the folder exists
     assert "exists" in capsys.readouterr().err

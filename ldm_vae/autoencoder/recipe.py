@@ -49,12 +49,16 @@ class LatentConfig:
             latents and compare with the small images, instead of the full-size comparison (arXiv:2502.14831). Latents
             become easier to diffuse, and such a step is cheaper.
         scales: the factors, drawn with equal chance.
+        decoder_noise: with a frozen encoder, the decoder sees latents that are off by up to some times this much, in
+            standard deviations of N(0, 1), as those of a diffusion model are: per image |N(0, 1)| times it, white
+            (arXiv:2510.11690). 0.2 suits a decoder that only serves a small diffusion model.
         nested: channel counts below the full one: half of the images keep only so many first channels, so that one
             autoencoder serves at each count (nested dropout, arXiv:1402.0915). `[4, 8, 12]` suits 16 channels.
     """
 
     scale_equivariance: float = 0.0
     scales: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    decoder_noise: float = 0.0
     nested: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class LatentConfig:
             raise UserError(f"latents.scale_equivariance: {self.scale_equivariance} is no share; 0.35 is usual")
         if not self.scales or not all(0 < scale < 1 for scale in self.scales):
             raise UserError(f"latents.scales: {list(self.scales)} are not factors between 0 and 1")
+        if not 0 <= self.decoder_noise <= 2:
+            raise UserError(f"latents.decoder_noise: {self.decoder_noise} is not between 0 and 2; 0.2 is usual")
         if any(count < 1 for count in self.nested):
             raise UserError(f"latents.nested: {list(self.nested)} are no channel counts")
 
@@ -71,6 +77,8 @@ class TrainVaeConfig:
     """`ldm-vae train-vae`: everything that a run depends on.
 
     Args:
+        repeat: how often images of a pattern of ids count in an epoch, as `{photos/*: 6}`: for a few good images among
+            many lesser ones. What is held out, and all evaluation, count each image once.
         initial: an autoencoder to start from: a run, a diffusers directory or a hub id. Its architecture is taken.
         train: names of what is trained, as the start of parameter names; null: everything. `[decoder]` leaves the
             encoder as it is: latents that were made with it stay valid.
@@ -78,6 +86,7 @@ class TrainVaeConfig:
 
     output: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
+    repeat: dict[str, int] = field(default_factory=dict)
     crop: CropConfig = field(default_factory=CropConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     initial: str | None = None
@@ -94,6 +103,10 @@ class TrainVaeConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise UserError("phases: at least one is needed")
+        if any(times < 1 for times in self.repeat.values()):
+            raise UserError(f"repeat: {dict(self.repeat)} are no counts from 1 on; data.include leaves images out")
+        if self.repeat and self.data.streaming:
+            raise UserError("repeat: has no effect on a stream; leave it out")
         if self.initial is not None and self.autoencoder != AutoencoderConfig():
             raise UserError(
                 "autoencoder: has no effect with initial, whose architecture is taken; leave one of them out"
@@ -101,6 +114,11 @@ class TrainVaeConfig:
         if self.train is not None and self.initial is None:
             raise UserError(
                 "train: leaves random weights as they are; name an autoencoder to start from as initial=DIR"
+            )
+        if self.latents.decoder_noise and self.train != ["decoder"]:
+            raise UserError(
+                "latents.decoder_noise: an encoder that is trained would only grow its latents against it; "
+                "set train=[decoder], or leave it out"
             )
         first_of_last = sum(phase.steps for phase in self.phases[:-1])
         steps = first_of_last + self.phases[-1].steps

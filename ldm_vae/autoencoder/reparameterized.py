@@ -44,7 +44,12 @@ class ReparameterizedAutoencoder(nn.Module):
         self.deterministic = is_deterministic(autoencoder)
 
     def forward(
-        self, images: Tensor, noise: Tensor, kept: Tensor | None = None, latent_side: int | None = None
+        self,
+        images: Tensor,
+        noise: Tensor,
+        kept: Tensor | None = None,
+        latent_side: int | None = None,
+        disturbance: Tensor | None = None,
     ) -> Pass:
         """A training pass.
 
@@ -53,11 +58,14 @@ class ReparameterizedAutoencoder(nn.Module):
             noise: standard normal, (n, c, h/8, w/8).
             kept: (n, c, 1, 1) of 0 and 1, the channels that the decoder gets; None: all.
             latent_side: the latents are shrunk to this side before they are decoded; None: as they are.
+            disturbance: (n, c, h/8, w/8), added to the latents; None: nothing.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             posterior = self.autoencoder.encode(images).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean if self.deterministic else mean + torch.exp(0.5 * logvar) * noise
+        if disturbance is not None:
+            latents = latents + disturbance
         losses: dict[str, Tensor] = {}
         indices = None
         if kept is not None:

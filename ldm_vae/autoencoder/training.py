@@ -48,6 +48,7 @@ class Draws:
     """What is random in one step, for the whole global batch: splitting the batch changes nothing."""
 
     noise: Tensor
+    disturbance: Tensor | None
     kept: Tensor | None
     latent_side: int | None
     chance: Tensor | None
@@ -113,7 +114,10 @@ class VaeModel:
         for part in engine.parts(batch):
             images = pixels.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
             kept = None if draws.kept is None else draws.kept[part.rows]
-            made: Pass = engine.models["autoencoder"](images, draws.noise[part.rows], kept, draws.latent_side)
+            disturbance = None if draws.disturbance is None else draws.disturbance[part.rows]
+            made: Pass = engine.models["autoencoder"](
+                images, draws.noise[part.rows], kept, draws.latent_side, disturbance
+            )
             side = made.reconstruction.shape[-1]
             targets = shrink(images, side)
             perceptual = phase.perceptual if side >= SMALLEST_PERCEPTUAL_SIDE else 0.0
@@ -198,12 +202,17 @@ class VaeModel:
         return batch_health(made.mean, made.logvar) if self.has_rate else {}
 
     def draws(self, step: int, batch: Batch, device: torch.device) -> Draws:
-        """Posterior noise, kept channels, whether and how far to shrink, and the discriminator's augmentation."""
+        """Posterior noise, the disturbance, kept channels, the size after shrinking, the augmentation for the judge."""
         seed, latents, count = self.config.training.seed, self.config.latents, batch.global_size
         side = self.config.phase_at(step).crop // self.factor
         rng = generator(seed, "posterior", step, device=device)
         noise = torch.randn((count, self.channels, side, side), generator=rng, device=device)
-        kept, latent_side, chance = None, None, None
+        disturbance, kept, latent_side, chance = None, None, None, None
+        if latents.decoder_noise:
+            rng = generator(seed, "decoder_noise", step, device=device)
+            strength = torch.randn((count, 1, 1, 1), generator=rng, device=device)
+            white = torch.randn(noise.shape, generator=rng, device=device)
+            disturbance = latents.decoder_noise * strength.abs() * white
         if latents.nested:
             rng = generator(seed, "nested", step)
             kept = channel_masks(list(latents.nested), self.channels, torch.rand(count, generator=rng)).to(device)
@@ -214,7 +223,7 @@ class VaeModel:
                 latent_side = max(SMALLEST_LATENT_SIDE, round(scale * side))
         if self.game:
             chance = self.game.chance(step, count, device)
-        return Draws(noise, kept, latent_side, chance)
+        return Draws(noise, disturbance, kept, latent_side, chance)
 
     def check_sizes(self) -> None:
         """Raises: UserError for crops that the autoencoder cannot take, and for channel counts that it has not."""

@@ -16,7 +16,7 @@ from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.samples import ImageSamples, to_tensor
 from ldm_vae.data.sources import open_source
-from ldm_vae.data.split import Part, subset
+from ldm_vae.data.split import Part, repeated, subset
 from ldm_vae.data.stream import StreamSamples, open_stream
 from ldm_vae.data.transforms import cover_crop, random_crop
 from ldm_vae.random import numpy_rng
@@ -35,7 +35,8 @@ def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
     transform, seed, held_out = partial(random_crop, config=config.crop), config.training.seed, config.data.held_out
     if config.data.streaming:
         return StreamSamples(open_stream(config.data), transform, seed, held_out=held_out)
-    return ImageSamples(subset(open_source(config.data), "train", held_out), transform, seed)
+    images = repeated(subset(open_source(config.data), "train", held_out), config.repeat)
+    return ImageSamples(images, transform, seed)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ Adding images moves none of the others, and a larger `held_out` only adds to the
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -38,6 +40,22 @@ def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
             f"{cure} or add images"
         )
     return Subset(source, np.array(indices, np.int64), f"{part} {held_out!r}")
+
+
+def repeated(source: ImageSource, times: Mapping[str, int]) -> ImageSource:
+    """A view in which images with ids of a pattern (`photos/*`) come so many times an epoch; the first match counts.
+
+    Raises:
+        UserError: a pattern that matches no image, or that earlier ones leave none.
+    """
+    if not times:
+        return source
+    first = [next((p for p in times if fnmatch.fnmatchcase(source.id(i), p)), None) for i in range(len(source))]
+    for pattern in times:
+        if pattern not in first:
+            raise UserError(f"repeat: no training image is left for {pattern!r}; ids look like {source.id(0)!r}")
+    counts = [1 if pattern is None else times[pattern] for pattern in first]
+    return Subset(source, np.repeat(np.arange(len(source)), counts), f"repeated {dict(times)!r}")
 
 
 class Subset:

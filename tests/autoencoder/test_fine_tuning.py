@@ -71,6 +71,8 @@ def test_settings_that_would_have_no_effect_are_refused(directory):
         configuration.load(TrainVaeConfig, None, [*SETTINGS, f"initial={directory}", "autoencoder.preset=pico"])
     with pytest.raises(UserError, match="initial=DIR"):
         configuration.load(TrainVaeConfig, None, [*SETTINGS, "train=[decoder]"])
+    with pytest.raises(UserError, match=r"latents.decoder_noise: .*set train=\[decoder\]"):
+        configuration.load(TrainVaeConfig, None, [*SETTINGS, "latents.decoder_noise=0.2"])
 
 
 def test_the_guard_brings_the_weights_before_the_game_back(directory):

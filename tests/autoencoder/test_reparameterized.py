@@ -28,6 +28,15 @@ def test_without_noise_the_pass_is_encode_and_decode_and_the_noise_has_the_poste
     assert made.losses == {}
 
 
+def test_a_disturbance_reaches_the_decoder_and_not_the_posterior():
+    autoencoder = model()
+    images, zero = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 4, 4)
+    disturbance = torch.randn(2, 4, 4, 4)
+    made = ReparameterizedAutoencoder(autoencoder)(images, zero, disturbance=disturbance)
+    torch.testing.assert_close(made.reconstruction, autoencoder.decode(made.mean + disturbance).sample)
+    torch.testing.assert_close(made.mean, autoencoder.encode(images).latent_dist.mean)
+
+
 def test_shrunk_latents_are_compared_with_shrunk_images_and_shrinking_is_antialiased():
     trained = ReparameterizedAutoencoder(model())
     made = trained(torch.rand(2, 3, 64, 64) * 2 - 1, torch.zeros(2, 4, 8, 8), None, 4)

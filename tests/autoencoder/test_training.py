@@ -120,8 +120,30 @@ def test_a_run_killed_at_a_random_moment_ends_bit_identical(reference, tmp_path,
     record_property("figure", f"1 kill of the command itself: {len(theirs)} tensors and all metrics bit-identical")
 
 
+def test_the_decoders_noise_is_drawn_for_the_global_batch_and_as_strong_as_asked(reference):
+    words = [
+        f"initial={reference}",
+        "train=[decoder]",
+        "latents.decoder_noise=0.3",
+        "phases=[{steps: 2, crop: 256, batch: 64}]",
+    ]
+    model = VaeModel(configuration.load(TrainVaeConfig, None, [f"output={reference}", *words]), held_out=None)
+    drawn = [model.draws(step, Batch((), 64), torch.device("cpu")).disturbance for step in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    deviations = drawn[0].std(dim=(1, 2, 3))
+    assert float(deviations.square().mean().sqrt()) == pytest.approx(0.3, rel=0.3)  # |N(0, 1)| has a mean square of 1
+    assert float(deviations.min()) < 0.05  # some images nearly clean
+
+
 def test_the_polish_leaves_encoder_and_latents_as_they_are(reference, tmp_path):
-    words = ["train=[decoder]", f"initial={reference}", "adversarial.loss=hinge", "adversarial.warmup=2"]
+    words = [
+        "train=[decoder]",
+        f"initial={reference}",
+        "adversarial.loss=hinge",
+        "adversarial.warmup=2",
+        "latents.decoder_noise=0.3",
+    ]
     settings = [word for word in SETTINGS if not word.startswith("autoencoder.")]
     job = start(tmp_path / "run", "{steps: 5, crop: 48, batch: 4}", *words, settings=settings)
     finish(job)

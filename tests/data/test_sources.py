@@ -10,7 +10,7 @@ from ldm_vae.config import load, to_dict
 from ldm_vae.data.cache import CachedSource
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import DataConfig, number_labels, open_source
-from ldm_vae.data.split import part_of, subset
+from ldm_vae.data.split import part_of, repeated, subset
 from ldm_vae.data.transforms import centre_crop, random_crop
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
@@ -84,6 +84,19 @@ def test_subsets_split_without_overlap(image_folder: Path) -> None:
     assert subset(source, "all", 0.3) is source
     with pytest.raises(UserError, match=r"increase data\.held_out"):
         subset(source, "held_out", 0.0)
+
+
+def test_repeated_images_come_so_often_and_the_others_once(image_folder: Path) -> None:
+    source = open_source(DataConfig(source="folder", path=str(image_folder)))
+    names = [source.id(i) for i in range(len(source))]
+    chosen = names[0]
+    seen = [repeated(source, {chosen: 3}).id(i) for i in range(len(source) + 2)]
+    assert sorted(seen) == sorted([*names, chosen, chosen])
+    assert repeated(source, {}) is source
+    assert len(repeated(source, {chosen: 3, "*": 2})) == 3 + 2 * (len(source) - 1)  # the first match counts
+    assert repeated(source, {chosen: 3}).fingerprint() != repeated(source, {chosen: 4}).fingerprint()
+    with pytest.raises(UserError, match=r"repeat: no training image is left for 'absent/\*'"):
+        repeated(source, {"absent/*": 2})
 
 
 def test_cached_images_are_the_same_up_to_the_limit(image_folder: Path) -> None:
