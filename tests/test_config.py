@@ -88,6 +88,7 @@ def test_every_config_in_the_repository_loads(path):
 
     required = {
         "vae": (TrainVaeConfig, ["output=x"]),
+        "ae": (TrainVaeConfig, ["output=x"]),
         "encode": (EncodeConfig, ["output=x", "autoencoder=y"]),
         "frontier": (FrontierConfig, ["output=x"]),
         "compare": (CompareConfig, ["output=x"]),

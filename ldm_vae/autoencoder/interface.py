@@ -16,12 +16,13 @@ from ldm_vae.autoencoder.deterministic import DeterministicAdapter
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 
 
 def is_deterministic(autoencoder: Any) -> bool:
     """Whether its latents are points: `latent_dist.logvar` is `DETERMINISTIC_LOGVAR` everywhere and means no rate."""
-    if isinstance(autoencoder, AutoencoderWavelet):
+    if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderVector)):
         return bool(autoencoder.config.deterministic)
     return isinstance(autoencoder, (AutoencoderQuantized, AutoencoderFrozenEncoder, DeterministicAdapter))
 
@@ -36,6 +37,8 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 @torch.no_grad()
 def encode_moments(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32."""
+    if isinstance(autoencoder, AutoencoderVector):
+        autoencoder.check_images(images)  # before padding brings smaller ones to its size
     images = pad_to_multiple(images.to(autoencoder.dtype), downsampling(autoencoder))
     posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
     return posterior.mean.float(), posterior.logvar.float()

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.deterministic import ADAPTED
 from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.inference import prepare_for_inference
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
 from ldm_vae.autoencoder.weights import load_weights
@@ -59,11 +60,20 @@ SD_PRESETS: dict[str, tuple[int, ...]] = {
     "sd": (128, 256, 512, 512),
 }
 
+VECTOR_PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"encoder_channels": (16, 32, 64), "decoder_channels": (48, 32, 24, 16), "hidden_channels": 64},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"wavelet": WAVELET_PRESETS, "sd": SD_PRESETS, "vector": VECTOR_PRESETS}
+
+KINDS = {"wavelet": ("kl", "ae", "vq", "fsq", "frozen"), "sd": ("kl",), "vector": ("kl", "ae")}
+"""Architecture -> the kinds that are built with it."""
 
 MAXIMUM_CODES = 2**20
 
 OWN_CLASSES: dict[str, Any] = {
-    model.__name__: model for model in (AutoencoderWavelet, AutoencoderQuantized, AutoencoderFrozenEncoder)
+    model.__name__: model
+    for model in (AutoencoderWavelet, AutoencoderQuantized, AutoencoderFrozenEncoder, AutoencoderVector)
 }
 
 USED_BY: dict[str, str] = {
@@ -78,10 +88,11 @@ USED_BY: dict[str, str] = {
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Kind and architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd.
+    """Kind and architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd. `vector`:
+    digits, one vector a grey image of 32 x 32 pixels.
 
     Args:
-        architecture: "sd" is for kind "kl" only.
+        architecture: "sd" is for kind "kl" only, "vector" for "kl" and "ae".
         preset: sizes of encoder and decoder.
         latent_channels: channels of the latent; for "fsq" as many as there are levels; for "frozen" they follow from
             `encoder` and `residual_channels`, so that this stays at its default.
@@ -94,7 +105,7 @@ class AutoencoderConfig:
         residual_channels: "frozen": channels that a small learnt encoder adds to the features.
     """
 
-    architecture: Literal["wavelet", "sd"] = "wavelet"
+    architecture: Literal["wavelet", "sd", "vector"] = "wavelet"
     preset: str = "nano"
     latent_channels: int = 4
     kind: Literal["kl", "ae", "vq", "fsq", "frozen"] = "kl"
@@ -105,7 +116,7 @@ class AutoencoderConfig:
     residual_channels: int = 0
 
     def __post_init__(self) -> None:
-        presets = WAVELET_PRESETS if self.architecture == "wavelet" else SD_PRESETS
+        presets = PRESETS[self.architecture]
         if self.preset not in presets:
             raise UserError(
                 f"autoencoder.preset: {self.preset!r} is no preset of architecture {self.architecture!r}; "
@@ -113,9 +124,11 @@ class AutoencoderConfig:
             )
         if not 1 <= self.latent_channels <= 256:
             raise UserError(f"autoencoder.latent_channels: {self.latent_channels} is not between 1 and 256")
-        if self.architecture == "sd" and self.kind != "kl":
+        if self.kind not in KINDS[self.architecture]:
+            others = [name for name, kinds in KINDS.items() if self.kind in kinds]
             raise UserError(
-                f"autoencoder.kind: {self.kind} is built with architecture=wavelet only; set that, or kind=kl"
+                f"autoencoder.kind: {self.kind} is built with architecture={' or '.join(others)} only; set that, or "
+                "kind=kl"
             )
         for name, kind in USED_BY.items():
             if self.kind != kind and getattr(self, name) not in (None, 0):
@@ -168,11 +181,18 @@ class AutoencoderConfig:
 def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Any:
     """A new autoencoder with random weights, float32, see `inference`. Seed torch before for reproducible weights.
 
-    `logvar_floor` is for kind "kl" with architecture "wavelet". Kind "frozen" reads its encoder here, from disk or,
+    `logvar_floor` is for kind "kl", not with architecture "sd". Kind "frozen" reads its encoder here, from disk or,
     when it is a hub id, from the hub; its statistics are still to be fitted.
     """
     if config.architecture == "sd":
         model = _build_sd(config)
+    elif config.architecture == "vector":
+        model = AutoencoderVector(
+            latent_channels=config.latent_channels,
+            logvar_floor=logvar_floor,
+            deterministic=config.kind == "ae",
+            **VECTOR_PRESETS[config.preset],
+        )
     elif config.kind in ("vq", "fsq"):
         model = AutoencoderQuantized(
             kind=config.kind,  # type: ignore[arg-type]
@@ -287,10 +307,17 @@ def latent_channels(autoencoder: Any) -> int:
     return int(getattr(autoencoder.config, "vq_embed_dim", None) or autoencoder.config.latent_channels)
 
 
+def only_side(autoencoder: Any) -> int | None:
+    """Side in pixels of the square images that it knows; None: any size."""
+    return autoencoder.image_side if isinstance(autoencoder, AutoencoderVector) else None
+
+
 def downsampling(autoencoder: Any) -> int:
     """Image pixels per latent position along one side (8 for every f8 autoencoder)."""
     if isinstance(autoencoder, AutoencoderFrozenEncoder):
         return DOWNSAMPLING
+    if isinstance(autoencoder, AutoencoderVector):
+        return autoencoder.image_side
     if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderQuantized)):
         return 8
     config = autoencoder.config

@@ -53,6 +53,12 @@ def convolution(
     return layer
 
 
+def soft_clamp(logvar: Tensor, floor: float) -> Tensor:
+    """Into [floor, 2], float32, with a gradient on both sides: a hard clamp leaves dead positions at its limits."""
+    logvar = LOGVAR_CEILING - F.softplus(LOGVAR_CEILING - logvar.float())
+    return floor + F.softplus(logvar - floor)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(silu(x)))), the last convolution starting at a tenth of its size. Shape unchanged."""
 
@@ -206,14 +212,8 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self.config.deterministic:
             return posterior_output(deterministic_posterior(self.encoder(x)), return_dict)
         mean, logvar = self.encoder(x).chunk(2, dim=1)
-        moments = torch.cat([mean, self._soft_clamp(logvar)], dim=1)
+        moments = torch.cat([mean, soft_clamp(logvar, self.config.logvar_floor)], dim=1)
         return posterior_output(DiagonalGaussianDistribution(moments), return_dict)
-
-    def _soft_clamp(self, logvar: Tensor) -> Tensor:
-        """Bounds with a gradient on both sides: a hard clamp would leave dead positions at its limits."""
-        floor = self.config.logvar_floor
-        logvar = LOGVAR_CEILING - F.softplus(LOGVAR_CEILING - logvar.float())
-        return floor + F.softplus(logvar - floor)
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:

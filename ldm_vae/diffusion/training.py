@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder import interface
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, only_side
 from ldm_vae.config import changed_keys
 from ldm_vae.data import pixels
 from ldm_vae.data.sheets import labelled_sheet
@@ -369,6 +369,10 @@ def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
     """The autoencoder that made the latents. Raises: UserError when it is another one, or cannot have made them."""
     autoencoder = load_autoencoder(path)
     manifest.check_autoencoder(encoder_fingerprint(autoencoder), where=f"autoencoder={path}")
+    if only_side(autoencoder) is not None:
+        raise UserError(
+            f"autoencoder={path}: its latents are one vector, the U-Net draws maps; use architecture=wavelet"
+        )
     factor, (channels, height, width) = downsampling(autoencoder), manifest.latent_shape
     needed = {"channels": latent_channels(autoencoder), "height": factor * height, "width": factor * width}
     found = {"channels": channels, **manifest.preprocessing}

@@ -6,7 +6,6 @@ training of an autoencoder on them, so that the threshold comes from images that
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,6 @@ from ldm_vae.applications.anomaly.maps import STRIDE
 from ldm_vae.applications.anomaly.measurement import Models, check_pipeline_size, learn, load_models, measure
 from ldm_vae.applications.anomaly.threshold import check_rate, rate_interval, rounded_up, smallest_rate, threshold
 from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.perceptual import Backbone
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import subset
@@ -140,8 +138,7 @@ def summary(detector: Detector, output: str) -> str:
 
 def fit_detector(config: FitConfig, models: Models) -> Detector:
     """The same without the folder. Raises: UserError."""
-    factor = downsampling(models.autoencoder)
-    check_resolution(config.resolution, math.lcm(factor, STRIDE))
+    check_resolution(config.resolution, models.autoencoder, STRIDE)
     check_pipeline_size(models, config.resolution)
     scores.check_name(config.by, models.names)
     source = open_source(config.data)

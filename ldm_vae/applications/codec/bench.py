@@ -26,7 +26,6 @@ from ldm_vae.applications.codec.fitted_model import load_model
 from ldm_vae.applications.codec.quantisation import step_of
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
-from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.perceptual import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import pixels
@@ -144,7 +143,7 @@ def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
     started = time.time()
     device = compute_device(config.device)
     plain = compression.open_codec(config.autoencoder, None, device)
-    check_resolution(config.resolution, downsampling(plain.autoencoder))
+    check_resolution(config.resolution, plain.autoencoder)
     codecs = {SELF_FITTED: plain} | _fitted(config, plain)
     models = {name: codec.model.fingerprint for name, codec in codecs.items() if codec.model is not None}
     file = Path(config.output) / RESULTS

@@ -28,7 +28,7 @@ from ldm_vae.applications.directions.page import write_page
 from ldm_vae.applications.directions.reader import AttributeReader, reduced, train_reader
 from ldm_vae.applications.directions.samples import LABELS, PIXELS, SCENE, check_continuous, distinct, pool, select
 from ldm_vae.autoencoder.interface import decode, encode_moments
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import pixels
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
@@ -132,7 +132,7 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
     started = time.time()
     autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
     check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
-    check_resolution(config.resolution, downsampling(autoencoder))
+    check_resolution(config.resolution, autoencoder)
     found = load_directions(config.directions)
     found.check_autoencoder(autoencoder, f"autoencoder {config.autoencoder}")
     chosen = found.directions if config.names is None else [found.find(name) for name in config.names]

@@ -17,7 +17,6 @@ from ldm_vae.applications.directions import known, measured
 from ldm_vae.applications.directions.known import Attribute
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.interface import decode, encode_moments
-from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, part_of, subset
@@ -88,7 +87,7 @@ def gather(wanted: Wanted, autoencoder: Any) -> Samples:
     if wanted.latents is not None:
         return _from_latents(wanted, autoencoder)
     source, indices = select(wanted.data, wanted.part, wanted.count)
-    check_resolution(wanted.resolution, downsampling(autoencoder))
+    check_resolution(wanted.resolution, autoencoder)
     rejected: list[tuple[str, str]] = []
     found, pooled, colours = [], [], []
     for index in _shown(indices):

@@ -141,7 +141,7 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False, processes: Process
     processes = processes or Processes()
     device = compute_device(config.device, processes)
     autoencoder = load_autoencoder(config.autoencoder).to(device)
-    check_resolution(config.resolution, downsampling(autoencoder))
+    check_resolution(config.resolution, autoencoder)
     identity = fingerprint(autoencoder)
     finished = processes.main_decides(
         lambda: finished_result(Path(config.output) / RESULTS, config, identity, overwrite)

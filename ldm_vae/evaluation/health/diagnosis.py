@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder, only_side
 from ldm_vae.autoencoder.record import RECORD, read_record
 from ldm_vae.data.sources import DataConfig, ImageSource, open_source
 from ldm_vae.data.split import Part, subset
@@ -49,7 +49,8 @@ class DiagnoseConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the report.
         part: held_out (what training never saw), train or all.
-        resolution: side of the centre crop in pixels, a multiple of the downsampling, 64 or more.
+        resolution: side of the centre crop in pixels, a multiple of the downsampling, 64 or more; where an autoencoder
+            knows one size only, that.
         count: at most so many images, evenly spread over the part; 256 make the figures comparable between runs.
         batch: images per forward pass.
         seed: of the posterior samples and of all other noise.
@@ -70,8 +71,6 @@ class DiagnoseConfig:
         for name in ("batch", "count"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not above 0")
-        if self.resolution < SMALLEST_RESOLUTION:
-            raise UserError(f"resolution: {self.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
 
 
 def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
@@ -86,7 +85,9 @@ def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
     started = time.time()
     device = compute_device(config.device)
     autoencoder = load_autoencoder(config.autoencoder).to(device)
-    check_resolution(config.resolution, downsampling(autoencoder))
+    check_resolution(config.resolution, autoencoder)
+    if config.resolution < SMALLEST_RESOLUTION and only_side(autoencoder) is None:
+        raise UserError(f"resolution: {config.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
     identity = fingerprint(autoencoder)
     finished = finished_result(Path(config.output) / RESULTS, config, identity, overwrite)
     if finished is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.health import PosteriorStatistics, effective_rank
 from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels
+from ldm_vae.autoencoder.models import downsampling, latent_channels, only_side
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.health import decoder_probes, latent_statistics
@@ -145,7 +145,7 @@ def measure(
         else _average(collector.decibels["mean"]) - _average(collector.decibels["sample"]),
         "border_ratio": collector.border.ratio("outer"),
         "corner_ratio": collector.border.ratio("corner"),
-        "flat_std": flat.std,
+        "flat_std": flat.std if has_positions(autoencoder) else None,
         "harmonics": flat.harmonics,
     }
     figures["curves"] = _curves(probes, mean, logvar)
@@ -153,6 +153,12 @@ def measure(
     few = slice(PICTURES)
     pictures = [decoder_probes.decode_all(autoencoder, z[few], batch) for z in (probes.mean, probes.sample, prior)]
     return Measured(_without_nan(figures), probes, flat, *pictures)
+
+
+def has_positions(autoencoder: Any) -> bool:
+    """Whether latents are maps. Of one vector an image, that a constant colour stays constant is not to be expected,
+    and no position stands out from others."""
+    return only_side(autoencoder) is None
 
 
 def logvar_bounds(autoencoder: Any) -> tuple[float, float]:
@@ -169,7 +175,8 @@ def _channels(
     batch: int,
 ) -> list[dict[str, float | None]]:
     columns: dict[str, list[Any]] = dict(statistics.result())
-    columns["tail_share"] = latent_statistics.tail_shares(buffered[0])
+    tails = latent_statistics.tail_shares(buffered[0])
+    columns["tail_share"] = tails if has_positions(autoencoder) else [None] * len(tails)
     columns["information_histogram_nats"] = latent_statistics.histogram_information(*buffered)
     images = max(LEAST_IMAGES, PROBE_CHANNEL_DECODES // statistics.channels)
     columns["decoder_use"] = decoder_probes.decoder_use(autoencoder, probes.sample[:images], batch)
