@@ -1,4 +1,4 @@
-"""Convert an autoencoder or a diffusion pipeline of this package: diffusers, CompVis checkpoint, ONNX, TorchScript.
+"""Convert a model: to give it away, to stock diffusers, to a CompVis checkpoint, ONNX or TorchScript.
 
 SOURCE is a run of `ldm-vae train-vae`, a diffusers directory, a hub id, or a .ckpt or .safetensors file in the CompVis
 layout (kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion, SDXL; whole models too, of which the autoencoder is taken).
@@ -13,6 +13,13 @@ stock diffusers, without this package. That takes an autoencoder of architecture
 prediction velocity.
 
   ldm-vae convert runs/diffusion exported/diffusion --to diffusers-pipeline
+
+With --to checkpoint SOURCE is a run of `train-vae` or `train-diffusion`; what is written loads in every command. The
+weights are in half precision in files below 16 MiB, the records of the training beside them without folders of this
+machine. Measure that copy: its fingerprint is another one.
+
+  ldm-vae convert runs/mine checkpoints/mine --to checkpoint
+  ldm-vae convert runs/diffusion checkpoints/generator --to checkpoint --autoencoder runs/decoder-trained-further
 """
 
 from __future__ import annotations
@@ -20,8 +27,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-SUMMARY = "convert a model: stock diffusers, CompVis checkpoint, ONNX, TorchScript"
-PIPELINE = "diffusers-pipeline"
+SUMMARY = "convert a model: to give away, stock diffusers, CompVis checkpoint, ONNX, TorchScript"
+PIPELINE, CHECKPOINT = "diffusers-pipeline", "checkpoint"
 OF_AUTOENCODERS = {"size": 256, "latents": None, "config": None, "channels": None, "prefix": ""}
 """Options of the other targets, with their defaults."""
 
@@ -31,11 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="TARGET", help="a new directory; for compvis a name that ends in .safetensors"
     )
-    parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "onnx", "torchscript", PIPELINE))
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (default fp32)"
+        "--to", required=True, choices=("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="of the weights (default fp32; of a checkpoint to give away fp16)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    parser.add_argument(
+        "--autoencoder", metavar="DIR", help="in a pipeline to give away: another decoder of the same encoder"
+    )
     parser.add_argument("--size", type=int, default=256, metavar="N", help="example side for onnx, torchscript (256)")
     parser.add_argument(
         "--latents",
@@ -50,15 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.to == PIPELINE:
-        return _run_pipeline(args)
+    precision: Any = args.dtype or ("fp16" if args.to == CHECKPOINT else "fp32")
+    if args.to in (PIPELINE, CHECKPOINT) or args.autoencoder:
+        return _run_whole(args, precision)
     from ldm_vae.autoencoder.interop.convert import Conversion, convert
 
     conversion = Conversion(
         source=args.source,
         target=args.target,
         to=args.to,
-        precision=args.dtype,
+        precision=precision,
         overwrite=args.overwrite,
         size=args.size,
         config=args.config,
@@ -69,21 +84,39 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}")
     source = record["source"]
-    print(f"{args.target}: {source['class']}, {args.to}, {args.dtype}, from {source['fingerprint'][:19]}...")
+    print(f"{args.target}: {source['class']}, {args.to}, {precision}, from {source['fingerprint'][:19]}...")
     return 0
 
 
-def _run_pipeline(args: argparse.Namespace) -> int:
-    from ldm_vae.diffusion.standard_export import export_standard
+def _run_whole(args: argparse.Namespace, precision: Any) -> int:
+    """To a directory that holds all of a run."""
     from ldm_vae.errors import UserError
 
+    if args.autoencoder and args.to != CHECKPOINT:
+        raise UserError(f"--autoencoder: has no effect with --to {args.to}; leave it out")
     for name, default in OF_AUTOENCODERS.items():
         if getattr(args, name) != default:
-            raise UserError(f"--{name}: has no effect with --to {PIPELINE}; leave it out")
-    record = export_standard(args.source, args.target, precision=args.dtype, overwrite=args.overwrite)
-    for note in record["notes"]:
+            raise UserError(f"--{name}: has no effect with --to {args.to}; leave it out")
+    if args.to == PIPELINE:
+        from ldm_vae.diffusion.standard_export import export_standard
+
+        record = export_standard(args.source, args.target, precision=precision, overwrite=args.overwrite)
+        notes, what = record["notes"], f"{record['class']} of stock diffusers, {precision}; README.md there says how to"
+        what += " call it"
+    else:
+        from ldm_vae.diffusion.packing import pack
+
+        record, notes = pack(
+            args.source,
+            args.target,
+            precision=precision,
+            overwrite=args.overwrite,
+            autoencoder=args.autoencoder,
+        )
+        what = f"{precision}, autoencoder {record['fingerprint'][:19]}...; `ldm-vae card {args.target}` describes it"
+    for note in notes:
         print(f"note: {note}")
-    print(f"{args.target}: {record['class']} of stock diffusers, {args.dtype}; README.md there says how to call it")
+    print(f"{args.target}: {what}")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The model card: README.md beside the weights, from recorded results only.
+"""The model card of an autoencoder: README.md beside the weights, from recorded results only.
 
-Owns gathering, the front matter and the upload; the words are in `templates/card.md`, the sentences about the records
-in `card_facts.py`. A record of other weights is refused, a missing one is said to be missing; nothing is measured here.
+Owns the settings, gathering, the front matter and the upload; the words are in `templates/card.md`, the sentences about
+the records in `card_facts.py`, pictures in `card_pictures.py`, the card of a pipeline in `card_pipeline.py`. A record
+of other weights is refused, a missing one is said to be missing; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import diffusers
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory
 from ldm_vae.evaluation import card_facts as facts
+from ldm_vae.evaluation.card_pictures import draw_curves, write_crops
 from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.plots import autoencoder_panels
 from ldm_vae.evaluation.result_folder import read_json, read_yaml
 from ldm_vae.files import write_text
 
@@ -39,7 +42,11 @@ class CardConfig:
         model: a run of `train-vae`, or a model directory.
         evaluation: a folder with results.json.
         health: a folder with health.json; None: that of `evaluation`, where it has one.
-        intended_use, data_credits: the user's words; `data_credits` names a text file.
+        intended_use, not_for: the user's words.
+        data_credits: a text file, or a YAML list of sources, see `card_facts.read_credits`.
+        pictures: a folder of `evaluate`, whose pictures are shown, or for a pipeline of `generate`.
+        seen: a text file: what was seen in those pictures.
+        watts: power of the machine while it trained, for the guess of energy; None: 10 a core, on a CPU.
         license: an identifier of the hub.
         overwrite: replace a README.md of other origin.
     """
@@ -48,7 +55,11 @@ class CardConfig:
     evaluation: str | None = None
     health: str | None = None
     intended_use: str | None = None
+    not_for: str | None = None
     data_credits: str | None = None
+    pictures: str | None = None
+    seen: str | None = None
+    watts: float | None = None
     license: str | None = None
     overwrite: bool = False
 
@@ -74,9 +85,11 @@ class Records:
             "how it was trained": self.config.get("phases"),
             "command, time and machine of the training": self.run,
             "the code's commit": self.run.get("versions", {}).get("commit"),
+            "energy": facts.energy_sentence(self.run, config.watts),
             "rate and beta": self.training.get("rate"),
             "an evaluation": self.evaluation,
             "a health report": self.health is not None,
+            "pictures": config.pictures,
             "a licence": config.license,
         }
         return [name for name, value in present.items() if not value]
@@ -92,19 +105,31 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
     if directory is None:
         raise UserError(f"{config.model}: holds no autoencoder; give a run of `ldm-vae train-vae` or a model directory")
     path = directory / CARD
-    if path.exists() and MARKER not in path.read_text(errors="replace") and not config.overwrite:
-        raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
+    check_replaceable(path, config.overwrite)
     autoencoder = load_autoencoder(directory)
     records = read_records(config, directory, fingerprint(autoencoder))
-    write_text(path, render(config, records, autoencoder, _title(directory)))
+    drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
+    crops = write_crops(Path(config.pictures), directory, fingerprint(autoencoder)) if config.pictures else None
+    write_text(path, render(config, records, autoencoder, _title(directory), {"curves": drawn, "crops": crops}))
     return path, records.missing(config)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises: UserError for a README.md of somebody else."""
+    if path.exists() and MARKER not in path.read_text(errors="replace") and not overwrite:
+        raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
+
+
+def run_folder_of(directory: Path) -> Path:
+    """Where run.json and config.yaml of a model lie: in the run that it is in, or, given away, beside the weights."""
+    return directory.parent if directory.name in ("autoencoder", "pipeline") else directory
 
 
 def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     """Everything recorded about the autoencoder with the fingerprint `identity`. Raises: UserError."""
     training = read_json(directory / "training.json")
     facts.check_identity(training.get("fingerprint"), identity, directory / "training.json")
-    run_folder = directory.parent if directory.name == "autoencoder" else directory
+    run_folder = run_folder_of(directory)
     run = read_json(run_folder / "run.json")
     settings = read_yaml(run_folder / "config.yaml")
     rate = training.get("rate") or {}
@@ -120,20 +145,14 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     if folder and (config.health or (Path(folder) / HEALTH).is_file()):
         health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
         facts.check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
-    return Records(training, run, settings, path, evaluation, health, _text(config.data_credits))
+    return Records(training, run, settings, path, evaluation, health, facts.read_credits(config.data_credits))
 
 
-def render(config: CardConfig, records: Records, autoencoder: Any, title: str) -> str:
-    """The card as text, front matter included."""
-    from huggingface_hub import ModelCard
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+def render(config: CardConfig, records: Records, autoencoder: Any, title: str, pictures: dict[str, Any]) -> str:
+    """The card as text, front matter included. `pictures`: `curves` and `crops`, None where there are none."""
     name = type(autoencoder).__name__
     stock = hasattr(diffusers, name)
     factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
-    environment = Environment(
-        loader=PackageLoader("ldm_vae.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     evaluation = records.evaluation
     context: dict[str, Any] = {
         "card_data": front_matter(config, records, stock, title).to_yaml(),
@@ -146,9 +165,13 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str) -
         "latent_channels": channels,
         "downsampling": factor,
         "fingerprint": fingerprint(autoencoder),
+        "rounded_from": records.training.get("rounded_from"),
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "missing": records.missing(config),
         "intended_use": config.intended_use,
+        "not_for": config.not_for,
+        "seen": facts.read_text("--seen", config.seen),
+        "energy": facts.energy_sentence(records.run, config.watts, records.config.get("initial")),
         "data": facts.data_rows(records.config),
         "data_credits": records.credits,
         "training": facts.training_rows(records.config, records.run),
@@ -160,7 +183,18 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str) -
         "verdicts": None if records.health is None else facts.verdicts(records.health),
         "limits": facts.limits(records.config, evaluation, records.health, factor, stock),
     }
-    text = environment.get_template("card.md").render(context)
+    return fill("card.md", context | pictures)
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """A card's Markdown, whose front matter the hub would accept."""
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ldm_vae.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template(template).render(context)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     ModelCard(text)  # parses and so validates the front matter
@@ -246,12 +280,3 @@ def _required(path: Path, command: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that `{command}` wrote")
     return read_json(path)
-
-
-def _text(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data-credits: {path} cannot be read as text ({error})") from error

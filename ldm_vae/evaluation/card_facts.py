@@ -12,6 +12,9 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 
 Rows = list[tuple[str, str]]
+WATTS_PER_CORE = 10.0
+"""Of a server's processor under load, with its share of memory and cooling: an order of magnitude."""
+SOURCE_KEYS = ("name", "images", "licence", "credits")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -38,6 +41,60 @@ def hub_dataset(config: dict[str, Any]) -> str | None:
     return name if data.get("source") == "datasets" and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
+def read_text(option: str, path: str | None) -> str | None:
+    """A text that the user gave by a file. Raises: UserError."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} cannot be read as text ({error})") from error
+
+
+def read_credits(path: str | None) -> str | None:
+    """Origin and licences of the data in Markdown: a text as it is, of a YAML list of sources a table.
+
+    Each source has `name`, `images` (how many), `licence` and `credits`, and may have `url`.
+
+    Raises:
+        UserError: the file cannot be read, or a source lacks one of these.
+    """
+    text = read_text("--data-credits", path)
+    if text is None or Path(str(path)).suffix not in (".yaml", ".yml"):
+        return text
+    import yaml
+
+    try:
+        sources = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--data-credits: {path} is no YAML ({' '.join(str(error).split())}); correct it") from error
+    lines = ["| images of | number | licence | credits |", "|---|---|---|---|"]
+    for source in sources if isinstance(sources, list) else [None]:
+        if not isinstance(source, dict) or not {*SOURCE_KEYS} <= source.keys() <= {*SOURCE_KEYS, "url"}:
+            raise UserError(f"--data-credits: {path} is no list of sources with {', '.join(SOURCE_KEYS)} and maybe url")
+        name, *cells = (str(source[key]).strip().replace("|", "/").replace("\n", " ") for key in SOURCE_KEYS)
+        lines.append("| " + " | ".join([f"[{name}]({source['url']})" if source.get("url") else name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | None = None) -> str | None:
+    """A guess from hours and power; None where the time, or the power of an accelerator, is not known.
+
+    `initial`: what the run started from, whose own energy is not in it.
+    """
+    cores = re.search(r"(\d+) cores", str(run.get("versions", {}).get("machine")))
+    if "seconds" not in run or (watts is None and (cores is None or run.get("device") != "cpu")):
+        return None
+    hours = float(run["seconds"]) / 3600
+    if watts is None and cores is not None:
+        watts, words = WATTS_PER_CORE * int(cores[1]), f"{cores[1]} cores x {WATTS_PER_CORE:g} W"
+    else:
+        words = f"{watts:g} W"
+    kilowatt_hours = hours * float(watts or 0) / 1000
+    sentence = f"Energy, guessed and not measured: {hours:.2f} hours x {words} = {kilowatt_hours:.3f} kWh."
+    return sentence if initial is None else f"{sentence} That of {initial}, which it started from, comes on top."
+
+
 def data_rows(config: dict[str, Any]) -> Rows:
     """Where the images came from and how they were cropped."""
     data, crop = config.get("data") or {}, config.get("crop") or {}
@@ -52,6 +109,8 @@ def data_rows(config: dict[str, Any]) -> Rows:
     if data.get("source") == "synthetic":
         rows += [(f"synthetic {name}", str(value)) for name, value in synthetic.items()]
     rows.append(("share held out", f"{data.get('held_out'):g}"))
+    if config.get("repeat"):
+        rows.append(("seen more often", ", ".join(f"{name} x {times}" for name, times in config["repeat"].items())))
     if crop:
         rows.append(
             ("short side before cropping", f"{crop.get('short_side_min')} to {crop.get('short_side_max')} pixels")
@@ -64,7 +123,7 @@ def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
     """Architecture, phases, objective, optimiser, and what the run cost."""
     rows: Rows = []
     autoencoder = config.get("autoencoder") or {}
-    if autoencoder:
+    if autoencoder and not config.get("initial"):  # whose architecture is taken
         said = [f"{key} {value}" for key, value in autoencoder.items() if value not in (None, 0)]
         rows.append(("autoencoder", ", ".join(said)))
     if config.get("initial"):
@@ -79,6 +138,11 @@ def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
     for name in ("learning_rate", "weight_decay", "ema_decay", "seed"):
         if settings.get(name) is not None:
             rows.append((name.replace("_", " "), f"{settings[name]:g}"))
+    return rows + run_rows(run)
+
+
+def run_rows(run: dict[str, Any]) -> Rows:
+    """Steps, time, machine and versions, as far as they are recorded."""
     versions = run.get("versions", {})
     found = {
         "steps done": run.get("steps"),
@@ -90,7 +154,7 @@ def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
         "commit": versions.get("commit"),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("machine", "commit")) or None,
     }
-    return rows + [(name, str(value)) for name, value in found.items() if value is not None]
+    return [(name, str(value)) for name, value in found.items() if value is not None]
 
 
 def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor: int, channels: int) -> list[str]:

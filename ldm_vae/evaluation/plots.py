@@ -96,11 +96,11 @@ def read_alarms(path: Path) -> list[Alarm]:
 
 def _records(path: Path) -> list[tuple[int, dict[str, object]]]:
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
             found.append((int(record.pop("step")), record))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
             continue
     return found
 
@@ -199,11 +199,17 @@ def _learning_rate(metrics: Mapping[str, Curve]) -> Panel:
 
 def render_svg(panel: Panel) -> str:
     """One panel as an `<svg>` element; what it draws stands in groups of the classes `CLASSES`."""
-    train = panel.train and _thin(panel.train)
-    held_out = panel.held_out and _thin(panel.held_out)
+    figure, (axes,) = new_figure(height=2.9)
+    draw_panel(axes, panel)
+    return page_svg(figure, f"{panel.title}, {panel.unit}")
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """The curves, the target and the alarms of a panel, without its title."""
+    train = panel.train and thin(panel.train)
+    held_out = panel.held_out and thin(panel.held_out)
     smooth = train and (Curve(train.steps, running_mean(train.values)) if panel.noisy else train)
     drawn = [curve for curve in (smooth, held_out) if curve]
-    figure, (axes,) = new_figure(height=2.9)
     _scale(axes, _levels(panel, train, drawn), panel.logarithmic)
     axes.set_xlim(0, float(max(curve.steps[-1] for curve in drawn)) or 1.0)
     axes.margins(x=0)
@@ -223,7 +229,6 @@ def render_svg(panel: Panel) -> str:
         axes.axhline(panel.target, color=INK, linewidth=1.0, linestyle=(0, (1, 3)), gid="target", label="target")
     _mark_alarms(axes, panel.alarms)
     legend(axes)
-    return page_svg(figure, f"{panel.title}, {panel.unit}")
 
 
 def page_svg(figure: Figure, label: str) -> str:
@@ -300,7 +305,7 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def _thin(curve: Curve) -> Curve:
+def thin(curve: Curve) -> Curve:
     """At most MAXIMUM_POINTS points, each the mean of its bin."""
     if len(curve.steps) <= MAXIMUM_POINTS:
         return curve

@@ -6,9 +6,11 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.fingerprint import fingerprint
@@ -17,6 +19,7 @@ from ldm_vae.autoencoder.record import thin
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import card_facts
 from ldm_vae.evaluation.card import CardConfig, push, write_card
+from ldm_vae.evaluation.card_pictures import worst_window
 
 CONFIG = """
 output: runs/flowers
@@ -87,7 +90,7 @@ def run(tmp_path):
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "run.json").write_text(json.dumps(RUN))
     lines = [{"step": i, "rate/beta": i / 1000, "rate/nats_per_dim": 2 + i / 1000} for i in range(1, 101)]
-    lines.append({"step": 100, "held_out/psnr": 26.5})
+    lines.append({"step": 100, "held_out/psnr": 26.5, "held_out/nats_per_dim": 2.4})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 1')
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps(evaluation(identity)))
@@ -113,7 +116,7 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         )
     )
     assert path == run / "autoencoder" / "README.md"
-    assert missing == []
+    assert missing == ["pictures"]
     text = path.read_text()
     for expected in (
         "# flowers\n",
@@ -123,6 +126,8 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         "| commit | 0123456789ab |",
         "| machine | Abacus 1, 2 cores |",
         "| wall time | 1:02:05 (h:mm:ss) |",
+        "Energy, guessed and not measured: 1.03 hours x 2 cores x 10 W = 0.021 kWh.",
+        "![Training curves: KL loss, as a rate, Held-out quality](curves.svg)",
         "| phase 2 | 20 steps, 2 crops of 192 pixels |",
         "| loss weights | l1 1, perceptual 0.5 |",
         "Controlled towards 2.5 nats",
@@ -142,7 +147,7 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         identity,
     ):
         assert expected in text, expected
-    assert "Not recorded" not in text
+    assert "Not recorded, so not stated below: pictures." in text
     assert len(thin(list(range(100)), 8)) == 8
 
 
@@ -232,7 +237,7 @@ def test_the_upload_is_the_directory_and_only_when_asked(run, monkeypatch, capsy
     assert cli.main(["card", str(run)]) == 0
     assert calls == []
     assert cli.main(["card", str(run), "--push-to-hub", "flowers"]) == 0
-    files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "training.json"]
+    files = ["README.md", "config.json", "curves.svg", "diffusion_pytorch_model.safetensors", "training.json"]
     assert calls == [("create", "flowers", True, True), ("upload", files, "me/flowers")]
 
     class Refusing(Api):
@@ -253,3 +258,74 @@ def test_the_hub_dataset_is_named_only_where_there_is_one(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local" / "set").mkdir(parents=True)
     assert card_facts.hub_dataset(config("datasets", "local/set")) is None
+
+
+SOURCES = """
+- {name: meadow, images: 120, licence: CC0, credits: A. Person, url: https://example.org/meadow}
+- {name: hill, images: 7, licence: CC BY 4.0, credits: B. Person | C. Person}
+"""
+
+
+def test_credits_as_a_list_become_a_table_and_what_lacks_a_licence_is_refused(tmp_path):
+    path = tmp_path / "sources.yaml"
+    path.write_text(SOURCES)
+    assert card_facts.read_credits(str(path)).splitlines()[2:] == [
+        "| [meadow](https://example.org/meadow) | 120 | CC0 | A. Person |",
+        "| hill | 7 | CC BY 4.0 | B. Person / C. Person |",
+    ]
+    for wrong in ("- {name: a, images: 1, credits: b}", "name: a", "[", "- 3", "- {name: a, images: 1, x: 2}"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=r"--data-credits: .*sources.yaml is no "):
+            card_facts.read_credits(str(path))
+
+
+def test_energy_is_a_guess_that_says_how_and_of_an_accelerator_only_with_its_power():
+    run = {"seconds": 7200, "device": "cuda:0", "versions": {"machine": "Abacus 1, 16 cores"}}
+    assert card_facts.energy_sentence(run, None) is None
+    assert card_facts.energy_sentence(run, 700).endswith("2.00 hours x 700 W = 1.400 kWh.")
+    assert card_facts.energy_sentence(run | {"device": "cpu"}, None).endswith("16 cores x 10 W = 0.320 kWh.")
+    assert card_facts.energy_sentence(run, 700, "runs/first").endswith(
+        "That of runs/first, which it started from, comes on top."
+    )
+    assert card_facts.energy_sentence({}, 700) is None
+
+
+def test_what_started_from_another_model_has_its_architecture_not_that_of_the_settings():
+    settings = {"autoencoder": {"preset": "nano"}, "initial": "runs/first", "train": ["decoder"]}
+    assert card_facts.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
+
+
+def shown_evaluation(folder, identity: str, count: int) -> None:
+    """Examples of 200 pixels; number k is wrong by k grey levels in a corner of its own."""
+    (folder / "examples").mkdir(parents=True)
+    examples, images = [], []
+    for number in range(count):
+        original = np.full((200, 200, 3), 100, np.uint8)
+        decoded = original.copy()
+        decoded[-40:, -40:] += number
+        files = {"original": f"{number:02d}_original.png", "decoded": f"{number:02d}_decoded.png"}
+        for name, pixels in (("original", original), ("decoded", decoded)):
+            Image.fromarray(pixels).save(folder / "examples" / files[name])
+        examples.append({"id": f"i{number}", "label": "", "files": files})
+        images.append({"id": f"i{number}", "decode(mean)": {"psnr": 40.0 - number}})
+    results = evaluation(identity) | {"examples": examples, "images": images}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_the_best_and_the_worst_of_the_examples_are_shown_where_they_are_worst(run, tmp_path):
+    identity = json.loads((run / "autoencoder" / "training.json").read_text())["fingerprint"]
+    shown_evaluation(tmp_path / "shown", identity, 8)
+    path, _ = write_card(CardConfig(str(run), pictures=str(tmp_path / "shown"), not_for="Text."))
+    text = path.read_text()
+    assert "The 3 best (above) and the 3 worst (below) of 8 images of flowers, 256 pixels" in text
+    assert "Not good for: Text." in text
+    with Image.open(run / "autoencoder" / "crops.webp") as sheet:
+        assert sheet.size == (2 * 16 + 6 * 168 - 8, sheet.height)
+    pair = [Image.open(tmp_path / "shown" / "examples" / f"07_{name}.png") for name in ("original", "decoded")]
+    assert [part.getpixel((140, 140))[0] for part in worst_window(*pair)] == [100, 107]
+    shown_evaluation(tmp_path / "few", identity, 4)
+    with pytest.raises(UserError, match="few has 4 examples, 6 are shown"):
+        write_card(CardConfig(str(run), pictures=str(tmp_path / "few")))
+    shown_evaluation(tmp_path / "other", "sha256:" + "0" * 64, 8)
+    with pytest.raises(UserError, match=r"results\.json: is about sha256:0"):
+        write_card(CardConfig(str(run), pictures=str(tmp_path / "other")))
