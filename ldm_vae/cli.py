@@ -16,6 +16,7 @@ from ldm_vae.allocator import reuse_freed_memory
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 COMMANDS = {
+    "demo": "demo",
     "train-vae": "train_vae",
     "encode": "encode",
     "latents": "latents",
@@ -33,6 +34,7 @@ COMMANDS = {
     "codec-bench": "codec_bench",
     "directions": "directions",
     "interpolate": "interpolate",
+    "explore": "explore",
     "anomaly": "anomaly",
     "synth": "synth",
     "report": "report",

@@ -1,0 +1,287 @@
+"""One autoencoder opened for exploring: its images, what it makes of them, and both ways through it.
+
+Everything else of the explorer takes an `Explored`. Owns the settings, and encoding all images once; which images there
+are is the business of `images`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_vae.applications.directions.files import Directions, load_directions
+from ldm_vae.applications.directions.samples import check_continuous
+from ldm_vae.applications.explorer.images import ImageSet, Place, choose_images, read_images
+from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder.deterministic import VQModel
+from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.data import pixels
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.random import generator
+
+LEAST_IMAGES = 4
+"""Fewer make no map."""
+LARGEST_COUNT = 50_000
+LARGEST_SIZE = 1024
+MAXIMUM_BYTES = 4_000_000_000
+"""Of all images and latents, which are kept in memory."""
+BATCH_PIXELS = 2**16
+"""Pixels of one pass: few, so that whoever hovers waits for no long one."""
+
+NETWORKS = threading.RLock()
+"""Held while any network computes: hooks and counters of costs then see their own pass only."""
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """What is explored beside the autoencoder.
+
+    Attributes:
+        data: a folder of images, a parquet file, or `synthetic`; None: see `images.choose_images`.
+        count: images, evenly spread over the data.
+        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice.
+        directions: what `directions fit` wrote.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    data: str | None = None
+    count: int = 2000
+    size: int = 128
+    directions: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not LEAST_IMAGES <= self.count <= LARGEST_COUNT:
+            raise UserError(f"count: {self.count} is not between {LEAST_IMAGES} and {LARGEST_COUNT}; try 2000")
+        if not 16 <= self.size <= LARGEST_SIZE:
+            raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try 128")
+
+
+@dataclass(frozen=True, eq=False)
+class Explored:
+    """An autoencoder and n images that went through its encoder; safe to use from several threads.
+
+    Attributes:
+        name: of its folder, for people.
+        path: as it was given.
+        kind: kl, ae, vq, fsq, frozen or other.
+        deterministic: whether latents are points; `logvar` then means nothing.
+        images: uint8 (n, 3, h, w), what was encoded.
+        labels: int64 (n,), indices into `label_names`; -1 for none.
+        origin: where the images are from, in words.
+        rejected: (id, reason) of images that could not be read and were left out.
+        mean, logvar: of every image's posterior, (n, c, h/f, w/f), float32.
+        parameters: of the autoencoder, their number.
+        run_directory: of the training that made it; None where that is not there.
+        directions: None where none were asked for, or they were fitted to another encoder.
+        lock: of all networks, see `NETWORKS`.
+    """
+
+    name: str
+    path: str
+    autoencoder: Any
+    kind: str
+    deterministic: bool
+    images: Tensor
+    labels: Tensor
+    label_names: tuple[str, ...]
+    ids: tuple[str, ...]
+    origin: str
+    rejected: tuple[tuple[str, str], ...]
+    mean: Tensor
+    logvar: Tensor
+    fingerprint: str
+    parameters: int
+    downsampling: int
+    run_directory: Path | None
+    directions: Directions | None
+    lock: Any = NETWORKS
+
+    @property
+    def batch(self) -> int:
+        """Images of one pass through the network."""
+        return _batch(self.images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (m, c, h, w) -> images uint8 (m, 3, fh, fw)."""
+        found = []
+        for part in latents.split(self.batch):
+            with self.lock:
+                found.append(pixels.to_uint8(interface.decode(self.autoencoder, part.to(self.autoencoder.device))))
+        return torch.cat(found).cpu()
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 (m, 3, H, W) -> mean and log-variance, each (m, c, H/f, W/f), float32."""
+        found = []
+        for part in images.split(self.batch):
+            with self.lock:
+                found.append(_moments(self.autoencoder, part))
+        mean, logvar = torch.cat(found, dim=1)
+        return mean, logvar
+
+    def latent(self, index: int, noise: float = 1.0, sample: bool = True, seed: int = 0) -> Tensor:
+        """(1, c, h, w): the mean of image `index`, moved by `noise` times its standard deviation times a standard
+        normal draw, which is the same for all images of one seed; the mean itself without `sample`."""
+        mean = self.mean[index : index + 1]
+        if not sample or self.deterministic or noise == 0:
+            return mean
+        draw = torch.randn(mean.shape, generator=generator(seed, "explorer noise"))
+        return mean + noise * torch.exp(0.5 * self.logvar[index : index + 1]) * draw
+
+    @functools.cached_property
+    def channel_deviation(self) -> Tensor:
+        """(c,): standard deviation of every channel of the means, over images and positions."""
+        return self.mean.double().std(dim=(0, 2, 3), correction=0).float()
+
+
+def open_explored(path: str | Path, config: ExploreConfig) -> Explored:
+    """Load an autoencoder (a run of `train-vae`, a folder, a hub id), read its images and encode them.
+
+    Raises:
+        UserError: no autoencoder, no images, too many of them for the memory, or directions of another encoder.
+    """
+    return open_models(path, None, config)[0]
+
+
+def open_models(path: str | Path, compared: str | Path | None, config: ExploreConfig) -> tuple[Explored, ...]:
+    """One or two autoencoders on the same images in the same order; those of the first where they have their own.
+
+    Raises:
+        UserError: as `open_explored`, or two that know different image sizes.
+    """
+    names = [str(one) for one in (path, compared) if one is not None]
+    device = compute_device(config.device)
+    autoencoders = [load_autoencoder(name).to(device).eval() for name in names]
+    directions = None if config.directions is None else _read_directions(config.directions, autoencoders[0], names[0])
+    fixed = _fixed_side(autoencoders, names)
+    places = [Place(model_directory(Path(name)), run_directory(name)) for name in names]
+    chosen = choose_images(config.data, places, config.count, fixed or config.size)
+    side = fixed or chosen.side or config.size
+    _check_size(min(config.count, len(chosen.source)), side, autoencoders)
+    images = read_images(chosen, config.count, side)
+    if len(images.pixels) < LEAST_IMAGES:
+        raise UserError(
+            f"data: {len(images.pixels)} images of {images.origin} can be read, a map needs {LEAST_IMAGES}; give other "
+            "--data"
+        )
+    return tuple(
+        _encoded(autoencoder, name, images, directions) for autoencoder, name in zip(autoencoders, names, strict=True)
+    )
+
+
+def run_directory(path: str | Path) -> Path | None:
+    """The folder of the training that wrote an autoencoder at `path`, itself or the one around it; None without."""
+    for folder in (Path(path), Path(path).resolve().parent):
+        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            return folder
+    return None
+
+
+def kind_of(autoencoder: Any) -> str:
+    """kl, ae, vq, fsq, frozen, or other."""
+    if isinstance(autoencoder, AutoencoderQuantized):
+        return str(autoencoder.config.kind)
+    if isinstance(autoencoder, VQModel):
+        return "vq"
+    if isinstance(autoencoder, AutoencoderFrozenEncoder):
+        return "frozen"
+    if interface.is_deterministic(autoencoder):
+        return "ae"
+    return (
+        "kl" if type(autoencoder).__name__ in ("AutoencoderWavelet", "AutoencoderVector", "AutoencoderKL") else "other"
+    )
+
+
+def _name_of(place: str) -> str:
+    folder = Path(place).resolve()
+    if not folder.exists():
+        return place
+    return folder.parent.name if folder.name == "autoencoder" else folder.name
+
+
+def _read_directions(place: str, autoencoder: Any, where: str) -> Directions:
+    check_continuous(autoencoder, where)
+    found = load_directions(Path(place).parent if Path(place).is_file() else place)
+    found.check_autoencoder(autoencoder, where)
+    return found
+
+
+def _fixed_side(autoencoders: Sequence[Any], names: Sequence[str]) -> int | None:
+    """The one image size that an autoencoder knows; None for any. Raises: UserError when two know different ones."""
+    sides = {side for one in autoencoders if (side := getattr(one, "image_side", None)) is not None}
+    if len(sides) > 1:
+        raise UserError(
+            f"{names[1]}: knows images of another size than {names[0]} ({min(sides)} and {max(sides)} pixels), so that "
+            "both cannot be shown the same; compare with another one"
+        )
+    return sides.pop() if sides else None
+
+
+def _check_size(count: int, side: int, autoencoders: Sequence[Any]) -> None:
+    """Raises: UserError before `count` images of a side are read that do not fit the autoencoders or the memory."""
+    factor = math.lcm(*(downsampling(one) for one in autoencoders))
+    if side % factor:
+        raise UserError(f"size: {side} is no multiple of {factor}; use --size {max(1, round(side / factor)) * factor}")
+    needed = count * 3 * side**2
+    for one in autoencoders:
+        needed += count * 8 * latent_channels(one) * (side // downsampling(one)) ** 2
+    if needed > MAXIMUM_BYTES:
+        raise UserError(
+            f"count, size: {count} images of {side} x {side} pixels and their latents take {needed / 1e9:.1f} GB, more "
+            f"than {MAXIMUM_BYTES / 1e9:g}; give a smaller --count or --size"
+        )
+
+
+def _batch(images: Tensor) -> int:
+    return max(1, BATCH_PIXELS // (images.shape[-2] * images.shape[-1]))
+
+
+def _moments(autoencoder: Any, images: Tensor) -> Tensor:
+    """Images uint8 (m, 3, H, W) -> mean and log-variance (2, m, c, H/f, W/f)."""
+    scaled = pixels.from_uint8(images.to(autoencoder.device))
+    return torch.stack(interface.encode_moments(autoencoder, scaled)).cpu()
+
+
+def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directions | None) -> Explored:
+    from tqdm import tqdm
+
+    if directions is not None and encoder_fingerprint(autoencoder) != directions.encoder_fingerprint:
+        directions = None
+    name = _name_of(path)
+    parts = images.pixels.split(_batch(images.pixels))
+    shown = tqdm(parts, desc=f"encoding with {name}", unit="batch", dynamic_ncols=True, leave=False)
+    mean, logvar = torch.cat([_moments(autoencoder, part) for part in shown], dim=1)
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
+        raise UserError(f"{path}: makes latents that are not finite; look at it with `ldm-vae diagnose {path}`")
+    return Explored(
+        name=name,
+        path=path,
+        autoencoder=autoencoder,
+        kind=kind_of(autoencoder),
+        deterministic=interface.is_deterministic(autoencoder),
+        images=images.pixels,
+        labels=images.labels,
+        label_names=images.label_names,
+        ids=images.ids,
+        origin=images.origin,
+        rejected=images.rejected,
+        mean=mean,
+        logvar=logvar,
+        fingerprint=fingerprint(autoencoder),
+        parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
+        downsampling=downsampling(autoencoder),
+        run_directory=run_directory(path),
+        directions=directions,
+    )

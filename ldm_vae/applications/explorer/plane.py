@@ -1,0 +1,135 @@
+"""The map: where latents lie on a plane, which latent a point of the plane is, and which image lies nearest.
+
+A latent of two numbers is the plane itself. All other latents are projected on the two directions in which they differ
+most; the inverse of the projection is declared here: the latent in that plane, the mean image's in everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm_vae.applications.explorer.explored import Explored
+from ldm_vae.evaluation.fidelity.measurement import spread
+
+FITTED_IMAGES = 2000
+"""That the projection is fitted to, evenly spread; all are projected. Its cost grows with the cube of their number."""
+SHARE_IN_BOUNDS = 0.99
+MARGIN = 0.08
+"""Of the width or height, on either side."""
+LEAST_SPREAD = 1e-6
+
+Bounds = tuple[float, float, float, float]
+"""x0, x1, y0, y1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A plane in the space of an autoencoder's latents, and where n images lie on it.
+
+    Attributes:
+        kind: `latent`, the space itself, or `pca`.
+        points: (n, 2) float32, in latent units; for `pca` the projection of latents whose channels are scaled to a
+            standard deviation of 1.
+        bounds: hold 99 % of the points and a margin.
+        centre, spread: mean and standard deviation of the points along each axis.
+        explained: share of the variance of the scaled latents along each axis, `pca` only.
+        origin: (d,) the latent at (0, 0); `axes`: (2, d) orthonormal; `scale`: (d,) of the latents along each number.
+        latent_shape: c, h, w with d = chw.
+    """
+
+    kind: Literal["latent", "pca"]
+    points: Tensor
+    bounds: Bounds
+    centre: tuple[float, float]
+    spread: tuple[float, float]
+    explained: tuple[float, float] | None
+    origin: Tensor
+    axes: Tensor
+    scale: Tensor
+    latent_shape: tuple[int, int, int]
+
+    def latent_at(self, xy: Tensor) -> Tensor:
+        """Points (m, 2) -> latents (m, c, h, w); `point_of` leads back."""
+        flat = self.origin + (xy.to(self.axes) @ self.axes) * self.scale
+        return flat.unflatten(1, self.latent_shape)
+
+    def point_of(self, latents: Tensor) -> Tensor:
+        """Latents (m, c, h, w) -> points (m, 2), float32: where they are, or their shadow."""
+        return ((latents.flatten(1).float() - self.origin) / self.scale) @ self.axes.T
+
+    def nearest(self, x: float, y: float) -> tuple[int, float]:
+        """Index of the image nearest to a point, and its distance in units of the plane."""
+        distances = (self.points - torch.tensor([x, y])).norm(dim=1)
+        index = int(distances.argmin())
+        return index, float(distances[index])
+
+
+def fit_plane(explored: Explored) -> Plane:
+    """The plane of an autoencoder's images; the same for the same latents, signs included."""
+    channels, height, width = (int(length) for length in explored.mean.shape[1:])
+    shape = (channels, height, width)
+    explained = None
+    if shape == (2, 1, 1):
+        origin, axes, scale = torch.zeros(2), torch.eye(2), torch.ones(2)
+    else:
+        scale = explored.channel_deviation.clamp_min(LEAST_SPREAD)
+        scale = scale[:, None, None].expand(shape).reshape(-1)
+        origin, axes, explained = _principal_axes(explored.mean.flatten(1), scale)
+    points = ((explored.mean.flatten(1) - origin) / scale) @ axes.T
+    deviation = points.std(dim=0, correction=0).clamp_min(LEAST_SPREAD)
+    return Plane(
+        kind="latent" if explained is None else "pca",
+        points=points,
+        bounds=_bounds(points),
+        centre=_pair(points.mean(dim=0)),
+        spread=_pair(deviation),
+        explained=explained,
+        origin=origin,
+        axes=axes,
+        scale=scale,
+        latent_shape=shape,
+    )
+
+
+def _principal_axes(latents: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Mean (d,), two orthonormal axes (2, d) and their shares of the variance, of latents (n, d) over `scale` (d,).
+
+    Exact, by the products of either the numbers or the images with each other, whichever are fewer. The largest entry
+    of an axis is positive; an axis without variance is zero.
+    """
+    from scipy.linalg import eigh
+
+    fitted = latents[spread(len(latents), FITTED_IMAGES)].double()
+    origin = fitted.mean(dim=0)
+    centred = (fitted - origin) / scale.double()
+    count, length = centred.shape
+    products = centred.T @ centred if length < count else centred @ centred.T
+    first = max(0, len(products) - 2)
+    values, vectors = (torch.from_numpy(each) for each in eigh(products, subset_by_index=[first, len(products) - 1]))
+    axes = vectors.T if length < count else vectors.T @ centred
+    total = float(products.trace())
+    shares = [0.0, 0.0]
+    found = torch.zeros(2, length, dtype=torch.float64)
+    for place, (value, axis) in enumerate(zip(values.flip(0), axes.flip(0))):
+        if value > 1e-12 * total:
+            axis = axis / axis.norm()
+            shares[place] = float(value) / total
+            found[place] = axis * axis[axis.abs().argmax()].sign()
+    return origin.float(), found.float(), (shares[0], shares[1])
+
+
+def _bounds(points: Tensor) -> Bounds:
+    """Along each axis all points but half a hundredth, and the margin: both axes together keep 99 %."""
+    outside = (1 - SHARE_IN_BOUNDS) / 4
+    low, high = torch.quantile(points.double(), torch.tensor([outside, 1 - outside], dtype=torch.float64), dim=0)
+    room = (MARGIN * (high - low)).clamp_min(LEAST_SPREAD)
+    low, high = low - room, high + room
+    return float(low[0]), float(high[0]), float(low[1]), float(high[1])
+
+
+def _pair(values: Tensor) -> tuple[float, float]:
+    return float(values[0]), float(values[1])

@@ -1,0 +1,262 @@
+"""The way of an image through an autoencoder, stage by stage: shapes, parameters, cost, and what a stage really gives.
+
+Owns which modules make a stage, for the architectures of this package and diffusers' `AutoencoderKL`; others are shown
+as one encoder and one decoder. Numbers are taken from real passes, by hooks, never from a drawing of the architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_vae.applications.explorer.explored import Explored
+from ldm_vae.applications.explorer.parts import Part, decoder_parts, encoder_parts
+from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder.deterministic import VQModel
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.costs import gigamacs
+from ldm_vae.data import pixels
+from ldm_vae.errors import UserError
+
+INPUT, MU, SIGMA, SAMPLE, OUTPUT = "input", "mu", "sigma", "sample", "output"
+SHOWN_CHANNELS = 64
+SMALLEST_TILE = 48
+LARGEST_TILE = 192
+GAP = 2
+"""Sides of a channel's picture, and between two of them, in pixels."""
+RANGE = 3.0
+"""Standard deviations of a latent channel from black to grey, and from grey to white."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. `name`: in addresses, `title` and `what`: for people; shapes without the batch; `gmacs`: 10^9
+    multiply-accumulates for one image, `parameters`: numbers that were learnt, 0 for what computes nothing."""
+
+    name: str
+    title: str
+    what: str
+    shape_in: Shape
+    shape_out: Shape
+    parameters: int
+    gmacs: float
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What one stage gave for one image.
+
+    `mean`, `deviation`, `minimum`, `maximum`: over all its numbers. `mosaic`: uint8, (H, W, 3) the picture itself for
+    input and output, else (H, W) its first 64 channels as grey pictures, each from its least to its largest value;
+    those of the latent on one scale for all images: grey the channel's mean, black and white three deviations off
+    (sigma: black 0, white the largest of all images).
+    """
+
+    stage: str
+    shape: Shape
+    mean: float
+    deviation: float
+    minimum: float
+    maximum: float
+    mosaic: np.ndarray
+
+
+@torch.no_grad()
+def stages_of(explored: Explored) -> tuple[Stage, ...]:
+    """All stages in the order of the way, measured with the first image."""
+    image = pixels.from_uint8(explored.images[:1].to(explored.autoencoder.device))
+    latent = explored.mean[:1].to(explored.autoencoder.device)
+    encoder, decoder = encoder_parts(explored.autoencoder), decoder_parts(explored.autoencoder)
+    picture, shape = tuple(image.shape[1:]), tuple(latent.shape[1:])
+    with explored.lock:
+        encoding = _measured(encoder, picture, lambda: interface.encode_moments(explored.autoencoder, image))
+        decoding = _measured(decoder, shape, lambda: interface.decode(explored.autoencoder, latent))
+    return (
+        Stage(INPUT, "Input", "The image, its red, green and blue scaled to -1 to 1.", picture, picture, 0, 0.0),
+        *encoding,
+        *_latent_stages(explored, encoding[-1].shape_out if encoding else shape, shape),
+        *decoding,
+    )
+
+
+def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator[Stage]:
+    """mu, sigma and the sample, which compute next to nothing."""
+    sigma = "How far the posterior reaches around mu: exp(0.5 logvar), small where the image fixes the latent."
+    sample = "mu + noise x sigma x a standard normal draw: what the decoder gets in training."
+    if explored.deterministic:
+        sigma = "None: this autoencoder is deterministic, it gives a point where a VAE gives a distribution."
+        sample = "mu itself: with no sigma there is nothing to draw."
+    if explored.kind in ("vq", "fsq"):
+        sample = "mu rounded to the nearest code: all that the decoder sees."
+    yield Stage(MU, "mu", "The mean of the posterior: the latent itself.", moments, shape, 0, 0.0)
+    yield Stage(SIGMA, "sigma", sigma, moments, shape, 0, 0.0)
+    quantizer = getattr(explored.autoencoder, "quantizer", None) or getattr(explored.autoencoder, "quantize", None)
+    learnt = _parameters([quantizer]) if isinstance(quantizer, nn.Module) else 0
+    yield Stage(SAMPLE, "Sample", sample, shape, shape, learnt, 0.0)
+
+
+def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[Stage]:
+    """Stages of one half of the network. What is computed outside of their modules belongs to the first."""
+    modules = [module for part in parts for module in part.modules]
+    with _recorded(modules) as calls:
+        run()
+    costs = [sum(gigamacs(calls[module].again) for module in part.modules if module in calls) for part in parts]
+    if costs:
+        costs[0] += max(0.0, gigamacs(run) - sum(costs))
+    found = []
+    for number, (part, cost) in enumerate(zip(parts, costs)):
+        first, last = calls[part.modules[0]], calls[part.modules[-1]]
+        came = shape_in if number == 0 else _shape(first.arguments[0])
+        found.append(
+            Stage(
+                part.name, part.title, part.what, came, _shape(part.arranged(last.output)), _parameters(part.modules),
+                cost,
+            )
+        )  # fmt: skip
+    return found
+
+
+def activation(
+    explored: Explored, index: int, stage: str, noise: float = 1.0, seed: int = 0, sample: bool = True
+) -> Activation:
+    """What a stage gives for image `index`; `noise`, `seed` and `sample`, see `Explored.latent`, matter from the sample
+    on.
+
+    Raises:
+        UserError: no stage of that name.
+    """
+    if stage == INPUT:
+        return _described(stage, pixels.from_uint8(explored.images[index]), _picture(explored.images[index]))
+    mean, logvar = explored.mean[index], explored.logvar[index]
+    if stage == MU:
+        return _described(stage, mean, _on_scale(explored, mean))
+    if stage == SIGMA:
+        sigma = torch.zeros_like(mean) if explored.deterministic else torch.exp(0.5 * logvar)
+        return _described(stage, sigma, mosaic(sigma / _largest_sigma(explored)))
+    latent = explored.latent(index, noise, sample, seed)
+    if stage == SAMPLE:
+        if isinstance(explored.autoencoder, (AutoencoderQuantized, VQModel)):
+            with explored.lock, torch.no_grad():
+                found = explored.autoencoder.quantize(latent.to(explored.autoencoder.device))
+            codes = (found[0] if isinstance(explored.autoencoder, VQModel) else found.latents)[0].cpu()
+            return _described(stage, codes, mosaic(_stretched(codes)))
+        return _described(stage, latent[0], _on_scale(explored, latent[0]))
+    if stage == OUTPUT:
+        decoded = explored.decode(latent)[0]
+        return _described(stage, pixels.from_uint8(decoded), _picture(decoded))
+    for parts, run in (
+        (encoder_parts(explored.autoencoder), lambda: explored.encode(explored.images[index : index + 1])),
+        (decoder_parts(explored.autoencoder), lambda: explored.decode(latent)),
+    ):
+        part = next((part for part in parts if part.name == stage), None)
+        if part is not None:
+            with explored.lock, _recorded(part.modules[-1:]) as calls:
+                run()
+            values = part.arranged(calls[part.modules[-1]].output)[0].float().cpu()
+            return _described(stage, values, mosaic(_stretched(values)))
+    raise UserError(f"stage: {stage!r} is none of this autoencoder's; /api/stages names them")
+
+
+@dataclass
+class _Call:
+    """The last call of a module."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+    def again(self) -> Any:
+        return self.module(*self.arguments, **self.keywords)
+
+
+@contextmanager
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, _Call]]:
+    """Inside, every call of a module is kept. The caller holds the lock, so that it is its own."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        calls[module] = _Call(module, arguments, keywords, output if isinstance(output, Tensor) else output[0])
+
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shape(values: Tensor) -> Shape:
+    return tuple(int(length) for length in values.shape[1:])
+
+
+def _parameters(modules: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _described(stage: str, values: Tensor, picture: np.ndarray) -> Activation:
+    values = values.double()
+    return Activation(
+        stage, tuple(values.shape), float(values.mean()), float(values.std(correction=0)), float(values.min()),
+        float(values.max()), picture,
+    )  # fmt: skip
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def _on_scale(explored: Explored, latent: Tensor) -> np.ndarray:
+    """A latent (c, h, w) against all images' means."""
+    centre = explored.mean.mean(dim=(0, 2, 3))[:, None, None]
+    reach = RANGE * explored.channel_deviation[:, None, None].clamp_min(1e-6)
+    return mosaic(0.5 + 0.5 * (latent - centre) / reach)
+
+
+def _largest_sigma(explored: Explored) -> Tensor:
+    return torch.exp(0.5 * explored.logvar.amax(dim=(0, 2, 3)))[:, None, None].clamp_min(1e-6)
+
+
+def _stretched(values: Tensor) -> Tensor:
+    """(c, h, w) -> each channel from 0 to 1, 0.5 where it is constant; channels of one number, also (c,), together."""
+    flat = values.reshape(len(values), -1)
+    if flat.shape[1] == 1:
+        flat = flat.T
+    low, high = flat.min(dim=1, keepdim=True).values, flat.max(dim=1, keepdim=True).values
+    scaled = torch.where(high > low, (flat - low) / (high - low).clamp_min(1e-30), 0.5)
+    return scaled.reshape(values.shape)
+
+
+def mosaic(channels: Tensor) -> np.ndarray:
+    """The first 64 channels of (c, h, w) or (c,), values from 0 to 1, as one grey picture, uint8 (H, W).
+
+    Small ones are enlarged by a whole number of times, large ones shrunk; up to four stand in one row.
+    """
+    tiles = channels[:SHOWN_CHANNELS].reshape(min(len(channels), SHOWN_CHANNELS), 1, *channels.shape[1:] or (1, 1))
+    longest = max(tiles.shape[-2:])
+    if longest > LARGEST_TILE:
+        height, width = (max(1, round(side * LARGEST_TILE / longest)) for side in tiles.shape[-2:])
+        tiles = F.interpolate(tiles.float(), (height, width), mode="area")
+    elif longest < SMALLEST_TILE:
+        tiles = F.interpolate(tiles.float(), scale_factor=float(SMALLEST_TILE // longest), mode="nearest")
+    grey = (tiles[:, 0].float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    count, height, width = grey.shape
+    root = math.sqrt(count)
+    whole = [columns for columns in range(math.ceil(root), int(2 * root) + 1) if count % columns == 0]
+    columns = count if count <= 4 else whole[0] if whole else math.ceil(root)
+    rows = math.ceil(count / columns)
+    sheet = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), np.uint8)
+    for number, tile in enumerate(grey):
+        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet

@@ -1,0 +1,64 @@
+"""See and touch the latent space in a browser: a local page, whose address is printed.
+
+Shows a map of the latents that decodes the point under the mouse, two autoencoders side by side, every stage of the
+network with its activations, sliders, and the training. Works offline; Ctrl-C ends it. --export writes the map of a
+vector model as one file that can be mailed, instead.
+
+  ldm-vae explore checkpoints/digits-vae-2d --compare checkpoints/digits-ae-2d
+  ldm-vae explore checkpoints/digits-vae-2d --compare checkpoints/digits-ae-2d --export digits.html
+  ldm-vae explore runs/mine --data ~/images --size 256 --directions runs/mine/directions
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "see and touch the latent space in a browser"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run of `train-vae`, a diffusers directory, or a hub id")
+    parser.add_argument("--compare", metavar="OTHER", help="another autoencoder on the same images, side by side")
+    parser.add_argument(
+        "--data", metavar="DATA", help="a folder of images, a .parquet file, or `synthetic` (default: the model's own)"
+    )
+    parser.add_argument("--directions", metavar="DIR", help="what `ldm-vae directions fit` wrote, for its sliders")
+    parser.add_argument("--count", type=int, default=2000, metavar="N", help="images on the map (default 2000)")
+    parser.add_argument(
+        "--size", type=int, default=128, metavar="N", help="images are scaled and cropped to N x N pixels (default 128)"
+    )
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default 0: a free one)")
+    parser.add_argument("--export", metavar="FILE.html", help="write one self-contained page and leave")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --export")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+    import sys
+
+    from ldm_vae.errors import UserError
+    from ldm_vae.training.signals import StopRequest
+
+    if args.export is None and args.overwrite:
+        raise UserError("--overwrite: has no effect without --export; leave it out")
+    with StopRequest(at_once=True):
+        from ldm_vae.applications.explorer.answers import Models, open_model
+        from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
+        from ldm_vae.applications.explorer.export import check_output, export_page
+        from ldm_vae.applications.explorer.serving import open_socket, serve
+
+        config = ExploreConfig(args.data, args.count, args.size, args.directions, args.device)
+        if args.export is not None:
+            check_output(args.export, args.overwrite)
+        open_socket(args.port).close()  # refused before the models are read
+        explored = open_models(args.model, args.compare, config)
+        models = Models(*(open_model(key, one) for key, one in zip("ab", explored)))
+        if args.export is not None:
+            written = export_page(models, args.export, args.overwrite)
+            print(f"{args.export}: {written / 1e6:.1f} MB, opens in any browser")
+        else:
+            serve(models, args.port)
+            sys.stdout.flush()
+            os._exit(0)  # nothing is left to do, and an interpreter that ends around a thread inside torch may abort
+    return 0

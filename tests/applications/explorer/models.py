@@ -1,0 +1,74 @@
+"""Small autoencoders for the tests of the explorer: real ones with random weights, and toys whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor, nn
+
+from ldm_vae.applications.explorer.explored import Explored
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
+
+SIDE = 8
+REACH = 4.0
+"""Of the latents that a `Toy` can draw."""
+
+
+class Toy(nn.Module):
+    """Two numbers drawn as the grey of the left and the right half of 8 x 8 pixels, and read from there.
+
+    With `shown` 0 every latent is drawn as the same picture.
+    """
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, shown: float = 1.0) -> None:
+        super().__init__()
+        self.shown, self.config = shown, SimpleNamespace(latent_channels=2)
+
+    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+        halves = x.mean(dim=(1, 2)).unflatten(1, (2, SIDE // 2)).mean(dim=2) * REACH
+        mean = halves[:, :, None, None]
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, mean * 0 - 2], dim=1)))
+
+    def decode(self, z: Tensor) -> DecoderOutput:
+        halves = (self.shown * z / REACH).repeat_interleave(SIDE // 2, dim=1).flatten(1)
+        return DecoderOutput(sample=halves[:, None, None].expand(-1, 3, SIDE, -1))
+
+
+def made_of(mean: Tensor, autoencoder: Any = None, images: Tensor | None = None, **others: Any) -> Explored:
+    """An `Explored` of given latents (n, c, h, w), without loading anything."""
+    count = len(mean)
+    values: dict[str, Any] = {
+        "name": "toy",
+        "path": "toy",
+        "autoencoder": Toy() if autoencoder is None else autoencoder,
+        "kind": "kl",
+        "deterministic": False,
+        "images": torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8) if images is None else images,
+        "labels": torch.full((count,), -1),
+        "label_names": (),
+        "ids": tuple(f"{number:03d}" for number in range(count)),
+        "origin": "nowhere",
+        "rejected": (),
+        "mean": mean,
+        "logvar": torch.full_like(mean, -2.0),
+        "fingerprint": "",
+        "parameters": 0,
+        "downsampling": SIDE,
+        "run_directory": None,
+        "directions": None,
+    }
+    return Explored(**values | others)
+
+
+def saved(folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """The directory of an autoencoder with random weights; pico, unless `settings` say another."""
+    torch.manual_seed(seed)
+    build_autoencoder(AutoencoderConfig(**{"preset": "pico"} | settings)).save_pretrained(folder)
+    return folder
