@@ -49,6 +49,7 @@ def hover_for(server: Server, seconds: float, rate: float) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.promise(10)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_under_hovering(tmp_path, image_folder, record_property):
     with small_server(tmp_path, image_folder) as server:

@@ -265,12 +265,14 @@ TRAVERSALS = (
 )  # fmt: skip
 
 
+@pytest.mark.promise(9)
 @pytest.mark.parametrize("name", TRAVERSALS)
-def test_no_path_leads_out_of_the_page(server, name):
+def test_no_path_leads_out_of_the_page(server, name, record_property):
     for prefix in ("/static/", "/", "/api/", "/static/../", "http://127.0.0.1/static/"):
         reply = ask(server.url, quote(prefix + name, safe="/%\\.;~:"))
         assert reply.status in (400, 404), prefix
         assert "error" in reply.json
+    record_property("figure", f"{len(TRAVERSALS)} names in 5 places of the explorer's server: 0 answered with a file")
 
 
 def raw(url: str, data: bytes, seconds: float = 60) -> bytes:
