@@ -89,6 +89,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not 16 <= self.size <= LARGEST_SIZE:
             raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try 512")
+        if self.count < 1 or self.steps < 1:
+            raise UserError(f"count: {self.count} images in {self.steps} steps are none; give 1 or more of both")
 
 
 def shipped(name: str, option: str) -> Path:
