@@ -34,6 +34,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
 
 
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """For commands run in this process: accelerate keeps one precision for all of it, and other tests leave theirs."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A safetensors file in the layout of torchvision's SqueezeNet features, random: shows gradients, not quality."""

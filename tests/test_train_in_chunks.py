@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.fingerprint import fingerprint
@@ -28,10 +27,7 @@ TRAINING = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_precision():
-    """Accelerate keeps one precision for a whole process; other tests leave theirs behind."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 def chunk(work: Path, out: Path, *options: str, minutes: float = 0) -> tuple[int, dict]:
