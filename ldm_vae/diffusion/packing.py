@@ -31,7 +31,7 @@ from ldm_vae.seal import seal
 SHARD_SIZE = "15MB"
 LARGEST_FILE_BYTES = 16 << 20
 """What hosts of repositories take without further tools."""
-RECORDS = ("run.json", "config.yaml")
+RECORDS = (provenance.RUN_RECORD, "config.yaml")
 METRICS = "metrics.jsonl"
 METRIC_LINES = 300
 WORD = r"[^/\s'\",;=\[\]{}]+"

@@ -24,7 +24,7 @@ from ldm_vae.autoencoder import interface
 from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
@@ -220,7 +220,7 @@ def _read_directions(place: str, autoencoder: Any, where: str) -> Directions:
 
 def _fixed_side(autoencoders: Sequence[Any], names: Sequence[str]) -> int | None:
     """The one image size that an autoencoder knows; None for any. Raises: UserError when two know different ones."""
-    sides = {side for one in autoencoders if (side := getattr(one, "image_side", None)) is not None}
+    sides = {side for one in autoencoders if (side := only_side(one)) is not None}
     if len(sides) > 1:
         raise UserError(
             f"{names[1]}: knows images of another size than {names[0]} ({min(sides)} and {max(sides)} pixels), so that "
