@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR as DETERMINISTIC_LOGVAR
@@ -18,6 +17,7 @@ from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.data.pixels import pad_to_multiple
 
 
 def is_deterministic(autoencoder: Any) -> bool:
@@ -25,13 +25,6 @@ def is_deterministic(autoencoder: Any) -> bool:
     if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderVector)):
         return bool(autoencoder.config.deterministic)
     return isinstance(autoencoder, (AutoencoderQuantized, AutoencoderFrozenEncoder, DeterministicAdapter))
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Replicate the right and lower border of (n, c, h, w) until both sides are multiples."""
-    height, width = images.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
-    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
 @torch.no_grad()

@@ -71,6 +71,9 @@ KINDS = {"wavelet": ("kl", "ae", "vq", "fsq", "frozen"), "sd": ("kl",), "vector"
 
 MAXIMUM_CODES = 2**20
 
+LINEAR_PATH_MARGIN = 3.0
+"""So much lower may log-variances fall: a block's brightness takes several times the nats of its finest pattern."""
+
 OWN_CLASSES: dict[str, Any] = {
     model.__name__: model
     for model in (AutoencoderWavelet, AutoencoderQuantized, AutoencoderFrozenEncoder, AutoencoderVector)
@@ -103,6 +106,8 @@ class AutoencoderConfig:
         fsq_levels: "fsq": levels of each channel, from 3 on, default 8, 5, 5, 5 (1000 codes).
         encoder: "frozen": local directory or hub id of a DINOv2 or DINOv3 vision transformer in safetensors.
         residual_channels: "frozen": channels that a small learnt encoder adds to the features.
+        linear_path: "wavelet", "kl" or "ae": the network starts as the best linear code of the training images' 8x8
+            blocks and adds to it. For 12 channels and more.
     """
 
     architecture: Literal["wavelet", "sd", "vector"] = "wavelet"
@@ -114,6 +119,7 @@ class AutoencoderConfig:
     fsq_levels: list[int] | None = None
     encoder: str | None = None
     residual_channels: int = 0
+    linear_path: bool = False
 
     def __post_init__(self) -> None:
         presets = PRESETS[self.architecture]
@@ -135,6 +141,11 @@ class AutoencoderConfig:
                 raise UserError(
                     f"autoencoder.{name}: has no effect with autoencoder.kind={self.kind}; remove it, or set {kind}"
                 )
+        if self.linear_path and (self.architecture != "wavelet" or self.kind not in ("kl", "ae")):
+            raise UserError(
+                f"autoencoder.linear_path: has no effect with architecture={self.architecture} and kind={self.kind}; "
+                "remove it, or set architecture=wavelet and kind=kl"
+            )
         check = {"vq": self._check_vq, "fsq": self._check_fsq, "frozen": self._check_frozen}.get(self.kind)
         if check is not None:
             check()
@@ -204,13 +215,16 @@ def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> 
         )
     elif config.kind == "frozen":
         model = _build_frozen(config)
-    elif config.kind == "ae":
-        model = AutoencoderWavelet(
-            latent_channels=config.latent_channels, deterministic=True, **WAVELET_PRESETS[config.preset]
-        )
     else:
+        if config.linear_path:
+            logvar_floor -= LINEAR_PATH_MARGIN
+        floor = {} if config.kind == "ae" else {"logvar_floor": logvar_floor}
         model = AutoencoderWavelet(
-            latent_channels=config.latent_channels, logvar_floor=logvar_floor, **WAVELET_PRESETS[config.preset]
+            latent_channels=config.latent_channels,
+            deterministic=config.kind == "ae",
+            linear_path=config.linear_path,
+            **floor,
+            **WAVELET_PRESETS[config.preset],
         )
     return prepare_for_inference(model)
 
@@ -310,6 +324,12 @@ def latent_channels(autoencoder: Any) -> int:
 def only_side(autoencoder: Any) -> int | None:
     """Side in pixels of the square images that it knows; None: any size."""
     return autoencoder.image_side if isinstance(autoencoder, AutoencoderVector) else None
+
+
+def check_side(where: str, side: int, autoencoder: Any) -> None:
+    """Raises: UserError naming `where`, for images of a side in pixels that the autoencoder does not know."""
+    if (only := only_side(autoencoder)) not in (None, side):
+        raise UserError(f"{where} {side}: this autoencoder knows one size of images; use {only}")
 
 
 def downsampling(autoencoder: Any) -> int:

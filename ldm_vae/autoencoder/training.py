@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.group_norm import use_blocked_group_norm
 from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.loss import ReconstructionLoss
-from ldm_vae.autoencoder.models import build_autoencoder, downsampling, latent_channels, only_side
+from ldm_vae.autoencoder.models import build_autoencoder, check_side, downsampling, latent_channels, only_side
 from ldm_vae.autoencoder.previews import PREVIEW_IMAGES, preview_sheet
 from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
@@ -230,24 +230,24 @@ class VaeModel:
         for phase in self.config.phases:
             if phase.crop % self.factor:
                 raise UserError(f"phases: crop {phase.crop} is no multiple of {self.factor}, the downsampling")
-        if (side := only_side(self.autoencoder)) is not None:
-            self.check_only_size(side)
+        if only_side(self.autoencoder) is not None:
+            self.check_only_size()
         if any(count >= self.channels for count in self.config.latents.nested):
             raise UserError(f"latents.nested: {list(self.config.latents.nested)} are not all below {self.channels}")
 
-    def check_only_size(self, side: int) -> None:
-        """Raises: UserError for what an autoencoder of images of one `side` in pixels cannot do."""
-        sizes = [("phases: crop", phase.crop) for phase in self.config.phases]
-        for name, size in [*sizes, ("held_out_resolution:", self.config.held_out_resolution)]:
-            if size != side:
-                raise UserError(f"{name} {size}: this autoencoder knows one size of images; use {side}")
+    def check_only_size(self) -> None:
+        """Raises: UserError for what an autoencoder of images of one size cannot do."""
+        for phase in self.config.phases:
+            check_side("phases: crop", phase.crop, self.autoencoder)
+        check_side("held_out_resolution:", self.config.held_out_resolution, self.autoencoder)
         if self.config.latents.scale_equivariance:
             raise UserError("latents.scale_equivariance: the latents are one vector, which has no scale; leave it out")
 
     @property
     def measures_before_training(self) -> bool:
-        """The kinds with fixed latent statistics, where they are new."""
-        return self.config.initial is None and hasattr(self.autoencoder, "fit_statistics")
+        """Those with statistics of the images inside, where they are new."""
+        chosen = self.config.autoencoder
+        return self.config.initial is None and (chosen.kind == "frozen" or chosen.linear_path)
 
     def averaged(self, engine: Engine) -> Any:
         """The autoencoder with EMA weights."""

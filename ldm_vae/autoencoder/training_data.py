@@ -71,10 +71,11 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
 
 
 def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
-    """Training images (n, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process."""
+    """Training crops (1, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process."""
     side = config.phases[-1].crop
-    for _, image in some_images(config, "train", MEASURED_IMAGES):
-        yield pixels.from_uint8(to_tensor(cover_crop(image, side))[None])
+    for index, image in some_images(config, "train", MEASURED_IMAGES):
+        crop = random_crop(image, numpy_rng(0, "measured_crops", index), side, config.crop)
+        yield pixels.from_uint8(to_tensor(crop)[None])
 
 
 def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:

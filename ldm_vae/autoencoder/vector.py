@@ -42,7 +42,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
-from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, soft_clamp
+from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, AutoencoderWavelet, soft_clamp
 from ldm_vae.errors import UserError
 
 SMALLEST_SIDE = 4
@@ -169,14 +169,4 @@ class AutoencoderVector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         image = self.decoder(z).expand(-1, 3, -1, -1)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple:
-        """Encode and decode (n, 3, S, S); from the posterior's mean unless `sample_posterior`."""
-        posterior = self.encode(sample, return_dict=False)[0]
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+    forward = AutoencoderWavelet.forward  # it calls `encode` and `decode`, nothing else

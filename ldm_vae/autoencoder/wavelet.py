@@ -14,7 +14,7 @@ This file owns the network only, and cutting it down to its first latent channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,16 +30,28 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.haar import haar_bands, haar_forward
 from ldm_vae.autoencoder.inference import only_values
+from ldm_vae.autoencoder.klt import fit_klt
+from ldm_vae.autoencoder.linear_path import BLOCK, BlockAnalysis, BlockSynthesis, set_transform
 from ldm_vae.errors import UserError
 
 Padding = Literal["zeros", "replicate"]
 
 LOGVAR_CEILING = 2.0
 INITIAL_LOGVAR = -2.0
+
+LINEAR_PATH_ROWS = (
+    "encoder.analysis.basis.weight",
+    "encoder.analysis.basis.bias",
+    "encoder.analysis.spread",
+    "decoder.synthesis.spread",
+)
+LINEAR_PATH_COLUMNS = "decoder.synthesis.basis.weight"
+"""Tensors with a row, or a column, for each latent channel."""
 
 
 def convolution(
@@ -72,17 +84,28 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A resampling layer, then residual blocks at one resolution. Gradient checkpointing works per block."""
+    """A resampling layer, then residual blocks at one resolution. Gradient checkpointing works per block.
 
-    def __init__(self, resample: nn.Module, channels: int, blocks: int, padding_mode: Padding) -> None:
+    With `fold`, it also sees a picture (n, 3, fold * h, fold * w), before the blocks.
+    """
+
+    def __init__(
+        self, resample: nn.Module, channels: int, blocks: int, padding_mode: Padding, fold: int | None = None
+    ) -> None:
         super().__init__()
         self.resample = resample
+        self.fold = fold
+        self.view = convolution(3 * fold**2, channels, kernel=1) if fold else None
         self.blocks = nn.ModuleList(ResidualBlock(channels, padding_mode) for _ in range(blocks))
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Any = None  # diffusers sets both
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, picture: Tensor | None = None) -> Tensor:
         x = self.resample(x)
+        if self.view is not None:
+            assert picture is not None
+            assert self.fold is not None
+            x = x + self.view(pixel_unshuffle(picture, self.fold))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x)
@@ -116,6 +139,7 @@ class Encoder(nn.Module):
         haar_levels: int,
         latent_channels: int,
         deterministic: bool = False,
+        linear_path: bool = False,
     ) -> None:
         super().__init__()
         self.haar_levels = haar_levels
@@ -132,8 +156,10 @@ class Encoder(nn.Module):
         self.head = convolution(previous, latent_channels if deterministic else 2 * latent_channels, gain=0.3)
         with torch.no_grad():
             self.head.bias.data[latent_channels:] = INITIAL_LOGVAR  # type: ignore[union-attr]
+        self.analysis = BlockAnalysis(latent_channels) if linear_path else None
 
     def forward(self, x: Tensor) -> Tensor:
+        coefficients = self.analysis(x) if self.analysis is not None else None
         if only_values():
             x = haar_bands(x, self.haar_levels)
         else:
@@ -143,13 +169,23 @@ class Encoder(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)
-        return self.head(F.silu(x))
+        found = self.head(F.silu(x))
+        if coefficients is None:
+            return found
+        channels = coefficients.shape[1]
+        return torch.cat([found[:, :channels] + coefficients, found[:, channels:]], dim=1)
 
 
 class Decoder(nn.Module):
-    """(n, c, h/f, w/f) -> (n, 3, h, w). `channels` and `blocks` are for the resolutions h/f, ..., h/2, h."""
+    """(n, c, h/f, w/f) -> (n, 3, h, w). `channels` and `blocks` are for the resolutions h/f, ..., h/2, h.
 
-    def __init__(self, channels: Sequence[int], blocks: Sequence[int], latent_channels: int) -> None:
+    With `linear_path` (f = 8) every stage above h/8 also sees what the linear code draws, folded to its resolution, and
+    the network's image is added to that.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], blocks: Sequence[int], latent_channels: int, linear_path: bool = False
+    ) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         previous = latent_channels
@@ -158,17 +194,21 @@ class Decoder(nn.Module):
                 resample: nn.Module = convolution(previous, width, padding_mode="replicate")
             else:
                 resample = nn.Sequential(convolution(previous, width, kernel=1), nn.UpsamplingNearest2d(scale_factor=2))
-            stages.append(Stage(resample, width, count, "replicate"))
+            fold = BLOCK >> level if linear_path and level > 0 else None
+            stages.append(Stage(resample, width, count, "replicate", fold))
             previous = width
         self.stages = nn.ModuleList(stages)
         self.tail = convolution(previous, previous, gain=1.4, padding_mode="replicate")
         self.head = convolution(previous, 3, gain=0.5, padding_mode="replicate")
+        self.synthesis = BlockSynthesis(latent_channels) if linear_path else None
 
     def forward(self, z: Tensor) -> Tensor:
         x = z.contiguous(memory_format=torch.channels_last)
+        picture = self.synthesis(x) if self.synthesis is not None else None
         for stage in self.stages:
-            x = stage(x)
-        return self.head(F.silu(self.tail(x)))
+            x = stage(x, picture)
+        image = self.head(F.silu(self.tail(x)))
+        return image if picture is None else image + picture
 
 
 class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -182,6 +222,8 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             needs a floor of about -2 (R + 1).
         scaling_factor: 1; diffusers pipelines read it. Normalisation lives with the latents, not here.
         deterministic: a plain autoencoder: no log-variance head, `latent_dist.logvar` is -30 everywhere.
+        linear_path: the network adds to a linear code of 8x8 blocks (`linear_path`), for many channels. Call
+            `fit_statistics` before training.
     """
 
     _supports_gradient_checkpointing = True
@@ -198,13 +240,39 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         logvar_floor: float = -7.0,
         scaling_factor: float = 1.0,
         deterministic: bool = False,
+        linear_path: bool = False,
     ) -> None:
         super().__init__()
         haar_levels = 4 - len(encoder_channels)  # the encoder's stages end at h/8
         if not 1 <= haar_levels <= 2 or len(decoder_channels) != 4:
             raise ValueError("AutoencoderWavelet: needs 2 or 3 encoder stages and 4 decoder stages")
-        self.encoder = Encoder(encoder_channels, encoder_blocks, haar_levels, latent_channels, deterministic)
-        self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels)
+        self.encoder = Encoder(
+            encoder_channels, encoder_blocks, haar_levels, latent_channels, deterministic, linear_path
+        )
+        self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels, linear_path)
+
+    @torch.no_grad()
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+        """With `linear_path`: start as the linear code of image batches (n, 3, h, w) in [-1, 1].
+
+        Once, before training, and before the weights are copied (for averaging, or to other processes). Afterwards
+        `decode(encode(x).latent_dist.mean)` is the block KLT's reconstruction. The noise of each channel falls with
+        its variance (reverse water-filling), at most down to the clamp.
+
+        Raises:
+            ValueError: no image was given.
+        """
+        analysis, synthesis, noise = self.encoder.analysis, self.decoder.synthesis, self.encoder.head.bias
+        assert analysis is not None, "linear_path is not set"
+        assert synthesis is not None
+        assert noise is not None
+        variances = set_transform(analysis, synthesis, fit_klt(batches, BLOCK, flat=True))
+        channels = self.config.latent_channels
+        self.encoder.head.weight[:channels].zero_()
+        self.decoder.head.weight.zero_()
+        if not self.config.deterministic:
+            level = variances.log().mean() + 0.5 * self.config.logvar_floor
+            noise[channels:] = (level - variances.log()).clamp_min(self.config.logvar_floor + 1)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
@@ -259,7 +327,12 @@ def narrow_channels(autoencoder: Any, channels: int) -> AutoencoderWavelet:
     tensors = dict(autoencoder.state_dict())
     for name in ("encoder.head.weight", "encoder.head.bias"):
         tensors[name] = tensors[name][rows]
-    tensors["decoder.stages.0.resample.weight"] = tensors["decoder.stages.0.resample.weight"][:, :channels]
+    if autoencoder.config.linear_path:
+        for name in LINEAR_PATH_ROWS:
+            tensors[name] = tensors[name][:channels]
+        tensors[LINEAR_PATH_COLUMNS] = tensors[LINEAR_PATH_COLUMNS][:, :channels]
+    first = "decoder.stages.0.resample.weight"
+    tensors[first] = tensors[first][:, :channels]
     narrow.load_state_dict(tensors)
     narrow.requires_grad_(any(parameter.requires_grad for parameter in autoencoder.parameters()))
     narrow = narrow.to(autoencoder.device, autoencoder.dtype).to(memory_format=torch.channels_last)

@@ -1,8 +1,9 @@
-"""The only conversion between 8-bit pixels and the [-1, 1] that models see."""
+"""Pixels as tensors: the only conversion between 8 bits and the [-1, 1] that models see, and padding."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,3 +24,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     assert images.shape[1:2] == (3,), f"to_pil takes (n, 3, h, w), got {tuple(images.shape)}"
     rows = to_uint8(images).permute(0, 2, 3, 1).cpu().contiguous().numpy()
     return [Image.fromarray(row) for row in rows]
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Replicate the right and lower border of (n, c, h, w) until both sides are multiples."""
+    height, width = images.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images

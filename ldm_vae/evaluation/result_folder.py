@@ -16,7 +16,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.interface import is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, only_side
+from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels
 from ldm_vae.errors import UserError
 from ldm_vae.files import system_errors_explained, vanished
 from ldm_vae.storage import open_folder
@@ -93,8 +93,7 @@ def publishing(output: str | Path) -> Iterator[None]:
 
 def check_resolution(resolution: int, autoencoder: Any, stride: int = 1) -> None:
     """Raises: UserError naming the nearest resolution that the downsampling and `stride` divide, or the only one."""
-    if (side := only_side(autoencoder)) not in (None, resolution):
-        raise UserError(f"resolution: {resolution}: this autoencoder knows one size of images; use {side}")
+    check_side("resolution:", resolution, autoencoder)
     factor = math.lcm(downsampling(autoencoder), stride)
     if resolution % factor:
         nearest = max(1, round(resolution / factor)) * factor

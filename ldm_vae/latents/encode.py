@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.autoencoder.fingerprint import architecture, encoder_fingerprint, fingerprint, token_fingerprint
 from ldm_vae.autoencoder.interface import encode_moments, is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, only_side
+from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels, load_autoencoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, token_indices
 from ldm_vae.data import pixels
 from ldm_vae.data.transforms import preprocessing_record
@@ -76,10 +76,9 @@ def prepare(
     """
     size = size or parse_sizes(config.resolution)[0]
     autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
-    factor, only = downsampling(autoencoder), only_side(autoencoder)
+    factor = downsampling(autoencoder)
     for side in size:
-        if only not in (None, side):
-            raise UserError(f"resolution: {side}: this autoencoder knows one size of images; take {only}")
+        check_side("resolution:", side, autoencoder)
         if side % factor:
             below = side // factor * factor
             raise UserError(

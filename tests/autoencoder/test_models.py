@@ -18,7 +18,6 @@ from ldm_vae.autoencoder.interface import (
     decode,
     encode_moments,
     is_deterministic,
-    pad_to_multiple,
     reconstruct,
 )
 from ldm_vae.autoencoder.models import (
@@ -28,6 +27,7 @@ from ldm_vae.autoencoder.models import (
     latent_channels,
     load_autoencoder,
 )
+from ldm_vae.data.pixels import pad_to_multiple
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError

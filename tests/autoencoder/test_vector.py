@@ -229,7 +229,7 @@ def test_its_latents_can_be_stored_and_are_no_maps_to_diffuse(tmp_path, capsys):
     model, latents = f"autoencoder={tmp_path / 'model'}", tmp_path / "latents"
     data = ["data.synthetic.count=12", "data.synthetic.resolution=32", "workers=0", "device=cpu"]
     assert cli.main(["encode", model, f"output={latents}", "resolution=64", *data]) == 2
-    assert "resolution: 64: this autoencoder knows one size of images; take 32" in capsys.readouterr().err
+    assert "resolution: 64: this autoencoder knows one size of images; use 32" in capsys.readouterr().err
     assert cli.main(["encode", model, f"output={latents}", "resolution=32", *data]) == 0
     assert read_manifest(latents).latent_shape == (2, 1, 1)
     capsys.readouterr()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_vae.autoencoder.interface import pad_to_multiple
+from ldm_vae.data.pixels import pad_to_multiple
 from ldm_vae.errors import UserError
 
 Box = tuple[int, int, int, int]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.autoencoder.perceptual import LPIPS
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
@@ -28,7 +29,6 @@ from ldm_vae.evaluation.fidelity import baselines
 from ldm_vae.evaluation.fidelity.distribution import inception_features
 from ldm_vae.evaluation.fidelity.examples import Example, make_example
 from ldm_vae.evaluation.fidelity.processes import Processes
-from ldm_vae.evaluation.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.random import generator
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def read_crops(
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
     """What to say where all of `count` images were rejected."""
     reasons = ", ".join(sorted({reason for _, reason in rejected}))
-    return UserError(f"{where}: none of the {count} images could be read ({reasons})")
+    return UserError(f"{where}: no image of {count} could be read ({reasons})")
 
 
 def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:

@@ -61,6 +61,7 @@ def global_rows(report: Report) -> list[tuple[str, str]]:
         ("Power above half of Nyquist, samples", latents["high_frequency_share_sample"], ""),
         ("PSNR of decode(mean)", decoder["psnr_mean"], "dB"),
         ("PSNR of decode(sample)", decoder["psnr_sample"], "dB"),
+        ("PSNR over the linear code of as many numbers", decoder["linear_margin_db"], "dB"),
         ("Stochastic gap", decoder["gap_db"], "dB"),
         ("Noise that costs 1 dB", decoder["noise_for_one_decibel"], "standard deviations of the channel"),
         ("Noise that costs 1 dB", decoder["tolerance"], "posterior standard deviations"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.health import PosteriorStatistics, effective_rank
 from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.klt import Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.models import downsampling, latent_channels, only_side
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
@@ -31,6 +32,8 @@ PROBE_CHANNEL_DECODES = 1024
 ROUND_TRIP_IMAGES = 16
 BUFFERED_NUMBERS = 1 << 25
 """Numbers kept of the means, and as many of the log-variances: all 256 default images up to 128 channels."""
+BLOCKS_PER_DIMENSION = 10
+"""Fewer than so many blocks of the images for each number in one, and their own linear code would fit them by heart."""
 MMD_POSITIONS = 2000
 HISTOGRAM_BINS = 60
 PICTURES = 8
@@ -73,6 +76,8 @@ class _Collector:
         channels = latent_channels(autoencoder)
         self.statistics = PosteriorStatistics(channels, device, logvar_bounds(autoencoder))
         self.border = decoder_probes.BorderError()
+        self.factor = downsampling(autoencoder)
+        self.blocks: Moments | None = None
         self.decibels: dict[str, list[float]] = {"mean": [], "sample": []}
         self.every = max(1, expected // PROBE_IMAGES)
         self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -93,6 +98,9 @@ class _Collector:
         self.decibels["mean"] += psnr(decoded, images).tolist()
         self.decibels["sample"] += psnr(sampled, images).tolist()
         self.border.add(decoded, images)
+        if has_positions(self.autoencoder):
+            moments = block_moments(images, self.factor)
+            self.blocks = moments if self.blocks is None else self.blocks + moments
         if self.buffered_numbers < BUFFERED_NUMBERS:
             self.buffered.append((mean.cpu(), logvar.cpu(), noise.cpu()))
             self.buffered_numbers += mean.numel()
@@ -137,7 +145,8 @@ def measure(
     figures["latents"] = _latents(figures, statistics, probes, mean + torch.exp(0.5 * logvar) * noise, seed)
     prior = _prior(probes, figures["channels"], deterministic, seed)
     flat = decoder_probes.flat_field(autoencoder, probes.images.shape[-1], downsampling(autoencoder), device)
-    figures["decoder"] = _decoder(autoencoder, figures, probes, prior, batch) | {
+    figures["decoder"] = _decoder(autoencoder, figures, probes, prior, batch)
+    figures["decoder"] |= {
         "psnr_mean": _average(collector.decibels["mean"]),
         "psnr_sample": _average(collector.decibels["sample"]),
         "gap_db": None
@@ -145,6 +154,7 @@ def measure(
         else _average(collector.decibels["mean"]) - _average(collector.decibels["sample"]),
         "border_ratio": collector.border.ratio("outer"),
         "corner_ratio": collector.border.ratio("corner"),
+        "linear_margin_db": _linear_margin(collector.blocks, figures, probes, collector.factor),
         "flat_std": flat.std if has_positions(autoencoder) else None,
         "harmonics": flat.harmonics,
     }
@@ -270,6 +280,18 @@ def _decoder(autoencoder: Any, figures: dict[str, Any], probes: Probes, prior: T
         "round_trip_drift_db": trips[0] - trips[-1],
         "droplet_score": decoder_probes.droplet_score(autoencoder, probes.mean[:batch]),
     }
+
+
+def _linear_margin(blocks: Moments | None, figures: dict[str, Any], probes: Probes, factor: int) -> float | None:
+    """PSNR of decode(mean) over that of the block KLT with as many numbers a position, in dB, on the probes.
+
+    The transform is fitted on the very images of the report, which favours it; None where they are too few for that.
+    """
+    if blocks is None or blocks.count < BLOCKS_PER_DIMENSION * len(blocks.total):
+        return None
+    components = min(len(figures["channels"]), len(blocks.total))
+    linear = solve_klt([blocks], factor).reconstruct(probes.images, components).clamp(-1, 1)
+    return float(figures["decoder"]["noise_curve"]["0"] - psnr(linear, probes.images).mean())
 
 
 def _curves(probes: Probes, mean: Tensor, logvar: Tensor) -> dict[str, Any]:

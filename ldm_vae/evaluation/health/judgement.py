@@ -14,6 +14,11 @@ from ldm_vae.autoencoder.verdicts import RULES, Severity, Verdict, in_order, jud
 Figures = Mapping[str, Any]
 
 PLAIN = "trained with beta = 0: a plain autoencoder"
+COSTS_FIDELITY = frozenset(
+    ("dead_channel", "ignored_channel", "static_channel", "redundant", "smuggling", "brittle_decoder", "border")
+)
+"""A code with one of these has less than its channels to describe an image with, or a decoder that is off: that it is
+worse than a linear one follows."""
 DETERMINISTIC = "deterministic autoencoder, no rate"
 
 
@@ -43,6 +48,8 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
     harmonics = decoder["harmonics"] if visible else None
     found.append(judge("grid", {"flat_std": decoder["flat_std"], "harmonics": harmonics}))
     found.append(judge("border", {"border_ratio": decoder["border_ratio"]}))
+    if not any(verdict and verdict.name in COSTS_FIDELITY and verdict.severity != "info" for verdict in found):
+        found.append(judge("worse_than_linear", {"linear_margin_db": decoder["linear_margin_db"]}))
     return in_order(verdict for verdict in found if verdict)
 
 

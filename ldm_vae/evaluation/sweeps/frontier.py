@@ -18,7 +18,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import figures, klt
+from ldm_vae.evaluation import figures, water_filling
 from ldm_vae.evaluation.sweeps import sweep, sweep_page
 from ldm_vae.evaluation.sweeps.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
@@ -177,14 +177,14 @@ def theory(eigenvalues: Sequence[float], block: int, records: Sequence[dict[str,
     """The linear lines, [bits per pixel, PSNR of the mean error]: water-filling, and c components at one rate."""
     highest = 1.3 * max(record["rate"]["bits_per_pixel"] for record in records)
     rates = np.linspace(highest / CURVE_POINTS, highest, CURVE_POINTS)
-    filled = [klt.water_filling_at(eigenvalues, block, float(rate)) for rate in rates]
+    filled = [water_filling.water_filling_at(eigenvalues, block, float(rate)) for rate in rates]
     limited: dict[str, list[list[float]]] = {}
     for channels in sorted({record["channels"] for record in records}):
         nats = rates * block**2 * np.log(2) / channels
-        points = [klt.limited_channels(eigenvalues, block, channels, float(value)) for value in nats]
+        points = [water_filling.limited_channels(eigenvalues, block, channels, float(value)) for value in nats]
         limited[str(channels)] = [[point.bits_per_pixel, point.psnr] for point in points]
     for record in records:
-        record["linear_components"] = klt.water_filling_at(
+        record["linear_components"] = water_filling.water_filling_at(
             eigenvalues, block, record["rate"]["bits_per_pixel"]
         ).components
     return {

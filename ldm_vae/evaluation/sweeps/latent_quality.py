@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.autoencoder.klt import BlockKLT, block_moments
 from ldm_vae.autoencoder.perceptual import LPIPS
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage, token_indices
 from ldm_vae.costs import gigamacs
@@ -21,7 +22,6 @@ from ldm_vae.data import pixels
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity.distribution import frechet_distance
 from ldm_vae.evaluation.fidelity.measurement import codebook_size
-from ldm_vae.evaluation.klt import BlockKLT, block_moments
 from ldm_vae.random import generator
 
 INTERPOLATION_STEPS = 8

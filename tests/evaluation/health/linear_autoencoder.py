@@ -19,6 +19,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from ldm_vae.autoencoder.klt import fit_klt
+
 BLOCK = 8
 CHANNELS = 4
 RATE_NATS = 2.5
@@ -37,19 +39,13 @@ def random_fields(count: int = 48, side: int = 64, seed: int = 0) -> Tensor:
 
 
 class LinearAutoencoder(nn.Module):
-    """Mean colour of each block in three decorrelated directions, and its grey slope, each scaled to variance 1."""
+    """The block KLT that gives flat blocks back exactly, its first coefficients, each scaled to variance 1."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.config = SimpleNamespace(latent_channels=CHANNELS)
-        flat = torch.zeros(3, 3, BLOCK * BLOCK)
-        for colour in range(3):
-            flat[colour, colour] = 1.0 / BLOCK
-        ramp = (torch.arange(BLOCK) - (BLOCK - 1) / 2).repeat(BLOCK, 1).flatten().repeat(3, 1)
         blocks = pixel_unshuffle(images, BLOCK).transpose(0, 1).flatten(1)
-        colours = flat.flatten(1) @ blocks
-        _, directions = torch.linalg.eigh(torch.cov(colours))
-        basis = torch.cat([directions.T @ flat.flatten(1), (ramp / ramp.norm()).reshape(1, -1)])
+        basis = fit_klt([images], BLOCK, flat=True).components[:CHANNELS].float()
         coefficients = basis @ blocks
         self.register_buffer("basis", basis)
         self.register_buffer("mean", coefficients.mean(dim=1))

@@ -118,6 +118,10 @@ def with_bad_border(image: Tensor) -> Tensor:
     return image
 
 
+def pale(image: Tensor) -> Tensor:
+    return 0.8 * image
+
+
 FAULTS: dict[str, dict[str, Any]] = {
     "posterior_collapse": {"encode": at_prior, "decoder_input": torch.zeros_like},
     "ignored_channel": {"decoder_input": without(3)},
@@ -128,6 +132,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "static_channel": {"encode": static, "decoder_input": without(3)},
     "clamped": {"encode": lambda moments: (moments[0], moments[1].where(moments[0] < 1.5, -30.0))},
     "brittle_decoder": {},
+    "worse_than_linear": {"decoder_output": pale},
     "grid": {"decoder_output": with_grid},
     "border": {"decoder_output": with_bad_border},
 }
@@ -154,6 +159,12 @@ def test_a_healthy_autoencoder_raises_neither_failure_nor_warning(images: Tensor
     figures = examine(LinearAutoencoder(images), images).figures
     assert serious(verdicts(figures, TARGET)) == []
     assert figures["rate"]["nats_per_dim"] == pytest.approx(RATE_NATS, abs=0.01)
+    assert -0.5 < figures["decoder"]["linear_margin_db"] <= 0  # the transform of a linear code cannot beat the best
+
+
+def test_too_few_blocks_are_not_compared_with_their_own_linear_code(images: Tensor) -> None:
+    few = images[:8]  # 512 blocks of 192 numbers
+    assert examine(LinearAutoencoder(images), few).figures["decoder"]["linear_margin_db"] is None
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.klt import fit_klt
 from ldm_vae.evaluation.sweeps import latent_quality
 from ldm_vae.evaluation.sweeps.comparison import CompareConfig, Kind, compare
 from tests.evaluation.sweeps.test_sweep import EVALUATE, RECIPE, InProcess

@@ -15,7 +15,7 @@ import pytest
 from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation import klt
+from ldm_vae.evaluation import water_filling
 from ldm_vae.evaluation.sweeps.frontier import (
     FrontierConfig,
     frontier,
@@ -87,12 +87,12 @@ def test_the_linear_lines_are_those_of_the_eigenvalues() -> None:
     lines = theory(EIGENVALUES, 8, points)
     rate, psnr = lines["reverse_water_filling"][-1]
     assert rate == pytest.approx(1.3 * points[1]["rate"]["bits_per_pixel"], rel=1e-4)
-    assert psnr == pytest.approx(klt.water_filling_at(EIGENVALUES, 8, rate).psnr)
+    assert psnr == pytest.approx(water_filling.water_filling_at(EIGENVALUES, 8, rate).psnr)
     for channels in ("4", "8"):
         for (rate, limited), (_, filled) in zip(lines["limited_channels"][channels], lines["reverse_water_filling"]):
             assert limited <= filled + 1e-6
             nats = rate * 64 * 0.6931471805599453 / int(channels)
-            assert limited == pytest.approx(klt.limited_channels(EIGENVALUES, 8, int(channels), nats).psnr)
+            assert limited == pytest.approx(water_filling.limited_channels(EIGENVALUES, 8, int(channels), nats).psnr)
     assert points[0]["linear_components"] < points[1]["linear_components"]
 
 

@@ -1,21 +1,10 @@
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.autoencoder.rate import bits_per_pixel
-from ldm_vae.evaluation.klt import (
-    block_moments,
-    fit_klt,
-    limited_channels,
-    solve_klt,
-    water_filling,
-    water_filling_at,
-)
+from ldm_vae.autoencoder.klt import block_moments, fit_klt, solve_klt
 from ldm_vae.evaluation.metrics import psnr
 
 
@@ -87,52 +76,15 @@ def test_moments_add_up_to_the_whole(images: Tensor) -> None:
     assert sum(part.count for part in parts) == 6 * 64
 
 
-def test_water_filling_of_equal_variances_is_the_gaussian_rate_distortion_function() -> None:
-    for nats in (0.5, 1.0, 2.0):
-        point = water_filling([0.3] * 192, 8, 0.3 * math.exp(-2 * nats))
-        assert point.squared_error == pytest.approx(0.3 * math.exp(-2 * nats))
-        assert point.bits_per_pixel == pytest.approx(192 * nats / (64 * math.log(2)))
-        same = limited_channels([0.3] * 192, 8, 192, nats)
-        assert (same.squared_error, same.bits_per_pixel) == pytest.approx((point.squared_error, point.bits_per_pixel))
-
-
-def test_water_filling_is_the_best_allocation() -> None:
-    """Against scipy: minimise the error over non-negative rates with a fixed sum."""
-    from scipy.optimize import minimize
-
-    variances = np.array([4.0, 1.0, 0.25, 0.01])
-    point = water_filling_at(variances, 1, 2.0)
-    bits = 2.0 * 1  # one block of one pixel
-    result = minimize(
-        lambda r: (variances * 4.0**-r).mean(),
-        np.full(4, bits / 4),
-        bounds=[(0, None)] * 4,
-        constraints={"type": "eq", "fun": lambda r: r.sum() - bits},
-        options={"ftol": 1e-12},
-    )
-    assert point.bits_per_pixel == pytest.approx(2.0)
-    assert point.squared_error == pytest.approx(result.fun, rel=1e-4)
-    assert point.components == int((result.x > 1e-3).sum())
-
-
-def test_water_filling_at_no_rate_keeps_the_variance_and_falls_with_rate(images: Tensor) -> None:
-    eigenvalues = fit_klt([images]).eigenvalues.tolist()
-    points = [water_filling_at(eigenvalues, 8, rate) for rate in (0.0, 0.1, 0.3, 1.0)]
-    assert points[0].squared_error == pytest.approx(sum(eigenvalues) / 192)
-    assert [p.bits_per_pixel for p in points] == pytest.approx([0.0, 0.1, 0.3, 1.0], abs=1e-6)
-    errors = [point.squared_error for point in points]
-    assert errors == sorted(errors, reverse=True)
-    assert points[1].components <= points[3].components
-    with pytest.raises(ValueError, match="above 0"):
-        water_filling(eigenvalues, 8, 0.0)
-
-
-def test_a_limited_number_of_channels_saturates_at_its_discarded_variance(images: Tensor) -> None:
-    klt = fit_klt([images])
-    eigenvalues = klt.eigenvalues.tolist()
-    assert limited_channels(eigenvalues, 8, 4, 20.0).psnr == pytest.approx(klt.expected_psnr(4), abs=1e-6)
-    point = limited_channels(eigenvalues, 8, 4, 1.0)
-    assert point.bits_per_pixel == pytest.approx(bits_per_pixel(1.0, 4))
-    assert point.psnr <= water_filling_at(eigenvalues, 8, point.bits_per_pixel).psnr
-    with pytest.raises(ValueError, match="choose 1 to 192"):
-        limited_channels(eigenvalues, 8, 193, 1.0)
+def test_the_flat_transform_gives_flat_blocks_back_and_is_the_best_that_does(images: Tensor) -> None:
+    klt = fit_klt([images], flat=True)
+    torch.testing.assert_close(klt.components @ klt.components.T, torch.eye(192, dtype=torch.float64))
+    colours = torch.rand(5, 3, 1, 1).expand(5, 3, 16, 16) * 2 - 1
+    kept = [index for index, row in enumerate(klt.components) if float(row.view(3, 64).sum(dim=1).abs().max()) > 1e-6]
+    assert len(kept) == 3
+    torch.testing.assert_close(klt.reconstruct(colours, max(kept) + 1), colours, atol=1e-5, rtol=0)
+    plain = fit_klt([images])
+    assert float((plain.reconstruct(colours, max(kept) + 1) - colours).abs().max()) > 1e-4
+    for components in (max(kept) + 1, 16, 64):
+        assert klt.expected_psnr(components) == pytest.approx(plain.expected_psnr(components), abs=0.5)
+        assert klt.expected_psnr(components) <= plain.expected_psnr(components)
