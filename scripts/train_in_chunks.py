@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     run = options.work / "run"
     try:
+        check_names(options.packs)
         for pack in options.packs:
             unpack(pack, options.work / "packs" / pack.stem)
         if options.command is None:
@@ -93,6 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     print(json.dumps(chunk, indent=2))
     return code
+
+
+def check_names(packs: Sequence[Path]) -> None:
+    """Raises: UserError for two packs of one folder: the second one would be taken for unpacked already."""
+    first: dict[str, Path] = {}
+    for pack in packs:
+        if first.setdefault(pack.stem, pack) is not pack:
+            raise UserError(
+                f"--packs: {first[pack.stem]} and {pack} would both be unpacked into {pack.stem}; rename one of them"
+            )
 
 
 def unpack(pack: Path, folder: Path) -> None:

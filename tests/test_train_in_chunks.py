@@ -85,6 +85,16 @@ def test_images_are_unpacked_once_and_nothing_else(tmp_path, suffix):
     SCRIPT["unpack"](pack, tmp_path / "out")  # they are there
 
 
+def test_two_packs_of_one_folder_are_refused_before_anything_is_unpacked(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    packs = [pack_of(tmp_path / place, [f"{place[0]}.png"]) for place in ("a/images.tar", "b/images.zip")]
+    words = ["--minutes", "1", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--packs"]
+    assert SCRIPT["main"]([*words, *map(str, packs)]) == EXIT_USER_ERROR
+    assert f"{packs[0]} and {packs[1]} would both be unpacked into images; rename one" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".zip"])
 @pytest.mark.parametrize("name", ["../one.png", "/tmp/one.png", "a/../../one.png"])
 def test_a_pack_that_leads_outside_is_refused(tmp_path, suffix, name):

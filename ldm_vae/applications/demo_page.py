@@ -19,6 +19,7 @@ from ldm_vae.data.sheets import PAPER, labelled_sheet
 from ldm_vae.evaluation.html_pages import embed, embed_image, template_environment
 from ldm_vae.evaluation.report import label_of
 from ldm_vae.files import write_atomically, write_text
+from ldm_vae.latents.words import counted
 
 PICTURE = "demo.webp"
 COLUMNS = 8
@@ -100,7 +101,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     found = [
         f"A latent has {mean['raw_bytes'] / mean['latent_bytes']:.0f} times fewer bytes than the pixels "
         f"({mean['latent_bytes']:,.0f} of {mean['raw_bytes']:,.0f}, in half precision), and decodes to "
-        f"{mean['psnr_db']:.1f} dB PSNR, the mean of {len(images)} images of {config['size']} pixels.",
+        f"{mean['psnr_db']:.1f} dB PSNR, the mean of {counted(len(images), 'image')} of {config['size']} pixels.",
         f"Quantised and entropy coded, as by ldm-vae compress, a file has {mean['file_bytes']:,.0f} bytes, "
         f"{8 * mean['file_bytes'] / config['size'] ** 2:.3f} bits per pixel and "
         f"{mean['raw_bytes'] / mean['file_bytes']:.0f} times fewer than the pixels, at {mean['file_psnr_db']:.1f} dB.",
@@ -117,7 +118,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     if results["bundled"]:
         found.append("The images are synthetic and bundled; name files or folders to see your own.")
     if results["rejected"]:
-        found.append(f"{len(results['rejected'])} images could not be read and were left out.")
+        found.append(f"Left out: {counted(len(results['rejected']), 'image')} that could not be read.")
     return found
 
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directions", metavar="DIR", help="what `ldm-vae directions fit` wrote, for its sliders")
     parser.add_argument("--count", type=int, default=2000, metavar="N", help="images on the map (default 2000)")
     parser.add_argument(
-        "--size", type=int, default=128, metavar="N", help="images are scaled and cropped to N x N pixels (default 128)"
+        "--size", type=int, metavar="N", help="images are scaled and cropped to N x N (default: their own, or 128)"
     )
     parser.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default 0: a free one)")
     parser.add_argument("--export", metavar="FILE.html", help="write one self-contained page and leave")

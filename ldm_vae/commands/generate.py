@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm_vae.diffusion.generation import generate
     from ldm_vae.diffusion.pictures import GenerationConfig
+    from ldm_vae.latents.words import counted
 
     height, width = parse_size(args.size)
     config = GenerationConfig(
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     )
     say = PartialState().print  # on the main process only
     if made:
-        say(f"{args.out}: {made} images and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
+        say(f"{args.out}: {counted(made, 'image')} and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
     else:
         say(f"{args.out}: these images are there already; nothing to do")
     return 0

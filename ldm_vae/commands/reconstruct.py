@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.errors import UserError
     from ldm_vae.evaluation.fidelity.pictures import reconstruct_pictures
+    from ldm_vae.latents.words import counted
 
     if args.size is not None and args.size < 1:
         raise UserError(f"--size: {args.size} is not above 0")
@@ -42,5 +43,6 @@ def run(args: argparse.Namespace) -> int:
     )
     for name, reason in rejected:
         print(f"{name}: left out ({reason})")
-    print(f"{args.out}: {len(written)} reconstructions" + (f", {len(rejected)} left out" if rejected else ""))
+    left_out = f", {len(rejected)} left out" if rejected else ""
+    print(f"{args.out}: {counted(len(written), 'reconstruction')}{left_out}")
     return 0

@@ -13,6 +13,7 @@ from ldm_vae.diffusion import editing
 from ldm_vae.diffusion.guidance import Guidance
 from ldm_vae.diffusion.labels import Wanted
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 DEFAULT_GUIDANCE = 3.0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,7 +67,7 @@ def count_images(labels: Wanted, num_images: int | None, image: Any, latents: Te
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images: {num_images} is below 1")
     if latents is not None and num_images not in (None, len(latents)):
-        raise UserError(f"latents: {len(latents)} of them for {num_images} images; give one per image")
+        raise UserError(f"latents: {len(latents)} of them for {counted(num_images, 'image')}; give one per image")
     if num_images is not None or latents is not None:
         return num_images or len(latents)  # type: ignore[arg-type]
     many = len(editing.to_tensor(image, 3, "image")) if image is not None else 1
@@ -82,7 +83,9 @@ def generators_of(
     if generator is None or isinstance(generator, torch.Generator):
         return [generator] * count
     if len(generator) != count:
-        raise UserError(f"generator: {len(generator)} of them for {count} images; give one per image, or one for all")
+        raise UserError(
+            f"generator: {len(generator)} of them for {counted(count, 'image')}; give one per image, or one for all"
+        )
     return list(generator)
 
 

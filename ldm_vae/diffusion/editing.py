@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 Picture = Any
 """A PIL image, an array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or (n, 3, h, w), or a list of these."""
@@ -82,7 +83,9 @@ def read_source(image: Picture, mask: Picture | None, count: int, factor: int) -
 def for_each(values: Tensor, count: int, name: str) -> Tensor:
     """(1 or n, ...) -> (n, ...)."""
     if len(values) not in (1, count):
-        raise UserError(f"{name}: {len(values)} of them for {count} images; give one for all, or one per image")
+        raise UserError(
+            f"{name}: {len(values)} of them for {counted(count, 'image')}; give one for all, or one per image"
+        )
     return values.expand(count, *values.shape[1:])
 
 

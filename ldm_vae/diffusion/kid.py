@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 FEWEST = 100
 """Images on either side; below, the spread over subsets is as large as what one looks for."""
@@ -43,8 +44,8 @@ class KidConfig:
     def __post_init__(self) -> None:
         if self.samples < 0 or 0 < self.samples < FEWEST:
             raise UserError(
-                f"kid.samples: KID of {self.samples} images would be noise; give {FEWEST} or more (1000 is usual), or "
-                "0 for none"
+                f"kid.samples: KID of {counted(self.samples, 'image')} would be noise; give {FEWEST} or more (1000 is "
+                "usual), or 0 for none"
             )
         if self.every is not None and self.every < 1:
             raise UserError(f"kid.every: {self.every} is below 1; give a number of steps, or null for the end alone")

@@ -11,6 +11,7 @@ import torch
 from ldm_vae.data.sources import WHOLE_NUMBER
 from ldm_vae.diffusion.guidance import Classes
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 Label = str | int
 Mixture = Mapping[Any, float]
@@ -28,7 +29,9 @@ def class_shares(wanted: Wanted, count: int, names: Sequence[str]) -> Classes | 
         return None
     each = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     if not each or count < len(each):
-        raise UserError(f"labels: {len(each)} of them for {count} images; ask for at least one image per label")
+        raise UserError(
+            f"labels: {len(each)} of them for {counted(count, 'image')}; ask for at least one image per label"
+        )
     mixtures = [label if isinstance(label, Mapping) else {label: 1.0} for label in each]
     width = max(len(mixture) for mixture in mixtures)
     ids, shares = torch.zeros(len(each), width, dtype=torch.long), torch.zeros(len(each), width)

@@ -35,8 +35,12 @@ RECORDS = (provenance.RUN_RECORD, "config.yaml")
 METRICS = "metrics.jsonl"
 METRIC_LINES = 300
 WORD = r"[^/\s'\",;=\[\]{}]+"
-FOLDERS = re.compile(rf"(?<![\w.~:/*?-])(?:\.\.)?/(?:{WORD}(?: (?!#){WORD})*/)*({WORD})")
-"""A path in a text, absolute or to a place outside, and its last name; no part of an address or of `~/images`."""
+ADDRESS = r"(?<![\w+.-])(?!(?:file|local):)[a-z][\w+.-]*://(?:(?!::)[^\s'\",;])*"
+"""Of the internet or a bucket; it ends where `::` chains another place to it."""
+ORIGIN = rf"(?:\.\.)?|~[a-z_][\w.-]*|(?:file|local):|(?<![^\s'\",;=\[\]{{}}])(?:{WORD}/+)+\.\."
+"""What a path opens with: nothing for the root, or `..`, another's home, a URL of this machine, folders and `..`."""
+FOLDERS = re.compile(rf"({ADDRESS})|(?<![\w.~/*?-])(?:{ORIGIN})/+(?:{WORD}(?: (?!#){WORD})*/+)*({WORD})", re.IGNORECASE)
+"""An address, which stays, or a path that tells of the machine, with its last name; `~/images` is neither."""
 
 
 def pack(
@@ -92,8 +96,8 @@ def has_pipeline(source: str) -> bool:
 
 
 def without_folders(text: str) -> str:
-    """The same text; of every path in it that is absolute or leads outside only the last name is left."""
-    return FOLDERS.sub(r"\1", text)
+    """The same text; of every path in it that is absolute or may lead outside only the last name is left."""
+    return FOLDERS.sub(r"\1\2", text)
 
 
 def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[str, dict[str, str]]:

@@ -16,6 +16,7 @@ from ldm_vae.diffusion.guidance import EVERYWHERE
 from ldm_vae.diffusion.interpolation import between_noises, shares
 from ldm_vae.diffusion.labels import Mixture, find_label
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class GenerationConfig:
         if self.count < 1:
             raise UserError(f"count: {self.count} is below 1")
         if self.count < len(self.labels) and not self.grid:
-            raise UserError(f"count: {self.count} images for {len(self.labels)} labels; give at least one per label")
+            raise UserError(
+                f"count: {counted(self.count, 'image')} for {len(self.labels)} labels; give at least one per label"
+            )
         if self.steps < 1:
             raise UserError(f"steps: {self.steps} is below 1")
         if self.grid and self.interpolate:

@@ -7,6 +7,7 @@ of other weights is refused, a missing one is said to be missing; nothing is mea
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,10 @@ class CardConfig:
     watts: float | None = None
     license: str | None = None
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.watts is not None and not 0 < self.watts < math.inf:  # nor is nan
+            raise UserError(f"--watts: {self.watts:g} is no power of a machine; give watts above 0, as 250")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.latents.words import counted
 
 Rows = list[tuple[str, str]]
 WATTS_PER_CORE = 10.0
@@ -203,7 +204,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
     images, preprocessing = protocol["images"], protocol["preprocessing"]
     name, side = data_name(evaluation["config"]), protocol["resolution"]
     sentences = [
-        f"{images['count']} images ({images['part']}) of {name}, set `{images['fingerprint']}`.",
+        f"{counted(images['count'], 'image')} ({images['part']}) of {name}, set `{images['fingerprint']}`.",
         f"{side} x {side} pixels: {preprocessing['fit']}, {preprocessing['filter']}.",
         f"{protocol['range']}; {protocol['average']}.",
         f"Precision {protocol['precision']}; LPIPS network: {protocol.get('lpips') or 'none'}.",
@@ -215,7 +216,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
 
         sentences += distribution_sentences(evaluation["distribution"])
     if evaluation.get("rejected"):
-        sentences.append(f"{len(evaluation['rejected'])} images could not be read and were left out.")
+        sentences.append(f"Left out: {counted(len(evaluation['rejected']), 'image')} that could not be read.")
     return {"table": "\n".join(lines), "sentences": sentences}
 
 
@@ -252,8 +253,8 @@ def limits(
     if evaluation:
         protocol = evaluation["protocol"]
         sentences.append(
-            f"Measured on {protocol['images']['count']} images at {protocol['resolution']} pixels; nothing is recorded "
-            "about other images, sizes or colour spaces."
+            f"Measured on {counted(protocol['images']['count'], 'image')} at {protocol['resolution']} pixels; nothing "
+            "is recorded about other images, sizes or colour spaces."
         )
         if protocol["images"]["part"] != "held_out":
             sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")

@@ -62,16 +62,30 @@ def write_crops(evaluation: Path, directory: Path, identity: str) -> Shown:
     """crops.webp: of the examples of `evaluate` those with the highest and the lowest PSNR, original and decoded.
 
     Raises:
-        UserError: no result there, one of other weights, or one without examples.
+        UserError: no result there, one of another command or version, of other weights, or without examples.
     """
     results = read_json(evaluation / "results.json")
-    examples = results.get("examples") or []
-    if len(examples) < 2 * OF_EACH:
+    command = f"`ldm-vae evaluate ... examples={8 * OF_EACH}`"
+    try:
+        examples = results.get("examples") or []
+        if len(examples) < 2 * OF_EACH:
+            raise UserError(
+                f"--pictures: {evaluation} has {len(examples)} examples, {2 * OF_EACH} are shown; give a folder of "
+                f"{command}"
+            )
+        check_identity(results["autoencoder"]["fingerprint"], identity, evaluation / "results.json")
+        sheet, shown = _crops(evaluation, results)
+    except (AttributeError, LookupError, TypeError, OSError) as error:  # a foreign record may have any form
         raise UserError(
-            f"--pictures: {evaluation} has {len(examples)} examples, {2 * OF_EACH} are shown; give a folder of "
-            f"`ldm-vae evaluate ... examples={8 * OF_EACH}`"
-        )
-    check_identity(results["autoencoder"]["fingerprint"], identity, evaluation / "results.json")
+            f"--pictures: {evaluation}/results.json is no result of this version's `ldm-vae evaluate`, or its pictures "
+            f"are damaged ({type(error).__name__}: {error}); give a new folder of {command}"
+        ) from error
+    _write_webp(sheet, directory / CROPS)
+    return shown
+
+
+def _crops(evaluation: Path, results: dict[str, Any]) -> tuple[Image.Image, Shown]:
+    examples = results["examples"]
     quality = {image["id"]: image[results["rows"][0]["name"]]["psnr"] for image in results["images"]}
     ranked = sorted(examples, key=lambda example: -quality[example["id"]])
     cells, captions = [], []
@@ -80,10 +94,9 @@ def write_crops(evaluation: Path, directory: Path, identity: str) -> Shown:
         cells += [enlarged(part) for part in worst_window(*(picture.convert("RGB") for picture in pair))]
         captions += ["original", f"decoded, {quality[example['id']]:.1f} dB"]
     sheet = labelled_sheet(cells, captions, side=2 * WINDOW, columns=2 * OF_EACH)
-    _write_webp(sheet, directory / CROPS)
     resolution = results["protocol"]["resolution"]
     window = f": in each the window of {WINDOW} pixels that is decoded worst" if resolution > WINDOW else ""
-    return Shown(
+    return sheet, Shown(
         CROPS,
         f"The {OF_EACH} best (above) and the {OF_EACH} worst (below) of {len(examples)} images of "
         f"{data_name(results['config'])}, {resolution} pixels{window}.",

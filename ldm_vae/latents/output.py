@@ -158,7 +158,7 @@ class Output:
         rejected = self._rejected(index)
         if not index.count:
             first = f"; the first: {rejected[0]['id']}, {rejected[0]['message']}" if rejected else ""
-            raise UserError(f"{self.where}: none of {index.rejected} images could be read{first}")
+            raise UserError(f"{self.where}: no image of {index.rejected} could be read{first}")
         label_names: tuple[str, ...] = ()
         for origin, _ in segments:
             label_names = merge_label_names(label_names, origin.dataset["label_names"])

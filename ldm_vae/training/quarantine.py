@@ -54,4 +54,4 @@ def sentences(new: list[tuple[str, str]]) -> list[str]:
     """The first ones in words, and how many more there are."""
     said = [f"{identity}: cannot be read ({reason}); another image takes its place" for identity, reason in new]
     more = len(said) - SAID_AT_ONCE
-    return said if more <= 0 else [*said[:SAID_AT_ONCE], f"{more} more images cannot be read, see {FILE}"]
+    return said if more <= 0 else [*said[:SAID_AT_ONCE], f"{more} more cannot be read, see {FILE}"]

@@ -104,7 +104,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(checkpoints, tmp_path,
     told = capsys.readouterr().out
     assert "torn.png: left out (" in told
     assert "pipe.png: left out (" in told
-    assert "2 images could not be read" in told
+    assert "Left out: 2 images that could not be read." in told
     Image.new("RGB", (40, 40), "red").save(tmp_path / (250 * "x" + ".png"))
     words[1] = 250 * "x" + ".png"
     assert cli.main([*words, "--overwrite"]) == 0

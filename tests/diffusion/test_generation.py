@@ -104,7 +104,7 @@ def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
         generate(config(saved, labels=("dg",)), tmp_path)
     with pytest.raises(UserError, match="height: 60"):
         generate(config(saved, height=60), tmp_path)
-    with pytest.raises(UserError, match="1 images for 2 labels"):
+    with pytest.raises(UserError, match="1 image for 2 labels"):
         config(saved, labels=("cat", "dog"), count=1)
     with pytest.raises(UserError, match="no such directory"):
         generate(config(saved, model="nowhere"), tmp_path)

@@ -287,7 +287,7 @@ def test_unconditional(tmp_path: Path) -> None:
     [
         ({"labels": "cta"}, "did you mean 'cat'"),
         ({"labels": 3}, "known labels: cat, dog, red ball; or an id from 0 to 2"),
-        ({"labels": ["cat", "dog"], "num_images": 1}, "2 of them for 1 images"),
+        ({"labels": ["cat", "dog"], "num_images": 1}, "2 of them for 1 image;"),
         ({"guidance_scale": 4.0}, "no effect without a label"),
         ({"guidance_interval": (0.9, 0.1)}, "give the lower time first"),
         ({"autoguidance_scale": 2.0}, "needs a second U-Net"),

@@ -16,7 +16,7 @@ from ldm_vae import cli
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.record import thin
-from ldm_vae.errors import UserError
+from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.evaluation import card_facts
 from ldm_vae.evaluation.card import CardConfig, push, write_card
 from ldm_vae.evaluation.card_pictures import worst_window
@@ -149,6 +149,15 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         assert expected in text, expected
     assert "Not recorded, so not stated below: pictures." in text
     assert len(thin(list(range(100)), 8)) == 8
+
+
+def test_one_image_is_one_image():
+    results = evaluation("sha256:0")
+    results["protocol"]["images"]["count"] = 1
+    results["rejected"] = [["torn.png", "truncated"]]
+    sentences = card_facts.evaluation_facts(results)["sentences"]
+    assert sentences[0].startswith("1 image (held_out) of flowers")
+    assert sentences[-1] == "Left out: 1 image that could not be read."
 
 
 def test_the_front_matter_is_what_the_hub_reads(run, tmp_path):
@@ -290,6 +299,12 @@ def test_energy_is_a_guess_that_says_how_and_of_an_accelerator_only_with_its_pow
     assert card_facts.energy_sentence({}, 700) is None
 
 
+@pytest.mark.parametrize("watts", ["0", "-5", "nan", "inf"])
+def test_what_is_no_power_is_refused(watts, capsys, tmp_path):
+    assert cli.main(["card", str(tmp_path), "--watts", watts]) == EXIT_USER_ERROR
+    assert f"--watts: {watts} is no power of a machine; give watts above 0" in capsys.readouterr().err
+
+
 def test_what_started_from_another_model_has_its_architecture_not_that_of_the_settings():
     settings = {"autoencoder": {"preset": "nano"}, "initial": "runs/first", "train": ["decoder"]}
     assert card_facts.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
@@ -323,6 +338,22 @@ def test_the_best_and_the_worst_of_the_examples_are_shown_where_they_are_worst(r
         assert sheet.size == (2 * 16 + 6 * 168 - 8, sheet.height)
     pair = [Image.open(tmp_path / "shown" / "examples" / f"07_{name}.png") for name in ("original", "decoded")]
     assert [part.getpixel((140, 140))[0] for part in worst_window(*pair)] == [100, 107]
+    results = tmp_path / "shown" / "results.json"
+    found = json.loads(results.read_text())
+    for foreign in (
+        {key: value for key, value in found.items() if key != "autoencoder"},
+        found | {"images": []},
+        found | {"rows": []},
+        found | {"examples": [f"i{number}" for number in range(8)]},
+        found | {"examples": 8},
+    ):
+        results.write_text(json.dumps(foreign))
+        with pytest.raises(UserError, match=r"shown/results\.json is no result of .*; give a new folder of"):
+            write_card(CardConfig(str(run), pictures=str(tmp_path / "shown")))
+    results.write_text(json.dumps(found))
+    (tmp_path / "shown" / "examples" / "07_decoded.png").unlink()
+    with pytest.raises(UserError, match=r"or its pictures are damaged .*07_decoded\.png"):
+        write_card(CardConfig(str(run), pictures=str(tmp_path / "shown")))
     shown_evaluation(tmp_path / "few", identity, 4)
     with pytest.raises(UserError, match="few has 4 examples, 6 are shown"):
         write_card(CardConfig(str(run), pictures=str(tmp_path / "few")))

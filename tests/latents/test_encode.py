@@ -178,7 +178,7 @@ def test_a_rejected_image_does_not_change_its_neighbours(encode, latents, image_
 def test_images_that_are_all_unreadable_are_an_error(encode, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"none of 1 images could be read; the first: a.png"):
+    with pytest.raises(UserError, match=r"no image of 1 could be read; the first: a.png"):
         encode(tmp_path / "set", f"data.path={tmp_path / 'images'}")
     assert not (tmp_path / "set" / "manifest.json").exists()
 

@@ -43,4 +43,4 @@ def test_many_at_once_are_counted():
     said = sentences(new)
     assert len(said) == SAID_AT_ONCE + 1
     assert said[0] == "0.png: cannot be read (empty); another image takes its place"
-    assert said[-1] == "5 more images cannot be read, see quarantine.jsonl"
+    assert said[-1] == "5 more cannot be read, see quarantine.jsonl"

@@ -32,6 +32,7 @@ from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
 from ldm_vae.files import write_json, write_png, write_text
+from ldm_vae.latents.words import counted
 
 RESULTS = "results.json"
 FEWEST_OF_A_CLASS = 10
@@ -233,8 +234,8 @@ def _check_classes(table: Table, seen: int) -> None:
         if count < FEWEST_OF_A_CLASS:
             left_out = f" after {seen} were left out that the detector was fitted to" if seen else ""
             raise UserError(
-                f"data: {count} {what} images{left_out} are fewer than {FEWEST_OF_A_CLASS}; add images, or fit the "
-                "detector to fewer with count and held_out_count"
+                f"data: {counted(count, f'{what} image')}{left_out}, fewer than {FEWEST_OF_A_CLASS}; add images, "
+                "or fit the detector to fewer with count and held_out_count"
             )
 
 

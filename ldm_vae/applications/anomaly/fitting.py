@@ -38,6 +38,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.result_folder import check_resolution, describe_autoencoder, finished_result
+from ldm_vae.latents.words import counted
 
 FEWEST_IMAGES = 16
 """That a detector is fitted to."""
@@ -192,8 +193,8 @@ def data_config(values: dict[str, Any]) -> DataConfig:
 
 def _too_few(count: int) -> UserError:
     return UserError(
-        f"data: {count} normal images to learn from are fewer than {FEWEST_IMAGES}; add images, raise count, or lower "
-        "data.held_out"
+        f"data: {counted(count, 'normal image')} to learn from, fewer than {FEWEST_IMAGES}; add images, raise "
+        "count, or lower data.held_out"
     )
 
 

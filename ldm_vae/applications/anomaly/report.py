@@ -16,6 +16,7 @@ from ldm_vae.applications.anomaly.scores import MEASURED, PEAK
 from ldm_vae.evaluation.figures import COLOURS, INK, new_figure
 from ldm_vae.evaluation.html_pages import template_environment
 from ldm_vae.evaluation.plots import page_svg
+from ldm_vae.latents.words import counted
 
 Results = dict[str, Any]
 
@@ -99,9 +100,9 @@ def protocol_lines(results: Results) -> list[str]:
         "The best of many scores on one test set is no estimate: choose a score on other images than these.",
     ]
     if results["seen"]:
-        lines.append(f"{results['seen']} images were left out, since the detector was fitted to them.")
+        lines.append(f"Left out: {counted(results['seen'], 'image')} that the detector was fitted to.")
     if results["rejected"]:
-        lines.append(f"{len(results['rejected'])} images could not be read.")
+        lines.append(f"{counted(len(results['rejected']), 'image')} could not be read.")
     return lines
 
 

@@ -33,6 +33,7 @@ from ldm_vae.evaluation.fidelity.reconstruction import compute_device
 from ldm_vae.evaluation.html_pages import template_environment
 from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
 from ldm_vae.files import write_json, write_text
+from ldm_vae.latents.words import counted
 
 RESULTS, TABLE, PAGE = "scores.json", "scores.csv", "index.html"
 Row = dict[str, Any]
@@ -204,14 +205,14 @@ def summary(results: dict[str, Any], output: str) -> str:
     flagged = sum(row["verdict"] == "anomalous" for row in rows)
     expected = results["detector"]["false_positive_rate"] * len(rows)
     lines = [
-        f"{output}/index.html: {flagged} of {len(rows)} images are anomalous by {results['by']} (of normal ones "
-        f"about {expected:.0f} would be called so)"
+        f"{output}/index.html: {flagged} of {counted(len(rows), 'image')} found anomalous by {results['by']} (of "
+        f"normal ones about {expected:.0f} would be called so)"
     ]
     if small := sum(row["enlarged"] for row in rows):
-        lines.append(f"{small} images are smaller than the detector's crop and were enlarged, which alone may show")
+        lines.append(f"{counted(small, 'image')} smaller than the detector's crop, and enlarged, which alone may show")
     if seen := sum(row["seen"] for row in rows):
         lines.append(f"the detector was fitted to {seen} of them, whose percentiles mean little")
     if results["rejected"]:
-        lines.append(f"{len(results['rejected'])} images could not be read; {RESULTS} names them")
+        lines.append(f"{counted(len(results['rejected']), 'image')} could not be read; {RESULTS} names them")
     lines += [f"  {row['percentile']:5.1f} %  {row['verdict']:<9}  {row['id']}" for row in rows[:10]]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from ldm_vae.evaluation import figures, plots
 from ldm_vae.evaluation.fidelity.baselines import code_within
 from ldm_vae.evaluation.html_pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.latents.words import counted
 from ldm_vae.random import numpy_rng
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def markdown(results: Results) -> str:
     lines += ["", *sentences(results)]
     images = protocol["images"]
     lines += [
-        f"{images['count']} images ({images['part']}), {protocol['resolution']} x {protocol['resolution']}; "
+        f"{counted(images['count'], 'image')} ({images['part']}), {protocol['resolution']} x {protocol['resolution']}; "
         f"{protocol['bytes']}; {protocol['average']}. JPEG 4:2:0 and optimised."
         + (f" LPIPS with {net}: it flatters what was trained with it." if (net := protocol["lpips"]) else ""),
         f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",

@@ -37,6 +37,7 @@ from ldm_vae.latents.dataset import LatentDataset, Posterior
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.latents.tools.decode import check_autoencoder
 from ldm_vae.latents.tools.samples import evenly
+from ldm_vae.latents.words import counted
 from ldm_vae.random import numpy_rng
 
 STATISTICS_SAMPLES = 256
@@ -117,7 +118,9 @@ def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any) -> 
         )
     check_autoencoder(dataset.manifest, autoencoder, f"autoencoder: {config.autoencoder}")
     if len(dataset) < LEAST_SAMPLES:
-        raise UserError(f"{config.latents}: {len(dataset)} samples are too few; give {LEAST_SAMPLES} or more")
+        raise UserError(
+            f"{config.latents}: {counted(len(dataset), 'sample')} cannot be enough; give {LEAST_SAMPLES} or more"
+        )
     if config.kind == "context" and channels > MOST_CONTEXT_CHANNELS:
         raise UserError(
             f"kind: context is for up to {MOST_CONTEXT_CHANNELS} channels, these latents have {channels}; use static"

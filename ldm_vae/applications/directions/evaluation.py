@@ -46,6 +46,7 @@ from ldm_vae.evaluation.result_folder import (
     publishing,
 )
 from ldm_vae.files import write_json
+from ldm_vae.latents.words import counted
 from ldm_vae.random import numpy_rng
 
 RESULTS = "results.json"
@@ -146,7 +147,9 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
         rejected: list[tuple[str, str]] = []
         indices, images = read_crops(source, indices, config.resolution, rejected)
         if images is None or len(indices) < LEAST_IMAGES:
-            raise UserError(f"data: {len(indices)} images can be read, {LEAST_IMAGES} are the least; give more")
+            raise UserError(
+                f"data: {counted(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
+            )
         latents = [encode_moments(autoencoder, image[None].to(autoencoder.device))[0] for image in images]
         pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(latents, indices)])
         unedited = torch.cat([decode(autoencoder, z).cpu() for z in latents])[
@@ -246,7 +249,7 @@ def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> 
             pictures.append(reduced(image))
     if len(found) < known.LEAST_IMAGES:
         raise UserError(
-            f"reader_images: {len(found)} images to train the reader on; {known.LEAST_IMAGES} are the least"
+            f"reader_images: {counted(len(found), 'image')} to train the reader on; {known.LEAST_IMAGES} are the least"
         )
     return found, torch.cat(pictures)
 

@@ -22,6 +22,7 @@ from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.synthetic import SyntheticSource
 from ldm_vae.data.synthetic.scene import TEXTURES
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 
 LEAST_IMAGES = 20
 """With a known value, or of a class and outside of it together, before a direction is fitted."""
@@ -57,7 +58,7 @@ class Attribute:
         """Why no direction can be fitted to it; None where one can."""
         values = self.values[self.known]
         if len(values) < LEAST_IMAGES:
-            return f"is known of {len(values)} images, {LEAST_IMAGES} are the least"
+            return f"is known of {counted(len(values), 'image')}, {LEAST_IMAGES} are the least"
         if values.min() == values.max():
             return f"is the same in all {len(values)} images ({values[0]:g})"
         if self.binary and min(values.sum(), len(values) - values.sum()) < LEAST_OF_CLASS:
@@ -74,7 +75,9 @@ def of_classes(labels: np.ndarray, names: Sequence[str], where: str) -> list[Att
     found = sorted({int(label) for label in labels if label >= 0})
     if len(found) < 2:
         what = f"one class only ({names[found[0]]!r})" if found else "no labels"
-        raise UserError(f"{where}: {what} among {len(labels)} images; a direction needs at least two classes")
+        raise UserError(
+            f"{where}: {what} among {counted(len(labels), 'image')}; a direction needs at least two classes"
+        )
     labels = np.asarray(labels)
     return [Attribute(names[k], np.where(labels < 0, np.nan, (labels == k).astype(float)), True) for k in found]
 

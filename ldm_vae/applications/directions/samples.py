@@ -28,6 +28,7 @@ from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.tools.place import open_set_folder
 from ldm_vae.latents.tools.samples import read_labels
 from ldm_vae.latents.tools.samples import spread as spread_over_shards
+from ldm_vae.latents.words import counted
 
 PIXELS, LABELS, SCENE = "pixels", "labels", "scene"
 """Where attributes come from, besides tables."""
@@ -199,7 +200,7 @@ def _measured(found: list[dict[str, Tensor]]) -> list[Attribute]:
 def _check_count(ids: list[str], where: str) -> None:
     if len(ids) < LEAST_SAMPLES:
         raise UserError(
-            f"{where}: {len(ids)} images are left, {LEAST_SAMPLES} are the least for a direction; give more"
+            f"{where}: {counted(len(ids), 'image')} left, {LEAST_SAMPLES} are the least for a direction; give more"
         )
 
 

@@ -7,6 +7,7 @@ are is the business of `images`.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -29,12 +30,15 @@ from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.latents.words import counted
 from ldm_vae.random import generator
+
+logger = logging.getLogger(__name__)
 
 LEAST_IMAGES = 4
 """Fewer make no map."""
 LARGEST_COUNT = 50_000
-LARGEST_SIZE = 1024
+LARGEST_SIZE, DEFAULT_SIZE = 1024, 128
 MAXIMUM_BYTES = 4_000_000_000
 """Of all images and latents, which are kept in memory."""
 BATCH_PIXELS = 2**16
@@ -51,22 +55,23 @@ class ExploreConfig:
     Attributes:
         data: a folder of images, a parquet file, or `synthetic`; None: see `images.choose_images`.
         count: images, evenly spread over the data.
-        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice.
+        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice; None: that of
+            the images that travel with it, or 128.
         directions: what `directions fit` wrote.
         device: auto, cpu, cuda or cuda:N.
     """
 
     data: str | None = None
     count: int = 2000
-    size: int = 128
+    size: int | None = None
     directions: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if not LEAST_IMAGES <= self.count <= LARGEST_COUNT:
             raise UserError(f"count: {self.count} is not between {LEAST_IMAGES} and {LARGEST_COUNT}; try 2000")
-        if not 16 <= self.size <= LARGEST_SIZE:
-            raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try 128")
+        if self.size is not None and not 16 <= self.size <= LARGEST_SIZE:
+            raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try {DEFAULT_SIZE}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +172,17 @@ def open_models(path: str | Path, compared: str | Path | None, config: ExploreCo
     directions = None if config.directions is None else _read_directions(config.directions, autoencoders[0], names[0])
     fixed = _fixed_side(autoencoders, names)
     places = [Place(model_directory(Path(name)), run_directory(name)) for name in names]
-    chosen = choose_images(config.data, places, config.count, fixed or config.size)
-    side = fixed or chosen.side or config.size
+    if fixed is not None and config.size not in (None, fixed):
+        logger.warning("size: %d has no effect, an autoencoder here knows one size of images, %d", config.size, fixed)
+    wanted = fixed or config.size
+    chosen = choose_images(config.data, places, config.count, wanted or DEFAULT_SIZE)
+    side = wanted or chosen.side or DEFAULT_SIZE
     _check_size(min(config.count, len(chosen.source)), side, autoencoders)
     images = read_images(chosen, config.count, side)
     if len(images.pixels) < LEAST_IMAGES:
         raise UserError(
-            f"data: {len(images.pixels)} images of {images.origin} can be read, a map needs {LEAST_IMAGES}; give other "
-            "--data"
+            f"data: {counted(len(images.pixels), 'image')} of {images.origin} can be read, a map needs "
+            f"{LEAST_IMAGES}; give other --data"
         )
     return tuple(
         _encoded(autoencoder, name, images, directions) for autoencoder, name in zip(autoencoders, names, strict=True)

@@ -28,6 +28,7 @@ from ldm_vae.data.transforms import cover_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.files import checksum_bytes
+from ldm_vae.latents.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
         kept.append(index)
     if rejected:
         name, reason = rejected[0]
-        logger.warning("data: %d images cannot be read and are left out, as %s (%s)", len(rejected), name, reason)
+        left_out = counted(len(rejected), "image")
+        logger.warning("data: left out: %s that cannot be read, as %s (%s)", left_out, name, reason)
     return ImageSet(
         images[: len(kept)],
         torch.tensor([source.label(index) for index in kept], dtype=torch.int64),

@@ -19,6 +19,7 @@ from ldm_vae import compat
 from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.data import pixels
 from ldm_vae.errors import UserError
+from ldm_vae.latents.words import counted
 from ldm_vae.random import numpy_rng
 from ldm_vae.tensor_files import check_tensor_file
 
@@ -43,13 +44,15 @@ def check_distribution(distribution: Distribution, fid: str, weights: str | None
         raise UserError("inception_weights: has no effect with distribution=none; set distribution=kid or fid")
     if distribution != "fid" and fid == "force":
         raise UserError(f"fid: force has no effect with distribution={distribution}; set distribution=fid")
+    if distribution != "none" and images is not None and images < 4:
+        raise UserError(
+            f"distribution: {counted(images, 'image')} can tell nothing of one; give at least 4, or distribution=none"
+        )
     if distribution == "fid" and fid != "force" and images is not None and images < FEWEST_FOR_FID:
         raise UserError(
             f"distribution: FID of {images} images would mislead (its bias falls with 1/N, and its covariance has no "
             f"full rank below {FEATURES}); give {FEWEST_FOR_FID} images or more, use distribution=kid, or set fid=force"
         )
-    if distribution != "none" and images is not None and images < 4:
-        raise UserError(f"distribution: {images} images are no distribution; give at least 4, or distribution=none")
 
 
 def load_inception(weights: str | None = None) -> Any:

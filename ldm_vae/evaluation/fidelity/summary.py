@@ -14,6 +14,7 @@ from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.fidelity import distribution
 from ldm_vae.evaluation.fidelity.measurement import Measurer, Unit
+from ldm_vae.latents.words import counted
 
 
 def summary(measured: Unit, measurer: Measurer) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def markdown(results: dict[str, Any]) -> str:
         rate_line(results["rate"]),
         *codec_lines(results),
         *(distribution.sentences(results["distribution"]) if results.get("distribution") else []),
-        f"{protocol['images']['count']} images ({protocol['images']['part']}), {protocol['resolution']} x "
+        f"{counted(protocol['images']['count'], 'image')} ({protocol['images']['part']}), {protocol['resolution']} x "
         f"{protocol['resolution']}, {protocol['range']}, {protocol['average']}.",
         f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",
     ]
@@ -190,7 +191,7 @@ def codec_lines(results: dict[str, Any]) -> list[str]:
     for row in results["rows"]:
         if row.get("over_budget"):
             lines.append(
-                f"{row['name']}: {row['over_budget']} of {results['protocol']['images']['count']} images exceed the "
+                f"{row['name']}: {row['over_budget']} of {results['protocol']['images']['count']} images over the "
                 "budget even at the lowest quality, which was taken."
             )
     return lines

@@ -118,7 +118,7 @@ def test_images_that_the_detector_was_fitted_to_are_left_out(labelled, capsys):
     ("changes", "message"),
     [
         (["data.synthetic.defects=0"], "all 28 images are normal, and an evaluation compares both"),
-        (["data.synthetic.count=12"], "are fewer than 10; add images"),
+        (["data.synthetic.count=12"], ", fewer than 10; add images"),
         (["count=3"], "count: 3 is under 10 a class"),
         (["prevalence=1"], "prevalence: 1.0 is not between 0 and 1"),
         (["pipeline=runs/diffusion"], "pipeline: has no effect"),
@@ -147,8 +147,8 @@ def scoring(plain, autoencoder_directory, image_folder, tmp_path) -> list[str]:
 def test_images_of_ones_own_are_scored_and_sorted(scoring, tmp_path, capsys):
     assert cli.main(["anomaly", "score", *scoring, "shown=3"]) == 0
     said = capsys.readouterr().out
-    assert "of 25 images are anomalous by l1_peak (of normal ones about 2 would be called so)" in said
-    assert "1 images are smaller than the detector's crop" in said
+    assert "of 25 images found anomalous by l1_peak (of normal ones about 2 would be called so)" in said
+    assert "1 image smaller than the detector's crop, and enlarged" in said
     results = json.loads((tmp_path / "out" / "scores.json").read_text())
     rows = results["images"]
     values = [row["score"] for row in rows]
@@ -197,7 +197,7 @@ def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
         (["autoencoder={saved}"], "was fitted with another autoencoder than"),
         (["batch=0"], "batch: 0 is not above 0"),
-        (["data.include=[broken*]"], "none of the 1 images could be read (unknown_format)"),
+        (["data.include=[broken*]"], "no image of 1 could be read (unknown_format)"),
     ],
 )
 def test_scoring_that_cannot_be_is_one_sentence(scoring, saved, changes, message, capsys):

@@ -67,9 +67,9 @@ def test_the_command_says_what_so_few_images_support(plain, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.synthetic.count=20"], "normal images to learn from are fewer than 16"),
+        (["data.synthetic.count=20"], "normal images to learn from, fewer than 16"),
         (["data.synthetic.defects=0.5"], "a share of 0.5 would have a defect"),
-        (["count=5"], "5 normal images to learn from are fewer than 16"),
+        (["count=5"], "5 normal images to learn from, fewer than 16"),
         (["false_positive_rate=0.01"], "needs 99 held-out normal images, here are"),
         (["held_out_count=4"], "needs 9 held-out normal images, here are 4"),
         (["data.held_out=0"], "falls into the held_out part"),

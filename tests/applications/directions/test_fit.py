@@ -58,7 +58,7 @@ def test_a_fit_is_not_overwritten_unasked(fitted: Path, source: Words, capsys: p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["data.include=[a/*]", "count=24"], "12 images are left, 20 are the least for a direction"),
+        (["data.include=[a/*]", "count=24"], "12 images left, 20 are the least for a direction"),
         (["attributes_from=[scene]"], "scene is for data.source=synthetic"),
         (["attributes_from=[pixels,pixels]"], "'brightness' comes from two places"),
         (["attributes=[age]"], "'age' is unknown; there are: brightness"),

@@ -102,7 +102,7 @@ def test_a_folder_gives_labels_and_bad_images_are_left_out(
     assert opened.label_names == ("cats", "dogs")
     assert opened.labels.tolist() == [0, 0, 1, 1]
     assert [name for name, _ in opened.rejected] == ["cats/001.png"]
-    assert "1 images cannot be read" in caplog.text
+    assert "left out: 1 image that cannot be read, as cats/001.png" in caplog.text
     assert opened.images.shape == (4, 3, 32, 32)
     (tmp_path / "dogs" / "004.png").unlink()
     with pytest.raises(UserError, match=r"3 images of .* can be read, a map needs 4"):
@@ -126,6 +126,20 @@ def test_images_that_travel_with_an_autoencoder_come_first_but_for_those_asked_f
     assert opened.labels.tolist() == [0, 0, 0, 1, 1]
     assert opened.mean.shape == (5, 2, 1, 1)
     assert open_explored(vector, ExploreConfig(data="synthetic", count=5)).origin == "the synthetic set"
+
+
+def test_a_size_is_taken_before_that_of_the_images_and_its_lack_of_effect_is_said(
+    vector: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    folder = saved(tmp_path / "any")
+    write_bundled(folder, Bundled(images, torch.zeros(4, dtype=torch.int64), ("black",), "four blacks"))
+    sides = [open_explored(folder, ExploreConfig(size=size)).images.shape[-1] for size in (None, 64)]
+    assert sides == [32, 64]
+    open_explored(vector, ExploreConfig(count=5))
+    assert caplog.text == ""
+    open_explored(vector, ExploreConfig(count=5, size=64))
+    assert "size: 64 has no effect, an autoencoder here knows one size of images, 32" in caplog.text
 
 
 def test_two_autoencoders_see_the_same_images_of_the_size_that_one_dictates(kl: Path, vector: Path) -> None:

@@ -119,7 +119,7 @@ def test_fid_of_few_images_is_refused_unless_forced() -> None:
         EvaluateConfig(autoencoder="a", output="b", distribution="kid", fid="force")
     with pytest.raises(UserError, match="inception_weights: has no effect"):
         EvaluateConfig(autoencoder="a", output="b", inception_weights="x.pth")
-    with pytest.raises(UserError, match="3 images are no distribution"):
+    with pytest.raises(UserError, match="3 images can tell nothing of one"):
         distribution.check_distribution("kid", "refuse", None, 3)
 
 

@@ -80,7 +80,7 @@ def test_broken_pictures_are_named_and_left_out(
     assert cli.main(["reconstruct", autoencoder, str(good), str(bad), "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
     assert "bad.png: left out" in output
-    assert "1 reconstructions, 1 left out" in output
+    assert "1 reconstruction, 1 left out" in output
     with pytest.raises(UserError, match="no image could be decoded"):
         reconstruct_pictures(autoencoder, [str(bad)], str(tmp_path / "other"))
 
