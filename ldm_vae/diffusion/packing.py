@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ldm_vae import provenance
+from ldm_vae.autoencoder import ancestry
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Precision, check_target
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
@@ -147,6 +148,9 @@ def _copy_records(directory: Path, folder: Path) -> None:
     for name in RECORDS:
         if (place / name).is_file():
             write_text(folder / name, without_folders((place / name).read_text()))
+    if before := ancestry.earlier_runs(place):
+        text = json.dumps({"format_version": 1, "runs": before}, indent=2)
+        write_text(folder / ancestry.FILE, without_folders(text) + "\n")
     if (place / METRICS).is_file():
         lines = (place / METRICS).read_text().splitlines()
         rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import compat
+from ldm_vae.autoencoder.ancestry import earlier_runs
 from ldm_vae.autoencoder.record import beta_path, thin
 from ldm_vae.errors import UserError
 
@@ -76,6 +77,7 @@ class Records:
     training: dict[str, Any]
     run: dict[str, Any]
     config: dict[str, Any]
+    earlier: list[dict[str, Any]]
     beta_path: list[list[float]]
     evaluation: dict[str, Any]
     health: dict[str, Any] | None
@@ -150,7 +152,8 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     if folder and (config.health or (Path(folder) / HEALTH).is_file()):
         health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
         facts.check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
-    return Records(training, run, settings, path, evaluation, health, facts.read_credits(config.data_credits))
+    earlier, credits = earlier_runs(run_folder), facts.read_credits(config.data_credits)
+    return Records(training, run, settings, earlier, path, evaluation, health, credits)
 
 
 def render(config: CardConfig, records: Records, autoencoder: Any, title: str, pictures: dict[str, Any]) -> str:
@@ -177,6 +180,7 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str, p
         "not_for": config.not_for,
         "seen": facts.read_text("--seen", config.seen),
         "energy": facts.energy_sentence(records.run, config.watts, records.config.get("initial")),
+        "earlier": [facts.earlier_run(record, config.watts) for record in records.earlier],
         "data": facts.data_rows(records.config),
         "data_credits": records.credits,
         "training": facts.training_rows(records.config, records.run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | Non
     kilowatt_hours = hours * float(watts or 0) / 1000
     sentence = f"Energy, guessed and not measured: {hours:.2f} hours x {words} = {kilowatt_hours:.3f} kWh."
     return sentence if initial is None else f"{sentence} That of {initial}, which it started from, comes on top."
+
+
+def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
+    """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`."""
+    versions = record.get("versions", {})
+    took = f", {timedelta(seconds=round(float(record['seconds'])))} (h:mm:ss)" if "seconds" in record else ""
+    steps = f"{record['steps']:,} steps" if "steps" in record else "steps not recorded"
+    where = f" on {versions.get('machine', 'a machine not recorded')}, commit {versions.get('commit', 'not recorded')}."
+    parts = [f"{str(record.get('started', ''))[:10]}: {steps}{took}{where}", energy_sentence(record, watts) or ""]
+    command = shlex.join(map(str, record.get("command", [])))
+    return {"title": str(record.get("name")), "sentence": " ".join(parts).strip(), "command": command}
 
 
 def data_rows(config: dict[str, Any]) -> Rows:

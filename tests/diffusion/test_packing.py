@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
+from ldm_vae.autoencoder.ancestry import earlier_runs
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
@@ -74,6 +75,20 @@ def test_a_run_becomes_half_precision_with_its_records_and_none_of_the_machine(r
     ]
     image = torch.rand(1, 3, 64, 64) * 2 - 1
     assert float(psnr(reconstruct(copy, image), reconstruct(original, image))) > 50
+
+
+def test_the_runs_that_it_started_from_travel_along_without_their_folders(run, tmp_path):
+    first = tmp_path / "first"
+    (first / "autoencoder").mkdir(parents=True)
+    (first / "autoencoder" / "training.json").write_text('{"fingerprint": "sha256:1"}')
+    (first / "run.json").write_text(json.dumps({"command": ["train-vae", "data.path=/srv/images"], "seconds": 7}))
+    record = json.loads((run / "autoencoder" / "training.json").read_text())
+    record["initial"] = {"path": str(first), "fingerprint": "sha256:1"}
+    (run / "autoencoder" / "training.json").write_text(json.dumps(record))
+    assert cli.main(["convert", str(run), str(tmp_path / "given"), "--to", "checkpoint"]) == 0
+    expected = [{"name": "first", "command": ["train-vae", "data.path=images"], "seconds": 7}]
+    assert earlier_runs(tmp_path / "given") == expected
+    assert "earlier_runs.json" in json.loads((tmp_path / "given" / "MANIFEST.json").read_text())["files"]
 
 
 def test_records_of_another_run_around_a_model_are_not_its_own(run, tmp_path):

@@ -310,6 +310,17 @@ def test_what_started_from_another_model_has_its_architecture_not_that_of_the_se
     assert card_facts.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
 
 
+def test_an_earlier_run_is_told_with_its_command_time_and_energy():
+    versions = {"machine": "Abacus 1, 16 cores", "commit": "abc"}
+    record = {"name": "first", "command": ["ldm-vae", "x=a b"], "started": "2026-11-21T23:00", "seconds": 7200}
+    told = card_facts.earlier_run(record | {"steps": 6400, "device": "cpu", "versions": versions}, None)
+    assert told["title"] == "first"
+    assert told["command"] == "ldm-vae 'x=a b'"
+    assert told["sentence"].startswith("2026-11-21: 6,400 steps, 2:00:00 (h:mm:ss) on Abacus 1, 16 cores, commit abc.")
+    assert told["sentence"].endswith("= 0.320 kWh.")
+    assert "not recorded" in card_facts.earlier_run({"name": "first"}, None)["sentence"]
+
+
 def shown_evaluation(folder, identity: str, count: int) -> None:
     """Examples of 200 pixels; number k is wrong by k grey levels in a corner of its own."""
     (folder / "examples").mkdir(parents=True)
