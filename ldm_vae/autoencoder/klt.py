@@ -69,8 +69,8 @@ def block_moments(images: Tensor, block: int = 8) -> Moments:
 def solve_klt(moments: Iterable[Moments], block: int = 8, flat: bool = False) -> BlockKLT:
     """The transform of all images whose moments are given, added in their order.
 
-    `flat`: the best among the transforms that describe a block's mean colour apart from its pattern, so that any number
-    of components from 3 colours on gives a flat block back exactly; the plain one bends it a little.
+    `flat`: the best among the transforms that describe a block's mean colour apart from its pattern: a flat block stays
+    flat, and has its colour from the number of components on that includes all three of them; the plain one bends it.
 
     Raises:
         ValueError: no image was given.

@@ -53,6 +53,14 @@ class BlockSynthesis(nn.Module):
         return pixel_shuffle(self.basis(z * scale.to(z.dtype).view(1, -1, 1, 1)), BLOCK)
 
 
+class Added(nn.Module):
+    """(n, c or more, h, w), what the network found, and (n, c, h, w), coefficients: their sum, the rest as it is."""
+
+    def forward(self, found: Tensor, coefficients: Tensor) -> Tensor:
+        channels = coefficients.shape[1]
+        return torch.cat([found[:, :channels] + coefficients, found[:, channels:]], dim=1)
+
+
 @torch.no_grad()
 def set_transform(analysis: BlockAnalysis, synthesis: BlockSynthesis, klt: BlockKLT) -> Tensor:
     """Both maps from the first components of a transform; the (c,) variances of the coefficients, float32."""

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from ldm_vae.autoencoder.deterministic import ADAPTED
 from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.inference import prepare_for_inference
+from ldm_vae.autoencoder.linear_path import PIXELS
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
@@ -146,6 +147,11 @@ class AutoencoderConfig:
                 f"autoencoder.linear_path: has no effect with architecture={self.architecture} and kind={self.kind}; "
                 "remove it, or set architecture=wavelet and kind=kl"
             )
+        if self.linear_path and self.latent_channels > PIXELS:
+            raise UserError(
+                f"autoencoder.latent_channels: {self.latent_channels} are more than the {PIXELS} numbers of a block of "
+                "pixels, which autoencoder.linear_path describes; lower it, or leave linear_path out"
+            )
         check = {"vq": self._check_vq, "fsq": self._check_fsq, "frozen": self._check_frozen}.get(self.kind)
         if check is not None:
             check()
@@ -270,7 +276,8 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
             see `seal` and `weights`.
     """
     directory = Path(path)
-    if not directory.exists() and (str(path).count("/") != 1 or str(path).startswith(".")):
+    could_be_on_the_hub = str(path).count("/") == 1 and not str(path).startswith(".") and not directory.parent.is_dir()
+    if not directory.exists() and not could_be_on_the_hub:
         raise UserError(f"{path}: no such directory; give the directory that `ldm-vae train-vae` wrote, or a hub id")
     if directory.exists():
         found = model_directory(directory)
@@ -301,7 +308,13 @@ def _model_class(path: str | Path) -> Any:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path}/config.json: not valid JSON ({error}); restore the directory") from error
     else:
-        config = AutoencoderKL.load_config(str(path))
+        try:
+            config = AutoencoderKL.load_config(str(path))
+        except OSError as error:
+            raise UserError(
+                f"{path}: no such directory, and as a hub id it gives no config.json "
+                f"({' '.join(str(error).split())[:150]}); give the directory of an autoencoder, or a hub id"
+            ) from error
     name = str(config.get("_class_name"))
     if name in OWN_CLASSES or name in ADAPTED:
         return OWN_CLASSES.get(name) or ADAPTED[name]

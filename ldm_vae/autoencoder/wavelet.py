@@ -36,7 +36,7 @@ from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior
 from ldm_vae.autoencoder.haar import haar_bands, haar_forward
 from ldm_vae.autoencoder.inference import only_values
 from ldm_vae.autoencoder.klt import fit_klt
-from ldm_vae.autoencoder.linear_path import BLOCK, BlockAnalysis, BlockSynthesis, set_transform
+from ldm_vae.autoencoder.linear_path import BLOCK, Added, BlockAnalysis, BlockSynthesis, set_transform
 from ldm_vae.errors import UserError
 
 Padding = Literal["zeros", "replicate"]
@@ -157,6 +157,7 @@ class Encoder(nn.Module):
         with torch.no_grad():
             self.head.bias.data[latent_channels:] = INITIAL_LOGVAR  # type: ignore[union-attr]
         self.analysis = BlockAnalysis(latent_channels) if linear_path else None
+        self.added = Added() if linear_path else None
 
     def forward(self, x: Tensor) -> Tensor:
         coefficients = self.analysis(x) if self.analysis is not None else None
@@ -170,10 +171,7 @@ class Encoder(nn.Module):
         for stage in self.stages:
             x = stage(x)
         found = self.head(F.silu(x))
-        if coefficients is None:
-            return found
-        channels = coefficients.shape[1]
-        return torch.cat([found[:, :channels] + coefficients, found[:, channels:]], dim=1)
+        return found if self.added is None else self.added(found, coefficients)
 
 
 class Decoder(nn.Module):

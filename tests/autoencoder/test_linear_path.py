@@ -116,3 +116,5 @@ def test_without_images_or_for_another_kind_it_is_refused() -> None:
         build_autoencoder(CONFIG).fit_statistics([])
     with pytest.raises(UserError, match="linear_path: has no effect with architecture=wavelet and kind=vq"):
         AutoencoderConfig(kind="vq", linear_path=True)
+    with pytest.raises(UserError, match="latent_channels: 193 are more than the 192 numbers of a block"):
+        AutoencoderConfig(latent_channels=193, linear_path=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.linear_path import BLOCK
 from ldm_vae.autoencoder.vector import SMALLEST_SIDE, VectorDecoder, VectorEncoder
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder, Stage
 
@@ -56,7 +57,10 @@ def encoder_parts(autoencoder: Any) -> list[Part]:
     encoder = getattr(autoencoder, "encoder", None)
     if isinstance(encoder, (Encoder, VectorEncoder)):
         inside = list(_wavelet_encoder(encoder) if isinstance(encoder, Encoder) else _vector_encoder(encoder))
-        return [*_numbered("encoder", "Encoder", inside), _moments(autoencoder, encoder.head)]
+        return [
+            *_numbered("encoder", "Encoder", inside),
+            _moments(autoencoder, encoder.head, getattr(encoder, "added", None)),
+        ]
     if isinstance(encoder, SdEncoder):
         last = [encoder.conv_norm_out, encoder.conv_out, getattr(autoencoder, "quant_conv", None)]
         return [*_numbered("encoder", "Encoder", _sd_encoder(encoder)), _moments(autoencoder, *last)]
@@ -114,12 +118,21 @@ def _wavelet_encoder(encoder: Encoder) -> Iterator[tuple[str, Any]]:
             if number == 0
             else "Half the side, then "
         )
-        yield _blocks(stage, before), stage  # type: ignore[arg-type]
+        if number == 0 and encoder.analysis is not None:
+            linear = f"The linear code of {BLOCK} x {BLOCK} blocks, which the latent starts from. Beside it: "
+            yield linear + _blocks(stage, before), (encoder.analysis, stage)  # type: ignore[arg-type]
+        else:
+            yield _blocks(stage, before), stage  # type: ignore[arg-type]
 
 
 def _wavelet_decoder(decoder: Decoder) -> Iterator[tuple[str, Any]]:
     for number, stage in enumerate(decoder.stages):
-        yield _blocks(stage, "Twice the side, then " if number else ""), stage  # type: ignore[arg-type]
+        what = _blocks(stage, "Twice the side, then " if number else "")  # type: ignore[arg-type]
+        if number == 0 and decoder.synthesis is not None:
+            linear = f"The linear code of {BLOCK} x {BLOCK} blocks draws what the image starts from. Beside it: "
+            yield linear + what, (decoder.synthesis, stage)
+        else:
+            yield what, stage
     yield "A convolution at full size.", decoder.tail
 
 

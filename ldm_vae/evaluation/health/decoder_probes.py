@@ -19,6 +19,7 @@ from ldm_vae.autoencoder.interface import decode, encode_moments
 from ldm_vae.evaluation.metrics import psnr
 
 BORDER = 8
+NEAR = 4
 NOISE_LEVELS = (0.05, 0.1, 0.2, 0.4)
 FLAT_COLOURS = {
     "dark": (-0.8, -0.8, -0.8),
@@ -51,6 +52,31 @@ def decoder_use(autoencoder: Any, latents: Tensor, batch: int) -> list[float]:
             exchanged[:, channel] = others[:, channel]
             changes[channel] += float((decode(autoencoder, exchanged) - decoded).double().square().sum())
     return (changes / whole).tolist() if whole > 1e-9 * latents[:, :1].numel() else [float("nan")] * len(changes)
+
+
+def hot_reach(autoencoder: Any, mean: Tensor, factor: int) -> list[float]:
+    """Share of what a channel's hottest position does to the image that it does elsewhere, (c,); NaN: it does nothing.
+
+    The position of `mean` (n, c, h, w) farthest from its channel's mean is set to that mean, and the images decoded
+    before and after are compared; elsewhere is more than `NEAR` positions away (an eighth of a small latent's side).
+    What describes its own place has nearly 0, what carries a gain of the whole image nearly 1.
+    """
+    average = mean.mean(dim=(0, 2, 3), keepdim=True)
+    distances = (mean - average).abs()
+    height, width = mean.shape[-2:]
+    near = max(1, min(NEAR, min(height, width) // 8))
+    shares = []
+    for channel in range(mean.shape[1]):
+        place = int(distances[:, channel].argmax())
+        image, row, column = place // (height * width), place // width % height, place % width
+        latents = mean[image : image + 1].expand(2, -1, -1, -1).clone()
+        latents[1, channel, row, column] = average[0, channel, 0, 0]
+        before, after = decode(autoencoder, latents).double()
+        change = (after - before).square().sum(dim=0)
+        rows, columns = (slice(max(0, at - near) * factor, (at + near + 1) * factor) for at in (row, column))
+        total = float(change.sum())
+        shares.append(1 - float(change[rows, columns].sum()) / total if total > 1e-9 else float("nan"))
+    return shares
 
 
 def permutation_ratio(images: Tensor, decoded: Tensor) -> float:

@@ -36,6 +36,7 @@ CHANNEL_COLUMNS = {
     "clamp_share": "clamped",
     "decoder_use": "decoder use",
     "hot_sigmas": "hottest (σ)",
+    "hot_reach": "its effect elsewhere",
     "tail_share": "tail",
     "skewness": "skewness",
     "kurtosis": "kurtosis",
@@ -61,7 +62,7 @@ def global_rows(report: Report) -> list[tuple[str, str]]:
         ("Power above half of Nyquist, samples", latents["high_frequency_share_sample"], ""),
         ("PSNR of decode(mean)", decoder["psnr_mean"], "dB"),
         ("PSNR of decode(sample)", decoder["psnr_sample"], "dB"),
-        ("PSNR over the linear code of as many numbers", decoder["linear_margin_db"], "dB"),
+        ("PSNR over the linear code of as many numbers", decoder.get("linear_margin_db"), "dB"),
         ("Stochastic gap", decoder["gap_db"], "dB"),
         ("Noise that costs 1 dB", decoder["noise_for_one_decibel"], "standard deviations of the channel"),
         ("Noise that costs 1 dB", decoder["tolerance"], "posterior standard deviations"),
@@ -82,7 +83,7 @@ def markdown(report: Report) -> str:
     lines = [f"- {verdict['sentence']}" for verdict in report["verdicts"]] or ["No verdict: nothing is wrong."]
     lines += ["", "| channel | " + " | ".join(CHANNEL_COLUMNS.values()) + " |", "|---|" + "---|" * len(CHANNEL_COLUMNS)]
     for index, channel in enumerate(report["channels"]):
-        lines.append(f"| {index} | " + " | ".join(_number(channel[key]) for key in CHANNEL_COLUMNS) + " |")
+        lines.append(f"| {index} | " + " | ".join(_number(channel.get(key)) for key in CHANNEL_COLUMNS) + " |")
     lines += ["", "| quantity | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in global_rows(report)]
     protocol, autoencoder = report["protocol"], report["autoencoder"]

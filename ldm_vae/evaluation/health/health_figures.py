@@ -20,6 +20,7 @@ from ldm_vae.autoencoder.klt import Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.models import downsampling, latent_channels, only_side
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.fidelity.measurement import codebook_size
 from ldm_vae.evaluation.health import decoder_probes, latent_statistics
 from ldm_vae.evaluation.health.judgement import dead_channels
 from ldm_vae.evaluation.metrics import psnr
@@ -34,6 +35,8 @@ BUFFERED_NUMBERS = 1 << 25
 """Numbers kept of the means, and as many of the log-variances: all 256 default images up to 128 channels."""
 BLOCKS_PER_DIMENSION = 10
 """Fewer than so many blocks of the images for each number in one, and their own linear code would fit them by heart."""
+LARGEST_BLOCK = 32
+"""Side in pixels up to which blocks are compared with a linear code: their covariance grows with its fourth power."""
 MMD_POSITIONS = 2000
 HISTOGRAM_BINS = 60
 PICTURES = 8
@@ -77,6 +80,9 @@ class _Collector:
         self.statistics = PosteriorStatistics(channels, device, logvar_bounds(autoencoder))
         self.border = decoder_probes.BorderError()
         self.factor = downsampling(autoencoder)
+        # codes of so many bits are no numbers, and one vector an image has no blocks
+        mapped = has_positions(autoencoder) and codebook_size(autoencoder) is None
+        self.has_linear_counterpart = mapped and self.factor <= LARGEST_BLOCK
         self.blocks: Moments | None = None
         self.decibels: dict[str, list[float]] = {"mean": [], "sample": []}
         self.every = max(1, expected // PROBE_IMAGES)
@@ -98,7 +104,7 @@ class _Collector:
         self.decibels["mean"] += psnr(decoded, images).tolist()
         self.decibels["sample"] += psnr(sampled, images).tolist()
         self.border.add(decoded, images)
-        if has_positions(self.autoencoder):
+        if self.has_linear_counterpart:
             moments = block_moments(images, self.factor)
             self.blocks = moments if self.blocks is None else self.blocks + moments
         if self.buffered_numbers < BUFFERED_NUMBERS:
@@ -190,6 +196,11 @@ def _channels(
     columns["information_histogram_nats"] = latent_statistics.histogram_information(*buffered)
     images = max(LEAST_IMAGES, PROBE_CHANNEL_DECODES // statistics.channels)
     columns["decoder_use"] = decoder_probes.decoder_use(autoencoder, probes.sample[:images], batch)
+    columns["hot_reach"] = (
+        decoder_probes.hot_reach(autoencoder, probes.mean, downsampling(autoencoder))
+        if has_positions(autoencoder)
+        else [None] * statistics.channels
+    )
     if statistics.deterministic:
         nothing = ("nats", "snr", "capacity_bits", "marginal_nats", "information_nats", "information_histogram_nats")
         columns |= {name: [None] * statistics.channels for name in (*nothing, "clamp_share", "passive_share")}

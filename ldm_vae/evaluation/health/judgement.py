@@ -19,6 +19,8 @@ COSTS_FIDELITY = frozenset(
 )
 """A code with one of these has less than its channels to describe an image with, or a decoder that is off: that it is
 worse than a linear one follows."""
+ELSEWHERE = 0.2
+"""A hot position with no more of its effect on the image elsewhere describes its own place."""
 DETERMINISTIC = "deterministic autoencoder, no rate"
 
 
@@ -91,7 +93,7 @@ def _channel_verdicts(figures: Figures) -> list[Verdict | None]:
             keys = ("nats", "image_variance", "passive_share")
             found.append(judge("dead_channel", {key: channel[key] for key in keys}, index, severity))
             continue
-        smuggling = judge("smuggling", {key: channel[key] for key in ("hot_sigmas", "tail_share")}, index)
+        smuggling = _smuggling(channel, index)
         static = judge("static_channel", {"static_share": channel["static_share"]}, index)
         if smuggling:  # a hot position that never moves makes most of the variance the same for all images
             static = None
@@ -104,6 +106,14 @@ def _channel_verdicts(figures: Figures) -> list[Verdict | None]:
             shape = {"skewness": abs(channel["skewness"]), "kurtosis": channel["kurtosis"]}
             found.append(judge("non_gaussian", shape, index))
     return found
+
+
+def _smuggling(channel: Mapping[str, Any], index: int) -> Verdict | None:
+    """Hot alone is no fault: a sharp edge is rare in the pixels too. It is one where it is about another place."""
+    reach = channel["hot_reach"]
+    if reach is not None and reach <= ELSEWHERE:
+        return None
+    return judge("smuggling", {key: channel[key] for key in ("hot_sigmas", "tail_share")}, index)
 
 
 def _kl_inactive(rate: Figures, training: Figures) -> Verdict | None:

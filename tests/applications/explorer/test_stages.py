@@ -25,6 +25,7 @@ from tests.autoencoder.test_models import FOREIGN
 
 SETTINGS = {
     "wavelet": {"preset": "pico"},
+    "linear": {"preset": "pico", "latent_channels": 6, "linear_path": True},
     "plain": {"preset": "pico", "kind": "ae"},
     "codes": {"preset": "pico", "kind": "fsq", "fsq_levels": [8, 5, 5, 5]},
     "sd": {"architecture": "sd", "preset": "tiny"},
@@ -129,6 +130,17 @@ def test_an_activation_is_that_of_the_module(kl: Explored) -> None:
     grey = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
     assert np.abs(found.mosaic[:48:12, :48:12].astype(int) - grey).max() <= 1  # 4 x 4, each 12 times as large
     assert not any(module._forward_hooks for module in kl.autoencoder.modules())
+
+
+def test_beside_a_linear_code_the_moments_are_still_what_the_latent_is() -> None:
+    linear = opened("linear")
+    tile = linear.mean[1, 0]
+    grey = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
+    shown = activation(linear, 1, "moments").mosaic[:48:12, :48:12]  # 4 x 4, each 12 times as large
+    assert np.abs(shown.astype(int) - grey).max() <= 1
+    texts = {stage.name: stage.what for stage in stages_of(linear)}
+    for name in ("encoder-1", "decoder-1"):
+        assert texts[name].startswith("The linear code of 8 x 8 blocks")
 
 
 def test_noise_matters_from_the_sample_on(kl: Explored) -> None:

@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.verdicts import RULES, Verdict
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.health import decoder_probes
+from ldm_vae.evaluation.health import decoder_probes, health_figures
 from ldm_vae.evaluation.health.diagnosis import DiagnoseConfig, diagnose, training_record
 from ldm_vae.evaluation.health.diagnosis_page import markdown
 from ldm_vae.evaluation.health.health_figures import Measured, measure
@@ -81,6 +81,14 @@ def hot_pixel(moments: Moments) -> Moments:
     return mean, moments[1]
 
 
+def as_gain(z: Tensor) -> Tensor:
+    """What is left of the hot position brightens or darkens the whole image, as a normalisation layer lets it do."""
+    gain = z[:, 3:4, 1:2, 1:2] / 30
+    z = z.clone()
+    z[:, 3, 1, 1] = 0.0
+    return gain * z
+
+
 def dead(moments: Moments) -> Moments:
     mean, logvar = moments[0].clone(), moments[1].clone()
     mean[:, 1], logvar[:, 1] = 0.01 * mean[:, 1], -0.01
@@ -125,7 +133,7 @@ def pale(image: Tensor) -> Tensor:
 FAULTS: dict[str, dict[str, Any]] = {
     "posterior_collapse": {"encode": at_prior, "decoder_input": torch.zeros_like},
     "ignored_channel": {"decoder_input": without(3)},
-    "smuggling": {"encode": hot_pixel},
+    "smuggling": {"encode": hot_pixel, "decoder_input": as_gain},
     "kl_inactive": {"encode": lambda moments: (moments[0], torch.full_like(moments[1], -20.0))},
     "redundant": {"encode": duplicate, "decoder_input": share_the_first},
     "dead_channel": {"encode": dead, "decoder_input": without(1)},
@@ -165,6 +173,25 @@ def test_a_healthy_autoencoder_raises_neither_failure_nor_warning(images: Tensor
 def test_too_few_blocks_are_not_compared_with_their_own_linear_code(images: Tensor) -> None:
     few = images[:8]  # 512 blocks of 192 numbers
     assert examine(LinearAutoencoder(images), few).figures["decoder"]["linear_margin_db"] is None
+
+
+@pytest.mark.parametrize(("setting", "value"), [("num_vq_embeddings", 1024), ("block_out_channels", (1,) * 7)])
+def test_codes_and_very_large_blocks_have_no_linear_counterpart(setting: str, value: object, images: Tensor) -> None:
+    autoencoder = LinearAutoencoder(images)
+    setattr(autoencoder.config, setting, value)
+    collector = health_figures._Collector(autoencoder, len(images), 0, CPU)
+    collector.add(images)
+    assert collector.blocks is None
+
+
+def test_a_hot_position_that_describes_its_own_place_is_no_fault(images: Tensor) -> None:
+    dark = images.clamp(-0.05, 0.05)
+    dark[3, :, 16:24, 24:32] = 1.0  # one bright block in an image, as an edge is
+    channels = examine(LinearAutoencoder(dark), dark).figures["channels"]
+    assert max(channel["hot_sigmas"] for channel in channels) > 12
+    assert max(channel["hot_reach"] for channel in channels) < 1e-6
+    found = verdicts(examine(LinearAutoencoder(dark), dark).figures, {})
+    assert "smuggling" not in [verdict.name for verdict in found]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -326,6 +353,9 @@ def test_a_finished_report_is_read_and_one_of_other_settings_is_kept(
     assert diagnose(replace(config, batch=3)) == json.loads(json.dumps(report))
     with pytest.raises(UserError, match=r"seed \(0 -> 1\); give another output, or --overwrite"):
         diagnose(replace(config, seed=1))
+    older = report | {"decoder": {key: value for key, value in report["decoder"].items() if "linear" not in key}}
+    older["channels"] = [{key: value for key, value in one.items() if key != "hot_reach"} for one in report["channels"]]
+    assert "| PSNR over the linear code of as many numbers | n/a |" in markdown(older)
 
 
 def test_the_short_form_is_the_long_form(
