@@ -241,14 +241,18 @@ def _signed(value: dict[str, float]) -> str:
 
 
 def verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
-    """Name, severity and sentence of each finding, the worst first."""
+    """Name, severity and sentence of each finding, the worst first; of one that many channels share, the first."""
     order = {"fail": 0, "warn": 1}
-    found = [
-        {key: str(verdict.get(key, "not recorded")) for key in ("name", "severity", "sentence")}
-        for verdict in health.get("verdicts") or []
-    ]
-    for verdict in found:  # the sentence of a record may open with both
-        verdict["sentence"] = verdict["sentence"].removeprefix(f"{verdict['name']} ({verdict['severity']}): ")
+    shared: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for verdict in health.get("verdicts") or []:
+        name, severity = (str(verdict.get(key, "not recorded")) for key in ("name", "severity"))
+        shared.setdefault((name, severity), []).append(verdict)
+    found = []
+    for (name, severity), several in shared.items():
+        sentence = str(several[0].get("sentence", "not recorded")).removeprefix(f"{name} ({severity}): ")
+        if others := [str(verdict["channel"]) for verdict in several[1:] if verdict.get("channel") is not None]:
+            sentence += f" Likewise channel{'s' * (len(others) > 1)} {', '.join(others)}."
+        found.append({"name": name, "severity": severity, "sentence": sentence})
     return sorted(found, key=lambda verdict: order.get(verdict["severity"], 2))
 
 

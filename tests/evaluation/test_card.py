@@ -310,6 +310,15 @@ def test_what_started_from_another_model_has_its_architecture_not_that_of_the_se
     assert card_facts.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
 
 
+def test_what_many_channels_share_is_said_once():
+    several = [
+        {"name": "non_gaussian", "severity": "info", "channel": c, "sentence": f"non_gaussian (info): channel {c}, x."}
+        for c in (1, 4, 5)
+    ]
+    told = card_facts.verdicts({"verdicts": [*several, {"name": "grid", "severity": "warn", "sentence": "A grid."}]})
+    assert [each["sentence"] for each in told] == ["A grid.", "channel 1, x. Likewise channels 4, 5."]
+
+
 def test_an_earlier_run_is_told_with_its_command_time_and_energy():
     versions = {"machine": "Abacus 1, 16 cores", "commit": "abc"}
     record = {"name": "first", "command": ["ldm-vae", "x=a b"], "started": "2026-11-21T23:00", "seconds": 7200}
