@@ -207,7 +207,7 @@ def test_the_folder_holds_a_readable_table_a_grid_and_the_record(
     assert "| decode(mean) |" in text
     assert "bits per latent dimension" in text
     assert "decode(mean) minus JPEG, equal bytes" in text
-    assert "exceed the budget even at the lowest quality" in text
+    assert "images over the budget even at the lowest quality" in text
     assert Image.open(output / "grid.png").size == (3 * 64 + 2 * 8, 2 * 64 + 8)
     assert json.loads((output / "run.json").read_text())["finished"] is True
 
