@@ -6,7 +6,7 @@ About 90 times fewer multiplications than the Stable Diffusion autoencoder at th
   translation-equivariant and cannot smuggle a gain through one hot latent pixel;
 * a light encoder and a heavier decoder (ViTok, arXiv:2501.09755);
 * every upsampling is nearest-neighbour + convolution with replicated borders: a constant latent gives a constant
-  image, where pixel-shuffle and wavelet heads leave a grid.
+  image, where pixel-shuffle and wavelet heads leave a grid. With many channels that is too little: `linear_path`.
 
 This file owns the network only, and cutting it down to its first latent channels. It is a diffusers model:
 `encode(x).latent_dist`, `decode(z).sample`. The other tokenizers are built from its `Encoder` and `Decoder`.
