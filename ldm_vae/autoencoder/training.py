@@ -226,22 +226,17 @@ class VaeModel:
         return Draws(noise, disturbance, kept, latent_side, chance)
 
     def check_sizes(self) -> None:
-        """Raises: UserError for crops that the autoencoder cannot take, and for channel counts that it has not."""
+        """Raises: UserError for sizes that the autoencoder cannot take, and for channel counts that it has not."""
         for phase in self.config.phases:
             if phase.crop % self.factor:
                 raise UserError(f"phases: crop {phase.crop} is no multiple of {self.factor}, the downsampling")
-        if only_side(self.autoencoder) is not None:
-            self.check_only_size()
-        if any(count >= self.channels for count in self.config.latents.nested):
-            raise UserError(f"latents.nested: {list(self.config.latents.nested)} are not all below {self.channels}")
-
-    def check_only_size(self) -> None:
-        """Raises: UserError for what an autoencoder of images of one size cannot do."""
         for phase in self.config.phases:
             check_side("phases: crop", phase.crop, self.autoencoder)
         check_side("held_out_resolution:", self.config.held_out_resolution, self.autoencoder)
-        if self.config.latents.scale_equivariance:
+        if self.config.latents.scale_equivariance and only_side(self.autoencoder) is not None:
             raise UserError("latents.scale_equivariance: the latents are one vector, which has no scale; leave it out")
+        if any(count >= self.channels for count in self.config.latents.nested):
+            raise UserError(f"latents.nested: {list(self.config.latents.nested)} are not all below {self.channels}")
 
     @property
     def measures_before_training(self) -> bool:

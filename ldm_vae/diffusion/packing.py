@@ -26,7 +26,7 @@ from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.parts import INDEX
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_json, write_text
+from ldm_vae.files import publish_directory, readable_json, temporary_directory, write_json, write_text
 from ldm_vae.seal import seal
 
 SHARD_SIZE = "15MB"
@@ -149,8 +149,8 @@ def _copy_records(directory: Path, folder: Path) -> None:
         if (place / name).is_file():
             write_text(folder / name, without_folders((place / name).read_text()))
     if before := ancestry.earlier_runs(place):
-        text = json.dumps({"format_version": 1, "runs": before}, indent=2)
-        write_text(folder / ancestry.FILE, without_folders(text) + "\n")
+        text = readable_json({"format_version": 1, "runs": before})
+        write_text(folder / ancestry.FILE, without_folders(text))
     if (place / METRICS).is_file():
         lines = (place / METRICS).read_text().splitlines()
         rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}

@@ -99,10 +99,10 @@ def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | Non
 
 def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
     """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`."""
-    versions = record.get("versions", {})
-    took = f", {timedelta(seconds=round(float(record['seconds'])))} (h:mm:ss)" if "seconds" in record else ""
-    steps = f"{record['steps']:,} steps" if "steps" in record else "steps not recorded"
-    where = f" on {versions.get('machine', 'a machine not recorded')}, commit {versions.get('commit', 'not recorded')}."
+    rows = dict(run_rows(record))
+    took = f", {rows['wall time']}" if "wall time" in rows else ""
+    steps = counted(record["steps"], "step") if "steps" in record else "steps not recorded"
+    where = f" on {rows.get('machine', 'a machine not recorded')}, commit {rows.get('commit', 'not recorded')}."
     parts = [f"{str(record.get('started', ''))[:10]}: {steps}{took}{where}", energy_sentence(record, watts) or ""]
     command = shlex.join(map(str, record.get("command", [])))
     return {"title": str(record.get("name")), "sentence": " ".join(parts).strip(), "command": command}
