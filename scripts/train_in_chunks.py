@@ -173,7 +173,7 @@ def train_until(deadline: float, words: Sequence[str]) -> int:
 
     def remind() -> None:
         done.wait(max(0.0, deadline - time.monotonic()))
-        while not done.wait(0.05):
+        while not done.wait(0.01):
             if signal.getsignal(signal.SIGTERM) is not not_yet:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -21,7 +21,7 @@ from ldm_vae.seal import check_seal
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_in_chunks.py"))
 TRAINING = [
     "data.source=synthetic", "data.synthetic.count=40", "data.synthetic.resolution=64",
-    "phases=[{steps: 3, crop: 32, batch: 2}]", "autoencoder.preset=pico", "autoencoder.latent_channels=2",
+    "phases=[{steps: 40, crop: 32, batch: 2}]", "autoencoder.preset=pico", "autoencoder.latent_channels=2",
     "held_out_images=1", "held_out_resolution=64", "training.device=cpu", "training.workers=0",
     "training.tracker=none", "training.log_every=1", "crop.short_side_min=32", "training.precision=fp32",
 ]  # fmt: skip
@@ -38,12 +38,14 @@ def chunk(work: Path, out: Path, *options: str, minutes: float = 0) -> tuple[int
 
 def test_a_run_in_chunks_on_two_machines_is_the_run_in_one(tmp_path):
     code, first = chunk(tmp_path / "first", tmp_path / "back", "--peak-tflops", "0.1")
-    assert (code, first["first_step"], first["steps_done"]) == (EXIT_INTERRUPTED, 0, 1)
+    done = first["steps_done"]
+    assert (code, first["first_step"], first["finished"]) == (EXIT_INTERRUPTED, 0, False)
+    assert 1 <= done < 40  # the reminder looks every few milliseconds whether the training listens
     assert first["speed"][0]["model_flops_utilisation"] > 0
     assert first["memory_gib"] > 0
     assert first["returned"] == ["state.tar.00", "state.tar.01"]
     code, second = chunk(tmp_path / "second", tmp_path / "again", "--state", str(tmp_path / "back"), minutes=10)
-    assert (code, second["first_step"], second["steps_done"], second["finished"]) == (0, 1, 3, True)
+    assert (code, second["first_step"], second["steps_done"], second["finished"]) == (0, done, 40, True)
     assert second["returned"] == ["model.tar.00"]
     with tarfile.open(tmp_path / "again" / "model.tar.00") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -149,7 +151,7 @@ def test_a_state_that_is_cut_leaves_nothing_that_would_be_continued(tmp_path):
 
 def test_arithmetic_is_counted_again_for_another_number_of_steps(tmp_path):
     words = ["train-vae", *TRAINING, f"output={tmp_path / 'run'}"]
-    assert [span[:2] for span in SCRIPT["arithmetic"](words, tmp_path / "note")] == [(0, 2)]
+    assert [span[:2] for span in SCRIPT["arithmetic"](words, tmp_path / "note")] == [(0, 39)]
     words += ["phases=[{steps: 5, crop: 32, batch: 2}]"]
     assert [span[:2] for span in SCRIPT["arithmetic"](words, tmp_path / "note")] == [(0, 4)]
 
