@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        parsed = parser.parse_args(rest)
+        parsed = parser.parse_intermixed_args(rest)  # settings may stand before and after an option
         reuse_freed_memory()
         return module.run(parsed)
     except UserError as error:

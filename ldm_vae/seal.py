@@ -19,6 +19,7 @@ MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 SEALED = (".json", ".safetensors")
 """Suffixes of the files that are listed; a README may be edited."""
+FOREIGN = "does not belong to it"
 
 
 def seal(folder: Path, others: Mapping[str, str] | None = None) -> None:
@@ -50,7 +51,7 @@ def damage(folder: Path) -> str | None:
             if name not in files and PurePosixPath(name).parent not in folders:
                 continue  # a folder of somebody else, as of generated images, is read by nobody who reads this one
             if name not in files:
-                return f"{name} does not belong to it"
+                return f"{name} {FOREIGN}"
             if name not in there:  # nor is a file elsewhere touched
                 return f"{name} is missing"
             if checksum(folder / name) != files[name]:
@@ -73,10 +74,8 @@ def check_seal(folder: Path) -> None:
         UserError: a file of a sealed folder is damaged, missing or foreign, or its format is newer than this program.
     """
     if (folder / MANIFEST).exists() and (problem := damage(folder)) is not None:
-        raise UserError(
-            f"{folder}: {problem}; restore it from a copy or make it again, or remove {MANIFEST} if it was changed on "
-            "purpose"
-        )
+        advice = "remove that file" if problem.endswith(FOREIGN) else "restore it from a copy or make it again"
+        raise UserError(f"{folder}: {problem}; {advice}, or remove {MANIFEST} if it was changed on purpose")
 
 
 def _sealed(folder: Path) -> list[str]:

@@ -35,7 +35,7 @@ from typing import Any
 
 from ldm_vae import cli
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_bytes, write_json
+from ldm_vae.files import checksum, publish_directory, temporary_directory, write_bytes, write_json, write_text
 
 PART_BYTES = 15 << 20
 RETURNED_BYTES = 56 << 20
@@ -109,9 +109,14 @@ def check_names(packs: Sequence[Path]) -> None:
 def unpack(pack: Path, folder: Path) -> None:
     """Files of the kinds `KEPT` below `folder`, once and completely; nothing outside it, no links.
 
-    Raises: UserError: no pack, or one that is too large or names a place outside.
+    Beside the folder the checksum of its pack is kept.
+
+    Raises: UserError: no pack, one that is too large or names a place outside, or a folder of another pack.
     """
+    note = folder.with_name(f".{folder.name}.checksum")
     if folder.exists():
+        if pack.exists() and note.is_file() and note.read_text() != checksum(pack):
+            raise UserError(f"{pack}: {folder} was unpacked from another pack; rename this one, or remove that folder")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, total = temporary_directory(folder), 0
@@ -128,6 +133,7 @@ def unpack(pack: Path, folder: Path) -> None:
             target = temporary / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(read())
+        write_text(note, checksum(pack))
         publish_directory(temporary, folder)
     except UNREADABLE as error:
         raise UserError(f"{pack}: cannot be unpacked ({error}); give a tar or zip file that is whole") from error

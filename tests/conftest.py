@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def precision_of_no_other_file() -> None:
+    """accelerate keeps one precision for all of a process, and which files come before this one in it is chance."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def own_precision() -> Iterator[None]:
-    """For commands run in this process: accelerate keeps one precision for all of it, and other tests leave theirs."""
+    """For commands run in this process whose precision is not that of the tests before them in the same file."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

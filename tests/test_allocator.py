@@ -29,7 +29,7 @@ print(int(chosen), before, faults())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 def test_large_tensors_reuse_freed_memory():
     """In a process of its own: it is a choice for a whole one."""
-    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=240)
     chosen, before, after = map(int, found.stdout.split())
     if not chosen:
         pytest.skip("another C library")

@@ -79,6 +79,33 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message, capsys, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("train-vae", ["training.seed=7", "training.workers=3"]),
+        ("train-diffusion", ["training.seed=7", "training.workers=3"]),
+        ("encode", ["batch=4", "device=cpu"]),
+        ("diagnose", ["batch=4", "device=cpu"]),
+    ],
+)
+def test_settings_may_stand_before_and_after_an_option(command, settings, capsys):
+    assert cli.main([command, *settings, "--print-config"]) == 0
+    together = capsys.readouterr().out
+    assert cli.main([command, settings[0], "--print-config", settings[1]]) == 0
+    assert capsys.readouterr().out == together
+    assert cli.main([command, "--print-config"]) == 0
+    assert capsys.readouterr().out != together
+
+
+def test_after_two_dashes_a_name_may_begin_with_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["decompress", "a.ldmz", "--output", "o", "b.ldmz", "--autoencoder", "here", "--", "-c.ldmz"]
+    (tmp_path / "a.ldmz").touch()
+    (tmp_path / "b.ldmz").touch()
+    assert cli.main(words) == EXIT_USER_ERROR
+    assert "-c.ldmz" in capsys.readouterr().err
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     arguments = ["data.source=folder", f"data.path={tmp_path / 'images'}", f"output={tmp_path / 'run'}"]

@@ -5,8 +5,6 @@ Sets of latents have tests of their own in `latents/test_full_disk.py`, training
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from tests.diffusion.conftest import saved as saved  # a fixture
 from tests.disks import Disk
 from tests.disks import disk as disk  # a fixture
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
-from tests.latents.test_processes import Forked, wait_for
+from tests.latents.test_processes import Forked, Halt
 
 Words = Callable[[Path], list[str]]
 LOCKS = {"encode": "encode.lock"}
@@ -31,7 +29,7 @@ EVALUATE, DIAGNOSE, TRAIN = (
 
 @pytest.fixture
 def words(request: pytest.FixtureRequest) -> Words:
-    """The words of a command that writes into a folder, and takes a second at least."""
+    """The words of a command that writes into a folder."""
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision for a whole process
     data = [f"data.path={request.getfixturevalue('image_folder')}", "data.source=folder", "device=cpu"]
     measured = [f"autoencoder={request.getfixturevalue('autoencoder_directory')}", *data, "resolution=64", "part=all"]
@@ -65,12 +63,14 @@ def last_line(text: str) -> str:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Callable[[list[str]], Forked]]:
-    """Starts a command in another process, which ends with the test."""
+def halted(tmp_path: Path) -> Iterator[Callable[[list[str], Halt], Forked]]:
+    """Starts a command in another process, which suspends itself when so many files are there, and ends with the
+    test."""
     jobs: list[Forked] = []
 
-    def start(words: list[str]) -> Forked:
-        jobs.append(Forked(words, 1, tmp_path / "log.txt"))
+    def start(words: list[str], halt: Halt) -> Forked:
+        jobs.append(Forked(words, 1, tmp_path / "log.txt", halt))
+        assert jobs[-1].halts(), (tmp_path / "log.txt").read_text()
         return jobs[-1]
 
     yield start
@@ -82,13 +82,11 @@ def started(tmp_path: Path) -> Iterator[Callable[[list[str]], Forked]]:
 @pytest.mark.promise(11)
 @pytest.mark.parametrize("words", ["generate", EVALUATE, DIAGNOSE, "encode", TRAIN], indirect=True)
 def test_the_second_job_in_a_folder_is_refused_and_told_who_is_there(
-    words: Words, started: Callable[[list[str]], Forked], tmp_path: Path, capfd, record_property
+    words: Words, halted: Callable[[list[str], Halt], Forked], tmp_path: Path, capfd, record_property
 ) -> None:
     output = tmp_path / "out"
     lock = output / LOCKS.get(words(output)[0], "run.lock")
-    process = started(words(output)).processes[0]
-    wait_for(lambda: lock.exists() and lock.read_bytes())
-    os.kill(process.pid, signal.SIGSTOP)
+    process = halted(words(output), (output, lock.name, 1)).processes[0]
     before = contents(output)
     capfd.readouterr()
     assert cli.main(words(output)) == EXIT_USER_ERROR
@@ -155,20 +153,18 @@ def test_a_read_only_disk_is_one_sentence_and_what_is_there_is_left_and_read(
 @pytest.mark.parametrize("words", ["generate", EVALUATE, DIAGNOSE], indirect=True)
 def test_a_disk_that_vanishes_is_one_sentence(
     words: Words,
-    started: Callable[[list[str]], Forked],
+    halted: Callable[[list[str], Halt], Forked],
     disk: Disk,
     tmp_path: Path,
     record_property,
 ) -> None:
     output = disk.path / "out"
-    process = started(words(output)).processes[0]
-    wait_for((output / "run.lock").exists)
-    if words(output)[0] == "generate":
-        wait_for((output / "0001_dog.png").exists)
-    os.kill(process.pid, signal.SIGSTOP)
+    name = "0001_dog.png" if words(output)[0] == "generate" else "run.lock"
+    job = halted(words(output), (output, name, 1))
+    process = job.processes[0]
     disk.vanish()
-    os.kill(process.pid, signal.SIGCONT)
-    process.join(120)
+    job.go_on()
+    process.join(240)
     assert process.exitcode == EXIT_USER_ERROR
     assert "out: cannot be written (No such file or directory)" in last_line((tmp_path / "log.txt").read_text())
     assert not contents(disk.path), "nothing was written onto the disk below"

@@ -97,6 +97,19 @@ def test_two_packs_of_one_folder_are_refused_before_anything_is_unpacked(tmp_pat
     assert not (tmp_path / "w").exists()
 
 
+def test_another_pack_of_a_name_is_refused_and_the_same_one_may_come_again(tmp_path, capsys):
+    words = ["--minutes", "1", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--packs"]
+    for place, names in (("a", ["one.png"]), ("b", ["two.png"]), ("c", ["one.png"])):
+        (tmp_path / place).mkdir()
+        pack_of(tmp_path / place / "images.tar", names)
+    assert SCRIPT["main"]([*words, str(tmp_path / "a" / "images.tar")]) == 0
+    assert SCRIPT["main"]([*words, str(tmp_path / "b" / "images.tar")]) == EXIT_USER_ERROR
+    folder = tmp_path / "w" / "packs" / "images"
+    assert f"{folder} was unpacked from another pack; rename this one" in capsys.readouterr().err
+    assert SCRIPT["main"]([*words, str(tmp_path / "c" / "images.tar")]) == 0
+    assert [path.name for path in folder.iterdir()] == ["one.png"]
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".zip"])
 @pytest.mark.parametrize("name", ["../one.png", "/tmp/one.png", "a/../../one.png"])
 def test_a_pack_that_leads_outside_is_refused(tmp_path, suffix, name):

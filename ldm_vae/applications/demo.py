@@ -37,6 +37,7 @@ from ldm_vae.data.transforms import cover_crop
 from ldm_vae.diffusion.generation import generate, pipeline_directory
 from ldm_vae.diffusion.pictures import GenerationConfig
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.fidelity.baselines import code_within
 from ldm_vae.evaluation.fidelity.measurement import spread
 from ldm_vae.evaluation.fidelity.pictures import find_pictures
 from ldm_vae.evaluation.fidelity.reconstruction import compute_device
@@ -50,6 +51,7 @@ from ldm_vae.evaluation.result_folder import (
     read_json,
 )
 from ldm_vae.files import checksum, checksum_bytes, write_bytes, write_json, write_png
+from ldm_vae.latents.words import counted
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
 """The names of the models in `checkpoints/`."""
@@ -69,7 +71,7 @@ class DemoConfig:
 
     Attributes:
         autoencoder, pipeline: Directories, runs or (autoencoder) a hub id; None: the one in `checkpoints/`.
-        images: Checksums of the user's files; none: the first synthetic images.
+        images: Which files of the user's, see `described`; or `synthetic`.
         count: Images to generate.
         size: Side in pixels to which images are scaled and cropped.
         steps: Of the sampler.
@@ -79,7 +81,7 @@ class DemoConfig:
 
     autoencoder: str | None = None
     pipeline: str | None = None
-    images: tuple[str, ...] = ()
+    images: str = "synthetic"
     count: int = 16
     size: int = 512
     steps: int = 20
@@ -115,12 +117,17 @@ def find_images(inputs: Sequence[str]) -> list[tuple[str, Path]]:
     return [found[number] for number in spread(len(found), MOST_IMAGES)]
 
 
-def identity(path: Path) -> str:
-    """Checksum of a file of the user's; what is none, as a pipe, is not waited for."""
-    try:
-        return checksum_bytes(read_regular_file(path))
-    except ImageRejected as error:
-        return error.reason
+def described(files: Sequence[tuple[str, Path]]) -> str:
+    """How many files of the user's, and a checksum of what they hold; what is no file, as a pipe, is not waited for."""
+    if not files:
+        return "synthetic"
+    identities = []
+    for _, path in files:
+        try:
+            identities.append(checksum_bytes(read_regular_file(path)))
+        except ImageRejected as error:
+            identities.append(error.reason)
+    return f"{counted(len(files), 'file')}, {checksum_bytes(' '.join(identities).encode())}"
 
 
 def demo(
@@ -187,7 +194,7 @@ def reconstruct_all(
         try:
             image = bundled.read(place) if isinstance(place, int) else decode_image(read_regular_file(place))
         except ImageRejected as error:
-            rejected.append((str(place), error.reason))
+            rejected.append((str(place), str(error)))
             continue
         shown.append(reconstruct_one(codec, cover_crop(image, size), name))
     if not shown:
@@ -202,6 +209,7 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
     decoded = decode(codec.autoencoder, mean)[..., : image.shape[0], : image.shape[1]]
     data = compression.compress(codec, compression.analyse(codec, image, name), step_of(QUALITY)).data
     from_file = compression.decompress(codec, data, name)
+    jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
     rate = None
     if not is_deterministic(codec.autoencoder):
         rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
@@ -213,6 +221,7 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
         rate_bits_per_pixel=rate,
         psnr_db=float(psnr(pixels.from_uint8(pixels.to_uint8(decoded)), original)),
         file_psnr_db=float(psnr(_tensor(from_file).to(original.device), original)),
+        jpeg_psnr_db=float(psnr(_tensor(np.array(jpeg.picture)), _tensor(image))) if jpeg.fits else None,
     )
     return Reconstructed(figures, Image.fromarray(image), Image.fromarray(from_file), data)
 

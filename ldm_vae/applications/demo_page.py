@@ -24,13 +24,16 @@ from ldm_vae.latents.words import counted
 PICTURE = "demo.webp"
 COLUMNS = 8
 CARD = "README.md"
+MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
+"""Of the figures of an image: the sentences say the mean over all images."""
 
 
 @dataclass(frozen=True)
 class Figures:
     """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
 
-    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one.
+    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is of the
+    best JPEG of at most `file_bytes`, None where there is none so small.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Figures:
     rate_bits_per_pixel: float | None
     psnr_db: float
     file_psnr_db: float
+    jpeg_psnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def picture(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labe
 def sentences(results: Mapping[str, Any]) -> list[str]:
     """What was measured, in words."""
     images, config, autoencoder = results["images"], results["config"], results["autoencoder"]
-    mean = {key: fmean(image[key] for image in images) for key in images[0] if key.endswith(("bytes", "db"))}
+    mean = {key: fmean(image[key] for image in images) for key in images[0] if key in MEANS}
     found = [
         f"A latent has {mean['raw_bytes'] / mean['latent_bytes']:.0f} times fewer bytes than the pixels "
         f"({mean['latent_bytes']:,.0f} of {mean['raw_bytes']:,.0f}, in half precision), and decodes to "
@@ -106,19 +110,26 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         f"{8 * mean['file_bytes'] / config['size'] ** 2:.3f} bits per pixel and "
         f"{mean['raw_bytes'] / mean['file_bytes']:.0f} times fewer than the pixels, at {mean['file_psnr_db']:.1f} dB.",
     ]
+    jpegs = [image["jpeg_psnr_db"] for image in images if image["jpeg_psnr_db"] is not None]
+    if len(jpegs) == len(images):
+        found.append(f"JPEG files of at most as many bytes: {fmean(jpegs):.1f} dB.")
+    elif jpegs:
+        found.append(f"JPEG can be as small for {len(jpegs)} of the {counted(len(images), 'image')} only.")
     rates = [image["rate_bits_per_pixel"] for image in images if image["rate_bits_per_pixel"] is not None]
     if rates:
         found.append(f"The rate, what the posterior says of an image: {fmean(rates):.3f} bits per pixel.")
     speeds = results["images_per_second"]
     found.append(
-        f"{autoencoder['parameters'] / 1e6:.1f} million parameters; encoding, coding and decoding twice "
-        f"{speeds['reconstructed']:.2g} images/s, generating {speeds['generated']:.2g} images/s "
-        f"({config['steps']} steps, {config['precision']}), on {results['protocol']['versions']['machine']}."
+        f"The autoencoder has {autoencoder['parameters'] / 1e6:.1f} million parameters. Encoding an image and decoding "
+        f"it twice, from its latent and from its file: {speeds['reconstructed']:.2g} images/s; generating "
+        f"{speeds['generated']:.2g} images/s ({counted(config['steps'], 'step')}, {config['precision']}), on "
+        f"{results['protocol']['versions']['machine']}."
     )
     if results["bundled"]:
         found.append("The images are synthetic and bundled; name files or folders to see your own.")
     if results["rejected"]:
-        found.append(f"Left out: {counted(len(results['rejected']), 'image')} that could not be read.")
+        listed = "; ".join(f"{Path(name).name} ({reason})" for name, reason in results["rejected"])
+        found.append(f"Left out: {counted(len(results['rejected']), 'image')} that could not be read: {listed}.")
     return found
 
 

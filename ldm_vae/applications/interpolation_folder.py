@@ -129,7 +129,7 @@ def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
         try:
             image = decode_image(read_regular_file(path))
         except ImageRejected as error:
-            raise UserError(f"{path}: cannot be read ({error.reason}); give another image") from error
+            raise UserError(f"{path}: cannot be read ({error}); give another image") from error
         if size is not None:
             image = cover_crop(image, size)
         images.append(pixels.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)))

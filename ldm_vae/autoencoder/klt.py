@@ -30,8 +30,11 @@ class BlockKLT:
     components: Tensor
     eigenvalues: Tensor
 
-    def reconstruct(self, images: Tensor, components: int) -> Tensor:
-        """Images (n, 3, h, w), any size, from the first `components` coefficients of each block."""
+    def reconstruct(self, images: Tensor, components: int, gains: Tensor | None = None) -> Tensor:
+        """Images (n, 3, h, w), any size, from the first `components` coefficients of each block.
+
+        `gains` (components,): a factor for each coefficient; None: 1.
+        """
         if not 1 <= components <= len(self.eigenvalues):
             raise ValueError(f"BlockKLT: {components} components; choose 1 to {len(self.eigenvalues)}")
         height, width = images.shape[-2:]
@@ -39,6 +42,8 @@ class BlockKLT:
         mean = self.mean.to(images).view(1, -1, 1, 1)
         blocks = _blocks(images, self.block) - mean
         coefficients = torch.einsum("kd,ndhw->nkhw", basis, blocks)
+        if gains is not None:
+            coefficients = coefficients * gains.to(coefficients).view(1, -1, 1, 1)
         blocks = torch.einsum("kd,nkhw->ndhw", basis, coefficients) + mean
         return pixel_shuffle(blocks, self.block)[..., :height, :width]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_vae.autoencoder.recipe import TrainVaeConfig
 from ldm_vae.data import pixels
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import ImageSamples, to_tensor
+from ldm_vae.data.samples import ImageSamples, to_tensor, too_many_rejected
 from ldm_vae.data.sources import open_source
 from ldm_vae.data.split import Part, repeated, subset
 from ldm_vae.data.stream import StreamSamples, open_stream
@@ -71,7 +71,10 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
 
 
 def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
-    """Training crops (1, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process."""
+    """Training crops (1, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process.
+
+    Raises: UserError where no image can be read.
+    """
     side = config.phases[-1].crop
     for index, image in some_images(config, "train", MEASURED_IMAGES):
         crop = random_crop(image, numpy_rng(0, "measured_crops", index), side, config.crop)
@@ -79,20 +82,26 @@ def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
 
 
 def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Up to `count` readable images of a part, with their index: of a stream the first, else an even pick."""
+    """Up to `count` readable images of a part, with their index: of a stream the first, else an even pick.
+
+    Raises: UserError where no training image can be read; without held-out ones a training is still possible.
+    """
     held_out = config.data.held_out
     if config.data.streaming:
         source = open_stream(config.data).take(count, part, held_out)
     else:
         source = subset(open_source(config.data), part, held_out)
-    found = 0
+    found, rejected = 0, list[tuple[str, str]]()
     for index in numpy_rng(0, part).permutation(len(source)):
         try:
             image = source.read(int(index))
         except ImageRejected as error:
             logger.warning("%s: cannot be read (%s); it is left out", source.id(int(index)), error.reason)
+            rejected.append((source.id(int(index)), error.reason))
             continue
         yield int(index), image
         found += 1
         if found == count:
             return
+    if found == 0 and part == "train":
+        raise too_many_rejected(rejected)

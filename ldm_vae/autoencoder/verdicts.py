@@ -144,9 +144,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             tolerance=Limit("noise that costs 1 dB, in posterior standard deviations", warn=0.5, below=True),
         ),
         "worse_than_linear": _rule(
-            "principal components of the pixel blocks, as many as there are channels, describe these images better",
+            "as many principal components of the pixel blocks at the same rate describe these images better",
             "train longer, set autoencoder.linear_path=true to start from them, or lower autoencoder.latent_channels",
-            linear_margin_db=Limit("PSNR over the block KLT of as many components in dB", warn=-0.5, below=True),
+            linear_margin_db=Limit("PSNR over the block KLT of equal channels and rate in dB", warn=-0.5, below=True),
         ),
         "prior_hole": _rule(
             "the prior N(0, 1) is not where the latents are; expected at a high rate, and a diffusion model handles it",

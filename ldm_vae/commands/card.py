@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watts", type=float, metavar="W", help="of the machine that trained, to guess energy (CPU: 10 a core)"
     )
     parser.add_argument("--license", help="of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that this command did not write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a README.md that says more, or is of another origin"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload the directory to this hub id (OWNER/NAME)")
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progressive", metavar="N,N,...", help="numbers of first channels that `decompress --channels` can show alone"
     )
-    parser.add_argument("--output", metavar="FOLDER", help="for the files (default: beside each picture)")
+    parser.add_argument("--output", "--out", metavar="FOLDER", help="for the files (default: beside each picture)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             image = decode_image(read_regular_file(path))
         except ImageRejected as error:
-            print(f"{path}: left out ({error.reason})")
+            print(f"{path}: left out ({error})")
             continue
         picture = compression.analyse(codec, image, str(path))
         if args.target_bpp is not None:

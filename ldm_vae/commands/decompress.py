@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", required=True, metavar="DIR", help="the autoencoder that compressed them")
     parser.add_argument("--entropy", metavar="FILE", help="the entropy model that compressed them, if there was one")
     parser.add_argument("--channels", type=int, metavar="N", help="a preview from so many first channels")
-    parser.add_argument("--output", metavar="FOLDER", help="for the pictures (default: beside each file)")
+    parser.add_argument("--output", "--out", metavar="FOLDER", help="for the pictures (default: beside each file)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
 

@@ -18,7 +18,7 @@ SUMMARY = "see it work: your images through the shipped models, on one page"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files and folders (default: synthetic ones)")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything (default demo)")
+    parser.add_argument("--out", "--output", default="demo", metavar="DIR", help="folder for everything (default demo)")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="images to generate (default 16)")
     parser.add_argument("--size", type=int, default=512, metavar="N", help="pixels of your images (default 512)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="of the sampler (default 20)")
@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.demo import DemoConfig, demo, find_images, identity
+    from ldm_vae.applications.demo import DemoConfig, demo, described, find_images
     from ldm_vae.applications.demo_page import sentences
 
     files = find_images(args.images) if args.images else []
     config = DemoConfig(
         autoencoder=args.autoencoder,
         pipeline=args.pipeline,
-        images=tuple(identity(path) for _, path in files),
+        images=described(files),
         count=args.count,
         size=args.size,
         steps=args.steps,
@@ -48,7 +48,5 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
     )
     results = demo(config, files, args.out, device=args.device, overwrite=args.overwrite)
-    for name, reason in results["rejected"]:
-        print(f"{name}: left out ({reason})")
     print("\n".join([*sentences(results), f"{args.out}/index.html: open it in a browser"]))
     return 0

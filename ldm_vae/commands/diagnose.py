@@ -19,7 +19,7 @@ DEFAULT_FOLDER = "health"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="an autoencoder's directory, or a YAML file of settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; before any --option")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings")
     parser.add_argument("--data", metavar="FOLDER", help="a folder of images: data.source=folder data.path=FOLDER")
     parser.add_argument(
         "--out", metavar="FOLDER", help="output=FOLDER; default: health/ in the autoencoder's directory"

@@ -45,14 +45,15 @@ def run(args: argparse.Namespace) -> int:
     with StopRequest(at_once=True):
         from ldm_vae.applications.explorer.answers import Models, open_model
         from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
-        from ldm_vae.applications.explorer.export import check_output, export_page
+        from ldm_vae.applications.explorer.export import check_exportable, check_output, export_page
         from ldm_vae.applications.explorer.serving import open_socket, serve
 
         config = ExploreConfig(args.data, args.count, args.size, args.directions, args.device)
         if args.export is not None:
             check_output(args.export, args.overwrite)
         open_socket(args.port).close()  # refused before the models are read
-        explored = open_models(args.model, args.compare, config)
+        check = None if args.export is None else check_exportable
+        explored = open_models(args.model, args.compare, config, check)
         models = Models(*(open_model(key, one) for key, one in zip("ab", explored)))
         if args.export is not None:
             written = export_page(models, args.export, args.overwrite)

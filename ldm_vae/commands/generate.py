@@ -19,7 +19,7 @@ SUMMARY = "generate images with a trained latent diffusion model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a pipeline directory, or a run of `ldm-vae train-diffusion`")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
+    parser.add_argument("--out", "--output", required=True, metavar="DIR", help="folder for the images")
     parser.add_argument("--label", action="append", default=[], metavar="NAME", help="class name or id; repeatable")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="images (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="decides the noise of each image (default 0)")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", metavar="DIR", help="a run of `train-vae`, a diffusers directory, or a hub id")
     parser.add_argument("--pipeline", metavar="DIR", help="a diffusion model, for the ways through its noise")
     parser.add_argument("--compare", metavar="DIR", help="another autoencoder, on the same pairs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for everything")
+    parser.add_argument("--out", "--output", required=True, metavar="DIR", help="folder for everything")
     parser.add_argument("--pairs", type=int, metavar="N", help="so many pairs of the images, evenly spread")
     parser.add_argument("--size", type=int, metavar="N", help="first scale and crop the images to N x N pixels")
     parser.add_argument("--frames", type=int, default=13, metavar="N", help="of every way, odd (default 13)")

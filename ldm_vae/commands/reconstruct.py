@@ -16,7 +16,7 @@ SUMMARY = "encode and decode pictures, original beside reconstruction"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("autoencoder", help="a run of `ldm-vae train-vae`, a diffusers directory, or a hub id")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files and folders")
-    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--out", "--output", required=True, help="folder for the pictures")
     parser.add_argument("--size", type=int, metavar="N", help="first resize and crop the centre to N x N pixels")
     parser.add_argument("--sample", action="store_true", help="decode a posterior sample instead of the mean")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior samples (default 0)")

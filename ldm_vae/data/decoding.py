@@ -29,6 +29,9 @@ SUFFIXES = frozenset(
     | {".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+"""What a phone's photograph says it is in its first bytes."""
+
 HIGHEST_MEGAPIXELS = 178  # beyond it PIL itself refuses
 LOWEST_SIDE = 8
 LARGEST_PROFILE_BYTES = 4 << 20
@@ -99,6 +102,8 @@ def _read(data: bytes, limits: DecodeLimits) -> tuple[np.ndarray, int]:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+            raise ImageRejected("unknown_format", "HEIC, which is not read; save the image as JPEG") from error
         raise ImageRejected("unknown_format", f"none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected("too_large", f"more than {HIGHEST_MEGAPIXELS} megapixels") from error

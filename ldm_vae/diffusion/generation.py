@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,6 +45,8 @@ from ldm_vae.files import (
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.manifest import read_manifest
 from ldm_vae.storage import open_folder
+
+logger = logging.getLogger(__name__)
 
 SHEET = "sheet.png"
 PAIRS = "neighbours.png"
@@ -94,6 +97,12 @@ def generate(
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
     finished = finished and (training is None or (folder / PAIRS).exists())
+    if state.is_main_process and parameters["guidance"] <= 0:
+        what = "not used" if parameters["guidance"] == 0 else "avoided"
+        logger.warning(
+            "guidance: at %g the label is %s, though the images are named after it; 1 is the label alone, %g is usual",
+            parameters["guidance"], what, DEFAULT_GUIDANCE,
+        )  # fmt: skip
     state.wait_for_everyone()  # every process has seen the folder as it was
     advice = "finished images stay, and the same command makes the others"
     with contextlib.ExitStack() as held, system_errors_explained(folder, advice):

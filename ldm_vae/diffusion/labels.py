@@ -65,5 +65,5 @@ def find_label(label: Label, names: Sequence[str]) -> int:
         return number
     near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.5)
     known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    hint = f"did you mean {near[0]!r}?" if near else f"known labels: {known}; or an id from 0 to {len(names) - 1}"
-    raise UserError(f"label {label!r}: unknown; {hint}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"label {label!r}: unknown; {hint}known labels: {known}; or an id from 0 to {len(names) - 1}")

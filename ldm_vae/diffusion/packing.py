@@ -26,7 +26,7 @@ from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.parts import INDEX
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, readable_json, temporary_directory, write_json, write_text
+from ldm_vae.files import publish_directory, temporary_directory, write_json, write_text
 from ldm_vae.seal import seal
 
 SHARD_SIZE = "15MB"
@@ -36,11 +36,20 @@ RECORDS = (provenance.RUN_RECORD, "config.yaml")
 METRICS = "metrics.jsonl"
 METRIC_LINES = 300
 WORD = r"[^/\s'\",;=\[\]{}]+"
-ADDRESS = r"(?<![\w+.-])(?!(?:file|local):)[a-z][\w+.-]*://(?:(?!::)[^\s'\",;])*"
+ADDRESS = r"(?<![\w+.-])(?!(?:[\w+.-]*\+)?(?:file|local):)[a-z][\w+.-]*://(?:(?!::)[^\s'\",;])*"
 """Of the internet or a bucket; it ends where `::` chains another place to it."""
-ORIGIN = rf"(?:\.\.)?|~[a-z_][\w.-]*|(?:file|local):|(?<![^\s'\",;=\[\]{{}}])(?:{WORD}/+)+\.\."
+LOCAL = r"(?:(?<![\w+.-])[a-z][\w+.-]*\+)?(?:file|local):"
+"""What a URL of this machine opens with, as `file:` or `git+file:`."""
+ORIGIN = rf"(?:\.\.)?|~[a-z_][\w.-]*|{LOCAL}|(?<![^\s'\",;=\[\]{{}}])(?:{WORD}/+)+\.\."
 """What a path opens with: nothing for the root, or `..`, another's home, a URL of this machine, folders and `..`."""
-FOLDERS = re.compile(rf"({ADDRESS})|(?<![\w.~/*?-])(?:{ORIGIN})/+(?:{WORD}(?: (?!#){WORD})*/+)*({WORD})", re.IGNORECASE)
+NAME = r"[^/\\\s'\",;=\[\]{}:*?<>|]+"
+WINDOWS_ORIGIN = rf"(?:{LOCAL}/*)?[a-z]:[/\\]|\.\.\\|(?<!\\)\\\\+{NAME}[/\\]"
+"""A drive, `..`, a host. JSON doubles its backslashes, so a run of them counts as one; it goes or stays as a whole."""
+PATHS = (
+    rf"(?:{WINDOWS_ORIGIN})[/\\]*(?:{NAME}(?: (?!#){NAME})*[/\\]+)*({NAME})",
+    rf"(?:{ORIGIN})/+(?:{WORD}(?: (?!#){WORD})*/+)*({WORD})",
+)
+FOLDERS = re.compile(rf"({ADDRESS})|(?<![\w.~/*?-])(?:{'|'.join(PATHS)})", re.IGNORECASE)
 """An address, which stays, or a path that tells of the machine, with its last name; `~/images` is neither."""
 
 
@@ -98,7 +107,7 @@ def has_pipeline(source: str) -> bool:
 
 def without_folders(text: str) -> str:
     """The same text; of every path in it that is absolute or may lead outside only the last name is left."""
-    return FOLDERS.sub(r"\1\2", text)
+    return FOLDERS.sub(r"\1\2\3", text)
 
 
 def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[str, dict[str, str]]:
@@ -132,6 +141,11 @@ def _write_pipeline(
             check_finite(part.state_dict(), f"{source}, {name} in {precision}")
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
     _copy_records(directory, folder)
+    if autoencoder is None:  # of a copy those that came along
+        made_by = ancestry.read_runs(directory / ancestry.OF_AUTOENCODER)
+    else:
+        made_by = ancestry.runs_of(Path(autoencoder), before["fingerprint"])
+    _write_runs(folder / ancestry.OF_AUTOENCODER, made_by)
     return {"source": before, "copy": _identities(pipeline.autoencoder)}
 
 
@@ -148,14 +162,17 @@ def _copy_records(directory: Path, folder: Path) -> None:
     for name in RECORDS:
         if (place / name).is_file():
             write_text(folder / name, without_folders((place / name).read_text()))
-    if before := ancestry.earlier_runs(place):
-        text = readable_json({"format_version": 1, "runs": before})
-        write_text(folder / ancestry.FILE, without_folders(text))
+    _write_runs(folder / ancestry.FILE, ancestry.earlier_runs(place))
     if (place / METRICS).is_file():
         lines = (place / METRICS).read_text().splitlines()
         rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}
         kept = rare.union(thin([number for number in range(len(lines)) if number not in rare], METRIC_LINES))
         write_text(folder / METRICS, "".join(f"{without_folders(lines[number])}\n" for number in sorted(kept)))
+
+
+def _write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
+    if runs:
+        write_text(path, without_folders(ancestry.runs_text(runs)))
 
 
 def _check_sizes(folder: Path) -> None:

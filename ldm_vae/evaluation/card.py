@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ compat.repair_torchvision()
 import diffusers
 
 from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
 from ldm_vae.evaluation import card_facts as facts
 from ldm_vae.evaluation.card_pictures import draw_curves, write_crops
 from ldm_vae.evaluation.metrics import METRIC_TITLES
@@ -32,6 +33,7 @@ from ldm_vae.evaluation.result_folder import read_json, read_yaml
 from ldm_vae.files import write_text
 
 CARD = "README.md"
+NOT_RECORDED = "Not recorded, so not stated below: "
 MARKER = "written by `ldm-vae card`; the same command writes it anew"
 HEALTH, RESULTS = "health.json", "results.json"
 
@@ -115,6 +117,7 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
     check_replaceable(path, config.overwrite)
     autoencoder = load_autoencoder(directory)
     records = read_records(config, directory, fingerprint(autoencoder))
+    check_nothing_lost(path, records.missing(config), config.overwrite)
     drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
     crops = write_crops(Path(config.pictures), directory, fingerprint(autoencoder)) if config.pictures else None
     write_text(path, render(config, records, autoencoder, _title(directory), {"curves": drawn, "crops": crops}))
@@ -125,6 +128,19 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
     """Raises: UserError for a README.md of somebody else."""
     if path.exists() and MARKER not in path.read_text(errors="replace") and not overwrite:
         raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
+
+
+def check_nothing_lost(path: Path, missing: Collection[str], overwrite: bool) -> None:
+    """Raises: UserError for a card that states what the new one would not."""
+    text = path.read_text(errors="replace") if path.exists() and not overwrite else ""
+    if MARKER not in text:
+        return
+    before = next((line for line in text.splitlines() if line.startswith(NOT_RECORDED)), "")
+    before = f", {before.removeprefix(NOT_RECORDED).rstrip('.')}, "
+    if lost := [name for name in missing if f", {name}, " not in before]:
+        raise UserError(
+            f"{path}: states {', '.join(lost)}, and the new card would not; give them again, or --overwrite"
+        )
 
 
 def run_folder_of(directory: Path) -> Path:
@@ -161,7 +177,8 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str, p
     name = type(autoencoder).__name__
     stock = hasattr(diffusers, name)
     factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
-    evaluation = records.evaluation
+    evaluation, only = records.evaluation, only_side(autoencoder)
+    sides = facts.known_sides(factor, only)
     context: dict[str, Any] = {
         "card_data": front_matter(config, records, stock, title).to_yaml(),
         "marker": MARKER,
@@ -172,10 +189,13 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str, p
         "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
         "latent_channels": channels,
         "downsampling": factor,
+        "only_side": only,
+        "sides": sides,
         "fingerprint": fingerprint(autoencoder),
         "rounded_from": records.training.get("rounded_from"),
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "missing": records.missing(config),
+        "not_recorded": NOT_RECORDED,
         "intended_use": config.intended_use,
         "not_for": config.not_for,
         "seen": facts.read_text("--seen", config.seen),
@@ -190,7 +210,7 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str, p
         "evaluation": facts.evaluation_facts(evaluation) if evaluation else None,
         "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
         "verdicts": None if records.health is None else facts.verdicts(records.health),
-        "limits": facts.limits(records.config, evaluation, records.health, factor, stock),
+        "limits": facts.limits(records.config, evaluation, records.health, sides, stock),
     }
     return fill("card.md", context | pictures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from datetime import timedelta
@@ -10,6 +11,8 @@ from typing import Any
 
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.fidelity.distribution import sentences as distribution_sentences
+from ldm_vae.evaluation.fidelity.summary import codec_lines, row_title
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.latents.words import counted
 
@@ -98,14 +101,40 @@ def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | Non
 
 
 def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
-    """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`."""
+    """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`, and, as words
+    to be added to it, the `settings` beside the defaults that it does not name.
+    """
     rows = dict(run_rows(record))
     took = f", {rows['wall time']}" if "wall time" in rows else ""
     steps = counted(record["steps"], "step") if "steps" in record else "steps not recorded"
     where = f" on {rows.get('machine', 'a machine not recorded')}, commit {rows.get('commit', 'not recorded')}."
     parts = [f"{str(record.get('started', ''))[:10]}: {steps}{took}{where}", energy_sentence(record, watts) or ""]
-    command = shlex.join(map(str, record.get("command", [])))
-    return {"title": str(record.get("name")), "sentence": " ".join(parts).strip(), "command": command}
+    words = [str(word) for word in record.get("command", [])]
+    settings = unsaid(record.get("settings") or {}, words)
+    return {
+        "title": str(record.get("name")),
+        "sentence": " ".join(parts).strip(),
+        "command": shlex.join(words),
+        "settings": shlex.join(f"{key}={_as_yaml(value)}" for key, value in settings.items()),
+    }
+
+
+def unsaid(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Those of the settings (dotted keys) that no `key=value` among the words of a command is about."""
+    said = [f"{word.partition('=')[0]}." for word in words if "=" in word]
+    return {
+        key: value
+        for key, value in settings.items()
+        if not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in said)
+    }
+
+
+def _as_yaml(value: Any) -> str:
+    """On one line, as short as it may be: what it means after `key=`."""
+    import yaml
+
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("...\n").strip()
 
 
 def data_rows(config: dict[str, Any]) -> Rows:
@@ -170,6 +199,11 @@ def run_rows(run: dict[str, Any]) -> Rows:
     return [(name, str(value)) for name, value in found.items() if value is not None]
 
 
+def known_sides(factor: int, only: int | None) -> str:
+    """What height and width of an image must be; `only`: of an autoencoder that knows one size."""
+    return f"{only} pixels, scale others" if only else f"multiples of {factor} pixels, pad others"
+
+
 def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor: int, channels: int) -> list[str]:
     """Mode, target, beta in both conventions, and the rate that was measured."""
     rate = training.get("rate") or {}
@@ -177,6 +211,8 @@ def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor:
     if training.get("kind") not in (None, "kl"):
         sentences.append(f"Of kind {training['kind']}: beta weighs no divergence of a posterior.")
         rate = {}
+    if rate and (training.get("initial") or {}).get("train") == ["decoder"]:  # see `autoencoder.record.write_record`
+        sentences.append("The last run trained the decoder alone; target, beta and steps are those of the encoder.")
     if rate.get("mode") == "target":
         sentences.append(f"Controlled towards {rate.get('target_nats')} nats per latent dimension.")
     elif rate.get("mode"):
@@ -206,12 +242,14 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
     """`table` of all rows with intervals, and the protocol in `sentences`."""
     names = list(evaluation["rows"][0]["metrics"])
     lines = [
-        "| reconstruction | " + " | ".join(METRIC_TITLES.get(name, name) for name in names) + " |",
-        "|---|" + "---|" * len(names),
+        "| reconstruction | bits/pixel | " + " | ".join(METRIC_TITLES.get(name, name) for name in names) + " |",
+        "|---|---|" + "---|" * len(names),
     ]
     for row in evaluation["rows"]:
-        cells = [_interval(row["metrics"].get(name)) for name in names]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+        rate = row.get("bits_per_pixel")
+        cells = ["not coded" if rate is None else f"{rate:.3f}"]
+        cells += [_interval(row["metrics"].get(name)) for name in names]
+        lines.append(f"| {row_title(row, evaluation)} | " + " | ".join(cells) + " |")
     protocol, gain = evaluation["protocol"], evaluation.get("gain_over_linear_db")
     images, preprocessing = protocol["images"], protocol["preprocessing"]
     name, side = data_name(evaluation["config"]), protocol["resolution"]
@@ -221,11 +259,11 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{protocol['range']}; {protocol['average']}.",
         f"Precision {protocol['precision']}; LPIPS network: {protocol.get('lpips') or 'none'}.",
     ]
+    if any("over_budget" in row for row in evaluation["rows"]):  # of codecs
+        sentences += codec_lines(evaluation)
     if gain:
         sentences.append(f"Gain over the linear baseline on the same pixels: {_signed(gain)} dB.")
     if evaluation.get("distribution"):
-        from ldm_vae.evaluation.fidelity.distribution import sentences as distribution_sentences
-
         sentences += distribution_sentences(evaluation["distribution"])
     if evaluation.get("rejected"):
         sentences.append(f"Left out: {counted(len(evaluation['rejected']), 'image')} that could not be read.")
@@ -257,10 +295,13 @@ def verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def limits(
-    config: dict[str, Any], evaluation: dict[str, Any], health: dict[str, Any] | None, factor: int, stock: bool
+    config: dict[str, Any], evaluation: dict[str, Any], health: dict[str, Any] | None, sides: str, stock: bool
 ) -> list[str]:
-    """What follows from the records about where the model is known to work, and where nothing is known."""
-    sentences = [f"Reconstructions lose detail. Height and width must be multiples of {factor} pixels; pad others."]
+    """What follows from the records about where the model is known to work, and where nothing is known.
+
+    `sides`: what height and width must be, see `known_sides`.
+    """
+    sentences = [f"Reconstructions lose detail. Height and width must be {sides}."]
     if not stock:
         sentences.append("Stock diffusers cannot load this class; install ldm_vae, or export to ONNX or TorchScript.")
     crops = [phase["crop"] for phase in config.get("phases") or []]

@@ -10,13 +10,23 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ldm_vae.autoencoder.ancestry import OF_AUTOENCODER, read_runs
 from ldm_vae.autoencoder.models import downsampling
 from ldm_vae.diffusion import saving
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import card_facts as facts
-from ldm_vae.evaluation.card import CARD, MARKER, CardConfig, check_replaceable, fill, run_folder_of
+from ldm_vae.evaluation.card import (
+    CARD,
+    MARKER,
+    NOT_RECORDED,
+    CardConfig,
+    check_nothing_lost,
+    check_replaceable,
+    fill,
+    run_folder_of,
+)
 from ldm_vae.evaluation.card_pictures import draw_curves, write_samples
 from ldm_vae.evaluation.plots import diffusion_panels
 from ldm_vae.evaluation.result_folder import read_json, read_yaml
@@ -42,10 +52,6 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
     check_replaceable(path, config.overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
     place = run_folder_of(directory)
     run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
-    pictures = {
-        "curves": draw_curves(place, directory, diffusion_panels, settings),
-        "samples": write_samples(Path(config.pictures), directory) if config.pictures else None,
-    }
     credits, seen = facts.read_credits(config.data_credits), facts.read_text("--seen", config.seen)
     energy = facts.energy_sentence(run, config.watts)
     present = {
@@ -61,6 +67,11 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "a licence": config.license,
     }
     missing = [name for name, value in present.items() if not value]
+    check_nothing_lost(path, missing, config.overwrite)
+    pictures = {
+        "curves": draw_curves(place, directory, diffusion_panels, settings),
+        "samples": write_samples(Path(config.pictures), directory) if config.pictures else None,
+    }
     folder = directory.resolve()
     title = folder.parent.name if folder.name == "pipeline" else folder.name
     height, width = pipeline.image_size()
@@ -77,12 +88,14 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "encoder_fingerprint": pipeline.config["encoder_fingerprint"],
         "preprocessing": saving.described(pipeline.config["preprocessing"] or {}),
         "missing": missing,
+        "not_recorded": NOT_RECORDED,
         "intended_use": config.intended_use,
         "not_for": config.not_for,
         "credits": credits,
         "training": training_rows(settings) + facts.run_rows(run),
         "command": shlex.join(run.get("command", [])),
         "energy": energy,
+        "earlier": [facts.earlier_run(record, config.watts) for record in read_runs(directory / OF_AUTOENCODER)],
         "figures": figure_rows(run.get("metrics") or {}),
         "protocol": protocol_sentences(settings),
         "seen": seen,

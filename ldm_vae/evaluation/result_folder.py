@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +34,17 @@ def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> 
         identity: the fingerprint of the autoencoder at hand.
 
     Raises:
-        UserError: the folder holds something else, or a result of other settings or weights and not `overwrite`.
+        UserError: the folder holds something else, or a result of other settings or weights and not `overwrite`; or
+            there is work to do and no file can be written there.
     """
     output = file.parent
     if not (output / provenance.RUN_RECORD).is_file():
+        check_writable(output)
         return None
     if not file.is_file():
         raise UserError(f"{output}: holds another run; give another output")
     if overwrite:
+        check_writable(output)
         return None
     result: dict[str, Any] = json.loads(file.read_text())
     changes = configuration.changed_keys(result["config"], configuration.to_dict(config))
@@ -51,6 +55,17 @@ def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> 
         listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
         raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
     return result
+
+
+def check_writable(folder: Path) -> None:
+    """That files can be made in a folder, or in what it would be made in; nothing is left there.
+
+    Raises:
+        UserError: naming what the system objects to.
+    """
+    with system_errors_explained(folder, "give another output folder"):
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], place: str = "output") -> None:

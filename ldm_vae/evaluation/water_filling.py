@@ -38,19 +38,20 @@ def water_filling(eigenvalues: Sequence[float], block: int, water_level: float) 
     return RatePoint(float(bits) / block**2, float(np.minimum(values, water_level).mean()), len(wet))
 
 
+def water_level(eigenvalues: Sequence[float], nats: float) -> float:
+    """The level at which `water_filling` takes so many nats for a block.
+
+    With k wet components it is exp((sum of their ln(eigenvalue) - 2 nats) / k), largest at the right k.
+    """
+    logarithms = np.log(np.maximum(np.sort(np.asarray(eigenvalues, np.float64))[::-1], 1e-300))
+    return float(np.exp(((logarithms.cumsum() - 2 * nats) / np.arange(1, len(logarithms) + 1)).max()))
+
+
 def water_filling_at(eigenvalues: Sequence[float], block: int, bits_per_pixel: float) -> RatePoint:
-    """The point of `water_filling` at a rate, by bisection of the water level."""
+    """The point of `water_filling` at a rate."""
     if bits_per_pixel < 0:
         raise ValueError(f"water_filling_at: {bits_per_pixel} bits per pixel; give 0 or more")
-    high = math.log(max(float(max(eigenvalues)), 1e-300))
-    low = high - 1.0
-    while water_filling(eigenvalues, block, math.exp(low)).bits_per_pixel < bits_per_pixel and low > -600:
-        low -= 10.0
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        enough = water_filling(eigenvalues, block, math.exp(middle)).bits_per_pixel >= bits_per_pixel
-        low, high = (middle, high) if enough else (low, middle)
-    return water_filling(eigenvalues, block, math.exp(low))
+    return water_filling(eigenvalues, block, water_level(eigenvalues, bits_per_pixel * block**2 * math.log(2)))
 
 
 def limited_channels(eigenvalues: Sequence[float], block: int, channels: int, nats: float) -> RatePoint:

@@ -20,6 +20,9 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 3.0
 """Without a beat a process counts as gone when another one asks why a message did not arrive."""
 
+ENDING_SECONDS = 2.0
+"""So long the last word may wait for the beat before it."""
+
 CONNECT_SECONDS = 30
 SHOWN_RANKS = 4
 
@@ -50,7 +53,7 @@ class Heartbeats:
         """`job`: a name that is new, and the same in all processes: the store may hold beats of earlier ones."""
         from torch.distributed import PrefixStore, TCPStore
 
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.step = rank, processes, 0
         self.own = Beat(rank, os.getpid(), socket.gethostname())
         self.heard: dict[int, Beat] = {}
         self.silent_seconds: dict[int, float] = {}
@@ -67,12 +70,13 @@ class Heartbeats:
         self._thread.start()
 
     def at_step(self, step: int) -> None:
-        self.own = replace(self.own, step=step)
+        """Told with the next beat; only the thread changes `own`, or a step could be lost between two of its lines."""
+        self.step = step
 
     def end(self, farewell: str) -> None:
         """Say the last word. Without waiting long: the store may be gone, with the launcher."""
         self._ended.set()
-        self._thread.join(2 * BEAT_SECONDS)
+        self._thread.join(ENDING_SECONDS)
         if not self._thread.is_alive():
             self.own = replace(self.own, farewell=farewell)
             try:
@@ -101,7 +105,7 @@ class Heartbeats:
             time.sleep(BEAT_SECONDS / 5)
         beats = sorted(self.heard.values(), key=lambda beat: (beat.step, beat.rank))
         places = [f"{beat.words(self.processes)} is in step {beat.step}" for beat in beats]
-        shown = lost or [f"a message of another process did not come in time to step {self.own.step}", *places]
+        shown = lost or [f"a message of another process did not come in time to step {self.step}", *places]
         return "; ".join(shown[:SHOWN_RANKS]) + ("; and more" if len(shown) > SHOWN_RANKS else "")
 
     def _run(self) -> None:
@@ -118,7 +122,7 @@ class Heartbeats:
                 return
 
     def _tell(self) -> None:
-        self.own = replace(self.own, number=self.own.number + 1)
+        self.own = replace(self.own, number=self.own.number + 1, step=self.step)
         self._store.set(str(self.rank), json.dumps(asdict(self.own)))
 
     def _listen(self, seconds: float) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.applications import demo
 from ldm_vae.applications.codec.compression import decompress_file, open_codec
+from ldm_vae.applications.demo_page import sentences
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
 from tests.diffusion.conftest import saved as saved  # a fixture
@@ -46,6 +47,7 @@ def test_images_and_samples_on_one_page_made_once(checkpoints, image_folder, tmp
     with Image.open(next(out.glob("reconstructions/00_*.png"))) as picture:
         assert picture.tobytes() == decoded.tobytes()
     assert first["rate_bits_per_pixel"] > 0
+    assert first["jpeg_psnr_db"] is None  # no JPEG of 64 pixels has so few bytes
     page = (out / "index.html").read_text()
     assert page.count("data:image/webp;base64,") == 2 * 12 + 4
     assert not re.search(r"""(src|href)=["'](https?:|//|/)|url\(""", page)
@@ -61,6 +63,8 @@ def test_images_and_samples_on_one_page_made_once(checkpoints, image_folder, tmp
     assert (out / "results.json").stat().st_mtime_ns == before
     assert cli.main([*words, "--steps", "3"]) == EXIT_USER_ERROR
     assert "holds the result of steps (2 -> 3)" in capsys.readouterr().err
+    assert cli.main(["demo", *words[2:]]) == EXIT_USER_ERROR
+    assert re.search(r"images \(12 files, xxh3_128:[0-9a-f]{32} -> synthetic\); give", capsys.readouterr().err)
 
 
 def test_interrupted_it_continues_and_another_pipeline_is_no_result_of_it(checkpoints, tmp_path, capsys):
@@ -69,6 +73,11 @@ def test_interrupted_it_continues_and_another_pipeline_is_no_result_of_it(checkp
     out = tmp_path / "demo"
     results = json.loads((out / "results.json").read_text())
     assert (results["bundled"], results["rejected"], len(results["images"])) == (True, [], demo.BUNDLED)
+    shown = [results["images"][0] | {"jpeg_psnr_db": number} for number in (20.0, 30.0, None)]
+    told = " ".join(sentences(results | {"images": shown[:2]}))
+    assert "JPEG files of at most as many bytes: 25.0 dB." in told
+    assert "(1 step, fp32)" in told
+    assert "JPEG can be as small for 2 of the 3 images only." in " ".join(sentences(results | {"images": shown}))
     kept, lost = out / "samples" / "0000_cat.png", out / "samples" / "0002_red-ball.png"
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
     for path in (out / "run.json", out / "results.json", lost):
@@ -102,12 +111,15 @@ def test_images_that_cannot_be_read_are_left_out_and_said(checkpoints, tmp_path,
     os.mkfifo(tmp_path / "in" / "pipe.png")  # nobody writes into it: reading would wait for ever
     assert cli.main(words) == 0
     told = capsys.readouterr().out
-    assert "torn.png: left out (" in told
-    assert "pipe.png: left out (" in told
-    assert "Left out: 2 images that could not be read." in told
+    assert "Left out: 2 images that could not be read: " in told
+    page = (tmp_path / "demo" / "index.html").read_text()
+    assert "1 image from noise" in page
+    for said in ("pipe.png (is no regular file", "torn.png (none of JPEG, PNG, "):  # named, with a reason in words
+        assert said in told
+        assert said in page
     Image.new("RGB", (40, 40), "red").save(tmp_path / (250 * "x" + ".png"))
     words[1] = 250 * "x" + ".png"
-    assert cli.main([*words, "--overwrite"]) == 0
+    assert cli.main([*words, "--overwrite", "--output", "demo"]) == 0  # as `compress` calls it
     assert [path.name for path in (tmp_path / "demo").glob("reconstructions/*")] == [f"00_{50 * 'x'}.png"]
     capsys.readouterr()
     assert cli.main([*words, "--size", "5000"]) == EXIT_USER_ERROR

@@ -6,13 +6,12 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.klt import block_moments, fit_klt, solve_klt
 from ldm_vae.evaluation.metrics import psnr
+from tests.evaluation.health.linear_autoencoder import random_fields
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    coarse = torch.randn(6, 3, 12, 12, generator=rng)
-    return torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").mul(0.3).clamp(-1, 1)
+    return random_fields(count=6)
 
 
 def test_the_basis_is_orthonormal_and_sorted(images: Tensor) -> None:
@@ -60,6 +59,13 @@ def test_any_size_is_reconstructed_at_its_size(images: Tensor) -> None:
     reconstruction = klt.reconstruct(odd, 16)
     assert reconstruction.shape == odd.shape
     torch.testing.assert_close(reconstruction[..., :56, :32], klt.reconstruct(odd[..., :56, :32], 16))
+
+
+def test_gains_shrink_coefficients_towards_the_mean_block(images: Tensor) -> None:
+    klt = fit_klt([images])
+    torch.testing.assert_close(klt.reconstruct(images, 4, torch.ones(4)), klt.reconstruct(images, 4))
+    first, both = klt.reconstruct(images, 1), klt.reconstruct(images, 2)
+    torch.testing.assert_close(klt.reconstruct(images, 2, torch.tensor([1.0, 0.25])), first + 0.25 * (both - first))
 
 
 def test_impossible_requests_are_refused(images: Tensor) -> None:

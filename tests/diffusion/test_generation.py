@@ -233,6 +233,19 @@ def test_settings_that_contradict_each_other(saved: Path, changes: dict[str, Any
         config(saved, **changes)
 
 
+@pytest.mark.parametrize(
+    ("guidance", "words"), [(0.0, "at 0 the label is not used,"), (-1.0, "at -1 the label is avoided,")]
+)
+def test_a_label_without_effect_in_the_names_is_said(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, guidance: float, words: str
+) -> None:
+    generate(config(saved, guidance=guidance, count=1, steps=1), tmp_path / "out")
+    assert f"guidance: {words} though the images are named after it; 1 is the label alone" in caplog.text
+    caplog.clear()
+    generate(config(saved, guidance=0.5, count=1, steps=1), tmp_path / "other")
+    assert not caplog.text
+
+
 def test_a_run_directory_stands_for_its_pipeline(saved: Path, tmp_path: Path) -> None:
     generate(config(saved.parent, count=1), tmp_path)
     assert (tmp_path / "0000_cat.png").exists()

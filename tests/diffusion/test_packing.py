@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.ancestry import earlier_runs
+from ldm_vae.autoencoder.ancestry import OF_AUTOENCODER, earlier_runs, read_runs
 from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interface import reconstruct
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
@@ -173,6 +175,39 @@ def test_a_pipeline_is_given_away_with_a_decoder_that_was_trained_further(pipeli
     assert "not a pipeline" in capsys.readouterr().err
 
 
+def test_the_runs_of_that_decoder_travel_along_and_the_card_tells_them(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    further = load_autoencoder(tmp_path / "run" / "pipeline" / "autoencoder")
+    with torch.no_grad():
+        further.decoder.head.bias.add_(0.25)
+    folder = tmp_path / "polished"
+    further.save_pretrained(folder / "autoencoder")
+    (folder / "autoencoder" / "training.json").write_text(json.dumps({"fingerprint": fingerprint(further)}))
+    command = ["train-vae", "decoder.yaml", "data.path=/srv/images"]
+    (folder / "run.json").write_text(json.dumps({"command": command, "steps": 7}))
+    (folder / "config.yaml").write_text("data: {path: /srv/images}\nloss: {mse: 3.0, l1: 1.0}\n")
+    source, given = str(tmp_path / "run"), tmp_path / "given"
+    pack(source, tmp_path / "plain")
+    assert not (tmp_path / "plain" / OF_AUTOENCODER).exists()
+    pack(source, given, autoencoder=str(folder))
+    (run,) = read_runs(given / OF_AUTOENCODER)
+    assert run == {
+        "name": "polished",
+        "command": ["train-vae", "decoder.yaml", "data.path=images"],
+        "steps": 7,
+        "settings": {"data.path": "images", "loss.mse": 3.0},
+    }
+    assert OF_AUTOENCODER in json.loads((given / "MANIFEST.json").read_text())["files"]
+    pack(str(given), tmp_path / "copy")
+    assert read_runs(tmp_path / "copy" / OF_AUTOENCODER) == [run]
+    assert cli.main(["card", str(given)]) == 0
+    text = (given / "README.md").read_text()
+    assert "trained further. It is what\nthese runs had learnt, in this order:\n\n**polished**, " in text
+    assert "train-vae decoder.yaml data.path=images\n# not named above, and no defaults: loss.mse=3.0\n```" in text
+    assert cli.main(["card", str(tmp_path / "plain")]) == 0
+    assert "trained further" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_options_without_effect_are_refused(run, tmp_path, capsys):
     words = ["convert", str(run), str(tmp_path / "out"), "--to", "checkpoint", "--channels", "2"]
     assert cli.main(words) == EXIT_USER_ERROR
@@ -194,7 +229,13 @@ def test_options_without_effect_are_refused(run, tmp_path, capsys):
         ("~/../jane/x, ~/../../srv/Jane Doe/x, ~jane/images", "x, x, images"),
         ("output=runs/../../jane/x, ./../jane/x", "output=x, x"),
         ("/srv//jane//x, //srv/jane/x", "x, x"),
-        ("host:/srv/jane/x, C:/Users/jane/x", "host:x, C:x"),
+        ("host:/srv/jane/x, C:/Users/jane/x", "host:x, x"),
+        ("git+file:///srv/jane/x.git@main, GIT+FILE://host/a/b", "x.git@main, b"),
+        ("zip://a.csv::git+file:///srv/c.zip, git+ssh://a.org/b/c", "zip://a.csv::c.zip, git+ssh://a.org/b/c"),
+        (r"path: C:\Users\jane\my images\x.png # see D:\a and E:\b\c", "path: x.png # see a and c"),
+        (r"data.path=C:\Users\jane, \\host\share\jane\x, ..\..\jane\x", "data.path=jane, x, x"),
+        (r"C:/Users\jane, file:///C:\Users\jane\x, \\?\C:\Users\jane", r"jane, x, \\?\jane"),
+        (r"\d+\w, a\b, images\x.png, ~\images, text:\n", None),
         ("mean/std of ../jane/x", "mean/std of x"),
         ("https://a.org/b/../c?d=/e/f, https://a.org/~jane/x, s3://b/c, hf://datasets/a/b", None),
         ("git+https://a.org/b/c.git@main; 'https://a.org/b'", None),
@@ -206,8 +247,30 @@ def test_of_paths_the_last_name_is_left(text, kept):
     assert without_folders(text) == (text if kept is None else kept)
 
 
+NAMES = st.lists(st.text("abXY09._-@+&()", min_size=1, max_size=6), min_size=2, max_size=4)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(["/", "../", "~jane/", "file:///", "git+file://host/", "C:/", "C:\\", "\\\\host\\", "..\\"]),
+    NAMES,
+    st.sampled_from(["/", "\\"]),
+)
+def test_of_any_path_the_last_name_is_left_in_plain_text_and_in_json(origin, names, separator):
+    path = origin + (separator if "\\" in origin or ":" in origin[:2] else "/").join(["a b", *names])
+    assert without_folders(f"path: {path}, 1/2") == f"path: {names[-1]}, 1/2"
+    assert json.loads(without_folders(json.dumps([path, 1]))) == [names[-1], 1]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.text("\\/\"'abC:.~ \n\u00e9"))
+def test_json_stays_json(text):
+    assert len(json.loads(without_folders(json.dumps([text, "end"])))) == 2
+
+
 def test_a_long_text_is_read_once():
     started = time.process_time()
-    for part in ("a:", "file:", "a/", "a.", "../", "/", "~"):
+    windows = ("a\\", "C:\\", "..\\", "\\", "C:\\a b ")
+    for part in ("a:", "file:", "git+file:", "a/", "a.", "../", "/", "~", "a+", *windows):
         without_folders(part * 20_000)
     assert time.process_time() - started < 10  # 0.3 s; with a second look from every word 100 s

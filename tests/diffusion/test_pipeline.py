@@ -285,7 +285,7 @@ def test_unconditional(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": "cta"}, "did you mean 'cat'"),
+        ({"labels": "cta"}, r"did you mean 'cat'\? known labels: cat, dog, red ball; or an id from 0 to 2"),
         ({"labels": 3}, "known labels: cat, dog, red ball; or an id from 0 to 2"),
         ({"labels": ["cat", "dog"], "num_images": 1}, "2 of them for 1 image;"),
         ({"guidance_scale": 4.0}, "no effect without a label"),

@@ -105,7 +105,7 @@ def test_stock_diffusers_draws_our_images_in_a_process_without_this_package(tmp_
         assert {part[0] for part in index.values() if isinstance(part, list)} == {"diffusers"}
     folders = [str(tmp_path / "stock" / name) for name in ("classes", "free")]
     words = [str(compat.__file__), *folders, str(tmp_path / "images.npz"), str(STEPS), str(GUIDANCE)]
-    subprocess.run([sys.executable, "-I", "-c", STOCK, *words], check=True, timeout=120, cwd=tmp_path)
+    subprocess.run([sys.executable, "-I", "-c", STOCK, *words], check=True, timeout=240, cwd=tmp_path)
     stock = np.load(tmp_path / "images.npz")
     words = ["dog", "red ball"]
     for name, labels, guidance in (("guided", words, GUIDANCE), ("plain", words, 1.0), ("free", None, 1.0)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from ldm_vae import cli
+from ldm_vae import config as configuration
 from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
+from ldm_vae.autoencoder.recipe import Phase, TrainVaeConfig
 from ldm_vae.autoencoder.record import thin
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.evaluation import card_facts
@@ -61,9 +64,20 @@ def evaluation(identity: str) -> dict:
             "precision": "float32",
         },
         "rows": [
-            {"name": "decode(mean)", "metrics": {"psnr": interval(27.125), "lpips": interval(3.5)}},
+            {
+                "name": "decode(mean)",
+                "metrics": {"psnr": interval(27.125), "lpips": interval(3.5)},
+                "bits_per_pixel": 0.09,
+            },
             {"name": "block KLT, 2 components", "metrics": {"psnr": interval(23.0)}},
+            {
+                "name": "JPEG, equal bytes",
+                "metrics": {"psnr": interval(25.0)},
+                "bits_per_pixel": 0.088,
+                "over_budget": 1,
+            },
         ],
+        "equal_bytes": "at most the bytes of the rate",
         "gain_over_linear_db": interval(4.125),
         "rate": {"nats_per_dim": 2.0, "bits_per_dim": 2.885, "bits_per_pixel": 0.09},
         "rejected": [],
@@ -135,10 +149,12 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         "Measured in the evaluation: 2.000 nats",
         "| 1 | 0.001 | 2.001 |",
         "| 100 | 0.1 | 2.100 |",
-        "| decode(mean) | 27.125 [26.125, 28.125] | 3.500 [2.500, 4.500] |",
-        "| block KLT, 2 components | 23.000 [22.000, 24.000] | not measured |",
+        "| decode(mean) | 0.090 | 27.125 [26.125, 28.125] | 3.500 [2.500, 4.500] |",
+        "| block KLT, 2 components | not coded | 23.000 [22.000, 24.000] | not measured |",
+        "| JPEG, equal bytes (1 of 17 over) | 0.088 | 25.000",
         "17 images (held_out) of flowers, set `f00d`.",
         "KID of decode(mean) to the originals, N = 17: 2.000",
+        "- Codecs: at most the bytes of the rate; header bytes count",
         "Gain over the linear baseline on the same pixels: +4.12 [+3.12, +5.12] dB.",
         "- **fail**, grid: A grid of 8 pixels.\n- **warn**, rate_miss: the rate is 2.0. Try: longer.",
         "Trained on crops of at most 192 pixels",
@@ -220,6 +236,11 @@ def test_somebody_elses_readme_is_kept_and_our_own_is_written_anew(run):
     write_card(CardConfig(str(run), overwrite=True))
     write_card(CardConfig(str(run), intended_use="Again."))
     assert "Again." in readme.read_text()
+    with pytest.raises(UserError, match=r"README\.md: states the intended use, and the new card would not; give"):
+        write_card(CardConfig(str(run), license="cc0-1.0"))
+    assert "Again." in readme.read_text()
+    write_card(CardConfig(str(run), license="cc0-1.0", overwrite=True))
+    assert "Again." not in readme.read_text()
 
 
 def test_a_stock_class_gets_stock_instructions_and_a_codebook_no_false_rate(tmp_path):
@@ -229,6 +250,22 @@ def test_a_stock_class_gets_stock_instructions_and_a_codebook_no_false_rate(tmp_
     assert ModelCard(path.read_text()).data.library_name == "diffusers"
     record = {"kind": "vq", "rate": {"final_beta": 1.0}, "held_out": {"held_out/nats_per_dim": 400.0}}
     assert card_facts.rate_sentences(record, {}, 8, 4) == ["Of kind vq: beta weighs no divergence of a posterior."]
+
+
+def test_a_model_of_one_size_is_told_so(tmp_path):
+    build_autoencoder(AutoencoderConfig("vector", "digits", 2)).save_pretrained(tmp_path / "vector")
+    text = write_card(CardConfig(str(tmp_path / "vector")))[0].read_text()
+    assert "an image of 32 x 32 pixels becomes 2 numbers." in text
+    assert text.count("multiples of") == 0
+    assert "Height and width must be 32 pixels, scale others." in text
+    assert "`ldm-vae reconstruct DIRECTORY photo.jpg --out seen --size 32`" in text
+
+
+def test_a_rate_of_an_earlier_run_is_said_to_be_one():
+    record = {"rate": {"mode": "target", "target_nats": 2.5}, "initial": {"train": ["decoder"]}}
+    assert card_facts.rate_sentences(record, {}, 8, 4)[0].startswith("The last run trained the decoder alone")
+    record["initial"] = {"train": ["encoder", "decoder"]}
+    assert card_facts.rate_sentences(record, {}, 8, 4)[0].startswith("Controlled towards 2.5")
 
 
 def test_the_upload_is_the_directory_and_only_when_asked(run, monkeypatch, capsys):
@@ -267,6 +304,21 @@ def test_the_hub_dataset_is_named_only_where_there_is_one(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local" / "set").mkdir(parents=True)
     assert card_facts.hub_dataset(config("datasets", "local/set")) is None
+
+
+def test_settings_that_the_command_does_not_name_can_be_typed_after_it():
+    settings = {"data.source": "folder", "loss.mse": 2.0, "adversarial.loss": "hinge", "repeat": {"a/*.x": 2}}
+    settings |= {"phases": [{"steps": 7, "crop": 64}], "training.learning_rate": 1e-05, "data.include": ["a b/*"]}
+    record = {"command": ["train-vae", "mine.yaml", "loss.mse=2", "data.include=[a b/*]"], "settings": settings}
+    words = shlex.split(card_facts.earlier_run(record, None)["settings"])
+    assert [word.partition("=")[0] for word in words] == [
+        "data.source", "adversarial.loss", "repeat", "phases", "training.learning_rate",
+    ]  # fmt: skip
+    found = configuration.load(TrainVaeConfig, None, ["output=x", "data.path=y", *words])
+    assert found.phases == [Phase(steps=7, crop=64)]
+    assert (found.repeat, found.training.learning_rate, found.adversarial.loss) == ({"a/*.x": 2}, 1e-05, "hinge")
+    assert card_facts.unsaid({"data.path": "x", "loss.l1": 2.0}, ["data={path: x}", "loss.l=1"]) == {"loss.l1": 2.0}
+    assert card_facts.earlier_run({"command": ["train-vae"]}, None)["settings"] == ""
 
 
 SOURCES = """

@@ -84,6 +84,8 @@ def test_a_complete_card(given, tmp_path, capsys):
     with Image.open(given / "samples.webp") as sheet:
         assert sheet.size == (1600, 800)
     assert cli.main(words) == 0  # its own card it writes anew
+    assert cli.main(["card", str(given), "--license", "cc0-1.0"]) == EXIT_USER_ERROR
+    assert "README.md: states the intended use, credits of the data, pictures, what was " in capsys.readouterr().err
     other = {"parameters": parameters | {"unet": ["xxh3_128:0"]}, "images": 16}
     (samples / "run.json").write_text(json.dumps(other))
     assert cli.main(words) == EXIT_USER_ERROR

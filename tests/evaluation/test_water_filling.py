@@ -4,19 +4,17 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.rate import bits_per_pixel
-from ldm_vae.evaluation.water_filling import limited_channels, water_filling, water_filling_at
+from ldm_vae.evaluation.water_filling import limited_channels, water_filling, water_filling_at, water_level
+from tests.evaluation.health.linear_autoencoder import random_fields
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    coarse = torch.randn(6, 3, 12, 12, generator=rng)
-    return torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").mul(0.3).clamp(-1, 1)
+    return random_fields(count=6)
 
 
 def test_water_filling_of_equal_variances_is_the_gaussian_rate_distortion_function() -> None:
@@ -45,6 +43,12 @@ def test_water_filling_is_the_best_allocation() -> None:
     assert point.bits_per_pixel == pytest.approx(2.0)
     assert point.squared_error == pytest.approx(result.fun, rel=1e-4)
     assert point.components == int((result.x > 1e-3).sum())
+
+
+def test_the_water_level_takes_the_nats_that_were_asked_for() -> None:
+    for nats in (0.0, 0.3, 2.0, 40.0):
+        level = water_level([0.25, 4.0, 1.0, 0.0], nats)
+        assert water_filling([0.25, 4.0, 1.0, 0.0], 1, level).bits_per_pixel == pytest.approx(nats / math.log(2))
 
 
 def test_water_filling_at_no_rate_keeps_the_variance_and_falls_with_rate(images: Tensor) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 
 import pytest
 
@@ -15,7 +13,7 @@ from ldm_vae.latents.tools.export import export_set
 from ldm_vae.latents.tools.verify import verify
 from tests.disks import disk as disk  # a fixture
 from tests.latents.test_encode import contents
-from tests.latents.test_processes import Forked, wait_for
+from tests.latents.test_processes import Forked
 
 
 @pytest.mark.promise(5)
@@ -86,12 +84,11 @@ def test_a_disk_that_vanishes_ends_the_job_and_the_same_command_goes_on(
     output, log = disk.path / "set", tmp_path / "log.txt"
     settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=60"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
-    job = Forked(["encode", *settings, f"output={output}"], 1, log)
-    wait_for(lambda: len(list(output.glob("shard-*.jsonl"))) > 3)
-    os.kill(job.processes[0].pid, signal.SIGSTOP)
+    job = Forked(["encode", *settings, f"output={output}"], 1, log, halt=(output, "shard-*.jsonl", 4))
+    assert job.halts(), log.read_text()
     disk.vanish()
-    os.kill(job.processes[0].pid, signal.SIGCONT)
-    job.processes[0].join(60)
+    job.go_on()
+    job.processes[0].join(240)
     assert job.processes[0].exitcode == 2, log.read_text()
     assert "set: has changed under this process (encode.lock is gone)" in log.read_text().splitlines()[-1]
     assert not list(disk.path.rglob("shard-*")), "nothing was written onto the disk below"

@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ldm_vae import cli
 from tests.latents.test_encode import contents
+from tests.training.mishap import keep_port
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
@@ -29,7 +33,7 @@ def start(*words: str, processes: int = 1) -> subprocess.Popen:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, SCRIPT, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -38,7 +42,7 @@ def start(*words: str, processes: int = 1) -> subprocess.Popen:
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_do_not_change_a_byte(settings, latents, tmp_path, processes):
     job = start(*settings, f"output={tmp_path / 'set'}", f"processes={processes}", processes=processes)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output
     assert contents(tmp_path / "set") == contents(latents)
     assert f'"processes": {processes}' in (tmp_path / "set" / "run.json").read_text()
@@ -47,7 +51,7 @@ def test_processes_do_not_change_a_byte(settings, latents, tmp_path, processes):
 @pytest.mark.slow
 def test_a_refusal_ends_all_processes_with_one_sentence(settings, latents):
     job = start(*settings, f"output={latents}", "dtype=float32", processes=2)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=240)
     assert job.returncode != 0
     assert output.count("dtype is float16 there and float32 here") == 1
 
@@ -56,13 +60,13 @@ def test_a_refusal_ends_all_processes_with_one_sentence(settings, latents):
 def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path, number):
     settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=120"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
-    job = start(*settings, f"output={tmp_path / 'set'}")
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "set").glob("shard-*.jsonl"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    job.send_signal(number)
-    job.communicate(timeout=60)
-    assert job.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+    halt = (tmp_path / "set", "shard-*.jsonl", 3)
+    job = Forked(["encode", *settings, f"output={tmp_path / 'set'}"], 1, tmp_path / "log.txt", halt)
+    assert job.halts(), (tmp_path / "log.txt").read_text()
+    os.kill(job.processes[0].pid, number)
+    job.go_on()
+    job.processes[0].join()
+    assert job.processes[0].exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 75)
     assert not (tmp_path / "set" / "manifest.json").exists()
     encode(tmp_path / "set", *settings)
     encode(tmp_path / "whole", *settings)
@@ -72,14 +76,19 @@ def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path,
 @pytest.mark.promise(11)
 def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, latents, tmp_path):
     jobs = [start(*settings, f"output={tmp_path / 'set'}") for _ in range(2)]
-    outputs = [job.communicate(timeout=120)[0] for job in jobs]
+    outputs = [job.communicate(timeout=240)[0] for job in jobs]
     codes = sorted(job.returncode for job in jobs)
     assert codes in ([0, 0], [0, 2]), outputs  # the second may come when the first has finished
     assert any("is at work here" in output or "finished already" in output for output in outputs)
     assert contents(tmp_path / "set") == contents(latents)
 
 
-def run_rank(words: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+Halt = tuple[Path, str, int]
+"""(folder, pattern, count): where a job suspends itself, which is at the first layer that it calls when so many files
+are there. No look from outside is sure to come in time: the machine may be fast, or busy with others."""
+
+
+def run_rank(words: list[str], rank: int, processes: int, port: int, log: Path, halt: Halt | None) -> None:
     """`ldm-vae WORDS` in one of the processes that a launcher would have started; what it says is added to `log`."""
     with open(log, "a") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -89,29 +98,42 @@ def run_rank(words: list[str], rank: int, processes: int, port: int, log: Path) 
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any command
     torch.set_num_threads(1)
+    if halt is not None:
+        suspend_at(*halt)
     sys.exit(cli.main(words))
+
+
+def suspend_at(folder: Path, pattern: str, count: int) -> None:
+    """Let this process suspend itself once, as `Halt` says."""
+
+    def look(*_: object) -> None:
+        if len(list(folder.glob(pattern))) >= count:
+            hook.remove()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    hook = register_module_forward_pre_hook(look)
 
 
 class Forked:
     """`ldm-vae WORDS` in some processes, forked from a server that has imported torch once."""
 
-    def __init__(self, words: list[str], processes: int, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [(words, rank, processes, port, log) for rank in range(processes)]
+    def __init__(self, words: list[str], processes: int, log: Path, halt: Halt | None = None) -> None:
+        self._place_kept = socket.socket()  # closed with this object
+        port = keep_port(self._place_kept)
+        ranks = [(words, rank, processes, port, log, halt) for rank in range(processes)]
         self.processes = [FORKS.Process(target=run_rank, args=arguments) for arguments in ranks]
         for process in self.processes:
             process.start()
 
-    def wait_for_files(self, directory: Path, count: int) -> None:
-        """Until so many belong to shards, or all processes have ended."""
-        wait_for(
-            lambda: (
-                len(list(directory.glob("shard-*"))) >= count
-                or not any(process.is_alive() for process in self.processes)
-            )
-        )
+    def halts(self) -> bool:
+        """Wait until one has suspended itself, or ended. Returns: whether all are there."""
+        wait_for(lambda: any(is_suspended(process.pid) or not process.is_alive() for process in self.processes))
+        return all(process.is_alive() for process in self.processes)
+
+    def go_on(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
 
     def kill(self, choose: random.Random) -> int:
         """One after the other, with a moment in between where the others go on. Returns: how many still lived."""
@@ -124,8 +146,14 @@ class Forked:
         return killed
 
 
+def is_suspended(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition: Callable[[], object]) -> None:
-    """Look often: what is waited for may last for milliseconds."""
     end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end
@@ -155,8 +183,11 @@ def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(
         for _ in range(3):
             words = ["encode", *settings, f"output={output}", f"workers={choose.choice([0, 0, 2])}"]
             more = choose.randrange(40)  # of 120 files
-            job = Forked(words, choose.choice([1, 2, 3]), log)
-            job.wait_for_files(output, len(list(output.glob("shard-*"))) + more)
+            halt = (output, "shard-*", len(list(output.glob("shard-*"))) + more)
+            job = Forked(words, choose.choice([1, 2, 3]), log, halt if more else None)
+            if more:
+                job.halts()
+                job.go_on()
             time.sleep(choose.uniform(0, 0.05))
             killed += job.kill(choose)
             for name, data in published(output).items():

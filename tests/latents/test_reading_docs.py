@@ -138,7 +138,7 @@ def test_two_processes_train_the_same_network(train, latents, autoencoder_direct
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=200)
+    job = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=240)
     assert job.returncode == 0, job.stderr[-3000:]
     both = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     for name, value in whole["network"].items():

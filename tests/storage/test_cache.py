@@ -62,7 +62,7 @@ def in_processes(count: int, target: Callable[..., None], *arguments: object) ->
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(240)
         assert process.exitcode == 0
 
 
@@ -243,7 +243,7 @@ def test_a_waiting_process_takes_over_from_one_that_fails(folder: Path) -> None:
 
     thread = threading.Thread(target=try_it)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     assert get(Cache(folder, None), 0).read_bytes() == DATA[DIGESTS[0]]
     thread.join()
     assert errors == ["raised"]

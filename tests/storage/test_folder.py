@@ -172,7 +172,7 @@ def test_what_others_write_is_seen(bucket: str, s3_session: Server) -> None:
     assert folder.sizes() == {"a.bin": 1}
     url = f"{s3_session.endpoint}/{bucket.removeprefix('s3://')}/set/b.bin"
     request = urllib.request.Request(url, b"12", {"Content-Type": "application/octet-stream"}, method="PUT")
-    urllib.request.urlopen(request, timeout=10).close()
+    urllib.request.urlopen(request, timeout=120).close()
     assert folder.sizes() == {"a.bin": 1, "b.bin": 2}
 
 
@@ -220,7 +220,7 @@ def test_a_folder_works_in_other_processes(bucket: str, method: str, count: int)
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(240)
         assert process.exitcode == 0
     assert folder.read(f"{method}0") == f"from {method}0".encode()
     assert pickle.loads(pickle.dumps(folder)).sizes() == folder.sizes()

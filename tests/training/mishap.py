@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ class Job:
                 continue
         return found
 
-    def wait_for(self, what, seconds: float = 120) -> None:
+    def wait_for(self, what, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.output[-4000:]
@@ -100,6 +101,14 @@ def start(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     return Job(process, folder, mark)
+
+
+def keep_port(held: socket.socket) -> int:
+    """Bind `held` to a free port of loopback, at which a process that is started may listen, but nobody else by chance
+    as long as `held` is open."""
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held.getsockname()[1]
 
 
 def happen(mishap: str) -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from ldm_vae import cli
 from ldm_vae.training.checkpoint import newest
 from tests.latents.conftest import autoencoder_directory, encode, latents, settings  # noqa: F401
+from tests.training.mishap import keep_port
 
 TRAINING = [
     "training.precision=fp32", "training.device=cpu", "training.workers=1", "training.tracker=none",
@@ -63,24 +64,23 @@ def command(words: list[str], log: str, variables: dict[str, str]) -> None:
 @contextmanager
 def attempt(words: list[str], log: Path, processes: int) -> Iterator[list[Any]]:
     """The running processes of one launch; SIGKILL for all of them at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    jobs = []
-    for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-        variables = {name: str(value) for name, value in (place | group if processes > 1 else {}).items()}
-        jobs.append(SERVER.Process(target=command, args=(words, str(log), variables)))
-    for job in jobs:
-        job.start()
-    try:
-        yield jobs
-    finally:
+    with socket.socket() as place_kept:
+        port = keep_port(place_kept)
+        group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        jobs = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "MASTER_PORT": port}
+            variables = {name: str(value) for name, value in (place | group if processes > 1 else {}).items()}
+            jobs.append(SERVER.Process(target=command, args=(words, str(log), variables)))
         for job in jobs:
-            job.kill()
-        for job in jobs:
-            job.join()
+            job.start()
+        try:
+            yield jobs
+        finally:
+            for job in jobs:
+                job.kill()
+            for job in jobs:
+                job.join()
 
 
 def to_the_end(words: list[str], log: Path, processes: int) -> None:
@@ -90,9 +90,15 @@ def to_the_end(words: list[str], log: Path, processes: int) -> None:
         assert [job.exitcode for job in jobs] == [0] * processes, log.read_text()[-2000:]
 
 
-def killed(words: list[str], log: Path, processes: int, output: Path, choose: random.Random) -> bool | None:
-    """One attempt that is killed, every second time inside the write of a checkpoint. None: it ended before."""
-    inside, delay, further = choose.random() < 0.5, choose.uniform(0, 0.4), choose.randrange(3)
+def killed(
+    words: list[str], log: Path, processes: int, output: Path, choose: random.Random, step_seconds: float
+) -> bool | None:
+    """One attempt that is killed, every second time inside the write of a checkpoint. None: it ended before.
+
+    `step_seconds`: on a fast machine a run must not end within a few delays.
+    """
+    inside, delay = choose.random() < 0.5, choose.uniform(0, min(0.4, 2.5 * step_seconds))
+    further = choose.randrange(3)
     before, halves = names(output, "checkpoints/step-*"), names(output, "checkpoints/.tmp-*")
 
     def come() -> bool:
@@ -174,13 +180,16 @@ CASES += [pytest.param(kind, processes, 15, marks=pytest.mark.slow)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_nobody_touched(
     kind, processes, trials, tmp_path, request, record_property
 ):
-    words = [*request.getfixturevalue(kind)(8 + 4 * trials), f"training.processes={processes}"]
+    steps = 8 + 4 * trials
+    words = [*request.getfixturevalue(kind)(steps), f"training.processes={processes}"]
     log, output, choose = tmp_path / "log", tmp_path / "killed", random.Random(processes)
+    started = time.monotonic()
     to_the_end([*words, f"output={tmp_path / 'whole'}"], log, processes)
+    step_seconds = (time.monotonic() - started) / steps
     words.append(f"output={output}")
     kills = inside = 0
     for _ in range(trials):
-        found = killed(words, log, processes, output, choose)
+        found = killed(words, log, processes, output, choose, step_seconds)
         assert newest(output / "checkpoints")[1] == []
         kills, inside = kills + (found is not None), inside + bool(found)
     assert kills == trials

@@ -42,7 +42,7 @@ def test_all_processes_save_the_same_step_and_leave(tmp_path, launcher, number, 
         os.killpg(job.process.pid, number)
     else:
         job.process.send_signal(number)
-    job.end(seconds=120)
+    job.end(seconds=240)
     seconds = time.monotonic() - sent
     assert job.codes() == [EXIT_INTERRUPTED] * processes, job.output
     (saved,) = (output / "checkpoints").glob("step-*")

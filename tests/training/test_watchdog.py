@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -34,7 +35,7 @@ def run(body: str) -> subprocess.Popen:
 @pytest.mark.promise(3)
 def test_a_step_without_end_is_ended_with_all_stacks(record_property):
     process = run("watchdog.advance(1); threading.Event().wait()")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == EXIT_STUCK
     assert f"rank 0 of 1 (process {process.pid}) ends: no progress for" in errors
     assert 'File "<string>", line 8' in errors  # where it waits
@@ -49,7 +50,7 @@ def test_who_gets_on_works_alone_or_waits_is_left_alone():
         "    watchdog.advance(10)\n"
         "    with watchdog.waiting(): time.sleep(2)"
     )
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, output) == (0, "at the end\n"), errors
 
 
@@ -61,7 +62,7 @@ def test_a_process_that_was_suspended_goes_on():
     process.send_signal(signal.SIGSTOP)
     time.sleep(3)
     process.send_signal(signal.SIGCONT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, output) == (0, "at the end\n"), errors
 
 
@@ -78,29 +79,37 @@ def two_processes(monkeypatch):
     beats = []
     for rank in range(2):
         beats.append(Heartbeats(rank, 2, "job"))
-    deadline = time.monotonic() + 30
-    while not all(beat.heard for beat in beats) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: all(beat.heard for beat in beats))
     yield beats
     for beat in beats:
         beat.end("")
     del server
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_processes_that_live_are_not_taken_for_dead(two_processes):
+    first, number = two_processes[0], two_processes[0].heard[1].number
     two_processes[1].at_step(3)
-    time.sleep(0.5)
-    assert two_processes[0].lost(silent=20) == []
+    wait_until(lambda: first.heard[1].step == 3 and first.heard[1].number > number + 3)
+    assert first.lost(silent=20) == []
     host = os.uname().nodename
     assert f"rank 1 of 2 (process {os.getpid()} on {host}) is in step 3" in two_processes[0].explanation()
 
 
 def test_a_process_that_ended_with_an_error_says_so(two_processes):
     two_processes[0].end("ValueError: a mishap")
+    wait_until(lambda: two_processes[1].heard[0].farewell)
     assert two_processes[1].explanation().endswith("ended: ValueError: a mishap")
 
 
 def test_a_process_that_is_silent_is_named(two_processes):
     two_processes[1]._ended.set()
+    wait_until(lambda: two_processes[0].silent_seconds[1] >= 1.0)
     assert "gives no sign of life" in two_processes[0].explanation()
     two_processes[0].end("")

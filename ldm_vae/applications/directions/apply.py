@@ -164,7 +164,7 @@ def _encoded(
         try:
             image = decode_image(read_regular_file(path))
         except ImageRejected as error:
-            rejected.append((str(path), error.reason))
+            rejected.append((str(path), str(error)))
             continue
         if settings.size is not None:
             image = cover_crop(image, settings.size)

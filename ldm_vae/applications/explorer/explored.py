@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,16 @@ def open_explored(path: str | Path, config: ExploreConfig) -> Explored:
     return open_models(path, None, config)[0]
 
 
-def open_models(path: str | Path, compared: str | Path | None, config: ExploreConfig) -> tuple[Explored, ...]:
+def open_models(
+    path: str | Path,
+    compared: str | Path | None,
+    config: ExploreConfig,
+    check: Callable[[Any, str], None] | None = None,
+) -> tuple[Explored, ...]:
     """One or two autoencoders on the same images in the same order; those of the first where they have their own.
+
+    Args:
+        check: takes each autoencoder and its path, and refuses it before any image is read.
 
     Raises:
         UserError: as `open_explored`, or two that know different image sizes.
@@ -169,6 +177,9 @@ def open_models(path: str | Path, compared: str | Path | None, config: ExploreCo
     names = [str(one) for one in (path, compared) if one is not None]
     device = compute_device(config.device)
     autoencoders = [load_autoencoder(name).to(device).eval() for name in names]
+    if check is not None:
+        for autoencoder, name in zip(autoencoders, names, strict=True):
+            check(autoencoder, name)
     directions = None if config.directions is None else _read_directions(config.directions, autoencoders[0], names[0])
     fixed = _fixed_side(autoencoders, names)
     places = [Place(model_directory(Path(name)), run_directory(name)) for name in names]

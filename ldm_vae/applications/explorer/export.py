@@ -70,7 +70,7 @@ def export_page(
     """
     check_output(path, overwrite)
     for model in models.all:
-        check_exportable(model)
+        check_exportable(model.explored.autoencoder, model.explored.path)
     for model in models.all:
         if model.round_trip is None:
             model.round_trip = measure_round_trip(model.explored, model.plane, advance=advance)
@@ -85,12 +85,11 @@ def export_page(
     return len(page)
 
 
-def check_exportable(model: Model) -> None:
-    """Raises: UserError for a model whose decoder a page cannot run."""
-    autoencoder = model.explored.autoencoder
+def check_exportable(autoencoder: Any, path: str) -> None:
+    """To be called before images are encoded. Raises: UserError for an autoencoder whose decoder a page cannot run."""
     if not isinstance(autoencoder, AutoencoderVector):
         raise UserError(
-            f"export: {model.explored.path} is of class {type(autoencoder).__name__}, and a page can run only the "
+            f"export: {path} is of class {type(autoencoder).__name__}, and a page can run only the "
             "small decoder of an AutoencoderVector (architecture=vector); leave out --export and explore it with the "
             "server, or export checkpoints/digits-vae-2d"
         )

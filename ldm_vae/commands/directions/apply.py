@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", metavar="NAME", help="a direction, or an attribute: then its difference of means")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files and folders")
     parser.add_argument("--autoencoder", required=True, metavar="DIR", help="with the encoder of the fit")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--out", "--output", required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument(
         "--strengths", default="-2,-1,0,1,2", metavar="S,S,...", help="default -2,-1,0,1,2; write --strengths=-3,0,3"
     )

@@ -18,7 +18,7 @@ COUNT = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", metavar="SET", help="a folder that `ldm-vae encode` wrote, or its URL")
     parser.add_argument("--autoencoder", required=True, metavar="DIR", help="the autoencoder that made the latents")
-    parser.add_argument("--output", required=True, metavar="PNG", help="the sheet, a .png, .webp or .jpg file")
+    parser.add_argument("--output", "--out", required=True, metavar="PNG", help="the sheet, a .png, .webp or .jpg file")
     parser.add_argument("--count", type=int, metavar="N", help=f"samples, evenly spread (default {COUNT})")
     parser.add_argument("--samples", metavar="N,N,...", help="these samples, by their numbers in the set")
     parser.add_argument("--label", metavar="NAME", help="samples of this class")

@@ -66,7 +66,7 @@ def reconstruct_pictures(
         try:
             image = decode_image(path.read_bytes())
         except ImageRejected as error:
-            rejected.append((str(path), error.reason))
+            rejected.append((str(path), str(error)))
             continue
         if size is not None:
             image = cover_crop(image, size)

@@ -132,7 +132,9 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in row["metrics"].values()]
         rate = row.get("bits_per_pixel")
         lines.append(
-            f"| {_named(row, results)} | " + " | ".join(["not coded" if rate is None else f"{rate:.3f}", *cells]) + " |"
+            f"| {row_title(row, results)} | "
+            + " | ".join(["not coded" if rate is None else f"{rate:.3f}", *cells])
+            + " |"
         )
     protocol, gain = results["protocol"], results["gain_over_linear_db"]
     lines += [
@@ -150,7 +152,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _named(row: dict[str, Any], results: dict[str, Any]) -> str:
+def row_title(row: dict[str, Any], results: dict[str, Any]) -> str:
     """The row's name, with a warning where its files are not of equal bytes after all."""
     if not row.get("over_budget"):
         return str(row["name"])
@@ -169,7 +171,7 @@ def rate_line(rate: dict[str, Any]) -> str:
 def difference_lines(results: dict[str, Any]) -> list[str]:
     """Paired differences of PSNR and LPIPS (or SSIM) to each baseline, with Wilcoxon's p."""
     lines = []
-    named = {row["name"]: _named(row, results) for row in results["rows"]}
+    titles = {row["name"]: row_title(row, results) for row in results["rows"]}
     for difference in results.get("differences", []):
         second = "lpips" if "lpips" in difference["metrics"] else "ssim"
         parts = []
@@ -178,7 +180,7 @@ def difference_lines(results: dict[str, Any]) -> list[str]:
             p = value["wilcoxon_p"]
             tested = "not tested" if p is None else f"p = {p:.2g}"
             parts.append(f"{value['mean']:+.3f}{unit} [{value['low']:+.3f}, {value['high']:+.3f}], {tested}")
-        lines.append(f"{difference['row']} minus {named[difference['baseline']]}: {'; '.join(parts)}.")
+        lines.append(f"{difference['row']} minus {titles[difference['baseline']]}: {'; '.join(parts)}.")
     if lines:
         lines.append("Differences are paired over images; p is Wilcoxon's signed-rank test, two-sided, not corrected.")
     return lines

@@ -24,6 +24,7 @@ from ldm_vae.evaluation.fidelity.measurement import codebook_size
 from ldm_vae.evaluation.health import decoder_probes, latent_statistics
 from ldm_vae.evaluation.health.judgement import dead_channels
 from ldm_vae.evaluation.metrics import psnr
+from ldm_vae.evaluation.water_filling import water_level
 from ldm_vae.random import generator
 
 LEAST_IMAGES = 8
@@ -141,7 +142,7 @@ def measure(
     if collector.count < LEAST_IMAGES:
         raise UserError(
             f"data: {collector.count} images are too few for the report; give at least {LEAST_IMAGES}, "
-            "better 256 (part=all takes the training images as well)"
+            "better 256 (part=all takes all images of the data)"
         )
     statistics, probes = collector.statistics, collector.probes()
     mean, logvar, noise = (torch.cat(list(parts)) for parts in zip(*collector.buffered))
@@ -294,14 +295,20 @@ def _decoder(autoencoder: Any, figures: dict[str, Any], probes: Probes, prior: T
 
 
 def _linear_margin(blocks: Moments | None, figures: dict[str, Any], probes: Probes, factor: int) -> float | None:
-    """PSNR of decode(mean) over that of the block KLT with as many numbers a position, in dB, on the probes.
+    """PSNR of decode(mean) over that of the block KLT with as many numbers a position and the same rate, on the probes.
 
-    The transform is fitted on the very images of the report, which favours it; None where they are too few for that.
+    At a rate the best linear decoder shrinks each coefficient by 1 - water level / eigenvalue, since it reads noisy
+    ones; it is asked for the mean here as the autoencoder is. The transform is fitted on the very images of the report,
+    which favours it; None where they are too few for that. In dB.
     """
     if blocks is None or blocks.count < BLOCKS_PER_DIMENSION * len(blocks.total):
         return None
     components = min(len(figures["channels"]), len(blocks.total))
-    linear = solve_klt([blocks], factor).reconstruct(probes.images, components).clamp(-1, 1)
+    klt, nats = solve_klt([blocks], factor), figures["rate"]["nats_per_dim"]
+    variances = klt.eigenvalues[:components]
+    level = 0.0 if nats is None else water_level(variances.tolist(), nats * len(figures["channels"]))
+    gains = (1 - level / variances.clamp_min(1e-12)).clamp_min(0)
+    linear = klt.reconstruct(probes.images, components, gains).clamp(-1, 1)
     return float(figures["decoder"]["noise_curve"]["0"] - psnr(linear, probes.images).mean())
 
 

@@ -48,7 +48,7 @@ def exploring(*words: str) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
 
 
 @contextmanager
@@ -77,6 +77,7 @@ def opened(browser: Browser, address: str, forgiven: str = "", **options: Any) -
     """
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     context.set_default_timeout(PATIENCE_MILLISECONDS)
+    context.add_init_script(COUNT_REQUESTS)
     page = context.new_page()
     troubles: list[str] = []
     page.on("console", lambda told: troubles.append(f"console: {told.text}") if told.type == "error" else None)
@@ -91,6 +92,14 @@ def opened(browser: Browser, address: str, forgiven: str = "", **options: Any) -
         context.close()
 
 
+COUNT_REQUESTS = """
+window.requestsUnderWay = 0;
+const unwatched = window.fetch;
+window.fetch = async (...sent) => {
+  window.requestsUnderWay += 1;
+  try { return await unwatched(...sent); } finally { window.requestsUnderWay -= 1; }
+};"""
+"""Before anything of the page runs: how many of its questions wait for an answer."""
 READ_CANVAS = """
 (canvas) => {
   const {data, width, height} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -162,11 +171,12 @@ def hover(page: Page, plot: str, across: float, down: float, canvas: str) -> tup
 
 
 def settle(page: Page, canvas: str) -> None:
-    """Until no newer picture has come for a while."""
+    """Until no question is under way, and no newer picture has come for a while."""
     page.wait_for_function(
         """(selector) => new Promise((resolve) => {
             const canvas = document.querySelector(selector), before = canvas.dataset.drawn;
-            setTimeout(() => resolve(canvas.dataset.drawn === before), 400); })""",
+            const isQuiet = () => window.requestsUnderWay === 0 && canvas.dataset.drawn === before;
+            setTimeout(() => resolve(isQuiet()), 400); })""",
         arg=canvas,
     )
 

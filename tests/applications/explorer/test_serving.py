@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from starlette.responses import Response
 
 from ldm_vae.applications.explorer import serving
 from ldm_vae.applications.explorer.answers import Models, open_model
-from ldm_vae.applications.explorer.serving import measure_round_trips, open_socket, running, serve
+from ldm_vae.applications.explorer.serving import PatientProtocol, measure_round_trips, open_socket, running, serve
 from ldm_vae.applications.explorer.worker import Worker
 from ldm_vae.errors import UserError
 from ldm_vae.training.signals import StopRequest
 from tests.applications.explorer.served import ask, small_explored
 
-LARGE = b"x" * 4_000_000
+LARGE = b"x" * 16_000_000
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,23 @@ def test_it_answers_where_it_says_and_ends_at_a_signal(models, number, monkeypat
     [(url, status)] = visits
     assert url.startswith("http://127.0.0.1:")
     assert status == 200
-    with pytest.raises(ConnectionError):
-        ask(url, "/")
+    wait_until(lambda: refuses(url))  # the thread that serves has another two seconds, and more on a busy machine
     clients[0].close()
+
+
+def refuses(url: str) -> bool:
+    try:
+        ask(url, "/")
+    except ConnectionError:
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_url_answers_without_another_try():
@@ -119,11 +133,18 @@ def test_dripping_does_not_help(address):
                 open_still = False
 
 
-def test_an_answer_that_is_not_taken_is_cut_off(address):
-    many = 8
+def test_an_answer_that_is_not_taken_is_cut_off(address, monkeypatch):
+    many, cut_off, lost = 4, threading.Event(), PatientProtocol.connection_lost
+
+    def told(protocol: PatientProtocol, error: Exception | None) -> None:
+        lost(protocol, error)
+        if protocol.client == deaf.getsockname():
+            cut_off.set()
+
+    monkeypatch.setattr(PatientProtocol, "connection_lost", told)
     with socket.create_connection(address, timeout=60) as deaf:
         deaf.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * many)
-        time.sleep(2)  # and reads nothing
+        assert cut_off.wait(60)  # and reads nothing until then
         received = 0
         with suppress(ConnectionError):
             while block := deaf.recv(1 << 20):
@@ -131,13 +152,15 @@ def test_an_answer_that_is_not_taken_is_cut_off(address):
         assert received < many * len(LARGE) / 2
 
 
-def test_a_slow_reader_who_reads_gets_everything(address):
+def test_a_slow_reader_who_reads_gets_everything(address, monkeypatch):
+    """Of the answer most waits for the reader, for longer than there is patience; a busy machine may stop both."""
+    monkeypatch.setattr(serving, "PATIENCE_SECONDS", 1.0)
     with socket.create_connection(address, timeout=60) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         received = 0
-        while block := slow.recv(1 << 17):
+        while block := slow.recv(1 << 18):
             received += len(block)
-            time.sleep(0.02)
+            time.sleep(0.04)
     assert received > len(LARGE)
 
 
@@ -149,9 +172,7 @@ def test_connections_are_counted(monkeypatch):
             open_ones.enter_context(socket.create_connection((address[0], int(address[1])), timeout=60))
         assert ask(url, "/").status == 503
         open_ones.close()
-        deadline = time.monotonic() + 60
-        while ask(url, "/").status != 200:
-            assert time.monotonic() < deadline
+        wait_until(lambda: ask(url, "/").status == 200)
 
 
 def test_measuring_ends_when_the_server_does(models):

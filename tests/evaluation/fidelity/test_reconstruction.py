@@ -158,7 +158,7 @@ def test_two_processes_give_the_result_of_one(config: EvaluateConfig, results: d
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*command, str(root / "scripts" / "evaluate.py"), str(tmp_path / "settings.yaml")],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| decode(mean) |") == 1

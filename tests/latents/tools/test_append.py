@@ -189,7 +189,7 @@ def test_processes_do_not_change_a_byte(settings, copy, appended, grown, process
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     job = subprocess.run(
         [*launcher, "-m", "ldm_vae.cli", "latents", "append", *words],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.count("24 of 31 images are in the set already, by their ids; 7 are new") == 1

@@ -265,10 +265,10 @@ def test_two_processes_mend_together_and_refuse_with_one_sentence(rich, copy):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command = [*launcher, "ldm_vae.cli", "latents", "repair", *rich.encoded, f"output={copy}", "processes=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    refusal = subprocess.run([*command, "batch=1"], env=environment, capture_output=True, text=True, timeout=120)
+    refusal = subprocess.run([*command, "batch=1"], env=environment, capture_output=True, text=True, timeout=240)
     assert refusal.stderr.count("encoding.batch is 2 there and 1 here") == 1
     assert refusal.returncode != 0
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is made again: the same bytes as before") == 3
     check_mended(rich, copy, damaged, before)
