@@ -74,6 +74,8 @@ def to_svg(figure: Figure, label: str) -> str:
 
 
 def save_svg(figure: Figure, path: Path, label: str) -> None:
-    """A stand-alone SVG file on white, for Markdown pages."""
-    svg = to_svg(figure, label).replace("<svg", '<svg style="background: #fff"', 1)
+    """A stand-alone SVG file on white, for Markdown pages; of one size, or a single panel would fill the page."""
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    sized = f'<svg style="background: #fff" width="{width}" height="{height}"'
+    svg = to_svg(figure, label).replace("<svg", sized, 1)
     write_text(path, '<?xml version="1.0" encoding="utf-8"?>\n' + svg)

@@ -83,6 +83,7 @@ def test_a_complete_card(given, tmp_path, capsys):
     assert ModelCard(text).data.license == "cc0-1.0"
     with Image.open(given / "samples.webp") as sheet:
         assert sheet.size == (1600, 800)
+    assert ' width="403" height="288"' in (given / "curves.svg").read_text()  # one panel does not fill the page
     assert cli.main(words) == 0  # its own card it writes anew
     assert cli.main(["card", str(given), "--license", "cc0-1.0"]) == EXIT_USER_ERROR
     assert "README.md: states the intended use, credits of the data, pictures, what was " in capsys.readouterr().err
