@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        parsed = parser.parse_intermixed_args(rest)  # settings may stand before and after an option
+        # Settings may stand before and after an option; but intermixed, names after `--` would be read as options.
+        parsed = parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest)
         reuse_freed_memory()
         return module.run(parsed)
     except UserError as error:

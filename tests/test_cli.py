@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,19 @@ def test_every_tool_is_in_the_overview_of_its_command_and_explains_itself(name, 
         assert f"usage: ldm-vae {name} {tool}" in capsys.readouterr().out
     assert cli.main([name, f"{tool}x"]) == 2
     assert f"has no tool '{tool}x'; did you mean '{tool}'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compress", "decompress", "demo", "diagnose", "directions apply", "ema", "generate", "interpolate", "latents decode",
+        "latents stats", "reconstruct", "report",
+    ],
+)  # fmt: skip
+def test_out_and_output_mean_the_same(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert re.search(r"--out(put)?( [A-Z]+)?, --out(put)? ", capsys.readouterr().out)
 
 
 def test_help_imports_nothing_heavy():
@@ -97,13 +111,14 @@ def test_settings_may_stand_before_and_after_an_option(command, settings, capsys
     assert capsys.readouterr().out != together
 
 
-def test_after_two_dashes_a_name_may_begin_with_one(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("names", [["-c.ldmz", "b.ldmz"], ["b.ldmz", "--help"]])
+def test_after_two_dashes_a_name_may_begin_with_one(names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["decompress", "a.ldmz", "--output", "o", "b.ldmz", "--autoencoder", "here", "--", "-c.ldmz"]
-    (tmp_path / "a.ldmz").touch()
     (tmp_path / "b.ldmz").touch()
+    words = ["decompress", "--output", "o", "--autoencoder", "here", "--", *names]
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "-c.ldmz" in capsys.readouterr().err
+    (dashed,) = {*names} - {"b.ldmz"}
+    assert f"{dashed}: no such file; give files" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):

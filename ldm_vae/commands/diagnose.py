@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings")
     parser.add_argument("--data", metavar="FOLDER", help="a folder of images: data.source=folder data.path=FOLDER")
     parser.add_argument(
-        "--out", metavar="FOLDER", help="output=FOLDER; default: health/ in the autoencoder's directory"
+        "--out", "--output", metavar="FOLDER", help="output=FOLDER; default: health/ in the autoencoder's directory"
     )
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a verdict is of severity fail")
     parser.add_argument("--overwrite", action="store_true", help="replace a report of other settings")

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a finished run of `ldm-vae train-diffusion`")
     parser.add_argument("--length", type=float, nargs="+", required=True, metavar="L", help="0.01 to 0.28, one or more")
     parser.add_argument("--step", type=int, metavar="N", help="the average after this step (default: the last one)")
-    parser.add_argument("--out", metavar="DIR", help="write the pipeline with this average; one length only")
+    parser.add_argument(
+        "--out", "--output", metavar="DIR", help="write the pipeline with this average; one length only"
+    )
     parser.add_argument("--kid", type=int, default=0, metavar="N", help="compare by the KID of N samples as well")
     parser.add_argument(
         "--images", metavar="FOLDER", help="the encoded images, for --kid (default: kid.data of the run)"

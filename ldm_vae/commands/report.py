@@ -15,7 +15,7 @@ SUMMARY = "one self-contained page about a whole run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_root", metavar="RUN_ROOT", help="the folder that holds the stages' folders")
-    parser.add_argument("--out", help="the HTML file (default: RUN_ROOT/report.html)")
+    parser.add_argument("--out", "--output", help="the HTML file (default: RUN_ROOT/report.html)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -251,8 +251,7 @@ def _crop(mean: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _levels(model: FittedModel, means: np.ndarray, step: int) -> np.ndarray:
     """Latents (n, c, h, w) -> levels, int64."""
-    grid = Grid(model.mean, model.unit, step)
-    return np.stack([grid.quantise(latents, "latents") for latents in means])
+    return Grid(model.mean, model.unit, step).quantise(means, "latents")
 
 
 def code_length(networks: ContextNetworks, levels: np.ndarray, model: FittedModel, step: int) -> Tensor:

@@ -18,7 +18,9 @@ SUMMARY = "what the latents, codes and labels look like; plots"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", metavar="SET", help="a folder that `ldm-vae encode` wrote, or its URL")
     parser.add_argument("--samples", type=int, default=4096, metavar="N", help="measured samples (default 4096)")
-    parser.add_argument("--output", metavar="FOLDER", help="for stats.json and index.html; earlier ones are replaced")
+    parser.add_argument(
+        "--output", "--out", metavar="FOLDER", help="for stats.json and index.html; earlier ones are replaced"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
 
 

@@ -47,13 +47,16 @@ def test_a_fine_step_gives_what_the_autoencoder_gives(plain):
     assert sizes[0] < sizes[2]
 
 
-def test_the_grid_errs_by_half_a_step_at_most():
-    grid = Grid(np.array([0.5, -3.0]), np.array([0.1, 2.0]), STEP_DENOMINATOR // 2)
-    latents = np.random.default_rng(0).normal(0, 4, (2, 5, 5))
+@pytest.mark.parametrize(("quality", "largest"), [(37.0, 0.5), (38.0, 1.0), (80.0, 1.0)])
+def test_the_grid_errs_by_less_than_a_step(quality, largest):
+    grid = Grid(np.array([0.5, -3.0]), np.array([0.1, 2.0]), step_of(quality))
+    latents = np.random.default_rng(0).normal(0, 4, (2, 9, 9))
     levels = grid.quantise(latents, "it")
-    error = np.abs(grid.restore(levels) - latents).max(axis=(1, 2))
-    assert (error <= np.array([0.05, 1.0]) / 2 + 1e-6).all()
+    error = np.abs(grid.restore(levels) - latents) / grid.width
+    assert (error <= largest + 1e-6).all()
+    assert (error.max() > 0.5 + 1e-6) == (quality >= 38)  # coarse steps are rounded plainly
     assert np.abs(grid.restore(levels[:1]) - grid.restore(levels)[:1]).max() == 0
+    assert (grid.quantise(np.stack([latents, latents]), "it") == levels).all()
     with pytest.raises(UserError, match="span more than 16383 steps"):
         grid.quantise(np.full((2, 1, 1), 1e6), "it")
     with pytest.raises(UserError, match="not finite"):
@@ -169,10 +172,10 @@ def test_the_commands_there_and_back(autoencoder_folder, model_file, tmp_path, c
     companions = ["--autoencoder", str(autoencoder_folder), "--entropy", str(model_file), "--device", "cpu"]
     small, back = str(tmp_path / "small"), str(tmp_path / "back")
     assert cli.main(["compress", *pictures, *companions, "--output", small, "--progressive", "1,2"]) == 0
-    assert "broken.png: left out (unknown_format)" in capsys.readouterr().out
+    assert "broken.png: left out (none of JPEG, PNG, " in capsys.readouterr().out
     files = sorted(str(path) for path in (tmp_path / "small").iterdir())
     assert [name[-6:] for name in files] == ["0.ldmz", "1.ldmz"]
-    assert cli.main(["decompress", *files, *companions, "--output", back]) == 0
+    assert cli.main(["decompress", *files, *companions, "--out", back]) == 0  # as other commands call it
     assert [Image.open(tmp_path / "back" / f"{n}.png").size for n in (0, 1)] == [(30, 20), (48, 64)]
     assert cli.main(["decompress", *files, *companions, "--output", back]) == 2
     assert "is there already; give another --output, or --overwrite" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_the_context_saves_bytes_of_actual_files(autoencoder_folder, latents, tm
         compressed = compression.compress(codec, picture, step_of(50.0))
         sizes[kind] = len(compressed.data)
         restored = Grid(codec.model.mean, codec.model.unit, compressed.step).restore(compressed.levels)
-        assert np.abs(restored - picture.latents).max() <= codec.model.unit.max() * 1.001
+        assert np.abs(restored - picture.latents).max() <= 2 * codec.model.unit.max()  # a step
     assert sizes["context"] < 0.92 * sizes["static"]
 
 
