@@ -43,8 +43,8 @@ def test_every_tool_is_in_the_overview_of_its_command_and_explains_itself(name, 
 @pytest.mark.parametrize(
     "command",
     [
-        "compress", "decompress", "demo", "diagnose", "directions apply", "ema", "generate", "interpolate", "latents decode",
-        "latents stats", "reconstruct", "report",
+        "compress", "decompress", "demo", "diagnose", "directions apply", "ema", "generate", "interpolate",
+        "latents decode", "latents stats", "reconstruct", "report",
     ],
 )  # fmt: skip
 def test_out_and_output_mean_the_same(command, capsys):
