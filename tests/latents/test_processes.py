@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ldm_vae import cli
 from tests.latents.test_encode import contents
 from tests.training.mishap import keep_port
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
@@ -127,7 +127,7 @@ class Forked:
 
     def halts(self) -> bool:
         """Wait until one has suspended itself, or ended. Returns: whether all are there."""
-        wait_for(lambda: any(is_suspended(process.pid) or not process.is_alive() for process in self.processes))
+        wait_until(lambda: any(is_suspended(process.pid) or not process.is_alive() for process in self.processes))
         return all(process.is_alive() for process in self.processes)
 
     def go_on(self) -> None:
@@ -151,13 +151,6 @@ def is_suspended(number: int) -> bool:
         return psutil.Process(number).status() == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.003)
 
 
 def published(directory: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.storage import Folder, lease, open_folder
 from ldm_vae.storage.lease import Claim
 from tests.s3 import make_older
+from tests.waiting import wait_until
 
 NAME = "test.lock"
 HOLD = """
@@ -79,13 +80,6 @@ def claim(**values: object) -> bytes:
     return json.dumps({"host": "elsewhere", "pid": 1, "machine": "m", "token": "t", "renewed": ""} | values).encode()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.promise(11)
 def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None:
     folder = open_folder(location)
@@ -128,7 +122,7 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder
     with remote.hold(NAME):
         assert json.loads(remote.read(NAME))["host"] != "elsewhere"
         make_older(remote.location, NAME, 3600)
-        wait_for(lambda: remote.holder(NAME))  # its own is renewed
+        wait_until(lambda: remote.holder(NAME))  # its own is renewed
     assert remote.sizes() == {}
     assert not [name for name, _ in remote._files()], "the probes are removed"
 
@@ -245,7 +239,7 @@ def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: py
         remote.write("a.bin", b"1")
         (own,) = remote._leases
         other.write(NAME, claim())
-        wait_for(lambda: own.lost_to or other.write(NAME, claim()))  # a renewal that was under way writes over it
+        wait_until(lambda: own.lost_to or other.write(NAME, claim()))  # a renewal that was under way writes over it
         with pytest.raises(UserError, match=r"the lock test\.lock went to process 1 on host elsewhere"):
             remote.write("b.bin", b"2")
     assert remote.sizes().keys() == {"a.bin", NAME}, "nothing was written, and the other's lock is left alone"

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import pytest
 
 from ldm_vae.errors import EXIT_STUCK
 from ldm_vae.training.heartbeats import Heartbeats
+from tests.waiting import wait_until
 
 PROGRAM = """
 import signal, sys, threading, time
@@ -84,13 +84,6 @@ def two_processes(monkeypatch):
     for beat in beats:
         beat.end("")
     del server
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_processes_that_live_are_not_taken_for_dead(two_processes):

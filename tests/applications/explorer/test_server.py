@@ -6,7 +6,6 @@ import base64
 import io
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from ldm_vae.applications.explorer.server import ENDPOINTS
 from ldm_vae.applications.explorer.serving import measure_round_trips
 from ldm_vae.applications.explorer.worker import MAXIMUM_WAITING
 from tests.applications.explorer.served import DIRECTION, PREVIEW_STEP, Reply, Server, ask, decode_path, small_server
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -322,13 +322,6 @@ def newest(server: Server) -> int:
     return max(
         (sequence for (session, *_), (sequence, _) in server.worker._newest.items() if session == "s"), default=0
     )
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_too_many_waiting_are_told_to_come_again(server, held):

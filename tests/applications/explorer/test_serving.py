@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ldm_vae.applications.explorer.worker import Worker
 from ldm_vae.errors import UserError
 from ldm_vae.training.signals import StopRequest
 from tests.applications.explorer.served import ask, small_explored
+from tests.waiting import wait_until
 
 LARGE = b"x" * 16_000_000
 
@@ -77,13 +78,6 @@ def refuses(url: str) -> bool:
     except ConnectionError:
         return True
     return False
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_url_answers_without_another_try():
