@@ -221,7 +221,7 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
         rate_bits_per_pixel=rate,
         psnr_db=float(psnr(pixels.from_uint8(pixels.to_uint8(decoded)), original)),
         file_psnr_db=float(psnr(_tensor(from_file).to(original.device), original)),
-        jpeg_psnr_db=float(psnr(_tensor(np.array(jpeg.picture)), _tensor(image))) if jpeg.fits else None,
+        jpeg_psnr_db=float(psnr(_tensor(np.array(jpeg.picture)).to(original.device), original)) if jpeg.fits else None,
     )
     return Reconstructed(figures, Image.fromarray(image), Image.fromarray(from_file), data)
 

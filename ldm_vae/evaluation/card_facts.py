@@ -12,8 +12,7 @@ from typing import Any
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.fidelity.distribution import sentences as distribution_sentences
-from ldm_vae.evaluation.fidelity.summary import codec_lines, row_title
-from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.fidelity.summary import codec_lines, table
 from ldm_vae.latents.words import counted
 
 Rows = list[tuple[str, str]]
@@ -240,16 +239,6 @@ def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor:
 
 def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
     """`table` of all rows with intervals, and the protocol in `sentences`."""
-    names = list(evaluation["rows"][0]["metrics"])
-    lines = [
-        "| reconstruction | bits/pixel | " + " | ".join(METRIC_TITLES.get(name, name) for name in names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for row in evaluation["rows"]:
-        rate = row.get("bits_per_pixel")
-        cells = ["not coded" if rate is None else f"{rate:.3f}"]
-        cells += [_interval(row["metrics"].get(name)) for name in names]
-        lines.append(f"| {row_title(row, evaluation)} | " + " | ".join(cells) + " |")
     protocol, gain = evaluation["protocol"], evaluation.get("gain_over_linear_db")
     images, preprocessing = protocol["images"], protocol["preprocessing"]
     name, side = data_name(evaluation["config"]), protocol["resolution"]
@@ -267,11 +256,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         sentences += distribution_sentences(evaluation["distribution"])
     if evaluation.get("rejected"):
         sentences.append(f"Left out: {counted(len(evaluation['rejected']), 'image')} that could not be read.")
-    return {"table": "\n".join(lines), "sentences": sentences}
-
-
-def _interval(value: dict[str, float] | None) -> str:
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if value else "not measured"
+    return {"table": table(evaluation), "sentences": sentences}
 
 
 def _signed(value: dict[str, float]) -> str:

@@ -123,21 +123,9 @@ def interval(values: Any) -> dict[str, float]:
 
 def markdown(results: dict[str, Any]) -> str:
     """`results.md`: the table, the differences and the protocol in words."""
-    names = list(results["rows"][0]["metrics"])
-    lines = [
-        "| reconstruction | bits/pixel | " + " | ".join(metrics.METRIC_TITLES[name] for name in names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for row in results["rows"]:
-        cells = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in row["metrics"].values()]
-        rate = row.get("bits_per_pixel")
-        lines.append(
-            f"| {row_title(row, results)} | "
-            + " | ".join(["not coded" if rate is None else f"{rate:.3f}", *cells])
-            + " |"
-        )
     protocol, gain = results["protocol"], results["gain_over_linear_db"]
-    lines += [
+    lines = [
+        table(results),
         "",
         f"Gain of decode(mean) over the linear baseline on the same pixels: {gain['mean']:+.2f} dB "
         f"[{gain['low']:+.2f}, {gain['high']:+.2f}].",
@@ -150,6 +138,21 @@ def markdown(results: dict[str, Any]) -> str:
         f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: each row's rate, and its metrics with their intervals."""
+    names = list(results["rows"][0]["metrics"])
+    lines = [
+        "| reconstruction | bits/pixel | " + " | ".join(metrics.METRIC_TITLES.get(name, name) for name in names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for row in results["rows"]:
+        rate, values = row.get("bits_per_pixel"), [row["metrics"].get(name) for name in names]
+        cells = ["not coded" if rate is None else f"{rate:.3f}"]
+        cells += [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if v else "not measured" for v in values]
+        lines.append(f"| {row_title(row, results)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def row_title(row: dict[str, Any], results: dict[str, Any]) -> str:
