@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
-from ldm_vae.privacy import check_no_password, redacted, without_password
+from ldm_vae.redaction import check_no_password, redacted, without_password
 
 Config = TypeVar("Config")
 

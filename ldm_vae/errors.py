@@ -1,5 +1,9 @@
 """The error that a user can cause, and the exit codes of the commands. Programmers' mistakes stay `assert`s."""
 
+from __future__ import annotations
+
+import errno
+
 EXIT_USER_ERROR = 2
 """A wrong setting, file or folder; the one-line reason is on standard error."""
 
@@ -12,3 +16,7 @@ EXIT_STUCK = 70
 
 class UserError(ValueError):
     """Something in the user's hands is wrong. The message is one sentence: *where: what; what instead*."""
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that pass through every folder unchanged: what is to be done about them is the caller's business."""

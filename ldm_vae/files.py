@@ -11,14 +11,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_vae.errors import UserError
-from ldm_vae.privacy import redacted
-from ldm_vae.storage import DISK_FULL
+from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.redaction import redacted
 
 
 def fsync_path(path: Path) -> None:
@@ -157,3 +156,173 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return f"xxh3_128:{digest.hexdigest()}"
+
+
+# `MANIFEST.json` of a folder of weights: its format version and a checksum of every file, so that damage is found.
+
+MANIFEST = "MANIFEST.json"
+FORMAT_VERSION = 1
+SEALED = (".json", ".safetensors")
+"""Suffixes of the files that are listed; a README may be edited."""
+FOREIGN = "does not belong to it"
+
+
+def write_checksums(folder: Path, others: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of a folder, of everything in it at any depth. `others`: files that it will be put among."""
+    files = dict(others or {}) | {name: checksum(folder / name) for name in _sealed(folder)}
+    manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+    write_text(folder / MANIFEST, readable_json(manifest))
+
+
+def damage(folder: Path) -> str | None:
+    """None when the folder is as it was sealed, else what is wrong.
+
+    Raises:
+        UserError: its format is newer than this program, or a file may not be read.
+    """
+    try:
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        version, files = manifest["format_version"], manifest["files"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                f"{folder}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
+            )
+        if version != FORMAT_VERSION or readable_json(manifest) != text:
+            return f"{MANIFEST} is damaged"
+        there = _sealed(folder)
+        folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in files)}
+        for name in sorted({*files, *there}):
+            if name not in files and PurePosixPath(name).parent not in folders:
+                continue  # a folder of somebody else, as of generated images, is read by nobody who reads this one
+            if name not in files:
+                return f"{name} {FOREIGN}"
+            if name not in there:  # nor is a file elsewhere touched
+                return f"{name} is missing"
+            if checksum(folder / name) != files[name]:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except UserError:
+        raise
+    except PermissionError as error:  # it may be whole
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give yourself the right to read it") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def check_checksums(folder: Path) -> None:
+    """For a model, which others write without a seal.
+
+    Raises:
+        UserError: a file of a sealed folder is damaged, missing or foreign, or its format is newer than this program.
+    """
+    if (folder / MANIFEST).exists() and (problem := damage(folder)) is not None:
+        advice = "remove that file" if problem.endswith(FOREIGN) else "restore it from a copy or make it again"
+        raise UserError(f"{folder}: {problem}; {advice}, or remove {MANIFEST} if it was changed on purpose")
+
+
+def _sealed(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.suffix in SEALED and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
+
+
+# What a safetensors file or a model folder of others says of its size, judged before memory or time is spent on it.
+
+MAXIMUM_HEADER_BYTES = 8 << 20
+"""Stable Diffusion with all its parts has 0.3 MB; some files carry a small picture as well."""
+MAXIMUM_TENSORS = 20_000
+MAXIMUM_JSON_BYTES = 16 << 20
+
+
+def check_tensor_file(path: str | Path) -> None:
+    """Raises: UserError for a header that is larger than the file or than any model's. No such file is no error."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            check_tensor_header(file.read(length) if length <= MAXIMUM_HEADER_BYTES else b"", length, path)
+    except (FileNotFoundError, IsADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or restore it") from error
+
+
+def check_tensor_header(header: bytes, length: int, where: str | Path) -> None:
+    """`header`: what follows the eight bytes that gave `length`, or more. Raises: UserError."""
+    if length > MAXIMUM_HEADER_BYTES or length > len(header):
+        raise UserError(f"{where}: is no readable safetensors file (a header of {length} bytes); fetch it again")
+    if (tensors := header.count(b'"data_offsets"', 0, length)) > MAXIMUM_TENSORS:
+        raise UserError(f"{where}: holds {tensors} tensors, more than {MAXIMUM_TENSORS}; this is no model")
+
+
+def check_model_folder(folder: Path, model_class: Any = None) -> None:
+    """For a folder with `config.json` and weights. No such folder is no error.
+
+    Args:
+        model_class: diffusers' class of the model; with it, a configuration that asks for more numbers than the
+            files hold is refused.
+
+    Raises:
+        UserError: a header or a description is larger than any model's, or describes more than is there.
+    """
+    for path in folder.glob("*.json"):
+        if path.is_file() and path.stat().st_size > MAXIMUM_JSON_BYTES:
+            raise UserError(f"{path}: is larger than {MAXIMUM_JSON_BYTES} bytes; this describes no model")
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        check_tensor_file(path)
+    if model_class is None or not files:
+        return
+    config = model_class.load_config(folder)
+    tensors, numbers = (sum(found) for found in zip(*map(_held, files)))
+    layers = _layers(config)
+    if layers > tensors:
+        raise UserError(f"{folder}/config.json: asks for {layers} layers, the files hold {tensors} tensors; restore it")
+    asked = count_numbers(lambda: model_class.from_config(config))
+    if asked > 2 * numbers:  # what is missing of less is named by the one who loads it
+        raise UserError(f"{folder}/config.json: asks for {asked} numbers, the files hold {numbers}; restore it")
+
+
+def _held(path: Path) -> tuple[int, int]:
+    """(tensors, numbers in them) of a file whose header was judged."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    size_bytes = path.stat().st_size
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    return len(tensors), sum(min(_product(tensor["shape"]), 8 * size_bytes) for tensor in tensors)
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _layers(config: Any) -> int:
+    """The numbers of layers that a configuration names, together: each layer has a tensor at least."""
+    named = [value for key, value in config.items() if "blocks" in key or "layers" in key]
+    named += [count for value in named if isinstance(value, (list, tuple)) for count in value]
+    return sum(value for value in named if isinstance(value, int))
+
+
+def count_numbers(build: Callable[[], Any]) -> int:
+    """Numbers in the state of the module that `build` makes, for which no memory is taken."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    sized = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
+
+    class WithoutMemory(TorchFunctionMode):
+        """In this thread alone: accelerate's `init_empty_weights` patches torch for the others as well. Tensors made
+        of given numbers stay, since some modules compute with them when they are built."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if function in sized and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    with WithoutMemory():
+        return sum(tensor.numel() for tensor in build().state_dict().values())

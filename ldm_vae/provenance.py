@@ -20,7 +20,7 @@ from typing import Any
 
 from ldm_vae import __version__
 from ldm_vae.files import write_json
-from ldm_vae.privacy import redacted
+from ldm_vae.redaction import redacted
 
 RUN_RECORD = "run.json"
 RUN_LOCK = "run.lock"

@@ -11,7 +11,7 @@ Three promises, each with its limit:
 - attributes: the distribution of each that the reader can read differs from that of held-out real images by at most a
   tenth more than two sets of real images differ; the distance is Kolmogorov and Smirnov's (Kuiper's for hues), the
   largest difference of the shares below any value;
-- memory: at most 1 % are copies of training latents (`ldm_vae.diffusion.memorisation`).
+- memory: at most 1 % are copies of training latents (`ldm_vae.diffusion.validation`).
 
 Real images are read too, as rendered and through the autoencoder: what is lost there is not the diffusion model's.
 Writes results.json, results.md, run.json, images/, sheet.png with what was not recognised framed, and wrong.png with
@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from result_folder import check_output, write_results
 
+from ldm_vae.data.synthetic.source import SyntheticConfig
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[
 
     All are (n, c, h, w), normalised.
     """
-    from ldm_vae.diffusion.memorisation import find_neighbours
+    from ldm_vae.diffusion.validation import find_neighbours
 
     found, control = (find_neighbours(latents, training) for latents in (generated, held_out))
     share = found.copies / len(generated)
@@ -127,9 +129,9 @@ def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tup
     import torch
 
     from ldm_vae.config import load
-    from ldm_vae.data.synthetic import SyntheticSource
+    from ldm_vae.data.synthetic.source import SyntheticSource
     from ldm_vae.latents.dataset import LatentDataset
-    from ldm_vae.latents.settings import EncodeConfig
+    from ldm_vae.latents.encode import EncodeConfig
 
     config = load(EncodeConfig, data, ["autoencoder=unused", "output=unused"]).data
     dataset = LatentDataset(latents)
@@ -148,15 +150,15 @@ def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: 
     import torch
     from synthetic_reader import reduced
 
-    from ldm_vae.autoencoder import interface
-    from ldm_vae.data import pixels
+    from ldm_vae.autoencoder import base
+    from ldm_vae.data import transforms
     from ldm_vae.data.samples import to_tensor
 
     seen, latents = [], []
     for image in images:
         seen.append(reduced(image, side))
-        whole = pixels.from_uint8(to_tensor(image))[None]
-        latents.append(interface.encode_moments(pipeline.autoencoder, whole)[0])
+        whole = transforms.from_uint8(to_tensor(image))[None]
+        latents.append(base.encode_moments(pipeline.autoencoder, whole)[0])
     return torch.cat(seen), pipeline.normalizer.normalize(torch.cat(latents))
 
 
@@ -167,14 +169,14 @@ def through_autoencoder(
     import torch
     from synthetic_reader import held_out_config, reduced
 
-    from ldm_vae.data import pixels
-    from ldm_vae.data.synthetic import SyntheticSource
+    from ldm_vae.data import transforms
+    from ldm_vae.data.synthetic.source import SyntheticSource
 
     height, _ = pipeline.image_size()
     source = SyntheticSource(held_out_config(config, count, height))
     _, latents = look(pipeline, map(source.read, range(count)), side)
     decoded = [pipeline.decode(pipeline.normalizer.denormalize(latent)) for latent in latents.split(1)]
-    images = [pixels.to_uint8(image)[0].permute(1, 2, 0).numpy() for image in decoded]
+    images = [transforms.to_uint8(image)[0].permute(1, 2, 0).numpy() for image in decoded]
     return torch.cat([reduced(image, side) for image in images]), latents
 
 
@@ -201,8 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
     from synthetic_reader import held_out_config, reading_errors, render
 
-    from ldm_vae.diffusion.generation import generate, pipeline_directory
-    from ldm_vae.diffusion.pictures import GenerationConfig, plan
+    from ldm_vae.diffusion.generation import GenerationConfig, generate, pipeline_directory, plan
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(args.pipeline), use_safetensors=True)
@@ -237,7 +238,7 @@ def draw(paths: Sequence[Path], asked: np.ndarray, read: np.ndarray, names: Sequ
     """`sheet.png`: ten images of each class, framed where not recognised; `wrong.png`: all that were not."""
     from PIL import Image, ImageOps
 
-    from ldm_vae.data.sheets import labelled_sheet
+    from ldm_vae.utils.image_grid import labelled_sheet
 
     def small(index: int) -> Image.Image:
         picture = Image.open(paths[index]).convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
@@ -262,7 +263,7 @@ def kept(found: dict[str, Any]) -> bool:
 
 def report(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+    from ldm_vae.evaluation.sweep import markdown_table
 
     def word(yes: bool) -> str:
         return "kept" if yes else "**broken**"

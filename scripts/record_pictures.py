@@ -21,12 +21,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ldm_vae.autoencoder.interface import decode, reconstruct
+from ldm_vae.autoencoder.base import decode, reconstruct
 from ldm_vae.autoencoder.models import latent_channels, load_autoencoder
-from ldm_vae.data import pixels
+from ldm_vae.data import transforms
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
-from ldm_vae.evaluation.figures import legend, new_figure, save_svg
+from ldm_vae.evaluation.pages import legend, new_figure, save_svg
 from ldm_vae.random import generator
 
 ROWS, RESOLUTION, CROP, ZOOM = 4, 512, 96, 2
@@ -50,7 +50,7 @@ def busy_windows() -> tuple[Tensor, list[tuple[int, int]]]:
     source = SyntheticSource(SyntheticConfig(count=64, resolution=RESOLUTION, textured=1.0))
     found = {}
     for index in range(len(source)):
-        image = pixels.from_uint8(to_tensor(source.read(index)))
+        image = transforms.from_uint8(to_tensor(source.read(index)))
         contrast = (image.diff(dim=-1)[:, 1:].abs() + image.diff(dim=-2)[:, :, 1:].abs()).mean(dim=0)
         windows = avg_pool2d(contrast[None, None], CROP, stride=8)[0, 0]
         best, place = float(windows.max()), int(windows.argmax())
@@ -90,7 +90,7 @@ def save_grid(
         if labels:
             draw.text((2, y + 3), labels[row], fill="black")
         for column, tile in enumerate(tiles):
-            picture = pixels.to_pil(tile[None].clamp(-1, 1))[0].resize((side, side), Image.Resampling.NEAREST)
+            picture = transforms.to_pil(tile[None].clamp(-1, 1))[0].resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (column * (side + gap), y + line))
     sheet.save(out, quality=88)
 

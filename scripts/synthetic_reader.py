@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_vae.applications.directions.reader import convolutional_trunk
-from ldm_vae.data import pixels
+from ldm_vae.applications.directions.attributes import convolutional_trunk
+from ldm_vae.data import transforms
 from ldm_vae.data.samples import to_tensor
-from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource
-from ldm_vae.data.synthetic.scene import LABELS
+from ldm_vae.data.synthetic.render import LABELS
+from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 
 LINES = ("x", "y", "size", "roll", "light")
 """Attributes on a line, as `Scene` defines them, but no roll of a ball: a plain one shows none."""
@@ -85,7 +85,7 @@ def with_relation(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def reduced(image: np.ndarray, side: int) -> Tensor:
     """uint8 (h, w, 3) -> (1, 3, side, side) in [-1, 1], each pixel the mean of those that it covers."""
-    return F.interpolate(pixels.from_uint8(to_tensor(image))[None], (side, side), mode="area")
+    return F.interpolate(transforms.from_uint8(to_tensor(image))[None], (side, side), mode="area")
 
 
 class Reader(nn.Module):

@@ -234,7 +234,7 @@ def speed(
 def give_back(run: Path, out: Path, *, finished: bool) -> list[str]:
     """Write the model of a finished run, or the state of another one where it is small enough; names of the parts."""
     if finished:
-        from ldm_vae.diffusion.packing import pack
+        from ldm_vae.diffusion.export import pack
 
         pack(str(run), run / "model", overwrite=True)
         return divide(bundle(run, ["model"]), out, "model")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae import compat
+from ldm_vae import runtime
 from tests.s3 import Server, forget_filesystems
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other more than they compute
 
 

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
-from ldm_vae.autoencoder.record import write_record
+from ldm_vae.autoencoder.lineage import write_record
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
-from ldm_vae.diffusion.snapshots import EmaConfig, Snapshots
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.posthoc_ema import EmaConfig, Snapshots
+from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.diffusion.unet import LatentUNet
+from ldm_vae.files import write_checksums
+from ldm_vae.latents.encode import EncodeConfig
 from ldm_vae.latents.normalizer import LatentNormalizer
-from ldm_vae.latents.settings import EncodeConfig
-from ldm_vae.seal import seal
-from tests.diffusion.test_snapshots import network, train
+from tests.diffusion.test_posthoc_ema_snapshots import network, train
 from tests.training import toy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,7 +65,7 @@ def write_autoencoder(folder: Path) -> None:
     write_record(
         folder, model, config, final_beta=1e-6, pinned_share=0.0, metrics_file=folder / "none", held_out={"psnr": 20.0}
     )
-    seal(folder)
+    write_checksums(folder)
 
 
 def write_pipeline(folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_bar_that_is_missed_says_so():
 
 def test_the_roof_counts_its_operations(monkeypatch):
     monkeypatch.setattr(roof, "SIDE", 8)
-    from ldm_vae.costs import gigamacs
+    from ldm_vae.runtime import gigamacs
 
     action, operations = roof.roof_action(torch.float32, batch=1)
     assert 2e9 * gigamacs(action) == pytest.approx(operations)

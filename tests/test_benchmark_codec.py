@@ -62,7 +62,7 @@ def test_work_is_that_of_the_network_as_written() -> None:
     task, plain = script.make_task(chosen), script.sd_autoencoder(chosen)
     work = script.nominal_gigamacs(task, plain)
     assert work == pytest.approx(script.nominal_gigamacs(task, script.prepared(plain, "fp32")))
-    from ldm_vae.costs import gigamacs
+    from ldm_vae.runtime import gigamacs
 
     one = script.Task("decode", task.inputs[:1])
     assert gigamacs(lambda: one.usual(plain)) == pytest.approx(work)

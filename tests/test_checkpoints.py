@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.record import read_record
-from ldm_vae.diffusion.packing import LARGEST_FILE_BYTES
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.diffusion.export import LARGEST_FILE_BYTES
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.seal import MANIFEST
+from ldm_vae.files import MANIFEST
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
 CHECKPOINTS = sorted(path for path in FOLDER.iterdir() if path.is_dir())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_vae.autoencoder.group_norm import use_blocked_group_norm
+from ldm_vae.autoencoder.fast_layers import use_blocked_group_norm
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -82,9 +82,9 @@ def test_changed_keys_reach_into_lists():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_in_the_repository_loads(path):
     from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.sweeps.comparison import CompareConfig
-    from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
-    from ldm_vae.latents.settings import EncodeConfig
+    from ldm_vae.evaluation.comparison import CompareConfig
+    from ldm_vae.evaluation.rate_distortion import FrontierConfig
+    from ldm_vae.latents.encode import EncodeConfig
 
     required = {
         "vae": (TrainVaeConfig, ["output=x"]),

@@ -20,21 +20,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.snapshots import EmaConfig, Snapshots, file_name, read_average, stored_averages
+from ldm_vae.diffusion.posthoc_ema import EmaConfig, Snapshots, file_name, read_average, stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.files import checksum
+from ldm_vae.files import MANIFEST, checksum, damage, write_checksums
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import read_origin, write_plan
-from ldm_vae.latents.output import Output
+from ldm_vae.latents.format import read_origin, write_plan
 from ldm_vae.latents.shard import Shard, write_shard
-from ldm_vae.latents.tools.verify import verify
-from ldm_vae.seal import MANIFEST, damage, seal
+from ldm_vae.latents.verify import verify
+from ldm_vae.latents.writer import Output
 from ldm_vae.storage import open_folder
 from ldm_vae.training.checkpoint import Checkpoint, newest, save
-from tests.diffusion.test_snapshots import network, train
+from tests.diffusion.test_posthoc_ema_snapshots import network, train
 from tests.test_golden import GOLDEN, LATENTS, unpacked
 
 BLOCK_BYTES = 4096
@@ -323,6 +322,6 @@ def test_a_seal_that_was_broken_on_purpose_says_what_to_do(tmp_path):
     shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
     with pytest.raises(UserError, match=r"other.safetensors does not belong to it; remove that file, or remove MAN"):
         load_autoencoder(folder)
-    seal(folder)
+    write_checksums(folder)
     assert damage(folder) is None
     assert GOLDEN.is_dir()

@@ -13,9 +13,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from ldm_vae.applications.explorer.bundled import read_bundled
+from ldm_vae.applications.explorer.images import read_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.data.sources import DataConfig, DatasetsConfig, open_source
+from ldm_vae.data.open import open_source
+from ldm_vae.data.sources import DataConfig, DatasetsConfig
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "digits.py"
 COUNT = 12

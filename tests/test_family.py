@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.autoencoder.base import is_deterministic
 from ldm_vae.autoencoder.models import load_autoencoder
 
 DATA = ["data.source=synthetic", "data.synthetic.count=40", "data.synthetic.resolution=64"]

@@ -26,18 +26,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.config import digest
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.stream_files import _count_tar, _counted
-from ldm_vae.diffusion.snapshots import read_average, stored_averages
+from ldm_vae.data.streaming import _count_tar, _counted
+from ldm_vae.diffusion.posthoc_ema import read_average, stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.files import checksum_bytes
-from ldm_vae.latents import shard, sidecar
-from ldm_vae.latents.index import IndexPart, read_index
-from ldm_vae.latents.manifest import MANIFEST, read_manifest, read_origin
-from ldm_vae.seal import damage
-from ldm_vae.storage import check_name, open_folder
+from ldm_vae.files import checksum_bytes, damage
+from ldm_vae.latents import format, shard
+from ldm_vae.latents.format import MANIFEST, IndexPart, read_index, read_manifest, read_origin
+from ldm_vae.storage import open_folder
+from ldm_vae.storage.base import check_name
 from tests.test_golden import LATENTS, unpacked
 
 MOST_SECONDS = 5.0
@@ -188,8 +187,8 @@ def of_latents(root: Path) -> dict[str, Parser]:
         with contextlib.suppress(Exception):
             data = json.dumps(json.loads(first) | {"body": checksum_bytes(body)}).encode() + b"\n" + body
         (copy / "shard-000000.jsonl").write_bytes(data)
-        sidecar.read_header(folder, 0)
-        sidecar.read_sidecar(folder, 0)
+        format.read_header(folder, 0)
+        format.read_sidecar(folder, 0)
 
     def index(data: bytes) -> None:
         (copy / part.file).write_bytes(data)

@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import encode_moments
+from ldm_vae.autoencoder.base import encode_moments
+from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
-from ldm_vae.autoencoder.record import read_record
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.snapshots import stored_averages, synthesise
+from ldm_vae.diffusion.posthoc_ema import stored_averages, synthesise
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.settings import EncodeConfig
+from ldm_vae.latents.encode import EncodeConfig
 from ldm_vae.training.checkpoint import load, newest
 from tests.training import toy
 

@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader
 from ldm_vae import config as configuration
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.training.engine import make_accelerator
-from ldm_vae.training.fit import fit
-from ldm_vae.training.run import RunDirectory
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Plan, Span
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import fit, make_accelerator
 from tests.diffusion.conftest import make_pipeline
 from tests.latents.conftest import autoencoder_directory, encode, latents, settings  # noqa: F401
 from tests.training.toy import ToyConfig, ToyModel, ToySamples

@@ -24,25 +24,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_vae import config, files, seal
-from ldm_vae.autoencoder.interop.compvis import read_settings
-from ldm_vae.autoencoder.interop.source import open_autoencoder
+from ldm_vae import config, files
+from ldm_vae.autoencoder.interop.compvis import open_autoencoder, read_settings
+from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.perceptual import LPIPS
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.sources import DatasetsConfig
-from ldm_vae.diffusion.pictures import file_name
+from ldm_vae.diffusion.generation import file_name
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.snapshots import stored_averages
+from ldm_vae.diffusion.posthoc_ema import stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.distribution import load_inception
-from ldm_vae.evaluation.result_folder import read_json, read_yaml
+from ldm_vae.evaluation.fid import load_inception
+from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.index import index_files
-from ldm_vae.latents.manifest import read_manifest
-from ldm_vae.latents.tools.lightningdit import read_statistics
+from ldm_vae.latents.format import index_files, read_manifest
+from ldm_vae.latents.import_lightningdit import read_statistics
 from ldm_vae.storage import open_folder
 from ldm_vae.training import checkpoint
 from tests.data.encoded import encode as encode_image
@@ -123,7 +121,7 @@ def in_a_model(plant: Callable[[Path, Path], object]) -> Place:
 def in_a_pipeline(plant: Callable[[Path, Path], object]) -> Place:
     def read(folder: Path, canary: Path, model: Path, latents: Path, pipeline: Path) -> object:
         shutil.copytree(pipeline, folder / "pipeline")
-        (folder / "pipeline" / seal.MANIFEST).unlink()
+        (folder / "pipeline" / files.MANIFEST).unlink()
         plant(folder / "pipeline", canary)
         return LatentDiffusionPipeline.from_pretrained(folder / "pipeline", use_safetensors=True)
 
@@ -173,7 +171,7 @@ def in_a_checkpoint(folder: Path, canary: Path, *_: Path) -> object:
     for name in ("net.safetensors", "optimizer.bin", "random_states_0.pkl", "scheduler.bin"):
         planted(step / name, canary)
     (step / "state.json").write_text('{"step": 1}')
-    seal.seal(step)
+    files.write_checksums(step)
     path, _ = checkpoint.newest(folder)
     assert path is not None
     return checkpoint.load(path)
@@ -181,7 +179,7 @@ def in_a_checkpoint(folder: Path, canary: Path, *_: Path) -> object:
 
 def in_the_state_of_a_checkpoint(folder: Path, canary: Path, *_: Path) -> object:
     planted(folder / "step-000000001" / "state.json", canary)
-    seal.seal(folder / "step-000000001")
+    files.write_checksums(folder / "step-000000001")
     return checkpoint.load(folder / "step-000000001")
 
 
@@ -198,7 +196,7 @@ def in_the_index(folder: Path, canary: Path, model: Path, latents: Path, pipelin
 
 def in_an_archive(folder: Path, canary: Path, *_: Path) -> object:
     """A tar of samples, one of whose fields is a pickle under every suffix that some reader unpickles."""
-    from ldm_vae.data.datasets_source import load_rows
+    from ldm_vae.data.hf_datasets import load_rows
 
     data = pickle.dumps(Canary(canary))
     with tarfile.open(folder / "rows.tar", "w") as archive:
@@ -215,7 +213,7 @@ def in_the_schema_of_a_table(folder: Path, canary: Path, *_: Path) -> object:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ldm_vae.data.datasets_source import load_rows
+    from ldm_vae.data.hf_datasets import load_rows
 
     kind = {b"ARROW:extension:name": b"arrow.py_extension_type"}
     field = pa.field("image", pa.binary(), metadata=kind | {b"ARROW:extension:metadata": pickle.dumps(Canary(canary))})
@@ -225,7 +223,7 @@ def in_the_schema_of_a_table(folder: Path, canary: Path, *_: Path) -> object:
 
 
 def in_a_dataset_script(folder: Path, canary: Path, *_: Path) -> object:
-    from ldm_vae.data.datasets_source import load_rows
+    from ldm_vae.data.hf_datasets import load_rows
 
     (folder / "data").mkdir()
     (folder / "data" / "000.png").write_bytes(encode_image(picture()))
@@ -407,14 +405,14 @@ def names_in_a_set(folder: Path, name: str, latents: Path) -> None:
 
 
 def sealed_names(folder: Path, name: str, latents: Path) -> None:
-    manifest = {"format_version": seal.FORMAT_VERSION, "files": {name: "xxh3_128:0"}}
-    (folder / seal.MANIFEST).write_text(files.readable_json(manifest))
-    assert seal.damage(folder) is not None
+    manifest = {"format_version": files.FORMAT_VERSION, "files": {name: "xxh3_128:0"}}
+    (folder / files.MANIFEST).write_text(files.readable_json(manifest))
+    assert files.damage(folder) is not None
 
 
 def archive_names(folder: Path, name: str, latents: Path) -> None:
     """Members are read where they lie, and nothing is unpacked; links in the archive are no samples."""
-    from ldm_vae.data.stream_files import _samples
+    from ldm_vae.data.streaming import _samples
 
     with tarfile.open(folder / "rows.tar", "w") as archive:
         member = tarfile.TarInfo(name)
@@ -444,7 +442,7 @@ def test_weights_elsewhere_are_not_read(autoencoder_directory, saved, tmp_path):
     with pytest.raises(UserError):
         load_autoencoder(tmp_path / "model")
     shutil.copytree(saved, tmp_path / "pipeline")
-    (tmp_path / "pipeline" / seal.MANIFEST).unlink()
+    (tmp_path / "pipeline" / files.MANIFEST).unlink()
     edit_json(tmp_path / "pipeline" / "model_index.json", **{"../elsewhere": ["diffusers", "AutoencoderKL"]})
     with watched() as opened, suppress(Exception):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=True)

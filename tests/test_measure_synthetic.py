@@ -14,7 +14,9 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource
+from ldm_vae import cli
+from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
+from ldm_vae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "measure_synthetic.py"
@@ -23,9 +25,6 @@ sys.path.insert(0, str(SCRIPT.parent))
 import measure_synthetic as script
 import synthetic_reader
 from synthetic_reader import Truth, largest_gap
-
-from ldm_vae import cli
-from ldm_vae.errors import UserError
 
 CONFIG = SyntheticConfig(count=200, textured=0)
 NAMES = SyntheticSource.label_names

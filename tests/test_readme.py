@@ -28,12 +28,12 @@ def test_the_two_commands_come_first_and_are_executable():
 
 
 def schema_of(command: str) -> type | None:
-    from ldm_vae.autoencoder.recipe import TrainVaeConfig
+    from ldm_vae.autoencoder.train_config import TrainVaeConfig
     from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig
-    from ldm_vae.evaluation.sweeps.comparison import CompareConfig
-    from ldm_vae.evaluation.sweeps.frontier import FrontierConfig
-    from ldm_vae.latents.settings import EncodeConfig
+    from ldm_vae.evaluation.comparison import CompareConfig
+    from ldm_vae.evaluation.measurement import EvaluateConfig
+    from ldm_vae.evaluation.rate_distortion import FrontierConfig
+    from ldm_vae.latents.encode import EncodeConfig
 
     return {
         "train-vae": TrainVaeConfig,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm_vae import cli, config, privacy
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae import cli, config, redaction
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.provenance import write_run_record
 from ldm_vae.storage import open_folder
@@ -193,4 +193,4 @@ def test_only_the_home_folder_becomes_a_tilde(monkeypatch, home, text, expected)
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SOME_TOKEN_FILE", os.path.abspath(__file__))
-    assert privacy.redacted({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
+    assert redaction.redacted({"a": [text, 1, None]}) == {"a": [expected, 1, None]}

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.record import read_record
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ldm_vae.seal import check_seal
+from ldm_vae.files import check_checksums
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_in_chunks.py"))
 TRAINING = [
@@ -49,7 +49,7 @@ def test_a_run_in_chunks_on_two_machines_is_the_run_in_one(tmp_path):
     assert second["returned"] == ["model.tar.00"]
     with tarfile.open(tmp_path / "again" / "model.tar.00") as archive:
         archive.extractall(tmp_path, filter="data")
-    check_seal(tmp_path / "model")
+    check_checksums(tmp_path / "model")
     assert cli.main(["train-vae", *TRAINING, f"output={tmp_path / 'whole'}"]) == 0
     whole = fingerprint(load_autoencoder(tmp_path / "whole"))
     assert fingerprint(load_autoencoder(tmp_path / "second" / "run")) == whole

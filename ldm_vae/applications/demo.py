@@ -6,10 +6,12 @@ codec's and generating `diffusion.generation`'s, whose folder `samples/` continu
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -20,29 +22,27 @@ from torch import Tensor
 import ldm_vae
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications import demo_page
 from ldm_vae.applications.codec import compression
 from ldm_vae.applications.codec.compression import Codec
+from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.applications.codec.format import SUFFIX
-from ldm_vae.applications.codec.quantisation import step_of
-from ldm_vae.applications.demo_page import Reconstructed
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
-from ldm_vae.data import pixels
-from ldm_vae.data.decoding import ImageRejected, decode_image
-from ldm_vae.data.local_file import read_regular_file
-from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource
-from ldm_vae.data.transforms import cover_crop
-from ldm_vae.diffusion.generation import generate, pipeline_directory
-from ldm_vae.diffusion.pictures import GenerationConfig
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
+from ldm_vae.data.transforms import resize_center_crop
+from ldm_vae.diffusion.generation import GenerationConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.baselines import code_within
-from ldm_vae.evaluation.fidelity.measurement import spread
-from ldm_vae.evaluation.fidelity.pictures import find_pictures
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.measurement import code_within
 from ldm_vae.evaluation.metrics import psnr
-from ldm_vae.evaluation.result_folder import (
+from ldm_vae.evaluation.pages import embed, embed_image, template_environment
+from ldm_vae.evaluation.reconstruct_images import find_pictures
+from ldm_vae.evaluation.report import label_of
+from ldm_vae.evaluation.study import (
     alone_in,
     check_made_of,
     describe_autoencoder,
@@ -50,8 +50,10 @@ from ldm_vae.evaluation.result_folder import (
     publishing,
     read_json,
 )
-from ldm_vae.files import checksum, checksum_bytes, write_bytes, write_json, write_png
-from ldm_vae.latents.words import counted
+from ldm_vae.files import checksum, checksum_bytes, write_atomically, write_bytes, write_json, write_png, write_text
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.image_grid import PAPER, labelled_sheet
+from ldm_vae.utils.text import pluralize
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
 """The names of the models in `checkpoints/`."""
@@ -114,7 +116,7 @@ def shipped(name: str, option: str) -> Path:
 def find_images(inputs: Sequence[str]) -> list[tuple[str, Path]]:
     """(name, file) of at most `MOST_IMAGES`, evenly spread. Raises: UserError for what is no file or folder."""
     found = find_pictures(inputs)
-    return [found[number] for number in spread(len(found), MOST_IMAGES)]
+    return [found[number] for number in evenly_spaced(len(found), MOST_IMAGES)]
 
 
 def described(files: Sequence[tuple[str, Path]]) -> str:
@@ -127,7 +129,7 @@ def described(files: Sequence[tuple[str, Path]]) -> str:
             identities.append(checksum_bytes(read_regular_file(path)))
         except ImageRejected as error:
             identities.append(error.reason)
-    return f"{counted(len(files), 'file')}, {checksum_bytes(' '.join(identities).encode())}"
+    return f"{pluralize(len(files), 'file')}, {checksum_bytes(' '.join(identities).encode())}"
 
 
 def demo(
@@ -174,7 +176,7 @@ def demo(
         with publishing(output):
             write_pictures(output, shown)
             cards = {"autoencoder": Path(model), "pipeline": pipeline}
-            demo_page.write_page(output, results | {"seconds": time.time() - started}, shown, cards)
+            write_page(output, results | {"seconds": time.time() - started}, shown, cards)
             write_json(output / RESULTS, results)
             provenance.write_run_record(output, None, started, time.time() - started, images=len(shown))
     return results
@@ -196,7 +198,7 @@ def reconstruct_all(
         except ImageRejected as error:
             rejected.append((str(place), str(error)))
             continue
-        shown.append(reconstruct_one(codec, cover_crop(image, size), name))
+        shown.append(reconstruct_one(codec, resize_center_crop(image, size), name))
     if not shown:
         raise UserError(f"{rejected[0][0]}: cannot be read ({rejected[0][1]}), nor any other; give other images")
     return shown, rejected
@@ -213,13 +215,13 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
     rate = None
     if not is_deterministic(codec.autoencoder):
         rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
-    figures = demo_page.Figures(
+    figures = Figures(
         name=name,
         raw_bytes=image.size,
         latent_bytes=2 * mean.numel(),
         file_bytes=len(data),
         rate_bits_per_pixel=rate,
-        psnr_db=float(psnr(pixels.from_uint8(pixels.to_uint8(decoded)), original)),
+        psnr_db=float(psnr(transforms.from_uint8(transforms.to_uint8(decoded)), original)),
         file_psnr_db=float(psnr(_tensor(from_file).to(original.device), original)),
         jpeg_psnr_db=float(psnr(_tensor(np.array(jpeg.picture)).to(original.device), original)) if jpeg.fits else None,
     )
@@ -228,7 +230,7 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
 
 def _tensor(image: np.ndarray) -> Tensor:
     """uint8 (h, w, 3) -> (1, 3, h, w) in [-1, 1]."""
-    return pixels.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    return transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
 
 
 def generate_samples(config: DemoConfig, pipeline: Path, output: Path, device: str, overwrite: bool) -> float:
@@ -250,3 +252,123 @@ def write_pictures(output: Path, shown: Sequence[Reconstructed]) -> None:
         stem = f"{number:02d}_{Path(one.figures.name).name[:50]}"
         write_png(output / "reconstructions" / f"{stem}.png", one.decoded)
         write_bytes(output / "compressed" / f"{stem}{SUFFIX}", one.data)
+
+
+# The result of `ldm-vae demo` for people: index.html, one file that loads nothing, and demo.webp, one picture of all.
+
+PICTURE = "demo.webp"
+COLUMNS = 8
+CARD = "README.md"
+MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
+"""Of the figures of an image: the sentences say the mean over all images."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
+
+    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is of the
+    best JPEG of at most `file_bytes`, None where there is none so small.
+    """
+
+    name: str
+    raw_bytes: int
+    latent_bytes: int
+    file_bytes: int
+    rate_bits_per_pixel: float | None
+    psnr_db: float
+    file_psnr_db: float
+    jpeg_psnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """An image, its compressed file, and what that decodes to."""
+
+    figures: Figures
+    original: Image.Image
+    decoded: Image.Image
+    data: bytes
+
+
+def write_page(
+    output: Path, results: Mapping[str, Any], shown: Sequence[Reconstructed], models: Mapping[str, Path]
+) -> None:
+    """Write index.html and demo.webp; `results` is what results.json says, and the `seconds` so far."""
+    samples = sorted((output / "samples").glob("[0-9][0-9][0-9][0-9]*.png"))
+    labels = [label_of(path, output / "samples") for path in samples]
+    sheet = picture(shown, [Image.open(path).convert("RGB") for path in samples], labels)
+    write_atomically(output / PICTURE, lambda path: sheet.save(path, format="WEBP", quality=88, method=6))
+    context = {
+        "results": results,
+        "sentences": sentences(results),
+        "pairs": [
+            (one.figures, embed_image(one.original, "original"), embed_image(one.decoded, "reconstruction"))
+            for one in shown
+        ],
+        "samples": [
+            (label, embed(path, f"generated: {label}" if label else "generated"))
+            for label, path in zip(labels, samples)
+        ],
+        "cards": {name: link for name, path in models.items() if (link := card_link(path, output)) is not None},
+    }
+    write_text(output / "index.html", template_environment().get_template("demo.html").render(context))
+
+
+def picture(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+    """A row of originals above their reconstructions, as often as it takes, then the samples."""
+    cells, captions = [], []
+    blank = Image.new("RGB", shown[0].original.size, PAPER)
+    for first in range(0, len(shown), COLUMNS):
+        part = shown[first : first + COLUMNS]
+        empty = COLUMNS - len(part)
+        cells += [*(one.original for one in part), *[blank] * empty]
+        cells += [*(one.decoded for one in part), *[blank] * empty]
+        captions += [*(["original"] * len(part)), *[""] * empty]
+        captions += [
+            *(f"{one.figures.file_psnr_db:.1f} dB, {one.figures.file_bytes / 1000:.1f} kB" for one in part),
+            *[""] * empty,
+        ]
+    captions += [label or "generated" for label in labels]
+    return labelled_sheet([*cells, *samples], captions, columns=COLUMNS)
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """What was measured, in words."""
+    images, config, autoencoder = results["images"], results["config"], results["autoencoder"]
+    mean = {key: fmean(image[key] for image in images) for key in images[0] if key in MEANS}
+    found = [
+        f"A latent has {mean['raw_bytes'] / mean['latent_bytes']:.0f} times fewer bytes than the pixels "
+        f"({mean['latent_bytes']:,.0f} of {mean['raw_bytes']:,.0f}, in half precision), and decodes to "
+        f"{mean['psnr_db']:.1f} dB PSNR, the mean of {pluralize(len(images), 'image')} of {config['size']} pixels.",
+        f"Quantised and entropy coded, as by ldm-vae compress, a file has {mean['file_bytes']:,.0f} bytes, "
+        f"{8 * mean['file_bytes'] / config['size'] ** 2:.3f} bits per pixel and "
+        f"{mean['raw_bytes'] / mean['file_bytes']:.0f} times fewer than the pixels, at {mean['file_psnr_db']:.1f} dB.",
+    ]
+    jpegs = [image["jpeg_psnr_db"] for image in images if image["jpeg_psnr_db"] is not None]
+    if len(jpegs) == len(images):
+        found.append(f"JPEG files of at most as many bytes: {fmean(jpegs):.1f} dB.")
+    elif jpegs:
+        found.append(f"JPEG can be as small for {len(jpegs)} of the {pluralize(len(images), 'image')} only.")
+    rates = [image["rate_bits_per_pixel"] for image in images if image["rate_bits_per_pixel"] is not None]
+    if rates:
+        found.append(f"The rate, what the posterior says of an image: {fmean(rates):.3f} bits per pixel.")
+    speeds = results["images_per_second"]
+    found.append(
+        f"The autoencoder has {autoencoder['parameters'] / 1e6:.1f} million parameters. Encoding an image and decoding "
+        f"it twice, from its latent and from its file: {speeds['reconstructed']:.2g} images/s; generating "
+        f"{speeds['generated']:.2g} images/s ({pluralize(config['steps'], 'step')}, {config['precision']}), on "
+        f"{results['protocol']['versions']['machine']}."
+    )
+    if results["bundled"]:
+        found.append("The images are synthetic and bundled; name files or folders to see your own.")
+    if results["rejected"]:
+        listed = "; ".join(f"{Path(name).name} ({reason})" for name, reason in results["rejected"])
+        found.append(f"Left out: {pluralize(len(results['rejected']), 'image')} that could not be read: {listed}.")
+    return found
+
+
+def card_link(model: Path, output: Path) -> str | None:
+    """The way from the page to the model's card; None where there is none."""
+    card = next((one / CARD for one in (model, model_directory(model)) if one and (one / CARD).is_file()), None)
+    return Path(os.path.relpath(card.resolve(), output.resolve())).as_posix() if card else None

@@ -7,25 +7,42 @@ along a great circle, which keeps its variance (arXiv:2408.08558).
 
 from __future__ import annotations
 
+import base64
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ldm_vae.autoencoder.interface import decode, encode_moments
-from ldm_vae.data import pixels
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.base import decode, encode_moments
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.folder import printable
+from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.guidance import Guidance, GuidedVelocity
-from ldm_vae.diffusion.interpolation import between_latents, between_noises, shares
-from ldm_vae.diffusion.sampling import Heun, first_step, flow_times, solve
-from ldm_vae.diffusion.schedulers import shift_of
+from ldm_vae.diffusion.editing import between_latents, between_noises, shares
+from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, shift_of, solve
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
-from ldm_vae.evaluation.sweeps.latent_quality import measure_path, round_trip
+from ldm_vae.evaluation.comparison import measure_path, round_trip
+from ldm_vae.evaluation.pages import Picture, embed_image
+from ldm_vae.evaluation.reconstruct_images import find_pictures
+from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.evaluation.sweep import Table, markdown_table, render
+from ldm_vae.files import write_atomically, write_json, write_png, write_text
 from ldm_vae.random import generator
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.image_grid import labelled_sheet, side_by_side
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
 
@@ -129,7 +146,7 @@ def means_of(autoencoder: Any, images: Tensor) -> Tensor:
 def decode_cropped(autoencoder: Any, latents: Sequence[Tensor], like: Tensor) -> Tensor:
     """Latents (1, c, h, w) -> images of the height and width of `like`, on the CPU, after an 8-bit round trip."""
     images = torch.cat([decode(autoencoder, latent).cpu() for latent in latents])
-    return pixels.from_uint8(pixels.to_uint8(images[..., : like.shape[-2], : like.shape[-1]]))
+    return transforms.from_uint8(transforms.to_uint8(images[..., : like.shape[-2], : like.shape[-1]]))
 
 
 def measure_way(frames: Tensor, pair: Tensor) -> WayFigures:
@@ -190,3 +207,442 @@ def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -
     spread = torch.tensor(pipeline.normalizer.std, device=device, dtype=torch.float32).view(1, -1, 1, 1)
     decoded, error = round_trip(pipeline.autoencoder, latents, spread)
     return Draws("diffusion model", decoded[..., : like.shape[-2], : like.shape[-1]].cpu(), error)
+
+
+# `ldm-vae interpolate`: the settings, the pairs, and a folder with animations, frames, sheets, figures and a page.
+
+RESULTS = "results.json"
+SHOWN_PAIRS = 4
+"""Whose frames and animations are written; all pairs are measured."""
+SHEET_FRAMES = 7
+MILLISECONDS = 70
+NAME_LENGTH = 40
+"""Characters of each image's name in those of files."""
+HOLD = 8
+"""Frames that an animation rests at each end."""
+
+
+@dataclass(frozen=True)
+class InterpolateConfig:
+    """What lies between which images, in what.
+
+    Attributes:
+        autoencoder: A directory, run or hub id; None: that of the pipeline.
+        images: Checksums of the pairs' files, one after the other.
+        pipeline: A diffusion model whose noise is another way.
+        compare: Another autoencoder on the same pairs.
+        frames: Of every way, odd, so that one is half way.
+        size: Images are scaled and cropped to this side; None: their own size.
+        steps, strength: Of the diffusion model; the share of the steps that noised latents go through.
+        prior: Draws from the prior to decode; 0: none.
+        seed: Of the noise.
+        animation: webp or gif.
+    """
+
+    autoencoder: str | None
+    images: tuple[str, ...]
+    pipeline: str | None = None
+    compare: str | None = None
+    frames: int = 13
+    size: int | None = None
+    steps: int = 20
+    strength: float = 0.6
+    prior: int = 0
+    seed: int = 0
+    animation: Literal["webp", "gif"] = "webp"
+
+    def __post_init__(self) -> None:
+        if self.autoencoder is None and self.pipeline is None:
+            raise UserError("autoencoder: missing; give --autoencoder DIR, or --pipeline DIR with its own")
+        if self.frames < 3 or self.frames % 2 == 0:
+            raise UserError(f"frames: {self.frames} is not odd and at least 3, so that one is half way; try 13")
+        if self.size is not None and self.size < 16:
+            raise UserError(f"size: {self.size} is below 16 pixels")
+        if self.steps < 1:
+            raise UserError(f"steps: {self.steps} is below 1")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength: {self.strength} is no share above 0; give up to 1, which keeps nothing")
+        if self.prior < 0:
+            raise UserError(f"prior: {self.prior} is negative; give 0 for no draws")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images (2, 3, h, w) in [-1, 1] and a name for files."""
+
+    name: str
+    images: Tensor
+
+
+def find_pairs(inputs: Sequence[str], pairs: int | None) -> list[Path]:
+    """An even number of files, the first with the second and so on; of folders, or with `pairs`, so many evenly
+    spread, the first half of them with the second.
+
+    Raises:
+        UserError: fewer than two files, or an odd number of them.
+    """
+    files = [path for _, path in find_pictures(inputs)]
+    folders = any(Path(text).expanduser().is_dir() for text in inputs)
+    if pairs is not None and pairs < 1:
+        raise UserError(f"pairs: {pairs} is below 1")
+    if len(files) < 2:
+        raise UserError(f"{inputs[0]}: one image; give two, or a folder")
+    if pairs is not None or folders:
+        wanted = 2 * (pairs or len(files) // 2)
+        if len(files) < wanted:
+            raise UserError(f"pairs: {pairs} pairs of {len(files)} images; give at most {len(files) // 2}")
+        chosen = [files[number] for number in evenly_spaced(len(files), wanted)]
+        halves = zip(chosen[: wanted // 2], chosen[wanted // 2 :])  # neighbours are of one class in folders of classes
+        return [path for pair in halves for path in pair]
+    if len(files) % 2:
+        raise UserError(f"{inputs[-1]}: {len(files)} images make no pairs; give an even number, or a folder")
+    return files
+
+
+def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
+    """All of one size. Raises: UserError for an unreadable image, or sizes that differ."""
+    images = []
+    for path in files:
+        try:
+            image = decode_image(read_regular_file(path))
+        except ImageRejected as error:
+            raise UserError(f"{path}: cannot be read ({error}); give another image") from error
+        if size is not None:
+            image = resize_center_crop(image, size)
+        images.append(transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)))
+        if images[-1].shape != images[0].shape:
+            shapes = [f"{one.shape[2]} x {one.shape[1]}" for one in (images[0], images[-1])]
+            raise UserError(
+                f"{path}: {shapes[1]} pixels, {files[0]} has {shapes[0]}; bring all to one size by --size N"
+            )
+    if min(images[0].shape[1:]) < 16:
+        raise UserError(f"{files[0]}: is below 16 pixels; give larger images, or --size N")
+    return [
+        Pair(
+            f"{number // 2:02d}_{_short(files[number])}_{_short(files[number + 1])}",
+            torch.stack(images[number : number + 2]),
+        )
+        for number in range(0, len(images), 2)
+    ]
+
+
+def _short(path: Path) -> str:
+    return printable(path.stem)[:NAME_LENGTH]
+
+
+def interpolate(
+    config: InterpolateConfig, files: Sequence[Path], output: str | Path, device: str = "auto", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
+
+    Raises:
+        UserError: autoencoders, pipeline or images that do not go together, or a folder with something else.
+    """
+    started = time.time()
+    output, target = Path(output), compute_device(device)
+    pipeline = None if config.pipeline is None else _load_pipeline(config.pipeline, target)
+    own = None if pipeline is None else pipeline.autoencoder
+    autoencoder = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(target)
+    if own is not None and encoder_fingerprint(autoencoder) != encoder_fingerprint(own):
+        raise UserError(
+            f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it out, or "
+            "give it as --compare"
+        )
+    other = None if config.compare is None else load_autoencoder(config.compare).to(target)
+    identity = fingerprint(autoencoder)
+    finished = finished_result(output / RESULTS, config, identity, overwrite)
+    networks = {
+        "compare": None if other is None else fingerprint(other),
+        "pipeline": None if pipeline is None else fingerprint(pipeline.unet),
+    }
+    if finished is not None:
+        parts = {f"another {name}": (finished["networks"][name], present) for name, present in networks.items()}
+        check_made_of(output, parts, place="--out")
+        return finished
+    pairs = read_pairs(files, config.size)
+    ways = ways_of(config, autoencoder, other, pipeline)
+    with alone_in(output):
+        found: dict[str, list[WayFigures]] = {way.key: [] for way in ways}
+        shown: list[tuple[Pair, dict[str, Tensor]]] = []
+        for number, pair in enumerate(_progress(pairs)):
+            made = {way.key: way.frames(pair.images) for way in ways}
+            for key, frames in made.items():
+                found[key].append(measure_way(frames, pair.images))
+            if number < SHOWN_PAIRS:
+                shown.append((pair, made))
+        drawn = draws_of(config, pairs, autoencoder, other, pipeline)
+        results = {
+            "format_version": 1,
+            "autoencoder": describe_autoencoder(autoencoder),
+            "networks": networks,
+            "other": None if other is None else describe_autoencoder(other),
+            "protocol": {
+                "pairs": len(pairs),
+                "size": list(pairs[0].images.shape[-2:]),
+                "distance": found[PIXELS][0].distance,
+                "versions": provenance.versions(),
+            },
+            "ways": [{"key": way.key, "title": way.title, **summary(found[way.key])} for way in ways],
+            "differences": differences(found),
+            "prior": [{"title": draws.title, "round_trip": draws.round_trip} for draws in drawn],
+            "pairs": [
+                {"name": pair.name, "ways": {key: asdict(values[n]) for key, values in found.items()}}
+                for n, pair in enumerate(pairs)
+            ],
+            "config": configuration.to_dict(config),
+        }
+        with publishing(output):
+            sheet, animations = write_pictures(output, config, ways, shown)
+            write_page(output, results, sheet, drawn, animations)
+            write_json(output / RESULTS, results)
+            provenance.write_run_record(output, None, started, time.time() - started, pairs=len(pairs))
+    return results
+
+
+def _load_pipeline(model: str, device: torch.device) -> Any:
+    from ldm_vae.diffusion.generation import GenerationConfig, load_pipeline
+
+    return load_pipeline(GenerationConfig(model=model), device)
+
+
+def ways_of(config: InterpolateConfig, autoencoder: Any, other: Any, pipeline: Any) -> list[Way]:
+    """Every way that the settings ask for, the cross-fade of the pixels first."""
+    count = config.frames
+    ways = [
+        Way(PIXELS, "pixels (cross-fade)", lambda pair: cross_fade(pair, count)),
+        Way(
+            LATENTS, "latents", lambda pair: through_latents(autoencoder, pair, count)
+        ),
+    ]  # fmt: skip
+    if other is not None:
+        ways.append(
+            Way(
+                OTHER, "latents of the other",
+                lambda pair: through_latents(other, pair, count),
+            )
+        )  # fmt: skip
+    if pipeline is not None:
+        ways += [
+            Way(
+                INVERTED, "diffusion, through noise",
+                lambda pair: through_inversion(pipeline, pair, count, config.steps),
+            ),
+            Way(
+                NOISED, f"diffusion, {config.strength:.0%} noised",
+                lambda pair: through_noising(
+                    pipeline, pair, count, config.steps, config.strength, config.seed
+                ),
+            ),
+        ]  # fmt: skip
+    return ways
+
+
+def draws_of(
+    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Any, other: Any, pipeline: Any
+) -> list[Draws]:
+    """The decoded priors, of both autoencoders and of the diffusion model."""
+    if not config.prior:
+        return []
+    images = torch.cat([pair.images for pair in pairs])
+    drawn = draw_priors(autoencoder, images, config.prior, config.seed)
+    if other is not None:
+        of_other = draw_priors(other, images, config.prior, config.seed)
+        drawn += [Draws(f"other: {draws.title}", draws.images, draws.round_trip) for draws in of_other]
+    if pipeline is not None:
+        drawn.append(draw_model(pipeline, images, config.prior, config.steps, config.seed))
+    return drawn
+
+
+def summary(figures: Sequence[WayFigures]) -> dict[str, Any]:
+    """Mean over pairs and 95 % bootstrap interval of every measure."""
+    found = {}
+    for measure in MEASURES:
+        values = np.array([getattr(one, measure) for one in figures])
+        low, high = metrics.bootstrap_interval(values)
+        found[measure] = {"mean": float(values.mean()), "low": low, "high": high}
+    return found
+
+
+def differences(found: dict[str, list[WayFigures]]) -> dict[str, Any]:
+    """Latents minus the other autoencoder's, pair by pair; empty without another, and for one pair."""
+    if OTHER not in found or len(found[OTHER]) < 2:
+        return {}
+    ours, theirs = found[LATENTS], found[OTHER]
+    return {
+        measure: metrics.paired_difference(
+            np.array([getattr(one, measure) for one in ours]), np.array([getattr(one, measure) for one in theirs])
+        )
+        for measure in MEASURES
+    }
+
+
+def write_pictures(
+    output: Path, config: InterpolateConfig, ways: Sequence[Way], shown: Sequence[tuple[Pair, dict[str, Tensor]]]
+) -> tuple[Image.Image, list[Path]]:
+    """Frames, animations and sheet.png; returns the sheet, and for each pair the animation of all ways together."""
+    cells: list[Image.Image] = []
+    captions: list[str] = []
+    animations: list[Path] = []
+    for pair, made in shown:
+        pictures = {way.key: transforms.to_pil(made[way.key]) for way in ways}
+        animations.append(output / f"{pair.name}_all.{config.animation}")
+        animate([side_by_side(row) for row in zip(*pictures.values())], animations[-1])
+        for way in ways:
+            frames = pictures[way.key]
+            for old in (output / "frames" / pair.name).glob(f"{way.key}_*.png"):
+                old.unlink()  # an earlier result had more
+            for k, frame in enumerate(frames):
+                write_png(output / "frames" / pair.name / f"{way.key}_{k:03d}.png", frame)
+            animate(frames, output / f"{pair.name}_{way.key}.{config.animation}")
+            chosen = evenly_spaced(len(frames), SHEET_FRAMES)
+            cells += [frames[k] for k in chosen]
+            captions += [f"{way.title}" if k == 0 else f"{k / (len(frames) - 1):.0%}" for k in chosen]
+    columns = min(SHEET_FRAMES, config.frames)
+    sheet = labelled_sheet(cells, captions, columns=columns)
+    write_png(output / "sheet.png", sheet)
+    return sheet, animations
+
+
+def animate(frames: Sequence[Image.Image], path: Path) -> None:
+    """There and back, resting at both ends, for ever."""
+    there = [frames[0]] * HOLD + list(frames[1:-1]) + [frames[-1]] * HOLD
+    loop = there + list(frames[-2:0:-1])
+    kind: dict[str, Any] = {"format": "GIF"} if path.suffix == ".gif" else {"format": "WEBP", "quality": 85}
+    write_atomically(
+        path,
+        lambda temporary: loop[0].save(
+            temporary, save_all=True, append_images=loop[1:], duration=MILLISECONDS, loop=0, **kind
+        ),
+    )
+
+
+def _progress(pairs: Sequence[Pair]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(pairs, desc="interpolating", unit="pair", dynamic_ncols=True, leave=False)
+
+
+# The result of `ldm-vae interpolate` for people: results.md, index.html and prior.png.
+
+LARGEST_ANIMATION_BYTES = 2 << 20
+"""That is embedded into the page."""
+
+MEANINGS = {
+    "unevenness": "the largest step over the mean step; 1 is even, a jump is as large as there are steps",
+    "midpoint_sharpness": "fine contrast half way over that of both ends of the way; under 1 is softer",
+    "perceptual_length": "mean of the distance of neighbours over the squared step: the smaller, the smoother",
+    "end_psnr_db": "the first and last frame against the two images",
+    "fade_psnr_db": "the frame half way against the mixed pixels: where it is high, the way is a cross-fade",
+}
+
+
+def write_page(
+    output: Path, results: dict[str, Any], sheet: Image.Image, drawn: Sequence[Draws], animations: Sequence[Path]
+) -> None:
+    """Write results.md, index.html and, where there are draws, prior.png."""
+    table, notes = way_table(results), notes_of(results)
+    prior = [[draws.title, f"{draws.round_trip:.2f}"] for draws in drawn]
+    lines = ["# Interpolation", "", *markdown_table(table.headings, table.rows), "", *[f"{note}\n" for note in notes]]
+    pictures = [embed_image(sheet, "Every way between the first pairs, from the first image to the second.", None)]
+    text = "From left to right: " + ", ".join(way["title"] for way in results["ways"]) + "."
+    pictures += [animation(path, text) for path in animations if path.stat().st_size <= LARGEST_ANIMATION_BYTES]
+    tables = [table]
+    if drawn:
+        headings = ["drawn from", "round trip (deviations)"]
+        note = (
+            "Channel statistics: a normal of each channel's own mean and deviation over the images. Round trip: rms of "
+            "encode(decode(z)) - z in standard deviations of each channel. Positions are drawn independently, so that "
+            "pictures are not expected of the first two: arranging latents is what a diffusion model does."
+        )
+        lines += ["", *markdown_table(headings, prior), "", note]
+        tables.append(Table(headings, prior, [note]))
+        sheet = prior_sheet(drawn)
+        write_png(output / "prior.png", sheet)
+        pictures.append(embed_image(sheet, "Draws decoded, one row for each prior.", None))
+    write_text(output / "results.md", "\n".join(lines).rstrip() + "\n")
+    pairs = results["protocol"]["pairs"]
+    html = render(
+        "Interpolation", f"What lies between two images, over {pairs} pair{'s' if pairs > 1 else ''}.",
+        verdicts(results), [], tables, pictures,
+    )  # fmt: skip
+    write_text(output / "index.html", html)
+
+
+def way_table(results: dict[str, Any]) -> Table:
+    """One row for each way; intervals where there are several pairs."""
+    rows = []
+    for way in results["ways"]:
+        cells = [way["title"]]
+        for measure in MEASURES:
+            value = way[measure]
+            interval = f" ({value['low']:.2f} to {value['high']:.2f})" if results["protocol"]["pairs"] > 1 else ""
+            cells.append(f"{value['mean']:.2f}{interval}")
+        rows.append(cells)
+    return Table(["way", *MEASURES.values()], rows, notes_of(results))
+
+
+def notes_of(results: dict[str, Any]) -> list[str]:
+    """What has to be known to read the table."""
+    protocol = results["protocol"]
+    height, width = protocol["size"]
+    plural = "s" if protocol["pairs"] > 1 else ""
+    meanings = "; ".join(f"{title}: {MEANINGS[measure]}" for measure, title in MEASURES.items())
+    found = [
+        f"{protocol['pairs']} pair{plural} of {width} x {height} pixels, {results['config']['frames']} frames each; "
+        f"distance {protocol['distance']}. {meanings[0].upper()}{meanings[1:]}."
+    ]
+    if results["differences"]:
+        told = []
+        for measure, title in MEASURES.items():
+            gap = results["differences"][measure]
+            told.append(f"{title} {gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})")
+        found.append(f"Latents minus those of the other, pair by pair: {'; '.join(told)}.")
+    return found
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """What the figures say, in sentences."""
+    ways = {way["key"]: way for way in results["ways"]}
+    latents = ways["latents"]
+    found = [
+        f"Half way through the latents the picture is at {latents['fade_psnr_db']['mean']:.1f} dB to the mixed pixels, "
+        f"while the ends are at {latents['end_psnr_db']['mean']:.1f} dB to the images: "
+        + (
+            "the way is a cross-fade, and the two objects are seen through each other."
+            if latents["fade_psnr_db"]["mean"] > latents["end_psnr_db"]["mean"] - 6
+            else "the way is more than a cross-fade."
+        )
+    ]
+    if results["differences"]:
+        apart = [
+            title
+            for measure, title in MEASURES.items()
+            if results["differences"][measure]["low"] > 0 or results["differences"][measure]["high"] < 0
+        ]
+        said = f"differ in {', '.join(apart)}" if apart else "do not differ in any measure"
+        found.append(f"The two autoencoders {said} (95 % interval over pairs).")
+    if "inverted" in ways:
+        inverted, noised = (ways[key]["end_psnr_db"]["mean"] for key in ("inverted", "noised"))
+        found.append(
+            f"Through the diffusion model's noise the ends come back at {inverted:.1f} dB, noised and denoised at "
+            f"{noised:.1f} dB: what is lost is no longer the image."
+        )
+    return found
+
+
+def prior_sheet(drawn: Sequence[Draws]) -> Image.Image:
+    """One row for each prior, its title below the first picture."""
+    cells, captions = [], []
+    for draws in drawn:
+        cells += transforms.to_pil(draws.images)
+        captions += [draws.title, *[""] * (len(draws.images) - 1)]
+    return labelled_sheet(cells, captions, columns=len(drawn[0].images))
+
+
+def animation(path: Path, text: str) -> Picture:
+    """An animation as it is, embedded."""
+    with Image.open(path) as file:
+        width, height = file.size
+        kind = (file.format or "WEBP").lower()
+    data = base64.b64encode(path.read_bytes()).decode()
+    return Picture(f"data:image/{kind};base64,{data}", text, width, height)

@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from torch import Tensor
 
-from ldm_vae import compat
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 import diffusers
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # a saved pipeline looks for the name here
-from torch import Tensor
 
 DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""

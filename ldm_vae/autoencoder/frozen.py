@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
 
-from ldm_vae import compat
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from safetensors import SafetensorError
-from torch import Tensor
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.autoencoder.weights import check_complete, check_finite
 from ldm_vae.errors import UserError
-from ldm_vae.tensor_files import check_model_folder
+from ldm_vae.files import check_model_folder
 
 DOWNSAMPLING = 16
 RESIDUAL_BOUND = 3.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from ldm_vae.data.pixels import pad_to_multiple
+from ldm_vae.data.transforms import pad_to_multiple
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,23 @@ from typing import Any, Literal
 
 import torch
 
-from ldm_vae import compat
-from ldm_vae.errors import UserError
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 import diffusers
 from diffusers import AutoencoderKL
 
 from ldm_vae.autoencoder.deterministic import ADAPTED
+from ldm_vae.autoencoder.fast_layers import prepare_for_inference
 from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.inference import prepare_for_inference
-from ldm_vae.autoencoder.linear_path import PIXELS
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.vector import AutoencoderVector
-from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.autoencoder.wavelet import PIXELS, AutoencoderWavelet
 from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
 from ldm_vae.autoencoder.weights import load_weights
-from ldm_vae.seal import check_seal
+from ldm_vae.errors import UserError
+from ldm_vae.files import check_checksums
 
 WAVELET_PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "pico": {
@@ -287,7 +286,7 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
                 "a finished training run has one in RUN/autoencoder"
             )
         path = found
-        check_seal(found)
+        check_checksums(found)
     model_class = _model_class(path)
     model = load_weights(model_class, path, dtype)
     return prepare_for_inference(model.requires_grad_(False))

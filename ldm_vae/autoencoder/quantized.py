@@ -13,19 +13,18 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ldm_vae import compat
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
@@ -246,7 +245,7 @@ def _library() -> Any:
 @torch.no_grad()
 def token_indices(autoencoder: Any, images: Tensor) -> Tensor:
     """Images (n, 3, h, w) in [-1, 1], any size -> codes (n, ⌈h/8⌉, ⌈w/8⌉), int64."""
-    from ldm_vae.autoencoder.interface import encode_moments  # it knows every kind, so it imports this file
+    from ldm_vae.autoencoder.base import encode_moments  # it knows every kind, so it imports this file
 
     if not isinstance(autoencoder, AutoencoderQuantized):
         raise UserError(f"{type(autoencoder).__name__}: has no codes; train one with autoencoder.kind=vq or fsq")

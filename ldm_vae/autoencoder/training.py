@@ -6,33 +6,38 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder.adversarial.game import Game
-from ldm_vae.autoencoder.fine_tuning import encoder_is_frozen, select_trained, start_from
-from ldm_vae.autoencoder.group_norm import use_blocked_group_norm
+from ldm_vae.autoencoder.base import is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import VQModel
+from ldm_vae.autoencoder.fast_layers import use_blocked_group_norm
+from ldm_vae.autoencoder.gan import AdversarialLoss
 from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
-from ldm_vae.autoencoder.interface import reconstruct
-from ldm_vae.autoencoder.loss import ReconstructionLoss
-from ldm_vae.autoencoder.models import build_autoencoder, check_side, downsampling, latent_channels, only_side
-from ldm_vae.autoencoder.previews import PREVIEW_IMAGES, preview_sheet
-from ldm_vae.autoencoder.quantized import codebook_usage
+from ldm_vae.autoencoder.lineage import write_record
+from ldm_vae.autoencoder.losses import ReconstructionLoss
+from ldm_vae.autoencoder.models import (
+    build_autoencoder,
+    check_side,
+    downsampling,
+    latent_channels,
+    load_autoencoder,
+    only_side,
+)
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
-from ldm_vae.autoencoder.record import write_record
-from ldm_vae.autoencoder.reparameterized import Pass, ReparameterizedAutoencoder, channel_masks, shrink
-from ldm_vae.autoencoder.training_data import HeldOut
-from ldm_vae.data import pixels
+from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig
+from ldm_vae.autoencoder.weights import DECODER_PARTS
+from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory
+from ldm_vae.files import publish_directory, temporary_directory, write_checksums
 from ldm_vae.random import generator, numpy_rng
-from ldm_vae.seal import seal
-from ldm_vae.training.engine import Engine
 from ldm_vae.training.loader import Batch
+from ldm_vae.training.trainer import Engine
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
@@ -44,7 +49,7 @@ BEFORE_GAME = "autoencoder-before-game"
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepNoise:
     """What is random in one step, for the whole global batch: splitting the batch changes nothing."""
 
     noise: Tensor
@@ -92,10 +97,10 @@ class VaeModel:
         self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.loss = ReconstructionLoss(config.loss).to(device)
         self.rate = RateController(config.rate, steps, self.channels, device)
-        self.game: Game | None = None
+        self.game: AdversarialLoss | None = None
         self.before_game: dict[str, Tensor] = {}
         if config.adversarial.loss != "off":
-            self.game = Game(config.adversarial, steps, seed, device)
+            self.game = AdversarialLoss(config.adversarial, steps, seed, device)
             self.modules["discriminator"] = self.game.discriminator()
             self.optimizer_settings["discriminator"] = {
                 "learning_rate": config.adversarial.learning_rate,
@@ -112,10 +117,10 @@ class VaeModel:
             self.before_game = {name: value.clone() for name, value in self.averaged(engine).state_dict().items()}
         pairs: list[tuple[Tensor, Tensor]] = []
         for part in engine.parts(batch):
-            images = pixels.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
+            images = transforms.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
             kept = None if draws.kept is None else draws.kept[part.rows]
             disturbance = None if draws.disturbance is None else draws.disturbance[part.rows]
-            made: Pass = engine.models["autoencoder"](
+            made: ForwardOutput = engine.models["autoencoder"](
                 images, draws.noise[part.rows], kept, draws.latent_side, disturbance
             )
             side = made.reconstruction.shape[-1]
@@ -154,7 +159,7 @@ class VaeModel:
         return sums.values | metrics
 
     def update_discriminator(
-        self, step: int, batch: Batch, pairs: list[tuple[Tensor, Tensor]], draws: Draws, engine: Engine
+        self, step: int, batch: Batch, pairs: list[tuple[Tensor, Tensor]], draws: StepNoise, engine: Engine
     ) -> dict[str, Tensor]:
         """The discriminator's own step, on the reconstructions that the decoder's step made."""
         assert self.game is not None
@@ -194,14 +199,14 @@ class VaeModel:
             self.game.restored()
         return self.game.figures(step)
 
-    def health(self, made: Pass) -> dict[str, Tensor]:
+    def health(self, made: ForwardOutput) -> dict[str, Tensor]:
         """The cheap part of the health report, from the last micro-batch of this process."""
         if made.indices is not None:
             usage = codebook_usage(made.indices, self.autoencoder.codebook_size)
             return {f"codebook/{name}": torch.tensor(value, device=made.mean.device) for name, value in usage.items()}
         return batch_health(made.mean, made.logvar) if self.has_rate else {}
 
-    def draws(self, step: int, batch: Batch, device: torch.device) -> Draws:
+    def draws(self, step: int, batch: Batch, device: torch.device) -> StepNoise:
         """Posterior noise, the disturbance, kept channels, the size after shrinking, the augmentation for the judge."""
         seed, latents, count = self.config.training.seed, self.config.latents, batch.global_size
         side = self.config.phase_at(step).crop // self.factor
@@ -223,7 +228,7 @@ class VaeModel:
                 latent_side = max(SMALLEST_LATENT_SIDE, round(scale * side))
         if self.game:
             chance = self.game.chance(step, count, device)
-        return Draws(noise, disturbance, kept, latent_side, chance)
+        return StepNoise(noise, disturbance, kept, latent_side, chance)
 
     def check_sizes(self) -> None:
         """Raises: UserError for sizes that the autoencoder cannot take, and for channel counts that it has not."""
@@ -316,7 +321,7 @@ class VaeModel:
             metrics_file=directory / "metrics.jsonl",
             held_out=metrics,
         )
-        seal(temporary)
+        write_checksums(temporary)
         publish_directory(temporary, final)
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
@@ -345,3 +350,157 @@ def squared_gradients(reconstruction: Tensor, adversarial: Tensor, output: Tenso
         for loss in (reconstruction, adversarial)
     ]
     return torch.stack(norms)
+
+
+# One forward pass of training: encode, sample, keep some channels, shrink, decode. All of it inside one module.
+
+
+class ForwardOutput(NamedTuple):
+    """What one forward pass gives.
+
+    `reconstruction` (n, 3, h', w') of the images at its own size; `mean`, `logvar` (n, c, h/8, w/8), float32;
+    `losses`: further scalar terms of a quantizer, `indices` (n, h/8, w/8) its codes (empty, None for other kinds).
+    """
+
+    reconstruction: Tensor
+    mean: Tensor
+    logvar: Tensor
+    losses: dict[str, Tensor]
+    indices: Tensor | None
+
+
+class ReparameterizedAutoencoder(nn.Module):
+    """An autoencoder as it is trained.
+
+    Args:
+        autoencoder: any with `encode(x).latent_dist` and `decode(z).sample`.
+        encoder_frozen: nothing before the latent is trained, so no gradient is computed there.
+    """
+
+    def __init__(self, autoencoder: Any, encoder_frozen: bool = False) -> None:
+        super().__init__()
+        self.autoencoder: Any = autoencoder
+        self.encoder_frozen = encoder_frozen
+        self.deterministic = is_deterministic(autoencoder)
+
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        kept: Tensor | None = None,
+        latent_side: int | None = None,
+        disturbance: Tensor | None = None,
+    ) -> ForwardOutput:
+        """A training pass.
+
+        Args:
+            images: (n, 3, h, w) in [-1, 1].
+            noise: standard normal, (n, c, h/8, w/8).
+            kept: (n, c, 1, 1) of 0 and 1, the channels that the decoder gets; None: all.
+            latent_side: the latents are shrunk to this side before they are decoded; None: as they are.
+            disturbance: (n, c, h/8, w/8), added to the latents; None: nothing.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            posterior = self.autoencoder.encode(images).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean if self.deterministic else mean + torch.exp(0.5 * logvar) * noise
+        if disturbance is not None:
+            latents = latents + disturbance
+        losses: dict[str, Tensor] = {}
+        indices = None
+        if kept is not None:
+            latents = latents * kept
+        if latent_side is not None:
+            latents = shrink(latents, latent_side)
+        if isinstance(self.autoencoder, AutoencoderQuantized):
+            quantized = self.autoencoder.quantize(latents)
+            latents, losses, indices = quantized.latents, dict(quantized.losses), quantized.indices
+            reconstruction = self.autoencoder.decode(latents, force_not_quantize=True).sample
+        else:
+            reconstruction = self.autoencoder.decode(latents).sample
+        return ForwardOutput(reconstruction, mean, logvar, losses, indices)
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """(n, c, h, w) -> (n, c, side, side), antialiased, float32."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def channel_masks(counts: list[int], channels: int, chance: Tensor) -> Tensor:
+    """(n, channels, 1, 1): half of the rows keep all channels, the others the first `counts[i]`, equally often.
+
+    `chance`: (n,) uniform in [0, 1).
+    """
+    choices = torch.tensor([*counts, *[channels] * len(counts)], device=chance.device)
+    keep = choices[(chance * len(choices)).long()]
+    return (torch.arange(channels, device=chance.device) < keep[:, None]).float()[:, :, None, None]
+
+
+# Starting from an autoencoder that exists, and training only a part of it.
+
+
+def start_from(path: str) -> Any:
+    """The autoencoder at `path`, every parameter trainable, float32.
+
+    Raises: UserError for diffusers' VQModel, whose codebook loss is of another shape.
+    """
+    autoencoder = load_autoencoder(path)
+    if isinstance(autoencoder, VQModel):
+        raise UserError(
+            f"initial={path}: diffusers' VQModel can be evaluated and encoded with, not trained here; "
+            "train one with autoencoder.kind=vq"
+        )
+    return autoencoder.train().requires_grad_(True)
+
+
+def select_trained(autoencoder: Any, names: list[str] | None) -> None:
+    """Freeze every parameter whose name does not start with one of `names`; None leaves all as they are.
+
+    `decoder` includes diffusers' `post_quant_conv`. Raises: UserError for a name that matches nothing.
+    """
+    if names is None:
+        return
+    prefixes = [*names, *(DECODER_PARTS if "decoder" in names else ())]
+    found = [name for name, _ in autoencoder.named_parameters()]
+    for name in names:
+        if not any(parameter.startswith(name) for parameter in found):
+            parts = ", ".join(sorted({parameter.split(".")[0] for parameter in found}))
+            raise UserError(f"train: no parameter's name starts with {name!r}; the parts are {parts}")
+    for name, parameter in autoencoder.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(prefixes)))
+
+
+def encoder_is_frozen(autoencoder: Any) -> bool:
+    """Nothing that makes the latents is trained."""
+    parameters = autoencoder.named_parameters()
+    return not any(p.requires_grad for name, p in parameters if name.split(".")[0] not in DECODER_PARTS)
+
+
+# The picture of how a training goes: held-out images, what became of them, where they differ, what the judge says.
+
+PREVIEW_IMAGES = 6
+BOOST = 4.0
+
+
+def preview_sheet(images: Tensor, reconstructions: Tensor, logits: Tensor | None = None) -> Image.Image:
+    """Rows: inputs, reconstructions, their difference times 4 on grey, and the discriminator's logits as colours.
+
+    Args:
+        images, reconstructions: (n, 3, h, w) in [-1, 1].
+        logits: (n, 1, h', w') of the reconstructions; None leaves the row out.
+    """
+    rows = [images, reconstructions, (BOOST * (reconstructions - images)).clamp(-1, 1)]
+    if logits is not None:
+        rows.append(heat_map(logits, images.shape[-1]))
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    return transforms.to_pil(sheet[None].cpu())[0]
+
+
+def heat_map(logits: Tensor, side: int) -> Tensor:
+    """(n, 1, h, w) -> (n, 3, side, side) in [-1, 1]: blue where a patch passes for real, orange where it does not."""
+    strength = torch.tanh(F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False))
+    real, fake = strength.clamp(min=0), (-strength).clamp(min=0)
+    grey = torch.full_like(strength, -0.6)
+    return torch.cat([grey + 1.5 * fake, grey + 0.6 * fake + 0.5 * real, grey + 1.5 * real], dim=1).clamp(-1, 1)

@@ -29,17 +29,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ldm_vae import compat
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
 from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, AutoencoderWavelet, soft_clamp

@@ -19,24 +19,22 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from ldm_vae import compat
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
 
 from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
-from ldm_vae.autoencoder.haar import haar_bands, haar_forward
-from ldm_vae.autoencoder.inference import only_values
-from ldm_vae.autoencoder.klt import fit_klt
-from ldm_vae.autoencoder.linear_path import BLOCK, Added, BlockAnalysis, BlockSynthesis, set_transform
+from ldm_vae.autoencoder.fast_layers import only_values
+from ldm_vae.autoencoder.klt import BlockKLT, fit_klt
 from ldm_vae.errors import UserError
 
 Padding = Literal["zeros", "replicate"]
@@ -335,3 +333,114 @@ def narrow_channels(autoencoder: Any, channels: int) -> AutoencoderWavelet:
     narrow.requires_grad_(any(parameter.requires_grad for parameter in autoencoder.parameters()))
     narrow = narrow.to(autoencoder.device, autoencoder.dtype).to(memory_format=torch.channels_last)
     return narrow.train(autoencoder.training)
+
+
+# The orthonormal two-dimensional Haar transform: half the size, four times the channels, the same energy.
+
+
+def haar_forward(x: Tensor) -> Tensor:
+    """(n, c, h, w) -> (n, 4c, h/2, w/2), bands [low, horizontal, vertical, diagonal], each of c channels.
+
+    Orthonormal: the sum of squares is unchanged. `h` and `w` must be even.
+    """
+    top_left, top_right = x[..., 0::2, 0::2], x[..., 0::2, 1::2]
+    bottom_left, bottom_right = x[..., 1::2, 0::2], x[..., 1::2, 1::2]
+    top_sum, top_difference = top_left + top_right, top_left - top_right
+    bottom_sum, bottom_difference = bottom_left + bottom_right, bottom_left - bottom_right
+    return 0.5 * torch.cat(
+        [
+            top_sum + bottom_sum,
+            top_difference + bottom_difference,
+            top_sum - bottom_sum,
+            top_difference - bottom_difference,
+        ],
+        dim=1,
+    )
+
+
+def haar_bands(x: Tensor, levels: int) -> Tensor:
+    """`haar_forward` that many times, as one product with a matrix: (n, c, h, w) -> (n, 4^l c, h/2^l, w/2^l).
+
+    The result is channels_last and in the precision of `x`, which each number is rounded to once.
+    """
+    count, channels, height, width = x.shape
+    side = 2**levels
+    block = channels * side**2
+    bands = torch.eye(block, dtype=x.dtype, device=x.device).reshape(block, side, side, channels).movedim(-1, 1)
+    for _ in range(levels):
+        bands = haar_forward(bands)  # what a block with a single 1 becomes
+    pixels = x.reshape(count, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        found = pixels.reshape(-1, block) @ bands.reshape(block, block)
+    return found.reshape(count, height // side, width // side, block).permute(0, 3, 1, 2)
+
+
+def haar_inverse(y: Tensor) -> Tensor:
+    """(n, 4c, h, w) -> (n, c, 2h, 2w), the exact inverse (and transpose) of `haar_forward`."""
+    low, horizontal, vertical, diagonal = (0.5 * y).chunk(4, dim=1)
+    n, c, h, w = low.shape
+    x = y.new_empty((n, c, 2 * h, 2 * w))
+    x[..., 0::2, 0::2] = low + horizontal + vertical + diagonal
+    x[..., 0::2, 1::2] = low - horizontal + vertical - diagonal
+    x[..., 1::2, 0::2] = low + horizontal - vertical - diagonal
+    x[..., 1::2, 1::2] = low - horizontal - vertical + diagonal
+    return x
+
+
+# The linear code of blocks as a part of a network: what a trained autoencoder starts from and adds to.
+
+BLOCK = 8
+PIXELS = 3 * BLOCK**2
+
+
+class BlockAnalysis(nn.Module):
+    """(n, 3, h, w) in [-1, 1] -> (n, c, h/8, w/8): each block's coefficients, of variance 1 where they were fitted."""
+
+    spread: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.basis = nn.Conv2d(PIXELS, channels, 1)
+        self.register_buffer("spread", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 / (PIXELS**0.5 * self.spread)
+        return self.basis(pixel_unshuffle(x, BLOCK)) * scale.to(x.dtype).view(1, -1, 1, 1)
+
+
+class BlockSynthesis(nn.Module):
+    """(n, c, h/8, w/8) -> (n, 3, h, w): the sum of each block's patterns, and the mean block."""
+
+    spread: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.basis = nn.Conv2d(channels, PIXELS, 1)
+        self.register_buffer("spread", torch.ones(channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        scale = self.spread / PIXELS**0.5
+        return pixel_shuffle(self.basis(z * scale.to(z.dtype).view(1, -1, 1, 1)), BLOCK)
+
+
+class Added(nn.Module):
+    """(n, c or more, h, w), what the network found, and (n, c, h, w), coefficients: their sum, the rest as it is."""
+
+    def forward(self, found: Tensor, coefficients: Tensor) -> Tensor:
+        channels = coefficients.shape[1]
+        return torch.cat([found[:, :channels] + coefficients, found[:, channels:]], dim=1)
+
+
+@torch.no_grad()
+def set_transform(analysis: BlockAnalysis, synthesis: BlockSynthesis, klt: BlockKLT) -> Tensor:
+    """Both maps from the first components of a transform; the (c,) variances of the coefficients, float32."""
+    channels = len(analysis.spread)
+    components, variances = klt.components[:channels].float(), klt.eigenvalues[:channels].float().clamp_min(1e-6)
+    rows = PIXELS**0.5 * components
+    for module in (analysis, synthesis):
+        module.spread.copy_(variances.sqrt())
+    analysis.basis.weight.copy_(rows[:, :, None, None])
+    analysis.basis.bias.copy_(-(rows @ klt.mean.float()))  # type: ignore[union-attr]
+    synthesis.basis.weight.copy_(rows.T[:, :, None, None])
+    synthesis.basis.bias.copy_(klt.mean.float())  # type: ignore[union-attr]
+    return variances

@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.diffusion.packing import has_pipeline
-    from ldm_vae.evaluation.card import CardConfig, push, write_card
-    from ldm_vae.evaluation.card_pipeline import write_pipeline_card
+    from ldm_vae.diffusion.export import has_pipeline
+    from ldm_vae.evaluation.model_card import CardConfig, push, write_card, write_pipeline_card
 
     config = CardConfig(
         model=args.model,

@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.codec.bench import CodecBenchConfig, bench
-    from ldm_vae.applications.codec.bench_page import markdown
+    from ldm_vae.applications.codec.bench import CodecBenchConfig, bench, markdown
 
     config = config_arguments.load(args, CodecBenchConfig)
     if config is None:

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import signal
 
-    from ldm_vae.evaluation.sweeps.comparison import CompareConfig, compare, table
-    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+    from ldm_vae.evaluation.comparison import CompareConfig, compare, table
+    from ldm_vae.evaluation.sweep import markdown_table
 
     config = config_arguments.load(args, CompareConfig)
     if config is None:

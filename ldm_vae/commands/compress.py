@@ -36,14 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.applications.codec import compression
+    from ldm_vae.applications.codec.entropy_models import step_of
     from ldm_vae.applications.codec.format import SUFFIX
-    from ldm_vae.applications.codec.quantisation import step_of
-    from ldm_vae.data.decoding import ImageRejected, decode_image
-    from ldm_vae.data.local_file import read_regular_file
+    from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
     from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.fidelity.pictures import find_pictures
-    from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+    from ldm_vae.evaluation.reconstruct_images import find_pictures
     from ldm_vae.files import write_bytes
+    from ldm_vae.training.distributed import compute_device
 
     if args.target_bpp is not None and not 0 < args.target_bpp < 100:
         raise UserError(f"--target-bpp: {args.target_bpp:g} is no number of bits per pixel; 0.1 to 1 is usual")

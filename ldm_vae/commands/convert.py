@@ -98,13 +98,13 @@ def _run_whole(args: argparse.Namespace, precision: Any) -> int:
         if getattr(args, name) != default:
             raise UserError(f"--{name}: has no effect with --to {args.to}; leave it out")
     if args.to == PIPELINE:
-        from ldm_vae.diffusion.standard_export import export_standard
+        from ldm_vae.diffusion.export import export_standard
 
         record = export_standard(args.source, args.target, precision=precision, overwrite=args.overwrite)
         notes, what = record["notes"], f"{record['class']} of stock diffusers, {precision}; README.md there says how to"
         what += " call it"
     else:
-        from ldm_vae.diffusion.packing import pack
+        from ldm_vae.diffusion.export import pack
 
         record, notes = pack(
             args.source,
@@ -122,7 +122,7 @@ def _run_whole(args: argparse.Namespace, precision: Any) -> int:
 
 def _statistics(folder: str, source: str) -> Any:
     """Encoder fingerprint -> statistics of the latents in `folder`, which that encoder must have made."""
-    from ldm_vae.latents.manifest import read_manifest
+    from ldm_vae.latents.format import read_manifest
 
     def statistics_for(encoder_fingerprint: str) -> dict[str, Any]:
         manifest = read_manifest(folder)

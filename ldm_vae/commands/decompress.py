@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.applications.codec import compression
     from ldm_vae.commands.compress import targets
     from ldm_vae.errors import EXIT_USER_ERROR, UserError
-    from ldm_vae.evaluation.fidelity.reconstruction import compute_device
     from ldm_vae.files import write_png
+    from ldm_vae.training.distributed import compute_device
 
     paths = [Path(text) for text in args.files]
     for path in paths:

@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.demo import DemoConfig, demo, described, find_images
-    from ldm_vae.applications.demo_page import sentences
+    from ldm_vae.applications.demo import DemoConfig, demo, described, find_images, sentences
 
     files = find_images(args.images) if args.images else []
     config = DemoConfig(

@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     translate(args)
-    from ldm_vae.evaluation.health.diagnosis import DiagnoseConfig, diagnose, failed
-    from ldm_vae.evaluation.health.diagnosis_page import markdown
+    from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose, failed, markdown
 
     config = config_arguments.load(args, DiagnoseConfig)
     if config is None:

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ldm_vae.diffusion.averages import HeldOut, finished_pipeline, write_pipeline
-    from ldm_vae.diffusion.snapshots import put_into, synthesise
+    from ldm_vae.diffusion.posthoc_ema import put_into, synthesise
+    from ldm_vae.diffusion.training import HeldOut, finished_pipeline, write_pipeline
 
     pipeline = finished_pipeline(args.run)
     if args.out:
@@ -81,7 +81,7 @@ def kid_judge(args: argparse.Namespace) -> Callable[[Any], dict[str, float]]:
     from ldm_vae import config as configuration
     from ldm_vae.data.sources import DataConfig
     from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.fidelity.samples import make_judge
+    from ldm_vae.evaluation.fid import make_judge
 
     config = configuration.load(TrainDiffusionConfig, Path(args.run) / "config.yaml")
     data = DataConfig(source="folder", path=args.images) if args.images else config.kid.data

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
-from ldm_vae.commands.encoding_job import run_job
+from ldm_vae.latents.encode import run_job
 
 SUMMARY = "encode images into latent shards"
 
@@ -23,14 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.latents.encode import encode_dataset, make_accelerator
-    from ldm_vae.latents.settings import EncodeConfig
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
 
     config = config_arguments.load(args, EncodeConfig)
     if config is None:
         return 0
     if args.dry_run:
-        from ldm_vae.latents.dry_run import dry_run
+        from ldm_vae.latents.encode import dry_run
 
         return dry_run(config, make_accelerator(config))
     return run_job(config, encode_dataset)

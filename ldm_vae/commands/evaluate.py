@@ -23,15 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig, evaluate
-    from ldm_vae.evaluation.fidelity.summary import markdown
+    from ldm_vae.evaluation.measurement import EvaluateConfig
+    from ldm_vae.evaluation.reconstruction import evaluate, markdown
 
     config = config_arguments.load(args, EvaluateConfig)
     if config is None:
         return 0
 
-    from ldm_vae.evaluation.fidelity.processes import join_processes, leave_processes
-    from ldm_vae.training.signals import die_with_launcher
+    from ldm_vae.training.distributed import join_processes, leave_processes
+    from ldm_vae.training.watchdog import die_with_launcher
 
     die_with_launcher()
     processes = join_processes(config.processes)

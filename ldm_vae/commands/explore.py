@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from ldm_vae.errors import UserError
-    from ldm_vae.training.signals import StopRequest
+    from ldm_vae.training.watchdog import StopRequest
 
     if args.export is None and args.overwrite:
         raise UserError("--overwrite: has no effect without --export; leave it out")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         from ldm_vae.applications.explorer.answers import Models, open_model
         from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
         from ldm_vae.applications.explorer.export import check_exportable, check_output, export_page
-        from ldm_vae.applications.explorer.serving import open_socket, serve
+        from ldm_vae.applications.explorer.server import open_socket, serve
 
         config = ExploreConfig(args.data, args.count, args.size, args.directions, args.device)
         if args.export is not None:

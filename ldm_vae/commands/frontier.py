@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import signal
 
-    from ldm_vae.evaluation.sweeps.frontier import FrontierConfig, frontier, markdown
+    from ldm_vae.evaluation.rate_distortion import FrontierConfig, frontier, markdown
 
     config = config_arguments.load(args, FrontierConfig)
     if config is None:

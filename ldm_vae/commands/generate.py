@@ -72,9 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
-    from ldm_vae.diffusion.generation import generate
-    from ldm_vae.diffusion.pictures import GenerationConfig
-    from ldm_vae.latents.words import counted
+    from ldm_vae.diffusion.generation import GenerationConfig, generate
+    from ldm_vae.utils.text import pluralize
 
     height, width = parse_size(args.size)
     config = GenerationConfig(
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     )
     say = PartialState().print  # on the main process only
     if made:
-        say(f"{args.out}: {counted(made, 'image')} and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
+        say(f"{args.out}: {pluralize(made, 'image')} and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
     else:
         say(f"{args.out}: these images are there already; nothing to do")
     return 0

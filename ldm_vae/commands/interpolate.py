@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ldm_vae.applications.interpolation_folder import InterpolateConfig, find_pairs, interpolate
+    from ldm_vae.applications.interpolation import InterpolateConfig, find_pairs, interpolate
     from ldm_vae.files import checksum
 
     files = find_pairs(args.images, args.pairs)

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.fidelity.pictures import reconstruct_pictures
-    from ldm_vae.latents.words import counted
+    from ldm_vae.evaluation.reconstruct_images import reconstruct_pictures
+    from ldm_vae.utils.text import pluralize
 
     if args.size is not None and args.size < 1:
         raise UserError(f"--size: {args.size} is not above 0")
@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in rejected:
         print(f"{name}: left out ({reason})")
     left_out = f", {len(rejected)} left out" if rejected else ""
-    print(f"{args.out}: {counted(len(written), 'reconstruction')}{left_out}")
+    print(f"{args.out}: {pluralize(len(written), 'reconstruction')}{left_out}")
     return 0

@@ -27,10 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.data.synthetic import SyntheticConfig
-    from ldm_vae.data.synthetic.export import masks_folder, write_images
+    from ldm_vae.data.synthetic.source import SyntheticConfig, masks_folder, write_images
     from ldm_vae.errors import UserError
-    from ldm_vae.latents.words import counted
+    from ldm_vae.utils.text import pluralize
 
     if args.workers < 1:
         raise UserError(f"--workers: {args.workers} processes; give 1 or more")
@@ -41,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     write_images(config, out, args.workers)
     masks = f", defect masks in {masks_folder(out)}" if config.defects > 0 else ""
-    print(f"{out}: {counted(config.count, 'image')} and attributes.jsonl{masks}")
+    print(f"{out}: {pluralize(config.count, 'image')} and attributes.jsonl{masks}")
     print(f"train on them with: data.source=folder data.path={out}")
     return 0

@@ -27,16 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.diffusion.snapshots import FOLDER
+    from ldm_vae.diffusion.posthoc_ema import FOLDER
     from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents
 
     config = config_arguments.load(args, TrainDiffusionConfig)
     if config is None:
         return 0
 
-    from ldm_vae.training.engine import make_accelerator
-    from ldm_vae.training.fit import fit
-    from ldm_vae.training.run import RunDirectory
+    from ldm_vae.training.run_directory import RunDirectory
+    from ldm_vae.training.trainer import fit, make_accelerator
 
     samples, held_out = open_latents(config)
     accelerator = make_accelerator(config.training, None if args.dry_run else Path(config.output))
@@ -44,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     snapshots = None if args.dry_run else Path(config.output) / FOLDER
     judge = None
     if config.kid.samples and not args.dry_run:
-        from ldm_vae.evaluation.fidelity.samples import make_judge
+        from ldm_vae.evaluation.fid import make_judge
 
         judge = make_judge(config.kid, config.held_out)
     model = DiffusionModel(config, samples, held_out, snapshots, judge)
     if args.dry_run:
-        from ldm_vae.training.dry_run import dry_run
+        from ldm_vae.training.trainer import dry_run
 
         return dry_run(model, plan, config.training, accelerator)
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)

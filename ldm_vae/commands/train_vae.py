@@ -25,20 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.autoencoder.recipe import TrainVaeConfig
+    from ldm_vae.autoencoder.train_config import TrainVaeConfig
 
     config = config_arguments.load(args, TrainVaeConfig)
     if config is None:
         return 0
 
+    from ldm_vae.autoencoder.train_config import held_out_part, measured_batches, training_samples
     from ldm_vae.autoencoder.training import VaeModel
-    from ldm_vae.autoencoder.training_data import held_out_part, measured_batches, training_samples
-    from ldm_vae.training.engine import make_accelerator
-    from ldm_vae.training.fit import fit
-    from ldm_vae.training.run import RunDirectory
+    from ldm_vae.training.run_directory import RunDirectory
+    from ldm_vae.training.trainer import fit, make_accelerator
 
     if args.dry_run:
-        from ldm_vae.training.dry_run import dry_run
+        from ldm_vae.training.trainer import dry_run
 
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)

@@ -14,10 +14,13 @@ goes wrong inside a decoder becomes an `ImageRejected` with a reason. The rules:
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,3 +212,17 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     if (source.profile.profile_description or "").startswith("sRGB"):
         return None
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+# Reading a file that somebody else named: only regular files, without waiting for pipes and devices.
+
+
+def read_regular_file(path: str | Path, length: int | None = None) -> bytes:
+    """The first `length` bytes, or all. Raises: ImageRejected `unreadable`."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ImageRejected("unreadable", "is no regular file")
+            return file.read(-1 if length is None else length)
+    except OSError as error:
+        raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error

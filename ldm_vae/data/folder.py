@@ -19,11 +19,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image
-from ldm_vae.data.local_file import read_regular_file
+from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image, read_regular_file
 from ldm_vae.data.sources import hash_items, number_labels
 from ldm_vae.errors import UserError
-from ldm_vae.storage import is_url, local_path
+from ldm_vae.storage.base import is_url, local_path
+from ldm_vae.storage.connection import AccessDenied, Connection
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +185,6 @@ def _counts(suffixes: Counter[str]) -> str:
 
 def _open_files(path: str | Path) -> ImageFiles:
     if is_url(path):
-        from ldm_vae.data.remote_folder import RemoteFiles
-
         return RemoteFiles(str(path))
     return LocalFiles(path)
 
@@ -257,3 +255,36 @@ def _json_rows(text: str) -> Iterator[tuple[str, str]]:
         label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
         if isinstance(name, str) and isinstance(label, (str, int)):
             yield name, str(label)
+
+
+# The image files below an fsspec URL, as `s3://bucket/images`: one listing, and one bounded request for each image.
+
+
+class RemoteFiles:
+    """See `folder.ImageFiles`."""
+
+    def __init__(self, location: str) -> None:
+        self.location, self.connection = location.rstrip("/"), Connection(location)
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        root = self.connection.root
+        try:
+            entries = self.connection.request(lambda filesystem: filesystem.find(root, detail=True))
+        except FileNotFoundError:
+            entries = {}
+        if root in entries or not entries:
+            what = "is a file" if entries else "nothing is there"
+            raise UserError(f"data.path: {self.location}: {what}; give the folder that holds the images")
+        for path, entry in entries.items():
+            name = path[len(root) + 1 :]
+            hidden = name.startswith(".") or "/." in name
+            if not hidden and not name.endswith("/"):  # some tools mark folders by empty objects
+                yield name, int(entry["size"])
+
+    def read(self, name: str, length: int | None = None) -> bytes:
+        try:
+            return self.connection.read(name, length)
+        except FileNotFoundError as error:
+            raise ImageRejected("unreadable", "cannot be opened: it is not there any more") from error
+        except AccessDenied as error:
+            raise ImageRejected("unreadable", "cannot be opened: access denied") from error

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.random import key_hash, numpy_rng
 
@@ -74,3 +76,47 @@ def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
         f"data: {len(rejected)} images in a row cannot be read, the last is {name} ({reason}); "
         "check that the disk is there and the files are pictures"
     )
+
+
+Rejected = list[tuple[str, str]]
+
+
+def read_crops(
+    source: ImageSource, indices: list[int], resolution: int | tuple[int, int], rejected: Rejected
+) -> tuple[list[int], Tensor | None]:
+    """The indices that could be read, and their centre crops (n, 3, h, w) in [-1, 1], of a side or of (h, w).
+
+    The others are appended to `rejected` as (id, reason). None where none is left.
+    """
+    found: list[int] = []
+    images: list[Tensor] = []
+    for index in indices:
+        try:
+            crop = resize_center_crop(source.read(index), resolution)
+        except ImageRejected as error:
+            rejected.append((source.id(index), error.reason))
+        else:
+            found.append(index)
+            images.append(transforms.from_uint8(torch.from_numpy(crop.copy()).permute(2, 0, 1)))
+    return found, torch.stack(images) if images else None
+
+
+def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
+    """What to say where all of `count` images were rejected."""
+    reasons = ", ".join(sorted({reason for _, reason in rejected}))
+    return UserError(f"{where}: no image of {count} could be read ({reasons})")
+
+
+def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:
+    """One readable image (1, 3, resolution, resolution) in [-1, 1] after another."""
+    for index in indices:
+        _, image = read_crops(source, [index], resolution, [])
+        if image is not None:
+            yield image
+
+
+def evenly_spaced(count: int, wanted: int | None) -> list[int]:
+    """`wanted` indices evenly spread over range(count); all of them for None."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return [int(i) for i in np.linspace(0, count - 1, wanted).round()]

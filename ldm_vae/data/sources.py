@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from ldm_vae.data.decoding import HIGHEST_MEGAPIXELS, DecodeLimits
-from ldm_vae.data.synthetic import SyntheticConfig
+from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.errors import UserError
 
 WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
@@ -133,37 +133,6 @@ class DataConfig:
         return DecodeLimits(megapixels=self.maximum_megapixels)
 
 
-def open_source(config: DataConfig) -> ImageSource:
-    """Open a collection with random access.
-
-    Raises:
-        UserError: nothing is there, nothing is readable, or the collection is a stream.
-    """
-    if config.streaming:
-        raise UserError("data.datasets.streaming: a stream has no random access; set it to false here")
-    source = _open(config)
-    if config.cache_megabytes:
-        from ldm_vae.data.cache import CachedSource
-
-        return CachedSource(source, config.cache_megabytes * 10**6)
-    return source
-
-
-def _open(config: DataConfig) -> ImageSource:
-    if config.source == "folder":
-        from ldm_vae.data.folder import FolderSource
-
-        assert config.path is not None
-        return FolderSource(config.path, config.limits, config.include)
-    if config.source == "datasets":
-        from ldm_vae.data.datasets_source import DatasetsSource
-
-        return DatasetsSource(config.datasets, config.limits)
-    from ldm_vae.data.synthetic import SyntheticSource
-
-    return SyntheticSource(config.synthetic)
-
-
 def number_labels(labels: Iterable[str]) -> dict[str, int]:
     """Label -> class number, in numeric order where all labels are whole numbers, else alphabetical."""
     names = set(labels)
@@ -177,3 +146,41 @@ def hash_items(items: Iterable[tuple[object, ...]]) -> str:
     for item in items:
         digest.update(repr(item).encode())
     return digest.hexdigest()
+
+
+# Decoded images kept in memory, so that many crops come from one decoding.
+
+
+class CachedSource:
+    """Another source whose images stay decoded until `limit_bytes` are used.
+
+    Nothing is evicted: in the uniformly random order of training, the first images that fit are as good as
+    any other choice, and nothing thrashes. Each worker process has its own cache.
+    """
+
+    def __init__(self, source: ImageSource, limit_bytes: int) -> None:
+        self.source, self.free_bytes = source, limit_bytes
+        self.label_names = source.label_names
+        self.images: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def id(self, i: int) -> str:
+        return self.source.id(i)
+
+    def label(self, i: int) -> int:
+        return self.source.label(i)
+
+    def read(self, i: int) -> np.ndarray:
+        if i in self.images:
+            return self.images[i]
+        image = self.source.read(i)
+        if image.nbytes <= self.free_bytes:
+            image.flags.writeable = False
+            self.images[i] = image
+            self.free_bytes -= image.nbytes
+        return image
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()

@@ -6,7 +6,8 @@ outputs `np` and `pt` of the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ldm_vae.autoencoder.wavelet import Decoder
 from ldm_vae.errors import UserError
-from ldm_vae.latents.words import counted
+from ldm_vae.utils.text import pluralize
 
 Picture = Any
 """A PIL image, an array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or (n, 3, h, w), or a list of these."""
@@ -84,7 +86,7 @@ def for_each(values: Tensor, count: int, name: str) -> Tensor:
     """(1 or n, ...) -> (n, ...)."""
     if len(values) not in (1, count):
         raise UserError(
-            f"{name}: {len(values)} of them for {counted(count, 'image')}; give one for all, or one per image"
+            f"{name}: {len(values)} of them for {pluralize(count, 'image')}; give one for all, or one per image"
         )
     return values.expand(count, *values.shape[1:])
 
@@ -111,3 +113,110 @@ def to_tensor(image: Picture, channels: int, name: str) -> Tensor:
         shapes = "(h, w, 3) arrays, (3, h, w) tensors" if channels == 3 else "(h, w) arrays, (1, h, w) tensors"
         raise UserError(f"{name}: its shape is {tuple(image.shape)}; give PIL images, {shapes} or batches of these")
     return tensor / 255 if whole else tensor
+
+
+# Decoding latents that are too large for one pass: overlapping tiles, blended.
+
+TILE = 128
+"""Latent positions along a side of a tile; larger latents are decoded in tiles."""
+
+DEFAULT_CONTEXT = 8
+BLEND = 8
+
+
+def decoder_context(autoencoder: Any) -> int:
+    """How many latent positions around its own a pixel depends on: exact for this package's decoder, else a choice.
+
+    That decoder is 3x3 convolutions and nearest-neighbour upsampling, so the inputs of a pixel can be counted.
+    """
+    decoder = getattr(autoencoder, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        return DEFAULT_CONTEXT
+    blocks = [len(stage.blocks) for stage in decoder.stages]  # type: ignore[arg-type]
+    farthest = 0
+    for pixel in range(2 ** (len(blocks) - 1)):  # of one latent position
+        low, high = pixel - 2, pixel + 2  # the tail and the head
+        for level in reversed(range(len(blocks))):
+            low, high = low - 2 * blocks[level], high + 2 * blocks[level]
+            if level:
+                low, high = low // 2, high // 2
+        farthest = max(farthest, 1 - low, 1 + high)  # 1 of the first convolution
+    return farthest
+
+
+def decode_in_tiles(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, factor: int, context: int, tile: int
+) -> Tensor:
+    """Latents (n, c, h, w) -> images (n, 3, factor h, factor w), float32, on the CPU.
+
+    Args:
+        decode: Latents (n, c, h', w') -> images (n, 3, factor h', factor w').
+        latents: In the autoencoder's own units.
+        factor: Pixels per latent position along a side.
+        context: Positions beside a cut at which a tile does not count.
+        tile: Largest side of a tile, above 2 (context + blending).
+    """
+    tile = max(tile, 2 * (context + BLEND) + 1)
+    count, _, height, width = latents.shape
+    total = torch.zeros(count, 3, factor * height, factor * width)
+    weights = torch.zeros(1, 1, factor * height, factor * width)
+    overlap = 2 * context + BLEND
+    for top, bottom in cuts(height, tile, overlap):
+        for left, right in cuts(width, tile, overlap):
+            image = decode(latents[..., top:bottom, left:right]).float().cpu()
+            rows = ramp(top, bottom, height, context, factor)
+            columns = ramp(left, right, width, context, factor)
+            weight = rows[:, None] * columns[None]
+            place = (..., slice(factor * top, factor * bottom), slice(factor * left, factor * right))
+            total[place] += weight * image
+            weights[place] += weight
+    return total / weights
+
+
+def cuts(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """(first, end) of tiles that cover 0..length with at least `overlap` in common, all of the same length."""
+    if length <= tile:
+        return [(0, length)]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [(first := round(number * (length - tile) / (count - 1)), first + tile) for number in range(count)]
+
+
+def ramp(first: int, end: int, length: int, context: int, factor: int) -> Tensor:
+    """Weights of the pixels of a tile along one side: 1, but 0 for `context` beside a cut, then rising over BLEND."""
+    pixel = torch.arange(factor * (end - first), dtype=torch.float32) + 0.5
+    weight = torch.ones_like(pixel)
+    for cut, distance in ((first > 0, pixel), (end < length, pixel.flip(0))):
+        if cut:
+            weight = torch.minimum(weight, ((distance / factor - context) / BLEND).clamp(0, 1))
+    return weight
+
+
+# Between two images: along a great circle in noise space, along a straight line in the autoencoder's latent space.
+
+
+def between_noises(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Noise of the same shape at `share` of the way: spherical, so that two standard normals give a standard normal.
+
+    The norm goes linearly from the one to the other. `share` 0 and 1 give the two themselves.
+    """
+    if share in (0, 1):
+        return (second if share else first).clone()
+    a, b = first.double(), second.double()
+    a_norm, b_norm = a.norm(), b.norm()
+    a, b = a / a_norm, b / b_norm
+    angle = torch.arccos((a * b).sum().clamp(-1, 1))
+    if angle < 1e-6:  # the same direction
+        direction = a
+    else:
+        direction = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return ((a_norm + share * (b_norm - a_norm)) * direction).to(first.dtype)
+
+
+def between_latents(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Latents of the same shape at `share` of the straight way: a cross-fade that the decoder draws sharply."""
+    return (1 - share) * first + share * second
+
+
+def shares(count: int) -> list[float]:
+    """`count` places from 0 to 1, both included; [0] for one."""
+    return torch.linspace(0, 1, count, dtype=torch.float64).tolist()

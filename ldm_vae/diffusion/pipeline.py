@@ -1,14 +1,10 @@
-"""`LatentDiffusionPipeline`: from labels and a seed to images; a diffusers pipeline that knows its autoencoder.
-
-Owns the order of things and what makes a saved model complete: autoencoder, U-Net, scheduler, normaliser, label names.
-The steps are `sampling.py`'s and `schedulers.py`'s, guidance `guidance.py`'s, images that go in `editing.py`'s. Files
-and captions are made in `generation.py`.
-"""
+"""Class labels as people write them: names, ids, and mixtures of them."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +13,186 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae import compat
-from ldm_vae.errors import UserError
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 import diffusers
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from ldm_vae.autoencoder import interface
-from ldm_vae.autoencoder.inference import prepare_for_inference
+from ldm_vae import random
+from ldm_vae.autoencoder import base
+from ldm_vae.autoencoder.fast_layers import prepare_for_inference
 from ldm_vae.autoencoder.models import downsampling, latent_channels
-from ldm_vae.data import pixels
-from ldm_vae.diffusion import arguments, editing, flow, saving, tiling
-from ldm_vae.diffusion.arguments import image_generator as image_generator
-from ldm_vae.diffusion.guidance import EVERYWHERE, Classes, Guidance, GuidedVelocity
-from ldm_vae.diffusion.labels import Wanted, class_shares
-from ldm_vae.diffusion.labels import find_label as find_label
-from ldm_vae.diffusion.parts import load_parts
-from ldm_vae.diffusion.previews import latents_to_rgb
-from ldm_vae.diffusion.sampling import Solver, first_step
-from ldm_vae.diffusion.schedulers import flow_scheduler as flow_scheduler
-from ldm_vae.diffusion.schedulers import make_solver, sampler_of, shift_of
-from ldm_vae.diffusion.unet import LatentUNet  # diffusers loads only parts whose module is imported
-from ldm_vae.latents.manifest import Manifest, check_same
+from ldm_vae.data import transforms
+from ldm_vae.data.sources import WHOLE_NUMBER
+from ldm_vae.diffusion import editing, flow, saving
+from ldm_vae.diffusion.samplers import (
+    EVERYWHERE,
+    Classes,
+    Guidance,
+    GuidedVelocity,
+    Solver,
+    first_step,
+    make_solver,
+    sampler_of,
+    shift_of,
+)
+from ldm_vae.diffusion.samplers import flow_scheduler as flow_scheduler
+from ldm_vae.diffusion.saving import load_parts
+from ldm_vae.diffusion.unet import LatentUNet
+from ldm_vae.diffusion.validation import latents_to_rgb
+from ldm_vae.errors import UserError
+from ldm_vae.files import check_checksums, write_checksums
+from ldm_vae.latents.format import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
-from ldm_vae.seal import check_seal, seal
+from ldm_vae.utils.text import pluralize
+
+Label = str | int
+Mixture = Mapping[Any, float]
+"""Labels and their shares."""
+Wanted = Label | Mixture | Sequence[Label | Mixture] | None
+
+
+def class_shares(wanted: Wanted, count: int, names: Sequence[str]) -> Classes | None:
+    """The classes of `count` images, what is wanted being repeated in turn; None for any class.
+
+    Raises:
+        UserError: an unknown label, more labels than images, or a mixture without a positive sum.
+    """
+    if wanted is None:
+        return None
+    each = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    if not each or count < len(each):
+        raise UserError(
+            f"labels: {len(each)} of them for {pluralize(count, 'image')}; ask for at least one image per label"
+        )
+    mixtures = [label if isinstance(label, Mapping) else {label: 1.0} for label in each]
+    width = max(len(mixture) for mixture in mixtures)
+    ids, shares = torch.zeros(len(each), width, dtype=torch.long), torch.zeros(len(each), width)
+    for row, mixture in enumerate(mixtures):
+        total = sum(mixture.values())
+        if total <= 0 or min(mixture.values()) < 0:
+            raise UserError(f"labels: the shares of {dict(mixture)} must be positive; give for instance one half each")
+        for column, (label, share) in enumerate(mixture.items()):
+            ids[row, column] = find_label(label, names)
+            shares[row, column] = share / total
+    turn = torch.arange(count) % len(each)
+    return Classes(ids[turn], shares[turn])
+
+
+def find_label(label: Label, names: Sequence[str]) -> int:
+    """The class id of a name, of an id, or of an id written as text. Names win over ids; case does not matter.
+
+    Raises:
+        UserError: an unknown label, with the nearest known one.
+    """
+    if not names:
+        raise UserError(f"label {label!r}: this model is unconditional, it has no labels; leave it out")
+    if isinstance(label, str):
+        by_name = {name.casefold(): number for number, name in reversed(list(enumerate(names)))}
+        if label in names:
+            return list(names).index(label)
+        if label.casefold() in by_name:
+            return by_name[label.casefold()]
+    number = int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
+    if number is not None and 0 <= number < len(names):
+        return number
+    near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.5)
+    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"label {label!r}: unknown; {hint}known labels: {known}; or an id from 0 to {len(names) - 1}")
+
+
+# What the arguments of a pipeline's call mean together: how many images, whose noise, and what makes no sense.
+
+DEFAULT_GUIDANCE = 3.0
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_call(
+    output_type: str, steps: int, image: Any, strength: Any, mask: Any, latents: Any, generator: Any, seed: Any
+) -> None:
+    """Raises: UserError for values that no call can have, and for settings without effect."""
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type: {output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
+    if steps < 1:
+        raise UserError(f"num_inference_steps: {steps} is below 1")
+    for name, value in (("strength", strength), ("mask", mask)):
+        if value is not None and image is None:
+            raise UserError(f"{name}: has no effect without an image; give image=..., or leave it out")
+    if seed is not None and generator is not None:
+        raise UserError("seed: given together with a generator; give one of them")
+    if latents is not None and (seed is not None or generator is not None):
+        raise UserError("latents: are the noise already; leave out seed and generator")
+
+
+def read_guidance(
+    scale: float | None,
+    autoguidance: float,
+    interval: tuple[float, float],
+    rescale: float,
+    *,
+    labelled: bool,
+    weak: bool,
+) -> Guidance:
+    """The guidance of a call with or without labels, of a pipeline with or without a second U-Net.
+
+    Raises:
+        UserError: one without effect, or impossible.
+    """
+    if not labelled and scale not in (None, 1):
+        raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
+    if autoguidance != 1 and not weak:
+        raise UserError(
+            f"autoguidance_scale: {autoguidance} needs a second U-Net; load the pipeline with autoguidance_unet=..."
+        )
+    by_label = 1.0 if not labelled else DEFAULT_GUIDANCE if scale is None else scale
+    if rescale and by_label == autoguidance == 1:
+        raise UserError(f"guidance_rescale: {rescale} has no effect without guidance; leave it out")
+    return Guidance(by_label, autoguidance, (interval[0], interval[1]), rescale)
+
+
+def count_images(labels: Wanted, num_images: int | None, image: Any, latents: Tensor | None) -> int:
+    """Images to make: what is asked for, or as many as there are of anything."""
+    if num_images is not None and num_images < 1:
+        raise UserError(f"num_images: {num_images} is below 1")
+    if latents is not None and num_images not in (None, len(latents)):
+        raise UserError(f"latents: {len(latents)} of them for {pluralize(num_images, 'image')}; give one per image")
+    if num_images is not None or latents is not None:
+        return num_images or len(latents)  # type: ignore[arg-type]
+    many = len(editing.to_tensor(image, 3, "image")) if image is not None else 1
+    return max(many, len(labels)) if isinstance(labels, list | tuple) else many
+
+
+def generators_of(
+    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, count: int
+) -> list[torch.Generator | None]:
+    """One generator per image (the same object for all when one was given)."""
+    if seed is not None:
+        return [image_generator(seed, index) for index in range(count)]
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator] * count
+    if len(generator) != count:
+        raise UserError(
+            f"generator: {len(generator)} of them for {pluralize(count, 'image')}; give one per image, or one for all"
+        )
+    return list(generator)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The generator behind image `index` of `seed`: a CPU generator, so that every device starts from equal noise."""
+    return random.generator(seed, "image", index)
+
+
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None], device: torch.device) -> Tensor:
+    """Standard normal (n, c, h, w), float32, drawn image by image on each generator's own device."""
+    noise = [torch.randn(*shape, generator=g, device=g.device if g else device).to(device) for g in generators]
+    return torch.stack(noise)
+
+
+# `LatentDiffusionPipeline`: from labels and a seed to images; a diffusers pipeline that knows its autoencoder.
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -151,7 +300,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise UserError(f"torch_dtype: {dtypes!r} is no torch.dtype; give for instance torch.bfloat16")
         directory = Path(pretrained_model_name_or_path)
         if directory.is_dir():
-            check_seal(directory)
+            check_checksums(directory)
         else:
             directory = Path(cls.download(pretrained_model_name_or_path, **kwargs))
         parts = load_parts(directory, except_parts=kwargs, variant=kwargs.get("variant"))
@@ -180,13 +329,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), *args, **kwargs)
         if not (Path(save_directory) / saving.CARD).exists():
             saving.write_card(self, Path(save_directory))
-        seal(Path(save_directory))
+        write_checksums(Path(save_directory))
 
     def _upload_folder(self, working_dir: Any, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
         """diffusers writes a card without content before it uploads, unless the repository has one."""
         if not huggingface_hub.file_exists(repo_id, saving.CARD, token=token):
             saving.write_card(self, Path(working_dir), repo_id)
-        seal(Path(working_dir), saving.listed_on_hub(repo_id, token, kwargs.get("subfolder")))
+        write_checksums(Path(working_dir), saving.listed_on_hub(repo_id, token, kwargs.get("subfolder")))
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def check_latents(self, manifest: Manifest) -> None:
@@ -278,19 +427,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: an unknown label (with the nearest known one), an impossible size, or settings without effect.
         """
-        arguments.check_call(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
-        count = arguments.count_images(labels, num_images, image, latents)
+        check_call(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
+        count = count_images(labels, num_images, image, latents)
         classes = class_shares(labels, count, self.labels)
-        guidance = arguments.read_guidance(
+        guidance = read_guidance(
             guidance_scale, autoguidance_scale, guidance_interval, guidance_rescale,
             labelled=classes is not None, weak=self.autoguidance_unet is not None,
         )  # fmt: skip
         source = None if image is None else editing.read_source(image, mask, count, downsampling(self.autoencoder))
         shape = self._shape(height, width, source, latents)
         if latents is None:
-            latents = arguments.draw_noise(
-                shape, arguments.generators_of(generator, seed, count), self._execution_device
-            )
+            latents = draw_noise(shape, generators_of(generator, seed, count), self._execution_device)
         if strength is None and source is not None:
             strength = source.default_strength
         first = 0 if strength is None else first_step(num_inference_steps, strength)
@@ -341,7 +488,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         if self.config["latent_rgb"] is None:
             raise UserError("preview: this pipeline has no latent_rgb; make it with latent_rgb=fit_latent_rgb(...)")
-        return pixels.to_pil(latents_to_rgb(latents, self.config["latent_rgb"]))
+        return transforms.to_pil(latents_to_rgb(latents, self.config["latent_rgb"]))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, h, w) in the autoencoder's own units -> images (n, 3, fh, fw) in [-1, 1], on the CPU.
@@ -352,21 +499,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return torch.cat([self._decode_one(latent[None]).cpu() for latent in latents])
 
     def _decode_one(self, latent: Tensor) -> Tensor:
-        if max(latent.shape[-2:]) <= tiling.TILE:
-            return interface.decode(self.autoencoder, latent)
-        return tiling.decode_in_tiles(
-            lambda part: interface.decode(self.autoencoder, part),
+        if max(latent.shape[-2:]) <= editing.TILE:
+            return base.decode(self.autoencoder, latent)
+        return editing.decode_in_tiles(
+            lambda part: base.decode(self.autoencoder, part),
             latent,
             factor=downsampling(self.autoencoder),
-            context=tiling.decoder_context(self.autoencoder),
-            tile=tiling.TILE,
+            context=editing.decoder_context(self.autoencoder),
+            tile=editing.TILE,
         )
 
     def _encode(self, source: editing.Source) -> Tensor:
         """Normalised posterior means (n, c, h, w) of images, one at a time."""
         device = self._execution_device
         images = (2 * source.images - 1).split(1)
-        means = [interface.encode_moments(self.autoencoder, image.to(device))[0] for image in images]
+        means = [base.encode_moments(self.autoencoder, image.to(device))[0] for image in images]
         return self.normalizer.normalize(torch.cat(means))
 
     def _output(self, latents: Tensor, output_type: str, source: editing.Source | None) -> Any:
@@ -376,7 +523,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if source is not None:
             images = source.paste(images)
         if output_type == "pil":
-            return pixels.to_pil(2 * images - 1)
+            return transforms.to_pil(2 * images - 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
     def _groups(self, count: int) -> list[slice]:

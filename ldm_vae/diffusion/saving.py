@@ -1,28 +1,59 @@
-"""What a saved pipeline says about itself: which encoder its latents came from, also of a half-precision copy, and
-README.md, its model card; and its download from the hub.
-
-The card states what the directory records; nothing is measured here.
-"""
+"""The networks of a saved pipeline, read more strictly than diffusers reads them. Owns nothing of what they do."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
+from torch import nn
 
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
 from ldm_vae.autoencoder.models import downsampling
+from ldm_vae.autoencoder.weights import encoder_fingerprint, load_weights
 from ldm_vae.errors import UserError
-from ldm_vae.files import write_text
-from ldm_vae.seal import MANIFEST
+from ldm_vae.files import MANIFEST, write_text
 
 if TYPE_CHECKING:
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+
+INDEX = "model_index.json"
+
+
+def load_parts(directory: Path, except_parts: Container[str] = (), variant: str | None = None) -> dict[str, Any]:
+    """Name -> network of each that `model_index.json` names, float32, in eval mode.
+
+    Args:
+        directory: of the pipeline.
+        except_parts: names that the caller has in another way.
+        variant: of the files of weights, as in diffusers.
+
+    Raises:
+        UserError: an unreadable file, or weights that are not exactly those of their class.
+    """
+    where = directory / INDEX
+    try:
+        index = dict(json.loads(where.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); give a pipeline") from error
+    found = {}
+    for name, entry in index.items():
+        if name in except_parts or not name.isidentifier():  # the name of a folder in it, and of nothing outside
+            continue
+        if not (isinstance(entry, list) and len(entry) == 2 and (directory / name).is_dir()):
+            continue
+        # what diffusers looks among, too: no module is imported because a file says so
+        part = getattr(sys.modules.get(str(entry[0])), str(entry[1]), None)
+        if isinstance(part, type) and issubclass(part, nn.Module):
+            found[name] = load_weights(part, directory / name, variant=variant)
+    return found
+
+
+# What a saved pipeline says about itself: which encoder its latents came from, also of a half-precision copy, and
 
 CARD = "README.md"
 OF_DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "token", "revision")

@@ -11,30 +11,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder import interface
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae import config as configuration
+from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, only_side
+from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.config import changed_keys
-from ldm_vae.data import pixels
-from ldm_vae.data.sheets import labelled_sheet
-from ldm_vae.diffusion import flow, held_out, memorisation
-from ldm_vae.diffusion.crops import Crops, CropsConfig, draw_crops
-from ldm_vae.diffusion.held_out import StopSuggestion
-from ldm_vae.diffusion.kid import Judge, KidConfig
-from ldm_vae.diffusion.memorisation import Copies
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
-from ldm_vae.diffusion.previews import fit_latent_rgb
-from ldm_vae.diffusion.snapshots import EmaConfig, Snapshots
-from ldm_vae.diffusion.unet import UNetConfig, build_unet
+from ldm_vae.data import transforms
+from ldm_vae.diffusion import flow, validation
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.posthoc_ema import Average, EmaConfig, Snapshots, put_into
+from ldm_vae.diffusion.samplers import flow_scheduler
+from ldm_vae.diffusion.unet import Crops, CropsConfig, UNetConfig, build_unet, draw_crops
+from ldm_vae.diffusion.validation import Copies, Judge, KidConfig, StopSuggestion, fit_latent_rgb, validation_losses
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
-from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import Manifest, check_same, short
-from ldm_vae.latents.order import ShardBlockOrder
+from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
+from ldm_vae.latents.format import Manifest, check_same, short
 from ldm_vae.random import generator
-from ldm_vae.training.engine import Engine, TrainingConfig
-from ldm_vae.training.loader import Batch, InOrder, Samples
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
+from ldm_vae.training.trainer import Engine, TrainingConfig
+from ldm_vae.utils.image_grid import labelled_sheet
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
@@ -222,9 +218,9 @@ class DiffusionModel:
             latents = self.normalizer.normalize(samples["latent"].to(engine.device))
             labels = self.labels(samples["label"].to(engine.device))
             with engine.accelerator.autocast():
-                losses[part] = held_out.held_out_losses(engine.emas["unet"].module, latents, labels, self.shift)
+                losses[part] = validation.validation_losses(engine.emas["unet"].module, latents, labels, self.shift)
         if losses:
-            figures |= held_out.figures(losses["held_out"], losses["train"])
+            figures |= validation.figures(losses["held_out"], losses["train"])
             self.suggestion.see_held_out(self.finished, figures["held_out/flow"])
         if self.judge is not None and self.config.kid.due(self.finished, engine.steps):
             with engine.accelerator.autocast():
@@ -248,20 +244,20 @@ class DiffusionModel:
                 output_type="latent",
                 return_dict=False,
             )
-            images = pixels.to_pil(self.decode(latents))
+            images = transforms.to_pil(self.decode(latents))
         if min(self.config.neighbours, len(self.samples)) < 2:
             return labelled_sheet(images, names)
         training = self.known_latents()
-        found = memorisation.find_neighbours(self.normalizer.normalize(latents), training)
+        found = validation.find_neighbours(self.normalizer.normalize(latents), training)
         self.copies = Copies(found.copies, len(images), len(training))
         nearest = self.normalizer.denormalize(training[found.nearest].float()).to(engine.device)
         with engine.accelerator.autocast():
-            below = pixels.to_pil(self.decode(nearest))
-        return memorisation.panel(images, below, found.ratios, names)
+            below = transforms.to_pil(self.decode(nearest))
+        return validation.panel(images, below, found.ratios, names)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1] of the autoencoder's own latents, on the CPU; one at a time through it."""
-        return torch.cat([interface.decode(self.autoencoder, latent[None]).float().cpu() for latent in latents])
+        return torch.cat([base.decode(self.autoencoder, latent[None]).float().cpu() for latent in latents])
 
     def known_latents(self) -> Tensor:
         """Normalised training latents for comparison, half precision, evenly spread over the set; read once."""
@@ -410,3 +406,47 @@ def in_order(config: TrainDiffusionConfig, samples: LatentDataset) -> Samples:
     if config.shuffle_shards is None:
         return samples
     return InOrder(samples, ShardBlockOrder(config.training.seed, samples.shard_counts, config.shuffle_shards))
+
+
+# After training: an average of another length, its held-out loss, and the pipeline with it. `ldm-vae ema`'s work.
+
+
+def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
+    """The pipeline of a run directory, on the CPU. Raises: UserError when the run has not written it yet."""
+    directory = Path(run) / "pipeline"
+    if not (directory / "model_index.json").is_file():
+        raise UserError(f"{run}: holds no pipeline; give the directory of a finished run of `train-diffusion`")
+    return LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
+
+
+class HeldOut:
+    """The held-out latents of a run, read once, to compare averages by."""
+
+    def __init__(self, run: str | Path, pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
+        """Raises: UserError when the run held nothing out, or its latents are gone."""
+        config = configuration.load(TrainDiffusionConfig, Path(run) / "config.yaml")
+        _, held_out = open_latents(config)
+        if held_out is None:
+            raise UserError(f"{run}: held no latents out, so there is nothing to compare by; give one length and --out")
+        samples = stack_samples(held_out, HELD_OUT_LATENTS)
+        self.latents: Tensor = pipeline.normalizer.normalize(samples["latent"].to(device))
+        null = len(pipeline.labels)
+        labels = torch.where(samples["label"] < 0, null, samples["label"]).to(device)
+        self.labels = labels if null else None
+        self.shift = config.shift or flow.resolution_shift(*self.latents.shape[1:])
+
+    def loss(self, unet: nn.Module) -> float:
+        """Mean over times and latents, as `train-diffusion` logs it."""
+        losses = validation_losses(unet.to(self.latents.device), self.latents, self.labels, self.shift)
+        return sum(losses.values()) / len(losses)
+
+
+def write_pipeline(pipeline: LatentDiffusionPipeline, average: Average, output: str | Path) -> None:
+    """Write the pipeline with the averaged U-Net to `output`. Raises: UserError when something is there."""
+    final = Path(output)
+    if final.exists():
+        raise UserError(f"{output}: exists; give a new folder")
+    put_into(pipeline.unet, average)
+    temporary = temporary_directory(final)
+    pipeline.to("cpu").save_pretrained(temporary)
+    publish_directory(temporary, final)

@@ -15,14 +15,12 @@ import numpy as np
 import torch
 
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.figures import COLOURS, INK, RULE, legend, new_figure
-from ldm_vae.evaluation.health.latent_statistics import power_spectrum
-from ldm_vae.evaluation.html_pages import Picture, embed_image, template_environment
+from ldm_vae.evaluation.health_metrics import power_spectrum
+from ldm_vae.evaluation.pages import COLOURS, INK, RULE, Picture, embed_image, legend, new_figure, template_environment
 from ldm_vae.evaluation.plots import number, page_svg
 from ldm_vae.files import write_json, write_text
-from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.tools.samples import spread
-from ldm_vae.latents.tools.stats import COLUMNS, Statistics, batches, short_number, summary
+from ldm_vae.latents.dataset import LatentDataset, samples_per_shard
+from ldm_vae.latents.stats import COLUMNS, Statistics, batches, short_number, summary
 
 Report = dict[str, Any]
 Plot = tuple[str, str, str, str]
@@ -61,7 +59,7 @@ def write_page(statistics: Statistics, dataset: LatentDataset, output: str | Pat
 def measure_spectra(dataset: LatentDataset) -> dict[str, Any] | None:
     """Mean radial power of each channel of the normalised latents over `frequency`, cycles per position; None for
     latents of a single position."""
-    numbers = spread(dataset.index.counts, SPECTRUM_SAMPLES)
+    numbers = samples_per_shard(dataset.index.counts, SPECTRUM_SAMPLES)
     latents = torch.cat([latents for latents, _ in batches(dataset, numbers)])
     if min(latents.shape[-2:]) < 2:
         return None

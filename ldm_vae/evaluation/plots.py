@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm_vae.evaluation.figures import COLOURS, INK, legend, new_figure, to_svg
+from ldm_vae.evaluation.pages import COLOURS, INK, legend, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

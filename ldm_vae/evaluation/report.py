@@ -17,12 +17,11 @@ from typing import Any
 
 from ldm_vae import provenance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.html_pages import Picture, embed, template_environment
 from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.pages import Picture, embed, template_environment
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
-from ldm_vae.evaluation.result_folder import read_json, read_yaml
-from ldm_vae.files import write_text
-from ldm_vae.tensor_files import check_tensor_file
+from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.files import check_tensor_file, write_text
 
 STAGES = {
     "vae": "Train the autoencoder",

@@ -8,36 +8,47 @@ filling of shards live beside it.
 from __future__ import annotations
 
 import contextlib
+import re
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.fingerprint import architecture, encoder_fingerprint, fingerprint, token_fingerprint
-from ldm_vae.autoencoder.interface import encode_moments, is_deterministic
+from ldm_vae.autoencoder.base import encode_moments, is_deterministic
 from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels, load_autoencoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, token_indices
-from ldm_vae.data import pixels
+from ldm_vae.autoencoder.weights import architecture, encoder_fingerprint, fingerprint, token_fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.split import Part
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
-from ldm_vae.latents.ahead import in_order
-from ldm_vae.latents.contents import FLIPPED, LATENT_DTYPES, index_dtype
-from ldm_vae.latents.filling import OpenShard, Writer
-from ldm_vae.latents.images import ImageBatch, Images, Units, load_batches, open_images
-from ldm_vae.latents.manifest import Manifest, Origin, planned_shards
-from ldm_vae.latents.output import Output
-from ldm_vae.latents.progress import BusyTime, Progress
-from ldm_vae.latents.settings import EncodeConfig, parse_share, parse_sizes
-from ldm_vae.latents.words import counted, size_text
+from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, Manifest, Origin, index_dtype, planned_shards
+from ldm_vae.latents.image_loader import ImageBatch, Images, Units, load_batches, open_images
+from ldm_vae.latents.writer import OpenShard, Output, Writer
 from ldm_vae.random import generator
+from ldm_vae.runtime import gigamacs
+from ldm_vae.storage.base import join
 from ldm_vae.training import watchdog
-from ldm_vae.training.processes import is_on_cpu, main_decides, open_accelerator, wait_for_all
+from ldm_vae.training.distributed import (
+    TIMEOUT_SECONDS,
+    check_timeout,
+    is_on_cpu,
+    open_accelerator,
+    run_on_main,
+    wait_for_all,
+)
+from ldm_vae.utils.concurrency import in_order
+from ldm_vae.utils.text import pluralize, size_text
 
 MOST_THREADS = 8
 """Unless more are asked for: each thread holds a batch and its activations."""
@@ -85,7 +96,7 @@ def prepare(
                 f"resolution: {side} is not a multiple of {factor}, by which the autoencoder divides it; "
                 f"take {below or factor} or {below + factor}"
             )
-    images = like.images if like else open_images(config.data, config.part, partial(main_decides, accelerator))
+    images = like.images if like else open_images(config.data, config.part, partial(run_on_main, accelerator))
     origin = plan_origin(config, autoencoder, images, size)
     return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
 
@@ -162,7 +173,7 @@ def encode_segment(job: Job, output: Output) -> None:
                 print(f"{output.where}: finished already: {summary(manifest)}")
             return None if manifest else output.finished_units(share), output.origin
 
-        finished, output.origin = main_decides(accelerator, take)
+        finished, output.origin = run_on_main(accelerator, take)
         if finished is None:
             return
         job = replace(job, origin=output.origin)
@@ -194,7 +205,7 @@ def encode_segment(job: Job, output: Output) -> None:
             speed = f"; {images_per_second:.1f} images/s" if encoded else ""
             print(f"{output.where}: {summary(manifest)}{speed}")
 
-        main_decides(accelerator, complete)
+        run_on_main(accelerator, complete)
 
 
 def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
@@ -291,7 +302,7 @@ def encoded_batches(
 
 def encode_batch(job: Job, batch: ImageBatch) -> dict[str, Tensor]:
     """Tensor name -> rows (batch, ...) of the images and, where asked for, of their mirror images; on the device."""
-    images = pixels.from_uint8(batch.images.to(job.accelerator.device, non_blocking=True))
+    images = transforms.from_uint8(batch.images.to(job.accelerator.device, non_blocking=True))
     content = job.origin.content
     stored = {content: encode_content(job, images, batch, "plain")}
     if job.origin.flipped:
@@ -322,6 +333,284 @@ def summary(manifest: Manifest) -> str:
     shape = "x".join(map(str, manifest.latent_shape))
     kinds = {"moments": "latent", "mean": "mean latent", "sample": "latent sample", "indices": "token map"}
     kind = kinds[manifest.content]
-    left_out = f", {counted(manifest.rejected, 'image')} left out (see quarantine.jsonl)" if manifest.rejected else ""
+    left_out = f", {pluralize(manifest.rejected, 'image')} left out (see quarantine.jsonl)" if manifest.rejected else ""
     size = size_text(manifest.shard_index.size_bytes)
-    return f"{counted(manifest.count, kind)} of {shape} in {counted(manifest.shards, 'shard')}, {size}{left_out}"
+    return f"{pluralize(manifest.count, kind)} of {shape} in {pluralize(manifest.shards, 'shard')}, {size}{left_out}"
+
+
+# The settings of an encoding job, and what they are on their own: the sizes of the images, the share of the work.
+
+Settings = TypeVar("Settings", bound="EncodeConfig")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """`ldm-vae encode`.
+
+    Args:
+        autoencoder: directory of a diffusers autoencoder, or of a finished `train-vae` run.
+        output: folder for the shards, or any fsspec URL, as s3://bucket/latents.
+        resolution: pixels: the side of square images, HEIGHTxWIDTH, or several with commas (256,512x768), which
+            makes a set of each in a folder of that name.
+        store: `moments` (posterior mean and log-variance), `mean`, `sample` (one posterior sample), `indices` (codes
+            of a VQ or FSQ autoencoder); `auto`: moments where there is a posterior, else mean.
+        dtype: of what is stored; float16 keeps 11 significant bits, bfloat16 8. null: float16, for codes what they
+            need.
+        flip: store each mirror image too; encoding does not commute with flipping.
+        batch: images a forward pass. Part of the plan: the last bits of a latent depend on it.
+        shard_size: images a shard; what an interruption can cost each process (each worker, for a stream of files).
+        part: all images, or one part of the split that `data.held_out` defines.
+        maximum_rejected: share of unreadable images (0 to 1) above which the job stops; null: never.
+        seed: of the noise of store=sample.
+        share: "3/16": make the fourth (they count from 0) of 16 shares of the shards, for independent jobs on a
+            cluster; the same command without it completes the set.
+        workers: image decoding processes for each encoding process.
+        threads: CPU only: batches computed at once, each on one core; null: one for each core, up to 8.
+        precision: of the computation; bf16 is faster and errs by about 0.4 % of each activation.
+        processes: how many processes must have been launched; null: any number.
+        timeout_seconds: the longest wait for a batch of images, for a sign of life of another process, for anything;
+            what the first process does for all (counting files, publishing) may take twelve times as long.
+    """
+
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    resolution: str = "512"
+    store: Literal["auto", "moments", "mean", "sample", "indices"] = "auto"
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    flip: bool = False
+    batch: int = 8
+    shard_size: int = 256
+    part: Part = "all"
+    maximum_rejected: float | None = None
+    seed: int = 0
+    share: str | None = None
+    workers: int = 2
+    threads: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | None = None
+    timeout_seconds: int = TIMEOUT_SECONDS
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "shard_size", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is below 1")
+        if self.workers < 0:
+            raise UserError(f"workers: {self.workers} is negative; 0 decodes in the encoding process itself")
+        if self.shard_size % self.batch:
+            raise UserError(
+                f"shard_size: {self.shard_size} is not a multiple of batch ({self.batch}), so the last batch of every "
+                "shard would be padded; change one of them"
+            )
+        if self.maximum_rejected is not None and not 0 <= self.maximum_rejected < 1:
+            raise UserError(f"maximum_rejected: {self.maximum_rejected} is no share; give 0 up to, but not, 1")
+        if self.data.cache_megabytes:
+            raise UserError("data.cache_megabytes: has no effect here, each image is read once; leave it out")
+        if self.store == "indices" and self.dtype is not None:
+            raise UserError("dtype: has no effect on codes, which are integers; leave it out")
+        if self.seed and self.store != "sample":
+            raise UserError(f"seed: has no effect with store={self.store}; leave it out")
+        check_timeout(self.timeout_seconds)
+        parse_sizes(self.resolution)
+        parse_share(self.share)
+
+    def of_each_size(self: Settings) -> list[tuple[tuple[int, int], Settings]]:
+        """(height, width) and the settings of each set: of several sizes, each in a folder of its own."""
+        sizes = parse_sizes(self.resolution)
+        if len(sizes) == 1:
+            return [(sizes[0], self)]
+        named = ((size, size_name(size)) for size in sizes)
+        return [(size, replace(self, resolution=name, output=str(join(self.output, name)))) for size, name in named]
+
+
+def parse_sizes(resolution: str) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each size in a setting such as 512, 512x768 or 256,512x768. Raises: UserError."""
+    sizes = []
+    for word in resolution.split(","):
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", word.strip())
+        if not match or not int(match[1]) or match[2] == "0":
+            raise UserError(f"resolution: {word.strip()!r} is no size; give 512, 512x768 (height x width), or 256,512")
+        sizes.append((int(match[1]), int(match[2] or match[1])))
+    if len(set(sizes)) < len(sizes):
+        raise UserError(f"resolution: {resolution} names a size twice; give each once")
+    return tuple(sizes)
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """512 or 512x768: how a size is written, and the folder of its set."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def parse_share(share: str | None) -> tuple[int, int]:
+    """(number, of how many) shares; (0, 1) is everything. Raises: UserError."""
+    if share is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    if not match or int(match[2]) < 2 or int(match[1]) >= int(match[2]):
+        raise UserError(f"share: {share!r} is no share; give 0/16 to 15/16 to sixteen jobs")
+    return int(match[1]), int(match[2])
+
+
+# What an encoding job shows while it runs: images, their rate, the time left, and how busy the model is.
+
+SHOWN_REJECTIONS = 20
+
+
+class BusyTime:
+    """How long the model computed, on a GPU by its own clock and without waiting for it.
+
+    `lanes`: batches computed at once.
+    """
+
+    def __init__(self, device: torch.device, lanes: int) -> None:
+        self.device, self.lanes = device, lanes
+        self.started = time.monotonic()
+        self._seconds = 0.0
+        self._lock = threading.Lock()
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+            return
+        before = time.monotonic()
+        yield
+        with self._lock:
+            self._seconds += time.monotonic() - before
+
+    def fraction(self) -> float:
+        """Of the time since the start, 0 to 1."""
+        while self._events and self._events[0][1].query():
+            start, end = self._events.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+        return min(1.0, self._seconds / self.lanes / max(1e-9, time.monotonic() - self.started))
+
+
+class Progress:
+    """The bar of the main process: images of all processes, taking the others to be as fast as this one."""
+
+    def __init__(self, total: int | None, done: int, accelerator: Any, busy: BusyTime, title: str = "encode") -> None:
+        """`total`: images of the job, None where unknown; `done`: those of finished shards."""
+        from tqdm import tqdm
+
+        self.processes = accelerator.num_processes
+        self.encoded = self.rejected = 0
+        self.waited_seconds = 0.0
+        self.total, self.busy = total, busy
+        self.bar = tqdm(
+            total=total,
+            initial=done if total is None else min(done, total),
+            unit=" images",
+            desc=title,
+            dynamic_ncols=True,
+            smoothing=0.1,
+            mininterval=0.5,
+            disable=not accelerator.is_main_process,
+        )
+
+    def timed(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches, with the time of waiting for each of them added up."""
+        source = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(source, None)
+            self.waited_seconds += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def advance(self, batch: ImageBatch) -> None:
+        for number, rejection in enumerate(batch.rejected, self.rejected):
+            if number < SHOWN_REJECTIONS:
+                self.bar.write(f"{rejection.id}: left out: {rejection.message}")
+            elif number == SHOWN_REJECTIONS:
+                self.bar.write("and more are left out; quarantine.jsonl will list them all")
+        count = len(batch.rows) + len(batch.rejected)
+        self.encoded += len(batch.rows)
+        self.rejected += len(batch.rejected)
+        step = count * self.processes
+        self.bar.update(step if self.total is None else min(step, self.total - self.bar.n))
+        left_out = f", {self.rejected} left out" if self.rejected else ""
+        self.bar.set_postfix_str(f"model busy {self.busy.fraction():.0%}{left_out}", refresh=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self.total is not None:
+            self.bar.update(self.total - self.bar.n)
+        self.bar.close()
+
+
+# What an encoding job would make, from its plan and a few batches of noise. Writes nothing.
+
+BATCHES = 8
+
+
+def dry_run(config: EncodeConfig, accelerator: Any) -> int:
+    """Open everything, encode noise, print the shapes, sizes and time. Returns: 0."""
+    for size in parse_sizes(config.resolution):
+        accelerator.print("\n".join(describe(config, accelerator, size)))
+    return 0
+
+
+def describe(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> list[str]:
+    """The lines for one size."""
+    job = prepare(config, accelerator, size)
+    noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)
+    batch = ImageBatch(0, noise, list(range(config.batch)), list(range(config.batch)), [], [], [], last=False)
+    cost = gigamacs(lambda: encode_batch(job, batch)) / config.batch
+    for batches in (1, BATCHES):  # the first pass also prepares kernels
+        started = time.monotonic()
+        *_, (_, stored) = encoded_batches(job, [batch] * batches, BusyTime(accelerator.device, lanes(job)))
+        stored[job.origin.content].cpu()  # waits for a GPU
+    rate = BATCHES * config.batch / (time.monotonic() - started)
+    count, layout = job.images.count, job.origin.layout
+    parameters = sum(parameter.numel() for parameter in job.autoencoder.parameters())
+    shape = "x".join(map(str, layout.sample_shape))
+    lines = [
+        f"autoencoder  {type(job.autoencoder).__name__}, {parameters / 1e6:.2f} M parameters",
+        f"             {job.origin.autoencoder['fingerprint']}",
+        f"images       {'a stream' if count is None else count} at {size_name(size)}",
+        f"stored       {layout.content}, {shape}, {layout.sample_bytes / 1024:.1f} KiB each in {layout.dtype}",
+        f"cost         {cost:.2f} GMAC an image",
+        f"speed        {rate:.1f} images/s ({rate * cost / 500:.2f} TFLOP/s) in batches of {config.batch} on "
+        f"{accelerator.device}, decoding not counted",
+    ]
+    if count is not None:
+        lines.insert(4, f"set          {planned_shards(job.origin)} shards, {count * layout.sample_bytes / 1e6:.1f} MB")
+        lines.append(f"time         at least {count / rate / accelerator.num_processes:.0f} s")
+    return lines
+
+
+# Running a job that encodes, and leaving it: shared by `encode`, `latents append` and `latents repair`.
+
+
+def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:
+    """`job(config, accelerator)` on the device and processes that the config asks for. Returns: its exit code."""
+    from ldm_vae.errors import UserError
+    from ldm_vae.training.distributed import close_accelerator
+    from ldm_vae.training.loader import loss_of_worker
+    from ldm_vae.training.watchdog import StopRequest, Watchdog
+
+    with StopRequest(at_once=True):  # files are published whole: leaving is always safe
+        accelerator = make_accelerator(config)
+        with Watchdog(accelerator, config.timeout_seconds):
+            failure: BaseException | None = None
+            try:
+                return job(config, accelerator)
+            except BaseException as error:
+                reason = loss_of_worker(error)
+                failure = UserError(reason) if reason else error
+                if failure is error:
+                    raise
+                raise failure from error
+            finally:
+                close_accelerator(accelerator, failure)

@@ -22,14 +22,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm_vae.errors import UserError
+from ldm_vae.errors import DISK_FULL, UserError
 from ldm_vae.files import canonical_json, checksum, checksum_bytes
-from ldm_vae.latents.contents import Layout
-from ldm_vae.latents.index import ShardRecord, shard_name, sidecar_name
-from ldm_vae.latents.manifest import FORMAT_VERSION
-from ldm_vae.latents.sidecar import MAKE_AGAIN, Header, Rejection, Sample, sidecar_bytes
-from ldm_vae.latents.statistics import channel_sums
-from ldm_vae.storage import DISK_FULL, Folder
+from ldm_vae.latents.format import (
+    FORMAT_VERSION,
+    MAKE_AGAIN,
+    Header,
+    Layout,
+    Rejection,
+    Sample,
+    ShardRecord,
+    shard_name,
+    sidecar_bytes,
+    sidecar_name,
+)
+from ldm_vae.latents.normalizer import channel_sums
+from ldm_vae.storage.base import Folder
 
 MAXIMUM_HEADER_BYTES = 1 << 20
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm_vae import files
-from ldm_vae.errors import UserError
-from ldm_vae.storage import DISK_FULL
+from ldm_vae.errors import DISK_FULL, UserError
 from ldm_vae.storage.local import is_at
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ldm_vae.errors import UserError
-from ldm_vae.privacy import check_no_password
-from ldm_vae.storage import DISK_FULL
+from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.redaction import check_no_password
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ldm_vae.errors import UserError
-from ldm_vae.storage import held_by
+from ldm_vae.storage.base import held_by
 from ldm_vae.storage.connection import AccessDenied, Connection
 
 logger = logging.getLogger(__name__)

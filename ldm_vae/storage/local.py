@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm_vae import files
-from ldm_vae.errors import UserError
-from ldm_vae.storage import DISK_FULL, check_name, held_by, local_path
+from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.storage.base import check_name, held_by, local_path
 
 ATTEMPTS, PAUSE_SECONDS = 5, 0.05
 ORPHAN_SECONDS = 30.0

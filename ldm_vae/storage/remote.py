@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.errors import UserError
-from ldm_vae.storage import DISK_FULL, check_name
+from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.storage.base import check_name
 from ldm_vae.storage.cache import cache_folder, cache_limit_bytes, open_cache
 from ldm_vae.storage.connection import Connection
 from ldm_vae.storage.lease import Lease

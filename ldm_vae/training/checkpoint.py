@@ -22,16 +22,17 @@ from torch import Tensor
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
+    check_model_folder,
+    damage,
     publish_directory,
     remove_directory,
     remove_leftovers,
     system_errors_explained,
     temporary_directory,
     vanished,
+    write_checksums,
     write_json,
 )
-from ldm_vae.seal import damage, seal
-from ldm_vae.tensor_files import check_model_folder
 
 STATE = "state.json"
 
@@ -64,7 +65,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
                 save_file(contiguous, temporary / f"{stem}.safetensors")
             write_json(temporary / STATE, {"step": checkpoint.step, **checkpoint.state})
-            seal(temporary)
+            write_checksums(temporary)
             publish_directory(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -8,18 +8,24 @@ stand in `waiting()`, as long as the others give signs of life. Outside of these
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
+import json
 import multiprocessing
 import os
+import signal
+import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from ldm_vae.errors import EXIT_STUCK, UserError
-from ldm_vae.training.heartbeats import Heartbeats
-from ldm_vae.training.signals import launched, write_error
 
 SOLO_FACTOR = 12
 TICK_SECONDS = 1.0
@@ -169,3 +175,231 @@ def farewell(error: BaseException | None) -> str:
         return ""
     words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return words.removesuffix("; the same command continues")[:FAREWELL_LENGTH]
+
+
+# Signs of life: every process of a job tells the store of its process group how it is, and learns how the others are.
+
+BEAT_SECONDS = 1.0
+
+SILENCE_SECONDS = 3.0
+"""Without a beat a process counts as gone when another one asks why a message did not arrive."""
+
+ENDING_SECONDS = 2.0
+"""So long the last word may wait for the beat before it."""
+
+CONNECT_SECONDS = 30
+SHOWN_RANKS = 4
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process says of itself. `farewell`: None while it is at work, else how it ended ("" for well)."""
+
+    rank: int
+    pid: int
+    host: str
+    number: int = 0
+    step: int = 0
+    farewell: str | None = None
+
+    def words(self, processes: int) -> str:
+        return f"rank {self.rank} of {processes} (process {self.pid} on {self.host})"
+
+
+class Heartbeats:
+    """Beats from the first to the last moment of a job, in a thread of its own: a store that hangs stops nothing else.
+
+    Seconds of silence are counted in beats of our own, so that a job that was stopped as a whole and goes on later
+    takes nobody for dead.
+    """
+
+    def __init__(self, rank: int, processes: int, job: str) -> None:
+        """`job`: a name that is new, and the same in all processes: the store may hold beats of earlier ones."""
+        from torch.distributed import PrefixStore, TCPStore
+
+        self.rank, self.processes, self.step = rank, processes, 0
+        self.own = Beat(rank, os.getpid(), socket.gethostname())
+        self.heard: dict[int, Beat] = {}
+        self.silent_seconds: dict[int, float] = {}
+        self.listens_to_all = rank == 0
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
+        )
+        self._store: Any = PrefixStore(f"ldm_vae/{job}", store)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
+        self._thread.start()
+
+    def at_step(self, step: int) -> None:
+        """Told with the next beat; only the thread changes `own`, or a step could be lost between two of its lines."""
+        self.step = step
+
+    def end(self, farewell: str) -> None:
+        """Say the last word. Without waiting long: the store may be gone, with the launcher."""
+        self._ended.set()
+        self._thread.join(ENDING_SECONDS)
+        if not self._thread.is_alive():
+            self.own = replace(self.own, farewell=farewell)
+            try:
+                self._tell()
+            except RuntimeError:
+                return
+
+    def lost(self, silent: float, ended: float = 0.0) -> list[str]:
+        """A sentence for each other process that is silent for so many seconds, or ended with an error so long ago."""
+        sentences = []
+        for rank, beat in sorted(self.heard.items()):
+            who = beat.words(self.processes)
+            if beat.farewell and self.silent_seconds[rank] >= ended:
+                sentences.append(f"{who} ended: {beat.farewell}")
+            elif beat.farewell is None and self.silent_seconds[rank] >= silent:
+                sentences.append(f"{who} gives no sign of life after step {beat.step}: it was killed or stopped")
+        return sentences
+
+    def explanation(self) -> str:
+        """Why a message did not arrive: who is gone, else where everyone is. Takes up to SILENCE_SECONDS and a half."""
+        self.listens_to_all = True
+        deadline = time.monotonic() + 1.5 * SILENCE_SECONDS
+        lost: list[str] = []
+        while not lost and time.monotonic() < deadline and self._thread.is_alive():
+            lost = self.lost(SILENCE_SECONDS)
+            time.sleep(BEAT_SECONDS / 5)
+        beats = sorted(self.heard.values(), key=lambda beat: (beat.step, beat.rank))
+        places = [f"{beat.words(self.processes)} is in step {beat.step}" for beat in beats]
+        shown = lost or [f"a message of another process did not come in time to step {self.step}", *places]
+        return "; ".join(shown[:SHOWN_RANKS]) + ("; and more" if len(shown) > SHOWN_RANKS else "")
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while True:
+            now = time.monotonic()
+            try:
+                self._tell()
+                self._listen(min(now - last, 2 * BEAT_SECONDS))
+            except RuntimeError:  # the store is gone with the launcher; whoever outlives it ends by other means
+                return
+            last = now
+            if self._ended.wait(BEAT_SECONDS):
+                return
+
+    def _tell(self) -> None:
+        self.own = replace(self.own, number=self.own.number + 1, step=self.step)
+        self._store.set(str(self.rank), json.dumps(asdict(self.own)))
+
+    def _listen(self, seconds: float) -> None:
+        ranks = range(self.processes) if self.listens_to_all else range(1)
+        ranks_there = [r for r in ranks if r != self.rank and (r in self.heard or self._store.check([str(r)]))]
+        if not ranks_there:
+            return
+        for rank, text in zip(ranks_there, self._store.multi_get([str(rank) for rank in ranks_there])):
+            beat = Beat(**json.loads(text))
+            same = rank in self.heard and beat == self.heard[rank]
+            self.silent_seconds[rank] = self.silent_seconds[rank] + seconds if same else 0.0
+            self.heard[rank] = beat
+
+
+# SIGTERM, SIGINT and SIGHUP: finish the step, save, leave with exit code 75. A second signal stops at once.
+
+PR_SET_PDEATHSIG = 1
+
+SAME_REQUEST_SECONDS = 2.0
+"""Under a launcher a second signal so soon is the same one: a cluster signals the launcher and its children, and the
+launcher passes it on."""
+
+
+class StopRequest:
+    """Context manager that turns a signal into a flag, or, for work that may be left anywhere, into an interruption."""
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        """`at_once`: the first signal raises KeyboardInterrupt where the program is."""
+        self.received: int | None = None
+        self._at_once = self._saves_nothing = at_once
+        self._received_at = 0.0
+        self._launcher = os.getppid() if launched() else None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: a closed terminal is no request
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """What is done here is left at a signal."""
+        self._at_once = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            write_error("left out, to stop sooner\n")
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if self._is_same_request():
+                return
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received, self._received_at = number, time.monotonic()
+        how = "leaving" if self._saves_nothing else "saving after this step, then leaving"
+        write_error(f"\n{signal.Signals(number).name}: {how} (again to stop at once)\n")
+        if self._at_once:
+            raise KeyboardInterrupt
+
+    def _is_same_request(self) -> bool:
+        """Ctrl-C ends `accelerate launch` too, whose death is a signal to us."""
+        if self._launcher is None:
+            return False
+        if os.getppid() != self._launcher:
+            self._launcher = os.getppid()
+            return True
+        return time.monotonic() - self._received_at < SAME_REQUEST_SECONDS
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_with_launcher() -> None:
+    """Under `accelerate launch` or torchrun: get SIGTERM when the launcher dies; it would leave its child running."""
+    if launched():
+        _die_with_parent(signal.SIGTERM)
+
+
+def obey_only_the_parent(_: int = 0) -> None:
+    """For a loading process: signals to the process group are its parent's business, and with the parent it dies.
+
+    At SIGUSR1 it shows what it is doing.
+    """
+    import faulthandler
+    import multiprocessing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    _die_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before the request
+        os._exit(1)
+
+
+def _die_with_parent(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+def write_error(text: str) -> None:
+    """To standard error past Python's buffers, which a signal handler or another thread may have found half filled."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

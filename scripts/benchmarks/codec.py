@@ -56,7 +56,7 @@ class Task:
 
     def ours(self, autoencoder: Any) -> Any:
         """The latent means, or the images, of all inputs at once, as the commands compute them."""
-        from ldm_vae.autoencoder.interface import decode, encode_moments
+        from ldm_vae.autoencoder.base import decode, encode_moments
 
         return encode_moments(autoencoder, self.inputs)[0] if self.encodes else decode(autoencoder, self.inputs)
 
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     """Seconds an image of every contestant, and what the bars are about."""
     import torch
 
-    from ldm_vae.allocator import reuse_freed_memory
+    from ldm_vae.runtime import reuse_freed_memory
 
     reuse_freed_memory()
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def prepared(autoencoder: Any, precision: str) -> Any:
     """A copy by our way, in "fp32" or "bf16"."""
     import torch
 
-    from ldm_vae.autoencoder.inference import prepare_for_inference
+    from ldm_vae.autoencoder.fast_layers import prepare_for_inference
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return prepare_for_inference(torch.nn.Module.to(copy.deepcopy(autoencoder), dtype))
@@ -204,7 +204,7 @@ def nominal_gigamacs(task: Task, autoencoder: Any) -> float:
     """Of one image, of the network as it is written: what our way leaves out or adds does not count."""
     import torch
 
-    from ldm_vae.costs import gigamacs
+    from ldm_vae.runtime import gigamacs
 
     shapes = copy.deepcopy(autoencoder).to("meta")
     one = task.inputs[:1].to("meta")

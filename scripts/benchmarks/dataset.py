@@ -42,7 +42,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     import torch
     from benchmarks.rounds import rotated
 
-    from ldm_vae.allocator import reuse_freed_memory
+    from ldm_vae.runtime import reuse_freed_memory
 
     reuse_freed_memory()  # as the command does; the script profits from it too
     names = ("size", "images", "peer_images", "preset", "peer_preset", "workers", "rounds")
@@ -110,10 +110,8 @@ def encode(autoencoder: Path, folder: Path, precision: Any, arguments: argparse.
     """`ldm-vae encode` in this process, its start not counted. Returns: its run record."""
     import shutil
 
-    from ldm_vae.commands.encoding_job import run_job
     from ldm_vae.data.sources import DataConfig
-    from ldm_vae.latents.encode import encode_dataset
-    from ldm_vae.latents.settings import EncodeConfig
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, run_job
 
     output = folder / "latents"
     shutil.rmtree(output, ignore_errors=True)
@@ -130,9 +128,9 @@ class Script:
     """What a user writes: an image at a time, a file an image."""
 
     def __init__(self, autoencoder: Path, size: int) -> None:
-        from ldm_vae import compat
+        from ldm_vae import runtime
 
-        compat.repair_torchvision()
+        runtime.repair_torchvision()
         from diffusers import AutoencoderKL
         from torchvision import transforms
 

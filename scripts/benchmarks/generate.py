@@ -32,7 +32,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     """Both precisions, one after the other."""
     import torch
 
-    from ldm_vae.allocator import reuse_freed_memory
+    from ldm_vae.runtime import reuse_freed_memory
 
     reuse_freed_memory()
     found = []
@@ -93,7 +93,8 @@ def measure_precision(arguments: argparse.Namespace, dtype: Any) -> dict[str, An
 def random_pipeline(preset: str, autoencoder: str, side: int) -> Any:
     """A pipeline without classes, its weights random."""
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-    from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
+    from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+    from ldm_vae.diffusion.samplers import flow_scheduler
     from ldm_vae.diffusion.unet import UNetConfig, build_unet
     from ldm_vae.latents.normalizer import LatentNormalizer
 

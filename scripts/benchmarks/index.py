@@ -35,8 +35,7 @@ def write_set(folder: Path, samples: int, shard_size: int) -> None:
     """Plan, index and manifest of a set whose shards are not there."""
     import numpy as np
 
-    from ldm_vae.latents.index import ShardIndex, write_index
-    from ldm_vae.latents.manifest import Manifest, Origin, measure, write_manifest, write_plan
+    from ldm_vae.latents.format import Manifest, Origin, ShardIndex, measure, write_index, write_manifest, write_plan
     from ldm_vae.storage import open_folder
 
     shards = -(-samples // shard_size)
@@ -77,8 +76,8 @@ def open_set(folder: str) -> dict[str, float]:
     """Open a set in this process and look samples up. Seconds and megabytes."""
     import numpy as np
 
-    from ldm_vae.latents.dataset import LatentDataset
-    from ldm_vae.latents.order import GlobalOrder, ShardBlockOrder
+    from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
+    from ldm_vae.training.loader import GlobalOrder
 
     def peak_megabytes() -> float:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -124,7 +123,7 @@ def simulate(samples: int, shard_size: int) -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+    from ldm_vae.evaluation.sweep import markdown_table
 
     headings = ["samples", "shard size", "shards", "index", "manifest.json", "opens in", "memory",
                 "lookup, global shuffle", "lookup, shard blocks"]  # fmt: skip

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import Origin
-from ldm_vae.latents.output import Output
+from ldm_vae.latents.format import Origin
 from ldm_vae.latents.shard import Shard, write_shard
+from ldm_vae.latents.writer import Output
 
 SHAPE = (8, 64, 64)
 SAMPLE_BYTES = 2 * prod(SHAPE)

@@ -128,7 +128,7 @@ def text(found: dict[str, Any]) -> str:
     """`results.md`."""
     from benchmarks.latent_readers import LIMIT, OURS, READERS
 
-    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+    from ldm_vae.evaluation.sweep import markdown_table
 
     table = {(one["content"], one["size"], one["order"], one["reader"]): one for one in found["measured"]}
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_vae.costs import gigamacs
 from ldm_vae.errors import UserError
+from ldm_vae.runtime import gigamacs
 
 SUMMARY = "what the same U-Net costs on latents and on pixels"
 SIZES = (128, 256, 512)
@@ -123,7 +123,7 @@ def measure_autoencoder(size: int, preset: str) -> dict[str, Any]:
     """Encoding and decoding one image, in this process."""
     import torch
 
-    from ldm_vae.autoencoder import interface
+    from ldm_vae.autoencoder import base as base_module
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 
     torch.manual_seed(0)
@@ -131,8 +131,8 @@ def measure_autoencoder(size: int, preset: str) -> dict[str, Any]:
     images = torch.rand(1, 3, size, size) * 2 - 1
     latents = torch.randn(1, LATENT_CHANNELS, size // DOWNSAMPLING, size // DOWNSAMPLING)
     work = {
-        "encoding": lambda: interface.encode_moments(model, images),
-        "decoding": lambda: interface.decode(model, latents),
+        "encoding": lambda: base_module.encode_moments(model, images),
+        "decoding": lambda: base_module.decode(model, latents),
     }
     return {f"{name}_gigamacs": gigamacs(function) for name, function in work.items()} | {
         f"{name}_seconds": median_seconds(function) for name, function in work.items()
@@ -171,7 +171,7 @@ def image_seconds(row: dict[str, Any], found: dict[str, Any]) -> float:
 
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.evaluation.sweeps.sweep_page import markdown_table
+    from ldm_vae.evaluation.sweep import markdown_table
 
     headings = ["images", "space", "tokens", "GMAC", "training step", "sampling step", "memory, training",
                 "memory, sampling", f"an image in {STEPS} steps"]  # fmt: skip
@@ -215,7 +215,7 @@ def draw(found: dict[str, Any], output: Path) -> None:
     """Cost over image size, a panel for each quantity and a line for each space."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from ldm_vae.evaluation.figures import legend, new_figure, save_svg
+    from ldm_vae.evaluation.pages import legend, new_figure, save_svg
 
     figure, panels = new_figure(width=3.1, height=2.9, columns=len(QUANTITIES))
     for axes, (key, title) in zip(panels, QUANTITIES.items()):

@@ -23,7 +23,7 @@ from typing import Any
 SUMMARY = "processor time of `--help`, and of `generate` before its first step"
 
 BARE = """
-from ldm_vae.compat import repair_torchvision
+from ldm_vae.runtime import repair_torchvision
 repair_torchvision()
 import torch, accelerate, PIL.Image
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel

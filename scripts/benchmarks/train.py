@@ -44,7 +44,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     """The comparison, then ours against the roof, then a real training."""
     import torch
 
-    from ldm_vae.allocator import reuse_freed_memory
+    from ldm_vae.runtime import reuse_freed_memory
 
     reuse_freed_memory()
     names = ("widths", "preset", "perceptual", "crop", "batch", "rounds", "device")
@@ -69,9 +69,9 @@ def write_networks(folder: Path, widths: list[int], backbone: str) -> None:
     """An `AutoencoderKL` and the backbone of LPIPS, both random, as files that the package reads."""
     import torch
 
-    from ldm_vae import compat
+    from ldm_vae import runtime
 
-    compat.repair_torchvision()
+    runtime.repair_torchvision()
     from diffusers import AutoencoderKL
     from safetensors.torch import save_file
     from torchvision import models
@@ -90,7 +90,7 @@ def write_networks(folder: Path, widths: list[int], backbone: str) -> None:
 
 def reconstruction_loss(folder: Path, perceptual: float) -> Any:
     """L1, and LPIPS at this weight."""
-    from ldm_vae.autoencoder.loss import LossConfig
+    from ldm_vae.autoencoder.losses import LossConfig
 
     weights = backbone_file(folder)
     net: Any = weights.stem
@@ -109,11 +109,11 @@ def our_step(
     """A call is one `update()`. `autoencoder`: settings of the training; `whole`: with LPIPS and the GAN."""
     import torch
 
-    from ldm_vae.autoencoder.adversarial.game import AdversarialConfig
-    from ldm_vae.autoencoder.recipe import Phase, TrainVaeConfig
+    from ldm_vae.autoencoder.gan import AdversarialConfig
+    from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig
     from ldm_vae.autoencoder.training import VaeModel
-    from ldm_vae.training.engine import Engine, TrainingConfig
     from ldm_vae.training.loader import Batch, MicroBatch
+    from ldm_vae.training.trainer import Engine, TrainingConfig
 
     training: Any = TRAINING | {"precision": precision, "device": device}
     game = AdversarialConfig(loss="hinge", warmup=1, ramp=1, r1=0.0, augment=False)
@@ -138,9 +138,9 @@ def theirs(folder: Path, repaired: bool, crop: int, batch: int, device: str) -> 
     """See `peer_step`: one update of both networks."""
     import torch
 
-    from ldm_vae import compat
+    from ldm_vae import runtime
 
-    compat.repair_torchvision()
+    runtime.repair_torchvision()
     import lpips
     from benchmarks.peer_step import peer_step
     from diffusers import AutoencoderKL
@@ -176,7 +176,7 @@ def measure_roof(arguments: argparse.Namespace, folder: Path, whole: bool) -> di
     from benchmarks.rounds import alternating, ratio
 
     from ldm_vae.autoencoder.models import AutoencoderConfig
-    from ldm_vae.costs import gigamacs
+    from ldm_vae.runtime import gigamacs
 
     size, device = (arguments.crop, arguments.batch, arguments.device), arguments.device
     ours = {"autoencoder": AutoencoderConfig(preset=arguments.preset)}
@@ -205,8 +205,8 @@ def lpips_gigamacs(folder: Path, crop: int, batch: int, device: str) -> float:
     """Of the distance and its gradient."""
     import torch
 
-    from ldm_vae.autoencoder.perceptual import LPIPS
-    from ldm_vae.costs import gigamacs
+    from ldm_vae.autoencoder.losses import LPIPS
+    from ldm_vae.runtime import gigamacs
 
     weights = backbone_file(folder)
     distance = LPIPS(weights.stem, str(weights)).to(device)  # type: ignore[arg-type]
@@ -236,14 +236,13 @@ def measure_waits(arguments: argparse.Namespace, folder: Path) -> dict[str, floa
     from unittest.mock import patch
 
     from ldm_vae.autoencoder.models import AutoencoderConfig
-    from ldm_vae.autoencoder.recipe import Phase, TrainVaeConfig
+    from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig, training_samples
     from ldm_vae.autoencoder.training import VaeModel
-    from ldm_vae.autoencoder.training_data import training_samples
     from ldm_vae.data.sources import DataConfig
     from ldm_vae.data.synthetic.source import SyntheticConfig
-    from ldm_vae.training import fit
-    from ldm_vae.training.engine import TrainingConfig
-    from ldm_vae.training.run import RunDirectory
+    from ldm_vae.training import loader, trainer
+    from ldm_vae.training.run_directory import RunDirectory
+    from ldm_vae.training.trainer import TrainingConfig
 
     training: Any = TRAINING | {"device": arguments.device, "workers": 1}
     config = TrainVaeConfig(
@@ -266,12 +265,12 @@ def measure_waits(arguments: argparse.Namespace, folder: Path) -> dict[str, floa
                     return
                 yield batch
 
-    batches = fit.batches
+    batches = loader.batches
     accelerator = accelerator_of(config.training)
     model = VaeModel(config, None, accelerator.device)
     run = RunDirectory(config.output, config)
-    with patch.object(fit, "batches", timed):
-        fit.fit(model, training_samples(config), config.plan(1), config.training, run, accelerator)
+    with patch.object(loader, "batches", timed):
+        trainer.fit(model, training_samples(config), config.plan(1), config.training, run, accelerator)
     waited = sum(given - asked for asked, given in times[1:-1])  # not the start of the worker
     return {"steps": len(times) - 2, "waited_seconds": waited, "share": waited / (times[-1][0] - times[0][1])}
 
@@ -280,7 +279,7 @@ def accelerator_of(training: Any) -> Any:
     """An accelerator beside others of another precision, which accelerate keeps to one for a process."""
     from accelerate.state import AcceleratorState
 
-    from ldm_vae.training.engine import make_accelerator
+    from ldm_vae.training.trainer import make_accelerator
 
     AcceleratorState._shared_state = {}
     return make_accelerator(training)

@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.applications import demo
 from ldm_vae.applications.codec.compression import decompress_file, open_codec
-from ldm_vae.applications.demo_page import sentences
+from ldm_vae.applications.demo import sentences
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
 from tests.diffusion.conftest import saved as saved  # a fixture

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ldm_vae.applications import interpolation
-from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from tests.diffusion.conftest import pipeline as pipeline  # a fixture
-from tests.evaluation.health.linear_autoencoder import LinearAutoencoder, random_fields
+from tests.evaluation.linear_autoencoder import LinearAutoencoder, random_fields
 
 
 class Linear(LinearAutoencoder):

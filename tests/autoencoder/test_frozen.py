@@ -9,10 +9,11 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig
 from transformers import ViTModel as OtherModel
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.frozen import RESIDUAL_BOUND, AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.interface import DETERMINISTIC_LOGVAR, decode, encode_moments, is_deterministic, reconstruct
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
 from ldm_vae.training.ema import Ema
 

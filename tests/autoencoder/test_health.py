@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.autoencoder.health import PosteriorStatistics, batch_health, effective_rank, training_alarms
+from ldm_vae.autoencoder.health import (
+    RULES,
+    Limit,
+    PosteriorStatistics,
+    batch_health,
+    effective_rank,
+    in_order,
+    judge,
+    training_alarms,
+)
 from ldm_vae.autoencoder.rate import kl_divergence
-from ldm_vae.autoencoder.verdicts import RULES, Limit, in_order, judge
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

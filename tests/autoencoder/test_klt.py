@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.klt import block_moments, fit_klt, solve_klt
 from ldm_vae.evaluation.metrics import psnr
-from tests.evaluation.health.linear_autoencoder import random_fields
+from tests.evaluation.linear_autoencoder import random_fields
 
 
 @pytest.fixture(scope="module")

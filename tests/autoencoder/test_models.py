@@ -13,14 +13,8 @@ import torch
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder import deterministic
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import (
-    DETERMINISTIC_LOGVAR,
-    decode,
-    encode_moments,
-    is_deterministic,
-    reconstruct,
-)
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import (
     AutoencoderConfig,
     build_autoencoder,
@@ -28,8 +22,10 @@ from ldm_vae.autoencoder.models import (
     latent_channels,
     load_autoencoder,
 )
-from ldm_vae.data.pixels import pad_to_multiple
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data.transforms import pad_to_multiple
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError
 from ldm_vae.latents.normalizer import LatentNormalizer

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import DETERMINISTIC_LOGVAR, decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
 from ldm_vae.autoencoder.quantized import SEARCHED_POSITIONS, codebook_usage, pass_gradient, token_indices
+from ldm_vae.autoencoder.weights import fingerprint
 
 CONFIGS = {
     "rotation": AutoencoderConfig(preset="pico", kind="vq", codebook_size=64),

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.training import VaeModel
-from ldm_vae.training.engine import Engine, make_accelerator
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
 from ldm_vae.training.loader import Batch, MicroBatch
+from ldm_vae.training.trainer import Engine, make_accelerator
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [

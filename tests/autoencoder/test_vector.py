@@ -10,14 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import (
-    DETERMINISTIC_LOGVAR,
-    decode,
-    encode_moments,
-    is_deterministic,
-    reconstruct,
-)
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import (
     AutoencoderConfig,
     build_autoencoder,
@@ -26,14 +20,16 @@ from ldm_vae.autoencoder.models import (
     load_autoencoder,
     only_side,
 )
-from ldm_vae.autoencoder.recipe import LatentConfig, Phase, TrainVaeConfig
+from ldm_vae.autoencoder.train_config import LatentConfig, Phase, TrainVaeConfig
 from ldm_vae.autoencoder.training import VaeModel
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data.sources import DataConfig
-from ldm_vae.data.synthetic import SyntheticConfig
+from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig, evaluate
-from ldm_vae.evaluation.health.diagnosis import DiagnoseConfig, diagnose
-from ldm_vae.latents.manifest import read_manifest
+from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose
+from ldm_vae.evaluation.measurement import EvaluateConfig
+from ldm_vae.evaluation.reconstruction import evaluate
+from ldm_vae.latents.format import read_manifest
 
 KL = AutoencoderConfig(architecture="vector", preset="digits", latent_channels=2)
 AE = AutoencoderConfig(architecture="vector", preset="digits", latent_channels=2, kind="ae")

@@ -4,17 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.haar import haar_forward, haar_inverse
-from ldm_vae.autoencoder.interface import (
-    DETERMINISTIC_LOGVAR,
-    decode,
-    encode_moments,
-    is_deterministic,
-    reconstruct,
-)
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
+from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
-from ldm_vae.autoencoder.wavelet import narrow_channels, soft_clamp
+from ldm_vae.autoencoder.wavelet import haar_forward, haar_inverse, narrow_channels, soft_clamp
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
 
 PICO = AutoencoderConfig(architecture="wavelet", preset="pico")

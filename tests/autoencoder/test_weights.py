@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.interop.compvis import load_compvis, tensors_from_model
+from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.perceptual import LPIPS
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.snapshots import file_name, put_into, synthesise
+from ldm_vae.diffusion.posthoc_ema import file_name, put_into, synthesise
 from ldm_vae.errors import UserError
-from ldm_vae.seal import MANIFEST
-from tests.diffusion.test_snapshots import network
+from ldm_vae.files import MANIFEST
+from tests.diffusion.test_posthoc_ema_snapshots import network
 from tests.test_golden import unpacked
 
 Tensors = dict[str, Tensor]

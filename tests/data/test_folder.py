@@ -13,7 +13,8 @@ import pytest
 from ldm_vae.config import load
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.sources import DataConfig, open_source
+from ldm_vae.data.open import open_source
+from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
 

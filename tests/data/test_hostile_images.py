@@ -23,8 +23,9 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.sources import DataConfig, open_source
-from ldm_vae.data.stream import open_stream
+from ldm_vae.data.open import open_source
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.streaming import open_stream
 from tests.data import hostile
 from tests.data.encoded import encode, picture
 from tests.data.hostile import Hostile, check, corpus
@@ -178,7 +179,7 @@ def test_training_names_every_file_that_it_could_not_read(folder: Path, tmp_path
 def test_encoding_takes_or_lists_every_file(
     folder: Path, autoencoder_directory: Path, tmp_path: Path, record_property: Any  # noqa: F811
 ) -> None:  # fmt: skip
-    from ldm_vae.latents.manifest import read_manifest
+    from ldm_vae.latents.format import read_manifest
 
     words = [
         f"output={tmp_path / 'set'}", f"autoencoder={autoencoder_directory}", "data.source=folder",
@@ -196,7 +197,8 @@ def test_encoding_takes_or_lists_every_file(
 def test_evaluation_measures_or_lists_every_file(
     folder: Path, autoencoder_directory: Path, tmp_path: Path, record_property: Any  # noqa: F811
 ) -> None:  # fmt: skip
-    from ldm_vae.evaluation.fidelity.reconstruction import EvaluateConfig, evaluate
+    from ldm_vae.evaluation.measurement import EvaluateConfig
+    from ldm_vae.evaluation.reconstruction import evaluate
 
     results = evaluate(
         EvaluateConfig(

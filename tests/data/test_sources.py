@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ldm_vae.config import load, to_dict
-from ldm_vae.data.cache import CachedSource
+from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import ImageSamples
-from ldm_vae.data.sources import DataConfig, number_labels, open_source
+from ldm_vae.data.sources import CachedSource, DataConfig, number_labels
 from ldm_vae.data.split import part_of, repeated, subset
 from ldm_vae.data.transforms import centre_crop, random_crop
 from ldm_vae.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource, render
-from ldm_vae.data.synthetic.scene import DEFECTS, LABELS
-from ldm_vae.data.synthetic.source import PAINTERS, paint_scene
+from ldm_vae.data.synthetic import render
+from ldm_vae.data.synthetic.render import DEFECTS, LABELS
+from ldm_vae.data.synthetic.source import PAINTERS, SyntheticConfig, SyntheticSource, paint_scene
 
 
 def source(**settings: float) -> SyntheticSource:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae.data.transforms import CropConfig, cover_crop, preprocessing_record, random_crop
+from ldm_vae.data.transforms import CropConfig, preprocessing_record, random_crop, resize_center_crop
 from ldm_vae.errors import UserError
 from tests.data.encoded import picture
 
@@ -81,13 +81,13 @@ def test_reduction_is_antialiased() -> None:
     board = np.repeat((255 * ((x + y) % 2)).astype(np.uint8)[..., None], 3, axis=-1)
     crop = random_crop(board, rng(), 64, CropConfig(short_side_min=200, short_side_max=256, flat=0.0))
     assert np.abs(crop.astype(int) - 127).max() < 12
-    assert np.abs(cover_crop(board, 200).astype(int) - 127).max() < 12
+    assert np.abs(resize_center_crop(board, 200).astype(int) - 127).max() < 12
 
 
 def test_scaling_the_region_equals_scaling_the_whole_picture() -> None:
     """No seam: the filter sees beyond the crop's edge."""
     noise = rng().integers(0, 256, (300, 420, 3), dtype=np.uint8)
-    crop = cover_crop(noise, (50, 40))
+    crop = resize_center_crop(noise, (50, 40))
     left = (420 - 240) / 2
     whole = Image.fromarray(noise).resize((40, 50), Image.Resampling.LANCZOS, box=(left, 0, left + 240, 300))
     assert np.abs(crop.astype(int) - np.asarray(whole).astype(int)).max() <= 1
@@ -104,7 +104,7 @@ def test_flat_crops_have_no_edges_and_the_colours_of_the_picture() -> None:
 
 def test_cover_crop_keeps_the_centre() -> None:
     image = coordinates(100, 300)
-    crop = cover_crop(image, 50).astype(float)
+    crop = resize_center_crop(image, 50).astype(float)
     assert crop.shape == (50, 50, 3)
     np.testing.assert_allclose(crop.mean(axis=(0, 1))[:2], [127.5, 127.5], atol=1.5)
     assert crop[0, 0, 0] == pytest.approx(256 / 3, abs=3)  # a third of the width is left out on each side
@@ -112,14 +112,14 @@ def test_cover_crop_keeps_the_centre() -> None:
 
 def test_cover_crop_at_scale_one_copies_pixels() -> None:
     image = picture(64, 91)
-    np.testing.assert_array_equal(cover_crop(image, 64), image[:, 13:77])
-    np.testing.assert_array_equal(cover_crop(image, (64, 91)), image)
-    assert cover_crop(image, (64, 91)).base is None
+    np.testing.assert_array_equal(resize_center_crop(image, 64), image[:, 13:77])
+    np.testing.assert_array_equal(resize_center_crop(image, (64, 91)), image)
+    assert resize_center_crop(image, (64, 91)).base is None
 
 
 @pytest.mark.parametrize("size", [8, 200, (24, 100), (333, 17)])
 def test_cover_crop_has_the_size_asked_for(size: int | tuple[int, int]) -> None:
-    assert cover_crop(picture(37, 53), size).shape == (*((size, size) if isinstance(size, int) else size), 3)
+    assert resize_center_crop(picture(37, 53), size).shape == (*((size, size) if isinstance(size, int) else size), 3)
 
 
 def test_preprocessing_record_is_json_and_names_the_size() -> None:

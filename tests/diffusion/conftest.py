@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.latents.normalizer import LatentNormalizer
 from tests.latents.conftest import autoencoder_directory, encode, latents, settings  # noqa: F401

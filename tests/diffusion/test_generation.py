@@ -15,10 +15,9 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.data.sheets import label_cycle, labelled_sheet
-from ldm_vae.diffusion.generation import PNG_KEY, generate
-from ldm_vae.diffusion.pictures import GenerationConfig
+from ldm_vae.diffusion.generation import PNG_KEY, GenerationConfig, generate
 from ldm_vae.errors import UserError
+from ldm_vae.utils.image_grid import label_cycle, labelled_sheet
 
 
 def config(saved: Path, **changes: object) -> GenerationConfig:

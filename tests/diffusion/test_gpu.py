@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from ldm_vae import cli
-from ldm_vae.diffusion.generation import generate
-from ldm_vae.diffusion.pictures import GenerationConfig
+from ldm_vae.diffusion.generation import GenerationConfig, generate
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 
 pytestmark = pytest.mark.gpu

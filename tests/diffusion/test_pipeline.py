@@ -16,16 +16,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder import base
+from ldm_vae.diffusion import editing
 from ldm_vae.diffusion import pipeline as diffusion_pipeline
-from ldm_vae.diffusion import tiling
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, flow_scheduler, image_generator
-from ldm_vae.diffusion.schedulers import SAMPLERS
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, image_generator
+from ldm_vae.diffusion.samplers import SAMPLERS, flow_scheduler
 from ldm_vae.errors import UserError
-from ldm_vae.files import canonical_json
-from ldm_vae.latents.manifest import Manifest, read_manifest
+from ldm_vae.files import MANIFEST, canonical_json, write_checksums
+from ldm_vae.latents.format import Manifest, read_manifest
 from ldm_vae.latents.normalizer import LatentNormalizer
-from ldm_vae.seal import MANIFEST, seal
 from tests.diffusion.conftest import NAMES, make_pipeline
 from tests.diffusion.fields import Gaussian
 from tests.test_structure import imported
@@ -156,7 +155,7 @@ def test_a_damaged_normaliser_is_refused(saved: Path, tmp_path: Path, changes: d
     index = json.loads((copy / "model_index.json").read_text())
     index["normalizer"] |= changes
     (copy / "model_index.json").write_text(json.dumps(index))
-    seal(copy)
+    write_checksums(copy)
     with pytest.raises(UserError, match=message):
         LatentDiffusionPipeline.from_pretrained(copy)
 
@@ -335,7 +334,7 @@ def test_image_to_image(pipeline: LatentDiffusionPipeline) -> None:
     def sample(**arguments: Any) -> Tensor:
         return pipeline("cat", num_inference_steps=10, output_type="latent", **arguments).images
 
-    kept = interface.encode_moments(pipeline.autoencoder, 2 * PICTURE - 1)[0]
+    kept = base.encode_moments(pipeline.autoencoder, 2 * PICTURE - 1)[0]
     weak, strong = (sample(image=PICTURE, strength=strength, seed=0) for strength in (0.1, 0.9))
     assert weak.shape == (1, 4, 6, 8)
     assert (weak - kept).abs().mean() < 0.5 * (strong - kept).abs().mean()
@@ -370,7 +369,7 @@ def test_inpainting_knows_what_is_around() -> None:
     image, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     noise = torch.randn(1, 2, 16, 16)
-    clean = pipeline.normalizer.normalize(interface.encode_moments(pipeline.autoencoder, 2 * image - 1)[0])
+    clean = pipeline.normalizer.normalize(base.encode_moments(pipeline.autoencoder, 2 * image - 1)[0])
 
     def look(_: Any, index: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         time = 1 - (index + 1) / 4
@@ -387,10 +386,10 @@ def test_inpainting_knows_what_is_around() -> None:
 def test_large_images_are_decoded_in_tiles(pipeline: LatentDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"height": 8 * 60, "width": 64, "seed": 0, "num_inference_steps": 1}
     whole = pipeline("cat", output_type="pt", **arguments).images
-    monkeypatch.setattr(tiling, "TILE", 48)
+    monkeypatch.setattr(editing, "TILE", 48)
     calls: list[int] = []
-    decode = interface.decode
-    monkeypatch.setattr(interface, "decode", lambda model, z: calls.append(z.shape[-2]) or decode(model, z))
+    decode = base.decode
+    monkeypatch.setattr(base, "decode", lambda model, z: calls.append(z.shape[-2]) or decode(model, z))
     tiled = pipeline("cat", output_type="pt", **arguments).images
     assert len(calls) > 1
     assert max(calls) < 60

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.memorisation import Copies
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents, stack_samples
+from ldm_vae.diffusion.validation import Copies
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.latents.manifest import MANIFEST, read_manifest, write_manifest
-from ldm_vae.training.engine import Engine, make_accelerator
+from ldm_vae.latents.format import MANIFEST, read_manifest, write_manifest
 from ldm_vae.training.loader import Batch, MicroBatch, batches
+from ldm_vae.training.trainer import Engine, make_accelerator
 
 TINY = [
     "unet.preset=tiny", "unet.widths=[32,32]", "batch=4", "held_out=0", "training.precision=fp32", "training.workers=0",

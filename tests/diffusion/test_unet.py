@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.crops import whole_coordinates
-from ldm_vae.diffusion.unet import GROUP_CHANNELS, PRESETS, LatentUNet, UNetConfig, build_unet
+from ldm_vae.diffusion.unet import GROUP_CHANNELS, PRESETS, LatentUNet, UNetConfig, build_unet, whole_coordinates
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
 from ldm_vae.random import generator

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 
-from ldm_vae.evaluation.health.latent_statistics import power_spectrum
+from ldm_vae.evaluation.health_metrics import power_spectrum
 from ldm_vae.evaluation.latent_set_page import LEAST_MAP_RANGE, class_counts, correlations, maps, spectra
-from ldm_vae.latents.tools.stats import Statistics
+from ldm_vae.latents.stats import Statistics
 
 
 def test_white_noise_lies_on_the_dotted_line():

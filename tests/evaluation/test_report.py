@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae import cli, provenance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.html_pages import duration, quantity
+from ldm_vae.evaluation.pages import duration, quantity
 from ldm_vae.evaluation.report import label_of, write_report
 
 VOID = {"meta", "img", "br", "link", "path", "polyline", "circle"}

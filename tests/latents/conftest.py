@@ -10,8 +10,7 @@ import torch
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.latents.encode import encode_dataset, make_accelerator
-from ldm_vae.latents.settings import EncodeConfig
+from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
 
 Encode = Callable[..., int]
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import __version__
-from ldm_vae.latents.manifest import read_manifest
-from ldm_vae.latents.sidecar import read_sidecar
+from ldm_vae.latents.format import read_manifest, read_sidecar
 from ldm_vae.storage import open_folder
 from tests.data.encoded import encode as image_bytes
 from tests.data.encoded import picture

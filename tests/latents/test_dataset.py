@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from ldm_vae.autoencoder.interface import encode_moments
+from ldm_vae.autoencoder.base import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.pixels import from_uint8
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.split import part_of
-from ldm_vae.data.transforms import cover_crop
+from ldm_vae.data.transforms import from_uint8, resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents import dataset as dataset_module
 from ldm_vae.latents.dataset import LatentDataset
@@ -32,7 +31,7 @@ def flipped(encode, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def images(image_folder) -> torch.Tensor:
     source = FolderSource(image_folder)
-    return from_uint8(torch.stack([to_tensor(cover_crop(source.read(i), 32)) for i in range(len(source))]))
+    return from_uint8(torch.stack([to_tensor(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
 
 
 def test_samples_are_those_of_the_autoencoder(latents, flipped, images, autoencoder_directory, image_folder):

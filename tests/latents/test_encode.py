@@ -14,19 +14,17 @@ import torch
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.interface import encode_moments
+from ldm_vae.autoencoder.base import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.quantized import token_indices
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.pixels import from_uint8
 from ldm_vae.data.samples import to_tensor
-from ldm_vae.data.transforms import cover_crop
+from ldm_vae.data.transforms import from_uint8, resize_center_crop
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.encode import make_accelerator, prepare
-from ldm_vae.latents.manifest import read_manifest, read_origin
-from ldm_vae.latents.output import Output
-from ldm_vae.latents.settings import EncodeConfig, parse_share
+from ldm_vae.latents.encode import EncodeConfig, make_accelerator, parse_share, prepare
+from ldm_vae.latents.format import read_manifest, read_origin
+from ldm_vae.latents.writer import Output
 from ldm_vae.storage import open_folder
 
 
@@ -192,7 +190,7 @@ def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
         autoencoder.encoder.head.weight.mul_(1e6)  # some latents are beyond float16
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     source = FolderSource(image_folder)
-    images = from_uint8(torch.stack([to_tensor(cover_crop(source.read(i), 32)) for i in range(len(source))]))
+    images = from_uint8(torch.stack([to_tensor(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
     finite = encode_moments(autoencoder, images)[0].half().isfinite().flatten(1).all(1).tolist()
     assert finite[0]
     first = source.id(finite.index(False))
@@ -296,7 +294,9 @@ def test_codes_are_stored_as_the_smallest_integers(encode, token_autoencoder, im
     manifest = dataset.manifest
     assert (manifest.content, manifest.dtype, manifest.layout.sample_bytes) == ("indices", "uint16", 2 * 4 * 4 * 2)
     assert manifest.statistics == {"codebook_size": 20}
-    images = from_uint8(torch.stack([to_tensor(cover_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)]))
+    images = from_uint8(
+        torch.stack([to_tensor(resize_center_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)])
+    )
     expected = token_indices(load_autoencoder(token_autoencoder), images)
     assert torch.equal(torch.stack([dataset[i]["indices"] for i in range(24)]), expected)
     assert expected.unique().numel() > 1

@@ -9,8 +9,8 @@ import pytest
 from ldm_vae import cli
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.tools.export import export_set
-from ldm_vae.latents.tools.verify import verify
+from ldm_vae.latents.export import export_set
+from ldm_vae.latents.verify import verify
 from tests.disks import disk as disk  # a fixture
 from tests.latents.test_encode import contents
 from tests.latents.test_processes import Forked

@@ -15,10 +15,9 @@ import numpy as np
 import xxhash
 
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import read_manifest, read_origin
-from ldm_vae.latents.output import Output
-from ldm_vae.latents.sidecar import read_sidecar
-from ldm_vae.latents.tools.verify import verify
+from ldm_vae.latents.format import read_manifest, read_origin, read_sidecar
+from ldm_vae.latents.verify import verify
+from ldm_vae.latents.writer import Output
 from ldm_vae.storage import open_folder
 
 GOLDEN = Path(__file__).parent / "golden"

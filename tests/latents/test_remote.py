@@ -7,8 +7,9 @@ import torch
 
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import read_manifest
-from ldm_vae.storage import Folder, open_folder
+from ldm_vae.latents.format import read_manifest
+from ldm_vae.storage import open_folder
+from ldm_vae.storage.base import Folder
 from tests.latents.test_encode import contents
 
 

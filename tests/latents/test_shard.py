@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 
 from ldm_vae.errors import UserError
-from ldm_vae.latents.contents import STORED_DTYPES, Layout
+from ldm_vae.latents.format import STORED_DTYPES, Header, Layout, Rejection, read_header, read_sidecar
 from ldm_vae.latents.shard import Shard, open_shard, row_checksums, write_shard
-from ldm_vae.latents.sidecar import Header, Rejection, read_header, read_sidecar
 from ldm_vae.storage import open_folder
 
 LAYOUT = Layout("moments", "float16", (3, 4, 6), flipped=True)

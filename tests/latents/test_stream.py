@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.manifest import read_manifest
+from ldm_vae.latents.format import read_manifest
 
 FILES = (5, 9, 10)
 """Images in each file of a collection; a unit has 4."""

@@ -19,7 +19,8 @@ import pytest
 
 from ldm_vae import files
 from ldm_vae.errors import UserError
-from ldm_vae.storage import Folder, cache, open_folder
+from ldm_vae.storage import cache, open_folder
+from ldm_vae.storage.base import Folder
 from ldm_vae.storage.cache import Cache
 from tests.s3 import requests
 

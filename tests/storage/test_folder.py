@@ -12,7 +12,8 @@ import pytest
 
 from ldm_vae import files
 from ldm_vae.errors import UserError
-from ldm_vae.storage import Folder, connection, join, open_folder
+from ldm_vae.storage import connection, open_folder
+from ldm_vae.storage.base import Folder, join
 from ldm_vae.storage.local import LocalFolder
 from ldm_vae.storage.remote import RemoteFolder
 from tests.s3 import Server, requests

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from ldm_vae.errors import UserError
-from ldm_vae.storage import Folder, lease, open_folder
+from ldm_vae.storage import lease, open_folder
+from ldm_vae.storage.base import Folder
 from ldm_vae.storage.lease import Claim
 from tests.s3 import make_older
 from tests.waiting import wait_until

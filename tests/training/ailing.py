@@ -15,10 +15,9 @@ from torch import nn
 
 from ldm_vae import config as configuration
 from ldm_vae.random import generator
-from ldm_vae.training.engine import TrainingConfig, make_accelerator
-from ldm_vae.training.fit import fit
-from ldm_vae.training.run import RunDirectory
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Plan, Span
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import TrainingConfig, fit, make_accelerator
 from tests.training.toy import Bare
 
 MODULES = ("decoder", "judge")

@@ -16,15 +16,8 @@ import pytest
 import torch
 
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.seal import damage
-from ldm_vae.training.checkpoint import (
-    Checkpoint,
-    load,
-    load_optimizer_tensors,
-    newest,
-    optimizer_tensors,
-    save,
-)
+from ldm_vae.files import damage
+from ldm_vae.training.checkpoint import Checkpoint, load, load_optimizer_tensors, newest, optimizer_tensors, save
 from tests.training import faults
 
 

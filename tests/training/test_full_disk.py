@@ -12,12 +12,10 @@ from PIL import Image
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_USER_ERROR
-from ldm_vae.files import write_bytes
-from ldm_vae.seal import damage
-from ldm_vae.training.engine import make_accelerator
-from ldm_vae.training.fit import fit
-from ldm_vae.training.run import RunDirectory
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.files import damage, write_bytes
+from ldm_vae.training.loader import Plan, Span
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import fit, make_accelerator
 from tests.training import faults, toy
 from tests.training.test_kills import assert_identical, state_of
 

@@ -9,8 +9,7 @@ import time
 import pytest
 import torch
 
-from ldm_vae.training.loader import InOrder, batches, rank_rows
-from ldm_vae.training.schedule import Plan, Span, learning_rate
+from ldm_vae.training.loader import InOrder, Plan, Span, batches, learning_rate, rank_rows
 from tests.training.toy import ToySamples
 
 PLAN = Plan((Span(3, 8, 2), Span(4, 4, 2, size=16)))
@@ -101,7 +100,7 @@ FAILING = """
 import sys
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import batches
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Plan, Span
 
 class Failing:
     def __len__(self):
@@ -136,7 +135,7 @@ LOST = """
 import os, signal, sys, time
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import batches
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Plan, Span
 
 class Lost:
     def __len__(self):

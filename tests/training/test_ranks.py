@@ -11,7 +11,7 @@ import pytest
 from ldm_vae.errors import EXIT_INTERRUPTED
 from tests.training import toy
 from tests.training.mishap import Job, start
-from tests.training.test_fit import assert_same, weights
+from tests.training.test_trainer_fit import assert_same, weights
 
 TOY = toy.__file__
 STEPS = ("steps=40", "micro=2")

@@ -15,11 +15,9 @@ import pytest
 import torch
 
 from ldm_vae import config as configuration
-from ldm_vae.training.engine import make_accelerator
-from ldm_vae.training.fit import fit
-from ldm_vae.training.loader import batches
-from ldm_vae.training.run import RunDirectory
-from ldm_vae.training.schedule import Plan, Span
+from ldm_vae.training.loader import Plan, Span, batches
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import fit, make_accelerator
 from tests.training import faults, toy
 from tests.training.test_kills import assert_identical, state_of
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ldm_vae.errors import EXIT_STUCK
-from ldm_vae.training.heartbeats import Heartbeats
+from ldm_vae.training.watchdog import Heartbeats
 from tests.waiting import wait_until
 
 PROGRAM = """
@@ -74,8 +74,8 @@ def two_processes(monkeypatch):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.setattr("ldm_vae.training.heartbeats.BEAT_SECONDS", 0.1)
-    monkeypatch.setattr("ldm_vae.training.heartbeats.SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("ldm_vae.training.watchdog.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("ldm_vae.training.watchdog.SILENCE_SECONDS", 1.0)
     beats = []
     for rank in range(2):
         beats.append(Heartbeats(rank, 2, "job"))

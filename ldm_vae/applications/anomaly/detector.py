@@ -1,11 +1,7 @@
-"""The detector: a folder with what was learnt of normal images, bound to one autoencoder and one preprocessing.
+"""From the scores of held-out normal images to a threshold, a percentile and a verdict.
 
-    detector.json         settings, identity of the models, preprocessing, threshold of each score
-    detector.safetensors  the Gaussians, the held-out normal scores, marks of the images that were used
-    run.json              where it comes from
-    MANIFEST.json         a checksum of each
-
-Owns the files. Fitting is `fitting`'s, measuring `measurement`'s.
+The threshold is an order statistic, so its promise needs no distribution: of new normal images, drawn as these were, at
+most the stated rate is called anomalous on average. n images can promise no rate below 1 / (n + 1).
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +18,102 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.gaussian import Gaussian
-from ldm_vae.applications.anomaly.measurement import Learnt, Models, load_models
-from ldm_vae.applications.anomaly.threshold import threshold
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.applications.anomaly.images import Crop, batches, read_crops, refuse_enlarged, stack
+from ldm_vae.applications.anomaly.scores import (
+    STRIDE,
+    Gaussian,
+    Learnt,
+    Models,
+    check_pipeline_size,
+    learn,
+    load_models,
+    measure,
+)
+from ldm_vae.autoencoder.losses import Backbone
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.sources import DataConfig, ImageSource
+from ldm_vae.data.split import subset
+from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.study import check_resolution, describe_autoencoder, finished_result
 from ldm_vae.files import (
+    MANIFEST,
+    MAXIMUM_JSON_BYTES,
+    check_tensor_file,
     checksum,
+    damage,
     publish_directory,
     system_errors_explained,
     temporary_directory,
+    write_checksums,
     write_json,
 )
-from ldm_vae.seal import MANIFEST, damage, seal
-from ldm_vae.tensor_files import MAXIMUM_JSON_BYTES, check_tensor_file
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.text import pluralize
+
+
+def smallest_rate(count: int) -> float:
+    """The smallest false-positive rate that `count` held-out normal images support."""
+    return 1 / (count + 1)
+
+
+def rounded_up(rate: float) -> str:
+    """A rate in four digits that is not below it."""
+    return f"{math.ceil(1e4 * rate) / 1e4:.4g}"
+
+
+def images_for(rate: float) -> int:
+    """Held-out normal images that a false-positive rate needs."""
+    return math.ceil(round(1 / rate, 9)) - 1
+
+
+def check_rate(rate: float, count: int) -> None:
+    """Raises: UserError when `count` held-out normal images are too few for the rate."""
+    if count < images_for(rate):
+        raise UserError(
+            f"false_positive_rate: {rate} needs {images_for(rate)} held-out normal images, here are {count}, which "
+            f"support {rounded_up(smallest_rate(count))} at the least; set that, raise data.held_out or "
+            "add images"
+        )
+
+
+def rank_of(count: int, rate: float) -> int:
+    """The threshold is the so-manyth smallest of `count` scores, 1 to `count`."""
+    return math.ceil(round((count + 1) * (1 - rate), 9))
+
+
+def threshold(normal: np.ndarray, rate: float) -> float:
+    """What at most `rate` of new normal images exceed on average; `normal`: scores (n,). Raises: UserError."""
+    check_rate(rate, len(normal))
+    return float(np.sort(normal)[rank_of(len(normal), rate) - 1])
+
+
+def rate_interval(count: int, rate: float, level: float = 0.95) -> tuple[float, float]:
+    """Where the true rate of one threshold lies: its average is promised, its own value is Beta distributed."""
+    from scipy.stats import beta
+
+    rank = rank_of(count, rate)
+    low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], count + 1 - rank, rank)
+    return float(low), float(high)
+
+
+def percentiles(normal: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Share in percent of the held-out normal images that score below each of `values` (m,)."""
+    return 100 * np.searchsorted(np.sort(normal), values, side="left") / len(normal)
+
+
+def p_values(normal: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(1 + normal scores not below) / (n + 1) for each of `values` (m,): the conformal p of "this image is normal"."""
+    below = np.searchsorted(np.sort(normal), values, side="left")
+    return (1 + len(normal) - below) / (len(normal) + 1)
+
+
+# The detector: a folder with what was learnt of normal images, bound to one autoencoder and one preprocessing.
 
 FORMAT_VERSION = 1
 DESCRIPTION, TENSORS = "detector.json", "detector.safetensors"
@@ -103,7 +179,7 @@ def save_detector(detector: Detector, output: Path, started: float) -> None:
             save_file(tensors, temporary / TENSORS)
             write_json(temporary / DESCRIPTION, detector.description)
             provenance.write_run_record(temporary, None, started, time.time() - started, images=len(detector.seen))
-            seal(temporary)
+            write_checksums(temporary)
             publish_directory(temporary, output.absolute())
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -221,3 +297,190 @@ def _tensors_digest(tensors: dict[str, Tensor]) -> str:
         found.update(f"{name}{tuple(tensor.shape)}".encode())
         found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return f"sha256:{found.hexdigest()}"
+
+
+# Fitting a detector: settings, which normal images teach it and which set its thresholds, and its folder.
+
+FEWEST_IMAGES = 16
+"""That a detector is fitted to."""
+SMALLEST_RESOLUTION = 64
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """`ldm-vae anomaly fit`.
+
+    Args:
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; of any kind.
+        output: the folder of the detector.
+        data: normal images only. `data.held_out` of them set the thresholds.
+        resolution: side of the centre crop in pixels; no image may be smaller.
+        count: at most so many images to learn from; null: all.
+        held_out_count: at most so many images to set the thresholds; null: all.
+        false_positive_rate: share of new normal images that a threshold may call anomalous.
+        by: the score that gives the verdict.
+        pipeline: a diffusion pipeline on this autoencoder's latents, for the flow scores.
+        perceptual_net: the LPIPS network, for the perceptual score; null: without.
+        perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
+        regret_steps: of likelihood regret, which takes as many decodings and gradients an image; 0: without.
+        batch: images per forward pass.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    resolution: int = 256
+    count: int | None = None
+    held_out_count: int | None = None
+    false_positive_rate: float = 0.05
+    by: str = "l1_peak"
+    pipeline: str | None = None
+    perceptual_net: Backbone | None = None
+    perceptual_weights: str | None = None
+    regret_steps: int = 0
+    batch: int = 8
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "count", "held_out_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} is not above 0")
+        if not 0 < self.false_positive_rate < 1:
+            raise UserError(f"false_positive_rate: {self.false_positive_rate} is not between 0 and 1; 0.05 is usual")
+        if self.resolution < SMALLEST_RESOLUTION:
+            raise UserError(f"resolution: {self.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
+        if not 0 <= self.regret_steps <= 1000:
+            raise UserError(f"regret_steps: {self.regret_steps} is not from 0 to 1000; 5 is a start")
+        if self.data.source == "synthetic" and self.data.synthetic.defects > 0:
+            raise UserError(
+                f"data.synthetic.defects: a share of {self.data.synthetic.defects} would have a defect, and a detector "
+                "is fitted to normal images only; set 0"
+            )
+        if self.perceptual_weights is not None and self.perceptual_net is None:
+            raise UserError("perceptual_weights: has no effect without perceptual_net; set that too")
+
+
+def fit(config: FitConfig, overwrite: bool = False) -> Detector:
+    """Learn, measure the held-out images, write the detector. A finished one of these settings is read, not redone.
+
+    Raises:
+        UserError: the folder holds something else; too few normal images; images of mixed size; models that do not
+            belong together.
+    """
+    started = time.time()
+    output = Path(config.output)
+    check_output(output)
+    device = compute_device(config.device)
+    models = load_models(
+        config.autoencoder, device, config.pipeline, config.perceptual_net, config.perceptual_weights,
+        config.regret_steps,
+    )  # fmt: skip
+    if finished_result(output / DESCRIPTION, config, fingerprint(models.autoencoder), overwrite) is not None:
+        return load_detector(output)
+    detector = fit_detector(config, models)
+    save_detector(detector, output, started)
+    return detector
+
+
+def summary(detector: Detector, output: str) -> str:
+    """What was fitted, in words."""
+    found, rate = detector.description, detector.rate
+    low, high = found["false_positive_rate_interval"]
+    smallest = rounded_up(found["smallest_false_positive_rate"])
+    counts = found["counts"]
+    return (
+        f"{output}: learnt from {counts['learnt_from']} normal images; {len(detector.normal)} scores with thresholds "
+        f"from {counts['held_out']} others, at a false-positive rate of {rate:g} (so few can mean one from {low:.3f} "
+        f"to {high:.3f}, and support {smallest} at the least); the verdict is by "
+        f"{detector.by}"
+    )
+
+
+def fit_detector(config: FitConfig, models: Models) -> Detector:
+    """The same without the folder. Raises: UserError."""
+    check_resolution(config.resolution, models.autoencoder, STRIDE)
+    check_pipeline_size(models, config.resolution)
+    scores.check_name(config.by, models.names)
+    source = open_source(config.data)
+    parts = {part: subset(source, part, config.data.held_out) for part in ("train", "held_out")}  # type: ignore[arg-type]
+    chosen = {
+        "train": evenly_spaced(len(parts["train"]), config.count),
+        "held_out": evenly_spaced(len(parts["held_out"]), config.held_out_count),
+    }
+    if len(chosen["train"]) < FEWEST_IMAGES:
+        raise _too_few(len(chosen["train"]))
+    check_rate(config.false_positive_rate, len(chosen["held_out"]))
+    rejected: list[tuple[str, str]] = []
+    marks: set[int] = set()
+
+    def crops(part: str, task: str) -> Any:
+        found = read_crops(parts[part], chosen[part], config.resolution, rejected)
+        for batch in batches(found, config.batch, len(chosen[part]), task):
+            refuse_enlarged(batch, config.resolution)
+            fresh = []
+            for crop in batch:
+                if part == "train" or crop.mark() not in marks:  # a copy of what was learnt from sets no threshold
+                    fresh.append(crop)
+                marks.add(crop.mark())
+            if fresh:
+                yield fresh
+
+    learnt = learn(models, (([crop.id for crop in batch], stack(batch)) for batch in crops("train", "learning")))
+    learnt_from = len(chosen["train"]) - len(rejected)
+    if learnt_from < FEWEST_IMAGES:
+        raise _too_few(learnt_from)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in models.names}
+    for batch in crops("held_out", "held-out scores"):
+        for name, values in measure(models, learnt, stack(batch), _ids(batch)).values.items():
+            found[name].append(values.numpy())
+    normal = {name: np.concatenate(values) if values else np.zeros(0) for name, values in found.items()}
+    count = len(next(iter(normal.values())))
+    check_rate(config.false_positive_rate, count)
+    counts = {"learnt_from": learnt_from, "held_out": count}
+    return Detector(
+        learnt, normal, np.array(sorted(marks), np.int64), _description(config, models, learnt.variance, normal, source)
+        | {"counts": counts, "rejected": [{"id": name, "reason": reason} for name, reason in rejected]},
+    )  # fmt: skip
+
+
+def data_config(values: dict[str, Any]) -> DataConfig:
+    """The settings of the images as a detector's description has them."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), values))  # type: ignore[return-value]
+
+
+def _too_few(count: int) -> UserError:
+    return UserError(
+        f"data: {pluralize(count, 'normal image')} to learn from, fewer than {FEWEST_IMAGES}; add images, raise "
+        "count, or lower data.held_out"
+    )
+
+
+def _ids(batch: list[Crop]) -> list[str]:
+    return [crop.id for crop in batch]
+
+
+def _description(
+    config: FitConfig, models: Models, variance: float, normal: dict[str, np.ndarray], source: ImageSource
+) -> dict[str, Any]:
+    """What goes into `detector.json`, but for the counts."""
+    count, rate = len(next(iter(normal.values()))), config.false_positive_rate
+    return {
+        "format_version": FORMAT_VERSION,
+        "autoencoder": describe_autoencoder(models.autoencoder),
+        "identity": identity(models),
+        "preprocessing": preprocessing_record(config.resolution),
+        "resolution": config.resolution,
+        "decoder_variance": variance,
+        "false_positive_rate": rate,
+        "false_positive_rate_interval": list(rate_interval(count, rate)),
+        "smallest_false_positive_rate": smallest_rate(count),
+        "by": config.by,
+        "scores": {name: {"threshold": threshold(values, rate)} for name, values in normal.items()},
+        "images": source.fingerprint(),
+        "versions": provenance.versions(),
+        "config": configuration.to_dict(config),
+    }

@@ -1,8 +1,4 @@
-"""Which scores of a detector find known anomalies, and which fail: settings, protocol and result folder.
-
-Measures; `figures` computes, `report` writes it down in words, tables and pictures. No score, threshold or setting is
-chosen here: that was done when the detector was fitted, on normal images only.
-"""
+"""The figures of one score on labelled images, and of all of them; nothing here knows a model or a file."""
 
 from __future__ import annotations
 
@@ -13,26 +9,390 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications.anomaly.detector import Detector, digest, load_detector, models_of
-from ldm_vae.applications.anomaly.figures import Table, figures, reason
-from ldm_vae.applications.anomaly.fitting import FitConfig, data_config, fit_detector
-from ldm_vae.applications.anomaly.images import Crop, batches, read_crops, refuse_enlarged, stack
-from ldm_vae.applications.anomaly.labelled import NORMAL, Truth, cells, known_truth
-from ldm_vae.applications.anomaly.measurement import Models, load_models, measure
-from ldm_vae.applications.anomaly.report import Shown, markdown, picture, render
-from ldm_vae.applications.anomaly.threshold import rate_interval
-from ldm_vae.autoencoder.fingerprint import fingerprint
+from ldm_vae.applications.anomaly import metrics
+from ldm_vae.applications.anomaly.detector import (
+    Detector,
+    FitConfig,
+    data_config,
+    digest,
+    fit_detector,
+    load_detector,
+    models_of,
+    rate_interval,
+)
+from ldm_vae.applications.anomaly.images import (
+    NORMAL,
+    Crop,
+    Truth,
+    batches,
+    cells,
+    embedded,
+    heat_picture,
+    known_truth,
+    outlined,
+    read_crops,
+    refuse_enlarged,
+    stack,
+)
+from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_correlation, rank_correlation
+from ldm_vae.applications.anomaly.scores import MEASURED, PEAK, Models, base, load_models, measure, title
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.data.sources import DataConfig, open_source
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import spread
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environment
+from ldm_vae.evaluation.plots import page_svg
+from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
 from ldm_vae.files import write_json, write_png, write_text
-from ldm_vae.latents.words import counted
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.text import pluralize
+
+PNG_SIZE = "png_size"
+"""Reported as if it were a score: what complexity alone does."""
+STANDS_OUT = 1.5
+"""Times the error around a defect, from which on it does not count as reconstructed."""
+FEW_FOUND = 0.25
+"""Share of the anomalous images: a few odd normal images set the threshold high, however well the ranks look."""
+CLEARLY_BETTER = 0.05
+"""Of an AUROC over another."""
+
+
+@dataclass
+class Table:
+    """Everything measured of labelled images, one entry per image.
+
+    Args:
+        values: score -> its values. maps: quantity -> heat maps (h, w) float32, only where masks are known.
+        masks: bool on the grid of the heat maps; empty where none is known.
+        inside, outside: mean L1 within and around the mask of each anomalous image that has one.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    png_bytes: list[int] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    maps: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    masks: list[np.ndarray] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+
+    @property
+    def anomalous(self) -> np.ndarray:
+        """bool (n,)."""
+        return np.array([kind != NORMAL for kind in self.kinds])
+
+
+def figures(table: Table, thresholds: dict[str, float], prevalence: float) -> dict[str, dict[str, Any]]:
+    """Score -> its figures; those of the size of the PNG are the last."""
+    found = {name: _of_score(table, name, thresholds[name], prevalence) for name in table.values}
+    size = np.log(np.array(table.png_bytes, np.float64))
+    found[PNG_SIZE] = {"title": "size of the PNG alone"} | _separation(size, table.anomalous, prevalence)
+    return found
+
+
+def _of_score(table: Table, name: str, threshold: float, prevalence: float) -> dict[str, Any]:
+    values, anomalous = np.array(table.values[name]), table.anomalous
+    size = np.array(table.png_bytes, np.float64)
+    matched, share = matched_auroc(values[~anomalous], values[anomalous], size[~anomalous], size[anomalous])
+    found = {"title": title(name), **_separation(values, anomalous, prevalence)}
+    found |= {
+        "matched_auroc": matched,
+        "matched_share": share,
+        "png_correlation": rank_correlation(values[~anomalous], size[~anomalous]),
+        "label_correlation": rank_correlation(values, anomalous),
+        "label_correlation_given_png": partial_rank_correlation(values, anomalous, size),
+        "threshold": threshold,
+        "false_positive_rate": float((values[~anomalous] > threshold).mean()),
+        "true_positive_rate": float((values[anomalous] > threshold).mean()),
+        "aupro": None,
+    }
+    if table.masks and name in table.maps:
+        found["aupro"] = metrics.pixel_aupro(table.maps[name], table.masks)
+    kinds = sorted({kind for kind in table.kinds if kind != NORMAL})
+    if len(kinds) > 1:
+        of_kind = np.array(table.kinds)
+        found["kinds"] = {kind: metrics.auroc(values[~anomalous], values[of_kind == kind]) for kind in kinds}
+    return found
+
+
+def _separation(values: np.ndarray, anomalous: np.ndarray, prevalence: float) -> dict[str, float]:
+    normal, others = values[~anomalous], values[anomalous]
+    low, high = metrics.auroc_interval(normal, others)
+    return {
+        "auroc": metrics.auroc(normal, others),
+        "auroc_low": low,
+        "auroc_high": high,
+        "aupr": metrics.average_precision(normal, others, prevalence),
+        "false_positive_rate_at_95": metrics.false_positive_rate_at(normal, others),
+    }
+
+
+def reason(name: str, found: dict[str, dict[str, Any]], error_ratio: float | None) -> str:
+    """What became of a score and, where it fails, why: one sentence from the measured figures.
+
+    Args:
+        found: of all scores, as `figures` gives them.
+        error_ratio: mean L1 within the masks over that around them; None where no mask is known.
+    """
+    score, size = found[name], found[PNG_SIZE]
+    low, high = score["auroc_low"], score["auroc_high"]
+    if high < 0.5:
+        return _inverted(score, size)
+    if low <= 0.5:
+        return _blind(name, found, error_ratio)
+    few = ", but finds few of them at its threshold" if score["true_positive_rate"] < FEW_FOUND else ""
+    matched = score["matched_auroc"]
+    if matched is not None and matched < 0.5 + 0.5 * (score["auroc"] - 0.5):
+        return (
+            f"separates, largely by complexity: AUROC {score['auroc']:.2f} falls to {matched:.2f} against normal "
+            f"images of about the same PNG size{few}"
+        )
+    strength = "weakly" if score["auroc"] < 0.7 else "well" if score["auroc"] >= 0.9 else "partly"
+    return f"separates {strength}{'' if matched is None else ', not by complexity'}{few}"
+
+
+def _inverted(score: dict[str, Any], size: dict[str, Any]) -> str:
+    correlation = score["png_correlation"]
+    simpler, richer = size["auroc_high"] < 0.5, size["auroc_low"] > 0.5
+    if correlation is not None and ((correlation > 0.3 and simpler) or (correlation < -0.3 and richer)):
+        what = "simple" if correlation > 0 else "complex"
+        return (
+            f"fails: it ranks {what} images as normal (its correlation with the PNG size shows it), and the anomalous "
+            f"ones are {'simpler' if simpler else 'more complex'} here"
+        )
+    return "fails: it finds the anomalous images more normal than the normal ones"
+
+
+def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | None) -> str:
+    """Why a score cannot tell the images apart."""
+    peak = found.get(f"{name}_peak")
+    if peak is not None and peak["auroc_low"] > 0.5 and peak["auroc"] > found[name]["auroc"] + CLEARLY_BETTER:
+        return (
+            f"fails: the anomalies are too small for a mean over the image (AUROC {found[name]['auroc']:.2f}; its peak "
+            f"has {peak['auroc']:.2f})"
+        )
+    if base(name) in ("l1", "ms_ssim", "perceptual", "elbo"):
+        if error_ratio is None:
+            return "fails: the autoencoder reconstructs the anomalies as well as normal images"
+        if error_ratio < STANDS_OUT:
+            return (
+                "fails: the autoencoder reconstructs the anomalies too; its L1 within the defects is "
+                f"{error_ratio:.1f} times that around them"
+            )
+        return (
+            f"fails: the defects stand out in their image (L1 within them is {error_ratio:.1f} times that around), but "
+            "normal images have places that are reconstructed as badly, such as edges and textures"
+        )
+    if name == "regret":
+        return "fails: the encoder serves the anomalies as well as normal images"
+    if base(name).startswith("flow"):
+        return "fails: the diffusion model explains the latents of the anomalies as well as those of normal images"
+    return "fails: the latents of the anomalies are as usual as those of normal images"
+
+
+# The report of `anomaly evaluate`: `results.md`, `index.html` and `grid.png`. Nothing is measured here.
+
+Results = dict[str, Any]
+
+COLUMNS = {
+    "auroc": "AUROC",
+    "aupr": "AUPR",
+    "false_positive_rate_at_95": "FPR@95",
+    "matched_auroc": "AUROC, PNG size matched",
+    "png_correlation": "correlation with PNG size",
+    "label_correlation_given_png": "with the label, PNG size fixed",
+    "false_positive_rate": "false alarms",
+    "true_positive_rate": "found",
+    "aupro": "AUPRO",
+}
+GRID_GAP = 6
+GRID_SIDE = 160
+GRID_CAPTION = 24
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image to look at: its crop, kind, mask (h, w) where known, and heat maps by quantity."""
+
+    crop: Crop
+    kind: str
+    mask: np.ndarray | None
+    maps: dict[str, np.ndarray]
+
+
+def markdown(results: Results) -> str:
+    """A table of all scores, what fails and why, the kinds of anomaly, the protocol."""
+    baseline = results["baseline"]
+    titles = ["score", *COLUMNS.values()] + (["AUROC of the baseline"] if baseline else [])
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, score in results["scores"].items():
+        row = [f"`{name}`", *(cell(score, key) for key in COLUMNS)]
+        if baseline:
+            row.append(cell(baseline["scores"].get(name, {}), "auroc"))
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", *(f"- {sentence}" for sentence in sentences(results))]
+    kinds = kind_rows(results)
+    if kinds:
+        lines += ["", f"| AUROC by kind | {' | '.join(kinds[0][1])} |", "|---" * (len(kinds[0][1]) + 1) + "|"]
+        lines += [f"| `{name}` | {' | '.join(number(value) for value in row.values())} |" for name, row in kinds]
+    return "\n".join([*lines, "", *protocol_lines(results)]) + "\n"
+
+
+def sentences(results: Results) -> list[str]:
+    """What became of the scores, those with the same reason together; the baseline's last."""
+    found = _grouped(results["scores"])
+    if results["baseline"]:
+        found += [f"Baseline, {sentence}" for sentence in _grouped(results["baseline"]["scores"])]
+    return found
+
+
+def _grouped(scores: dict[str, dict[str, Any]]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, score in scores.items():
+        if "reason" in score:
+            names.setdefault(score["reason"], []).append(f"`{name}`")
+    return [f"{', '.join(those)}: {reason}." for reason, those in names.items()]
+
+
+def kind_rows(results: Results) -> list[tuple[str, dict[str, float]]]:
+    """(score, kind -> AUROC); empty where there is one kind only."""
+    return [(name, score["kinds"]) for name, score in results["scores"].items() if score.get("kinds")]
+
+
+def protocol_lines(results: Results) -> list[str]:
+    """What one has to know to read the figures."""
+    images, detector, protocol = results["protocol"]["images"], results["detector"], results["protocol"]
+    low, high = detector["false_positive_rate_interval"]
+    lines = [
+        f"{images['normal']} normal and {images['anomalous']} anomalous images, {protocol['resolution']} x "
+        f"{protocol['resolution']}; learnt from {detector['counts']['learnt_from']} normal images, thresholds from "
+        f"{detector['counts']['held_out']} others.",
+        f"AUPR for a share of {protocol['prevalence']:g} anomalous images (chance gives that); AUROC with its 95 % "
+        "bootstrap interval over images. AUPRO up to a pixel false-positive rate of 0.3 (chance gives 0.15).",
+        f"False alarms and found: at the threshold for a false-positive rate of {detector['false_positive_rate']:g}, "
+        f"which with so many held-out images means one between {low:.3f} and {high:.3f}.",
+        "The best of many scores on one test set is no estimate: choose a score on other images than these.",
+    ]
+    if results["seen"]:
+        lines.append(f"Left out: {pluralize(results['seen'], 'image')} that the detector was fitted to.")
+    if results["rejected"]:
+        lines.append(f"{pluralize(len(results['rejected']), 'image')} could not be read.")
+    return lines
+
+
+def headline(results: Results) -> str:
+    """What the page opens with."""
+    scores = [score for name, score in results["scores"].items() if name != PNG_SIZE]
+    working = [score for score in scores if score["auroc_low"] > 0.5]
+    if not working:
+        return "No score finds the anomalies"
+    if len(working) == len(scores):
+        return "Every score separates"
+    return f"{len(working)} of {len(scores)} scores separate"
+
+
+def render(results: Results, shown: Sequence[Shown]) -> str:
+    """The page as HTML text."""
+    from markupsafe import Markup
+
+    context = {
+        "results": results,
+        "headline": headline(results),
+        "columns": COLUMNS,
+        "cell": cell,
+        "number": number,
+        "png_size": PNG_SIZE,
+        "kinds": kind_rows(results),
+        "plots": [
+            (
+                "AUROC of every score",
+                "95 % bootstrap interval; 0.5 says nothing",
+                "Hollow: against normal images of about the same PNG size only. Squares: the baseline.",
+                Markup(auroc_plot(results)),
+            )
+        ],
+        "examples": [
+            (one.kind, one.crop.id, [(name, embedded(image, name)) for name, image in row(results, one)])
+            for one in shown
+        ],
+        "protocol": protocol_lines(results),
+    }  # fmt: skip
+    return template_environment().get_template("anomaly_evaluation.html").render(context)
+
+
+def row(results: Results, one: Shown) -> list[tuple[str, Image.Image]]:
+    """(caption, picture): the image, where its defect is, and every heat map."""
+    side = len(one.crop.pixels)
+    found = [("image", Image.fromarray(one.crop.pixels))]
+    if one.mask is not None:
+        caption = "defect" if one.mask.any() else "no defect"
+        found.append((caption, Image.fromarray(outlined(one.crop.pixels, one.mask))))
+    for name in MEASURED:
+        if name in one.maps:
+            threshold = results["scores"][name + PEAK]["threshold"]
+            found.append((name, heat_picture(one.maps[name], threshold, side, one.mask)))
+    return found
+
+
+def picture(results: Results, shown: Sequence[Shown]) -> Image.Image:
+    """One row per image, the pictures of `row` side by side under their captions, on white."""
+    rows = [row(results, one) for one in shown]
+    step = GRID_SIDE + GRID_GAP
+    size = (max(map(len, rows)) * step - GRID_GAP, GRID_CAPTION + len(rows) * step - GRID_GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, pictures in enumerate(rows):
+        for x, (caption, image) in enumerate(pictures):
+            if y == 0:
+                draw.text((x * step + 2, 3), caption, fill="black", font_size=15)
+            small = image.resize((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
+            sheet.paste(small, (x * step, GRID_CAPTION + y * step))
+    return sheet
+
+
+def auroc_plot(results: Results) -> str:
+    """A row for each score, as SVG."""
+    scores = results["scores"]
+    figure, (axes,) = new_figure(width=8.6, height=0.8 + 0.26 * len(scores))
+    baseline = results["baseline"]["scores"] if results["baseline"] else {}
+    for y, (name, score) in enumerate(reversed(scores.items())):
+        axes.plot([score["auroc_low"], score["auroc_high"]], [y, y], color=COLOURS[0], linewidth=2)
+        axes.plot(score["auroc"], y, "o", color=COLOURS[0], markersize=6)
+        if score.get("matched_auroc") is not None:
+            axes.plot(score["matched_auroc"], y, "o", markerfacecolor="none", color=COLOURS[0], markersize=9)
+        if name in baseline:
+            axes.plot(baseline[name]["auroc"], y - 0.25, "s", color=COLOURS[1], markersize=4)
+    axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (1, 3)))
+    axes.set_yticks(range(len(scores)), [score["title"] for score in reversed(scores.values())])
+    axes.set_ylim(-0.7, len(scores) - 0.3)
+    axes.set_xlim(min(0.4, *(score["auroc_low"] for score in scores.values())) - 0.02, 1.02)
+    return page_svg(figure, "AUROC of every score")
+
+
+def cell(score: dict[str, Any], key: str) -> str:
+    """A figure in a table, with its interval where it has one."""
+    value = score.get(key)
+    if value is None:
+        return "–"
+    if key in ("false_positive_rate", "true_positive_rate", "false_positive_rate_at_95"):
+        return f"{value:.0%}"
+    if key == "auroc":
+        return f"{value:.2f} ({score['auroc_low']:.2f}–{score['auroc_high']:.2f})"
+    return number(value)
+
+
+def number(value: float) -> str:
+    """Two digits, a true minus sign."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+# Which scores of a detector find known anomalies, and which fail: settings, protocol and result folder.
 
 RESULTS = "results.json"
 FEWEST_OF_A_CLASS = 10
@@ -148,7 +508,7 @@ def _chosen(truth: Truth, count: int | None) -> list[int]:
     classes: tuple[list[int], list[int]] = ([], [])
     for index, kind in enumerate(truth.kinds):
         classes[kind != NORMAL].append(index)
-    return sorted(part[i] for part in classes for i in spread(len(part), count))
+    return sorted(part[i] for part in classes for i in evenly_spaced(len(part), count))
 
 
 def _baseline(config: EvaluateConfig, detector: Detector, models: Models) -> Contestant:
@@ -234,7 +594,7 @@ def _check_classes(table: Table, seen: int) -> None:
         if count < FEWEST_OF_A_CLASS:
             left_out = f" after {seen} were left out that the detector was fitted to" if seen else ""
             raise UserError(
-                f"data: {counted(count, f'{what} image')}{left_out}, fewer than {FEWEST_OF_A_CLASS}; add images, "
+                f"data: {pluralize(count, f'{what} image')}{left_out}, fewer than {FEWEST_OF_A_CLASS}; add images, "
                 "or fit the detector to fewer with count and held_out_count"
             )
 

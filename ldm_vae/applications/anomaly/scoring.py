@@ -19,21 +19,20 @@ from PIL import Image
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.detector import Detector, digest, load_detector, models_of
-from ldm_vae.applications.anomaly.heat_pictures import embedded, heat_picture
-from ldm_vae.applications.anomaly.images import batches, read_crops, stack
-from ldm_vae.applications.anomaly.measurement import Models, measure
-from ldm_vae.applications.anomaly.report import number
-from ldm_vae.applications.anomaly.threshold import p_values, percentiles
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.data.sources import DataConfig, ImageSource, open_source
+from ldm_vae.applications.anomaly.detector import Detector, digest, load_detector, models_of, p_values, percentiles
+from ldm_vae.applications.anomaly.evaluation import number
+from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, read_crops, stack
+from ldm_vae.applications.anomaly.scores import Models, measure
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import evenly_spaced, none_readable
+from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import none_readable, spread
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.html_pages import template_environment
-from ldm_vae.evaluation.result_folder import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.evaluation.pages import template_environment
+from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
 from ldm_vae.files import write_json, write_text
-from ldm_vae.latents.words import counted
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.text import pluralize
 
 RESULTS, TABLE, PAGE = "scores.json", "scores.csv", "index.html"
 Row = dict[str, Any]
@@ -138,7 +137,7 @@ def _measure(
     rejected: list[tuple[str, str]],
 ) -> list[Row]:
     """One record an image, the strangest first."""
-    chosen = spread(len(source), config.count)
+    chosen = evenly_spaced(len(source), config.count)
     found: list[Row] = []
     seen = set(detector.seen.tolist())
     for batch in batches(
@@ -205,14 +204,16 @@ def summary(results: dict[str, Any], output: str) -> str:
     flagged = sum(row["verdict"] == "anomalous" for row in rows)
     expected = results["detector"]["false_positive_rate"] * len(rows)
     lines = [
-        f"{output}/index.html: {flagged} of {counted(len(rows), 'image')} found anomalous by {results['by']} (of "
+        f"{output}/index.html: {flagged} of {pluralize(len(rows), 'image')} found anomalous by {results['by']} (of "
         f"normal ones about {expected:.0f} would be called so)"
     ]
     if small := sum(row["enlarged"] for row in rows):
-        lines.append(f"{counted(small, 'image')} smaller than the detector's crop, and enlarged, which alone may show")
+        lines.append(
+            f"{pluralize(small, 'image')} smaller than the detector's crop, and enlarged, which alone may show"
+        )
     if seen := sum(row["seen"] for row in rows):
         lines.append(f"the detector was fitted to {seen} of them, whose percentiles mean little")
     if results["rejected"]:
-        lines.append(f"{counted(len(results['rejected']), 'image')} could not be read; {RESULTS} names them")
+        lines.append(f"{pluralize(len(results['rejected']), 'image')} could not be read; {RESULTS} names them")
     lines += [f"  {row['percentile']:5.1f} %  {row['verdict']:<9}  {row['id']}" for row in rows[:10]]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,26 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications.codec import bench_page, compression
+from ldm_vae.applications.codec import compression
 from ldm_vae.applications.codec.compression import Codec
-from ldm_vae.applications.codec.fitted_model import load_model
-from ldm_vae.applications.codec.quantisation import step_of
-from ldm_vae.autoencoder.fingerprint import fingerprint
-from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
-from ldm_vae.autoencoder.perceptual import LPIPS, Backbone
+from ldm_vae.applications.codec.entropy_models import step_of
+from ldm_vae.applications.codec.format import load_model
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
-from ldm_vae.data import pixels
-from ldm_vae.data.sources import DataConfig, ImageSource, open_source
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import evenly_spaced, none_readable, read_crops
+from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics
-from ldm_vae.evaluation.fidelity import baselines
-from ldm_vae.evaluation.fidelity.measurement import none_readable, read_crops, spread
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.result_folder import (
+from ldm_vae.evaluation import measurement, metrics, pages, plots
+from ldm_vae.evaluation.measurement import code_within
+from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
+from ldm_vae.evaluation.study import (
     alone_in,
     check_made_of,
     check_resolution,
@@ -46,7 +49,10 @@ from ldm_vae.evaluation.result_folder import (
     publishing,
 )
 from ldm_vae.files import write_json, write_png, write_text
-from ldm_vae.random import generator
+from ldm_vae.random import generator, numpy_rng
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
 SELF_FITTED = "ldm-vae, self-fitted"
@@ -82,7 +88,7 @@ class CodecBenchConfig:
     resolution: int = 512
     count: int | None = None
     qualities: list[float] = field(default_factory=lambda: [1.0, 10.0, 20.0, 30.0, 45.0, 65.0])
-    codecs: list[str] = field(default_factory=lambda: list(baselines.available_codecs()))
+    codecs: list[str] = field(default_factory=lambda: list(measurement.available_codecs()))
     codec_qualities: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 35, 55, 75, 90])
     perceptual_net: Backbone | None = None
     perceptual_weights: str | None = None
@@ -105,8 +111,8 @@ class CodecBenchConfig:
         if not all(1 <= quality <= 95 for quality in self.codec_qualities):
             raise UserError(f"codec_qualities: {list(self.codec_qualities)} are not all between 1 and 95")
         for codec in self.codecs:
-            if codec not in baselines.available_codecs():
-                available = ", ".join(baselines.available_codecs())
+            if codec not in measurement.available_codecs():
+                available = ", ".join(measurement.available_codecs())
                 raise UserError(f"codecs: {codec!r} cannot be written here; choose among {available}")
         if self.perceptual_weights is not None and self.perceptual_net is None:
             raise UserError("perceptual_weights: has no effect without perceptual_net; set that too")
@@ -123,7 +129,7 @@ class Measured:
     rows: dict[str, dict[float, dict[str, list[float]]]] = field(default_factory=dict)
     latent: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    examples: list[bench_page.Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, codec: str, quality: float, values: dict[str, float]) -> None:
@@ -159,18 +165,18 @@ def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
             "autoencoder": describe_autoencoder(plain.autoencoder),
             "entropy": models,
             "protocol": _protocol(config, source, measured),
-            **bench_page.summary(measured, config.resolution),
+            **summary(measured, config.resolution),
             "rejected": [{"id": name, "reason": reason} for name, reason in measured.rejected],
             "images": {"ids": measured.ids, "rows": _plain(measured), "latent": measured.latent},
             "config": configuration.to_dict(config),
         }
-        output, page = Path(config.output), bench_page.render(results, measured.examples)
+        output, page = Path(config.output), render(results, measured.examples)
         with publishing(output):
-            for name, svg in bench_page.plot_files(results).items():
+            for name, svg in plot_files(results).items():
                 write_text(output / name, svg)
             if measured.examples:
-                write_png(output / "examples.png", bench_page.sheet(measured.examples))
-            write_text(output / "results.md", bench_page.markdown(results))
+                write_png(output / "examples.png", sheet(measured.examples))
+            write_text(output / "results.md", markdown(results))
             write_text(output / "index.html", page)
             write_json(file, results)
             provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
@@ -202,8 +208,8 @@ def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSou
 
     device = next(iter(codecs.values())).autoencoder.device
     lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device) if config.perceptual_net else None
-    measured, chosen = Measured(), spread(len(source), config.count)
-    shown = {chosen[i] for i in spread(len(chosen), config.examples)} if config.examples else set()
+    measured, chosen = Measured(), evenly_spaced(len(source), config.count)
+    shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
     for index in tqdm(chosen, desc="coding", unit="image", dynamic_ncols=True):
         _, crop = read_crops(source, [index], config.resolution, measured.rejected)
         if crop is None:
@@ -214,12 +220,12 @@ def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSou
         mine = _measure_own(measured, config, codecs, judge, source.id(index))
         for codec in config.codecs:
             for quality in config.codec_qualities:
-                data = baselines.encode_picture(judge.picture, codec, quality)
+                data = measurement.encode_picture(judge.picture, codec, quality)
                 with Image.open(io.BytesIO(data)) as file:
                     values = judge(np.array(file.convert("RGB")))
                 measured.add(codec, float(quality), {"bytes": float(len(data)), **values})
         if index in shown:
-            measured.examples.append(bench_page.example(judge.picture, mine, config.codecs))
+            measured.examples.append(example(judge.picture, mine, config.codecs))
     if not measured.ids:
         raise none_readable(config.output, len(source), measured.rejected)
     return measured
@@ -230,11 +236,11 @@ class Judge:
 
     def __init__(self, original: Tensor, lpips: LPIPS | None) -> None:
         self.original, self.lpips = original, lpips
-        self.picture = pixels.to_pil(original.cpu())[0]
+        self.picture = transforms.to_pil(original.cpu())[0]
 
     def __call__(self, decoded: np.ndarray) -> dict[str, float]:
         """Of uint8 (h, w, 3). MS-SSIM where the sides allow it."""
-        image = pixels.from_uint8(torch.from_numpy(decoded).permute(2, 0, 1)[None]).to(self.original.device)
+        image = transforms.from_uint8(torch.from_numpy(decoded).permute(2, 0, 1)[None]).to(self.original.device)
         values = {"psnr": metrics.psnr(image, self.original)}
         if min(image.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
             values["ms_ssim"] = metrics.ms_ssim(image, self.original)
@@ -257,7 +263,7 @@ def _measure_latent(measured: Measured, config: CodecBenchConfig, codec: Codec, 
             bits_per_pixel(nats, codec.channels, codec.factor),
         )
     for row, (latents, rate) in rows.items():
-        decoded = pixels.to_uint8(decode(codec.autoencoder, latents))[0].permute(1, 2, 0).cpu().numpy()
+        decoded = transforms.to_uint8(decode(codec.autoencoder, latents))[0].permute(1, 2, 0).cpu().numpy()
         values = judge(decoded) | ({} if rate is None else {"kl_bits_per_pixel": rate})
         for metric, value in values.items():
             measured.latent.setdefault(row, {}).setdefault(metric, []).append(value)
@@ -302,6 +308,319 @@ def _protocol(config: CodecBenchConfig, source: ImageSource, measured: Measured)
         "bytes": "whole files, headers counted; entropy models and autoencoders not",
         "average": "per image, then mean over images, rates and qualities alike",
         "lpips": config.perceptual_net,
-        "codecs": {codec: baselines.CODEC_SETTINGS[codec] for codec in config.codecs},
+        "codecs": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
         "versions": {"pillow": PIL.__version__, **provenance.versions()},
     }
+
+
+# Curves of quality over rate, and how far one lies from another: the Bjøntegaard rate difference.
+
+LEAST_POINTS = 3
+"""Of each curve, once what bends back is left out."""
+LEAST_OVERLAP = 0.05
+"""Of the shorter curve's range of quality."""
+
+
+def monotone(rates: Sequence[float], qualities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Both by rising rate, without points that cost more and are no better."""
+    kept: list[tuple[float, float]] = []
+    for rate, quality in sorted(zip(rates, qualities)):
+        if not kept or (quality > kept[-1][1] and rate > kept[-1][0]):
+            kept.append((rate, quality))
+    found = np.array(kept, np.float64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def bd_rate(
+    rates: Sequence[float], qualities: Sequence[float], other_rates: Sequence[float], other_qualities: Sequence[float]
+) -> float | None:
+    """Mean difference of rate at equal quality in percent of the other curve's; below 0 the first one is smaller.
+
+    The logarithms of the rates are joined by monotone piecewise cubics and averaged over the qualities that both
+    curves reach (Bjøntegaard, VCEG-M33; piecewise as in VCEG-AI11). None where they share too few.
+
+    Args:
+        rates: any unit above 0; qualities: higher is better.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    first, second = monotone(rates, qualities), monotone(other_rates, other_qualities)
+    if min(len(first[0]), len(second[0])) < LEAST_POINTS:
+        return None
+    low, high = (f(first[1][end], second[1][end]) for f, end in ((max, 0), (min, -1)))
+    shorter = min(curve[1][-1] - curve[1][0] for curve in (first, second))
+    if high - low < LEAST_OVERLAP * shorter:
+        return None
+    means = [
+        float(PchipInterpolator(quality, np.log(rate)).integrate(low, high)) / (high - low)
+        for rate, quality in (first, second)
+    ]
+    return 100.0 * float(np.expm1(means[0] - means[1]))
+
+
+def rate_at(rates: Sequence[float], qualities: Sequence[float], quality: float) -> float | None:
+    """The rate at which a curve reaches a quality; None outside of it."""
+    from scipy.interpolate import PchipInterpolator
+
+    x, y = monotone(rates, qualities)
+    if len(x) < LEAST_POINTS or not y[0] <= quality <= y[-1]:
+        return None
+    return float(np.exp(PchipInterpolator(y, np.log(x))(quality)))
+
+
+# The results of `codec-bench` in figures, words (`results.md`), plots and one page (`index.html`).
+
+Results = dict[str, Any]
+
+RESAMPLES = 100
+LOWER_IS_BETTER = ("lpips",)
+METRICS = ("psnr", "ms_ssim", "ssim", "lpips")
+OURS = "ldm-vae"
+SHEET_SIDE = 256
+SAMPLE = "decode(sample)"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Pictures of one image, each with its name and bytes; the original has none."""
+
+    pictures: list[tuple[str, int | None, Image.Image]]
+
+
+def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequence[str]) -> Example:
+    """The original, this codec's picture, and each codec's largest file of at most as many bytes."""
+    size_bytes, decoded = mine
+    pictures: list[tuple[str, int | None, Image.Image]] = [
+        ("original", None, original),
+        (OURS, size_bytes, Image.fromarray(decoded)),
+    ]
+    for codec in codecs:
+        coded = code_within(original, codec, size_bytes)
+        name = codec if coded.fits else f"{codec}, its smallest file"
+        pictures.append((name, coded.size_bytes, coded.picture))
+    return Example(pictures)
+
+
+def summary(measured: Measured, resolution: int) -> Results:
+    """Mean curves, their differences of rate, the gap to the ideal code length, and seconds."""
+    per_byte = 8 / resolution**2
+    curves: dict[str, list[dict[str, float]]] = {}
+    for codec, rows in measured.rows.items():
+        curves[codec] = []
+        for quality, values in rows.items():
+            point = {"quality": quality, "bits_per_pixel": per_byte * float(np.mean(values["bytes"]))}
+            if "ideal_bits" in values:
+                point["ideal_bits_per_pixel"] = float(np.mean(values["ideal_bits"])) / resolution**2
+            point |= {name: float(np.mean(values[name])) for name in METRICS if name in values}
+            curves[codec].append(point)
+    latent = {
+        row: {metric: float(np.mean(values)) for metric, values in named.items()}
+        for row, named in measured.latent.items()
+    }
+    return {
+        "curves": curves,
+        "bd_rate": _differences(measured),
+        "latent": latent,
+        "kl_gap": _kl_gap(curves, latent),
+        "seconds": {name: float(np.median(values)) for name, values in measured.seconds.items()},
+    }
+
+
+def _signed(metric: str, values: Any) -> Any:
+    return -np.asarray(values) if metric in LOWER_IS_BETTER else np.asarray(values)
+
+
+def _differences(measured: Measured) -> list[dict[str, Any]]:
+    """BD-rates of this codec's curves to the others and to its own before, with 95 % bootstrap intervals."""
+    names = list(measured.rows)
+    found = []
+    for number, test in enumerate(names):
+        if not test.startswith(OURS):
+            continue
+        for anchor in (name for name in names if name in names[:number] or not name.startswith(OURS)):
+            first = next(iter(measured.rows[test].values()))
+            for metric in (name for name in METRICS if name in first):
+                found.append(
+                    {"codec": test, "anchor": anchor, "metric": metric, **_difference(measured, test, anchor, metric)}
+                )
+    return found
+
+
+def _difference(measured: Measured, test: str, anchor: str, metric: str) -> dict[str, float | None]:
+    def table(codec: str, key: str) -> np.ndarray:
+        return np.array([values[key] for values in measured.rows[codec].values()])  # (qualities, images)
+
+    tables = [table(test, "bytes"), _signed(metric, table(test, metric))]
+    tables += [table(anchor, "bytes"), _signed(metric, table(anchor, metric))]
+
+    def at(images: Any) -> float | None:
+        return bd_rate(*(values[:, images].mean(axis=1) for values in tables))
+
+    count = tables[0].shape[1]
+    percent = at(slice(None))
+    if percent is None:
+        return {"percent": None, "low": None, "high": None}
+    picks = numpy_rng(0, "codec-bench").integers(count, size=(RESAMPLES, count))
+    drawn = [value for pick in picks if (value := at(pick)) is not None]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (percent, percent)
+    return {"percent": percent, "low": float(low), "high": float(high)}
+
+
+def _kl_gap(curves: dict[str, list[dict[str, float]]], latent: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Rate of each of this codec's curves at the PSNR that a posterior sample decodes to, beside the KL's."""
+    sample = latent.get(SAMPLE)
+    if sample is None:
+        return {}
+    rates = {
+        name: rate_at([p["bits_per_pixel"] for p in points], [p["psnr"] for p in points], sample["psnr"])
+        for name, points in curves.items()
+        if name.startswith(OURS)
+    }
+    return {"kl_bits_per_pixel": sample["kl_bits_per_pixel"], "psnr": sample["psnr"], "file_bits_per_pixel": rates}
+
+
+def measured_metrics(results: Results) -> list[str]:
+    """The metrics that every point has."""
+    return [name for name in METRICS if name in next(iter(results["curves"].values()))[0]]
+
+
+def markdown(results: Results) -> str:
+    """`results.md`: differences of rate, every point, the gaps and the protocol."""
+    names, protocol = measured_metrics(results), results["protocol"]
+    lines = ["| rate at equal quality | " + " | ".join(METRIC_TITLES[name] for name in names) + " |"]
+    lines += ["|---|" + "---|" * len(names)]
+    lines += [f"| {pair} | " + " | ".join(cells) + " |" for pair, cells in difference_rows(results)]
+    lines += [
+        "",
+        "Bjøntegaard difference of rate over the range of quality that both curves reach, with its 95 % bootstrap "
+        "interval over images; below 0 the first needs fewer bytes; none: the curves share no range.",
+        "",
+        "| codec | quality | bits/pixel | ideal | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for codec, points in results["curves"].items():
+        for point in points:
+            ideal = point.get("ideal_bits_per_pixel")
+            cells = [f"{point['quality']:g}", f"{point['bits_per_pixel']:.4f}", "" if ideal is None else f"{ideal:.4f}"]
+            lines.append(f"| {codec} | " + " | ".join([*cells, *(f"{point[name]:.4g}" for name in names)]) + " |")
+    lines += ["", *sentences(results)]
+    images = protocol["images"]
+    lines += [
+        f"{pluralize(images['count'], 'image')} ({images['part']}), "
+        f"{protocol['resolution']} x {protocol['resolution']}; "
+        f"{protocol['bytes']}; {protocol['average']}. JPEG 4:2:0 and optimised."
+        + (f" LPIPS with {net}: it flatters what was trained with it." if (net := protocol["lpips"]) else ""),
+        f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def difference_rows(results: Results) -> list[tuple[str, list[str]]]:
+    """`A against B` and a cell for each metric."""
+    names = measured_metrics(results)
+    found: dict[str, dict[str, str]] = {}
+    for entry in results["bd_rate"]:
+        row = found.setdefault(f"{entry['codec']} against {entry['anchor']}", dict.fromkeys(names, "none"))
+        if entry["percent"] is not None:
+            row[entry["metric"]] = f"{entry['percent']:+.1f} % [{entry['low']:+.1f}, {entry['high']:+.1f}]"
+    return [(pair, list(row.values())) for pair, row in found.items()]
+
+
+def sentences(results: Results) -> list[str]:
+    """What stands between a file and the ideal, and what a perfect file would be limited by."""
+    lines, mean = [], results["latent"]["decode(mean)"]
+    lines.append(f"Without quantisation the autoencoder gives {mean['psnr']:.2f} dB: no quality goes beyond.")
+    for name, points in results["curves"].items():
+        if name.startswith(OURS):
+            excess = [p["bits_per_pixel"] / p["ideal_bits_per_pixel"] - 1 for p in points]
+            lines.append(
+                f"{name}: files are {100 * min(excess):.1f} to {100 * max(excess):.1f} % longer than the code length "
+                "of their own entropy model (header and rounding)."
+            )
+    gap = results["kl_gap"]
+    if gap:
+        lines.append(
+            f"The KL is {gap['kl_bits_per_pixel']:.4f} bits per pixel, the ideal code length of a posterior sample, "
+            f"which decodes to {gap['psnr']:.2f} dB. Files of that PSNR:"
+        )
+        for name, rate in gap["file_bits_per_pixel"].items():
+            told = "outside of the curve" if rate is None else (
+                f"{rate:.4f} bits per pixel, {100 * (rate / gap['kl_bits_per_pixel'] - 1):+.1f} %"
+            )  # fmt: skip
+            lines.append(f"{name}: {told}.")
+    return [line + "\n" for line in lines]
+
+
+def plot(results: Results, metric: str) -> str:
+    """The curves of one metric over the rate, as an `<svg>` element."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, (axes,) = pages.new_figure(width=6.4, height=4.0)
+    for number, (codec, points) in enumerate(results["curves"].items()):
+        ordered = sorted(points, key=lambda point: point["bits_per_pixel"])
+        ours = codec.startswith(OURS)
+        axes.plot(
+            [point["bits_per_pixel"] for point in ordered], [point[metric] for point in ordered],
+            color=pages.COLOURS[number % len(pages.COLOURS)], marker="o", markersize=3.5,
+            linewidth=1.9 if ours else 1.2, linestyle="-" if ours else (0, (4, 2)),
+            label=codec.replace("$", r"\$"),  # no formula
+        )  # fmt: skip
+    sample = results["latent"].get(SAMPLE)
+    if sample is not None:
+        axes.plot(
+            [sample["kl_bits_per_pixel"]], [sample[metric]], color=pages.INK, marker="D", markersize=5,
+            linestyle="none", label="KL, posterior sample",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("bits per pixel")
+    axes.set_ylabel(METRIC_TITLES[metric])
+    pages.style(axes)
+    pages.legend(axes)
+    return plots.page_svg(figure, f"{METRIC_TITLES[metric]} over bits per pixel")
+
+
+def plot_files(results: Results) -> dict[str, str]:
+    """File name -> a stand-alone SVG on white."""
+    start = '<?xml version="1.0" encoding="utf-8"?>\n<svg style="background: #fff"'
+    return {f"rate_{name}.svg": plot(results, name).replace("<svg", start, 1) for name in measured_metrics(results)}
+
+
+def sheet(examples: Sequence[Example]) -> Image.Image:
+    """The middle of every example picture, a row an image, each with its name and bytes."""
+    images, labels = [], []
+    for one in examples:
+        for name, size, picture in one.pictures:
+            left, top = picture.width // 4, picture.height // 4
+            images.append(picture.crop((left, top, picture.width - left, picture.height - top)))
+            labels.append(name + "\n" + ("" if size is None else f"{size:,} bytes"))
+    return labelled_sheet(images, labels, side=SHEET_SIDE, columns=len(examples[0].pictures))
+
+
+def render(results: Results, examples: Sequence[Example]) -> str:
+    """The page as HTML text."""
+    from markupsafe import Markup
+
+    names = measured_metrics(results)
+    captions = {name: "Lower is better." if name in LOWER_IS_BETTER else "Higher is better." for name in names}
+    context = {
+        "results": results,
+        "metrics": [METRIC_TITLES[name] for name in names],
+        "plots": [
+            (METRIC_TITLES[name], "over bits per pixel of whole files", captions[name], Markup(plot(results, name)))
+            for name in names
+        ],
+        "differences": difference_rows(results),
+        "sentences": sentences(results),
+        "examples": [_shown(one) for one in examples],
+    }
+    return template_environment().get_template("codec.html").render(context)
+
+
+def _shown(one: Example) -> list[tuple[str, Picture]]:
+    return [
+        (name if size is None else f"{name}, {size:,} bytes", embed_image(picture, name))
+        for name, size, picture in one.pictures
+    ]

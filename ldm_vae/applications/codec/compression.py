@@ -18,17 +18,24 @@ import numpy as np
 import torch
 
 from ldm_vae.applications.codec import entropy_models, format
-from ldm_vae.applications.codec.entropy_models import EntropyModel, StaticModel
-from ldm_vae.applications.codec.fitted_model import FittedModel, load_model, short_fingerprint
-from ldm_vae.applications.codec.quantisation import Grid, TooFine, channel_means, channel_units, step_of
-from ldm_vae.applications.codec.tables import best_scale
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, token_fingerprint
-from ldm_vae.autoencoder.interface import decode, encode_moments, is_deterministic
+from ldm_vae.applications.codec.entropy_models import (
+    EntropyModel,
+    Grid,
+    StaticModel,
+    TooFine,
+    best_scale,
+    channel_means,
+    channel_units,
+    step_of,
+)
+from ldm_vae.applications.codec.format import FittedModel, load_model, short_fingerprint
+from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.data import pixels
+from ldm_vae.autoencoder.weights import encoder_fingerprint, token_fingerprint
+from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.baselines import largest_within
+from ldm_vae.evaluation.measurement import largest_within
 
 LEVELS_PER_QUALITY = 16
 """Of the search for a size."""
@@ -102,7 +109,7 @@ def analyse(codec: Codec, image: np.ndarray, name: str) -> Analysed:
     height, width = image.shape[:2]
     if max(height, width) > format.LARGEST_SIDE or height * width > format.MOST_PIXELS:
         raise UserError(f"{name}: {width} x {height} is too large to compress; reduce or cut the picture")
-    tensor = pixels.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(codec.autoencoder.device)
+    tensor = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(codec.autoencoder.device)
     mean, logvar = encode_moments(codec.autoencoder, tensor)
     if not bool(torch.isfinite(mean).all()):
         raise UserError(f"{name}: the autoencoder gives latents that are not finite; it is damaged or diverged")
@@ -219,7 +226,7 @@ def picture_of(codec: Codec, latents: np.ndarray, height: int, width: int) -> np
     """What latents (c, h/f, w/f) decode to, cropped to uint8 (height, width, 3)."""
     tensor = torch.from_numpy(latents)[None].to(codec.autoencoder.device)
     image = decode(codec.autoencoder, tensor)[0, :, :height, :width]
-    return pixels.to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy()
+    return transforms.to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy()
 
 
 def _decompress(codec: Codec, header: format.Header, data: list[bytes], name: str) -> np.ndarray:

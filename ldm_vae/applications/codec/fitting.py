@@ -18,27 +18,33 @@ from torch import Tensor, nn
 
 from ldm_vae.applications.codec import entropy_models
 from ldm_vae.applications.codec.compression import identity
-from ldm_vae.applications.codec.fitted_model import LARGEST_INTEGER, FittedModel, Kind
-from ldm_vae.applications.codec.integer_network import HIDDEN, LARGEST_ACTIVATION, OUTPUTS, VALUE_BITS, flat_weights
-from ldm_vae.applications.codec.passes import (
+from ldm_vae.applications.codec.entropy_models import (
     CROSS,
     EARLIER_CHANNELS,
+    HIDDEN,
+    LARGEST_ACTIVATION,
     MARGIN,
+    OUTPUTS,
     ROLES,
+    STEP_DENOMINATOR,
+    VALUE_BITS,
+    Grid,
     Pass,
+    channel_units,
+    flat_weights,
     input_count,
     passes,
+    step_of,
 )
-from ldm_vae.applications.codec.quantisation import STEP_DENOMINATOR, Grid, channel_units, step_of
-from ldm_vae.autoencoder.interface import is_deterministic
+from ldm_vae.applications.codec.format import LARGEST_INTEGER, FittedModel, Kind
+from ldm_vae.autoencoder.base import is_deterministic
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.errors import UserError
-from ldm_vae.latents.dataset import LatentDataset, Posterior
-from ldm_vae.latents.manifest import read_manifest
-from ldm_vae.latents.tools.decode import check_autoencoder
-from ldm_vae.latents.tools.samples import evenly
-from ldm_vae.latents.words import counted
+from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
+from ldm_vae.latents.format import read_manifest
+from ldm_vae.latents.inspect import check_autoencoder
 from ldm_vae.random import numpy_rng
+from ldm_vae.utils.text import pluralize
 
 STATISTICS_SAMPLES = 256
 HELD_OUT = 0.1
@@ -119,7 +125,7 @@ def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any) -> 
     check_autoencoder(dataset.manifest, autoencoder, f"autoencoder: {config.autoencoder}")
     if len(dataset) < LEAST_SAMPLES:
         raise UserError(
-            f"{config.latents}: {counted(len(dataset), 'sample')} cannot be enough; give {LEAST_SAMPLES} or more"
+            f"{config.latents}: {pluralize(len(dataset), 'sample')} cannot be enough; give {LEAST_SAMPLES} or more"
         )
     if config.kind == "context" and channels > MOST_CONTEXT_CHANNELS:
         raise UserError(

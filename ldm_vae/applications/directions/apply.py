@@ -9,30 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.applications.directions.editing import Box, box_mask, edited, latent_mask
-from ldm_vae.applications.directions.files import load_directions
-from ldm_vae.applications.directions.samples import check_continuous, pool
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
-from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.applications.directions.fitting import check_continuous, load_directions, pool
+from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import downsampling, load_autoencoder
-from ldm_vae.data import pixels
-from ldm_vae.data.decoding import ImageRejected, decode_image
-from ldm_vae.data.local_file import read_regular_file
-from ldm_vae.data.sheets import PAPER, labelled_sheet, side_by_side
-from ldm_vae.data.transforms import cover_crop
+from ldm_vae.autoencoder.weights import encoder_fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.transforms import pad_to_multiple, resize_center_crop
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.pictures import find_pictures
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
+from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.files import system_errors_explained, write_png
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.tools.decode import choose
-from ldm_vae.latents.tools.place import open_set_folder
+from ldm_vae.latents.format import open_set_folder
+from ldm_vae.latents.inspect import choose
 from ldm_vae.storage import open_folder
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.image_grid import PAPER, labelled_sheet, side_by_side
 
 SHEET_IMAGES = 24
 CELL = 192
@@ -126,7 +125,7 @@ def apply_direction(
             mask = read_mask(settings, height, width, factor)
             moved = edited(latent, direction.vector, settings.strengths, mask)
             decoded = torch.cat([decode(autoencoder, one[None]).cpu() for one in moved])[..., :height, :width]
-            row = pixels.to_pil(decoded)
+            row = transforms.to_pil(decoded)
             for strength, picture in zip(settings.strengths, row):
                 write_png(folder / f"{name}_{file_mark(strength)}.png", picture)
             write_png(folder / f"{name}_strip.png", side_by_side(row))
@@ -167,8 +166,8 @@ def _encoded(
             rejected.append((str(path), str(error)))
             continue
         if settings.size is not None:
-            image = cover_crop(image, settings.size)
-        tensor = pixels.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(autoencoder.device)
+            image = resize_center_crop(image, settings.size)
+        tensor = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(autoencoder.device)
         latent, _ = encode_moments(autoencoder, tensor)
         pool(latent, name)  # refuses what is not finite
         yield name, latent, (image.shape[0], image.shape[1])
@@ -206,3 +205,51 @@ def read_mask(settings: ApplySettings, height: int, width: int, factor: int) -> 
         )
     values = torch.from_numpy(image.copy()).float().mean(dim=2)[None, None] / 255
     return latent_mask(values, factor, feather)
+
+
+# Moving latents along a direction, everywhere or where a mask says; pure functions of tensors.
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels, right and bottom not included."""
+
+
+def edited(latent: Tensor, vector: np.ndarray, strengths: Sequence[float], mask: Tensor | None = None) -> Tensor:
+    """A latent (1, c, h, w) moved by each of s strengths along `vector` (c,), (s, c, h, w).
+
+    `mask`: (1, 1, h, w), 0 to 1, how far each position moves; None: all of them. A strength of 0 changes nothing.
+    """
+    move = torch.from_numpy(vector).to(latent).view(1, -1, 1, 1)
+    amounts = torch.tensor(strengths, dtype=torch.float64).to(latent).view(-1, 1, 1, 1)
+    return latent + amounts * move * (1.0 if mask is None else mask.to(latent))
+
+
+def latent_mask(mask: Tensor, factor: int, feather: float) -> Tensor:
+    """A mask of pixels (1, 1, H, W), 0 to 1, at latent resolution (1, 1, h, w): the covered share of each position,
+    softened by a Gaussian with a standard deviation of `feather` positions.
+
+    Raises:
+        UserError: the mask is empty.
+    """
+    small = F.avg_pool2d(pad_to_multiple(mask.float(), factor), factor)
+    if not bool((small > 0).any()):
+        raise UserError("mask: is empty, so that nothing would change; paint white what may change")
+    if feather <= 0:
+        return small
+    radius = max(1, round(3 * feather))
+    weights = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * feather**2)).to(small)
+    weights = weights / weights.sum()
+    padded = F.pad(small, (radius, radius, radius, radius), mode="replicate")
+    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+
+
+def box_mask(box: Box, height: int, width: int) -> Tensor:
+    """(1, 1, height, width), 1 inside. Raises: UserError for a box that is empty or not inside."""
+    left, top, right, bottom = box
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise UserError(
+            f"box: {left},{top},{right},{bottom} is no box inside an image of {width} x {height} pixels; give "
+            "left,top,right,bottom"
+        )
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., top:bottom, left:right] = 1
+    return mask

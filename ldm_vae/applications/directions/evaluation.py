@@ -14,30 +14,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications.directions import known, measured
-from ldm_vae.applications.directions.editing import edited
-from ldm_vae.applications.directions.files import load_directions
-from ldm_vae.applications.directions.fitting import Direction, scaled
-from ldm_vae.applications.directions.judgement import Row, judge, slopes
-from ldm_vae.applications.directions.known import Attribute
-from ldm_vae.applications.directions.page import write_page
-from ldm_vae.applications.directions.reader import AttributeReader, reduced, train_reader
-from ldm_vae.applications.directions.samples import LABELS, PIXELS, SCENE, check_continuous, distinct, pool, select
-from ldm_vae.autoencoder.interface import decode, encode_moments
+from ldm_vae.applications.directions import attributes
+from ldm_vae.applications.directions.apply import edited
+from ldm_vae.applications.directions.attributes import Attribute, AttributeReader, reduced, train_reader
+from ldm_vae.applications.directions.fitting import (
+    LABELS,
+    PIXELS,
+    SCENE,
+    Direction,
+    check_continuous,
+    distinct,
+    load_directions,
+    pool,
+    scaled,
+    select,
+)
+from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.data import pixels
+from ldm_vae.data import transforms
+from ldm_vae.data.samples import read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics
-from ldm_vae.evaluation.fidelity.measurement import read_crops
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.evaluation.result_folder import (
+from ldm_vae.evaluation import metrics, pages
+from ldm_vae.evaluation.metrics import bootstrap_interval
+from ldm_vae.evaluation.pages import embed_image
+from ldm_vae.evaluation.study import (
     alone_in,
     check_made_of,
     check_resolution,
@@ -45,9 +53,12 @@ from ldm_vae.evaluation.result_folder import (
     finished_result,
     publishing,
 )
-from ldm_vae.files import write_json
-from ldm_vae.latents.words import counted
+from ldm_vae.evaluation.sweep import Drawing, Table, markdown_table, render
+from ldm_vae.files import write_json, write_text
 from ldm_vae.random import numpy_rng
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.image_grid import side_by_side
+from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
 READABLE = 0.7
@@ -118,8 +129,8 @@ class Measurer:
 
     def measure(self, images: Tensor) -> np.ndarray:
         """Images (n, 3, h, w) in [-1, 1] -> (n, k) float64, after an 8-bit round trip."""
-        images = pixels.from_uint8(pixels.to_uint8(images))
-        found = [value.double()[:, None] for value in measured.measure(images).values()]
+        images = transforms.from_uint8(transforms.to_uint8(images))
+        found = [value.double()[:, None] for value in attributes.measure(images).values()]
         if self.reader is not None:
             found.append(self.reader(reduced(images).cpu())[:, self.columns].double())
         return torch.cat([one.cpu() for one in found], dim=1).numpy()
@@ -148,7 +159,7 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
         indices, images = read_crops(source, indices, config.resolution, rejected)
         if images is None or len(indices) < LEAST_IMAGES:
             raise UserError(
-                f"data: {counted(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
+                f"data: {pluralize(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
             )
         latents = [encode_moments(autoencoder, image[None].to(autoencoder.device))[0] for image in images]
         pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(latents, indices)])
@@ -175,7 +186,9 @@ def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = Fals
                 "fitted_to": found.images,
                 "versions": provenance.versions(),
             },
-            "identity_psnr_db": float(metrics.psnr(pixels.from_uint8(pixels.to_uint8(unedited)), images).mean()),
+            "identity_psnr_db": float(
+                metrics.psnr(transforms.from_uint8(transforms.to_uint8(unedited)), images).mean()
+            ),
             "attributes": measurer.names,
             "readable": readable,
             "rows": [asdict(row) for row in rows],
@@ -199,7 +212,7 @@ def make_measurer(
 ) -> tuple[Measurer, dict[str, float]]:
     """And for every attribute that is read: the correlation of reading and truth on reconstructions."""
     if not config.attributes_from:
-        return Measurer(list(measured.MEASURED), None, []), {}
+        return Measurer(list(attributes.MEASURED), None, []), {}
     _, training = select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
     overlap = set(indices)
     training, pictures = read_small(source, [i for i in training if i not in overlap], config.resolution)
@@ -210,7 +223,7 @@ def make_measurer(
         )
     reader = train_reader(pictures, wanted, config.reader_epochs, config.seed)
     truth = {a.name: a for a in attributes_of(config, source, indices, least=False)}
-    readings = reader(reduced(pixels.from_uint8(pixels.to_uint8(unedited)))).double().numpy()
+    readings = reader(reduced(transforms.from_uint8(transforms.to_uint8(unedited)))).double().numpy()
     readable: dict[str, float] = {}
     for k, attribute in enumerate(wanted):
         values = truth[attribute.name].values if attribute.name in truth else np.zeros(len(indices))
@@ -218,7 +231,9 @@ def make_measurer(
         varied = rows.sum() >= LEAST_IMAGES and values[rows].std() > 0 and readings[rows, k].std() > 0
         readable[attribute.name] = float(np.corrcoef(values[rows], readings[rows, k])[0, 1]) if varied else 0.0
     columns = [k for k, a in enumerate(wanted) if readable[a.name] >= READABLE]
-    names = distinct([Attribute(name, np.empty(0), False) for name in measured.MEASURED] + [wanted[k] for k in columns])
+    names = distinct(
+        [Attribute(name, np.empty(0), False) for name in attributes.MEASURED] + [wanted[k] for k in columns]
+    )
     return Measurer([a.name for a in names], reader, columns), readable
 
 
@@ -229,13 +244,13 @@ def attributes_of(
     found: list[Attribute] = []
     for origin in config.attributes_from:
         if origin == SCENE:
-            found += known.of_scenes(known.scene_source(source), indices)
+            found += attributes.of_scenes(attributes.scene_source(source), indices)
         elif origin == LABELS:
             labels = np.array([source.label(index) for index in indices], np.int64)
             if least or len(set(labels.tolist()) - {-1}) > 1:
-                found += known.of_classes(labels, source.label_names, "labels")
+                found += attributes.of_classes(labels, source.label_names, "labels")
         else:
-            found += known.of_table(origin, [source.id(index) for index in indices], config.circles)
+            found += attributes.of_table(origin, [source.id(index) for index in indices], config.circles)
     return distinct(found)
 
 
@@ -247,9 +262,10 @@ def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> 
         if image is not None:
             found += read
             pictures.append(reduced(image))
-    if len(found) < known.LEAST_IMAGES:
+    if len(found) < attributes.LEAST_IMAGES:
         raise UserError(
-            f"reader_images: {counted(len(found), 'image')} to train the reader on; {known.LEAST_IMAGES} are the least"
+            f"reader_images: {pluralize(len(found), 'image')} to train the reader on; "
+            f"{attributes.LEAST_IMAGES} are the least"
         )
     return found, torch.cat(pictures)
 
@@ -312,3 +328,213 @@ def _shown(directions: Sequence[Direction]) -> Any:
     from tqdm import tqdm
 
     return tqdm(directions, desc="editing", unit="direction", dynamic_ncols=True, leave=False)
+
+
+# What the edits changed, in words and figures: change of the target, drift of the others, monotonicity, a verdict.
+
+LEAST_CHANGE = 0.1
+"""Standard deviations for a strength of 1; what is below is no edit."""
+STEADY = 0.9
+"""Spearman correlation of strength and attribute, mean over images."""
+TOGETHER = 0.5
+"""Correlation over unedited images from which two attributes are called the same thing, not drift."""
+TOLD = {"AUROC": 0.75, "R2": 0.2}
+"""From here on pooled latents are said to tell an attribute."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One direction.
+
+    Attributes:
+        target: its attribute; without labels the one that it changes most; None where that one cannot be measured.
+        change: of the target, mean over images, with its 95 % interval.
+        monotonicity: Spearman correlation of strength and target, mean over images.
+        drift: attribute -> rms change over images, for those that do not go together with the target.
+        along: attributes that do.
+        verdict: one of the keys of VERDICTS.
+    """
+
+    name: str
+    target: str | None
+    told: dict[str, Any]
+    change: float | None
+    interval: tuple[float, float] | None
+    monotonicity: float | None
+    drift: dict[str, float]
+    along: list[str]
+    verdict: str
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The attribute that drifts most."""
+        name = max(self.drift, key=self.drift.__getitem__, default=None)
+        return None if name is None else (name, self.drift[name])
+
+
+VERDICTS = {
+    "works": "moves its attribute steadily, and more than any other",
+    "entangled": "moves its attribute steadily, but another one at least as much",
+    "unsteady": "moves its attribute, but not in every image the same way: up in one, down in another",
+    "not told": "does not move it: pooled latents do not tell it, it lies in the arrangement of positions",
+    "not moved": (
+        "does not move it, although pooled latents tell it: by what goes along with it, or because one shift "
+        "raises it here and lowers it there"
+    ),
+    "wrong way": "moves its attribute the wrong way",
+    "unread": "cannot be judged: nobody reads this attribute off edited images well enough",
+    "unnamed": "was fitted without labels; the target is what it changes most",
+}
+
+
+def slopes(values: np.ndarray, strengths: Sequence[float], deviations: np.ndarray) -> np.ndarray:
+    """Values (n, s, k) of n images at s strengths -> change for a strength of 1 (n, k), least squares over strengths,
+    in `deviations` (k,)."""
+    s = np.asarray(strengths) - np.mean(strengths)
+    return np.einsum("s,nsk->nk", s, values) / (s @ s) / deviations
+
+
+def monotonicity(values: np.ndarray, strengths: Sequence[float]) -> float:
+    """Mean over images of Spearman's correlation of strengths (s,) and values (n, s); a constant row counts 0."""
+    x = rankdata(strengths)
+    x = x - x.mean()
+    found = []
+    for row in values:
+        y = rankdata(row)
+        y = y - y.mean()
+        found.append(float(x @ y / np.sqrt((x @ x) * (y @ y))) if y.any() else 0.0)
+    return float(np.mean(found))
+
+
+def judge(
+    direction: Direction,
+    names: Sequence[str],
+    values: np.ndarray,
+    strengths: Sequence[float],
+    deviations: np.ndarray,
+    correlations: np.ndarray,
+) -> Row:
+    """Values (n, s, k) of the attributes `names` at s strengths; `correlations` (k, k) over unedited images."""
+    change = slopes(values, strengths, deviations)
+    means, sizes = change.mean(axis=0), np.sqrt(np.square(change).mean(axis=0))
+    if direction.attribute is not None and direction.attribute not in names:
+        return Row(direction.name, direction.attribute, direction.told, None, None, None, {}, [], "unread")
+    target = int(np.abs(means).argmax()) if direction.attribute is None else list(names).index(direction.attribute)
+    along = [name for k, name in enumerate(names) if k != target and abs(correlations[target, k]) >= TOGETHER]
+    drift = {name: float(sizes[k]) for k, name in enumerate(names) if k != target and name not in along}
+    row = Row(
+        direction.name, names[target], direction.told, float(means[target]), bootstrap_interval(change[:, target]),
+        monotonicity(values[:, :, target], strengths), drift, along, "",
+    )  # fmt: skip
+    return Row(**{**vars(row), "verdict": _verdict(row, direction.attribute is not None)})
+
+
+def _verdict(row: Row, labelled: bool) -> str:
+    assert row.change is not None
+    assert row.monotonicity is not None
+    if not labelled:
+        return "unnamed"
+    if abs(row.change) < LEAST_CHANGE:
+        return "not moved" if row.told["value"] >= TOLD[row.told["measure"]] else "not told"
+    if row.change < 0:
+        return "wrong way"
+    if row.monotonicity < STEADY:
+        return "unsteady"
+    return "entangled" if row.worst is not None and row.worst[1] >= row.change else "works"
+
+
+HEADINGS = [
+    "direction", "target", "told by pooled latents", "change of target", "monotonicity", "largest drift", "verdict",
+]  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """The row of a table, as text."""
+    told = f"{row.told['measure']} {row.told['value']:.2f}"
+    if row.change is None or row.interval is None:
+        return [row.name, row.target or "", told, "", "", "", row.verdict]
+    low, high = row.interval
+    change = f"{row.change:+.2f} ({low:+.2f} to {high:+.2f})"
+    worst = "" if row.worst is None else f"{row.worst[0]} {row.worst[1]:.2f}"
+    return [row.name, row.target or "", told, change, f"{row.monotonicity:+.2f}", worst, row.verdict]
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Each verdict that occurs, what it means, and the directions that have it."""
+    found = []
+    for verdict, meaning in VERDICTS.items():
+        having = [row.name for row in rows if row.verdict == verdict]
+        if having:
+            found.append(f"{verdict}: {meaning}. {', '.join(having)}.")
+    return found
+
+
+# The result of `directions evaluate` for people: results.md, index.html with the matrix of changes, and strips.
+
+STRIP_SIDE = 900
+
+
+def write_page(
+    folder: Path, results: dict[str, Any], rows: Sequence[Row], strips: Sequence[tuple[Row, list[Tensor]]]
+) -> None:
+    """Write results.md and index.html."""
+    table, notes = [cells(row) for row in rows], notes_of(results)
+    write_text(folder / "results.md", markdown(results, rows))
+    drawing = Drawing(
+        matrix_svg(results),
+        "Change of every attribute (across) by every direction (down) for a strength of 1, in standard deviations "
+        "of the attribute over unedited images; orange up, blue down. One dark cell a row is what is wanted.",
+    )
+    pictures = []
+    for row, images in strips:
+        for number, image in enumerate(images):
+            text = f"{row.name}: {row.verdict}" + (f", image {number + 1}" if len(images) > 1 else "")
+            pictures.append(embed_image(side_by_side(transforms.to_pil(image)), text, STRIP_SIDE))
+    html = render(
+        "Directions", f"What each direction changes, on {results['protocol']['images']['count']} images.",
+        sentences(rows), [drawing], [Table(HEADINGS, table, notes)], pictures,
+    )  # fmt: skip
+    write_text(folder / "index.html", html)
+
+
+def markdown(results: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The text of results.md."""
+    table = markdown_table(HEADINGS, [cells(row) for row in rows])
+    lines = ["# Directions", "", *table, "", *[f"{note}\n" for note in notes_of(results)]]
+    return "\n".join([*lines, *[f"- {sentence}" for sentence in sentences(rows)]]) + "\n"
+
+
+def notes_of(results: dict[str, Any]) -> list[str]:
+    """What has to be known to read the table."""
+    config = results["config"]
+    found = [
+        f"Change: standard deviations of the attribute for a strength of 1, mean over "
+        f"{results['protocol']['images']['count']} images with its 95 % interval; strengths {config['strengths']}. "
+        "Monotonicity: Spearman's correlation of strength and attribute, mean over images. Drift: rms change of "
+        "another attribute that does not go together with the target in unedited images.",
+        f"At strength 0 the pictures are reconstructions, {results['identity_psnr_db']:.2f} dB PSNR to the originals.",
+    ]
+    random = ", ".join(f"{name} {value:.2f}" for name, value in results["random_direction"].items())
+    found.append(f"Random directions of the same length change: {random} (rms).")
+    if results["readable"]:
+        read = ", ".join(f"{name} {value:.2f}" for name, value in results["readable"].items())
+        found.append(f"Attributes read by a network, correlation with the truth on reconstructions: {read}.")
+    return found
+
+
+def matrix_svg(results: dict[str, Any]) -> str:
+    """The matrix of changes as a drawing."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    names, attributes = list(results["changes"]), results["attributes"]
+    values = np.array([results["changes"][name] for name in names])
+    figure, (axes,) = pages.new_figure(width=2.6 + 0.42 * len(attributes), height=1.6 + 0.24 * len(names))
+    axes.grid(False)
+    blue, orange = pages.COLOURS[2], pages.COLOURS[1]
+    colours = LinearSegmentedColormap.from_list("changes", [blue, "#ffffff", orange])
+    axes.imshow(values, cmap=colours, vmin=-1, vmax=1, aspect="auto")
+    across, down = ([name.replace("$", r"\$") for name in those] for those in (attributes, names))  # no formulas
+    axes.set_xticks(range(len(attributes)), across, rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), down)
+    return pages.to_svg(figure, "Change of every attribute by every direction")

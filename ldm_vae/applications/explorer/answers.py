@@ -9,21 +9,28 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.applications.explorer import edits, runs, stages
-from ldm_vae.applications.explorer.explored import Explored
+from ldm_vae.applications.directions.apply import edited
+from ldm_vae.applications.explorer import stages
+from ldm_vae.applications.explorer.explored import Explored, run_directory
 from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Question, Refusal, finite_json
-from ldm_vae.applications.explorer.plane import Plane, fit_plane
-from ldm_vae.applications.explorer.round_trip import RoundTrip
-from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.local_file import read_regular_file
+from ldm_vae.applications.explorer.plane import Plane, RoundTrip, fit_plane
+from ldm_vae.autoencoder.lineage import RECORD
+from ldm_vae.autoencoder.models import model_directory
+from ldm_vae.data.decoding import ImageRejected, read_regular_file
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation.model_card_facts import verdicts
+from ldm_vae.evaluation.plots import Curve, autoencoder_panels, read_alarms, read_metrics, thin
+from ldm_vae.evaluation.study import read_json, read_yaml
 
 BEYOND = 10
 """How many widths of the map a point may lie outside of it."""
@@ -55,7 +62,7 @@ class Model:
     round_trip: RoundTrip | None = None
 
     @functools.cached_property
-    def stages(self) -> tuple[stages.Stage, ...]:
+    def stages(self) -> tuple[stages.DataStage, ...]:
         return stages.stages_of(self.explored)
 
     @functools.cached_property
@@ -221,7 +228,7 @@ def reconstruction(models: Models, question: Question) -> Work:
     directions = question.amounts("directions", names, LARGEST_AMOUNT)
     noise, sample, seed = _noise(question)
     return lambda: png_answer(
-        edits.reconstruction(
+        edited_reconstruction(
             explored, index, noise=noise, sample=sample, seed=seed,
             offsets={int(channel): amount for channel, amount in offsets.items()}, directions=directions,
         )
@@ -240,7 +247,7 @@ def path(models: Models, question: Question) -> Work:
     model = models.asked(question)
     points = torch.tensor(question.points("points", MAXIMUM_POINTS, model.reach))
     frames = question.whole("frames", 2, MAXIMUM_FRAMES, 8)
-    return lambda: png_answer(edits.path_strip(model.explored, model.plane, points, frames))
+    return lambda: png_answer(path_strip(model.explored, model.plane, points, frames))
 
 
 def architecture(models: Models, question: Question) -> Work:
@@ -307,9 +314,155 @@ def preview(models: Models, question: Question) -> Work:
     return work
 
 
-def _training(model: Model) -> runs.Training:
+def _training(model: Model) -> Training:
     folder = model.explored.run_directory
-    found = None if folder is None else runs.training_of(folder)
+    found = None if folder is None else training_of(folder)
     if found is None:
         raise Refusal(404, f"{model.explored.name}: no run directory is beside it; give a run of `ldm-vae train-vae`")
     return found
+
+
+# Pictures of latents that were moved: by the posterior's noise, by channel, along directions, along a path.
+
+
+def edited_reconstruction(
+    explored: Explored,
+    index: int,
+    noise: float = 1.0,
+    sample: bool = True,
+    seed: int = 0,
+    offsets: Mapping[int, float] | None = None,
+    directions: Mapping[str, float] | None = None,
+) -> Tensor:
+    """The decoded latent of image `index`, uint8 (3, H, W); with `sample` off and nothing moved that of its mean.
+
+    Args:
+        noise, sample, seed: see `Explored.latent`.
+        offsets: channel -> standard deviations of that channel over all images, added at every position.
+        directions: name -> strength, see `applications.directions`.
+
+    Raises:
+        UserError: a channel or a direction that there is not.
+    """
+    latent = explored.latent(index, noise, sample, seed)
+    channels = latent.shape[1]
+    deviation = explored.channel_deviation
+    for channel, amount in (offsets or {}).items():
+        if not 0 <= channel < channels:
+            raise UserError(f"channels: {channel} is not between 0 and {channels - 1}; give one of these")
+        latent = latent.clone()
+        latent[:, channel] += amount * deviation[channel]
+    for name, amount in (directions or {}).items():
+        if explored.directions is None:
+            raise UserError("directions: none are open; start `ldm-vae explore` with --directions FOLDER")
+        latent = edited(latent, explored.directions.find(name).vector, [amount])
+    return explored.decode(latent)[0]
+
+
+def path_strip(explored: Explored, plane: Plane, points: Tensor, frames: int) -> Tensor:
+    """Decoded points along the line through `points` (k, 2), k >= 1, evenly spaced on it, side by side: uint8
+    (3, H, W * frames). The first frame is the first point, the last one the last."""
+    images = explored.decode(plane.latent_at(along(points, frames)))
+    return torch.cat(list(images), dim=2)
+
+
+def along(points: Tensor, count: int) -> Tensor:
+    """`count` points (count, 2), evenly spaced on the line through `points` (k, 2), k >= 1, its ends included."""
+    assert len(points) >= 1, "a path needs a point"
+    points = points.double()
+    lengths = (points[1:] - points[:-1]).norm(dim=1)
+    reached = torch.cat([lengths.new_zeros(1), lengths.cumsum(dim=0)])
+    wanted = torch.linspace(0, 1, count, dtype=torch.float64) * reached[-1]
+    before = (torch.searchsorted(reached, wanted, right=True) - 1).clamp(0, max(0, len(points) - 2))
+    after = (before + 1).clamp_max(len(points) - 1)
+    share = ((wanted - reached[before]) / (reached[after] - reached[before]).clamp_min(1e-12)).clamp(0, 1)[:, None]
+    return (points[before] + share * (points[after] - points[before])).float()
+
+
+# The training that made an autoencoder, as its run directory tells it: curves, alarms, verdicts, previews.
+
+HEALTH_FOLDERS = ("health", "autoencoder/health", "../health")
+"""Of a run, where `diagnose` may have written: itself, the autoencoder in it, beside it."""
+PREVIEW = re.compile(r"step-(\d{1,12})\.(?:webp|png)")
+
+Series = tuple[list[int], list[float]]
+
+
+class Curves(TypedDict):
+    """One panel: `series` are `training`, `held out` and `target`, each its steps and its values."""
+
+    unit: str
+    caption: str
+    series: dict[str, Series]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training up to now.
+
+    Attributes:
+        curves: title -> panel, see `plots.autoencoder_panels`; long curves averaged in bins.
+        alarms: `step` and `text` of what training warned of.
+        verdicts: `name`, `status` (fail, warn, info) and `text` of the health report of these weights, the worst first;
+            empty without one.
+        previews: step and file of every sheet of held-out images, by step.
+    """
+
+    curves: dict[str, Curves]
+    alarms: tuple[dict[str, Any], ...]
+    verdicts: tuple[dict[str, str], ...]
+    previews: tuple[tuple[int, Path], ...]
+
+
+def training_of(path: str | Path) -> Training | None:
+    """Of a run of `train-vae`, of the autoencoder in one, or of a checkpoint that carries the records of its own; None
+    for any other place.
+
+    Raises:
+        UserError: a record of the run is damaged.
+    """
+    run = run_directory(path)
+    if run is None:
+        return None
+    alarms = read_alarms(run / "metrics.jsonl")
+    rate = read_yaml(run / "config.yaml").get("rate")
+    target = rate.get("target_nats") if isinstance(rate, dict) and rate.get("mode") == "target" else None
+    if not isinstance(target, (int, float)):
+        target = None
+    curves: dict[str, Curves] = {}
+    for panel in autoencoder_panels(read_metrics(run / "metrics.jsonl"), target):
+        drawn = {"training": panel.train, "held out": panel.held_out}
+        series = {name: _points(curve) for name, curve in drawn.items() if curve is not None}
+        if panel.target is not None:
+            steps = [step for found, _ in series.values() for step in found]
+            series["target"] = ([min(steps), max(steps)], [float(panel.target)] * 2)
+        curves[panel.title] = {"unit": panel.unit, "caption": panel.caption, "series": series}
+    return Training(
+        curves,
+        tuple({"step": alarm.step, "text": f"{alarm.verdict}: {alarm.sentence}"} for alarm in alarms),
+        tuple(_verdicts(run)),
+        tuple(_previews(run / "previews")),
+    )
+
+
+def _points(curve: Curve) -> Series:
+    curve = thin(curve)
+    return [round(step) for step in curve.steps], [float(value) for value in curve.values]
+
+
+def _verdicts(run: Path) -> list[dict[str, str]]:
+    """Of the first health report that is about the weights that the run has now."""
+    identity = read_json((model_directory(run) or run) / RECORD).get("fingerprint")
+    for folder in HEALTH_FOLDERS:
+        health = read_json(run / folder / "health.json")
+        if health and identity is not None and health.get("autoencoder", {}).get("fingerprint") == identity:
+            found = verdicts(health)
+            return [{"name": one["name"], "status": one["severity"], "text": one["sentence"]} for one in found]
+    return []
+
+
+def _previews(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := PREVIEW.fullmatch(path.name)) and path.is_file()]
+    return sorted((int(match[1]), path) for match, path in found)

@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_vae.applications.directions.files import Directions, load_directions
-from ldm_vae.applications.directions.samples import check_continuous
+from ldm_vae.applications.directions.fitting import Directions, check_continuous, load_directions
 from ldm_vae.applications.explorer.images import ImageSet, Place, choose_images, read_images
-from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.deterministic import VQModel
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.data import pixels
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.reconstruction import compute_device
-from ldm_vae.latents.words import counted
 from ldm_vae.random import generator
+from ldm_vae.training.distributed import compute_device
+from ldm_vae.utils.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class Explored:
         found = []
         for part in latents.split(self.batch):
             with self.lock:
-                found.append(pixels.to_uint8(interface.decode(self.autoencoder, part.to(self.autoencoder.device))))
+                found.append(transforms.to_uint8(base.decode(self.autoencoder, part.to(self.autoencoder.device))))
         return torch.cat(found).cpu()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +191,7 @@ def open_models(
     images = read_images(chosen, config.count, side)
     if len(images.pixels) < LEAST_IMAGES:
         raise UserError(
-            f"data: {counted(len(images.pixels), 'image')} of {images.origin} can be read, a map needs "
+            f"data: {pluralize(len(images.pixels), 'image')} of {images.origin} can be read, a map needs "
             f"{LEAST_IMAGES}; give other --data"
         )
     return tuple(
@@ -216,7 +215,7 @@ def kind_of(autoencoder: Any) -> str:
         return "vq"
     if isinstance(autoencoder, AutoencoderFrozenEncoder):
         return "frozen"
-    if interface.is_deterministic(autoencoder):
+    if base.is_deterministic(autoencoder):
         return "ae"
     return (
         "kl" if type(autoencoder).__name__ in ("AutoencoderWavelet", "AutoencoderVector", "AutoencoderKL") else "other"
@@ -269,8 +268,8 @@ def _batch(images: Tensor) -> int:
 
 def _moments(autoencoder: Any, images: Tensor) -> Tensor:
     """Images uint8 (m, 3, H, W) -> mean and log-variance (2, m, c, H/f, W/f)."""
-    scaled = pixels.from_uint8(images.to(autoencoder.device))
-    return torch.stack(interface.encode_moments(autoencoder, scaled)).cpu()
+    scaled = transforms.from_uint8(images.to(autoencoder.device))
+    return torch.stack(base.encode_moments(autoencoder, scaled)).cpu()
 
 
 def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directions | None) -> Explored:
@@ -289,7 +288,7 @@ def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directio
         path=path,
         autoencoder=autoencoder,
         kind=kind_of(autoencoder),
-        deterministic=interface.is_deterministic(autoencoder),
+        deterministic=base.is_deterministic(autoencoder),
         images=images.pixels,
         labels=images.labels,
         label_names=images.label_names,

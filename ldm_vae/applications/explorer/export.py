@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from ldm_vae.applications.explorer import answers
 from ldm_vae.applications.explorer.answers import Model, Models
 from ldm_vae.applications.explorer.limits import Question, finite_json
-from ldm_vae.applications.explorer.round_trip import measure_round_trip
+from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.autoencoder.vector import SMALLEST_SIDE, AutoencoderVector
+from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import spread
-from ldm_vae.evaluation.html_pages import WEBP_QUALITY
+from ldm_vae.evaluation.pages import WEBP_QUALITY
 from ldm_vae.files import system_errors_explained, write_bytes
-from ldm_vae.privacy import redacted
+from ldm_vae.redaction import redacted
 
 MAXIMUM_IMAGES = 2000
 """That travel with the page, evenly spread over those that were explored."""
@@ -98,7 +98,7 @@ def check_exportable(autoencoder: Any, path: str) -> None:
 def exported_data(models: Models) -> dict[str, Any]:
     """All that the page shows: the server's answers by their names, and for each model its decoder and latents."""
     images = models.images.images
-    chosen = spread(len(images), MAXIMUM_IMAGES)
+    chosen = evenly_spaced(len(images), MAXIMUM_IMAGES)
     description = _answer(answers.explorer, models)
     description["images"]["count"] = len(chosen)
     description["directions"] = []

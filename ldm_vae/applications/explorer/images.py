@@ -6,29 +6,42 @@ Owns the order of preference and leaving out what cannot be read; the files that
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_vae import config as configuration
-from ldm_vae.applications.explorer.bundled import Bundled, read_bundled
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
-from ldm_vae.data.datasets_source import local_files
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import LABEL_COLUMNS
-from ldm_vae.data.sources import DataConfig, DatasetsConfig, ImageSource, open_source
+from ldm_vae.data.hf_datasets import local_files
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.sources import DataConfig, DatasetsConfig, ImageSource
 from ldm_vae.data.split import subset
-from ldm_vae.data.synthetic import SyntheticConfig
-from ldm_vae.data.transforms import cover_crop
+from ldm_vae.data.synthetic.source import SyntheticConfig
+from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fidelity.measurement import spread
-from ldm_vae.files import checksum_bytes
-from ldm_vae.latents.words import counted
+from ldm_vae.files import (
+    MANIFEST,
+    canonical_json,
+    check_checksums,
+    check_tensor_file,
+    checksum_bytes,
+    publish_directory,
+    temporary_directory,
+    write_checksums,
+)
+from ldm_vae.redaction import redacted
+from ldm_vae.utils.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +129,13 @@ def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
     from tqdm import tqdm
 
     source = chosen.source
-    indices = spread(len(source), count)
+    indices = evenly_spaced(len(source), count)
     images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
     rejected: list[tuple[str, str]] = []
     for index in tqdm(indices, desc="reading", unit="image", dynamic_ncols=True, leave=False):
         try:
-            picture = cover_crop(source.read(index), side)
+            picture = resize_center_crop(source.read(index), side)
         except ImageRejected as error:
             rejected.append((source.id(index), error.reason))
             continue
@@ -130,7 +143,7 @@ def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
         kept.append(index)
     if rejected:
         name, reason = rejected[0]
-        left_out = counted(len(rejected), "image")
+        left_out = pluralize(len(rejected), "image")
         logger.warning("data: left out: %s that cannot be read, as %s (%s)", left_out, name, reason)
     return ImageSet(
         images[: len(kept)],
@@ -192,3 +205,99 @@ def _trained_on(run: Path, count: int, size: int) -> Chosen | None:
         if len(held_out) >= count:
             return Chosen(held_out, f"held-out images of {run}: {name}")
     return Chosen(source, f"images of {run}, most of them trained on: {name}")
+
+
+# `explorer.safetensors`: a few images that travel with an autoencoder, so that it can be looked at on any machine.
+
+FILE = "explorer.safetensors"
+METADATA = "explorer"
+FORMAT_VERSION = 1
+MOST_BYTES = 64 << 20
+MOST_IMAGES, MOST_LABELS = 20_000, 1000
+SMALLEST_SIDE, LARGEST_SIDE = 4, 1024
+ADVICE = "restore it from a copy, or remove it and name images with --data"
+
+
+@dataclass(frozen=True, eq=False)
+class Bundled:
+    """Images as in the file; `origin` says in words where they come from. Raises: ValueError for what cannot be."""
+
+    images: Tensor
+    labels: Tensor
+    label_names: tuple[str, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        shape, names = tuple(self.images.shape), self.label_names
+        if self.images.dtype != torch.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 3):
+            raise ValueError(f"images of {self.images.dtype} and shape {shape}")
+        if not 1 <= shape[0] <= MOST_IMAGES or not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in shape[-2:]):
+            raise ValueError(f"images of shape {shape}")
+        if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != shape[:1]:
+            raise ValueError(
+                f"labels of {self.labels.dtype} and shape {tuple(self.labels.shape)} for {shape[0]} images"
+            )
+        if len(names) > MOST_LABELS or not all(isinstance(name, str) for name in (*names, self.origin)):
+            raise ValueError(f"{len(names)} label names that are not all words")
+        if not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(names):
+            raise ValueError(f"labels from {int(self.labels.min())} to {int(self.labels.max())} for {len(names)} names")
+
+
+def write_bundled(folder: Path, bundled: Bundled) -> None:
+    """Put the images into the directory of an autoencoder, and under its seal where it has one: complete or not at all.
+
+    Raises:
+        UserError: no autoencoder is there, or a damaged one; or the images need more than 32 MiB.
+    """
+    from safetensors.torch import save_file
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no config.json, so it is no autoencoder; give the directory of one")
+    if bundled.images.nbytes > MOST_BYTES // 2:
+        raise UserError(
+            f"{folder}/{FILE}: {bundled.images.nbytes} bytes of images are too many; bring fewer or smaller"
+        )
+    check_checksums(folder)
+    record = {"format_version": FORMAT_VERSION, "label_names": bundled.label_names, "origin": redacted(bundled.origin)}
+    tensors = {"images": bundled.images.contiguous(), "labels": bundled.labels.contiguous()}
+    temporary = temporary_directory(folder)
+    try:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        save_file(tensors, temporary / FILE, {METADATA: canonical_json(record)})
+        if (folder / MANIFEST).exists():
+            write_checksums(temporary)
+        publish_directory(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_bundled(folder: Path) -> Bundled | None:
+    """The images in the directory of an autoencoder; None where there are none.
+
+    Raises:
+        UserError: the file is damaged, larger than any that this package writes, or of a newer format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: is larger than {MOST_BYTES} bytes; {ADVICE}")
+    check_tensor_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            record: dict[str, Any] = dict(json.loads(file.metadata()[METADATA]))
+            version = record["format_version"]
+            if type(version) is int and version > FORMAT_VERSION:
+                raise UserError(
+                    f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
+                )
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r}")
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        return Bundled(images, labels, tuple(record["label_names"]), record["origin"])
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); {ADVICE}") from error

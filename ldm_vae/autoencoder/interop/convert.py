@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import shutil
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
-from ldm_vae import compat, provenance
+from ldm_vae import runtime
 
-compat.repair_torchvision()
+runtime.repair_torchvision()
 
 import diffusers
 
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
-from ldm_vae.autoencoder.interop.compvis import UNKNOWN_SAMPLE_SIZE, architecture_of, tensors_from_model
-from ldm_vae.autoencoder.interop.folding import fold_normalizer
-from ldm_vae.autoencoder.interop.runtime import export_runtime
-from ldm_vae.autoencoder.interop.source import Opened, open_autoencoder
+from ldm_vae import provenance
+from ldm_vae.autoencoder.interop.compvis import (
+    UNKNOWN_SAMPLE_SIZE,
+    Opened,
+    architecture_of,
+    fold_normalizer,
+    open_autoencoder,
+    tensors_from_model,
+)
+from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.autoencoder.wavelet import narrow_channels
+from ldm_vae.autoencoder.weights import architecture, encoder_fingerprint, fingerprint
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_atomically, write_json, write_text
 
@@ -188,3 +200,246 @@ def _write_compvis(model: Any, target: Path, conversion: Conversion, record: dic
     size = sample_size if isinstance(sample_size, int) else UNKNOWN_SAMPLE_SIZE
     settings = architecture.compvis_config(size, float(model.config.scaling_factor))
     write_text(target.with_suffix(".yaml"), OmegaConf.to_yaml(OmegaConf.create(settings)))
+
+
+# An autoencoder for programs without this package: encoder and decoder as ONNX or TorchScript, and config.json.
+
+Format = Literal["onnx", "torchscript"]
+OPSET = 18
+"""The operator set of the ONNX files: the one torch's exporter is written for, read by onnxruntime 1.14 and newer."""
+
+SUFFIX = {"onnx": "onnx", "torchscript": "pt"}
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
+"""Largest accepted error relative to the largest value of an output; a wrong graph is off by far more."""
+
+INSTALL = 'pip install "ldm_vae[export]"'
+Graph = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class EncoderGraph(nn.Module):
+    """Images (n, 3, h, w) in [-1, 1] -> mean and log-variance, each (n, c, h/f, w/f); float32 in and out."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.autoencoder.encode(images.to(self.autoencoder.dtype), return_dict=False)[0]
+        return posterior.mean.float(), posterior.logvar.float()
+
+
+class DecoderGraph(nn.Module):
+    """Latents (n, c, h, w), not normalised -> images (n, 3, f h, f w), about [-1, 1], not clamped; float32."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        return (self.autoencoder.decode(latents.to(self.autoencoder.dtype), return_dict=False)[0].float(),)
+
+
+def export_runtime(
+    autoencoder: Any,
+    directory: Path,
+    format: Format,
+    *,
+    precision: str = "fp32",
+    size: int = 256,
+    statistics: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write encoder, decoder and config.json into an existing folder; return the content of config.json.
+
+    Args:
+        autoencoder: a loaded model (float32) with a latent distribution.
+        precision: fp32, fp16 or bf16: the weights and the arithmetic inside.
+        size: side in pixels of the example that the graphs are made and checked with; others work as well.
+        statistics: `mean` and `std` per latent channel, where they are known.
+
+    Raises:
+        UserError: missing packages, an unsuitable size, or a model without a latent distribution.
+    """
+    factor = downsampling(autoencoder)
+    _check_exportable(autoencoder)
+    if size < 2 * factor or size % factor:
+        raise UserError(
+            f"--size: {size} is no multiple of {factor} from {2 * factor} on; use {max(2, size // factor) * factor}"
+        )
+    if format == "onnx":
+        _require_onnx(precision)
+    identity = {"fingerprint": fingerprint(autoencoder), "encoder_fingerprint": encoder_fingerprint(autoencoder)}
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    autoencoder = autoencoder.to(memory_format=torch.contiguous_format)
+    model = nn.Module.to(autoencoder, dtype)  # the one of diffusers warns of nothing
+    graphs: dict[str, nn.Module] = {"encoder": EncoderGraph(model).eval(), "decoder": DecoderGraph(model).eval()}
+    sides = [(size, size), (size + factor, 2 * factor)]
+    images = [_example(n, 3, *side) for n, side in zip((2, 1), sides)]
+    inputs = {"encoder": images, "decoder": [_moments(graphs["encoder"], image)[0] for image in images]}
+    record = _description(autoencoder, identity, format, precision, statistics)
+    for half, graph in graphs.items():
+        path = directory / record["files"][half]
+        (_write_onnx if format == "onnx" else _write_torchscript)(graph, inputs[half][0], path, half, factor)
+        run = (_onnx_graph if format == "onnx" else _torchscript_graph)(path)
+        record[half]["largest_error"] = _check(half, graph, run, inputs[half], precision)
+    write_json(directory / "config.json", record)
+    return record
+
+
+def _check_exportable(autoencoder: Any) -> None:
+    """The search of a learnt codebook goes through the positions in parts, whose number a graph would freeze."""
+    if type(autoencoder).__name__ == "AutoencoderQuantized" and autoencoder.config.kind == "vq":
+        raise UserError(
+            "AutoencoderQuantized: the codebook search of kind=vq depends on the image's size, which an exported graph "
+            "cannot hold; kinds kl, ae and fsq can be exported, this one goes to --to diffusers"
+        )
+
+
+def _example(count: int, channels: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height + width)
+    return torch.rand((count, channels, height, width), generator=generator) * 2 - 1
+
+
+@torch.no_grad()
+def _moments(graph: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return graph(images)
+    except AttributeError as error:  # VQModel gives latents, an asymmetric model something else
+        name = type(graph.autoencoder).__name__
+        raise UserError(
+            f"{name}: encodes to no latent distribution, so it has no mean and logvar to export; "
+            "only KL autoencoders can be exported to onnx and torchscript"
+        ) from error
+
+
+def _description(
+    autoencoder: Any, identity: dict[str, str], format: Format, precision: str, statistics: dict[str, Any] | None
+) -> dict[str, Any]:
+    factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
+    image = {"dtype": "float32", "shape": ["n", 3, f"{factor}h", f"{factor}w"]}
+    latent = {"dtype": "float32", "shape": ["n", channels, "h", "w"]}
+    return {
+        "format_version": 1,
+        "format": format,
+        **({"opset": OPSET} if format == "onnx" else {}),
+        "files": {half: f"{half}.{SUFFIX[format]}" for half in ("encoder", "decoder")},
+        "precision": precision,
+        "autoencoder": {**identity, **architecture(autoencoder)},
+        "downsampling": factor,
+        "latent_channels": channels,
+        "encoder": {
+            "inputs": {"images": image | {"range": [-1, 1]}},
+            "outputs": {
+                "mean": latent | {"meaning": "posterior mean"},
+                "logvar": latent | {"meaning": "natural logarithm of the posterior variance"},
+            },
+        },
+        "decoder": {
+            "inputs": {"latents": latent | {"meaning": "as the encoder gives them, not normalised"}},
+            "outputs": {"images": image | {"range": "about [-1, 1]; clamp before use"}},
+        },
+        "latent_statistics": statistics,
+        "versions": provenance.versions(),
+    }
+
+
+def _require_onnx(precision: str) -> None:
+    if precision == "bf16":
+        raise UserError("--dtype: onnxruntime computes bf16 on few devices; use fp32 or fp16, or --to torchscript")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(f"--to onnx: the package {package} is not installed; run {INSTALL}") from error
+
+
+def _write_onnx(graph: nn.Module, example: Tensor, path: Path, half: str, factor: int) -> None:
+    """Through torch.export with symbolic batch, height and width; one file, weights inside (below 2 GB)."""
+    height, width = (torch.export.Dim(name, min=1, max=4096) for name in ("h", "w"))
+    if half == "encoder":
+        sides = {2: factor * height, 3: factor * width} if factor > 1 else {2: height, 3: width}
+    else:
+        sides = {2: height, 3: width}
+    outputs = ["mean", "logvar"] if half == "encoder" else ["images"]
+    name = "images" if half == "encoder" else "latents"
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes={name: {0: torch.export.Dim("n", min=1, max=4096), **sides}},
+                input_names=[name],
+                output_names=outputs,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            model = type(graph.autoencoder).__name__
+            raise UserError(
+                f"{model}: torch cannot export its {half} to ONNX ({type(error).__name__}); try --to torchscript"
+            ) from error
+        assert program is not None
+        for node in program.model.graph.all_nodes():  # each names its lines of source by their paths on this machine
+            node.metadata_props.clear()
+        program.save(path)
+
+
+def _write_torchscript(graph: nn.Module, example: Tensor, path: Path, half: str, factor: int) -> None:
+    """A frozen trace: weights are constants; shapes are read from the input, as the check at another size shows."""
+    with _quiet(), torch.no_grad():
+        traced = path.with_suffix(".traced")
+        torch.jit.freeze(torch.jit.trace(graph, (example,), check_trace=False)).save(str(traced))
+    # all but the lines of source that each operation came from, named by their paths on this machine
+    with zipfile.ZipFile(traced) as archive, zipfile.ZipFile(path, "w") as kept:
+        for member in archive.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                kept.writestr(zipfile.ZipInfo(member.filename), archive.read(member))
+    traced.unlink()
+
+
+def _onnx_graph(path: Path) -> Graph:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda values: tuple(torch.from_numpy(output) for output in session.run(None, {name: values.numpy()}))
+
+
+def _torchscript_graph(path: Path) -> Graph:
+    return torch.no_grad()(torch.jit.load(str(path)))
+
+
+def _check(half: str, graph: nn.Module, run: Graph, inputs: list[Tensor], precision: str) -> dict[str, float]:
+    """Largest absolute difference between file and model per example shape. Raises: UserError when it is too large."""
+    errors: dict[str, float] = {}
+    for values in inputs:
+        with torch.no_grad():
+            expected = graph(values)
+        for ours, theirs in zip(expected, run(values), strict=True):
+            error = float((ours - theirs).abs().max())
+            scale = max(1.0, float(ours.abs().max()))
+            if ours.shape != theirs.shape or not error <= TOLERANCE[precision] * scale:
+                raise UserError(
+                    f"{half}: the exported graph differs by {error:.3g} from the model at {tuple(values.shape)}; "
+                    "nothing was written; try the other format (onnx, torchscript) or fp32"
+                )
+            key = "x".join(map(str, values.shape))
+            errors[key] = max(errors.get(key, 0.0), error)
+    return errors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters report every pass and every Python comparison; neither is for the user of a finished file."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

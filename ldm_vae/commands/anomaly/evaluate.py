@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.anomaly.evaluation import EvaluateConfig, evaluate
-    from ldm_vae.applications.anomaly.report import markdown
+    from ldm_vae.applications.anomaly.evaluation import EvaluateConfig, evaluate, markdown
 
     config = config_arguments.load(args, EvaluateConfig)
     if config is None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.anomaly.fitting import FitConfig, fit, summary
+    from ldm_vae.applications.anomaly.detector import FitConfig, fit, summary
 
     config = config_arguments.load(args, FitConfig)
     if config is None:

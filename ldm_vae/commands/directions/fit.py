@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.directions.fit import FitDirectionsConfig, fit, markdown
+    from ldm_vae.applications.directions.fitting import FitDirectionsConfig, fit, markdown
 
     config = config_arguments.load(args, FitDirectionsConfig)
     if config is None:

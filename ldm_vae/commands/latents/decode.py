@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm_vae.autoencoder.models import load_autoencoder
     from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.fidelity.reconstruction import compute_device
     from ldm_vae.files import write_atomically
     from ldm_vae.latents.dataset import LatentDataset
-    from ldm_vae.latents.tools.decode import check_autoencoder, choose, contact_sheet, decode_samples
-    from ldm_vae.latents.tools.place import open_set_folder, refuse_inside
-    from ldm_vae.latents.words import counted
+    from ldm_vae.latents.format import open_set_folder, refuse_inside
+    from ldm_vae.latents.inspect import check_autoencoder, choose, contact_sheet, decode_samples
+    from ldm_vae.training.distributed import compute_device
+    from ldm_vae.utils.text import pluralize
 
     output = Path(args.output)
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(output, sheet.save)
     for sample in decoded:
         print("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
-    print(f"{output}: {len(decoded)} of {counted(manifest.count, 'sample')}")
+    print(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
     return 0
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     import shlex
 
     from ldm_vae.latents.encode import summary
-    from ldm_vae.latents.tools.lightningdit import Import, import_set
+    from ldm_vae.latents.import_lightningdit import Import, import_set
 
     manifest = import_set(
         Import(

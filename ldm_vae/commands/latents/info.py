@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.files import readable_json
-    from ldm_vae.latents.tools.info import describe, lines
+    from ldm_vae.latents.inspect import describe, lines
 
     values = describe(args.set)
     print(readable_json(values) if args.json else "\n".join(lines(values)), end="" if args.json else "\n")

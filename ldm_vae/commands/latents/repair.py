@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
-from ldm_vae.commands.encoding_job import run_job
+from ldm_vae.latents.encode import run_job
 
 SUMMARY = "make damaged and missing shards again"
 
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from ldm_vae.latents.tools.append import AppendConfig
-    from ldm_vae.latents.tools.repair import repair
+    from ldm_vae.latents.append import AppendConfig
+    from ldm_vae.latents.repair import repair
 
     config = config_arguments.load(args, AppendConfig)
     return 0 if config is None else run_job(config, partial(repair, remove_foreign=args.remove_foreign))

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.files import readable_json
-    from ldm_vae.latents.tools.stats import Disagreement, measure_set, open_set, table
+    from ldm_vae.latents.stats import Disagreement, measure_set, open_set, table
 
     dataset = open_set(args.set)
     try:

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm_vae.errors import EXIT_USER_ERROR
     from ldm_vae.files import write_json
-    from ldm_vae.latents.tools.place import refuse_inside
-    from ldm_vae.latents.tools.verify import verify
+    from ldm_vae.latents.format import refuse_inside
+    from ldm_vae.latents.verify import verify
 
     if args.report:
         refuse_inside(args.report, "--report")

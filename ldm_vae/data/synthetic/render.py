@@ -1,10 +1,7 @@
-"""From surfaces to pixels: the backdrop, soft shadows, light on a surface, anti-aliased layering.
+"""Colours of the synthetic set: equal steps of hue at equal lightness, in OKLCH (Ottosson 2020).
 
-Owns the canvas and the light model, and knows no shape. A shape asks for the patches of a box around it,
-computes coverage and normals there, and paints; only that box costs time. Light is kept as the square of the
-encoded value (see `palette`), in float32 planes (3, side, side).
-
-Axes: x right, y up, z towards the viewer, in half extents of the object, from its centre.
+A colour here is a float32 triple of *light*: the square of the encoded sRGB value. Squaring stands in for the
+sRGB curve, so that the renderer encodes with one square root.
 """
 
 from __future__ import annotations
@@ -12,13 +9,255 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ldm_vae.data.synthetic.palette import Colour, oklch
-from ldm_vae.data.synthetic.scene import Scene
-from ldm_vae.data.synthetic.textures import pattern
+from ldm_vae.random import numpy_rng
+
+Colour = np.ndarray
+"""float32 (3,), red, green, blue, 0 to 1."""
+
+
+def oklch(lightness: float, chroma: float, hue: float) -> Colour:
+    """Light of an OKLCH colour, clipped into sRGB. `hue` in turns: 0.1 red, 0.3 yellow, 0.7 blue."""
+    a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    linear = np.array(
+        [
+            4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+            -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+            -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+        ]
+    ).clip(0.0, 1.0)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (encoded**2).astype(np.float32)
+
+
+def vivid(hue: float, lightness: float = 0.0, chroma: float = 0.0) -> Colour:
+    """An object's colour, lighter for yellow than for blue, as eyes expect; offsets make its relatives."""
+    base = 0.665 + 0.10 * math.cos(2 * math.pi * (hue - 0.29))
+    return oklch(base + lightness, 0.165 + chroma, hue)
+
+
+# What is to be seen in image i: one object, where, how large, which colour, texture and light.
+
+LABELS = ("ball", "cube", "donut", "star", "heart", "moon", "flower", "tree", "mushroom", "gem")
+TEXTURES = ("plain", "stripes", "dots", "marble", "wood")
+DEFECTS = ("none", "scratch", "spot", "missing", "blob")
+
+ROLL = dict.fromkeys(("ball", "star", "heart", "moon"), 0.22) | {"donut": 0.14, "flower": 0.12, "gem": 0.14}
+SPINS = ("cube", "donut", "flower", "mushroom", "gem")
+UNFIT = {("mushroom", "dots"), *(("gem", texture) for texture in TEXTURES)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image's content. What has no effect on the object (see ROLL, SPINS, UNFIT) is 0.
+
+    Attributes:
+        label: Index into LABELS.
+        x, y: Centre of the object, from the left and the top edge.
+        size: Half the object's extent.
+        roll: Turn in the image plane, radians, counter-clockwise.
+        spin: Turn about the object's own axis, in [0, 1) of the range that the shape allows.
+        hue: Of the object, in turns of OKLCH (0.08 red, 0.3 yellow, 0.4 green, 0.7 blue).
+        background_hue: Likewise; at least a quarter turn away from `hue`.
+        light: Where the light stands, -1 left to 1 right; never straight in front, where it would flatten.
+        texture: Index into TEXTURES.
+        phase: Shifts the texture, in [0, 1).
+        defect: Index into DEFECTS.
+    """
+
+    label: int
+    x: float
+    y: float
+    size: float
+    roll: float
+    spin: float
+    hue: float
+    background_hue: float
+    light: float
+    texture: int
+    phase: float
+    defect: int
+
+
+def label_of(seed: int, index: int) -> int:
+    """Every ten consecutive images hold each label once, in an order of their own."""
+    block, place = divmod(index, len(LABELS))
+    return int(numpy_rng(seed, "synthetic-labels", block).permutation(len(LABELS))[place])
+
+
+def draw_scene(seed: int, index: int, defects: float, textured: float) -> Scene:
+    """The scene of one image.
+
+    `textured` is the chance of a texture other than plain; `defects` decides only whether there is a defect: with 0 it
+    is the clean twin.
+    """
+    rng = numpy_rng(seed, "synthetic-scene", index)
+    uniform = rng.uniform
+    label = label_of(seed, index)
+    name = LABELS[label]
+    hue = uniform()
+    texture = int(rng.choice(len(TEXTURES), p=(1 - textured, *[textured / 4] * 4)))
+    texture = 0 if (name, TEXTURES[texture]) in UNFIT else texture
+    scene = Scene(
+        label=label,
+        x=uniform(0.45, 0.55),
+        y=uniform(0.45, 0.52),
+        size=uniform(0.30, 0.37),
+        roll=uniform(-1.0, 1.0) * ROLL.get(name, 0.0) + 0.0,  # no -0.0
+        spin=uniform() * (name in SPINS),
+        hue=hue,
+        background_hue=(hue + uniform(0.25, 0.75)) % 1.0,
+        light=float(rng.choice((-1.0, 1.0))) * uniform(0.35, 1.0),
+        texture=texture,
+        phase=uniform() * (texture > 0),
+        defect=0,
+    )
+    draw = numpy_rng(seed, "synthetic-defect", index)
+    return replace(scene, defect=int(draw.integers(1, len(DEFECTS)))) if draw.uniform() < defects else scene
+
+
+# What several shapes are made of: domes, puffed outlines, tubes, sectors, the scene's own material.
+
+COMPANIONS = ((0.0, 0.0), (0.20, -0.11), (0.24, -0.13), (0.22, -0.12), (-0.16, -0.03))
+
+
+def own_material(canvas: Canvas, gloss: float) -> Material:
+    """The scene's colour and, for its texture, a companion of the same hue."""
+    hue = canvas.scene.hue
+    return Material(vivid(hue), vivid(hue, *COMPANIONS[canvas.scene.texture]), gloss)
+
+
+def bulged(x: Array, y: Array, nz: Array) -> tuple[Array, Array]:
+    """Surface coordinates of a front that bulges: denser towards the outline."""
+    scale = 1.0 / (0.5 + 0.5 * nz)
+    return x * scale, y * scale
+
+
+def dome(patch: Patch, x: Array, y: Array) -> tuple[Array, Normal]:
+    """Coverage and normals of the unit disc of x, y (any stretched coordinates), seen as half a sphere."""
+    squared = x * x + y * y
+    fx, fy = patch.gradient(squared)
+    coverage = edge(1.0 - squared, np.sqrt(fx * fx + fy * fy) + 1e-6, patch.pixel)
+    inverse = 1.0 / np.sqrt(np.maximum(squared, 1.0))
+    nx, ny = patch.upright(x * inverse, y * inverse)
+    return coverage, (nx, ny, np.sqrt((1.0 - squared).clip(0.0, None)))
+
+
+def puffed(patch: Patch, field: Array, thickness: float) -> tuple[Array, Normal]:
+    """Coverage and normals of the surface z = thickness * sqrt(field); `field` is 0 at the outline."""
+    fx, fy = patch.gradient(field)
+    slope = fx * fx
+    slope += fy * fy
+    coverage = edge(field, np.sqrt(slope) + 1e-6, patch.pixel)
+    nz = np.sqrt(field.clip(0.0, None))
+    nz *= 2.0 / thickness
+    slope += nz * nz
+    slope += 1e-9
+    inverse = 1.0 / np.sqrt(slope)
+    nz *= inverse
+    np.negative(inverse, out=inverse)
+    fx *= inverse
+    fy *= inverse
+    return coverage, (fx, fy, nz)
+
+
+def under(coverage: Array, upper: Array) -> Array:
+    """Coverage of a lower layer so that it and `upper`, painted next, together cover `coverage`, no more."""
+    return (coverage - upper) / np.maximum(1.0 - upper, 1e-6)
+
+
+def tube(patch: Patch, across: Array) -> Normal:
+    """Normals of an upright tube; `across` is -1 at its left and 1 at its right outline."""
+    nx = across.clip(-1.0, 1.0)
+    turned_x, turned_y = patch.upright(nx, np.zeros_like(nx))
+    return turned_x, turned_y, np.sqrt(1.0 - nx * nx)
+
+
+def smooth_minimum(a: Array, b: Array, width: float) -> Array:
+    """Polynomial smooth minimum (Quilez): rounds the corner where two fields cross."""
+    h = (width - np.abs(a - b)).clip(0.0, None)
+    return np.minimum(a, b) - h * h * (0.25 / width)
+
+
+def sectors(x: Array, y: Array, count: int, turn: float = 0.0) -> tuple[Array, Array, Array]:
+    """Fold the plane into one of `count` equal sectors around the y axis: (along it, across it, radius)."""
+    sector = 2.0 * np.pi / count
+    angle = np.arctan2(x, y)
+    angle -= turn
+    angle -= np.rint(angle * (1.0 / sector)) * sector
+    radius = np.sqrt(x * x + y * y)
+    return radius * np.cos(angle), radius * np.sin(angle), radius
+
+
+# Patterns on surfaces: how far, from 0 to 1, a point takes the second colour of its material.
+
+
+def pattern(texture: int, x: Array, y: Array, phase: float, blur: float) -> Array | None:
+    """Amount of the second colour for an index of `scene.TEXTURES`; None for plain."""
+    if texture == 0:
+        return None
+    return (stripes, dots, marble, wood)[texture - 1](x, y, phase, blur)
+
+
+def stripes(x: Array, y: Array, phase: float, blur: float) -> Array:
+    frequency = 15.0  # radians per unit
+    wave = np.cos((0.8 * frequency) * x + (0.6 * frequency) * y + 6.283 * phase)
+    wave *= 1.0 / (frequency * max(1.6 * blur, 0.02))
+    wave += 0.45
+    return wave.clip(0.0, 1.0, out=wave)
+
+
+def dots(x: Array, y: Array, phase: float, blur: float) -> Array:
+    """A hexagonal lattice of discs: two rectangular lattices, the nearer centre counts."""
+    pitch, ratio = 0.42, 1.7320508
+    u, v = x * (1 / pitch) + phase, y * (1 / (pitch * ratio)) + phase
+    nearest = None
+    for shift in (0.0, 0.5):
+        a, b = u + shift, v + shift
+        a -= np.rint(a)
+        b -= np.rint(b)
+        a *= a
+        b *= b * ratio**2
+        a += b
+        nearest = a if nearest is None else np.minimum(nearest, a, out=nearest)
+    assert nearest is not None
+    distance = np.sqrt(nearest, out=nearest)
+    distance -= 0.27
+    distance *= -pitch / max(1.3 * blur, 0.015)
+    distance += 0.5
+    return distance.clip(0.0, 1.0, out=distance)
+
+
+def marble(x: Array, y: Array, phase: float, blur: float) -> Array:
+    """Veins: the zero lines of a wave, bent twice by slower waves."""
+    turn = 6.283 * phase
+    bend = np.sin(3.1 * y - 1.7 * x + turn)
+    bend += 0.5 * np.sin(6.7 * x + 2.9 * y + 1.6 * bend)
+    wave = np.sin(3.4 * x + 2.2 * y + 1.35 * bend + turn)
+    np.abs(wave, out=wave)
+    wave -= 1.0
+    wave *= wave
+    return np.multiply(wave, wave, out=wave)  # (1 - |sin|)^4: thin bright veins, soft flanks
+
+
+def wood(x: Array, y: Array, phase: float, blur: float) -> Array:
+    """Growth rings around an axis outside the object, slightly wavy: pale early wood, a darker late edge."""
+    along = y + 0.07 * np.sin(3.0 * x + 6.283 * phase)
+    across = 0.45 * x - (0.3 + 0.5 * phase)
+    radius = np.sqrt(across * across + along * along * 1.6)
+    ring = np.sin(21.0 * radius)
+    ring *= 0.5
+    ring += 0.5
+    return np.multiply(ring, ring, out=ring)
+
+
+# From surfaces to pixels: the backdrop, soft shadows, light on a surface, anti-aliased layering.
 
 Array = np.ndarray
 Normal = tuple[Array, Array, Array]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.fitting import FitConfig, fit
+from ldm_vae.applications.anomaly.detector import FitConfig, fit
 from tests.diffusion.conftest import saved as saved  # a fixture
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
 

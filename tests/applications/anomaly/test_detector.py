@@ -12,7 +12,7 @@ import torch
 
 from ldm_vae.applications.anomaly.detector import DESCRIPTION, TENSORS, check_output, load_detector, models_of
 from ldm_vae.errors import UserError
-from ldm_vae.seal import MANIFEST, seal
+from ldm_vae.files import MANIFEST, write_checksums
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def described(folder: Path, **changes: object) -> None:
     description = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps(description | changes))
     (folder / MANIFEST).unlink()
-    seal(folder)
+    write_checksums(folder)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tensors_that_do_not_fit_are_refused(copy):
     ):
         save_file(tensors | {name: spoilt}, copy / TENSORS)
         (copy / MANIFEST).unlink()
-        seal(copy)
+        write_checksums(copy)
         with pytest.raises(UserError, match=message):
             load_detector(copy)
 

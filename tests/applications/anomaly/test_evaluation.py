@@ -13,8 +13,8 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
+from ldm_vae.applications.anomaly.detector import FitConfig, fit
 from ldm_vae.applications.anomaly.evaluation import EvaluateConfig, evaluate
-from ldm_vae.applications.anomaly.fitting import FitConfig, fit
 from ldm_vae.applications.anomaly.scoring import ScoreConfig, score
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from tests.applications.anomaly.conftest import SYNTHETIC

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from ldm_vae.applications.codec.compression import Codec, open_codec
-from ldm_vae.applications.codec.fitted_model import FittedModel
-from ldm_vae.applications.codec.integer_network import weight_count
-from ldm_vae.applications.codec.passes import ROLES, input_count
+from ldm_vae.applications.codec.entropy_models import ROLES, input_count, weight_count
+from ldm_vae.applications.codec.format import FittedModel
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.random import numpy_rng
 from tests.test_golden import unpacked

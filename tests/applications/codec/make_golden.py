@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ldm_vae.applications.codec import compression
-from ldm_vae.applications.codec.quantisation import step_of
+from ldm_vae.applications.codec.entropy_models import step_of
 from tests.applications.codec.conftest import random_model, smooth_picture
 from tests.applications.codec.test_golden import FOLDER, levels
 from tests.test_golden import unpacked

@@ -10,9 +10,9 @@ import torch
 
 from ldm_vae import cli
 from ldm_vae.applications.codec import compression, entropy_models
-from ldm_vae.applications.codec.fitted_model import load_model
+from ldm_vae.applications.codec.entropy_models import Grid, step_of
 from ldm_vae.applications.codec.fitting import ContextNetworks, code_length, logistic_bits
-from ldm_vae.applications.codec.quantisation import Grid, step_of
+from ldm_vae.applications.codec.format import load_model
 from tests.applications.codec.conftest import random_model, smooth_picture
 
 

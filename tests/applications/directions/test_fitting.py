@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm_vae.applications.directions import fitting
-from ldm_vae.applications.directions.known import Attribute
+from ldm_vae.applications.directions.attributes import Attribute
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
 

@@ -17,16 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.applications.directions.files import Directions, save_directions
-from ldm_vae.applications.directions.fitting import Direction
+from ldm_vae.applications.directions.fitting import Direction, Directions, save_directions
 from ldm_vae.applications.explorer.answers import Models, open_model
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, open_models
-from ldm_vae.applications.explorer.server import make_application
-from ldm_vae.applications.explorer.serving import running
-from ldm_vae.applications.explorer.worker import Worker
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint
+from ldm_vae.applications.explorer.limits import Worker
+from ldm_vae.applications.explorer.server import make_application, running
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.autoencoder.weights import encoder_fingerprint
 
 DIRECTION = "bright, and b/probe"
 PREVIEW_STEP = 10

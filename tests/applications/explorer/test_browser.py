@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.applications.explorer import edits, runs, stages
+from ldm_vae.applications.explorer import answers, stages
 from ldm_vae.applications.explorer.answers import Models, open_model
 from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
-from ldm_vae.applications.explorer.round_trip import measure_round_trip
+from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from tests.applications.explorer.browser import (
     at,
@@ -186,7 +186,7 @@ def test_a_drawn_path_becomes_a_strip(shown, page):
     frames = int(asked["frames"][0])
     assert len(points) >= 2
     assert points[0] == pytest.approx(start, abs=1e-3)
-    expected = edits.path_strip(shown.first.explored, shown.first.plane, torch.tensor(points), frames)
+    expected = answers.path_strip(shown.first.explored, shown.first.plane, torch.tensor(points), frames)
     page.wait_for_selector("#path-strip", state="visible")
     wait_pixels(page, image_pixels, "#path-strip", expected)
     assert expected.shape[2] == 32 * frames
@@ -244,12 +244,12 @@ def test_noise_and_sampling_change_what_comes_out(shown, page):
     explored = shown.first.explored
     page.check("#sample-toggle")
     set_range(page, "#noise", 3)
-    noisy = edits.reconstruction(explored, 0, noise=3.0, sample=True)
+    noisy = answers.edited_reconstruction(explored, 0, noise=3.0, sample=True)
     wait_pixels(page, canvas_pixels, "#architecture-output", noisy)
     set_range(page, "#noise", 1)
-    wait_pixels(page, canvas_pixels, "#architecture-output", edits.reconstruction(explored, 0))
+    wait_pixels(page, canvas_pixels, "#architecture-output", answers.edited_reconstruction(explored, 0))
     page.uncheck("#sample-toggle")
-    mean = edits.reconstruction(explored, 0, sample=False)
+    mean = answers.edited_reconstruction(explored, 0, sample=False)
     wait_pixels(page, canvas_pixels, "#architecture-output", mean)
     assert (mean != noisy).any()
 
@@ -262,7 +262,7 @@ def test_the_toggle_switches_between_vae_and_plain(shown, page):
     assert page.input_value("#model") == "b"
     last = stages.stages_of(shown.second.explored)[-2].name
     page.wait_for_selector(f'#stages [data-stage="{last}"]')
-    wait_pixels(page, canvas_pixels, "#architecture-output", edits.reconstruction(shown.second.explored, 0))
+    wait_pixels(page, canvas_pixels, "#architecture-output", answers.edited_reconstruction(shown.second.explored, 0))
     page.click("#kind-toggle")
     page.wait_for_selector("#noise:enabled")
     assert page.input_value("#model") == "a"
@@ -271,14 +271,14 @@ def test_the_toggle_switches_between_vae_and_plain(shown, page):
 def test_sliders_move_the_picture_and_reset_brings_it_back(shown, page):
     page.click("#tab-sliders")
     explored = shown.first.explored
-    still = edits.reconstruction(explored, 0, sample=False)
+    still = answers.edited_reconstruction(explored, 0, sample=False)
     wait_pixels(page, canvas_pixels, "#slider-edited", still)
     wait_pixels(page, image_pixels, "#slider-original", explored.images[0])
     set_range(page, 'input[data-channel="1"]', 2)
-    moved = edits.reconstruction(explored, 0, sample=False, offsets={1: 2.0})
+    moved = answers.edited_reconstruction(explored, 0, sample=False, offsets={1: 2.0})
     wait_pixels(page, canvas_pixels, "#slider-edited", moved)
     set_range(page, f'input[data-direction="{DIRECTION}"]', -1.5)
-    both = edits.reconstruction(explored, 0, sample=False, offsets={1: 2.0}, directions={DIRECTION: -1.5})
+    both = answers.edited_reconstruction(explored, 0, sample=False, offsets={1: 2.0}, directions={DIRECTION: -1.5})
     wait_pixels(page, canvas_pixels, "#slider-edited", both)
     assert len({picture.numpy().tobytes() for picture in (still, moved, both)}) == 3
     page.click("#slider-reset")
@@ -291,7 +291,7 @@ def test_sliders_move_the_picture_and_reset_brings_it_back(shown, page):
 
 def test_the_training_of_a_run_is_shown(shown, page):
     page.click("#tab-training")
-    training = runs.training_of(shown.first.explored.path)
+    training = answers.training_of(shown.first.explored.path)
     page.wait_for_selector(".panel-plot .main-svg")
     assert page.locator(".panel-plot").count() == len(training.curves) > 0
     assert "the rate fell" in page.inner_text("#training-findings")

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from ldm_vae import config as configuration
-from ldm_vae.applications.directions.files import Directions
+from ldm_vae.applications.directions import fitting
+from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored as module
-from ldm_vae.applications.explorer.bundled import Bundled, write_bundled
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, kind_of, open_explored, open_models
-from ldm_vae.autoencoder import interface
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
+from ldm_vae.applications.explorer.images import Bundled, write_bundled
+from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.autoencoder.recipe import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.vector import AutoencoderVector
-from ldm_vae.data import pixels
-from ldm_vae.data.synthetic import SyntheticConfig, SyntheticSource
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
 from ldm_vae.files import write_text
 from tests.applications.explorer.models import saved
@@ -60,7 +61,7 @@ def test_every_image_went_through_the_encoder(synthetic: Explored) -> None:
     assert synthetic.label_names[synthetic.labels[2]] == source.label_names[source.label(2)]
     picture = torch.from_numpy(source.read(4)).permute(2, 0, 1)
     assert torch.equal(synthetic.images[4], picture)
-    mean, logvar = interface.encode_moments(synthetic.autoencoder, pixels.from_uint8(picture[None]))
+    mean, logvar = base.encode_moments(synthetic.autoencoder, transforms.from_uint8(picture[None]))
     assert synthetic.mean.shape == synthetic.logvar.shape == (6, 4, 4, 4)
     assert torch.allclose(synthetic.mean[4:5], mean, atol=1e-5)
     assert torch.allclose(synthetic.logvar[4:5], logvar, atol=1e-5)
@@ -68,7 +69,7 @@ def test_every_image_went_through_the_encoder(synthetic: Explored) -> None:
 
 def test_both_ways_are_those_of_the_package(synthetic: Explored) -> None:
     latent = synthetic.mean[:1]
-    decoded = pixels.to_uint8(interface.decode(synthetic.autoencoder, latent))
+    decoded = transforms.to_uint8(base.decode(synthetic.autoencoder, latent))
     assert torch.equal(synthetic.decode(latent), decoded)
     mean, _ = synthetic.encode(synthetic.images)
     assert torch.allclose(mean, synthetic.mean, atol=1e-5)
@@ -184,7 +185,7 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
     found = Directions(
         [], encoder_fingerprint(open_explored(kl, ExploreConfig("synthetic", **SMALL)).autoencoder), {}, {}
     )
-    monkeypatch.setattr(module, "load_directions", lambda place: found)
+    monkeypatch.setattr(fitting, "load_directions", lambda place: found)
     config = ExploreConfig(data="synthetic", directions=str(tmp_path), **SMALL)
     first, second = open_models(kl, other, config)
     assert first.directions is found

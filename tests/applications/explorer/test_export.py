@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from ldm_vae.applications.explorer import export
-from ldm_vae.applications.explorer.answers import Models, open_model
-from ldm_vae.applications.explorer.edits import path_strip
+from ldm_vae.applications.explorer.answers import Models, open_model, path_strip
 from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.vector import AutoencoderVector

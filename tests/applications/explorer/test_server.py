@@ -17,11 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_vae.applications.explorer import edits, serving
-from ldm_vae.applications.explorer.limits import MAXIMUM_QUERY
-from ldm_vae.applications.explorer.server import ENDPOINTS
-from ldm_vae.applications.explorer.serving import measure_round_trips
-from ldm_vae.applications.explorer.worker import MAXIMUM_WAITING
+from ldm_vae.applications.explorer import answers
+from ldm_vae.applications.explorer import server as server_module
+from ldm_vae.applications.explorer.limits import MAXIMUM_QUERY, MAXIMUM_WAITING
+from ldm_vae.applications.explorer.server import ENDPOINTS, measure_round_trips
 from tests.applications.explorer.served import DIRECTION, PREVIEW_STEP, Reply, Server, ask, decode_path, small_server
 from tests.waiting import wait_until
 
@@ -114,7 +113,7 @@ def test_round_trip_comes_when_it_is_measured(server, monkeypatch, capfd):
     asked = server("round_trip", model="b")
     assert (asked.status, asked.headers["retry-after"]) == (409, "2")
     assert server("explorer").json["models"][1]["round_trip"] is None
-    monkeypatch.setattr(serving, "GRID", 5)
+    monkeypatch.setattr(server_module, "GRID", 5)
     measure_round_trips(server.models.all[1:], threading.Event(), server.worker)
     assert "outline encodes back to its place" in capfd.readouterr().err
     found, described = server("round_trip", model="b").json, server("explorer").json["models"][1]["round_trip"]
@@ -149,7 +148,7 @@ def test_pictures_of_an_image(server):
     assert torch.equal(server("image", index=5).picture, explored.images[5])
     plain = server("reconstruction", model="a", index=5, sample=0)
     assert torch.equal(plain.picture, explored.decode(explored.mean[5:6])[0])
-    wanted = edits.reconstruction(explored, 5, 0.5, True, 3, {0: 1.5, 2: -1.0}, {DIRECTION: 2.0})
+    wanted = answers.edited_reconstruction(explored, 5, 0.5, True, 3, {0: 1.5, 2: -1.0}, {DIRECTION: 2.0})
     moved = server(
         "reconstruction", model="a", index=5, noise=0.5, sample=1, seed=3, channels="0:1.5,2:-1",
         directions=f"{DIRECTION}:2",
@@ -161,7 +160,7 @@ def test_pictures_of_an_image(server):
 def test_a_path_is_a_strip(server):
     strip = server("path", model="a", points="0,0;1,1;2,0", frames=5)
     model = server.models.all[0]
-    wanted = edits.path_strip(model.explored, model.plane, torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]]), 5)
+    wanted = answers.path_strip(model.explored, model.plane, torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]]), 5)
     assert strip.picture.shape == (3, 32, 5 * 32)
     assert torch.equal(strip.picture, wanted)
 

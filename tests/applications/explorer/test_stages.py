@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from ldm_vae.applications.explorer.edits import reconstruction
+from ldm_vae.applications.explorer.answers import edited_reconstruction
 from ldm_vae.applications.explorer.explored import Explored, kind_of
 from ldm_vae.applications.explorer.stages import activation, mosaic, stages_of
-from ldm_vae.autoencoder import interface
+from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.data import pixels
+from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.sweeps.latent_quality import coding_gigamacs
+from ldm_vae.evaluation.comparison import coding_gigamacs
 from tests.applications.explorer.models import made_of
 from tests.autoencoder.test_models import FOREIGN
 
@@ -44,14 +44,14 @@ def opened(name: str) -> Explored:
 def around(autoencoder: Any) -> Explored:
     autoencoder.eval().requires_grad_(False)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    mean, logvar = interface.encode_moments(autoencoder, pixels.from_uint8(images))
+    mean, logvar = base.encode_moments(autoencoder, transforms.from_uint8(images))
     return made_of(
         mean,
         autoencoder,
         images,
         logvar=logvar,
         kind=kind_of(autoencoder),
-        deterministic=interface.is_deterministic(autoencoder),
+        deterministic=base.is_deterministic(autoencoder),
         parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
     )
 
@@ -118,10 +118,10 @@ def test_a_frozen_encoder_is_one_stage(tmp_path: Path) -> None:
 
 
 def test_an_activation_is_that_of_the_module(kl: Explored) -> None:
-    image = pixels.from_uint8(kl.images[2:3])
+    image = transforms.from_uint8(kl.images[2:3])
     expected = []
     hook = kl.autoencoder.encoder.stages[1].register_forward_hook(lambda *call: expected.append(call[2]))
-    interface.encode_moments(kl.autoencoder, image)
+    base.encode_moments(kl.autoencoder, image)
     hook.remove()
     found = activation(kl, 2, "encoder-2")
     assert found.mean == pytest.approx(float(expected[0].mean()), abs=1e-6)
@@ -150,7 +150,7 @@ def test_noise_matters_from_the_sample_on(kl: Explored) -> None:
         assert not np.array_equal(activation(kl, 0, stage, 3.0).mosaic, activation(kl, 0, stage, sample=False).mosaic)
     assert np.array_equal(activation(kl, 0, "sample", sample=False).mosaic, activation(kl, 0, "mu").mosaic)
     output = activation(kl, 0, "output", 2.0, 5).mosaic
-    assert np.array_equal(output.transpose(2, 0, 1), reconstruction(kl, 0, 2.0, seed=5))
+    assert np.array_equal(output.transpose(2, 0, 1), edited_reconstruction(kl, 0, 2.0, seed=5))
     assert np.array_equal(activation(kl, 0, "input").mosaic.transpose(2, 0, 1), kl.images[0])
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_vae.autoencoder.interop.checkpoint_file import read_foreign
 from ldm_vae.autoencoder.interop.compvis import (
     CompVisSettings,
     load_compvis,
     model_from_tensors,
+    open_autoencoder,
+    read_foreign,
     read_settings,
     tensors_from_model,
 )
 from ldm_vae.autoencoder.interop.convert import Conversion, convert
-from ldm_vae.autoencoder.interop.source import open_autoencoder
 from ldm_vae.errors import UserError
 from tests.autoencoder.interop.reference import CompVisKL, CompVisVQ, config, randomized
 

@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.fingerprint import encoder_fingerprint, fingerprint
 from ldm_vae.autoencoder.interop.convert import Conversion, convert
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.latents.manifest import Manifest, write_manifest
+from ldm_vae.latents.format import Manifest, write_manifest
 from ldm_vae.storage import open_folder
 
 

@@ -1,0 +1,344 @@
+"""The game between decoder and discriminator: losses, when each side moves, how much it weighs, when it must hold.
+
+The discriminator learns alone first, so that the decoder never follows an untrained judge. Then the decoder feels it
+at a weight that was measured: the ratio of the two gradients at the decoder's output, which is the same however a batch
+is split. Where reconstruction worsens too far the weight is held at zero, and past a second threshold the decoder's
+weights before the game come back. The networks are in `discriminator.py`; the order of a step is in `update()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ldm_vae.autoencoder.health import Verdict
+from ldm_vae.autoencoder.wavelet import haar_forward
+from ldm_vae.errors import UserError
+from ldm_vae.random import generator
+
+HELD_SHARE = 0.5
+"""Of the steps of a log interval, from which on the guard's holding is worth a sentence."""
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The adversarial stage. Times are steps, or fractions of the run when below 1.
+
+    Args:
+        loss: off; hinge (Lim & Ye, arXiv:1705.02894); relativistic pairing (Jolicoeur-Martineau, arXiv:1807.00734).
+        weight: calibrated: measured once while the discriminator warms up, then constant; adaptive: measured in every
+            step as in the LDM recipe (arXiv:2112.10752; there at the last layer, here at the output); fixed: given.
+        strength: the adversarial gradient as a share of the reconstruction gradient (the weight itself with `fixed`).
+        start: when the discriminator begins to learn (LDM's disc_start).
+        warmup: how long it learns alone.
+        ramp: over how long its weight grows to the full one.
+        r1: weight of the gradient penalty on real images, per patch (Mescheder et al., arXiv:1801.04406).
+        r1_every: steps between penalties (each weighs as much more).
+        augment: differentiable augmentation of what the discriminator sees.
+        width: channels of its first layer.
+        learning_rate: its peak; the schedule is the run's.
+        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the game, and
+            each such step takes 1 % off the weight that comes back, so that it settles where it does no harm.
+        restore_above, restore_steps: above this for so many steps the weights before the game come back.
+    """
+
+    loss: Literal["off", "hinge", "relativistic"] = "off"
+    weight: Literal["calibrated", "adaptive", "fixed"] = "calibrated"
+    strength: float = 0.1
+    start: float = 0.0
+    warmup: float = 0.05
+    ramp: float = 0.05
+    r1: float = 0.1
+    r1_every: int = 8
+    augment: bool = True
+    width: int = 64
+    learning_rate: float = 4e-4
+    hold_above: float = 1.15
+    restore_above: float = 1.3
+    restore_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if not 1 < self.hold_above <= self.restore_above:
+            raise UserError("adversarial: give 1 < hold_above <= restore_above; 1.15 and 1.3 are usual")
+        for name in ("start", "warmup", "ramp", "r1"):
+            if getattr(self, name) < 0:
+                raise UserError(f"adversarial.{name}: {getattr(self, name)} is below 0")
+        for name in ("strength", "learning_rate", "r1_every", "width", "restore_steps"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"adversarial.{name}: {getattr(self, name)} is not above 0")
+
+    def starts_at(self, steps: int) -> int:
+        """The step at which the discriminator begins to learn, in a run of `steps`."""
+        return in_steps(self.start, steps)
+
+
+def in_steps(time: float, steps: int) -> int:
+    """A time in steps; below 1 it is a fraction of the run."""
+    return round(time * steps) if time < 1 else round(time)
+
+
+def generator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor | None) -> Tensor:
+    """What the decoder minimises, from patch logits of reconstructions (and of the originals where paired). Scalar."""
+    if config.loss == "hinge":
+        return -fake.mean()
+    assert real is not None
+    return F.softplus(real - fake).mean()
+
+
+def discriminator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor) -> Tensor:
+    """What the discriminator minimises, from patch logits. Scalar."""
+    if config.loss == "hinge":
+        return 0.5 * (F.relu(1 + fake).mean() + F.relu(1 - real).mean())
+    return F.softplus(fake - real).mean()
+
+
+def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """R1: half the squared gradient of a patch's logit with respect to the real image, mean over images. Scalar.
+
+    The patches of an image are summed before differentiating and the square divided by their number.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    patches = logits[0].numel()
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean() / patches
+
+
+class AdversarialLoss:
+    """When and how strongly the discriminator acts. State: few float64 scalars on the device, no host sync."""
+
+    AVERAGE_DECAY = 0.98
+    RATIO_DECAY = 0.9
+    LARGEST_WEIGHT = 1e4
+    HELD_DECAY = 0.99
+    WEIGHT_AFTER_RESTORE = 0.25
+
+    def __init__(self, config: AdversarialConfig, steps: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.config, self.seed = config, seed
+        self.start = config.starts_at(steps)
+        self.engage = self.start + max(1, in_steps(config.warmup, steps))
+        self.ramp_end = self.engage + max(1, in_steps(config.ramp, steps))
+        self.measure_from = max(self.start, self.engage - max(1, min(200, (self.engage - self.start) // 2)))
+        if self.engage >= steps:
+            raise UserError(
+                f"adversarial: the decoder would feel the discriminator from step {self.engage} of {steps} on, that is "
+                "never; lower adversarial.start or adversarial.warmup"
+            )
+        names = ("ratio_sum", "ratio_count", "ratio", "reference", "average", "bad_steps", "factor", "restores")
+        self._state = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self._state["factor"] += 1.0
+        self._state["ratio"].fill_(math.nan)
+        self._state["reference"].fill_(math.nan)
+        self._state["average"].fill_(math.nan)
+
+    def discriminator(self) -> PatchDiscriminator:
+        return PatchDiscriminator(self.config.width).train()
+
+    def learns(self, step: int) -> bool:
+        """The discriminator takes a step."""
+        return step >= self.start
+
+    def measures(self, step: int) -> bool:
+        """The gradients at the decoder's output are compared."""
+        if self.config.weight == "adaptive":
+            return step >= self.measure_from
+        return self.config.weight == "calibrated" and self.measure_from <= step < self.engage
+
+    def acts(self, step: int) -> bool:
+        """The decoder feels the discriminator, or its gradient is needed to measure it."""
+        return step >= self.engage or self.measures(step)
+
+    def weight(self, step: int) -> Tensor:
+        """Of the adversarial term in this step: a float32 scalar on the device; 0 while the guard holds."""
+        state, config = self._state, self.config
+        if config.weight == "fixed":
+            full = torch.full_like(state["factor"], config.strength)
+        elif config.weight == "adaptive":
+            full = config.strength * state["ratio"].nan_to_num(0.0)
+        else:
+            full = config.strength * (state["ratio_sum"] / state["ratio_count"].clamp(min=1)).exp()
+        ramp = min(1.0, max(0.0, (step - self.engage) / (self.ramp_end - self.engage)))
+        weight = full.clamp(max=self.LARGEST_WEIGHT) * state["factor"] * ramp
+        return torch.where(self.holding, 0.0, weight).float()
+
+    @property
+    def holding(self) -> Tensor:
+        return self._state["average"] > self.config.hold_above * self._state["reference"]
+
+    def chance(self, step: int, count: int, device: torch.device) -> Tensor:
+        """(count, 7) for `augment`, drawn for the global batch."""
+        return torch.rand(count, 7, generator=generator(self.seed, "diffaug", step, device=device), device=device)
+
+    def seen(self, images: Tensor, chance: Tensor) -> Tensor:
+        return augment(images, chance) if self.config.augment else images
+
+    def decoder_term(self, discriminator: nn.Module, fake: Tensor, real: Tensor, chance: Tensor) -> Tensor:
+        """The decoder's loss on reconstructions `fake` (n, 3, h, w) of `real`. The discriminator gets no gradient."""
+        frozen = {name: value.detach() for name, value in discriminator.state_dict().items()}
+        logits = functional_call(discriminator, frozen, (self.seen(fake, chance),)).float()
+        if self.config.loss == "hinge":
+            return generator_loss(self.config, logits, None)
+        with torch.no_grad():
+            real_logits = discriminator(self.seen(real, chance)).float()
+        return generator_loss(self.config, logits, real_logits)
+
+    def discriminator_terms(
+        self, discriminator: nn.Module, fake: Tensor, real: Tensor, chance: Tensor, step: int
+    ) -> dict[str, Tensor]:
+        """The discriminator's losses; `discriminator` is the wrapped module. No gradient reaches the decoder."""
+        penalised = self.config.r1 > 0 and step % self.config.r1_every == 0
+        real, fake = self.seen(real.detach(), chance), self.seen(fake.detach(), chance)
+        real = real.requires_grad_(penalised)
+        real_logits, fake_logits = discriminator(torch.cat([real, fake])).float().chunk(2)
+        terms = {"discriminator": discriminator_loss(self.config, fake_logits, real_logits)}
+        if penalised:
+            terms["r1"] = gradient_penalty(real_logits, real)
+        terms["logit_gap"] = (real_logits - fake_logits).mean().detach()
+        return terms
+
+    def discriminator_total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        total = terms["discriminator"]
+        return total + self.config.r1 * self.config.r1_every * terms["r1"] if "r1" in terms else total
+
+    @torch.no_grad()
+    def observe_ratio(self, squared_norms: Tensor) -> None:
+        """(2,): squared gradient norms at the output of the reconstruction and the adversarial loss, whole batch."""
+        log_ratio = (
+            0.5 * (squared_norms[0].double().clamp(min=1e-30) / squared_norms[1].double().clamp(min=1e-30)).log()
+        )
+        state, usable = self._state, log_ratio.isfinite()  # not where the update is left out
+        state["ratio_sum"] += torch.where(usable, log_ratio, 0.0)
+        state["ratio_count"] += usable
+        new = torch.where(usable, log_ratio.exp(), state["ratio"])
+        old = torch.where(state["ratio"].isnan(), new, state["ratio"])
+        state["ratio"].copy_(old + (1 - self.RATIO_DECAY) * (new - old))
+
+    @torch.no_grad()
+    def observe_loss(self, step: int, loss: Tensor) -> None:
+        """The step's reconstruction loss, equal on every rank: before the game the reference, then what is guarded."""
+        if step < self.start:
+            return
+        state, loss = self._state, loss.double()
+        average = torch.where(state["average"].isnan(), loss, state["average"])
+        state["average"].copy_(
+            torch.where(loss.isfinite(), average + (1 - self.AVERAGE_DECAY) * (loss - average), average)
+        )
+        if step < self.engage:
+            state["reference"].copy_(state["average"])
+        too_high = state["average"] > self.config.restore_above * state["reference"]
+        state["factor"] *= torch.where(self.holding, self.HELD_DECAY, 1.0)
+        state["bad_steps"].copy_(torch.where(too_high, state["bad_steps"] + 1, 0.0))
+
+    def must_restore(self) -> bool:
+        """Waits for the device: log steps only."""
+        return float(self._state["bad_steps"]) >= self.config.restore_steps
+
+    def restored(self) -> None:
+        """The weights before the game are back: play on at a quarter of the weight."""
+        self._state["factor"] *= self.WEIGHT_AFTER_RESTORE
+        self._state["restores"] += 1
+        self._state["bad_steps"].zero_()
+        self._state["average"].copy_(self._state["reference"])
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[Verdict]:
+        """What the guard did, in words, from averaged metrics and the state. Waits for the device: log steps only."""
+        knob = "a lower adversarial.strength, a longer adversarial.warmup, or a lower learning rate"
+        found, restores = [], float(self._state["restores"])
+        if restores > 0:
+            cause = "the reconstruction had worsened too far, so the decoder's weights before the game came back"
+            name = "adversarial_restored"
+            found.append(Verdict(name, "fail", "times that they came back", restores, 0.0, None, cause, knob))
+        held = metrics.get("adversarial/holding", 0.0)
+        if held > HELD_SHARE:
+            cause = f"the reconstruction loss is more than {self.config.hold_above:g} times that before the game"
+            name = "adversarial_held"
+            found.append(Verdict(name, "warn", "share of steps at weight 0", held, HELD_SHARE, None, cause, knob))
+        return found
+
+    def figures(self, step: int) -> dict[str, Tensor]:
+        return {"adversarial/weight": self.weight(step), "adversarial/holding": self.holding.float()}
+
+    def state_dict(self) -> dict[str, str]:
+        return {name: float(value).hex() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in self._state.items():
+            value.fill_(float.fromhex(state[name]))
+
+
+# The patch discriminator and the augmentation of what it sees. Losses and schedules are in `game.py`.
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (n, 3, h, w) in [-1, 1] -> one logit per patch of 70 pixels, (n, 1, h/8 - 2, w/8 - 2).
+
+    PatchGAN (Isola et al., arXiv:1611.07004) without normalisation: batch statistics would tie the result to how a
+    batch is split. The three detail bands of a Haar level stand beside the colours, so that sharpness is easy to see.
+    """
+
+    SMALLEST_SIDE = 32
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width, 4 * width)
+        layers: list[nn.Module] = []
+        previous = 12
+        for level, channels in enumerate(widths):
+            stride = 2 if level < 3 else 1
+            layers += [nn.Conv2d(previous, channels, 4, stride, padding=1), nn.LeakyReLU(0.2)]
+            previous = channels
+        self.layers = nn.Sequential(*layers, nn.Conv2d(previous, 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        details = haar_forward(images)[:, 3:]
+        seen = torch.cat([images, F.interpolate(details, scale_factor=2.0, mode="nearest")], dim=1)
+        return self.layers(seen.contiguous(memory_format=torch.channels_last))
+
+
+def augment(images: Tensor, chance: Tensor) -> Tensor:
+    """Differentiable augmentation (Zhao et al., arXiv:2006.10738): brightness, saturation, contrast, shift, cutout.
+
+    Args:
+        images: (n, 3, h, w) in [-1, 1].
+        chance: (n, 7) uniform in [0, 1]: equal rows give an image and its reconstruction equal treatment.
+    """
+    brightness, saturation, contrast, shift_x, shift_y, hole_x, hole_y = chance.to(images)[
+        :, :, None, None, None
+    ].unbind(1)
+    images = images + (brightness - 0.5) * 0.5
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * (0.5 + saturation)
+    level = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = level + (images - level) * (0.75 + 0.5 * contrast)
+    return _cutout(_shift(images, shift_x, shift_y), hole_x, hole_y)
+
+
+def _shift(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Whole pixels up to 1/8 of the side, borders replicated."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) + ((y.flatten()[:, None] - 0.5) * height / 4).round().long()
+    columns = torch.arange(width, device=images.device) + ((x.flatten()[:, None] - 0.5) * width / 4).round().long()
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[
+        batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
+    ]
+    return moved.permute(0, 3, 1, 2)
+
+
+def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """A grey square of a quarter of the side."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    hole = ((rows - y * height).abs() <= height / 8) & ((columns - x * width).abs() <= width / 8)
+    return images.masked_fill(hole, 0.0)

@@ -1,0 +1,247 @@
+"""What a training run of an autoencoder is: its configuration. Each part owns its own settings; here they meet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae.autoencoder.gan import AdversarialConfig
+from ldm_vae.autoencoder.losses import LossConfig
+from ldm_vae.autoencoder.models import AutoencoderConfig
+from ldm_vae.autoencoder.rate import RateConfig
+from ldm_vae.data import transforms
+from ldm_vae.data.decoding import ImageRejected
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import ImageSamples, to_tensor, too_many_rejected
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.split import Part, repeated, subset
+from ldm_vae.data.streaming import StreamSamples, open_stream
+from ldm_vae.data.transforms import CropConfig, random_crop, resize_center_crop
+from ldm_vae.errors import UserError
+from ldm_vae.random import numpy_rng
+from ldm_vae.training.loader import Plan, Span
+from ldm_vae.training.trainer import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run. Small crops first are cheap; larger ones in the last part teach the context.
+
+    Args:
+        steps: optimizer steps.
+        crop: side of the square training crops in pixels, divisible by 8.
+        batch: images per step over all processes.
+        micro_batch: images per forward pass of a process; null: its whole share.
+        perceptual: multiplies the weight loss.perceptual in this phase; 0 saves its cost.
+    """
+
+    steps: int = 1000
+    crop: int = 64
+    batch: int = 32
+    micro_batch: int | None = None
+    perceptual: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.crop < 16 or self.crop % 8:
+            raise UserError(f"phases: crop {self.crop} is not a multiple of 8 from 16 on; use 64, 128, 192, 256 ...")
+        if self.steps < 1 or self.batch < 1:
+            raise UserError("phases: steps and batch are at least 1")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """What is asked of the latent space beyond its rate.
+
+    Args:
+        scale_equivariance: share of the steps that shrink latents and images alike (antialiased), decode the small
+            latents and compare with the small images, instead of the full-size comparison (arXiv:2502.14831). Latents
+            become easier to diffuse, and such a step is cheaper.
+        scales: the factors, drawn with equal chance.
+        decoder_noise: with a frozen encoder, the decoder sees latents that are off by up to some times this much, in
+            standard deviations of N(0, 1), as those of a diffusion model are: per image |N(0, 1)| times it, white
+            (arXiv:2510.11690). 0.2 suits a decoder that only serves a small diffusion model.
+        nested: channel counts below the full one: half of the images keep only so many first channels, so that one
+            autoencoder serves at each count (nested dropout, arXiv:1402.0915). `[4, 8, 12]` suits 16 channels.
+    """
+
+    scale_equivariance: float = 0.0
+    scales: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    decoder_noise: float = 0.0
+    nested: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale_equivariance <= 1:
+            raise UserError(f"latents.scale_equivariance: {self.scale_equivariance} is no share; 0.35 is usual")
+        if not self.scales or not all(0 < scale < 1 for scale in self.scales):
+            raise UserError(f"latents.scales: {list(self.scales)} are not factors between 0 and 1")
+        if not 0 <= self.decoder_noise <= 2:
+            raise UserError(f"latents.decoder_noise: {self.decoder_noise} is not between 0 and 2; 0.2 is usual")
+        if any(count < 1 for count in self.nested):
+            raise UserError(f"latents.nested: {list(self.nested)} are no channel counts")
+
+
+@dataclass(frozen=True)
+class TrainVaeConfig:
+    """`ldm-vae train-vae`: everything that a run depends on.
+
+    Args:
+        repeat: how often images of a pattern of ids count in an epoch, as `{photos/*: 6}`: for a few good images among
+            many lesser ones. What is held out, and all evaluation, count each image once.
+        initial: an autoencoder to start from: a run, a diffusers directory or a hub id. Its architecture is taken.
+        train: names of what is trained, as the start of parameter names; null: everything. `[decoder]` leaves the
+            encoder as it is: latents that were made with it stay valid.
+    """
+
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    repeat: dict[str, int] = field(default_factory=dict)
+    crop: CropConfig = field(default_factory=CropConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    initial: str | None = None
+    train: list[str] | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    rate: RateConfig = field(default_factory=RateConfig)
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    phases: list[Phase] = field(default_factory=lambda: [Phase()])
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    held_out_resolution: int = 256
+    held_out_images: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise UserError("phases: at least one is needed")
+        if any(times < 1 for times in self.repeat.values()):
+            raise UserError(f"repeat: {dict(self.repeat)} are no counts from 1 on; data.include leaves images out")
+        if self.repeat and self.data.streaming:
+            raise UserError("repeat: has no effect on a stream; leave it out")
+        if self.initial is not None and self.autoencoder != AutoencoderConfig():
+            raise UserError(
+                "autoencoder: has no effect with initial, whose architecture is taken; leave one of them out"
+            )
+        if self.train is not None and self.initial is None:
+            raise UserError(
+                "train: leaves random weights as they are; name an autoencoder to start from as initial=DIR"
+            )
+        if self.latents.decoder_noise and self.train != ["decoder"]:
+            raise UserError(
+                "latents.decoder_noise: an encoder that is trained would only grow its latents against it; "
+                "set train=[decoder], or leave it out"
+            )
+        first_of_last = sum(phase.steps for phase in self.phases[:-1])
+        steps = first_of_last + self.phases[-1].steps
+        start = self.adversarial.starts_at(steps)
+        if self.adversarial.loss != "off" and start < first_of_last:
+            raise UserError(
+                f"adversarial.start: step {start} lies before the last phase, and its guard compares losses, which "
+                f"change with the phase; start it at step {first_of_last} or later"
+            )
+
+    def plan(self, processes: int) -> Plan:
+        return Plan(
+            tuple(
+                Span(phase.steps, phase.batch, phase.micro_batch or max(1, phase.batch // processes), phase.crop)
+                for phase in self.phases
+            )
+        )
+
+    def phase_at(self, step: int) -> Phase:
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        return self.phases[-1]
+
+
+# The images of a training run: random crops to learn from, and a fixed part to be judged by.
+
+logger = logging.getLogger(__name__)
+
+RATE_IMAGES = 128
+"""Held-out images that the rate is measured on: it differs from image to image, so many are needed."""
+FEW_IMAGES, CROPS_OF_FEW = 32, 4
+"""So many of them give more than one crop."""
+MEASURED_IMAGES = 256
+
+
+def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
+    """Random crops of the training part of the images."""
+    transform, seed, held_out = partial(random_crop, config=config.crop), config.training.seed, config.data.held_out
+    if config.data.streaming:
+        return StreamSamples(open_stream(config.data), transform, seed, held_out=held_out)
+    images = repeated(subset(open_source(config.data), "train", held_out), config.repeat)
+    return ImageSamples(images, transform, seed)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the training never sees, in [-1, 1] on the CPU.
+
+    `images` (n, 3, r, r): centre crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
+    training are, in the size of the last phase: the rate is defined on what the training sees.
+    """
+
+    images: Tensor
+    crops: Tensor
+
+
+def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
+    """A few images of the held-out part; None when nothing is held out."""
+    if config.data.held_out == 0 or config.held_out_images == 0:
+        return None
+    side = config.phases[-1].crop
+    images: list[Tensor] = []
+    crops: list[Tensor] = []
+    count = max(RATE_IMAGES, config.held_out_images)
+    for number, (index, image) in enumerate(some_images(config, "held_out", count)):
+        if number < config.held_out_images:
+            images.append(to_tensor(resize_center_crop(image, config.held_out_resolution)))
+        rng = numpy_rng(0, "held_out_crops", index)
+        for _ in range(CROPS_OF_FEW if number < FEW_IMAGES else 1):
+            crops.append(to_tensor(random_crop(image, rng, side, config.crop)))
+    if not images:
+        return None
+    return HeldOut(transforms.from_uint8(torch.stack(images)), transforms.from_uint8(torch.stack(crops)))
+
+
+def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
+    """Training crops (1, 3, c, c) in [-1, 1] that fix what is measured before training, the same on every process.
+
+    Raises: UserError where no image can be read.
+    """
+    side = config.phases[-1].crop
+    for index, image in some_images(config, "train", MEASURED_IMAGES):
+        crop = random_crop(image, numpy_rng(0, "measured_crops", index), side, config.crop)
+        yield transforms.from_uint8(to_tensor(crop)[None])
+
+
+def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Up to `count` readable images of a part, with their index: of a stream the first, else an even pick.
+
+    Raises: UserError where no training image can be read; without held-out ones a training is still possible.
+    """
+    held_out = config.data.held_out
+    if config.data.streaming:
+        source = open_stream(config.data).take(count, part, held_out)
+    else:
+        source = subset(open_source(config.data), part, held_out)
+    found, rejected = 0, list[tuple[str, str]]()
+    for index in numpy_rng(0, part).permutation(len(source)):
+        try:
+            image = source.read(int(index))
+        except ImageRejected as error:
+            logger.warning("%s: cannot be read (%s); it is left out", source.id(int(index)), error.reason)
+            rejected.append((source.id(int(index)), error.reason))
+            continue
+        yield int(index), image
+        found += 1
+        if found == count:
+            return
+    if found == 0 and part == "train":
+        raise too_many_rejected(rejected)

@@ -1,0 +1,399 @@
+"""A `LatentDiffusionPipeline` as a directory that stock diffusers loads and runs where this package is not installed.
+
+Owns which stock parts stand for ours: `AutoencoderKL` with the normaliser folded in, `UNet2DModel` in the place of the
+transformer of `DiTPipeline` (the only stock loop with classes, guidance and no text; it asks nothing of its network
+that a U-Net lacks), and `FlowMapEulerDiscreteScheduler`, whose times and steps are ours. `LDMPipeline` would need
+`init_noise_sigma` of its scheduler, which no flow scheduler with unrounded times has. What these parts cannot express
+is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_vae import runtime
+
+runtime.repair_torchvision()
+
+import diffusers
+from diffusers import AutoencoderKL, DiTPipeline, UNet2DModel
+
+from ldm_vae import provenance, random
+from ldm_vae.autoencoder import lineage
+from ldm_vae.autoencoder.interop.compvis import fold_normalizer
+from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Precision, check_target
+from ldm_vae.autoencoder.lineage import RECORD as TRAINING
+from ldm_vae.autoencoder.lineage import thin
+from ldm_vae.autoencoder.models import downsampling, load_autoencoder, model_directory
+from ldm_vae.autoencoder.weights import check_finite, encoder_fingerprint, fingerprint
+from ldm_vae.diffusion.generation import pipeline_directory
+from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
+from ldm_vae.diffusion.samplers import shift_of
+from ldm_vae.diffusion.saving import INDEX
+from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
+from ldm_vae.errors import UserError
+from ldm_vae.files import publish_directory, temporary_directory, write_checksums, write_json, write_text
+
+NULL_CLASS = 1000
+"""What `DiTPipeline` takes for "no label" under guidance, whatever the model."""
+ANY = "image"
+"""The one label of an exported model without classes; it changes nothing."""
+
+CHECKED_TIMES = (0.05, 0.5, 0.95)
+CHECK_TOLERANCE = 1e-4
+"""Of velocities, whose size is about 1; the two networks run the same operations."""
+
+README = """# {name}
+
+Latent diffusion for stock [diffusers](https://github.com/huggingface/diffusers), 0.39 or newer. Images are
+{height}x{width}. {classes}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("DIRECTORY")
+labels = pipeline.get_label_ids([{label!r}] * 4)
+images = pipeline(labels, guidance_scale={guidance:g}, num_inference_steps=30).images
+```
+
+diffusers notes when loading that the part called `transformer` is a U-Net: so it is. The scheduler takes Euler steps;
+for fewer steps of second order:
+
+```python
+from diffusers import DPMSolverMultistepScheduler
+
+pipeline.scheduler = DPMSolverMultistepScheduler(
+    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift={shift!r}
+)
+```
+"""
+
+
+def export_standard(
+    source: str, target: str | Path, *, precision: Precision = "fp32", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the stock directory, with README.md and conversion.json; completely or not at all.
+
+    Args:
+        source: a pipeline directory, or the run directory of `train-diffusion`.
+        target: a new directory.
+        precision: of the written weights.
+        overwrite: replace what an earlier conversion wrote at `target`.
+
+    Returns:
+        What is in conversion.json.
+
+    Raises:
+        UserError: stock diffusers has no such network or autoencoder, with what to train instead.
+    """
+    target = Path(target)
+    check_target(target, source, overwrite)
+    pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(source), use_safetensors=True)
+    standard = standard_pipeline(pipeline)
+    for part in standard.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype=DTYPES[precision])
+    record: dict[str, Any] = {
+        "format_version": 1,
+        "source": {
+            "name": source,
+            "class": type(pipeline).__name__,
+            "fingerprint": fingerprint(pipeline.autoencoder),
+        },
+        "to": "diffusers-pipeline",
+        "class": type(standard).__name__,
+        "precision": precision,
+        "normalizer": pipeline.normalizer.to_dict(),
+        "notes": ["the statistics of the latents are folded into the autoencoder; its scaling_factor is 1"],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_directory(target)
+    try:
+        standard.save_pretrained(folder, safe_serialization=True)
+        write_text(folder / "README.md", readme(pipeline, target.name))
+        write_json(folder / RECORD, record | {"versions": provenance.versions()})
+        publish_directory(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
+    """The stock pipeline (float32) that draws what `pipeline` does at its training size, from the same noise.
+
+    Raises:
+        UserError: see `export_standard`.
+    """
+    if type(pipeline.autoencoder) is not AutoencoderKL:
+        raise UserError(
+            f"autoencoder: {type(pipeline.autoencoder).__name__} is no class of stock diffusers that takes the "
+            "normaliser in; train on latents of one with autoencoder.architecture=sd"
+        )
+    if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
+        raise UserError(
+            f"diffusers {diffusers.__version__} has no FlowMapEulerDiscreteScheduler; install 0.39 or newer"
+        )
+    unet = standard_unet(pipeline.unet, tuple(pipeline.config["latent_size"]))
+    autoencoder = fold_normalizer(pipeline.autoencoder, pipeline.normalizer.mean, pipeline.normalizer.std)
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(int(TIME_SCALE), shift_of(pipeline.scheduler))
+    names = {str(number): name for number, name in enumerate(pipeline.labels or [ANY])}
+    standard = DiTPipeline(unet, autoencoder, scheduler, names)  # type: ignore[arg-type]
+    standard.register_to_config(id2label=names)
+    return standard
+
+
+@torch.no_grad()
+def standard_unet(unet: LatentUNet, latent_size: tuple[int, int]) -> UNet2DModel:
+    """The network inside as a stock one that puts out the velocity, compared with ours before it is returned.
+
+    It has the classes that `DiTPipeline` needs, all after the last label being "no label"; without labels they are 0.
+
+    Raises:
+        UserError: it does more than a `UNet2DModel` can, or the stock pipeline cannot run it.
+    """
+    check_expressible(unet, latent_size)
+    classes, state = int(unet.config["num_classes"]), dict(unet.network.state_dict())
+    config = {key: value for key, value in unet.network.config.items() if not key.startswith("_")}
+    standard = UNet2DModel(**config | {"sample_size": latent_size[0], "num_class_embeds": NULL_CLASS + 1})
+    rows = state.get("class_embedding.weight", torch.zeros(1, standard.class_embedding.embedding_dim))
+    null = rows[unet.null_label].expand(NULL_CLASS + 1 - classes, -1)
+    state["class_embedding.weight"] = torch.cat([rows[:classes], null])
+    standard.load_state_dict(state, strict=True)
+    standard.eval().requires_grad_(False)
+    check_equal(unet.eval(), standard, latent_size)
+    return standard
+
+
+def check_expressible(unet: LatentUNet, latent_size: tuple[int, int]) -> None:
+    """Raises: UserError where the U-Net or the size of its latents is beyond the stock classes."""
+    config, network = unet.config, unet.network
+    instead = "train with unet.patch=1 and unet.prediction=velocity, or use it with `ldm-vae generate`"
+    if config["patch"] != 1 or config["prediction"] != "velocity":
+        raise UserError(
+            f"unet: patch={config['patch']}, prediction={config['prediction']} surround the network with operations "
+            f"that stock diffusers has no U-Net for; {instead}"
+        )
+    if not config["latent_channels"] == network.config["in_channels"] == network.config["out_channels"]:
+        raise UserError(
+            f"unet: takes {network.config['in_channels']} channels for latents of {config['latent_channels']}, and "
+            "the stock pipeline gives the latents alone; train without coordinates"
+        )
+    if latent_size[0] != latent_size[1] or latent_size[0] % unet.multiple:
+        raise UserError(
+            f"latents: {latent_size[0]}x{latent_size[1]} is no square with sides divisible by {unet.multiple}, which "
+            "the stock pipeline and this U-Net need; train at another size"
+        )
+    if config["num_classes"] > NULL_CLASS:
+        raise UserError(
+            f"labels: {config['num_classes']} are more than the {NULL_CLASS} of DiTPipeline; "
+            "use the model with `ldm-vae generate`"
+        )
+
+
+def check_equal(unet: LatentUNet, standard: UNet2DModel, latent_size: tuple[int, int]) -> None:
+    """Raises: UserError where both networks do not give the same velocities of noise, with the null label too."""
+    generator = random.generator(0, "standard export")
+    noise = torch.randn(1, int(unet.config["latent_channels"]), *latent_size, generator=generator)
+    for time in CHECKED_TIMES:
+        for label in (0, NULL_CLASS):
+            ids = torch.tensor([min(label, unet.null_label)]) if unet.null_label else None
+            ours = unet(noise, torch.tensor(time), ids)
+            theirs = standard(noise, torch.tensor(time * TIME_SCALE), torch.tensor([label])).sample
+            error = float((ours - theirs).abs().max())
+            if not error <= CHECK_TOLERANCE * max(1.0, float(ours.abs().max())):
+                raise UserError(
+                    f"unet: the stock network differs from it by {error:.2g} at t = {time}, so it does something that "
+                    "a UNet2DModel does not; use the model with `ldm-vae generate`"
+                )
+
+
+def readme(pipeline: LatentDiffusionPipeline, name: str) -> str:
+    """README.md of the exported directory."""
+    height, width = (side * downsampling(pipeline.autoencoder) for side in pipeline.config["latent_size"])
+    names = pipeline.labels
+    shown = (
+        f"Classes: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}." if names else "There are no classes."
+    )
+    return README.format(
+        name=name,
+        height=height,
+        width=width,
+        classes=shown,
+        label=(names or [ANY])[0].split(",")[0].strip(),  # DiTPipeline takes a comma as "or"
+        guidance=DEFAULT_GUIDANCE if names else 1.0,
+        shift=shift_of(pipeline.scheduler),
+    )
+
+
+# A finished run as a directory to give away: rounded weights in small files, the records of its training, sealed.
+
+SHARD_SIZE = "15MB"
+LARGEST_FILE_BYTES = 16 << 20
+"""What hosts of repositories take without further tools."""
+RECORDS = (provenance.RUN_RECORD, "config.yaml")
+METRICS = "metrics.jsonl"
+METRIC_LINES = 300
+WORD = r"[^/\s'\",;=\[\]{}]+"
+ADDRESS = r"(?<![\w+.-])(?!(?:[\w+.-]*\+)?(?:file|local):)[a-z][\w+.-]*://(?:(?!::)[^\s'\",;])*"
+"""Of the internet or a bucket; it ends where `::` chains another place to it."""
+LOCAL = r"(?:(?<![\w+.-])[a-z][\w+.-]*\+)?(?:file|local):"
+"""What a URL of this machine opens with, as `file:` or `git+file:`."""
+ORIGIN = rf"(?:\.\.)?|~[a-z_][\w.-]*|{LOCAL}|(?<![^\s'\",;=\[\]{{}}])(?:{WORD}/+)+\.\."
+"""What a path opens with: nothing for the root, or `..`, another's home, a URL of this machine, folders and `..`."""
+NAME = r"[^/\\\s'\",;=\[\]{}:*?<>|]+"
+WINDOWS_ORIGIN = rf"(?:{LOCAL}/*)?[a-z]:[/\\]|\.\.\\|(?<!\\)\\\\+{NAME}[/\\]"
+"""A drive, `..`, a host. JSON doubles its backslashes, so a run of them counts as one; it goes or stays as a whole."""
+PATHS = (
+    rf"(?:{WINDOWS_ORIGIN})[/\\]*(?:{NAME}(?: (?!#){NAME})*[/\\]+)*({NAME})",
+    rf"(?:{ORIGIN})/+(?:{WORD}(?: (?!#){WORD})*/+)*({WORD})",
+)
+FOLDERS = re.compile(rf"({ADDRESS})|(?<![\w.~/*?-])(?:{'|'.join(PATHS)})", re.IGNORECASE)
+"""An address, which stays, or a path that tells of the machine, with its last name; `~/images` is neither."""
+
+
+def pack(
+    source: str,
+    target: str | Path,
+    *,
+    precision: Precision = "fp16",
+    overwrite: bool = False,
+    autoencoder: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the directory completely or not at all; return what is in conversion.json, and notes in words.
+
+    Args:
+        source: a run of `train-vae` or `train-diffusion`, or the directory of an autoencoder or of a pipeline.
+        target: a new directory, or an earlier conversion with `overwrite`.
+        precision: of the written weights.
+        autoencoder: takes the place of a pipeline's, with the same encoder and a decoder that was trained further.
+
+    Raises:
+        UserError: no model there, a weight that the precision cannot hold, or a target with something else in it.
+    """
+    target = Path(target)
+    check_target(target, source, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_directory(target)
+    try:
+        if has_pipeline(source):
+            fingerprints = _write_pipeline(source, folder, precision, autoencoder)
+        elif autoencoder is not None:
+            raise UserError(f"{source}: is an autoencoder, not a pipeline that could take another one; leave it out")
+        else:
+            fingerprints = _write_autoencoder(source, folder, precision)
+        _check_sizes(folder)
+        record: dict[str, Any] = {
+            "format_version": 1,
+            "source": {"name": without_folders(source), **fingerprints["source"]},
+            "to": "checkpoint",
+            "precision": precision,
+            **fingerprints["copy"],
+        }
+        write_json(folder / RECORD, record | {"versions": provenance.versions()})
+        write_checksums(folder)
+        publish_directory(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return record, _notes(record)
+
+
+def has_pipeline(source: str) -> bool:
+    """Whether it is a pipeline, or a run of `train-diffusion`."""
+    directory = Path(source).expanduser()
+    return any((one / INDEX).is_file() for one in (directory, directory / "pipeline"))
+
+
+def without_folders(text: str) -> str:
+    """The same text; of every path in it that is absolute or may lead outside only the last name is left."""
+    return FOLDERS.sub(r"\1\2\3", text)
+
+
+def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[str, dict[str, str]]:
+    model = load_autoencoder(source)
+    before = _identities(model)
+    nn.Module.to(model, DTYPES[precision])
+    check_finite(model.state_dict(), f"{source} in {precision}")
+    after = _identities(model)
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
+    directory = model_directory(Path(source))
+    if directory is not None:
+        _copy_records(directory, folder)
+        if (directory / TRAINING).is_file():
+            record = json.loads(without_folders((directory / TRAINING).read_text())) | after
+            if after != before:
+                record["rounded_from"] = {"precision": precision, **before}
+            write_json(folder / TRAINING, record)
+    return {"source": before, "copy": after}
+
+
+def _write_pipeline(
+    source: str, folder: Path, precision: Precision, autoencoder: str | None
+) -> dict[str, dict[str, str]]:
+    directory = pipeline_directory(source)
+    parts = {} if autoencoder is None else {"autoencoder": load_autoencoder(autoencoder)}
+    pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True, **parts)
+    before = _identities(pipeline.autoencoder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, DTYPES[precision])
+            check_finite(part.state_dict(), f"{source}, {name} in {precision}")
+    pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
+    _copy_records(directory, folder)
+    if autoencoder is None:  # of a copy those that came along
+        made_by = lineage.read_runs(directory / lineage.OF_AUTOENCODER)
+    else:
+        made_by = lineage.runs_of(Path(autoencoder), before["fingerprint"])
+    _write_runs(folder / lineage.OF_AUTOENCODER, made_by)
+    return {"source": before, "copy": _identities(pipeline.autoencoder)}
+
+
+def _identities(model: Any) -> dict[str, str]:
+    return {"fingerprint": fingerprint(model), "encoder_fingerprint": encoder_fingerprint(model)}
+
+
+def _copy_records(directory: Path, folder: Path) -> None:
+    """Of the run that the model `directory` lies in: its command and settings, and its curves at some hundred steps."""
+    folders = [directory, directory.parent] if directory.name in ("autoencoder", "pipeline") else [directory]
+    place = next((one for one in folders if (one / provenance.RUN_RECORD).is_file()), None)
+    if place is None:
+        return
+    for name in RECORDS:
+        if (place / name).is_file():
+            write_text(folder / name, without_folders((place / name).read_text()))
+    _write_runs(folder / lineage.FILE, lineage.earlier_runs(place))
+    if (place / METRICS).is_file():
+        lines = (place / METRICS).read_text().splitlines()
+        rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}
+        kept = rare.union(thin([number for number in range(len(lines)) if number not in rare], METRIC_LINES))
+        write_text(folder / METRICS, "".join(f"{without_folders(lines[number])}\n" for number in sorted(kept)))
+
+
+def _write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
+    if runs:
+        write_text(path, without_folders(lineage.runs_text(runs)))
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raises: UserError: one tensor alone is larger than a file may be."""
+    for path in folder.rglob("*.safetensors"):
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise UserError(
+                f"{path.name}: one tensor of {path.stat().st_size >> 20} MiB cannot be divided into files of at most "
+                f"{LARGEST_FILE_BYTES >> 20} MiB; give away a smaller model"
+            )
+
+
+def _notes(record: dict[str, Any]) -> list[str]:
+    if record["fingerprint"] == record["source"]["fingerprint"]:
+        return []
+    return [
+        f"rounding to {record['precision']} changed the weights, so this is another autoencoder: measure this copy, "
+        "and encode with it what is to be used with it; a pipeline goes on to accept latents of its original"
+    ]

@@ -1,0 +1,305 @@
+"""The flow loss on latents that training never sees, always at the same times with the same noise; when to stop.
+
+Owns the measurement and the suggestion in words. Nothing here stops a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm_vae.autoencoder import base
+from ldm_vae.data import transforms
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.diffusion import flow
+from ldm_vae.errors import UserError
+from ldm_vae.latents.dataset import LatentDataset
+from ldm_vae.random import generator
+from ldm_vae.utils.image_grid import GAP, PAPER, labelled_sheet
+from ldm_vae.utils.text import pluralize
+
+TIMES = 8
+SMOOTHING = 0.1
+"""Weight of a new log step in the training loss that the suggestion looks at."""
+
+
+@torch.no_grad()
+def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, shift: float) -> dict[float, float]:
+    """Time -> mean squared velocity error, at the middles of eight equal parts of [0, 1], shifted.
+
+    Args:
+        unet: Latents, times and labels -> velocity.
+        latents: Normalised, (n, c, h, w); the noise follows from their number and shape.
+        labels: (n,), or None for an unconditional network.
+        shift: Of the times towards noise.
+    """
+    rng = generator(0, "held_out", device=latents.device)
+    losses = {}
+    for number in range(TIMES):
+        time = flow.shift_times(torch.tensor((number + 0.5) / TIMES), shift)
+        times = time.expand(len(latents)).to(latents.device)
+        noise = torch.randn(latents.shape, generator=rng, device=latents.device)
+        velocity = unet(flow.interpolate(latents, noise, times), times, labels)
+        losses[float(time)] = flow.velocity_loss(velocity, flow.velocity_target(latents, noise)).mean()
+    return {time: float(loss) for time, loss in losses.items()}
+
+
+def figures(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
+    """What is logged: the mean over the times, the loss at each of them, and by how much the mean is above that of
+    training latents, measured in the same way."""
+    by_time = {f"held_out/flow_t{time:.3g}": loss for time, loss in losses.items()}
+    mean, trained = (sum(values.values()) / len(values) for values in (losses, of_training))
+    return {"held_out/flow": mean, "held_out/gap": mean - trained} | by_time
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """The alarm: since `step` the held-out loss has not improved, and the training loss fell."""
+
+    step: int
+    held_out: tuple[float, float]
+    train: tuple[float, float]
+    name: str = "overfitting"
+
+    def sentence(self) -> str:
+        return (
+            f"overfitting: the held-out loss was best at step {self.step} ({self.held_out[0]:.4g}, now "
+            f"{self.held_out[1]:.4g}) while the training loss fell from {self.train[0]:.4g} to {self.train[1]:.4g}; "
+            "from here on the network learns its images by heart: stop, use more images, or raise unet.dropout"
+        )
+
+
+class StopSuggestion:
+    """Remembers the best held-out loss, and the training loss at that time."""
+
+    def __init__(self, patience: float) -> None:
+        """`patience`: share of the run that may pass without a better held-out loss."""
+        self.patience = patience
+        self.train = math.inf
+        self.train_then = math.inf
+        self.best = self.last = math.inf
+        self.best_step = 0
+        self.said = False
+
+    def see_training(self, loss: float) -> None:
+        """At each log step."""
+        known = math.isfinite(self.train)
+        self.train = self.train + SMOOTHING * (loss - self.train) if known else loss
+
+    def see_held_out(self, step: int, loss: float) -> None:
+        """At each validation after `step` finished steps."""
+        self.last = loss
+        if loss < self.best:
+            self.best, self.best_step, self.train_then, self.said = loss, step, self.train, False
+
+    def alarm(self, step: int, steps: int) -> Overfitting | None:
+        """Once, until the held-out loss improves again."""
+        waited = step - self.best_step >= self.patience * steps
+        if self.said or not math.isfinite(self.best) or not waited or self.train >= self.train_then:
+            return None
+        self.said = True
+        return Overfitting(self.best_step, (self.best, self.last), (self.train_then, self.train))
+
+    def last_word(self, step: int, snapshots: Sequence[int]) -> str:
+        """What a finished run says: which step was best for latents that it has not seen, and how to get it."""
+        if not math.isfinite(self.best):
+            return "no latents were held out"
+        if self.best_step == step:
+            return f"the held-out loss was best at the end ({self.best:.4g}): a longer run may be better"
+        words = f"the held-out loss was best at step {self.best_step} ({self.best:.4g}, now {self.last:.4g})"
+        if not snapshots:
+            return words
+        near = min(snapshots, key=lambda number: abs(number - self.best_step))
+        return f"{words}: `ldm-vae ema RUN --length 0.05 --step {near} --out DIR` writes the pipeline of that time"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Exact; floats in hexadecimal, since JSON has no infinity."""
+        values = {name: value for name, value in vars(self).items() if name != "patience"}
+        return {name: value.hex() if isinstance(value, float) else value for name, value in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, float.fromhex(value) if isinstance(value, str) else value)
+
+
+# KID of generated images, on request while training: its settings, and when it is due.
+
+FEWEST = 100
+"""Images on either side; below, the spread over subsets is as large as what one looks for."""
+
+Judge = Callable[[Any], dict[str, float]]
+"""A pipeline -> figures."""
+
+
+@dataclass(frozen=True)
+class KidConfig:
+    """KID of samples of the EMA weights to held-out images: not in latents, so what the autoencoder loses counts.
+
+    Attributes:
+        samples: generated for each measurement, the classes in turn; 0: none.
+        every: steps from one to the next, a multiple of training.validate_every; null: once, at the end.
+        data: the images that were encoded. The part with the ids that this run holds out is compared with.
+        steps: of the sampler, for each sample.
+        subset: images in each of KID's subsets; a quarter of the held-out images where that is less.
+        inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
+    """
+
+    samples: int = 0
+    every: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 30
+    subset: int = 200
+    inception_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or 0 < self.samples < FEWEST:
+            raise UserError(
+                f"kid.samples: KID of {pluralize(self.samples, 'image')} would be noise; give {FEWEST} or more "
+                "(1000 is usual), or 0 for none"
+            )
+        if self.every is not None and self.every < 1:
+            raise UserError(f"kid.every: {self.every} is below 1; give a number of steps, or null for the end alone")
+        if self.steps < 1 or self.subset < 2:
+            name, value = ("steps", self.steps) if self.steps < 1 else ("subset", self.subset)
+            raise UserError(f"kid.{name}: {value} is too few")
+
+    def check(self, held_out: float, validate_every: int) -> None:
+        """Raises: UserError for a measurement that never comes about in a run of such settings."""
+        if self.samples and held_out == 0:
+            raise UserError("kid.samples: needs held-out images, and held_out=0; hold some out, or set kid.samples=0")
+        if self.samples and self.every and self.every % validate_every:
+            raise UserError(
+                f"kid.every: {self.every} is no multiple of training.validate_every={validate_every}; give one"
+            )
+
+    def due(self, finished: int, steps: int) -> bool:
+        """Whether to measure after `finished` of `steps` steps."""
+        return finished == steps or (self.every is not None and finished % self.every == 0)
+
+
+# Whether generated latents are copies of training latents: nearest neighbours, the copy rate, a panel of pairs.
+
+COPY_RATIO = 1 / 3
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """For each of n samples: the number of the nearest training latent, and |x - x1| / |x - x2|, both (n,)."""
+
+    nearest: Tensor
+    ratios: Tensor
+
+    @property
+    def copies(self) -> int:
+        return int((self.ratios < COPY_RATIO).sum())
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The alarm: samples of a preview that are copies."""
+
+    copies: int
+    samples: int
+    compared: int
+    name: str = "copies"
+
+    def sentence(self) -> str:
+        return (
+            f"copies: {self.copies} of {self.samples} preview samples lie less than a third as far from one of "
+            f"{self.compared} training latents as from any other: the network repeats its images; see the preview, "
+            "stop earlier, use more images, or raise unet.dropout"
+        )
+
+
+def find_neighbours(samples: Tensor, training: Tensor) -> Neighbours:
+    """Euclidean neighbours of normalised latents (n, c, h, w) among (m, c, h, w) of any precision, m at least 2."""
+    assert len(training) >= 2, "find_neighbours: fewer than two training latents"
+    flat = samples.float().flatten(1).cpu()
+    distances = [
+        torch.cdist(flat, chunk.float().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
+        for chunk in training.cpu().split(CHUNK)
+    ]
+    (first, second), (nearest, _) = (found.unbind(1) for found in torch.cat(distances, 1).topk(2, largest=False))
+    return Neighbours(nearest, first / second.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+@torch.no_grad()
+def compare_with_training(
+    pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], training: LatentDataset, compared: int
+) -> tuple[Image.Image, Copies]:
+    """The panel of finished pictures, encoded again, and how many of them are copies.
+
+    Args:
+        pipeline: Made them.
+        images: Of the size of the training images.
+        captions: One per image, or none.
+        training: What the pipeline was trained on.
+        compared: At most so many of its latents, evenly spread.
+    """
+    count = min(compared, len(training))
+    known = torch.stack([training.sample(number * len(training) // count, 0)["latent"] for number in range(count)])
+    found = torch.cat([_encoded(pipeline, image) for image in images])
+    neighbours = find_neighbours(found, pipeline.normalizer.normalize(known))
+    below = [transforms.to_pil(pipeline.decode(known[number : number + 1].to(pipeline.device)))[0]
+             for number in neighbours.nearest.tolist()]  # fmt: skip
+    return panel(images, below, neighbours.ratios, captions), Copies(neighbours.copies, len(images), count)
+
+
+def _encoded(pipeline: Any, image: Image.Image) -> Tensor:
+    """Normalised posterior mean (1, c, h, w), on the CPU."""
+    tensor = transforms.from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None])
+    return pipeline.normalizer.normalize(base.encode_moments(pipeline.autoencoder, tensor.to(pipeline.device))[0]).cpu()
+
+
+def panel(
+    samples: Sequence[Image.Image], nearest: Sequence[Image.Image], ratios: Tensor, labels: Sequence[str] = ()
+) -> Image.Image:
+    """A sheet of pairs: the generated picture above, its nearest training latent decoded below, the ratio in words."""
+    pairs, captions = [], []
+    names = labels or [f"sample {number}" for number in range(1, len(samples) + 1)]
+    for above, below, name, ratio in zip(samples, nearest, names, ratios.tolist(), strict=True):
+        pair = Image.new("RGB", (above.width, 2 * above.height + GAP), PAPER)
+        pair.paste(above, (0, 0))
+        pair.paste(below.resize(above.size), (0, above.height + GAP))
+        pairs.append(pair)
+        captions.append(f"{name}\n" + ("copy " if ratio < COPY_RATIO else "nearest ") + f"{ratio:.2f}")
+    return labelled_sheet(pairs, captions, side=2 * 192 + GAP)
+
+
+# Pictures of latents without the decoder: a linear map of each position to one RGB pixel.
+
+
+def fit_latent_rgb(latents: Tensor, images: Tensor) -> dict[str, Any]:
+    """The `latent_rgb` of a pipeline: least squares from latents to images reduced to one pixel per position.
+
+    A hundred pairs are plenty: each has thousands of positions.
+
+    Args:
+        latents: Normalised, (n, c, h, w).
+        images: Theirs, (n, 3, fh, fw) in [-1, 1].
+
+    Returns:
+        `weights`, 3 lists of c numbers, and `bias`, 3 numbers (JSON-able).
+    """
+    small = F.interpolate(images.float(), size=latents.shape[-2:], mode="area")
+    positions = latents.double().movedim(1, -1).flatten(0, -2)
+    colours = small.double().movedim(1, -1).flatten(0, -2)
+    inputs = torch.cat([positions, torch.ones_like(positions[:, :1])], dim=1)
+    # gelsd is the driver that a dead channel does not disturb; it exists on CPU only
+    solution = torch.linalg.lstsq(inputs.cpu(), colours.cpu(), driver="gelsd").solution
+    return {"weights": solution[:-1].T.tolist(), "bias": solution[-1].tolist()}
+
+
+def latents_to_rgb(latents: Tensor, latent_rgb: Mapping[str, Any]) -> Tensor:
+    """Normalised latents (n, c, h, w) -> images (n, 3, h, w), float32, clamped to [-1, 1]."""
+    weights, bias = (torch.tensor(latent_rgb[key]).to(latents.device) for key in ("weights", "bias"))
+    return (torch.einsum("nchw,dc->ndhw", latents.float(), weights) + bias.view(1, 3, 1, 1)).clamp(-1, 1)

@@ -1,0 +1,494 @@
+"""Several kinds of autoencoder on the same images with the same budget: one table, one picture grid.
+
+Owns the list of kinds and what is put side by side. Training and measuring each is `sweep.py`'s, interpolation, prior
+samples, codes and cost are `latent_quality.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.base import decode, encode_moments
+from ldm_vae.autoencoder.klt import BlockKLT, block_moments
+from ldm_vae.autoencoder.losses import LPIPS
+from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage, token_indices
+from ldm_vae.data import transforms
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import crops, evenly_spaced
+from ldm_vae.data.split import subset
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import metrics, sweep
+from ldm_vae.evaluation.fid import frechet_distance
+from ldm_vae.evaluation.measurement import codebook_size, fit_baseline
+from ldm_vae.evaluation.pages import embed_image
+from ldm_vae.evaluation.study import read_json
+from ldm_vae.evaluation.sweep import Outcome, Point, Run
+from ldm_vae.files import write_json, write_text
+from ldm_vae.random import generator
+from ldm_vae.runtime import gigamacs
+from ldm_vae.training.distributed import Processes, compute_device
+
+MAY_CHANGE = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
+"""Settings that a rerun may change: kinds that they touch are trained on or measured again."""
+
+GRID_IMAGES = 4
+GRID_GAP = 8
+
+PROTOCOL = (
+    "Interpolation: straight lines between the latent means of pairs of held-out images, 8 steps; unevenness is the "
+    "largest step over the mean step (1: even, 8: one jump), midpoint sharpness the fine contrast half way over the "
+    "mean of both ends. Prior samples: every latent number drawn from N(channel mean, channel deviation of the "
+    "aggregate posterior), decoded and encoded again; the cycle error is in channel deviations (in brackets that of "
+    "posterior samples of real images), the distance is Fréchet's between 8x8-block statistics in 16 KLT components, "
+    "relative to the real images' variance (in brackets that of reconstructions). These figures compare the rows of "
+    "this table; they are not comparable to the literature."
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the comparison: a name, and the settings of `train-vae` that make it."""
+
+    name: str = "???"
+    overrides: list[str] = field(default_factory=list)
+
+
+def default_kinds() -> list[Kind]:
+    return [
+        Kind("kl", ["autoencoder.kind=kl"]),
+        Kind("ae", ["autoencoder.kind=ae"]),
+        Kind("vq", ["autoencoder.kind=vq"]),
+        Kind("fsq", ["autoencoder.kind=fsq"]),
+    ]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`ldm-vae compare`.
+
+    Args:
+        output: the folder; every kind is in `points/` below it.
+        vae: the YAML of `train-vae` that all kinds share.
+        overrides: settings of `train-vae` for all kinds, as `data.path=~/images`.
+        kinds: what is compared: a name and its own settings each.
+        steps: of each training; null: the recipe's.
+        parallel: kinds that are trained at once on this machine; their seconds are then not comparable.
+        evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
+        latent_images: held-out images for interpolation, prior samples and the use of codes.
+        macs_resolution: side of the image for which multiply-accumulates are counted.
+    """
+
+    output: str = "???"
+    vae: str = "???"
+    overrides: list[str] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=default_kinds)
+    steps: int | None = None
+    parallel: int = 1
+    evaluate: list[str] = field(default_factory=list)
+    latent_images: int = 16
+    macs_resolution: int = 512
+
+    def __post_init__(self) -> None:
+        names = [kind.name for kind in self.kinds]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"kinds: {names}; give at least one, each with a name of its own")
+        for name in names:
+            if not name or name.startswith(".") or not all(c.isalnum() or c in "-_." for c in name):
+                raise UserError(f"kinds: {name!r} is no name of a folder; use letters, digits, - and _")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps: {self.steps} is below 1")
+        if self.parallel < 1:
+            raise UserError(f"parallel: {self.parallel} is below 1")
+        if self.latent_images < 2:
+            raise UserError(f"latent_images: {self.latent_images} is below 2; an interpolation needs a pair")
+        if self.macs_resolution < 64 or self.macs_resolution % 64:
+            raise UserError(f"macs_resolution: {self.macs_resolution} is no multiple of 64; 512 is usual")
+
+
+def compare(config: CompareConfig, run: Run | None = None) -> dict[str, Any]:
+    """Make the kinds that are missing, measure their latents, write the comparison, return `comparison.json`.
+
+    Raises:
+        UserError: a setting is wrong, another sweep is in the folder, or no kind could be finished.
+    """
+    started = time.time()
+    root = Path(config.output)
+    sweep.claim(root, "compare", config, may_change=MAY_CHANGE)
+    points = [
+        sweep.plan_point(
+            root, kind.name, config.vae, [*config.overrides, *kind.overrides], config.evaluate, config.steps
+        )
+        for kind in config.kinds
+    ]
+    outcomes = sweep.run_points(points, config.parallel, run)
+    found = gather(config, points, outcomes)
+    publish(root, found, points)
+    provenance.write_run_record(
+        root, None, started, time.time() - started, finished=not found["missing"], kinds=len(found["kinds"])
+    )
+    return found
+
+
+def gather(config: CompareConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What `comparison.json` holds, from the folders of the finished kinds."""
+
+    def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+        described = {
+            name: results["autoencoder"][name] for name in ("class", "parameters", "latent_channels", "downsampling")
+        }
+        return sweep.common_record(point, results) | {
+            **described,
+            "images": results["protocol"]["images"],
+            "latents": measure_latents(point, config, results["autoencoder"]["fingerprint"]),
+        }
+
+    records, missing = sweep.collect(points, outcomes, record_of, config.output, "kind")
+    return {
+        "format_version": 1,
+        "kinds": records,
+        "missing": missing,
+        "protocol": PROTOCOL,
+        "config": configuration.to_dict(config),
+    }
+
+
+def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> dict[str, Any]:
+    """Cost, interpolation, prior samples and codes of one kind; read from `latents.json` where that is of these
+    weights and settings."""
+    settings = {
+        "fingerprint": fingerprint,
+        "images": config.latent_images,
+        "macs_resolution": config.macs_resolution,
+        "evaluate": configuration.digest(configuration.to_dict(point.evaluate) | {"output": None, "autoencoder": None}),
+    }
+    kept = read_json(point.folder / "latents.json")
+    if kept.get("settings") == settings:
+        return kept
+    evaluate = point.evaluate
+    device = compute_device(evaluate.device)
+    autoencoder = load_autoencoder(point.autoencoder).to(device)
+    source = open_source(evaluate.data)
+    chosen = subset(source, evaluate.part, evaluate.data.held_out)
+    images = torch.cat(list(crops(chosen, evenly_spaced(len(chosen), config.latent_images), evaluate.resolution))).to(
+        device
+    )
+    fitted = chosen if evaluate.part == "all" else subset(source, "train", evaluate.data.held_out)
+    indices = evenly_spaced(len(fitted), evaluate.baseline_images)
+    klt = fit_baseline(fitted, indices, evaluate.resolution, 8, Processes())
+    lpips = None
+    if evaluate.perceptual_net:
+        lpips = LPIPS(evaluate.perceptual_net, evaluate.perceptual_weights).to(device)
+    encode_gigamacs, decode_gigamacs = coding_gigamacs(autoencoder, config.macs_resolution, device)
+    found = {
+        "settings": settings,
+        "encode_gigamacs": encode_gigamacs,
+        "decode_gigamacs": decode_gigamacs,
+        "interpolation": plain(interpolation(autoencoder, images, lpips)),
+        "prior_samples": plain(prior_samples(autoencoder, images, klt, evaluate.seed)),
+        "codes": code_use(autoencoder, images),
+        "downsampling": downsampling(autoencoder),
+    }
+    write_json(point.folder / "latents.json", found)
+    return found
+
+
+def publish(root: Path, found: dict[str, Any], points: Sequence[Point]) -> None:
+    """Write comparison.md, grid.png, index.html and, last, comparison.json."""
+    finished = {record["name"] for record in found["kinds"]}
+    sheet, columns = picture_grid([point for point in points if point.name in finished])
+    headings, rows = table(found)
+    write_text(root / "comparison.md", markdown(found, columns))
+    pictures = []
+    if sheet is not None:
+        sheet.save(root / "grid.png")
+        text = f"The same images through every kind: {', '.join(columns)}."
+        pictures.append(embed_image(sheet, text, maximum_side=None))
+    write_text(
+        root / "index.html",
+        sweep.render(
+            "Kinds of autoencoder side by side",
+            lead(found),
+            [found["protocol"]],
+            tables=[sweep.Table(headings, rows, notes(found))],
+            pictures=pictures,
+        ),
+    )
+    write_json(root / "comparison.json", found)
+
+
+def picture_grid(points: Sequence[Point]) -> tuple[Image.Image | None, list[str]]:
+    """One row per image: the original, then each kind's decode(mean), from the evaluations' own pictures."""
+    examples: list[dict[str, Path]] = []
+    for point in points:
+        results = json.loads((point.folder / "evaluation" / "results.json").read_text())
+        folder = point.folder / "evaluation" / "examples"
+        files = {example["id"]: example["files"] for example in results["examples"]}
+        examples.append({name: folder / file["decoded"] for name, file in files.items()})
+        if len(examples) == 1:
+            originals = {name: folder / file["original"] for name, file in files.items()}
+    if not examples:
+        return None, []
+    shared = [name for name in originals if all(name in each for each in examples)][:GRID_IMAGES]
+    if not shared:
+        return None, []
+    rows = [[originals[name], *(each[name] for each in examples)] for name in shared]
+    with Image.open(rows[0][0]) as first:
+        width, height = first.size
+    step_x, step_y = width + GRID_GAP, height + GRID_GAP
+    sheet = Image.new("RGB", (len(rows[0]) * step_x - GRID_GAP, len(rows) * step_y - GRID_GAP), "white")
+    for y, row in enumerate(rows):
+        for x, path in enumerate(row):
+            with Image.open(path) as picture:
+                sheet.paste(picture.convert("RGB"), (x * step_x, y * step_y))
+    return sheet, ["original", *(point.name for point in points)]
+
+
+def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells; what a kind does not have is a dash."""
+    with_lpips = all("lpips" in record["metrics"] for record in found["kinds"])
+    names = ["psnr", "ssim", *(["lpips"] if with_lpips else [])]
+    size = found["config"]["macs_resolution"]
+    headings = ["kind", "PSNR (dB)", "SSIM", *(["LPIPS"] if with_lpips else []), "bits/pixel"]
+    headings += ["code perplexity", "unused codes", f"GMAC encode + decode at {size}", "unevenness"]
+    headings += ["midpoint sharpness", "prior: cycle error", "prior: block distance", "steps", "seconds", "verdicts"]
+    rows = []
+    for record in found["kinds"]:
+        latents, values = record["latents"], [record["metrics"][name] for name in names]
+        codes, prior, line = latents["codes"], latents["prior_samples"], latents["interpolation"]
+        rate, seconds = record["rate"]["bits_per_pixel"], record["seconds"]
+        rows.append(
+            [
+                record["name"],
+                *(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values),
+                "–" if rate is None else f"{rate:.3f}",
+                "–" if codes is None else f"{codes['perplexity']:.1f} of {codes['codes']:.0f}",
+                "–" if codes is None else f"{100 * codes['dead_share']:.1f} %",
+                f"{latents['encode_gigamacs']:.2f} + {latents['decode_gigamacs']:.2f}",
+                f"{line['unevenness']:.2f}",
+                f"{line['midpoint_sharpness']:.2f}",
+                f"{prior['cycle_error']:.2f} ({prior['cycle_error_real']:.2f})",
+                f"{prior['frechet']:.3f} ({prior['frechet_reconstructions']:.3f})",
+                str(record["steps"]),
+                "–" if seconds is None else f"{seconds:.0f}",
+                ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none",
+            ]
+        )
+    return headings, rows
+
+
+def lead(found: dict[str, Any]) -> str:
+    first = found["kinds"][0]
+    return (
+        f"Trained on the same images for the same number of steps, measured on the same {first['images']['count']} "
+        f"images ({first['images']['part']}) at {first['resolution']} x {first['resolution']}."
+    )
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What else must be said: kinds that are missing, unequal steps, failing verdicts, what the rates are."""
+    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in found["missing"]]
+    undiagnosed = [record["name"] for record in found["kinds"] if not record["diagnosed"]]
+    if undiagnosed:
+        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    if len({record["steps"] for record in found["kinds"]}) > 1:
+        lines.append("The kinds were not trained for the same number of steps, so this is no fair comparison.")
+    for kind in sorted({record["rate"]["kind"] for record in found["kinds"]}):
+        names = ", ".join(record["name"] for record in found["kinds"] if record["rate"]["kind"] == kind)
+        lines.append(f"Rate of {names}: {kind}.")
+    counted = [record for record in found["kinds"] if record["latents"]["codes"]]
+    for record in counted:
+        codes = record["latents"]["codes"]
+        lines.append(f"Codes of {record['name']} were counted over {codes['positions']:.0f} positions.")
+    for record in found["kinds"]:
+        lines += [f"{record['name']}: {v['sentence']}" for v in record["verdicts"] if v["severity"] == "fail"]
+    distances = {record["latents"]["interpolation"]["distance"] for record in found["kinds"]}
+    lines.append(f"Steps of an interpolation are measured by {', '.join(sorted(distances))}.")
+    return lines
+
+
+def markdown(found: dict[str, Any], columns: Sequence[str]) -> str:
+    """`comparison.md`."""
+    headings, rows = table(found)
+    lines = ["# Kinds of autoencoder side by side", "", lead(found), "", *sweep.markdown_table(headings, rows), ""]
+    lines += [found["protocol"], "", *notes(found)]
+    if columns:
+        lines += ["", f"![The same images: {', '.join(columns)}](grid.png)"]
+    return "\n".join(lines) + "\n"
+
+
+# What a latent space is like to work in: interpolation, prior samples, the use of codes, and the cost of its networks.
+
+INTERPOLATION_STEPS = 8
+FRECHET_COMPONENTS = 16
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Over pairs of images, means. `unevenness` >= 1: the largest of the 8 steps of the path relative to the mean step;
+    `midpoint_sharpness`: fine contrast half way, relative to the mean of both ends; `distance`: what a step is."""
+
+    unevenness: float
+    midpoint_sharpness: float
+    distance: str
+    pairs: int
+
+
+@dataclass(frozen=True)
+class PriorSamples:
+    """Latents drawn per channel from N(mean, standard deviation) of the aggregate posterior, decoded.
+
+    `cycle_error`: rms of E(D(z)) - z per channel in its standard deviations; `cycle_error_real` the same for posterior
+    samples of real images; `frechet`: distance of block statistics to real images, relative to their total variance;
+    `frechet_reconstructions` the same for reconstructions: what an autoencoder loses without any sampling.
+    """
+
+    cycle_error: float
+    cycle_error_real: float
+    frechet: float
+    frechet_reconstructions: float
+    samples: int
+
+
+def step_distance(x: Tensor, y: Tensor, lpips: LPIPS | None) -> tuple[Tensor, str]:
+    """Perceptual distance of images (n, 3, h, w), (n,), and its name: LPIPS, else 1 - MS-SSIM, else 1 - SSIM."""
+    if lpips is not None:
+        return lpips(x, y), "LPIPS"
+    if min(x.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
+        return 1 - metrics.ms_ssim(x, y), "1 - MS-SSIM"
+    return 1 - metrics.ssim(x, y), "1 - SSIM"
+
+
+@torch.no_grad()
+def interpolation(autoencoder: Any, images: Tensor, lpips: LPIPS | None = None) -> Interpolation:
+    """Straight lines between the latent means of images (n, 3, h, w), the first with the second and so on; n >= 2.
+
+    A path of equal steps has an unevenness of 1, one that jumps once of 8. A blur in the middle, the usual sign of a
+    latent space with holes, has a midpoint sharpness under 1; even a perfect one need not reach 1, since a cross-fade
+    of two images has less contrast than either.
+    """
+    if len(images) < 2:
+        raise ValueError(f"interpolation: {len(images)} image(s); give at least 2")
+    found = []
+    for pair in images[: len(images) // 2 * 2].split(2):
+        ends, _ = encode_moments(autoencoder, pair)
+        weights = torch.linspace(0, 1, INTERPOLATION_STEPS + 1, device=ends.device).view(-1, 1, 1, 1)
+        path = torch.cat([decode(autoencoder, latent[None]) for latent in (1 - weights) * ends[0] + weights * ends[1]])
+        found.append(measure_path(path, lpips))
+    unevenness, sharpness = ([getattr(one, name) for one in found] for name in ("unevenness", "midpoint_sharpness"))
+    return Interpolation(float(np.mean(unevenness)), float(np.mean(sharpness)), found[0].distance, len(found))
+
+
+@dataclass(frozen=True)
+class LatentPath:
+    """One way from an image to another. `unevenness`, `midpoint_sharpness`, `distance`: see `Interpolation`.
+
+    `perceptual_length`: mean over steps of distance / step**2, the whole way being 1 (Karras et al. 2019,
+    arXiv:1812.04948, section 4.1): the smaller, the smoother. Comparable between ways of as many frames.
+    """
+
+    unevenness: float
+    midpoint_sharpness: float
+    perceptual_length: float
+    distance: str
+
+
+def measure_path(path: Tensor, lpips: LPIPS | None = None) -> LatentPath:
+    """Frames (s, 3, h, w) in [-1, 1], s >= 3, from one image to another, after an 8-bit round trip."""
+    path = transforms.from_uint8(transforms.to_uint8(path))
+    distances, name = step_distance(path[:-1], path[1:], lpips)
+    steps = distances.double().clamp_min(0)
+    ends = path[[0, -1]]
+    ratios = metrics.sharpness_ratio(path[len(path) // 2][None].expand_as(ends), ends).clamp_min(1e-12)
+    return LatentPath(
+        unevenness=float(steps.max() / steps.mean().clamp_min(1e-12)),
+        midpoint_sharpness=float(2 / (1 / ratios).sum()),  # contrast over the mean contrast of both ends
+        perceptual_length=float(steps.mean() * len(steps) ** 2),
+        distance=name,
+    )
+
+
+@torch.no_grad()
+def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0) -> PriorSamples:
+    """As many samples as images (n, 3, h, w), of the latents' size. Positions are drawn independently: this is the
+    prior of the KL term, not that of a diffusion model, so pictures are not expected; the figures say how far off."""
+    means, logvars = zip(*(encode_moments(autoencoder, image[None]) for image in images), strict=True)
+    mean, variance = torch.cat(means), torch.cat(logvars).exp()
+    centre = mean.mean(dim=(0, 2, 3), keepdim=True)
+    spread = (mean.var(dim=(0, 2, 3), keepdim=True, correction=0) + variance.mean(dim=(0, 2, 3), keepdim=True)).sqrt()
+    noise = torch.randn(mean.shape, generator=generator(seed, "prior samples")).to(mean.device)
+    noise_real = torch.randn(mean.shape, generator=generator(seed, "posterior samples")).to(mean.device)
+    prior, real = centre + spread * noise, mean + variance.sqrt() * noise_real
+    decoded, cycle = round_trip(autoencoder, prior, spread)
+    reconstructed, cycle_real = round_trip(autoencoder, real, spread)
+    return PriorSamples(
+        cycle,
+        cycle_real,
+        block_frechet(decoded, images, klt),
+        block_frechet(reconstructed, images, klt),
+        len(images),
+    )
+
+
+def round_trip(autoencoder: Any, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
+    """The decoded images, and the rms distance of their encoding from the latents, in standard deviations."""
+    decoded, squares = [], []
+    for latent in latents.split(1):
+        image = decode(autoencoder, latent)
+        again, _ = encode_moments(autoencoder, image)
+        decoded.append(image)
+        squares.append(((again - latent) / spread.clamp_min(1e-6)).square().mean())
+    return torch.cat(decoded), float(torch.stack(squares).mean().sqrt())
+
+
+def block_frechet(images: Tensor, references: Tensor, klt: BlockKLT) -> float:
+    """Fréchet distance between the blocks of two sets of images as Gaussians in the first 16 KLT components, relative
+    to the references' variance there. 0: same colours and local structure on average; says nothing about objects."""
+    basis = klt.components[:FRECHET_COMPONENTS].double()
+    statistics = []
+    for each in (images, references):
+        moments = block_moments(each, klt.block)
+        mean = moments.total / moments.count
+        covariance = moments.products / moments.count - torch.outer(mean, mean)
+        statistics.append(((basis @ mean).numpy(), (basis @ covariance @ basis.T).numpy()))
+    (mean_x, covariance_x), (mean_y, covariance_y) = statistics
+    return frechet_distance(mean_x, covariance_x, mean_y, covariance_y) / max(float(np.trace(covariance_y)), 1e-12)
+
+
+def coding_gigamacs(autoencoder: Any, resolution: int, device: torch.device) -> tuple[float, float]:
+    """Multiply-accumulates of encode and of decode for one image, in 10^9."""
+    image = torch.zeros(1, 3, resolution, resolution, device=device)
+    mean, _ = encode_moments(autoencoder, image)
+    return gigamacs(lambda: encode_moments(autoencoder, image)), gigamacs(lambda: decode(autoencoder, mean))
+
+
+@torch.no_grad()
+def code_use(autoencoder: Any, images: Tensor) -> dict[str, float] | None:
+    """Perplexity, share of unused codes, entropy in bits and the number of codes over images (n, 3, h, w).
+
+    None for an autoencoder without a codebook of this package. The share of unused codes is only meaningful where there
+    are many more positions than codes; `positions` says how many there were.
+    """
+    size = codebook_size(autoencoder)
+    if size is None or not isinstance(autoencoder, AutoencoderQuantized):
+        return None
+    indices = torch.cat([token_indices(autoencoder, image[None]).flatten() for image in images])
+    usage = codebook_usage(indices, size)
+    return {name: float(value) for name, value in usage.items()} | {"codes": size, "positions": len(indices)}
+
+
+def plain(value: Interpolation | PriorSamples) -> dict[str, Any]:
+    """JSON-able."""
+    return asdict(value)

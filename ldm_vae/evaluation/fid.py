@@ -1,0 +1,318 @@
+"""KID and FID: how far the set of reconstructions lies from the set of originals, in Inception features.
+
+Owns the network, the two estimators and the rules for when they may be printed. The features are those of the
+TensorFlow Inception of 2015 in torch-fidelity's port, with TensorFlow's resizing, as in the literature.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_vae import runtime
+from ldm_vae.autoencoder.weights import check_finite
+from ldm_vae.data import transforms
+from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import read_crops
+from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.split import subset
+from ldm_vae.diffusion.pipeline import image_generator
+from ldm_vae.diffusion.validation import FEWEST, KidConfig
+from ldm_vae.errors import UserError
+from ldm_vae.files import check_tensor_file
+from ldm_vae.random import numpy_rng
+from ldm_vae.training import watchdog
+from ldm_vae.utils.text import pluralize
+
+Distribution = Literal["none", "kid", "fid"]
+
+FEWEST_FOR_FID = 5000
+FEATURES = 2048
+KID_SUBSETS = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean and standard deviation over subsets."""
+
+    mean: float
+    std: float
+
+
+def check_distribution(distribution: Distribution, fid: str, weights: str | None, images: int | None = None) -> None:
+    """Raises: UserError for settings without effect, and for a FID of too few `images`."""
+    if distribution == "none" and weights is not None:
+        raise UserError("inception_weights: has no effect with distribution=none; set distribution=kid or fid")
+    if distribution != "fid" and fid == "force":
+        raise UserError(f"fid: force has no effect with distribution={distribution}; set distribution=fid")
+    if distribution != "none" and images is not None and images < 4:
+        raise UserError(
+            f"distribution: {pluralize(images, 'image')} can tell nothing of one; give at least 4, or distribution=none"
+        )
+    if distribution == "fid" and fid != "force" and images is not None and images < FEWEST_FOR_FID:
+        raise UserError(
+            f"distribution: FID of {images} images would mislead (its bias falls with 1/N, and its covariance has no "
+            f"full rank below {FEATURES}); give {FEWEST_FOR_FID} images or more, use distribution=kid, or set fid=force"
+        )
+
+
+def load_inception(weights: str | None = None) -> Any:
+    """The network, frozen. `weights`: a local file, safetensors or torch-fidelity's .pth; None: its download.
+
+    Raises:
+        UserError: when the weights cannot be had. They are never replaced by random ones.
+    """
+    runtime.repair_torchvision()
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError("distribution: needs torch-fidelity; run `pip install 'ldm_vae[fid]'`") from error
+    tensors = _downloaded() if weights is None else _from_file(Path(weights))
+    # Its constructor reads any pickle. It gets one that was written here, from tensors that were read safely.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    buffer.seek(0)
+    try:
+        network = FeatureExtractorInceptionV3("inception", [str(FEATURES)], feature_extractor_weights_path=buffer)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"inception_weights={weights}: is not the Inception of FID ({reason}); give torch-fidelity's "
+            "weights-inception-2015-12-05, or leave it out to let torch-fidelity download it"
+        ) from error
+    check_finite(network.state_dict(), f"inception_weights={weights}")
+    return network
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(
+            f"inception_weights={path}: no such file; give a local file of torch-fidelity's "
+            "weights-inception-2015-12-05 (.pth or safetensors), or leave it out to let torch-fidelity download it"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            check_tensor_file(path)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        raise UserError(
+            f"inception_weights={path}: cannot be read as tensors ({str(error).splitlines()[0]}); give a .pth or "
+            "safetensors file of weights alone"
+        ) from error
+
+
+def _downloaded() -> dict[str, Tensor]:
+    """torch-fidelity's own file, whose name carries the start of its sha256, which is checked."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    try:
+        return torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, map_location="cpu", progress=True, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"distribution: the Inception weights could not be downloaded ({error}); give a local file of them as "
+            "inception_weights=FILE, or set distribution=none"
+        ) from error
+
+
+@torch.no_grad()
+def inception_features(network: Any, images: Tensor) -> np.ndarray:
+    """Images (n, 3, h, w) in [-1, 1], rounded to 8 bits -> (n, 2048) float32."""
+    return network(transforms.to_uint8(images))[0].float().cpu().numpy()
+
+
+def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased estimate of the squared maximum mean discrepancy of features (n, d) and (m, d), kernel
+    (x·y / d + 1)^3: KID (Bińkowski et al., arXiv:1801.01401, eq. 4). Can be below 0."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    (n, dimensions), m = x.shape, len(y)
+    if min(n, m) < 2:
+        raise ValueError(f"squared_mmd: {n} and {m} samples; give at least 2 of each")
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / dimensions + 1) ** 3
+
+    xx, yy = kernel(x, x), kernel(y, y)
+    within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def kid(x: np.ndarray, y: np.ndarray, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0) -> Estimate:
+    """KID over random subsets of `subset_size`, drawn independently from each set without replacement."""
+    rng = numpy_rng(seed, "kid")
+    values = [
+        squared_mmd(x[rng.permutation(len(x))[:subset_size]], y[rng.permutation(len(y))[:subset_size]])
+        for _ in range(subsets)
+    ]
+    return Estimate(float(np.mean(values)), float(np.std(values)))
+
+
+def frechet_distance(
+    mean_x: np.ndarray, covariance_x: np.ndarray, mean_y: np.ndarray, covariance_y: np.ndarray
+) -> float:
+    """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of two Gaussians (Dowson & Landau 1982), >= 0.
+
+    The root's trace is that of the symmetric (C_x^(1/2) C_y C_x^(1/2))^(1/2): no complex numbers, any rank.
+    """
+    values, vectors = np.linalg.eigh(covariance_x)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ covariance_y @ root).clip(0)).sum()
+    distance = np.square(mean_x - mean_y).sum() + np.trace(covariance_x) + np.trace(covariance_y) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
+    """`frechet_distance` of the sample means and (unbiased) covariances of features (n, d) and (m, d): FID.
+
+    With fewer samples than dimensions the root's trace is the sum of the singular values of X Y^T (centred, scaled),
+    since C_x C_y and (X Y^T)(X Y^T)^T have the same eigenvalues: the same number from smaller matrices.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if min(len(x), len(y)) >= x.shape[1]:
+        return frechet_distance(
+            x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), y.mean(0), np.atleast_2d(np.cov(y, rowvar=False))
+        )
+    centred_x = (x - x.mean(0)) / np.sqrt(len(x) - 1)
+    centred_y = (y - y.mean(0)) / np.sqrt(len(y) - 1)
+    cross = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
+    spread = np.square(centred_x).sum() + np.square(centred_y).sum()
+    return float(max(np.square(x.mean(0) - y.mean(0)).sum() + spread - 2 * cross, 0.0))
+
+
+def compare_sets(
+    real: np.ndarray, decoded: np.ndarray, distribution: Distribution, subset_size: int, seed: int
+) -> dict[str, Any]:
+    """What results.json says under `distribution`. The floor: one random half of the originals against the other."""
+    count = len(real)
+    order = numpy_rng(seed, "split half").permutation(count)
+    first, second = real[order[: count // 2]], real[order[count // 2 : count // 2 * 2]]
+    size = max(2, min(subset_size, count // 4))
+    measured = kid(real, decoded, size, seed=seed)
+    floor = kid(first, second, size, seed=seed)
+    found: dict[str, Any] = {
+        "features": "Inception 2015-12-05 (TensorFlow), pool3, TensorFlow resizing to 299 x 299",
+        "images": count,
+        "kid": {"mean": measured.mean, "std": measured.std, "subsets": KID_SUBSETS, "subset_size": size},
+        "kid_floor": {"mean": floor.mean, "std": floor.std, "images": count // 2},
+    }
+    if distribution == "fid":
+        found["fid"] = {"value": frechet_of_features(real, decoded), "images": count}
+        found["fid_floor"] = {"value": frechet_of_features(first, second), "images": count // 2}
+    return found
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """The figures in words, each with its N and its floor."""
+    measured, floor = found["kid"], found["kid_floor"]
+    lines = [
+        f"KID of decode(mean) to the originals, N = {found['images']}: {1e3 * measured['mean']:.3f} +- "
+        f"{1e3 * measured['std']:.3f} (x 1000, {measured['subsets']} subsets of {measured['subset_size']}); originals "
+        f"against originals, halves of {floor['images']}: {1e3 * floor['mean']:.3f} +- {1e3 * floor['std']:.3f}."
+    ]
+    if "fid" in found:
+        lines.append(
+            f"rFID@{found['fid']['images']}: {found['fid']['value']:.3f}; originals against originals, halves of "
+            f"{found['fid_floor']['images']}: {found['fid_floor']['value']:.3f}, an upper bound of what is noise, "
+            "since FID's bias falls with N."
+        )
+        if found["fid"]["images"] < FEWEST_FOR_FID:
+            lines.append(f"FID was forced under {FEWEST_FOR_FID} images: compare it with nothing.")
+    return lines
+
+
+# KID of a pipeline's samples to images that its training never saw.
+
+BATCH = 16
+
+
+class SampleJudge:
+    """Figures of a pipeline. The features of the held-out images are computed once, at the first call."""
+
+    def __init__(self, config: KidConfig, images: ImageSource, network: Any) -> None:
+        """
+        Args:
+            config: How many samples, and how they are compared.
+            images: What they are compared with.
+            network: 8-bit images (n, 3, h, w) -> (features (n, d),), such as `load_inception()`.
+
+        Raises:
+            UserError: too few images.
+        """
+        self.config, self.images, self.network = config, images, network
+        check_count(len(images), "are held out")
+        self.real: np.ndarray | None = None
+
+    @torch.no_grad()
+    def __call__(self, pipeline: Any) -> dict[str, float]:
+        """`samples/kid@N` of N samples with its standard deviation over subsets, and `samples/kid_floor`: one half of
+        the images against the other, which is what cannot be told from no difference."""
+        self.network.to(pipeline.device)
+        if self.real is None:
+            self.real = self._real(pipeline.image_size(), pipeline.device)
+        found = compare_sets(self.real, self._generated(pipeline), "kid", self.config.subset, seed=0)
+        name = f"samples/kid@{self.config.samples}"
+        return {
+            name: found["kid"]["mean"],
+            f"{name}_std": found["kid"]["std"],
+            "samples/kid_floor": found["kid_floor"]["mean"],
+        }
+
+    def _real(self, size: tuple[int, int], device: torch.device) -> np.ndarray:
+        features = []
+        for first in range(0, len(self.images), BATCH):
+            indices = list(range(first, min(first + BATCH, len(self.images))))
+            _, images = read_crops(self.images, indices, size, [])
+            if images is not None:
+                features.append(self._features(images.to(device)))
+        check_count(sum(map(len, features)), "of those held out can be read")
+        return np.concatenate(features)
+
+    def _generated(self, pipeline: Any) -> np.ndarray:
+        """Sample i has class i in turn and the noise of (0, i)."""
+        from tqdm import tqdm
+
+        names, count = pipeline.labels, self.config.samples
+        features = []
+        for first in tqdm(range(0, count, BATCH), desc="samples for KID", dynamic_ncols=True, leave=False):
+            numbers = range(first, min(first + BATCH, count))
+            images = pipeline(
+                [names[number % len(names)] for number in numbers] if names else None,
+                num_images=len(numbers),
+                num_inference_steps=self.config.steps,
+                generator=[image_generator(0, number) for number in numbers],
+                output_type="pt",
+            ).images
+            features.append(self._features(2 * images.to(pipeline.device) - 1))
+        return np.concatenate(features)
+
+    def _features(self, images: torch.Tensor) -> np.ndarray:
+        """In float32 whatever the precision of the training around it, which may stand still for long meanwhile."""
+        watchdog.advance()
+        with torch.autocast(images.device.type, enabled=False):
+            return inception_features(self.network, images.float())
+
+
+def check_count(count: int, what: str) -> None:
+    """Raises: UserError for fewer images than a KID needs."""
+    if count < FEWEST:
+        raise UserError(
+            f"kid: {count} images {what}, and a KID to fewer than {FEWEST} would be noise; hold more out, or set "
+            "kid.samples=0"
+        )
+
+
+def make_judge(config: KidConfig, held_out: float) -> SampleJudge:
+    """The judge of a run that holds this fraction of the ids out. Raises: UserError for missing images or weights."""
+    images = subset(open_source(config.data), "held_out", held_out)
+    check_count(len(images), "are held out")
+    return SampleJudge(config, images, load_inception(config.inception_weights))

@@ -1,0 +1,578 @@
+"""The model card of an autoencoder: README.md beside the weights, from recorded results only.
+
+Owns the settings, gathering, the front matter and the upload; the words are in `templates/card.md`, the sentences about
+the records in `card_facts.py`, pictures in `card_pictures.py`, the card of a pipeline in `card_pipeline.py`. A record
+of other weights is refused, a missing one is said to be missing; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm_vae import runtime
+
+runtime.repair_torchvision()
+
+import diffusers
+
+from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, thin
+from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
+from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.diffusion import saving
+from ldm_vae.diffusion.generation import pipeline_directory
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import model_card_facts as facts
+from ldm_vae.evaluation.metrics import METRIC_TITLES
+from ldm_vae.evaluation.model_card_facts import check_identity, data_name
+from ldm_vae.evaluation.pages import new_figure, save_svg
+from ldm_vae.evaluation.plots import Panel, autoencoder_panels, diffusion_panels, draw_panel, read_alarms, read_metrics
+from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.files import checksum, write_atomically, write_text
+from ldm_vae.utils.image_grid import labelled_sheet
+
+CARD = "README.md"
+NOT_RECORDED = "Not recorded, so not stated below: "
+MARKER = "written by `ldm-vae card`; the same command writes it anew"
+HEALTH, RESULTS = "health.json", "results.json"
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """`ldm-vae card`.
+
+    Args:
+        model: a run of `train-vae`, or a model directory.
+        evaluation: a folder with results.json.
+        health: a folder with health.json; None: that of `evaluation`, where it has one.
+        intended_use, not_for: the user's words.
+        data_credits: a text file, or a YAML list of sources, see `card_facts.read_credits`.
+        pictures: a folder of `evaluate`, whose pictures are shown, or for a pipeline of `generate`.
+        seen: a text file: what was seen in those pictures.
+        watts: power of the machine while it trained, for the guess of energy; None: 10 a core, on a CPU.
+        license: an identifier of the hub.
+        overwrite: replace a README.md of other origin.
+    """
+
+    model: str
+    evaluation: str | None = None
+    health: str | None = None
+    intended_use: str | None = None
+    not_for: str | None = None
+    data_credits: str | None = None
+    pictures: str | None = None
+    seen: str | None = None
+    watts: float | None = None
+    license: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.watts is not None and not 0 < self.watts < math.inf:  # nor is nan
+            raise UserError(f"--watts: {self.watts:g} is no power of a machine; give watts above 0, as 250")
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was found about a model; an empty dictionary or None where nothing was."""
+
+    training: dict[str, Any]
+    run: dict[str, Any]
+    config: dict[str, Any]
+    earlier: list[dict[str, Any]]
+    beta_path: list[list[float]]
+    evaluation: dict[str, Any]
+    health: dict[str, Any] | None
+    credits: str | None
+
+    def missing(self, config: CardConfig) -> list[str]:
+        """Names of what is not recorded, in the order of the card."""
+        present = {
+            "the intended use": config.intended_use,
+            "the data": self.config.get("data"),
+            "credits of the data": self.credits,
+            "how it was trained": self.config.get("phases"),
+            "command, time and machine of the training": self.run,
+            "the code's commit": self.run.get("versions", {}).get("commit"),
+            "energy": facts.energy_sentence(self.run, config.watts),
+            "rate and beta": self.training.get("rate"),
+            "an evaluation": self.evaluation,
+            "a health report": self.health is not None,
+            "pictures": config.pictures,
+            "a licence": config.license,
+        }
+        return [name for name, value in present.items() if not value]
+
+
+def write_card(config: CardConfig) -> tuple[Path, list[str]]:
+    """Write README.md into the model's directory; return its path and the names of what is not recorded.
+
+    Raises:
+        UserError: no model there, a record that belongs to other weights or is damaged, or a foreign README.md.
+    """
+    directory = model_directory(Path(config.model))
+    if directory is None:
+        raise UserError(f"{config.model}: holds no autoencoder; give a run of `ldm-vae train-vae` or a model directory")
+    path = directory / CARD
+    check_replaceable(path, config.overwrite)
+    autoencoder = load_autoencoder(directory)
+    records = read_records(config, directory, fingerprint(autoencoder))
+    check_nothing_lost(path, records.missing(config), config.overwrite)
+    drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
+    crops = write_crops(Path(config.pictures), directory, fingerprint(autoencoder)) if config.pictures else None
+    write_text(path, render(config, records, autoencoder, _title(directory), {"curves": drawn, "crops": crops}))
+    return path, records.missing(config)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises: UserError for a README.md of somebody else."""
+    if path.exists() and MARKER not in path.read_text(errors="replace") and not overwrite:
+        raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
+
+
+def check_nothing_lost(path: Path, missing: Collection[str], overwrite: bool) -> None:
+    """Raises: UserError for a card that states what the new one would not."""
+    text = path.read_text(errors="replace") if path.exists() and not overwrite else ""
+    if MARKER not in text:
+        return
+    before = next((line for line in text.splitlines() if line.startswith(NOT_RECORDED)), "")
+    before = f", {before.removeprefix(NOT_RECORDED).rstrip('.')}, "
+    if lost := [name for name in missing if f", {name}, " not in before]:
+        raise UserError(
+            f"{path}: states {', '.join(lost)}, and the new card would not; give them again, or --overwrite"
+        )
+
+
+def run_folder_of(directory: Path) -> Path:
+    """Where run.json and config.yaml of a model lie: in the run that it is in, or, given away, beside the weights."""
+    return directory.parent if directory.name in ("autoencoder", "pipeline") else directory
+
+
+def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
+    """Everything recorded about the autoencoder with the fingerprint `identity`. Raises: UserError."""
+    training = read_json(directory / "training.json")
+    facts.check_identity(training.get("fingerprint"), identity, directory / "training.json")
+    run_folder = run_folder_of(directory)
+    run = read_json(run_folder / "run.json")
+    settings = read_yaml(run_folder / "config.yaml")
+    rate = training.get("rate") or {}
+    path = rate.get("beta_path") or beta_path(run_folder / "metrics.jsonl")
+    evaluation: dict[str, Any] = {}
+    if config.evaluation:
+        evaluation = _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
+        if not {"autoencoder", "protocol", "rows", "config"} <= evaluation.keys():
+            raise UserError(f"{config.evaluation}/{RESULTS}: is no result of `ldm-vae evaluate`; give a folder of that")
+        facts.check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
+    health = None
+    folder = config.health or config.evaluation
+    if folder and (config.health or (Path(folder) / HEALTH).is_file()):
+        health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
+        facts.check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
+    earlier, credits = earlier_runs(run_folder), facts.read_credits(config.data_credits)
+    return Records(training, run, settings, earlier, path, evaluation, health, credits)
+
+
+def render(config: CardConfig, records: Records, autoencoder: Any, title: str, pictures: dict[str, Any]) -> str:
+    """The card as text, front matter included. `pictures`: `curves` and `crops`, None where there are none."""
+    name = type(autoencoder).__name__
+    stock = hasattr(diffusers, name)
+    factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
+    evaluation, only = records.evaluation, only_side(autoencoder)
+    sides = facts.known_sides(factor, only)
+    context: dict[str, Any] = {
+        "card_data": front_matter(config, records, stock, title).to_yaml(),
+        "marker": MARKER,
+        "title": title,
+        "stock_class": stock,
+        "class_name": name,
+        "plain_latents": stock and name in ("VQModel", "AutoencoderTiny", "AutoencoderDC"),
+        "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
+        "latent_channels": channels,
+        "downsampling": factor,
+        "only_side": only,
+        "sides": sides,
+        "fingerprint": fingerprint(autoencoder),
+        "rounded_from": records.training.get("rounded_from"),
+        "scaling_factor": autoencoder.config.get("scaling_factor"),
+        "missing": records.missing(config),
+        "not_recorded": NOT_RECORDED,
+        "intended_use": config.intended_use,
+        "not_for": config.not_for,
+        "seen": facts.read_text("--seen", config.seen),
+        "energy": facts.energy_sentence(records.run, config.watts, records.config.get("initial")),
+        "earlier": [facts.earlier_run(record, config.watts) for record in records.earlier],
+        "data": facts.data_rows(records.config),
+        "data_credits": records.credits,
+        "training": facts.training_rows(records.config, records.run),
+        "command": shlex.join(records.run.get("command", [])),
+        "rate": facts.rate_sentences(records.training, records.evaluation, factor, channels),
+        "beta_path": thin(records.beta_path, 8),
+        "evaluation": facts.evaluation_facts(evaluation) if evaluation else None,
+        "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
+        "verdicts": None if records.health is None else facts.verdicts(records.health),
+        "limits": facts.limits(records.config, evaluation, records.health, sides, stock),
+    }
+    return fill("card.md", context | pictures)
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """A card's Markdown, whose front matter the hub would accept."""
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ldm_vae.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template(template).render(context)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    ModelCard(text)  # parses and so validates the front matter
+    return text.rstrip() + "\n"
+
+
+def front_matter(config: CardConfig, records: Records, stock: bool, title: str) -> Any:
+    """The hub's metadata as validated `ModelCardData`. Raises: UserError when the hub's rules refuse it."""
+    from huggingface_hub import ModelCardData
+
+    results = eval_results(records.evaluation) if records.evaluation else []
+    dataset = facts.hub_dataset(records.config)
+    try:
+        return ModelCardData(
+            library_name="diffusers" if stock else "ldm_vae",
+            license=config.license,
+            tags=["autoencoder", "image-reconstruction", "latent-diffusion", "ldm_vae"],
+            datasets=[dataset] if dataset else None,
+            model_name=title if results else None,
+            eval_results=results or None,
+        )
+    except ValueError as error:
+        raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
+
+
+def eval_results(evaluation: dict[str, Any]) -> list[Any]:
+    """One `EvalResult` a metric of the first row, decode(mean), with its interval and protocol."""
+    from huggingface_hub import EvalResult
+
+    row, protocol = evaluation["rows"][0], evaluation["protocol"]
+    dataset = facts.hub_dataset(evaluation["config"])
+    return [
+        EvalResult(
+            task_type="image-reconstruction",
+            task_name="Image reconstruction",
+            dataset_type=dataset or evaluation["config"]["data"]["source"],
+            dataset_name=dataset or facts.data_name(evaluation["config"]),
+            dataset_split=protocol["images"]["part"],
+            dataset_args={
+                "images": protocol["images"]["count"],
+                "resolution": protocol["resolution"],
+                "fingerprint": protocol["images"]["fingerprint"],
+            },
+            metric_type=metric,
+            metric_name=f"{METRIC_TITLES.get(metric, metric)}, {row['name']}",
+            metric_value=value["mean"],
+            metric_args={"interval_95_percent": [value["low"], value["high"]]},
+        )
+        for metric, value in row["metrics"].items()
+    ]
+
+
+def push(directory: Path, repository: str, api: Any = None) -> str:
+    """Upload the directory to the hub as one commit; a repository that is not there yet is made, private.
+
+    Args:
+        repository: `OWNER/NAME`, or `NAME` for your own account.
+        api: a `huggingface_hub.HfApi`; None makes one with the stored login.
+
+    Raises:
+        UserError: no login, no right, no network; the hub's words in it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = api or HfApi()
+    try:
+        url = api.create_repo(repository, repo_type="model", private=True, exist_ok=True)
+        api.upload_folder(folder_path=directory, repo_id=url.repo_id, commit_message="Model and card of ldm_vae")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--push-to-hub {repository}: {words[0]}; log in with `hf auth login` and try again") from error
+    return str(url)
+
+
+def _title(directory: Path) -> str:
+    """The folder's name; of `RUN/autoencoder` the run's."""
+    folder = directory.resolve()
+    return folder.parent.name if folder.name == "autoencoder" else folder.name
+
+
+def _required(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a folder that `{command}` wrote")
+    return read_json(path)
+
+
+# The model card of a pipeline: README.md in its directory, from what it and its run record.
+
+SETTINGS = ("batch", "label_dropout", "shift")
+TRAINING_SETTINGS = ("learning_rate", "weight_decay", "ema_decay", "seed")
+
+
+def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
+    """Write README.md into the pipeline's directory; return its path and the names of what is not recorded.
+
+    Raises:
+        UserError: no pipeline there, a setting that is for autoencoders, or a foreign README.md.
+    """
+    for name in ("evaluation", "health"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name}: is about autoencoders; give it for the card of the autoencoder")
+    directory = pipeline_directory(config.model)
+    pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
+    path = directory / CARD
+    generated = saving.card(pipeline, "DIRECTORY")
+    check_replaceable(path, config.overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
+    place = run_folder_of(directory)
+    run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
+    credits, seen = facts.read_credits(config.data_credits), facts.read_text("--seen", config.seen)
+    energy = facts.energy_sentence(run, config.watts)
+    present = {
+        "the intended use": config.intended_use,
+        "credits of the data": credits,
+        "how it was trained": settings,
+        "command, time and machine of the training": run,
+        "the code's commit": run.get("versions", {}).get("commit"),
+        "energy": energy,
+        "held-out figures": run.get("metrics"),
+        "pictures": config.pictures,
+        "what was seen in them": seen,
+        "a licence": config.license,
+    }
+    missing = [name for name, value in present.items() if not value]
+    check_nothing_lost(path, missing, config.overwrite)
+    pictures = {
+        "curves": draw_curves(place, directory, diffusion_panels, settings),
+        "samples": write_samples(Path(config.pictures), directory) if config.pictures else None,
+    }
+    folder = directory.resolve()
+    title = folder.parent.name if folder.name == "pipeline" else folder.name
+    height, width = pipeline.image_size()
+    context: dict[str, Any] = {
+        "card_data": pipeline_front_matter(config).to_yaml(),
+        "marker": MARKER,
+        "title": title,
+        "height": height,
+        "width": width,
+        "labels": pipeline.labels,
+        "unet_parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        "autoencoder": f"{type(pipeline.autoencoder).__name__}, {downsampling(pipeline.autoencoder)}x, "
+        f"{len(pipeline.normalizer.mean)} channels",
+        "encoder_fingerprint": pipeline.config["encoder_fingerprint"],
+        "preprocessing": saving.described(pipeline.config["preprocessing"] or {}),
+        "missing": missing,
+        "not_recorded": NOT_RECORDED,
+        "intended_use": config.intended_use,
+        "not_for": config.not_for,
+        "credits": credits,
+        "training": training_rows(settings) + facts.run_rows(run),
+        "command": shlex.join(run.get("command", [])),
+        "energy": energy,
+        "earlier": [facts.earlier_run(record, config.watts) for record in read_runs(directory / OF_AUTOENCODER)],
+        "figures": figure_rows(run.get("metrics") or {}),
+        "protocol": protocol_sentences(settings),
+        "seen": seen,
+    }
+    write_text(path, fill("card_pipeline.md", context | pictures))
+    return path, missing
+
+
+def pipeline_front_matter(config: CardConfig) -> Any:
+    """The hub's metadata. Raises: UserError when its rules refuse it."""
+    from huggingface_hub import ModelCardData
+
+    try:
+        return ModelCardData(
+            library_name="ldm_vae",
+            license=config.license,
+            pipeline_tag="unconditional-image-generation",
+            tags=["latent-diffusion", "ldm_vae"],
+        )
+    except ValueError as error:
+        raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
+
+
+def training_rows(config: dict[str, Any]) -> facts.Rows:
+    """Data, U-Net, schedule and optimiser, as far as they are recorded."""
+    rows: facts.Rows = []
+    for name in ("latents", "autoencoder"):
+        if config.get(name):
+            rows.append((name, str(config[name])))
+    unet = {key: value for key, value in (config.get("unet") or {}).items() if value not in (None, 0, 0.0, False)}
+    if unet:
+        rows.append(("U-Net", ", ".join(f"{key} {value}" for key, value in unet.items())))
+    crops = config.get("crops") or {}
+    if crops.get("size"):
+        rows.append(("crops of latents", f"{crops['size']} positions on {crops['share']:.0%} of the steps"))
+    training = config.get("training") or {}
+    for names, values in ((SETTINGS, config), (TRAINING_SETTINGS, training)):
+        rows += [(name.replace("_", " "), f"{values[name]:g}") for name in names if values.get(name) is not None]
+    return rows
+
+
+def figure_rows(metrics: dict[str, Any]) -> facts.Rows:
+    """What the training measured at its end."""
+    return [(name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, (int, float))]
+
+
+def protocol_sentences(config: dict[str, Any]) -> list[str]:
+    """What the figures are of."""
+    found = []
+    if config.get("held_out") is not None:
+        found.append(
+            f"held_out/flow: mean squared error of the velocity on the {config['held_out']:.0%} of the latents that "
+            "training never sees, averaged weights, the same noise at every look; t0.5 is half noise."
+        )
+    if config.get("neighbours"):
+        found.append(
+            "samples/copy_rate: share of the preview samples less than a third as far from one of "
+            f"{config['neighbours']} training latents as from any other: images learnt by heart."
+        )
+    return [*found, "One training, one seed: no interval over trainings is known."]
+
+
+# The pictures of a model card, files beside it: training curves, and crops or samples, good and bad.
+
+CURVES, CROPS, SAMPLES = "curves.svg", "crops.webp", "samples.webp"
+OF_EACH = 3
+"""Of the best and of the worst images."""
+WINDOW = 160
+WINDOW_STRIDE = 32
+LARGEST_SIDE = 1600
+"""Of a sheet of samples in pixels."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A file beside the card, and what it shows."""
+
+    file: str
+    text: str
+
+
+def draw_curves(
+    run_folder: Path, directory: Path, panels_of: Callable[..., list[Panel]], config: dict[str, Any]
+) -> Shown | None:
+    """curves.svg: the panels with held-out figures side by side; None where nothing was logged."""
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    alarms = read_alarms(run_folder / "metrics.jsonl")
+    rate = config.get("rate") or {}
+    panels = panels_of(metrics, rate.get("target_nats"), alarms) if "rate" in config else panels_of(metrics)
+    panels = [panel for panel in panels if panel.held_out is not None]
+    if not panels:
+        return None
+    figure, all_axes = new_figure(width=4.2, columns=len(panels))
+    for axes, panel in zip(all_axes, panels):
+        draw_panel(axes, panel)
+        axes.set_title(f"{panel.title}\n{panel.unit}", fontsize=10, loc="left")
+    text = "Training curves: " + ", ".join(panel.title for panel in panels)
+    save_svg(figure, directory / CURVES, text)
+    return Shown(CURVES, text)
+
+
+def write_crops(evaluation: Path, directory: Path, identity: str) -> Shown:
+    """crops.webp: of the examples of `evaluate` those with the highest and the lowest PSNR, original and decoded.
+
+    Raises:
+        UserError: no result there, one of another command or version, of other weights, or without examples.
+    """
+    results = read_json(evaluation / "results.json")
+    command = f"`ldm-vae evaluate ... examples={8 * OF_EACH}`"
+    try:
+        examples = results.get("examples") or []
+        if len(examples) < 2 * OF_EACH:
+            raise UserError(
+                f"--pictures: {evaluation} has {len(examples)} examples, {2 * OF_EACH} are shown; give a folder of "
+                f"{command}"
+            )
+        check_identity(results["autoencoder"]["fingerprint"], identity, evaluation / "results.json")
+        sheet, shown = _crops(evaluation, results)
+    except (AttributeError, LookupError, TypeError, OSError) as error:  # a foreign record may have any form
+        raise UserError(
+            f"--pictures: {evaluation}/results.json is no result of this version's `ldm-vae evaluate`, or its pictures "
+            f"are damaged ({type(error).__name__}: {error}); give a new folder of {command}"
+        ) from error
+    _write_webp(sheet, directory / CROPS)
+    return shown
+
+
+def _crops(evaluation: Path, results: dict[str, Any]) -> tuple[Image.Image, Shown]:
+    examples = results["examples"]
+    quality = {image["id"]: image[results["rows"][0]["name"]]["psnr"] for image in results["images"]}
+    ranked = sorted(examples, key=lambda example: -quality[example["id"]])
+    cells, captions = [], []
+    for example in ranked[:OF_EACH] + ranked[-OF_EACH:]:
+        pair = [Image.open(evaluation / "examples" / example["files"][name]) for name in ("original", "decoded")]
+        cells += [enlarged(part) for part in worst_window(*(picture.convert("RGB") for picture in pair))]
+        captions += ["original", f"decoded, {quality[example['id']]:.1f} dB"]
+    sheet = labelled_sheet(cells, captions, side=2 * WINDOW, columns=2 * OF_EACH)
+    resolution = results["protocol"]["resolution"]
+    window = f": in each the window of {WINDOW} pixels that is decoded worst" if resolution > WINDOW else ""
+    return sheet, Shown(
+        CROPS,
+        f"The {OF_EACH} best (above) and the {OF_EACH} worst (below) of {len(examples)} images of "
+        f"{data_name(results['config'])}, {resolution} pixels{window}.",
+    )
+
+
+def worst_window(original: Image.Image, decoded: Image.Image) -> list[Image.Image]:
+    """The same part of both pictures, where they differ most."""
+    difference = np.abs(np.asarray(original, np.float32) - np.asarray(decoded, np.float32)).mean(-1)
+    sums = np.pad(difference, ((1, 0), (1, 0))).cumsum(0, np.float64).cumsum(1)
+    side = min(WINDOW, *difference.shape)
+    rows, columns = (np.arange(0, length - side + 1, WINDOW_STRIDE) for length in difference.shape)
+    error = (
+        sums[np.ix_(rows + side, columns + side)]
+        - sums[np.ix_(rows, columns + side)]
+        - sums[np.ix_(rows + side, columns)]
+        + sums[np.ix_(rows, columns)]
+    )
+    row, column = np.unravel_index(int(error.argmax()), error.shape)
+    top, left = int(rows[row]), int(columns[column])
+    return [picture.crop((left, top, left + side, top + side)) for picture in (original, decoded)]
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Small pictures by a whole factor, pixels as squares: their captions need room."""
+    factor = max(1, WINDOW // max(picture.size))
+    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+
+
+def write_samples(generated: Path, directory: Path) -> Shown:
+    """samples.webp, the sheet of a folder of `generate`. Raises: UserError where there is none, or of other weights."""
+    record = read_json(generated / "run.json")
+    if not (generated / "sheet.png").is_file() or "parameters" not in record:
+        raise UserError(f"--pictures: {generated} holds no sheet of `ldm-vae generate`; give a folder of that")
+    made = record["parameters"]
+    for part in ("unet", "autoencoder"):
+        present = [checksum(path) for path in sorted(directory.glob(f"{part}/*.safetensors"))]
+        if made.get(part, present) != present:
+            raise UserError(f"--pictures: {generated} was made with another {part}; generate with {directory} itself")
+    with Image.open(generated / "sheet.png") as file:
+        sheet = file.convert("RGB")
+    sheet.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    _write_webp(sheet, directory / SAMPLES)
+    return Shown(
+        SAMPLES,
+        f"{record.get('images', 'Some')} samples, none chosen: seed {made['seed']}, {made['steps']} steps of "
+        f"{made['sampler']}, guidance {made['guidance']:g}.",
+    )
+
+
+def _write_webp(picture: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda temporary: picture.save(temporary, format="WEBP", quality=88, method=6))

@@ -1,0 +1,359 @@
+"""The rate-distortion frontier of an autoencoder: one training per target rate and channel count, and what to choose.
+
+Owns the grid of points, the theory beside them (a linear code of the same pixels), the rule of the recommendation, and
+frontier.json, .md, .svg and .html. Training and measuring a point is `sweep.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import metrics, pages, sweep
+from ldm_vae.evaluation.sweep import Outcome, Point, Run
+from ldm_vae.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KNEE_DB, KNEE_NATS = 0.1, 0.5
+"""More rate is not worth its bits where it brings less than KNEE_DB for every KNEE_NATS nats per dimension."""
+
+MAY_CHANGE = ("output", "parallel", "targets_nats", "channels", "steps", "seconds", "evaluate")
+"""Settings that a rerun may change: points that they touch are trained on or measured again."""
+
+FEWEST_POINTS = 3
+LABEL = "PSNR and perceptual quality against bits per pixel"
+CURVE_POINTS = 60
+PSNR_BELOW_DB = 4.0
+"""How far below the lowest point the drawing reaches; the linear lines start lower."""
+
+TOLERATED = ("rate_miss",)
+"""Failing verdicts that leave a point on the frontier: the measured rate is what is drawn, whatever was asked for."""
+
+RULE = (
+    f"Rule: for each number of channels, the lowest rate from which on every step to the next rate gains less than "
+    f"{KNEE_DB:g} dB of PSNR (decode(mean)) per {KNEE_NATS:g} nats per latent dimension. Points with a failing verdict "
+    "do not count (a missed target rate does not fail them: rates are measured), and fewer than "
+    f"{FEWEST_POINTS} healthy points give no recommendation."
+)
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """`ldm-vae frontier`.
+
+    Args:
+        output: the folder; every point is in `points/` below it.
+        vae: the YAML of `train-vae` that all points share.
+        overrides: settings of `train-vae` for all points, as `data.path=~/images`.
+        targets_nats: the target rates in nats per latent dimension.
+        channels: the numbers of latent channels; none: the recipe's.
+        steps: of each point; null: the recipe's. Shared among the phases in the recipe's proportions.
+        seconds: instead of `steps`: about so long a training each, from the measured speed of one step.
+        parallel: points that are trained at once on this machine.
+        evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
+    """
+
+    output: str = "???"
+    vae: str = "???"
+    overrides: list[str] = field(default_factory=list)
+    targets_nats: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 2.5, 3.5])
+    channels: list[int] = field(default_factory=list)
+    steps: int | None = None
+    seconds: float | None = None
+    parallel: int = 1
+    evaluate: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.targets_nats or min(self.targets_nats) <= 0:
+            raise UserError(f"targets_nats: {list(self.targets_nats)}; give one rate or more, each above 0")
+        for name in ("targets_nats", "channels"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}: {list(values)} names a value twice")
+        if self.steps is not None and self.seconds is not None:
+            raise UserError("steps, seconds: only one of them can be the budget; leave the other out")
+        if (self.steps is not None and self.steps < 1) or (self.seconds is not None and self.seconds <= 0):
+            raise UserError("steps, seconds: the budget of a point is above 0")
+        if self.parallel < 1:
+            raise UserError(f"parallel: {self.parallel} is below 1")
+
+
+def plan(config: FrontierConfig, run: Run) -> list[Point]:
+    """The points of the grid, channels by channels, rising rate. Raises: UserError for what does not load."""
+    channels = config.channels or [_recipe_channels(config)]
+    points = []
+    for count in channels:
+        for target in sorted(config.targets_nats):
+            overrides = [
+                *config.overrides,
+                f"autoencoder.latent_channels={count}",
+                "rate.mode=target",
+                f"rate.target_nats={target}",
+            ]
+            name = f"c{count}-{target:g}-nats"
+            point = sweep.plan_point(Path(config.output), name, config.vae, overrides, config.evaluate, config.steps)
+            if config.seconds is not None:
+                steps = sweep.steps_for(point, config.seconds, run)
+                point = replace(
+                    point, train=replace(point.train, phases=sweep.scaled_phases(point.train.phases, steps))
+                )
+            points.append(point)
+    return points
+
+
+def _recipe_channels(config: FrontierConfig) -> int:
+    recipe = configuration.load(TrainVaeConfig, config.vae, [*config.overrides, "output=POINT"])
+    return int(recipe.autoencoder.latent_channels)
+
+
+def frontier(config: FrontierConfig, run: Run | None = None) -> dict[str, Any]:
+    """Make the points that are missing, write the frontier of those that are there, return `frontier.json`.
+
+    Raises:
+        UserError: a setting is wrong, another sweep is in the folder, or no point could be finished.
+    """
+    started = time.time()
+    root = Path(config.output)
+    sweep.claim(root, "frontier", config, may_change=MAY_CHANGE)
+    commands = sweep.Commands(config.parallel)
+    points = plan(config, run or commands)
+    outcomes = sweep.run_points(points, config.parallel, run)
+    found = gather(config, points, outcomes)
+    publish(root, found)
+    provenance.write_run_record(
+        root, None, started, time.time() - started, finished=not found["missing"], points=len(found["points"])
+    )
+    return found
+
+
+def gather(config: FrontierConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What `frontier.json` holds, from the folders of the finished points."""
+    linear: dict[str, Any] = {}  # of the images, so any point's will do
+
+    def describe(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+        linear.update(results["linear"])
+        return record_of(point, results)
+
+    records, missing = sweep.collect(points, outcomes, describe, config.output, "point")
+    return {
+        "format_version": 1,
+        "points": records,
+        "missing": missing,
+        "linear": theory(linear["eigenvalues"], linear["block"], records),
+        "recommendation": recommend(records),
+        "config": configuration.to_dict(config),
+    }
+
+
+def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+    """One point's line."""
+    return sweep.common_record(point, results) | {
+        "channels": results["autoencoder"]["latent_channels"],
+        "target_nats": point.train.rate.target_nats,
+        "gain_over_linear_db": results["gain_over_linear_db"],
+        "images": results["protocol"]["images"]["count"],
+    }
+
+
+def is_healthy(record: dict[str, Any]) -> bool:
+    """No failing verdict, but for those that the frontier tolerates."""
+    return all(verdict["severity"] != "fail" or verdict["name"] in TOLERATED for verdict in record["verdicts"])
+
+
+def theory(eigenvalues: Sequence[float], block: int, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The linear lines, [bits per pixel, PSNR of the mean error]: water-filling, and c components at one rate."""
+    highest = 1.3 * max(record["rate"]["bits_per_pixel"] for record in records)
+    rates = np.linspace(highest / CURVE_POINTS, highest, CURVE_POINTS)
+    filled = [metrics.water_filling_at(eigenvalues, block, float(rate)) for rate in rates]
+    limited: dict[str, list[list[float]]] = {}
+    for channels in sorted({record["channels"] for record in records}):
+        nats = rates * block**2 * np.log(2) / channels
+        points = [metrics.limited_channels(eigenvalues, block, channels, float(value)) for value in nats]
+        limited[str(channels)] = [[point.bits_per_pixel, point.psnr] for point in points]
+    for record in records:
+        record["linear_components"] = metrics.water_filling_at(
+            eigenvalues, block, record["rate"]["bits_per_pixel"]
+        ).components
+    return {
+        "block": block,
+        "reverse_water_filling": [[point.bits_per_pixel, point.psnr] for point in filled],
+        "limited_channels": limited,
+    }
+
+
+def recommend(records: Sequence[dict[str, Any]]) -> list[str]:
+    """One sentence per number of channels, by `RULE`."""
+    sentences = []
+    for channels in sorted({record["channels"] for record in records}):
+        healthy = [record for record in records if record["channels"] == channels and is_healthy(record)]
+        if len(healthy) < FEWEST_POINTS:
+            sentences.append(
+                f"{channels} channels: no recommendation, only {len(healthy)} healthy point(s) of the {FEWEST_POINTS} "
+                "needed."
+            )
+            continue
+        healthy.sort(key=lambda record: record["rate"]["nats_per_dim"])
+        knee = knee_of(
+            [record["rate"]["nats_per_dim"] for record in healthy],
+            [record["metrics"]["psnr"]["mean"] for record in healthy],
+        )
+        if knee is None:
+            last = healthy[-1]["rate"]["nats_per_dim"]
+            sentences.append(
+                f"{channels} channels: no knee up to {last:.2f} nats, PSNR still rises at the highest rate; "
+                "add a higher one to targets_nats."
+            )
+            continue
+        chosen = healthy[knee]
+        sentences.append(
+            f"{channels} channels: {chosen['target_nats']:g} nats ({chosen['rate']['nats_per_dim']:.2f} measured, "
+            f"{chosen['rate']['bits_per_pixel']:.3f} bits per pixel, {chosen['metrics']['psnr']['mean']:.2f} dB); "
+            f"a higher rate gains less than {KNEE_DB:g} dB per {KNEE_NATS:g} nats."
+        )
+    return sentences
+
+
+def knee_of(nats: Sequence[float], psnr: Sequence[float]) -> int | None:
+    """Index of the first point from which on every slope is under the rule's; None where even the last is not.
+
+    `nats` rise. The last point has no slope after it, so it is never the answer.
+    """
+    slopes = [
+        (after - before) / max(b - a, 1e-9) for a, b, before, after in zip(nats, nats[1:], psnr, psnr[1:], strict=False)
+    ]
+    limit = KNEE_DB / KNEE_NATS
+    for i in range(len(slopes)):
+        if all(slope < limit for slope in slopes[i:]):
+            return i
+    return None
+
+
+def publish(root: Path, found: dict[str, Any]) -> None:
+    """Write frontier.json, .svg, .md and .html."""
+    drawn = draw(found)
+    pages.save_svg(drawn, root / "frontier.svg", LABEL)
+    write_text(root / "frontier.md", markdown(found))
+    lead = "Every point is one autoencoder, trained by ldm-vae train-vae and measured on images it never saw."
+    headings, rows = table(found)
+    write_text(
+        root / "index.html",
+        sweep.render(
+            "Rate-distortion frontier",
+            lead,
+            [*found["recommendation"], RULE],
+            [sweep.Drawing(pages.to_svg(drawn, LABEL), caption(found))],
+            [sweep.Table(headings, rows, notes(found))],
+        ),
+    )
+    write_json(root / "frontier.json", found)
+
+
+def quality_metric(found: dict[str, Any]) -> tuple[str, str]:
+    """What stands beside PSNR: LPIPS, or SSIM where it was not measured."""
+    measured = all("lpips" in record["metrics"] for record in found["points"])
+    return ("lpips", "LPIPS (lower is better)") if measured else ("ssim", "SSIM")
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """Two axes over bits per pixel: PSNR with the linear lines, and LPIPS (or SSIM)."""
+    figure, axes = pages.new_figure(5.4, 3.8, columns=2)
+    metric, title = quality_metric(found)
+    linear = np.array(found["linear"]["reverse_water_filling"])
+    axes[0].plot(*linear.T, color=pages.INK, linestyle="--", linewidth=1, label="linear, reverse water-filling")
+    for number, channels in enumerate(sorted({record["channels"] for record in found["points"]})):
+        colour = pages.COLOURS[number % len(pages.COLOURS)]
+        limited = np.array(found["linear"]["limited_channels"][str(channels)])
+        axes[0].plot(*limited.T, color=colour, linestyle=":", linewidth=1.2, label=f"linear, {channels} components")
+        records = [record for record in found["points"] if record["channels"] == channels]
+        for each, name in zip(axes, ("psnr", metric), strict=True):
+            _draw_series(each, sorted(records, key=lambda r: r["rate"]["bits_per_pixel"]), name, colour, channels)
+    for each, name in zip(axes, ("PSNR (dB)", title), strict=True):
+        each.set_title(name)
+        each.set_xlabel("bits per pixel")
+        each.set_xlim(left=0)
+        each.margins(y=0.25)
+        pages.style(each)
+    lowest = min(record["metrics"]["psnr"]["mean"] for record in found["points"])
+    axes[0].set_ylim(bottom=lowest - PSNR_BELOW_DB)
+    pages.legend(axes[0])
+    return figure
+
+
+def _draw_series(axes: Axes, records: Sequence[dict[str, Any]], metric: str, colour: str, channels: int) -> None:
+    """Points with their intervals and labels; one that fails its verdicts has a cross."""
+    x = [record["rate"]["bits_per_pixel"] for record in records]
+    y = [record["metrics"][metric]["mean"] for record in records]
+    axes.plot(x, y, color=colour, marker="o", markersize=5, linewidth=1.5, label=f"{channels} channels, trained")
+    for a, b, record in zip(x, y, records, strict=True):
+        axes.annotate(
+            f"{record['target_nats']:g} nats, c{channels}", (a, b), textcoords="offset points", xytext=(1, 6),
+            rotation=60, rotation_mode="anchor", fontsize=7, color=pages.INK, alpha=0.8,
+        )  # fmt: skip
+        if not is_healthy(record):
+            axes.plot([a], [b], marker="x", markersize=12, markeredgewidth=2, color=pages.COLOURS[5])
+
+
+def caption(found: dict[str, Any]) -> str:
+    first = found["points"][0]
+    return (
+        f"decode(mean) on {first['images']} images at {first['resolution']} x {first['resolution']}; the rate is the "
+        "measured KL. Dashed: the rate-distortion function of Gaussian 8x8 blocks with the images' covariance. Dotted: "
+        "the best linear code with as many components, all at the same rate. Both lines are of the mean error, which "
+        "lies below the mean of the images' PSNR. A cross: a verdict failed."
+    )
+
+
+def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells."""
+    metric, title = quality_metric(found)
+    headings = ["channels", "target nats", "measured nats", "bits/pixel", "PSNR (dB)", title.split(" ")[0]]
+    headings += ["gain over linear (dB)", "linear would use", "seconds", "verdicts"]
+    rows = []
+    for record in found["points"]:
+        quality = [record["metrics"][name] for name in ("psnr", metric)]
+        rows.append(
+            [
+                str(record["channels"]),
+                f"{record['target_nats']:g}",
+                f"{record['rate']['nats_per_dim']:.3f}",
+                f"{record['rate']['bits_per_pixel']:.3f}",
+                *(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in quality),
+                f"{record['gain_over_linear_db']['mean']:+.2f}",
+                f"{record['linear_components']} components",
+                "" if record["seconds"] is None else f"{record['seconds']:.0f}",
+                ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none",
+            ]
+        )
+    return headings, rows
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What else must be said: points that are missing, and each failing verdict in words."""
+    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in found["missing"]]
+    undiagnosed = [record["name"] for record in found["points"] if not record["diagnosed"]]
+    if undiagnosed:
+        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    for record in found["points"]:
+        lines += [f"{record['name']}: {v['sentence']}" for v in record["verdicts"] if v["severity"] == "fail"]
+    return lines
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """`frontier.md`."""
+    headings, rows = table(found)
+    lines = ["# Rate-distortion frontier", "", f"![{LABEL}](frontier.svg)", ""]
+    lines += [caption(found), "", *sweep.markdown_table(headings, rows), "", *found["recommendation"], "", RULE]
+    extra = notes(found)
+    return "\n".join([*lines, *(["", *extra] if extra else [])]) + "\n"

@@ -1,0 +1,482 @@
+"""Training and measuring several autoencoders, each by the commands that a user would type, in a folder of its own.
+
+A point is one autoencoder: `train.yaml` and `evaluate.yaml` say how it is made, `vae/` and `evaluation/` hold what came
+of it. A rerun continues; several launches may share the folder, since a point is locked while somebody works on it.
+What the points are for belongs to `frontier.py` and `comparison.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.errors import EXIT_INTERRUPTED, UserError
+from ldm_vae.evaluation.measurement import EvaluateConfig
+from ldm_vae.evaluation.pages import Picture, template_environment
+from ldm_vae.evaluation.reconstruction import RESULTS
+from ldm_vae.evaluation.study import MAY_CHANGE, read_json
+from ldm_vae.files import write_json, write_text
+
+DIAGNOSED_IMAGES = 256
+
+Run = Callable[[Sequence[str], Path], int]
+"""Runs `ldm-vae` with these words, its output appended to a log file, and returns the exit code."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One autoencoder of a sweep: its folder, and the two resolved configurations."""
+
+    name: str
+    folder: Path
+    train: TrainVaeConfig
+    evaluate: EvaluateConfig
+
+    @property
+    def autoencoder(self) -> Path:
+        return self.folder / "vae"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a point ended: `detail` in words where it did not finish."""
+
+    name: str
+    status: Literal["finished", "busy", "failed", "interrupted"]
+    detail: str = ""
+
+
+def plan_point(
+    root: Path,
+    name: str,
+    vae: str,
+    overrides: Sequence[str],
+    evaluate: Sequence[str],
+    steps: int | None = None,
+) -> Point:
+    """Resolve a point. `steps`: the total, shared among the phases as in the recipe.
+
+    The images are those of the training; `evaluate` are settings of `ldm-vae evaluate`, which may name others.
+
+    Raises:
+        UserError: a setting that does not load, with the point's name.
+    """
+    folder = root / "points" / name
+    try:
+        train = configuration.load(TrainVaeConfig, vae, [*overrides, "output=POINT"])
+        measure = configuration.load(EvaluateConfig, None, ["autoencoder=POINT", "output=POINT"])
+        measure = replace(measure, data=train.data, device=_evaluation_device(train))
+        measure = _with_overrides(measure, evaluate)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if steps is not None:
+        train = replace(train, phases=scaled_phases(train.phases, steps))
+    return Point(
+        name,
+        folder,
+        replace(train, output=str(folder / "vae")),
+        replace(measure, autoencoder=str(folder / "vae"), output=str(folder / "evaluation")),
+    )
+
+
+def _evaluation_device(train: TrainVaeConfig) -> str:
+    return str(train.training.device)
+
+
+def _with_overrides(config: EvaluateConfig, overrides: Sequence[str]) -> EvaluateConfig:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        base = OmegaConf.structured(config)
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"evaluate: {str(error).splitlines()[0]}") from error
+
+
+def scaled_phases(phases: Sequence[Any], steps: int) -> list[Any]:
+    """The phases with `steps` together, in the recipe's proportions, at least one step each."""
+    if steps < len(phases):
+        raise UserError(f"steps: {steps} are fewer than the recipe's {len(phases)} phases; give more")
+    total = sum(phase.steps for phase in phases)
+    ends = [round(steps * sum(phase.steps for phase in phases[: i + 1]) / total) for i in range(len(phases))]
+    lengths, before = [], 0
+    for i, end in enumerate(ends):
+        remaining = len(phases) - 1 - i
+        length = min(max(1, end - before), steps - before - remaining)
+        lengths.append(length)
+        before += length
+    return [replace(phase, steps=length) for phase, length in zip(phases, lengths, strict=True)]
+
+
+def claim(root: Path, command: str, config: Any, may_change: Sequence[str]) -> None:
+    """Note in `ROOT/COMMAND.yaml` which sweep the folder holds; points that are there stay valid for the same one.
+
+    Raises:
+        UserError: the folder holds something else, or this sweep with other settings that all points share.
+    """
+    settings = root / f"{command}.yaml"
+    if settings.is_file():
+        before = configuration.to_dict(configuration.load(type(config), settings))
+        changes = configuration.changed_keys(before, configuration.to_dict(config))
+        refused = {key: value for key, value in changes.items() if key.split(".")[0] not in may_change}
+        if refused:
+            listed = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in refused.items())
+            raise UserError(f"{root}: holds a {command} with other settings: {listed}; give another output")
+    elif root.is_dir() and any(not path.name.startswith(".tmp-") for path in root.iterdir()):
+        raise UserError(f"{root}: holds other files but no {command}; give another output, or empty it")
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(settings, configuration.to_yaml(config))
+
+
+def run_points(points: Sequence[Point], parallel: int, run: Run | None = None) -> list[Outcome]:
+    """Train and evaluate what is missing, `parallel` points at a time; outcomes in the order of the points.
+
+    An interrupt is passed on to the commands, which save and leave; then it goes on to the caller.
+    """
+    commands = Commands(parallel)
+    runner = run or commands
+    if parallel == 1:
+        try:
+            return [run_point(point, runner) for point in points]
+        except BaseException:
+            commands.stop()
+            raise
+    with ThreadPoolExecutor(max(1, parallel)) as pool:
+        futures = [pool.submit(run_point, point, runner, commands.stopping) for point in points]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            commands.stop()
+            raise
+
+
+def run_point(point: Point, run: Run, stopping: threading.Event | None = None) -> Outcome:
+    """Train and evaluate one point, each only where it is missing or not of these settings."""
+    if stopping is not None and stopping.is_set():
+        return Outcome(point.name, "interrupted", "not started")
+    point.folder.mkdir(parents=True, exist_ok=True)
+    with point_lock(point.folder) as held:
+        if not held or is_training(point.autoencoder):
+            return Outcome(point.name, "busy", "another launch works on it")
+        if not is_trained(point):
+            write_text(point.folder / "train.yaml", configuration.to_yaml(point.train))
+            outcome = _outcome(point, run(["train-vae", str(point.folder / "train.yaml")], point.log))
+            if outcome is not None:
+                return outcome
+        if not is_evaluated(point):
+            write_text(point.folder / "evaluate.yaml", configuration.to_yaml(point.evaluate))
+            words = ["evaluate", str(point.folder / "evaluate.yaml"), "--overwrite"]
+            outcome = _outcome(point, run(words, point.log))
+            if outcome is not None:
+                return outcome
+        if not is_diagnosed(point):
+            run(diagnosis_words(point), point.log)  # without it, verdicts_of judges by the rate alone, and says so
+    return Outcome(point.name, "finished")
+
+
+def diagnosis_words(point: Point) -> list[str]:
+    """`ldm-vae diagnose` on the images of the evaluation."""
+    from ldm_vae.evaluation.diagnosis import SMALLEST_RESOLUTION, DiagnoseConfig
+
+    evaluate = point.evaluate
+    settings = DiagnoseConfig(
+        autoencoder=str(point.autoencoder),
+        output=str(point.folder / "health"),
+        data=evaluate.data,
+        part=evaluate.part,
+        resolution=max(evaluate.resolution, SMALLEST_RESOLUTION),
+        count=min(evaluate.count or DIAGNOSED_IMAGES, DIAGNOSED_IMAGES),
+        device=evaluate.device,
+    )
+    write_text(point.folder / "diagnose.yaml", configuration.to_yaml(settings))
+    return ["diagnose", str(point.folder / "diagnose.yaml"), "--overwrite"]
+
+
+def is_diagnosed(point: Point) -> bool:
+    """Whether there is a health report of the weights that are there now."""
+    found = read_json(point.folder / "health" / "health.json").get("autoencoder", {}).get("fingerprint")
+    return found is not None and found == (read_results(point) or {}).get("autoencoder", {}).get("fingerprint")
+
+
+def _outcome(point: Point, code: int) -> Outcome | None:
+    """None where the command succeeded."""
+    if code == 0:
+        return None
+    if code == EXIT_INTERRUPTED:
+        return Outcome(point.name, "interrupted", "the same command continues")
+    last = last_line(point.log)
+    if "is training here" in last:
+        return Outcome(point.name, "busy", last)
+    return Outcome(point.name, "failed", f"exit code {code}: {last or 'no output'}; see {point.log}")
+
+
+def is_trained(point: Point) -> bool:
+    """Whether the run is finished and of these settings."""
+    folder = point.autoencoder
+    if not _finished(folder) or not (folder / "config.yaml").is_file():
+        return False
+    try:
+        found = configuration.load(TrainVaeConfig, folder / "config.yaml")
+    except UserError:
+        return False  # the command itself says what is wrong
+    changes = configuration.changed_keys(configuration.to_dict(found), configuration.to_dict(point.train))
+    return not changes.keys() - {"output"}
+
+
+def is_evaluated(point: Point) -> bool:
+    """Whether the result is finished, of these settings and of the weights that are there now."""
+    results = read_results(point)
+    if results is None:
+        return False
+    changes = configuration.changed_keys(results["config"], configuration.to_dict(point.evaluate))
+    record = read_json(point.autoencoder / "autoencoder" / "training.json")
+    same_weights = record.get("fingerprint") in (None, results["autoencoder"]["fingerprint"])
+    return same_weights and not changes.keys() - {*MAY_CHANGE, "autoencoder"}
+
+
+def collect(
+    points: Sequence[Point],
+    outcomes: Sequence[Outcome],
+    describe: Callable[[Point, dict[str, Any]], dict[str, Any]],
+    where: str,
+    what: str,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `describe` says of each finished point and its results.json, and the outcomes of the others.
+
+    Raises:
+        UserError: nothing is finished; `where` is the sweep's folder, `what` its word for a point.
+    """
+    records, missing = [], []
+    for point, outcome in zip(points, outcomes, strict=True):
+        results = read_results(point) if outcome.status == "finished" else None
+        if results is None:
+            missing.append(asdict(outcome))
+        else:
+            records.append(describe(point, results))
+    if not records:
+        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
+        raise UserError(f"{where}: no {what} is finished ({reasons})")
+    return records, missing
+
+
+def common_record(point: Point, results: dict[str, Any]) -> dict[str, Any]:
+    """What every sweep says of a finished point: rate, metrics of decode(mean) with intervals, verdicts, cost."""
+    return {
+        "name": point.name,
+        "fingerprint": results["autoencoder"]["fingerprint"],
+        "rate": results["rate"],
+        "metrics": results["rows"][0]["metrics"],
+        "verdicts": verdicts_of(point, results),
+        "diagnosed": is_diagnosed(point),
+        "steps": sum(phase.steps for phase in point.train.phases),
+        "seconds": read_json(point.autoencoder / provenance.RUN_RECORD).get("seconds"),
+        "resolution": results["protocol"]["resolution"],
+    }
+
+
+def read_results(point: Point) -> dict[str, Any] | None:
+    """The content of the point's finished results.json; None where there is none."""
+    folder = point.folder / "evaluation"
+    return read_json(folder / RESULTS) or None if _finished(folder) else None
+
+
+def _finished(folder: Path) -> bool:
+    return bool(read_json(folder / provenance.RUN_RECORD).get("finished"))
+
+
+@contextlib.contextmanager
+def point_lock(folder: Path) -> Iterator[bool]:
+    """Whether this launch got the point; held until the block ends, released by the system if the process dies."""
+    with open(folder / "point.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def is_training(run: Path) -> bool:
+    """Whether some process holds the run's own lock."""
+    if not (run / "run.lock").is_file():
+        return False
+    with open(run / "run.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def steps_for(point: Point, seconds: float, run: Run) -> int:
+    """Steps that take about `seconds` here, from the speed of one step per phase (`train-vae --dry-run`).
+
+    Measured once and kept in `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving, looking
+    at held-out images and the start of the program are not counted.
+
+    Raises:
+        UserError: the dry run failed.
+    """
+    kept = read_json(point.folder / "budget.json")
+    if kept.get("seconds") == seconds:
+        return int(kept["steps"])
+    point.folder.mkdir(parents=True, exist_ok=True)
+    write_text(point.folder / "train.yaml", configuration.to_yaml(point.train))
+    log = point.folder / "dry-run.txt"
+    log.unlink(missing_ok=True)
+    code = run(["train-vae", str(point.folder / "train.yaml"), "--dry-run"], log)
+    text = log.read_text() if log.is_file() else ""
+    per_second = [float(number) for number in re.findall(r"\(([\d.]+) samples/s\)", text)]
+    if code or len(per_second) != len(point.train.phases) or not all(per_second):
+        raise UserError(f"{point.name}: its speed could not be measured ({last_line(log)}); give steps instead")
+    total = sum(phase.steps for phase in point.train.phases)
+    recipe_seconds = sum(
+        phase.steps * phase.batch / rate for phase, rate in zip(point.train.phases, per_second, strict=True)
+    )
+    steps = max(len(point.train.phases), round(total * seconds / recipe_seconds))
+    write_json(point.folder / "budget.json", {"seconds": seconds, "steps": steps, "images_per_second": per_second})
+    return steps
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is no progress bar."""
+    if not log.is_file():
+        return ""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(errors="replace"))]
+    return next((line for line in reversed(lines) if line and "it/s]" not in line and "%|" not in line), "")
+
+
+def verdicts_of(point: Point, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is wrong with the autoencoder, most severe first: from its health report, where there is one of these
+    weights, else from rate and training alone."""
+    if is_diagnosed(point):
+        return list(read_json(point.folder / "health" / "health.json")["verdicts"])
+    from ldm_vae.autoencoder.health import in_order, judge
+
+    rate = read_json(point.autoencoder / "autoencoder" / "training.json").get("rate") or {}
+    nats, target = results["rate"]["nats_per_dim"], rate.get("target_nats")
+    if nats is None or results["rate"]["kind"] != "KL to N(0, 1)":
+        return []
+    found = [judge("posterior_collapse", {"nats": nats})]
+    if rate.get("mode") == "target" and target:
+        found.append(judge("rate_miss", {"relative_error": abs(nats - target) / target}))
+        found.append(judge("rate_unreachable", {"pinned_share": rate.get("pinned_share")}))
+    return [verdict.to_dict() for verdict in in_order(verdict for verdict in found if verdict is not None)]
+
+
+# Running `ldm-vae` commands as processes, several at once, and ending them so that they save first.
+
+
+class Commands:
+    """Starts `ldm-vae` commands as processes and can end those that run."""
+
+    def __init__(self, parallel: int = 1) -> None:
+        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen] = []
+        self._environment = dict(os.environ)
+        if parallel > 1:  # processes that each take every core wait for each other
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))
+
+    def __call__(self, words: Sequence[str], log: Path) -> int:
+        with open(log, "a") as file:
+            file.write(f"$ ldm-vae {' '.join(words)}\n")
+            file.flush()
+            with self._lock:
+                if self.stopping.is_set():
+                    return EXIT_INTERRUPTED
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "ldm_vae.cli", *words],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                )
+                self._running.append(process)
+            try:
+                code = process.wait()
+            except BaseException:  # an interrupt of this thread: let the command save and leave first
+                process.terminate()
+                process.wait()
+                raise
+            finally:
+                with self._lock:
+                    self._running.remove(process)
+            return EXIT_INTERRUPTED if self.stopping.is_set() and code else code
+
+    def stop(self) -> None:
+        """SIGTERM to what runs: a training saves its state and leaves."""
+        with self._lock:
+            self.stopping.set()
+            for process in self._running:
+                process.terminate()
+
+
+# The page of a sweep: drawings, tables and pictures in one HTML file; words and look are in `templates/sweep.html`.
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An `<svg>` element and its caption."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `notes` stand below."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def render(
+    title: str,
+    lead: str,
+    sentences: Sequence[str],
+    drawings: Sequence[Drawing] = (),
+    tables: Sequence[Table] = (),
+    pictures: Sequence[Picture] = (),
+) -> str:
+    """The page as HTML; every text is escaped, the SVG is not."""
+    from markupsafe import Markup
+
+    environment = template_environment()
+    return environment.get_template("sweep.html").render(
+        title=title,
+        lead=lead,
+        sentences=list(sentences),
+        drawings=[(Markup(drawing.svg), drawing.caption) for drawing in drawings],
+        tables=list(tables),
+        pictures=list(pictures),
+    )
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [
+        "| " + " | ".join(headings) + " |",
+        "|" + "---|" * len(headings),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+    ]

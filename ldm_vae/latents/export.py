@@ -1,0 +1,304 @@
+"""Export of a set to the containers of other trainers: what is exported, in which files, and their publication.
+
+`export.json` goes first and says what the export is; the data files follow, each complete or absent, and
+`manifest.json`, a copy of the set's own, goes last. So an interrupted export is continued by the same command. Owns the
+order of things; the bytes of a data file are those of `export_datasets` and `export_webdataset`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_vae.config import changed_keys, digest
+from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.files import readable_json
+from ldm_vae.latents import export_datasets, export_webdataset
+from ldm_vae.latents.format import FLIPPED, MANIFEST, Layout, Manifest, open_set_folder, read_ids, read_manifest, short
+from ldm_vae.latents.normalizer import combine
+from ldm_vae.latents.shard import OpenShard, open_shard
+from ldm_vae.random import generator
+from ldm_vae.storage import open_folder
+from ldm_vae.storage.base import Folder
+
+FORMATS = {"parquet": export_datasets, "webdataset": export_webdataset}
+EXPORT = "export.json"
+CARD = "README.md"
+LOCK = "export.lock"
+FILE_BYTES = 200_000_000
+"""Of a data file, about, unless its rows are given: it is made in memory."""
+BLOCK_BYTES = 1 << 25
+"""Read at once; a row group in parquet."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples in the order of the set. Row j of every array and list is one sample.
+
+    Attributes:
+        tensors: name -> array of the exported dtype; the names are those of the exported `Layout`.
+        labels, indices: int64; -1 for no label, the place in the image source.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    indices: np.ndarray
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, of which set, how.
+
+    Attributes:
+        to: `parquet` or `webdataset`.
+        layout: of the exported samples.
+        rows: samples a file; the last one may have fewer.
+    """
+
+    manifest: Manifest
+    to: str
+    layout: Layout
+    rows: int
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the data files."""
+        return FORMATS[self.to].file_names(-(-self.manifest.count // self.rows))
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Of what is exported: means alone have a smaller spread than the samples that the manifest describes."""
+        manifest = self.manifest
+        if self.layout.content == manifest.content or self.layout.content != "mean":
+            return manifest.statistics
+        sums = manifest.shard_index.sums.copy()
+        sums[:, 2] = 0
+        latents = manifest.count * len(self.layout.names)
+        return combine(sums, latents, latents * self.layout.latent_shape[1] * self.layout.latent_shape[2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What export.json holds."""
+        manifest, layout = self.manifest, self.layout
+        shape = list(layout.sample_shape)
+        values = {
+            "format": self.to,
+            "count": manifest.count,
+            "rows": self.rows,
+            "files": len(self.files),
+            "content": layout.content,
+            "tensors": {name: {"dtype": layout.dtype, "shape": shape} for name in layout.names},
+            "latent_shape": list(layout.latent_shape),
+            "label_names": list(manifest.label_names),
+            "statistics": self.statistics,
+            "autoencoder": manifest.autoencoder,
+            "preprocessing": manifest.preprocessing,
+            "set": digest(manifest.to_dict()),
+        }
+        return json.loads(json.dumps(values))
+
+    def write(self, blocks: Iterable[Block]) -> bytes:
+        """A data file."""
+        return FORMATS[self.to].write(blocks, self.layout, self.manifest.label_names)
+
+
+def plan_export(manifest: Manifest, to: str, posterior: str | None = None, rows: int | None = None) -> Export:
+    """What an export of a set will be.
+
+    bfloat16 becomes float32, which holds each of its values: neither Arrow nor numpy knows it.
+
+    Args:
+        posterior: what is made of moments, `moments` (as stored), `mean` or `sample`; None: what the set holds.
+        rows: samples a file; None: as many as make about 200 MB.
+
+    Raises:
+        UserError: the set does not hold what `posterior` needs, or `rows` is no number of samples.
+    """
+    content = posterior or manifest.content
+    if content != manifest.content and manifest.content != "moments":
+        raise UserError(
+            f"{manifest.where.location}: posterior={posterior} needs stored moments, this set holds "
+            f"{manifest.content}; leave posterior out, or encode with store=moments"
+        )
+    if rows is not None and rows < 1:
+        raise UserError(f"rows: {rows} is no number of samples; give 1 or more")
+    dtype = "float32" if manifest.dtype == "bfloat16" else manifest.dtype
+    layout = Layout(content, dtype, manifest.latent_shape, manifest.flipped)
+    return Export(manifest, to, layout, rows or max(1, FILE_BYTES // layout.sample_bytes))
+
+
+def export_set(
+    source: str | Path, output: str, to: str, posterior: str | None = None, rows: int | None = None
+) -> Export:
+    """Write a set's samples to a new folder, or finish what was begun there. Each shard's checksum is compared.
+
+    Memory: one data file, and a block.
+
+    Raises:
+        UserError: no finished set, a damaged shard, an output that holds other files, or no space left.
+    """
+    from tqdm import tqdm
+
+    manifest = read_manifest(open_set_folder(source))
+    export = plan_export(manifest, to, posterior, rows)
+    folder = open_folder(output)
+    _refuse_others(folder, export)
+    if {MANIFEST, *export.files} <= folder.sizes().keys():
+        print(f"{output}: exported already")
+        return export
+    try:
+        with folder.hold(LOCK):
+            folder.clean()
+            if not folder.exists(EXPORT):
+                folder.write(EXPORT, readable_json(export.to_dict()).encode())
+            there, samples = folder.sizes(), Samples(export)
+            with tqdm(total=manifest.count, unit=" images", desc="export", dynamic_ncols=True) as bar:
+                for number, name in enumerate(export.files):
+                    start, stop = number * export.rows, min((number + 1) * export.rows, manifest.count)
+                    if name not in there:
+                        folder.write(name, export.write(samples.blocks(start, stop)))
+                    bar.update(stop - start)
+            folder.write(CARD, _card(export).encode())
+            folder.write(MANIFEST, manifest.where.read(MANIFEST))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise UserError(
+                f"{output}: no space left on the device; free some space and run the same command again, finished "
+                "files stay"
+            ) from error
+        raise
+    return export
+
+
+def _refuse_others(folder: Folder, export: Export) -> None:
+    """Raises: UserError unless the folder is empty or holds this very export."""
+    there = sorted(name for name in folder.sizes() if name != LOCK)
+    if not there:
+        return
+    where = folder.location
+    if EXPORT not in there:
+        raise UserError(f"{where}: holds {there[0]} and is no export that could be continued; give another output")
+    try:
+        found = json.loads(folder.read(EXPORT))
+    except ValueError as error:
+        raise UserError(f"{where}/{EXPORT}: cannot be read ({error}); give another output") from error
+    changes = changed_keys(found, export.to_dict())
+    for key, (old, new) in changes.items():
+        raise UserError(
+            f"{where}: holds another export, its {key} is {short(old)} and not {short(new)}; give another output"
+        )
+
+
+class Samples:
+    """The samples of a set as they are exported, by their place in it. One verified shard is open at a time."""
+
+    def __init__(self, export: Export) -> None:
+        self.manifest, self.layout = export.manifest, export.layout
+        self.index = self.manifest.shard_index
+        self._ends = np.cumsum(self.index.counts)
+        self._number = -1
+        self._shard: OpenShard = {}
+        self._ids: list[str] = []
+
+    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+        """Those from `start` up to, but not including, `stop`, at most 32 MB at once."""
+        most = max(1, BLOCK_BYTES // self.layout.sample_bytes)
+        while start < stop:
+            number = int(np.searchsorted(self._ends, start, side="right"))
+            self._open(number)
+            end = min(stop, start + most, int(self._ends[number]))
+            first = int(self._ends[number] - self.index.counts[number])
+            yield self._block(slice(start - first, end - first))
+            start = end
+
+    def _open(self, number: int) -> None:
+        if number == self._number:
+            return
+        where, record = self.manifest.where, self.index[number]
+        self._shard = open_shard(where, number, record, self.manifest.layout, verify=True)
+        self._ids, self._number = read_ids(where, number, record), number
+
+    def _block(self, rows: slice) -> Block:
+        indices = self._shard["index"][rows]
+        tensors = {}
+        for name in self.layout.names:
+            stored = self._shard[self.manifest.content + (FLIPPED if name.endswith(FLIPPED) else "")][rows]
+            values = _widened(stored) if self.manifest.dtype == "bfloat16" else stored
+            tensors[name] = np.ascontiguousarray(self._posterior(name, values, indices))
+        return Block(tensors, self._shard["label"][rows], indices, self._ids[rows])
+
+    def _posterior(self, name: str, values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """What is exported of stored values (n, ...); the noise is a function of the name and the source index."""
+        if self.layout.content == self.manifest.content:
+            return values
+        channels = self.layout.latent_shape[0]
+        if self.layout.content == "mean":
+            return values[:, :channels]
+        moments = torch.from_numpy(values.astype(np.float32))
+        noise = [
+            torch.randn(self.layout.latent_shape, generator=generator(0, "exported sample", name, int(index)))
+            for index in indices
+        ]
+        latents = moments[:, :channels] + torch.exp(0.5 * moments[:, channels:]) * torch.stack(noise)
+        found = latents.numpy().astype(self.layout.dtype)
+        bad = ~np.isfinite(found).reshape(len(found), -1).all(1)
+        if bad.any():
+            raise UserError(
+                f"{self.manifest.where.location}: the sample of source index {indices[bad.argmax()]} is not finite in "
+                f"{self.layout.dtype}; export the moments or the mean instead"
+            )
+        return found
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, seen as uint16, as the same numbers in float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _card(export: Export) -> str:
+    """The dataset card: the front matter from which `datasets` loads the folder, and the facts of the manifest."""
+    manifest, facts = export.manifest, export.to_dict()
+    pattern = "*" + Path(export.files[0]).suffix
+    statistics, dtype = facts["statistics"], export.layout.dtype
+    shape = "x".join(map(str, export.layout.sample_shape))
+    lines = [
+        *("---", "configs:", "- config_name: default", "  data_files:"),
+        *("  - split: train", f'    path: "{pattern}"', "---", ""),
+        f"# Latents of {manifest.count} images",
+        "",
+        f"Exported from latent shards of `ldm_vae`. `{EXPORT}` holds these facts, `{MANIFEST}` is that of the set.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| tensors | {', '.join(f'`{name}`' for name in export.layout.names)}: {shape}, {dtype}, unscaled |",
+        f"| latent | {'x'.join(map(str, export.layout.latent_shape))} (channels, height, width) |",
+        f"| autoencoder | `{manifest.autoencoder['class']}`, fingerprint `{manifest.autoencoder['fingerprint']}` |",
+        f"| its encoder | `{manifest.autoencoder['encoder_fingerprint']}` |",
+        f"| preprocessing | {', '.join(f'{key}: {value}' for key, value in manifest.preprocessing.items())} |",
+        f"| images | {manifest.count}, and {manifest.rejected} left out because they could not be read |",
+        f"| classes | {len(manifest.label_names)} |",
+        *(f"| {name} | {value} |" for name, value in statistics.items()),
+        "",
+        *_advice(export),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _advice(export: Export) -> list[str]:
+    if export.layout.content == "indices":
+        return ["Decode the codes with the autoencoder of this fingerprint and no other."]
+    return [
+        "Before training subtract the mean and divide by the std of each channel; undo it before decoding.",
+        "Decode with the autoencoder of this fingerprint and no other.",
+    ]

@@ -1,0 +1,298 @@
+"""What a set is, in a screenful: from its manifest and index alone, whatever its size. Reads no shard.
+
+Of a set that is not finished it says how far it has come, and what continues it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_vae.autoencoder import base
+from ldm_vae.autoencoder.weights import encoder_fingerprint, token_fingerprint
+from ldm_vae.data import transforms
+from ldm_vae.errors import UserError
+from ldm_vae.latents.dataset import LatentDataset, evenly, label_text, read_labels, samples_per_shard
+from ldm_vae.latents.format import (
+    FLIPPED,
+    MANIFEST,
+    STORED_DTYPES,
+    Manifest,
+    open_set_folder,
+    plan_name,
+    planned_shards,
+    read_manifest,
+    read_origin,
+    shard_name,
+    short,
+)
+from ldm_vae.latents.shard import open_shard
+from ldm_vae.latents.state import command_for
+from ldm_vae.latents.writer import QUARANTINE, SIDECAR_NAME
+from ldm_vae.random import generator
+from ldm_vae.storage.base import Folder
+from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.text import pluralize, size_text
+
+SHOWN_NAMES = 12
+
+
+def describe(location: str | Path) -> dict[str, Any]:
+    """What `--json` prints: the manifest's fields, and sizes, reasons and unfinished segments beside them.
+
+    Raises: UserError where there is no set, or its records are damaged.
+    """
+    folder = open_set_folder(location)
+    if not folder.exists(MANIFEST) and folder.exists(plan_name(0)) and not folder.sizes("index-"):
+        origin = read_origin(folder)
+        recipe = {"layout": dataclasses.asdict(origin.layout), "autoencoder": _made_by(origin.autoencoder)}
+        return {"location": str(location), "finished": False, **recipe, "unfinished": _unfinished(folder, 0)}
+    manifest = read_manifest(folder)
+    index, layout = manifest.shard_index, manifest.layout
+    values = manifest.to_dict()
+    return {
+        "location": str(location),
+        "finished": True,
+        **values,
+        "sample_shape": list(layout.sample_shape),
+        "sample_bytes": layout.sample_bytes,
+        "size_bytes": index.size_bytes,
+        "rejected_reasons": _reasons(folder, manifest),
+        "unfinished": _unfinished(folder, len(manifest.datasets)),
+    }
+
+
+def _made_by(autoencoder: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in autoencoder.items() if name != "config"}
+
+
+def _reasons(folder: Folder, manifest: Manifest) -> dict[str, int]:
+    """Reason -> images left out, the most frequent first. Raises: UserError when the list is damaged."""
+    if not manifest.rejected:
+        return {}
+    try:
+        lines = folder.read(QUARANTINE).splitlines()
+        return dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder.location}/{QUARANTINE}: cannot be read ({type(error).__name__}); "
+            "`ldm-vae latents repair` makes it again"
+        ) from error
+
+
+def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
+    """The segment `number`, where it was begun: `segment`, `shards` that are there, of how many `planned`."""
+    if not folder.exists(plan_name(number)):
+        return None
+    origin, sizes = read_origin(folder, number), folder.sizes("shard-")
+    numbers = (int(match[1]) for match in map(SIDECAR_NAME.fullmatch, sizes) if match)
+    shards = sum(number >= origin.first_shard and shard_name(number) in sizes for number in numbers)
+    command = command_for(number, origin.dataset)
+    return {"segment": number, "shards": shards, "planned": planned_shards(origin), "command": command}
+
+
+def lines(values: dict[str, Any]) -> list[str]:
+    """For people; `values` of `describe`."""
+    if not values["finished"]:
+        layout, made_by = values["layout"], values["autoencoder"]
+        shape = "x".join(map(str, layout["latent_shape"]))
+        return [
+            _row("set", values["location"]),
+            _row("content", f"{layout['content']} of {shape} in {layout['dtype']}"),
+            _row("autoencoder", f"{made_by['class']}, {short(made_by['fingerprint'])}"),
+            _row("unfinished", _progress(values["unfinished"])),
+        ]
+    shape, latent = ("x".join(map(str, values[name])) for name in ("sample_shape", "latent_shape"))
+    mirrored = ", with mirror images" if values["flipped"] else ""
+    size_bytes, count = values["size_bytes"], values["count"]
+    made_by, encoding = values["autoencoder"], values["encoding"]
+    shown = [
+        _row("set", values["location"]),
+        _row("content", f"{values['content']} {shape} in {values['dtype']}{mirrored} (latents {latent})"),
+        _row("samples", f"{count:,} in {pluralize(values['shards'], 'shard')}"),
+        _row("size", f"{size_text(size_bytes)}, {size_text(values['sample_bytes'])} a sample"),
+        _row("autoencoder", made_by["class"]),
+        *(_row("", f"{name} {short(value)}") for name, value in made_by.items() if name.endswith("fingerprint")),
+        _row("encoding", ", ".join(f"{name} {value}" for name, value in encoding.items())),
+        *_table("preprocessing", [(name, str(value)) for name, value in values["preprocessing"].items()]),
+        *(_row("" if number else "segments", _segment(number, part)) for number, part in enumerate(values["datasets"])),
+        _row("classes", _names(values["label_names"])),
+        *_statistics(values["statistics"]),
+    ]
+    if values["rejected"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in values["rejected_reasons"].items())
+        shown.append(_row("left out", f"{pluralize(values['rejected'], 'image')}: {reasons}"))
+    if values["unfinished"]:
+        shown.append(_row("unfinished", _progress(values["unfinished"])))
+    return shown
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<14} {text}".rstrip()
+
+
+def _table(name: str, pairs: list[tuple[str, str]]) -> list[str]:
+    return [_row("" if place else name, f"{key}: {value}") for place, (key, value) in enumerate(pairs)]
+
+
+def _segment(number: int, part: dict[str, Any]) -> str:
+    prefix = f", ids begin with {part['id_prefix']}" if part.get("id_prefix") else ""
+    where = f"from shard {part['first_shard']:,}"
+    images = f"{pluralize(part['count'], 'image')} of {part['source']} ({part['part']})"
+    return f"{number}: {images}, {where}, dataset {short(part['fingerprint'])}{prefix}"
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return f"{len(names):,}: {', '.join(names[:SHOWN_NAMES])}{more}"
+
+
+def _statistics(statistics: dict[str, Any]) -> list[str]:
+    if "mean" not in statistics:
+        return _table("statistics", [(name, f"{value:,}") for name, value in statistics.items()])
+    rows = (
+        f"channel {channel}: mean {mean:+.4f}, std {std:.4f}"
+        for channel, (mean, std) in enumerate(zip(statistics["mean"], statistics["std"]))
+    )
+    return [_row("" if place else "statistics", text) for place, text in enumerate(rows)]
+
+
+def _progress(unfinished: dict[str, Any]) -> str:
+    planned = unfinished["planned"]
+    of = "" if planned is None else f" of {planned:,}"
+    where = f"segment {unfinished['segment']}, " if unfinished["segment"] else ""
+    return f"{where}{unfinished['shards']:,}{of} shards; the same `{unfinished['command']}` command continues"
+
+
+# `ldm-vae latents decode`: samples of a set as pictures again, each named by its number, label and id.
+
+LEAST_SIDE = 128
+"""Smaller pictures are enlarged to it on the sheet, so that there is room for their names."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample as a picture. `label` is empty for none."""
+
+    number: int
+    label: str
+    id: str
+    image: Image.Image
+
+    @property
+    def caption(self) -> str:
+        """Two lines: number and label, the last part of the id."""
+        return f"{self.number} {self.label}".rstrip() + "\n" + self.id.rsplit("/", 1)[-1]
+
+
+def check_autoencoder(manifest: Manifest, autoencoder: Any, where: str) -> None:
+    """Raises: UserError unless this autoencoder made the latents; for codes its quantizer counts too."""
+    if manifest.content != "indices":
+        manifest.check_autoencoder(encoder_fingerprint(autoencoder), where)
+        return
+    found, made_by = token_fingerprint(autoencoder), manifest.autoencoder.get("token_fingerprint")
+    if found != made_by:
+        raise UserError(
+            f"{where}: its token_fingerprint is {short(found)}, but the codes were made by {short(made_by)}; "
+            "give the autoencoder that made them, or encode again with this one"
+        )
+
+
+def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: str | None = None) -> list[int]:
+    """The numbers of samples to decode: `samples`, or `count` of them evenly spread over the set or over a class.
+
+    Raises:
+        UserError: no such sample, an unknown label (with the nearest known one), or none with this label.
+    """
+    if samples:
+        for number in samples:
+            if not 0 <= number < manifest.count:
+                raise UserError(f"--samples: there is no sample {number}; numbers go from 0 to {manifest.count - 1}")
+        return list(samples)
+    if count < 1:
+        raise UserError(f"--count: {count} is below 1")
+    if label is None:
+        return samples_per_shard(manifest.shard_index.counts, count)
+    names = list(manifest.label_names)
+    if label not in names:
+        near = difflib.get_close_matches(label, names, n=1, cutoff=0.5)
+        known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {known}" if names else "it has no labels"
+        raise UserError(f"--label: {label!r} is no class of {manifest.where.location}; {hint}")
+    members = np.flatnonzero(read_labels(manifest) == names.index(label))
+    if not len(members):
+        raise UserError(f"--label: no sample of {manifest.where.location} is {label!r}; choose another class")
+    return members[evenly(len(members), count)].tolist()
+
+
+def decode_samples(
+    dataset: LatentDataset, autoencoder: Any, numbers: Sequence[int], *, flipped: bool = False,
+    posterior: Literal["mean", "sample"] | None = None,
+) -> list[Decoded]:  # fmt: skip
+    """Decode samples of a set, one at a time.
+
+    Args:
+        autoencoder: on the device that is to decode; `check_autoencoder` says whether it is the right one.
+        flipped: the stored mirror images instead.
+        posterior: of stored moments, default the mean; a sample's noise is a function of its number.
+
+    Raises:
+        UserError: no mirror images or moments are stored, or a shard is damaged.
+    """
+    manifest, where = dataset.manifest, dataset.where
+    if flipped and not manifest.flipped:
+        raise UserError(f"--flipped: {where} holds no mirror images; leave it out, or encode with flip=true")
+    if posterior and manifest.content != "moments":
+        raise UserError(
+            f"--posterior: {where} holds {manifest.content}, which leaves no choice; leave it out, or encode with "
+            "store=moments"
+        )
+    found = []
+    for number in numbers:
+        place, row = dataset.place(number)
+        shard = open_shard(manifest.where, place, dataset.index[place], manifest.layout, verify=True)
+        stored = torch.from_numpy(shard[manifest.content + (FLIPPED if flipped else "")][row].copy())
+        label = label_text(manifest, int(shard["label"][row]))
+        image = _decode(manifest, autoencoder, stored.view(STORED_DTYPES[manifest.dtype]), number, posterior)
+        found.append(Decoded(number, label, dataset.id(number), transforms.to_pil(image)[0]))
+    return found
+
+
+@torch.no_grad()
+def _decode(manifest: Manifest, autoencoder: Any, stored: Tensor, number: int, posterior: str | None) -> Tensor:
+    """One sample as it is stored -> an image (1, 3, H, W) in [-1, 1]."""
+    if manifest.content == "indices":
+        codes = stored.int()[None].to(autoencoder.device)
+        return autoencoder.decode_indices(codes).sample.float().clamp(-1, 1)
+    latents = stored.float()
+    if manifest.content == "moments":
+        latents, logvar = latents.chunk(2)
+        if posterior == "sample":
+            noise = torch.randn(latents.shape, generator=generator(0, "decode", number))
+            latents = latents + torch.exp(0.5 * logvar) * noise
+    return base.decode(autoencoder, latents[None].to(autoencoder.device))
+
+
+def contact_sheet(decoded: Sequence[Decoded]) -> Image.Image:
+    """All of them on one page, with their captions."""
+    images = []
+    for sample in decoded:
+        factor = max(1, -(-LEAST_SIDE // max(sample.image.size)))
+        size = (sample.image.width * factor, sample.image.height * factor)
+        images.append(sample.image.resize(size, Image.Resampling.NEAREST))
+    columns = math.ceil(math.sqrt(len(images)))  # near a square, not one long row
+    return labelled_sheet(images, [sample.caption for sample in decoded], maximum_columns=columns)

@@ -1,0 +1,360 @@
+"""The processes of one job: starting, waiting for one another, deciding together.
+
+A collective of tensors has `timeout_seconds`. Where one process works and the others wait (validation, saving, the last
+shard), they wait on a group of their own, as long as the watchdog sees signs of life.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ldm_vae.training import watchdog
+from ldm_vae.training.watchdog import die_with_launcher
+
+TIMEOUT_SECONDS = 300
+"""The longest wait of a process for the others, for its data, for anything: default of every command."""
+
+LONGEST_WAIT = timedelta(hours=24)
+"""Of a process that has finished its share for the slowest one. Whether that one gets on is the watchdog's business."""
+
+POLL_SECONDS = 0.001
+
+Answer = TypeVar("Answer")
+
+_patient: Any = None
+
+
+class LaunchSettings(Protocol):
+    """What every command that runs on several processes is configured with."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def processes(self) -> int | None: ...
+
+    @property
+    def timeout_seconds(self) -> int: ...
+
+
+def open_accelerator(settings: LaunchSettings, where: str = "", **options: Any) -> Any:
+    """An Accelerator on the device and processes asked for; `options` are its own. `where`: of the keys, for messages.
+
+    Raises:
+        UserError: the device or the number of processes is not there.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.processes is not None and settings.processes != launched:
+        raise UserError(
+            f"{where}processes: {settings.processes} were asked for, {launched} started; launch with `torchrun "
+            f"--nproc_per_node {settings.processes}`, or on CPU `accelerate launch --multi_gpu --num_processes "
+            f"{settings.processes}` with {where}device=cpu"
+        )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{where}device: cuda was asked for, and torch sees no CUDA device; set {where}device=auto")
+    die_with_launcher()
+    timeout = timedelta(seconds=settings.timeout_seconds)
+    join_restarted("gloo" if is_on_cpu(settings) else "nccl", timeout)
+    handlers = [InitProcessGroupKwargs(timeout=timeout)]
+    accelerator = Accelerator(cpu=is_on_cpu(settings), kwargs_handlers=handlers, **options)
+    if accelerator.num_processes > 1:
+        patient_group()
+    return accelerator
+
+
+def join_restarted(backend: str, timeout: timedelta) -> None:
+    """After a restart by torchrun on one machine: form the process group under keys of this attempt.
+
+    torchrun keeps one store for all attempts, where the addresses of the dead processes still stand (pytorch#135712).
+    Its count of restarts is the same everywhere on one machine only; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+    to 1 for torchrun.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store_of_attempt = distributed.PrefixStore(f"attempt {attempt}", store)
+    distributed.init_process_group(backend, store=store_of_attempt, rank=rank, world_size=processes, timeout=timeout)
+
+
+def is_on_cpu(settings: LaunchSettings) -> bool:
+    return settings.device == "cpu" or not torch.cuda.is_available()
+
+
+def check_timeout(seconds: int, where: str = "") -> None:
+    """Raises: UserError when it is no time to wait."""
+    if seconds < 1:
+        raise UserError(f"{where}timeout_seconds: {seconds} is below 1; the default is {TIMEOUT_SECONDS}")
+
+
+def patient_group() -> Any:
+    """The group for waiting, on the CPU: all processes must ask for it first at the same place."""
+    global _patient
+    from torch import distributed
+
+    if _patient is None:
+        _patient = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return _patient
+
+
+def close_accelerator(accelerator: Any, failure: BaseException | None = None) -> None:
+    """End its trackers and leave the other processes. Nothing else may hold a group then, see `Engine.close`.
+
+    After a failure messages may be on their way that nobody will answer, and torch waits for them at the end of the
+    program, for as long as the group allows: the program then ends without that.
+    """
+    global _patient
+    if failure is not None and accelerator.num_processes > 1:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        atexit.register(leave, exit_code(failure))
+        return
+    _patient = None
+    accelerator.end_training()
+
+
+def leave(code: int) -> None:
+    """End this process and its children now."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def exit_code(failure: BaseException) -> int:
+    """That of a command which ends by this."""
+    if isinstance(failure, UserError):
+        return EXIT_USER_ERROR
+    if isinstance(failure, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return failure.code if isinstance(failure, SystemExit) and isinstance(failure.code, int) else 1
+
+
+def wait_for_all(accelerator: Any) -> None:
+    """Until every process is here.
+
+    Raises:
+        UserError: one of them is gone; it names which.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from torch import distributed
+
+    with watchdog.waiting():
+        wait(distributed.barrier(group=patient_group(), async_op=True))
+
+
+def wait(work: Any) -> None:
+    """For a message on its way, open to signals. Raises: UserError that names the process which is gone."""
+    try:
+        while not work.is_completed():
+            time.sleep(POLL_SECONDS)
+        work.wait()
+    except RuntimeError as error:
+        explained = watchdog.explained(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def run_on_main(accelerator: Any, decide: Callable[[], Answer]) -> Answer:
+    """Run `decide` in the main process and tell all of them the answer. Its error ends them all, and is shown once."""
+    from torch import distributed
+
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        with watchdog.solo():
+            try:
+                told[0] = decide()
+            except UserError as error:
+                told[1] = str(error)
+    wait_for_all(accelerator)
+    if accelerator.num_processes > 1:
+        distributed.broadcast_object_list(told, group=patient_group())
+    if told[1] is not None:
+        raise UserError(told[1]) if accelerator.is_main_process else SystemExit(EXIT_USER_ERROR)
+    return told[0]
+
+
+# At the end of every step the processes tell each other where they are, whether to stop, and what weights they hold.
+
+
+class RankConsistency:
+    """One message a step, of numbers whose largest and smallest value over the processes are compared."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._checksum = 0
+        self._sent: tuple[int, Tensor, Any] | None = None
+
+    def holds(self, checksum: int) -> None:
+        """The weights of this process, from now on; at the same step in all of them."""
+        self._checksum = checksum % 2**62
+
+    def stop_agreed(self, step: int, first_index: int, stop: bool) -> bool:
+        """Whether every process shall stop after `step`. `first_index`: of the sample that the global batch began with.
+
+        Raises:
+            UserError: the processes were not in the same step, or had other samples or other weights.
+        """
+        if self.processes == 1:
+            return stop
+        agreed = self.finish()
+        from torch import distributed
+
+        numbers = [step, first_index, self._checksum]
+        message = torch.tensor([stop, *numbers, *(-number for number in numbers)], dtype=torch.int64)
+        work = distributed.all_reduce(message, distributed.ReduceOp.MAX, group=patient_group(), async_op=True)
+        self._sent = (step, message, work)
+        return agreed
+
+    def finish(self) -> bool:
+        """Wait for the last message. Returns: whether it said to stop."""
+        if self._sent is None:
+            return False
+        (step, message, work), self._sent = self._sent, None
+        wait(work)
+        stop, *most = message.tolist()
+        largest, smallest = most[:3], [-number for number in most[3:]]
+        what = [
+            f"in steps {smallest[0]} to {largest[0]}",
+            "at other samples: their data differ, or its order",
+            "with other weights",
+        ]
+        for words, low, high in zip(what, smallest, largest):
+            if low != high:
+                raise UserError(
+                    f"step {step}: the processes are out of step, {words}; look at what differs between them; the same "
+                    "command continues from the last checkpoint"
+                )
+        return bool(stop)
+
+
+def checksum(modules: list[nn.Module], device: torch.device) -> Tensor:
+    """Of all trained weights, to the bit: their sum as integers, weighted by the parameter's number, on the device."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for module in modules:
+        for number, parameter in enumerate(module.parameters(), start=1):
+            if parameter.requires_grad:
+                total += number * parameter.detach().float().view(torch.int32).sum(dtype=torch.int64)
+    return total
+
+
+# Several processes that measure together: who takes which unit of work, and telling each other what was found.
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place: `index` of `count`; `local_index` chooses the GPU of its machine."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def share(self, units: Sequence[Item]) -> list[tuple[int, Item]]:
+        """(number, unit) of the units that are this process's."""
+        return [(number, unit) for number, unit in enumerate(units) if number % self.count == self.index]
+
+    def gather(self, found: list[tuple[int, Item]]) -> list[Item]:
+        """What all processes found for their units, in the order of the units, on every process."""
+        parts = [found]
+        if self.count > 1:
+            from torch import distributed
+
+            parts = [[] for _ in range(self.count)]
+            distributed.all_gather_object(parts, found)
+        return [item for _, item in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+    def main_decides(self, decide: Callable[[], Answer]) -> Answer:
+        """Run `decide` in the main process and tell all of them the answer. Its UserError ends them all, shown once."""
+        if self.count == 1:
+            return decide()
+        from torch import distributed
+
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = decide()
+            except UserError as error:
+                told[1] = str(error)
+        distributed.broadcast_object_list(told)
+        if told[1] is not None:
+            raise UserError(told[1]) if self.is_main else SystemExit(EXIT_USER_ERROR)
+        return told[0]
+
+
+def join_processes(expected: int | None = None) -> Processes:
+    """The group that torchrun or `accelerate launch` started; a single process otherwise.
+
+    Raises:
+        UserError: another number of processes than `expected` was started.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != launched:
+        raise UserError(
+            f"processes: {expected} were asked for, {launched} started; launch with `torchrun "
+            f"--nproc_per_node {expected} scripts/evaluate.py ...`"
+        )
+    if launched == 1:
+        return Processes()
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    return Processes(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def leave_processes() -> None:
+    """End the group, where there is one."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def compute_device(name: str, processes: Processes | None = None) -> torch.device:
+    """`auto` is CUDA where torch sees it; several processes on one machine each get their own GPU."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        local = processes.local_index if processes is not None and processes.count > 1 else None
+        return torch.device("cuda") if local is None else torch.device("cuda", local % torch.cuda.device_count())
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {name} was asked for, and torch sees no CUDA device; use device=auto")
+    return device

@@ -1,0 +1,564 @@
+"""`fit()`: one loop for every model. It owns all bookkeeping; the mathematics is in the model's `update()`.
+
+def update(self, step, batch, engine):
+    for part in engine.parts(batch):          # micro-batches; gradients are synchronised on the last one
+        loss = ...engine.models["name"](...)   # the wrapped module, so that gradients are averaged over processes
+        engine.backward(loss)
+    engine.optimize("name", step)              # clip, skip if not finite, optimizer step, EMA
+    return {"loss/...": ...}                   # scalar tensors; nothing waits for the device
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm_vae import config as configuration
+from ldm_vae import provenance
+from ldm_vae.errors import EXIT_INTERRUPTED, UserError
+from ldm_vae.random import key_hash
+from ldm_vae.runtime import gigamacs
+from ldm_vae.training import checkpoint as checkpoints
+from ldm_vae.training import watchdog
+from ldm_vae.training.checkpoint import Checkpoint
+from ldm_vae.training.distributed import (
+    TIMEOUT_SECONDS,
+    RankConsistency,
+    check_timeout,
+    checksum,
+    close_accelerator,
+    is_on_cpu,
+    open_accelerator,
+    run_on_main,
+    wait_for_all,
+)
+from ldm_vae.training.ema import Ema
+from ldm_vae.training.loader import (
+    Batch,
+    MicroBatch,
+    Plan,
+    Samples,
+    StreamedSamples,
+    batches,
+    learning_rate,
+    loss_of_worker,
+    rank_rows,
+)
+from ldm_vae.training.monitor import (
+    MAXIMUM_SKIPPED_STEPS,
+    Averages,
+    Describe,
+    StabilityChecks,
+    Tracker,
+    marked,
+    sample_names,
+    unusable,
+)
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.watchdog import StopRequest, Watchdog
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of the engine, the same for every model. Steps and batches belong to the model's own config."""
+
+    seed: int = 0
+    learning_rate: float = 1e-3
+    final_learning_rate_fraction: float = 0.03
+    warmup_steps: int = 200
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int | None = None
+    timeout_seconds: int = TIMEOUT_SECONDS
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    workers: int = 2
+    log_every: int = 20
+    validate_every: int = 500
+    preview_every: int = 500
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "preview_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name}: {getattr(self, name)} is below 1; give a number of steps")
+        if self.learning_rate <= 0:
+            raise UserError(f"training.learning_rate: {self.learning_rate} is not above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay: {self.ema_decay} is not in [0, 1)")
+        check_timeout(self.timeout_seconds, "training.")
+
+
+class Alarm(Protocol):
+    """Something that is going wrong, in words."""
+
+    @property
+    def name(self) -> str: ...
+
+    def sentence(self) -> str: ...
+
+
+class Model(Protocol):
+    """What `fit` trains. `modules` are wrapped, optimised and averaged under their names."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def optimizer_settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Module name -> fields of TrainingConfig that its optimizer has otherwise."""
+        ...
+
+    def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
+        """One optimizer step; returns scalar metrics of this process."""
+        ...
+
+    def alarms(self, step: int, metrics: Mapping[str, float]) -> Sequence[Alarm]:
+        """What newly goes wrong, from the averaged metrics of a log step."""
+        ...
+
+    def validate(self, engine: Engine) -> dict[str, float]:
+        """Held-out figures from the EMA weights (main process only)."""
+        ...
+
+    def preview(self, engine: Engine) -> Image | None:
+        """A picture of how it goes (main process only)."""
+        ...
+
+    def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
+        """Write the finished model under the run directory (main process only)."""
+        ...
+
+    def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
+        """Data of a micro-batch made of noise, for `--dry-run`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state beyond the modules' weights."""
+        ...
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Further tensors of the state: file stem -> name -> tensor."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """The inverse of both; `tensors` holds those of the whole checkpoint."""
+        ...
+
+
+def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
+    """An Accelerator for the config. Raises UserError when the processes or the precision are not what was asked."""
+    if config.precision == "fp16" and is_on_cpu(config):
+        raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
+    return open_accelerator(
+        config,
+        "training.",
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        log_with=None if config.tracker == "none" or project_dir is None else config.tracker,
+        project_dir=str(project_dir) if project_dir else None,
+    )
+
+
+class Engine:
+    """The moving parts of a run: wrapped models, optimizers, averages. One `optimize` call is one optimizer step."""
+
+    def __init__(self, model: Model, config: TrainingConfig, accelerator: Any, steps: int) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.steps = steps
+        self.modules = dict(model.modules)
+        self.models: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.emas: dict[str, Ema] = {}
+        self.numbers = StabilityChecks(self.modules, scaled=accelerator.scaler is not None)
+        self.configs: dict[str, TrainingConfig] = {}
+        self._parts = 1
+        self._loss = torch.zeros((), device=accelerator.device)
+        for name, module in self.modules.items():
+            module.to(accelerator.device)
+            self.emas[name] = Ema(module, config.ema_decay)
+            if config.compile:
+                module.compile()
+            self.models[name] = accelerator.prepare_model(module)
+            self.configs[name] = replace(config, **model.optimizer_settings.get(name, {}))
+            self.optimizers[name] = accelerator.prepare_optimizer(make_optimizer(module, self.configs[name]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def parts(self, batch: Batch) -> Iterator[MicroBatch]:
+        """The micro-batches of this process; gradients are exchanged between processes on the last one only."""
+        self._parts = len(batch.parts)
+        for number, part in enumerate(batch.parts, start=1):
+            with contextlib.ExitStack() as stack:
+                if number < self._parts:
+                    for wrapped in self.models.values():
+                        stack.enter_context(self.accelerator.no_sync(wrapped))
+                yield part
+                watchdog.advance()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradient. `loss` is its mean; the step's loss is the mean over micro-batches."""
+        loss = loss / self._parts
+        self._loss = self._loss + loss.detach()
+        self.accelerator.backward(marked(loss))
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over the processes, without gradient."""
+        value = value.detach()
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
+
+    def optimize(self, name: str, step: int) -> Tensor:
+        """Clip, step (not if loss or gradient is not finite), zero the gradients, move the EMA. Returns the norm."""
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(step, name)
+        norm = self.accelerator.clip_grad_norm_(self.modules[name].parameters(), self.configs[name].gradient_clip)
+        if self.accelerator.scaler is None:
+            optimizer.optimizer.found_inf = unusable(norm)  # the fused kernel skips the update, without a host sync
+        optimizer.step()
+        optimizer.zero_grad()
+        self.numbers.add(name, step + 1, self._loss, norm)
+        self._loss = torch.zeros_like(self._loss)
+        self.emas[name].update(step)
+        return norm
+
+    def forget_moments(self, name: str) -> None:
+        """Start the optimizer of a module anew: its weights were replaced."""
+        for state in self.optimizers[name].optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def learning_rate(self, step: int, name: str | None = None) -> float:
+        config = self.configs[name] if name else self.config
+        return learning_rate(
+            step, self.steps, config.learning_rate, config.warmup_steps, config.final_learning_rate_fraction
+        )
+
+    def checksum(self) -> int:
+        """Of the weights of all modules. Waits for the device: log steps only."""
+        return int(checksum(list(self.modules.values()), self.device))
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """Let go of the wrapped models, then of the process group, then end the trackers.
+
+        In the other order the last reference to the group is the wrapper's, and its destructor waits for a thread that
+        waits for Python's lock: seen as a hang after all work was done, once in about twenty runs of two processes.
+        """
+        self.models.clear()
+        self.optimizers.clear()
+        self.accelerator.free_memory()
+        close_accelerator(self.accelerator, failure)
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay on matrices and kernels only."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )
+
+
+# `fit()`: the loop. Resume, order, logging, validation, previews, saving, signals; see `engine.py` for a step.
+
+
+def fit(
+    model: Model,
+    samples: Samples | StreamedSamples,
+    plan: Plan,
+    config: TrainingConfig,
+    run: RunDirectory,
+    accelerator: Any,
+) -> int:
+    """Train `model` on `samples` to the end of `plan`, resuming from the run's newest good checkpoint.
+
+    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same command continues).
+    """
+    plan.check(accelerator.num_processes)
+    with StopRequest() as stop, Watchdog(accelerator, config.timeout_seconds):
+        engine = Engine(model, config, accelerator, plan.steps)
+        failure: BaseException | None = None
+        try:
+            return train(model, samples, plan, engine, run, stop)
+        except BaseException as error:
+            failure = watchdog.explained(error) or error
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            engine.close(failure)
+            run.close()
+
+
+def train(
+    model: Model,
+    samples: Samples | StreamedSamples,
+    plan: Plan,
+    engine: Engine,
+    run: RunDirectory,
+    stop: StopRequest,
+) -> int:
+    """`fit` between the making of the engine and its end."""
+    accelerator, config, started, averages = engine.accelerator, engine.config, time.time(), Averages()
+    first_step, seconds_before = restore(model, engine, averages, run)
+    if first_step >= plan.steps and (run.path / provenance.RUN_RECORD).exists():
+        accelerator.print(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
+        return 0
+    if accelerator.is_main_process:
+        run.begin(first_step)
+    start_trackers(accelerator, config, run)
+    tracker = Tracker(run, accelerator, plan.steps, first_step, seconds_before)
+    roll_call = RankConsistency(accelerator.num_processes)
+    step, figures = first_step, {}
+    stream = batches(
+        samples,
+        plan,
+        seed=config.seed,
+        first_step=first_step,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        workers=config.workers,
+        device=accelerator.device,
+        timeout_seconds=config.timeout_seconds,
+    )
+    try:
+        with contextlib.closing(stream):  # else the frames of an error would keep its workers waiting
+            for step, batch in enumerate(stream, start=first_step + 1):  # `step` counts finished steps from here
+                torch.manual_seed(key_hash(config.seed, "dropout", step, accelerator.process_index))
+                averages.add(model.update(step - 1, batch, engine))
+                tracker.advance(batch.global_size)
+                tracker.quarantine.meet(batch.parts)
+                report(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
+                figures = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
+                if step % config.log_every == 0 and roll_call.processes > 1:
+                    roll_call.holds(engine.checksum())
+                stopping = roll_call.stop_agreed(step, batch.first_index, stop.received is not None)
+                if step % config.save_every == 0 or step == plan.steps or stopping:
+                    save(model, engine, averages, run, step, tracker.seconds)
+                if stopping and step < plan.steps:
+                    tracker.say(f"stopped at step {step} of {plan.steps}; the same command continues")
+                    return EXIT_INTERRUPTED
+                watchdog.advance(step)
+        roll_call.finish()
+        finish(model, engine, run, started, tracker.seconds, figures)
+    except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+        if reason := loss_of_worker(error):  # noticed while something else was done than waiting for its samples
+            raise UserError(reason) from error
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"step {step}: out of memory; lower phases.*.micro_batch (the result stays the same), then "
+            "phases.*.crop or phases.*.size, or set training.gradient_checkpointing=true"
+        ) from error
+    finally:
+        tracker.close()
+    return 0
+
+
+def report(model: Model, engine: Engine, averages: Averages, tracker: Tracker, step: int, describe: Describe) -> None:
+    """On log steps: the metrics, and in words what goes wrong.
+
+    Raises: UserError when too many updates in a row were left out.
+    """
+    numbers, due = engine.numbers, step % engine.config.log_every == 0 or step == engine.steps
+    if due or step % MAXIMUM_SKIPPED_STEPS == 0:
+        numbers.collect(engine.mean)
+        numbers.check(describe)
+    if not due:
+        return
+    metrics = averages.take(engine.accelerator) | {"optim/lr": engine.learning_rate(step - 1)}
+    metrics |= numbers.figures() | tracker.throughput()
+    tracker.log(step, metrics)
+    tracker.report_rejected()
+    tracker.show(metrics)
+    for event in numbers.take_alarms():
+        tracker.alarm(step, event.name, event.sentence(describe))
+    for alarm in model.alarms(step, metrics):
+        tracker.alarm(step, alarm.name, alarm.sentence())
+
+
+def validate_and_preview(
+    model: Model, engine: Engine, tracker: Tracker, step: int, stop: StopRequest
+) -> dict[str, float]:
+    """Held-out figures and a preview picture when they are due, from the EMA weights, on the main process.
+
+    A signal cuts them short, since validation may take longer than a launcher waits: the figures are missing then.
+
+    Returns: the figures; none where they were not due, or on another process.
+    """
+    config = engine.config
+    last = step == engine.steps
+    validation_due = step % config.validate_every == 0 or last
+    preview_due = step % config.preview_every == 0 or last
+    figures: dict[str, float] = {}
+    if not (validation_due or preview_due):
+        return figures
+    if engine.accelerator.is_main_process and stop.received is None:
+        with watchdog.solo(), stop.interrupts():
+            image = model.preview(engine) if preview_due else None
+            if image is not None:
+                tracker.run.add_preview(step, image)
+            if validation_due:  # after the preview, whose figures it may report
+                figures = model.validate(engine)
+                tracker.log_and_say(step, figures)
+    wait_for_all(engine.accelerator)
+    tracker.throughput()  # the time of looking is not training time
+    return figures
+
+
+def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory) -> tuple[int, float]:
+    """Load the newest checkpoint that verifies, the same one on every process. Returns its step and seconds."""
+
+    def choose() -> Path | None:
+        path, problems = checkpoints.newest(run.checkpoints)
+        for problem in problems:
+            engine.accelerator.print(problem)
+        return path
+
+    path = run_on_main(engine.accelerator, choose)
+    if path is None:
+        return 0, 0.0
+    saved = checkpoints.load(path)
+    for name, module in engine.modules.items():
+        module.load_state_dict(saved.tensors[name])
+        engine.emas[name].module.load_state_dict(saved.tensors[f"{name}-ema"])
+        optimizer = engine.optimizers[name].optimizer
+        checkpoints.load_optimizer_tensors(optimizer, saved.tensors[f"{name}-optimizer"])
+    if engine.accelerator.scaler is not None and saved.state["scaler"]:
+        engine.accelerator.scaler.load_state_dict(saved.state["scaler"])
+    averages.load_state_dict(saved.state["averages"], engine.device)
+    engine.numbers.load_state_dict(saved.state.get("numbers", {}))  # a checkpoint of an earlier release has none
+    model.load_state_dict(saved.state["model"], saved.tensors)
+    engine.accelerator.print(f"{run.path}: continuing from step {saved.step}")
+    return saved.step, saved.state["seconds"]
+
+
+def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, step: int, seconds: float) -> None:
+    """Publish the complete state after `step` finished steps. Every process holds the same, so the first one writes."""
+    averages.synchronize(engine.accelerator)
+    engine.numbers.collect(engine.mean)
+    if engine.accelerator.is_main_process:
+        tensors = model.tensors()
+        for name, module in engine.modules.items():
+            tensors[name] = module.state_dict()
+            tensors[f"{name}-ema"] = engine.emas[name].module.state_dict()
+            tensors[f"{name}-optimizer"] = checkpoints.optimizer_tensors(engine.optimizers[name].optimizer)
+        scaler = engine.accelerator.scaler
+        state = {
+            "seconds": seconds,
+            "model": model.state_dict(),
+            "averages": averages.state_dict(),
+            "numbers": engine.numbers.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "config": configuration.to_dict(run.config),
+        }
+        with watchdog.solo():
+            checkpoints.save(run.checkpoints, Checkpoint(step, tensors, state), engine.config.keep_checkpoints)
+    wait_for_all(engine.accelerator)
+
+
+def finish(
+    model: Model, engine: Engine, run: RunDirectory, started: float, seconds: float, figures: dict[str, float]
+) -> None:
+    """Export the finished model and write `run.json`. `figures`: of the last step; none when it was made before."""
+    if engine.accelerator.is_main_process:
+        with watchdog.solo():
+            metrics = figures or model.validate(engine)
+        with watchdog.solo(), run.writing():
+            model.export(engine, run.path, metrics)
+            provenance.write_run_record(
+                run.path,
+                None,
+                started,
+                seconds,
+                steps=engine.steps,
+                metrics=metrics,
+                processes=engine.accelerator.num_processes,
+                device=str(engine.device),
+                precision=engine.config.precision,
+            )
+    wait_for_all(engine.accelerator)
+
+
+def start_trackers(accelerator: Any, config: TrainingConfig, run: RunDirectory) -> None:
+    if config.tracker == "none":
+        return
+    with run.writing():
+        try:
+            accelerator.init_trackers("tensorboard" if config.tracker == "tensorboard" else "ldm_vae")
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"training.tracker={config.tracker}: is not installed ({error}); "
+                f"run `pip install {config.tracker}` or set training.tracker=none"
+            ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# `--dry-run`: build everything, do one step on random data, and say how large and how costly it is.
+
+
+def dry_run(model: Model, plan: Plan, config: TrainingConfig, accelerator: Any) -> int:
+    """One `update` per span of the plan on random samples of the model; prints a table. Writes nothing."""
+    plan.check(accelerator.num_processes)
+    engine = Engine(model, config, accelerator, plan.steps)
+    say = accelerator.print
+    for name, module in engine.modules.items():
+        count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        say(f"{name}: {count / 1e6:.2f} M trained parameters, {config.precision} on {accelerator.device}")
+    step = 0
+    for span in plan.spans:
+        parts = [
+            MicroBatch(
+                {key: value.to(accelerator.device) for key, value in model.random_samples(rows, span.size).items()},
+                rows,
+            )
+            for rows in rank_rows(
+                span.global_batch, span.micro_batch, accelerator.process_index, accelerator.num_processes
+            )
+        ]
+        batch = Batch(tuple(parts), span.global_batch)
+        gigamacs_of_all = gigamacs(partial(model.update, step, batch, engine))
+        seconds = -time.perf_counter()
+        metrics = model.update(step, batch, engine)
+        losses = {name: round(float(value), 4) for name, value in metrics.items() if name.startswith("loss/")}
+        seconds += time.perf_counter()
+        shapes = {key: tuple(value.shape) for key, value in parts[0].data.items()}
+        gigamacs_each = gigamacs_of_all / sum(part.rows.stop - part.rows.start for part in parts)
+        say(
+            f"steps {step} to {step + span.steps - 1}: {len(parts)} micro-batch(es) of {shapes}\n"
+            f"  {gigamacs_each:.2f} GMAC per sample forward and backward, {seconds:.2f} s a step "
+            f"({span.global_batch / seconds:.1f} samples/s), losses {losses}"
+        )
+        step += span.steps
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say(f"peak memory of process {accelerator.process_index}: {memory / 2**30:.2f} GiB; nothing was written")
+    return 0

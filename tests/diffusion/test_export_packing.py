@@ -1,0 +1,275 @@
+"""`ldm-vae convert --to checkpoint`: what is given away loads everywhere, knows where it came from, and no more."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ldm_vae import cli
+from ldm_vae.autoencoder.base import reconstruct
+from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, earlier_runs, read_record, read_runs
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
+from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.diffusion import export
+from ldm_vae.diffusion.export import METRIC_LINES, pack, without_folders
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.evaluation.metrics import psnr
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run as `train-vae` leaves it, on a machine with folders of its own."""
+    torch.manual_seed(0)
+    model = build_autoencoder(AutoencoderConfig("wavelet", "pico"))
+    folder = tmp_path / "run"
+    model.save_pretrained(folder / "autoencoder")
+    identities = {"fingerprint": fingerprint(model), "encoder_fingerprint": encoder_fingerprint(model)}
+    record = {**identities, "kind": "kl", "initial": {"path": "/srv/people/mine/runs/first"}}
+    (folder / "autoencoder" / "training.json").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text(
+        "data:\n  path: /srv/people/mine/images\n  weights: ../shared/net.safetensors\n"
+    )
+    command = ["train-vae", "data.path=/srv/people/mine/images", "output=runs/mine"]
+    (folder / "run.json").write_text(json.dumps({"command": command, "seconds": 5}))
+    lines = [{"step": step, "loss/l1": 0.1} for step in range(1000)]
+    lines += [{"step": 999, "held_out/psnr": 20.0}, {"step": 999, "alarm": "a sentence", "verdict": "grid"}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_a_run_becomes_half_precision_with_its_records_and_none_of_the_machine(run, tmp_path, capsys):
+    target = tmp_path / "checkpoints" / "mine"
+    assert cli.main(["convert", str(run), str(target), "--to", "checkpoint"]) == 0
+    assert "measure this copy" in capsys.readouterr().out
+    weights = load_file(target / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    copy, original = load_autoencoder(target), load_autoencoder(run)
+    record = read_record(target)
+    assert (record["fingerprint"], record["encoder_fingerprint"]) == (fingerprint(copy), encoder_fingerprint(copy))
+    assert record["rounded_from"] == {
+        "precision": "fp16",
+        "fingerprint": fingerprint(original),
+        "encoder_fingerprint": encoder_fingerprint(original),
+    }
+    assert fingerprint(copy) != fingerprint(original)
+    assert record["initial"] == {"path": "first"}
+    assert json.loads((target / "run.json").read_text())["command"][1:] == ["data.path=images", "output=runs/mine"]
+    for path in target.iterdir():
+        if path.suffix != ".safetensors":
+            assert "/srv" not in path.read_text()
+            assert "shared" not in path.read_text()
+    metrics = [json.loads(line) for line in (target / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) <= METRIC_LINES + 2
+    assert [line["step"] for line in metrics] == sorted(line["step"] for line in metrics)
+    assert metrics[0]["step"] == 0
+    assert metrics[-2:] == [
+        {"step": 999, "held_out/psnr": 20.0},
+        {"step": 999, "alarm": "a sentence", "verdict": "grid"},
+    ]
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert float(psnr(reconstruct(copy, image), reconstruct(original, image))) > 50
+
+
+def test_the_runs_that_it_started_from_travel_along_without_their_folders(run, tmp_path):
+    first = tmp_path / "first"
+    (first / "autoencoder").mkdir(parents=True)
+    (first / "autoencoder" / "training.json").write_text('{"fingerprint": "sha256:1"}')
+    (first / "run.json").write_text(json.dumps({"command": ["train-vae", "data.path=/srv/images"], "seconds": 7}))
+    record = json.loads((run / "autoencoder" / "training.json").read_text())
+    record["initial"] = {"path": str(first), "fingerprint": "sha256:1"}
+    (run / "autoencoder" / "training.json").write_text(json.dumps(record))
+    assert cli.main(["convert", str(run), str(tmp_path / "given"), "--to", "checkpoint"]) == 0
+    expected = [{"name": "first", "command": ["train-vae", "data.path=images"], "seconds": 7}]
+    assert earlier_runs(tmp_path / "given") == expected
+    assert "earlier_runs.json" in json.loads((tmp_path / "given" / "MANIFEST.json").read_text())["files"]
+
+
+def test_records_of_another_run_around_a_model_are_not_its_own(run, tmp_path):
+    load_autoencoder(run).save_pretrained(run / "exported")
+    pack(str(run / "exported"), tmp_path / "given")
+    assert not (tmp_path / "given" / "run.json").exists()
+
+
+def test_a_copy_of_the_copy_is_the_copy(run, tmp_path):
+    pack(str(run), tmp_path / "one")
+    _, notes = pack(str(tmp_path / "one"), tmp_path / "two")
+    assert notes == []
+    first, second = read_record(tmp_path / "one"), read_record(tmp_path / "two")
+    assert first == second  # it still names the run that it was rounded from
+    assert (tmp_path / "one" / "metrics.jsonl").read_text() == (tmp_path / "two" / "metrics.jsonl").read_text()
+
+
+def test_larger_weights_are_several_files_and_a_lost_one_is_missed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_SIZE", "200KB")
+    pack(str(run), tmp_path / "parts")
+    files = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) > 3
+    pack(str(run), tmp_path / "whole", precision="fp16")
+    assert fingerprint(load_autoencoder(tmp_path / "parts")) == read_record(tmp_path / "whole")["fingerprint"]
+    files[1].unlink()
+    with pytest.raises(UserError, match=rf"{files[1].name} is missing"):
+        load_autoencoder(tmp_path / "parts")
+    monkeypatch.setattr(export, "LARGEST_FILE_BYTES", 1000)
+    with pytest.raises(UserError, match="cannot be divided into files"):
+        pack(str(run), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_weights_beyond_half_precision_are_refused(run, tmp_path):
+    model = load_autoencoder(run)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1e9)
+    model.save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match=r"in fp16: the tensor .* is not finite"):
+        pack(str(tmp_path / "wide"), tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_pipeline_accepts_its_rounded_autoencoder_and_the_latents_of_the_original(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_SIZE", "1MB")
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"command": ["train-diffusion", "latents=/srv/latents"]}))
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "given"), "--to", "checkpoint"]) == 0
+    assert len(list((tmp_path / "given" / "unet").glob("*.safetensors"))) > 1
+    copy = LatentDiffusionPipeline.from_pretrained(tmp_path / "given", use_safetensors=True)
+    record = json.loads((tmp_path / "given" / "conversion.json").read_text())
+    assert record["encoder_fingerprint"] == encoder_fingerprint(copy.autoencoder)
+    assert copy.config["encoder_fingerprint"] == record["source"]["encoder_fingerprint"]
+    assert record["encoder_fingerprint"] == copy.config["rounded_encoders"]["float16"]
+    assert json.loads((tmp_path / "given" / "run.json").read_text())["command"] == [
+        "train-diffusion",
+        "latents=latents",
+    ]
+    settings = {"labels": ["cat"], "seed": 0, "num_inference_steps": 4, "output_type": "pt"}
+    one, other = (each(**settings).images for each in (pipeline, copy))
+    assert float(psnr(2 * one - 1, 2 * other - 1)) > 35
+
+
+def test_a_pipeline_is_given_away_with_a_decoder_that_was_trained_further(pipeline, run, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    further = load_autoencoder(tmp_path / "pipeline" / "autoencoder")
+    with torch.no_grad():
+        further.decoder.head.bias.add_(0.25)
+    further.save_pretrained(tmp_path / "further")
+    words = ["convert", str(tmp_path / "pipeline"), str(tmp_path / "given"), "--to", "checkpoint", "--autoencoder"]
+    assert cli.main([*words, str(tmp_path / "further")]) == 0
+    given = load_file(tmp_path / "given" / "autoencoder" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(given["decoder.head.bias"], further.decoder.head.bias.half())
+    with torch.no_grad():
+        further.encoder.head.bias.add_(0.25)
+    further.save_pretrained(tmp_path / "foreign")
+    words[2] = str(tmp_path / "refused")
+    capsys.readouterr()
+    assert cli.main([*words, str(tmp_path / "foreign")]) == EXIT_USER_ERROR
+    assert "encoder fingerprint" in capsys.readouterr().err
+    assert cli.main(["convert", str(run), str(tmp_path / "no"), *words[3:], str(run)]) == EXIT_USER_ERROR
+    assert "not a pipeline" in capsys.readouterr().err
+
+
+def test_the_runs_of_that_decoder_travel_along_and_the_card_tells_them(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    further = load_autoencoder(tmp_path / "run" / "pipeline" / "autoencoder")
+    with torch.no_grad():
+        further.decoder.head.bias.add_(0.25)
+    folder = tmp_path / "polished"
+    further.save_pretrained(folder / "autoencoder")
+    (folder / "autoencoder" / "training.json").write_text(json.dumps({"fingerprint": fingerprint(further)}))
+    command = ["train-vae", "decoder.yaml", "data.path=/srv/images"]
+    (folder / "run.json").write_text(json.dumps({"command": command, "steps": 7}))
+    (folder / "config.yaml").write_text("data: {path: /srv/images}\nloss: {mse: 3.0, l1: 1.0}\n")
+    source, given = str(tmp_path / "run"), tmp_path / "given"
+    pack(source, tmp_path / "plain")
+    assert not (tmp_path / "plain" / OF_AUTOENCODER).exists()
+    pack(source, given, autoencoder=str(folder))
+    (run,) = read_runs(given / OF_AUTOENCODER)
+    assert run == {
+        "name": "polished",
+        "command": ["train-vae", "decoder.yaml", "data.path=images"],
+        "steps": 7,
+        "settings": {"data.path": "images", "loss.mse": 3.0},
+    }
+    assert OF_AUTOENCODER in json.loads((given / "MANIFEST.json").read_text())["files"]
+    pack(str(given), tmp_path / "copy")
+    assert read_runs(tmp_path / "copy" / OF_AUTOENCODER) == [run]
+    assert cli.main(["card", str(given)]) == 0
+    text = (given / "README.md").read_text()
+    assert "trained further. It is what\nthese runs had learnt, in this order:\n\n**polished**, " in text
+    assert "train-vae decoder.yaml data.path=images\n# not named above, and no defaults: loss.mse=3.0\n```" in text
+    assert cli.main(["card", str(tmp_path / "plain")]) == 0
+    assert "trained further" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_options_without_effect_are_refused(run, tmp_path, capsys):
+    words = ["convert", str(run), str(tmp_path / "out"), "--to", "checkpoint", "--channels", "2"]
+    assert cli.main(words) == EXIT_USER_ERROR
+    assert "--channels: has no effect with --to checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("data.path=/srv/images", "data.path=images"),
+        ("path: ../../a/b.yaml # x", "path: b.yaml # x"),
+        ("~/images, runs/mine, photos/*, https://a.org/b/c, 3/4 images/s", None),
+        ("'/a b'", "'a b'"),
+        ('"/srv/Jane Doe/my images/x.png"', '"x.png"'),
+        ("path: /srv/images # see /srv/b", "path: images # see b"),
+        ("data.path=file:///srv/jane/images", "data.path=images"),
+        ("file://~/images, file:/srv/a, FILE://host/share/b, local:///srv/c", "images, a, b, c"),
+        ("zip://a.csv::file:///srv/jane/b.zip, zip://a.csv::/srv/jane/c.zip", "zip://a.csv::b.zip, zip://a.csv::c.zip"),
+        ("~/../jane/x, ~/../../srv/Jane Doe/x, ~jane/images", "x, x, images"),
+        ("output=runs/../../jane/x, ./../jane/x", "output=x, x"),
+        ("/srv//jane//x, //srv/jane/x", "x, x"),
+        ("host:/srv/jane/x, C:/Users/jane/x", "host:x, x"),
+        ("git+file:///srv/jane/x.git@main, GIT+FILE://host/a/b", "x.git@main, b"),
+        ("zip://a.csv::git+file:///srv/c.zip, git+ssh://a.org/b/c", "zip://a.csv::c.zip, git+ssh://a.org/b/c"),
+        (r"path: C:\Users\jane\my images\x.png # see D:\a and E:\b\c", "path: x.png # see a and c"),
+        (r"data.path=C:\Users\jane, \\host\share\jane\x, ..\..\jane\x", "data.path=jane, x, x"),
+        (r"C:/Users\jane, file:///C:\Users\jane\x, \\?\C:\Users\jane", r"jane, x, \\?\jane"),
+        (r"\d+\w, a\b, images\x.png, ~\images, text:\n", None),
+        ("mean/std of ../jane/x", "mean/std of x"),
+        ("https://a.org/b/../c?d=/e/f, https://a.org/~jane/x, s3://b/c, hf://datasets/a/b", None),
+        ("git+https://a.org/b/c.git@main; 'https://a.org/b'", None),
+        ("mean/std, km/h, and/or, 2026/11/22, ~3/4, a / b, .../x, photos/**/x.png, a/b.../c", None),
+        ("org/name, org/name@v1.0, ldm_vae/cli.py:10, ~/images/flowers, runs/my images/x.png", None),
+    ],
+)
+def test_of_paths_the_last_name_is_left(text, kept):
+    assert without_folders(text) == (text if kept is None else kept)
+
+
+NAMES = st.lists(st.text("abXY09._-@+&()", min_size=1, max_size=6), min_size=2, max_size=4)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(["/", "../", "~jane/", "file:///", "git+file://host/", "C:/", "C:\\", "\\\\host\\", "..\\"]),
+    NAMES,
+    st.sampled_from(["/", "\\"]),
+)
+def test_of_any_path_the_last_name_is_left_in_plain_text_and_in_json(origin, names, separator):
+    path = origin + (separator if "\\" in origin or ":" in origin[:2] else "/").join(["a b", *names])
+    assert without_folders(f"path: {path}, 1/2") == f"path: {names[-1]}, 1/2"
+    assert json.loads(without_folders(json.dumps([path, 1]))) == [names[-1], 1]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.text("\\/\"'abC:.~ \n\u00e9"))
+def test_json_stays_json(text):
+    assert len(json.loads(without_folders(json.dumps([text, "end"])))) == 2
+
+
+def test_a_long_text_is_read_once():
+    started = time.process_time()
+    windows = ("a\\", "C:\\", "..\\", "\\", "C:\\a b ")
+    for part in ("a:", "file:", "git+file:", "a/", "a.", "../", "/", "~", "a+", *windows):
+        without_folders(part * 20_000)
+    assert time.process_time() - started < 10  # 0.3 s; with a second look from every word 100 s

@@ -1,0 +1,50 @@
+"""Nearest neighbours and the copy rate on sets where both are known; the panel of pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm_vae.diffusion.validation import Copies, find_neighbours, panel
+from ldm_vae.random import generator
+from ldm_vae.utils.image_grid import GAP, MARGIN
+
+
+def test_copies_among_fresh_samples() -> None:
+    """Fresh Gaussian latents are as far from one training latent as from another; slightly changed ones are copies."""
+    rng = generator(0, "latents")
+    training = torch.randn(700, 4, 8, 8, generator=rng)
+    fresh = torch.randn(20, 4, 8, 8, generator=rng)
+    numbers = torch.tensor([699, 3, 300])
+    copied = training[numbers] + 0.1 * torch.randn(3, 4, 8, 8, generator=rng)
+    found = find_neighbours(torch.cat([fresh, copied, training[5:6]]), training)
+    assert found.copies == 4
+    assert found.nearest[20:].tolist() == [699, 3, 300, 5]
+    assert found.ratios[:20].min() > 0.9
+    assert found.ratios[23] == 0
+    assert find_neighbours(fresh, training.half()).copies == 0
+
+
+def test_the_ratio_is_that_of_the_distances() -> None:
+    training = torch.tensor([0.0, 10.0, 20.0]).view(3, 1, 1, 1)
+    found = find_neighbours(torch.tensor([2.0, 2.6, 14.0]).view(3, 1, 1, 1), training)
+    assert found.nearest.tolist() == [0, 0, 1]
+    torch.testing.assert_close(found.ratios, torch.tensor([2 / 8, 2.6 / 7.4, 4 / 6]))
+    assert found.copies == 1
+
+
+def test_the_alarm_says_how_many_of_how_many() -> None:
+    assert "copies: 3 of 10 preview samples" in Copies(3, 10, 2048).sentence()
+    assert "one of 2048 training latents" in Copies(3, 10, 2048).sentence()
+
+
+def test_each_pair_stands_one_above_the_other() -> None:
+    above = [Image.new("RGB", (64, 64), (255, 0, 0))] * 3
+    below = [Image.new("RGB", (64, 64), (0, 0, 255))] * 3
+    for names in (["cat", "dog", "cow"], []):
+        sheet = np.asarray(panel(above, below, torch.tensor([0.1, 0.6, 0.9]), names))
+        for column in range(2):
+            x = MARGIN + 32 + column * (64 + GAP)
+            red, blue = sheet[MARGIN + 32, x].tolist(), sheet[MARGIN + 64 + GAP + 32, x].tolist()
+            assert (red, blue) == ([255, 0, 0], [0, 0, 255])

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from ldm_vae import cli
+from ldm_vae.autoencoder.train_config import Phase
+from ldm_vae.errors import EXIT_INTERRUPTED, UserError
+from ldm_vae.evaluation import sweep
+from ldm_vae.evaluation.sweep import Point
+
+RECIPE = """
+data: {source: synthetic, held_out: 0.5, synthetic: {count: 32, resolution: 64}}
+autoencoder: {architecture: wavelet, preset: pico, latent_channels: 4}
+rate: {mode: target, target_nats: 3.0, integral_gain: 0.1}
+phases: [{steps: 6, crop: 32, batch: 4}, {steps: 2, crop: 64, batch: 2}]
+training: {learning_rate: 1.5e-3, warmup_steps: 1, workers: 0, log_every: 4, ema_decay: 0.9, tracker: none, device: cpu}
+held_out_resolution: 64
+held_out_images: 2
+"""
+EVALUATE = ["resolution=64", "count=8", "baseline_images=8", "examples=2", "codecs=[]"]
+
+
+class InProcess:
+    """The real commands without the start of a Python process each; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def __call__(self, words: Sequence[str], log: Path) -> int:
+        self.commands.append(list(words))
+        AcceleratorState._reset_state(True)  # accelerate keeps one precision for a whole process
+        try:
+            with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                return cli.main(words)
+        finally:
+            AcceleratorState._reset_state(True)
+
+    @property
+    def names(self) -> list[str]:
+        return [words[0] for words in self.commands]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "vae.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Point, InProcess, list[sweep.Outcome]]:
+    """One point, trained and measured by the real commands."""
+    point = sweep.plan_point(tmp_path_factory.mktemp("sweep"), "one", str(recipe), [], EVALUATE, steps=4)
+    run = InProcess()
+    return point, run, sweep.run_points([point], 1, run)
+
+
+def test_a_point_is_trained_measured_and_diagnosed_by_the_users_commands(
+    finished: tuple[Point, InProcess, list[sweep.Outcome]],
+) -> None:
+    point, run, outcomes = finished
+    assert [(o.name, o.status) for o in outcomes] == [("one", "finished")], point.log.read_text()
+    assert run.names == ["train-vae", "evaluate", "diagnose"]
+    assert (point.autoencoder / "autoencoder" / "config.json").is_file()
+    results = sweep.read_results(point)
+    assert results is not None
+    assert sweep.is_trained(point)
+    assert sweep.is_evaluated(point)
+    fingerprint = json.loads((point.autoencoder / "autoencoder" / "training.json").read_text())["fingerprint"]
+    assert results["autoencoder"]["fingerprint"] == fingerprint
+    assert sweep.is_diagnosed(point), point.log.read_text()
+    assert (
+        sweep.verdicts_of(point, results)
+        == json.loads((point.folder / "health" / "health.json").read_text())["verdicts"]
+    )
+
+
+def test_a_finished_point_is_not_made_again(finished: tuple[Point, InProcess, list[sweep.Outcome]]) -> None:
+    point, _, _ = finished
+    again = InProcess()
+    assert sweep.run_points([point], 1, again)[0].status == "finished"
+    assert again.names == []
+
+
+def test_other_settings_of_the_measurement_measure_again_only(
+    finished: tuple[Point, InProcess, list[sweep.Outcome]],
+) -> None:
+    point, _, _ = finished
+    again = InProcess()
+    changed = replace(point, evaluate=replace(point.evaluate, count=4))
+    assert sweep.run_points([changed], 1, again)[0].status == "finished"
+    assert again.names == ["evaluate"]
+    assert len((sweep.read_results(changed) or {})["images"]) == 4
+    sweep.run_points([point], 1, again)
+
+
+def test_a_point_that_another_launch_holds_is_left_to_it(
+    finished: tuple[Point, InProcess, list[sweep.Outcome]],
+) -> None:
+    point, _, _ = finished
+    never = InProcess()
+    with sweep.point_lock(point.folder) as held:
+        assert held
+        assert sweep.run_point(point, never).status == "busy"
+    with open(point.autoencoder / "run.lock", "a+") as training:
+        fcntl.flock(training, fcntl.LOCK_EX)
+        assert sweep.run_point(point, never).status == "busy"
+    assert never.names == []
+    assert sweep.run_point(point, never).status == "finished"
+
+
+def test_failures_and_interruptions_are_told_apart(tmp_path: Path, recipe: Path) -> None:
+    point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
+
+    def failing(words: Sequence[str], log: Path) -> int:
+        log.write_text("10%|#  | 1/8 [00:01, 1.0it/s]\rldm-vae train-vae: data: something is wrong\n")
+        return 2
+
+    outcome = sweep.run_point(point, failing)
+    assert outcome.status == "failed"
+    assert "exit code 2: ldm-vae train-vae: data: something is wrong" in outcome.detail
+    assert sweep.run_point(point, lambda words, log: EXIT_INTERRUPTED).status == "interrupted"
+    point.log.write_text("ldm-vae train-vae: vae: process 12 is training here; wait for it, or give another output\n")
+    assert sweep.run_point(point, lambda words, log: 2).status == "busy"
+    stopped = threading.Event()
+    stopped.set()
+    assert sweep.run_point(point, failing, stopped).status == "interrupted"
+
+
+def test_commands_run_as_processes_with_a_log_and_can_be_ended(tmp_path: Path) -> None:
+    commands = sweep.Commands(parallel=2)
+    assert commands(["--version"], tmp_path / "log.txt") == 0
+    text = (tmp_path / "log.txt").read_text()
+    assert text.splitlines()[0] == "$ ldm-vae --version"
+    assert sweep.last_line(tmp_path / "log.txt").startswith("ldm_vae ")
+    commands.stop()
+    assert commands(["--version"], tmp_path / "log.txt") == EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(100, [80, 20]), (5, [4, 1]), (2, [1, 1]), (3, [2, 1]), (1000, [800, 200])]
+)
+def test_phases_keep_their_proportions_and_their_sum(steps: int, expected: list[int]) -> None:
+    phases = [Phase(steps=400), Phase(steps=100, crop=128)]
+    scaled = sweep.scaled_phases(phases, steps)
+    assert [phase.steps for phase in scaled] == expected
+    assert scaled[1].crop == 128
+
+
+def test_more_phases_than_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="fewer than the recipe's 2 phases"):
+        sweep.scaled_phases([Phase(), Phase()], 1)
+
+
+def test_a_wrong_setting_names_the_point(tmp_path: Path, recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"^wrong: .*latent_chanels"):
+        sweep.plan_point(tmp_path, "wrong", str(recipe), ["autoencoder.latent_chanels=4"], [])
+    with pytest.raises(UserError, match=r"^wrong: evaluate: .*resolutoin"):
+        sweep.plan_point(tmp_path, "wrong", str(recipe), [], ["resolutoin=4"])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, recipe: Path) -> None:
+    from ldm_vae.evaluation.rate_distortion import FrontierConfig
+
+    config = FrontierConfig(output=str(tmp_path / "a"), vae=str(recipe))
+    sweep.claim(tmp_path / "a", "frontier", config, may_change=("parallel",))
+    sweep.claim(tmp_path / "a", "frontier", replace(config, parallel=2), may_change=("parallel",))
+    with pytest.raises(UserError, match=r"holds a frontier with other settings: vae .*another output"):
+        sweep.claim(tmp_path / "a", "frontier", replace(config, vae="other.yaml"), may_change=("parallel",))
+    with pytest.raises(UserError, match="holds other files but no compare"):
+        sweep.claim(tmp_path / "a", "compare", config, may_change=())
+
+
+def test_a_budget_in_seconds_becomes_steps_from_the_measured_speed(tmp_path: Path, recipe: Path) -> None:
+    point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
+
+    def dry_run(words: Sequence[str], log: Path) -> int:
+        assert words[0] == "train-vae"
+        assert "--dry-run" in words
+        log.write_text("0.04 s a step (100.0 samples/s)\n0.2 s a step (10.0 samples/s)\n")
+        return 0
+
+    # the recipe takes 6 * 4 / 100 + 2 * 2 / 10 = 0.64 s for 8 steps
+    assert sweep.steps_for(point, 6.4, dry_run) == 80
+    assert sweep.steps_for(point, 6.4, lambda words, log: 1) == 80  # kept: a rerun has the same plan
+    with pytest.raises(UserError, match="its speed could not be measured"):
+        sweep.steps_for(point, 7.0, lambda words, log: 1)
+
+
+def test_the_real_dry_run_can_be_read(tmp_path: Path, recipe: Path) -> None:
+    point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
+    assert sweep.steps_for(point, 5.0, InProcess()) > 2
+
+
+def test_without_a_health_report_the_rate_is_judged(tmp_path: Path, recipe: Path) -> None:
+    point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
+    record: dict[str, Any] = {"rate": {"mode": "target", "target_nats": 2.0, "pinned_share": 0.2}}
+    (point.autoencoder / "autoencoder").mkdir(parents=True)
+    (point.autoencoder / "autoencoder" / "training.json").write_text(json.dumps(record))
+
+    def names(nats: float | None) -> list[str]:
+        results = {"rate": {"kind": "KL to N(0, 1)", "nats_per_dim": nats}}
+        return [verdict["name"] for verdict in sweep.verdicts_of(point, results)]
+
+    assert names(2.0) == ["rate_unreachable"]
+    assert names(0.01) == ["rate_unreachable", "posterior_collapse", "rate_miss"]
+    assert names(None) == []
