@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.errors import DISK_FULL, DamagedFile, NewerFormat, UserError
 from ldm_vae.redaction import redacted
 
 
@@ -162,69 +162,66 @@ def checksum(path: Path) -> str:
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
-SEALED = (".json", ".safetensors")
+LISTED_SUFFIXES = (".json", ".safetensors")
 """Suffixes of the files that are listed; a README may be edited."""
-FOREIGN = "does not belong to it"
 
 
 def write_checksums(folder: Path, others: Mapping[str, str] | None = None) -> None:
     """Write the manifest of a folder, of everything in it at any depth. `others`: files that it will be put among."""
-    files = dict(others or {}) | {name: checksum(folder / name) for name in _sealed(folder)}
+    files = dict(others or {}) | {name: checksum(folder / name) for name in _listed_files(folder)}
     manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
     write_text(folder / MANIFEST, readable_json(manifest))
 
 
-def damage(folder: Path) -> str | None:
-    """None when the folder is as it was sealed, else what is wrong.
+def verify_checksums(folder: Path) -> None:
+    """Compare a folder with its manifest.
 
     Raises:
-        UserError: its format is newer than this program, or a file may not be read.
+        DamagedFile: a file is damaged, missing or does not belong there; the manifest itself included.
+        NewerFormat: the manifest is of a later release.
+        UserError: a file may not be read, although it may be whole.
     """
+    restore = f"restore it from a copy or make it again, or remove {MANIFEST} if it was changed on purpose"
     try:
         text = (folder / MANIFEST).read_text()
         manifest = json.loads(text)
         version, files = manifest["format_version"], manifest["files"]
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
-            )
+            what = f"has format version {version}, this program reads {FORMAT_VERSION}"
+            raise NewerFormat(folder, what, "update ldm_vae")
         if version != FORMAT_VERSION or readable_json(manifest) != text:
-            return f"{MANIFEST} is damaged"
-        there = _sealed(folder)
+            raise DamagedFile(folder, f"{MANIFEST} is damaged", restore)
+        there = _listed_files(folder)
         folders = {PurePosixPath(), *(PurePosixPath(name).parent for name in files)}
         for name in sorted({*files, *there}):
             if name not in files and PurePosixPath(name).parent not in folders:
-                continue  # a folder of somebody else, as of generated images, is read by nobody who reads this one
+                continue  # in a folder that another program added, for example of generated images
             if name not in files:
-                return f"{name} {FOREIGN}"
+                remove = f"remove that file, or remove {MANIFEST} if it was changed on purpose"
+                raise DamagedFile(folder, f"{name} does not belong to it", remove)
             if name not in there:  # nor is a file elsewhere touched
-                return f"{name} is missing"
+                raise DamagedFile(folder, f"{name} is missing", restore)
             if checksum(folder / name) != files[name]:
-                return f"{name} is damaged"
+                raise DamagedFile(folder, f"{name} is damaged", restore)
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
+        raise DamagedFile(folder, f"{MANIFEST} is missing", restore) from None
     except UserError:
         raise
-    except PermissionError as error:  # it may be whole
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); give yourself the right to read it") from error
+    except PermissionError as error:
+        raise UserError(folder, f"cannot be read ({error.strerror})", "give yourself the right to read it") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    return None
+        what = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        raise DamagedFile(folder, what, restore) from error
 
 
 def check_checksums(folder: Path) -> None:
-    """For a model, which others write without a seal.
-
-    Raises:
-        UserError: a file of a sealed folder is damaged, missing or foreign, or its format is newer than this program.
-    """
-    if (folder / MANIFEST).exists() and (problem := damage(folder)) is not None:
-        advice = "remove that file" if problem.endswith(FOREIGN) else "restore it from a copy or make it again"
-        raise UserError(f"{folder}: {problem}; {advice}, or remove {MANIFEST} if it was changed on purpose")
+    """`verify_checksums` where there is a manifest: models of other programs have none."""
+    if (folder / MANIFEST).exists():
+        verify_checksums(folder)
 
 
-def _sealed(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.suffix in SEALED and path.is_file())
+def _listed_files(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.suffix in LISTED_SUFFIXES and path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 
 

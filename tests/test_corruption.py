@@ -25,7 +25,7 @@ from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.posthoc_ema import EmaConfig, Snapshots, file_name, read_average, stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.files import MANIFEST, checksum, damage, write_checksums
+from ldm_vae.files import MANIFEST, checksum, verify_checksums, write_checksums
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_origin, write_plan
 from ldm_vae.latents.shard import Shard, write_shard
@@ -62,8 +62,7 @@ def use_pipeline(folder: Path) -> None:
 
 def use_checkpoint(folder: Path) -> None:
     """Of all checkpoints of a run there is one."""
-    if (problem := damage(folder)) is not None:
-        raise UserError(problem)
+    verify_checksums(folder)
 
 
 def use_snapshots(folder: Path) -> list[object]:
@@ -323,5 +322,5 @@ def test_a_seal_that_was_broken_on_purpose_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"other.safetensors does not belong to it; remove that file, or remove MAN"):
         load_autoencoder(folder)
     write_checksums(folder)
-    assert damage(folder) is None
+    verify_checksums(folder)
     assert GOLDEN.is_dir()

@@ -32,7 +32,7 @@ from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.streaming import _count_tar, _counted
 from ldm_vae.diffusion.posthoc_ema import read_average, stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.files import checksum_bytes, damage
+from ldm_vae.files import checksum_bytes, verify_checksums
 from ldm_vae.latents import format, shard
 from ldm_vae.latents.format import MANIFEST, IndexPart, read_index, read_manifest, read_origin
 from ldm_vae.storage import open_folder
@@ -221,8 +221,7 @@ def of_models(root: Path) -> dict[str, Parser]:
 
     def seal(data: bytes) -> None:
         (model / "MANIFEST.json").write_bytes(data)
-        if (problem := damage(model)) is not None:
-            raise UserError(problem)
+        verify_checksums(model)
 
     def stored(data: bytes) -> None:
         average.write_bytes(data)

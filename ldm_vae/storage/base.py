@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from ldm_vae.errors import UserError
+from ldm_vae.errors import FolderLocked, UserError
 
 LOCAL_URL = re.compile(r"^(file|local)://")
 REFUSED_NAME = re.compile(r"^\.?$|\.\.|[/\\*?\[\x00-\x1f]")
@@ -100,6 +100,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def held_by(location: str, holder: str, name: str) -> UserError:
+def held_by(location: str, holder: str, name: str) -> FolderLocked:
     """The refusal of a lock that another process holds."""
-    return UserError(f"{location}: {holder} is at work here ({name}); wait for it, or give another folder")
+    what = f"{holder} is at work here ({name})"
+    return FolderLocked(location, what, "wait for it, or give another folder", holder=holder)

@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_vae.errors import UserError
+from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.files import (
     check_model_folder,
-    damage,
     publish_directory,
     remove_directory,
     remove_leftovers,
     system_errors_explained,
     temporary_directory,
     vanished,
+    verify_checksums,
     write_checksums,
     write_json,
 )
@@ -95,10 +95,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """
     damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = damage(path)
-        if problem is None:
+        try:
+            verify_checksums(path)
+        except DamagedFile as error:
+            damaged[path] = error.what
+        else:
             return path, [_set_aside(path, problem) for path, problem in damaged.items()]
-        damaged[path] = problem
     if damaged:
         raise UserError(
             f"{folder}: none of the checkpoints can be used ({'; '.join(f'{p.name}: {w}' for p, w in damaged.items())}"

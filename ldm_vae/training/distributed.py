@@ -187,19 +187,20 @@ def run_on_main(accelerator: Any, decide: Callable[[], Answer]) -> Answer:
     """Run `decide` in the main process and tell all of them the answer. Its error ends them all, and is shown once."""
     from torch import distributed
 
-    told: list[Any] = [None, None]
+    answer: list[Any] = [None, False]
+    refused: UserError | None = None
     if accelerator.is_main_process:
         with watchdog.solo():
             try:
-                told[0] = decide()
+                answer[0] = decide()
             except UserError as error:
-                told[1] = str(error)
+                answer[1], refused = True, error
     wait_for_all(accelerator)
     if accelerator.num_processes > 1:
-        distributed.broadcast_object_list(told, group=patient_group())
-    if told[1] is not None:
-        raise UserError(told[1]) if accelerator.is_main_process else SystemExit(EXIT_USER_ERROR)
-    return told[0]
+        distributed.broadcast_object_list(answer, group=patient_group())
+    if answer[1]:
+        raise refused or SystemExit(EXIT_USER_ERROR)
+    return answer[0]
 
 
 # At the end of every step the processes tell each other where they are, whether to stop, and what weights they hold.
@@ -303,16 +304,17 @@ class Processes:
             return decide()
         from torch import distributed
 
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, False]
+        refused: UserError | None = None
         if self.is_main:
             try:
-                told[0] = decide()
+                answer[0] = decide()
             except UserError as error:
-                told[1] = str(error)
-        distributed.broadcast_object_list(told)
-        if told[1] is not None:
-            raise UserError(told[1]) if self.is_main else SystemExit(EXIT_USER_ERROR)
-        return told[0]
+                answer[1], refused = True, error
+        distributed.broadcast_object_list(answer)
+        if answer[1]:
+            raise refused or SystemExit(EXIT_USER_ERROR)
+        return answer[0]
 
 
 def join_processes(expected: int | None = None) -> Processes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_vae import config as configuration
-from ldm_vae.errors import UserError
+from ldm_vae.errors import FolderLocked, UserError
 from ldm_vae.files import remove_leftovers, system_errors_explained, vanished, write_atomically, write_text
 from ldm_vae.provenance import RUN_RECORD
 
@@ -125,9 +125,8 @@ class RunDirectory:
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"{self.path}: process {holder} is training here; wait for it, or give another output"
-            ) from None
+            what, instead = f"process {holder} is training here", "wait for it, or give another output"
+            raise FolderLocked(self.path, what, instead, holder=f"process {holder}") from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.files import damage
+from ldm_vae.errors import EXIT_USER_ERROR, DamagedFile, NewerFormat, UserError
+from ldm_vae.files import verify_checksums
 from ldm_vae.training.checkpoint import Checkpoint, load, load_optimizer_tensors, newest, optimizer_tensors, save
 from tests.training import faults
 
@@ -32,15 +32,17 @@ def names(folder: Path) -> list[str]:
 
 def refused(path: Path) -> bool:
     try:
-        return damage(path) is not None
-    except UserError as error:  # a flipped bit in the format version
-        return "update ldm_vae" in str(error)
+        verify_checksums(path)
+    except (DamagedFile, NewerFormat):  # newer: a flipped bit in the format version
+        return True
+    return False
 
 
 def whole(folder: Path) -> list[int]:
     """The steps of all that is visible as a checkpoint; each of them must be whole."""
     found = sorted(folder.glob("step-*"))
-    assert [damage(path) for path in found] == [None] * len(found)
+    for path in found:
+        verify_checksums(path)
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
@@ -90,22 +92,24 @@ def test_every_flipped_bit_and_truncation_is_found(tmp_path):
             assert refused(path), file.name
         for length in range(0, len(original), 7):
             file.write_bytes(original[:length])
-            assert damage(path) is not None
+            with pytest.raises(DamagedFile):
+                verify_checksums(path)
         file.write_bytes(original)
-        assert damage(path) is None
+        verify_checksums(path)
 
 
 def test_a_missing_file_is_found(tmp_path):
     path = save(tmp_path, checkpoint(1), keep=2)
     (path / "net.safetensors").unlink()
-    assert "net.safetensors" in str(damage(path))
+    with pytest.raises(DamagedFile, match=r"net\.safetensors is missing"):
+        verify_checksums(path)
 
 
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     path = save(tmp_path, checkpoint(1), keep=2)
     manifest = path / "MANIFEST.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="update ldm_vae"):
+    with pytest.raises(NewerFormat, match="update ldm_vae"):
         newest(tmp_path)
 
 

@@ -39,17 +39,17 @@ from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.data.transforms import preprocessing_record
-from ldm_vae.errors import UserError
+from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.evaluation.study import check_resolution, describe_autoencoder, finished_result
 from ldm_vae.files import (
     MANIFEST,
     MAXIMUM_JSON_BYTES,
     check_tensor_file,
     checksum,
-    damage,
     publish_directory,
     system_errors_explained,
     temporary_directory,
+    verify_checksums,
     write_checksums,
     write_json,
 )
@@ -196,8 +196,10 @@ def load_detector(folder: str | Path) -> Detector:
         raise UserError(f"detector: {folder}: {what}; give the folder that `ldm-vae anomaly fit` wrote")
     if (folder / DESCRIPTION).stat().st_size > MAXIMUM_JSON_BYTES:
         raise UserError(f"detector: {folder}/{DESCRIPTION}: is larger than any detector's; {ADVICE}")
-    if (problem := damage(folder)) is not None:
-        raise UserError(f"detector: {folder}: {problem}; {ADVICE}")
+    try:
+        verify_checksums(folder)
+    except DamagedFile as error:
+        raise DamagedFile(f"detector: {folder}", error.what, ADVICE) from error
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         version = description["format_version"]
