@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
-from ldm_vae.latents.encode import run_job
 
 SUMMARY = "encode images into latent shards"
 
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator, run_job
 
     config = config_arguments.load(args, EncodeConfig)
     if config is None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
-from ldm_vae.latents.encode import run_job
 
 SUMMARY = "encode the images that a set does not hold yet"
 
@@ -27,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.latents.append import AppendConfig, append_images
+    from ldm_vae.latents.encode import run_job
 
     config = config_arguments.load(args, AppendConfig)
     return 0 if config is None else run_job(config, append_images)

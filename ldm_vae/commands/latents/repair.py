@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 
 from ldm_vae.commands import config_arguments
-from ldm_vae.latents.encode import run_job
 
 SUMMARY = "make damaged and missing shards again"
 
@@ -29,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from functools import partial
 
     from ldm_vae.latents.append import AppendConfig
+    from ldm_vae.latents.encode import run_job
     from ldm_vae.latents.repair import repair
 
     config = config_arguments.load(args, AppendConfig)
