@@ -209,8 +209,8 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
     original = _tensor(image).to(codec.autoencoder.device)
     mean, logvar = encode_moments(codec.autoencoder, original)
     decoded = decode(codec.autoencoder, mean)[..., : image.shape[0], : image.shape[1]]
-    data = compression.compress(codec, compression.analyse(codec, image, name), step_of(QUALITY)).data
-    from_file = compression.decompress(codec, data, name)
+    data = codec.compress(codec.analyze(image, name), step_of(QUALITY)).data
+    from_file = codec.decompress(data, name)
     jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
     rate = None
     if not is_deterministic(codec.autoencoder):
@@ -341,7 +341,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         f"A latent has {mean['raw_bytes'] / mean['latent_bytes']:.0f} times fewer bytes than the pixels "
         f"({mean['latent_bytes']:,.0f} of {mean['raw_bytes']:,.0f}, in half precision), and decodes to "
         f"{mean['psnr_db']:.1f} dB PSNR, the mean of {pluralize(len(images), 'image')} of {config['size']} pixels.",
-        f"Quantised and entropy coded, as by ldm-vae compress, a file has {mean['file_bytes']:,.0f} bytes, "
+        f"Quantized and entropy coded, as by ldm-vae compress, a file has {mean['file_bytes']:,.0f} bytes, "
         f"{8 * mean['file_bytes'] / config['size'] ** 2:.3f} bits per pixel and "
         f"{mean['raw_bytes'] / mean['file_bytes']:.0f} times fewer than the pixels, at {mean['file_psnr_db']:.1f} dB.",
     ]

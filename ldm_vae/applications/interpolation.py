@@ -108,7 +108,7 @@ def through_inversion(pipeline: Any, pair: Tensor, count: int, steps: int) -> Te
 
 
 def through_noising(pipeline: Any, pair: Tensor, count: int, steps: int, strength: float, seed: int) -> Tensor:
-    """The straight line between normalised latents, noised by one noise for all frames and denoised by the model."""
+    """The straight line between normalized latents, noised by one noise for all frames and denoised by the model."""
     ends = pipeline.normalizer.normalize(means_of(pipeline.autoencoder, pair))
     velocity, times = flow_of(pipeline, ends, steps)
     times = times[first_step(steps, strength) :]
@@ -180,13 +180,13 @@ def draw_priors(autoencoder: Any, images: Tensor, count: int, seed: int) -> list
     mean, variance = torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found]).exp()
     if not bool(torch.isfinite(mean).all()):
         raise UserError("latents: some are not finite; check the autoencoder with `ldm-vae diagnose`")
-    centre = mean.mean(dim=(0, 2, 3), keepdim=True)
+    center = mean.mean(dim=(0, 2, 3), keepdim=True)
     spread = (mean.var(dim=(0, 2, 3), keepdim=True, correction=0) + variance.mean(dim=(0, 2, 3), keepdim=True)).sqrt()
     noise = torch.randn((count, *mean.shape[1:]), generator=generator(seed, "prior")).to(mean)
     rows = np.arange(count) % len(mean)
     kinds = {
         "N(0, 1)": noise,
-        "channel statistics": centre + spread * noise,
+        "channel statistics": center + spread * noise,
         "posterior samples": mean[rows] + variance[rows].sqrt() * noise,
     }
     drawn = []
@@ -292,7 +292,7 @@ def find_pairs(inputs: Sequence[str], pairs: int | None) -> list[Path]:
         if len(files) < wanted:
             raise UserError(f"pairs: {pairs} pairs of {len(files)} images; give at most {len(files) // 2}")
         chosen = [files[number] for number in evenly_spaced(len(files), wanted)]
-        halves = zip(chosen[: wanted // 2], chosen[wanted // 2 :])  # neighbours are of one class in folders of classes
+        halves = zip(chosen[: wanted // 2], chosen[wanted // 2 :])  # neighbors are of one class in folders of classes
         return [path for pair in halves for path in pair]
     if len(files) % 2:
         raise UserError(f"{inputs[-1]}: {len(files)} images make no pairs; give an even number, or a folder")
@@ -530,7 +530,7 @@ LARGEST_ANIMATION_BYTES = 2 << 20
 MEANINGS = {
     "unevenness": "the largest step over the mean step; 1 is even, a jump is as large as there are steps",
     "midpoint_sharpness": "fine contrast half way over that of both ends of the way; under 1 is softer",
-    "perceptual_length": "mean of the distance of neighbours over the squared step: the smaller, the smoother",
+    "perceptual_length": "mean of the distance of neighbors over the squared step: the smaller, the smoother",
     "end_psnr_db": "the first and last frame against the two images",
     "fade_psnr_db": "the frame half way against the mixed pixels: where it is high, the way is a cross-fade",
 }

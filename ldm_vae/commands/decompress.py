@@ -25,31 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
-    from pathlib import Path
+    from ldm_vae.applications.codec.compression import DecompressConfig, decompress
 
-    from PIL import Image
-
-    from ldm_vae.applications.codec import compression
-    from ldm_vae.commands.compress import targets
-    from ldm_vae.errors import EXIT_USER_ERROR, UserError
-    from ldm_vae.files import write_png
-    from ldm_vae.training.distributed import compute_device
-
-    paths = [Path(text) for text in args.files]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give files that `ldm-vae compress` wrote")
-    goals = targets(args.output, [(path.stem, path) for path in paths], ".png", args.overwrite)
-    codec = compression.open_codec(args.autoencoder, args.entropy, compute_device(args.device))
-    refused = 0
-    for path, goal in goals:
-        try:
-            image = Image.fromarray(compression.decompress_file(codec, path, args.channels))
-        except UserError as error:
-            print(f"ldm-vae decompress: {error}", file=sys.stderr)
-            refused += 1
-            continue
-        write_png(goal, image)
-        print(f"{goal}: {image.width} x {image.height}")
-    return EXIT_USER_ERROR if refused else 0
+    settings = {key: value for key, value in vars(args).items() if key in DecompressConfig.__dataclass_fields__}
+    decompress(DecompressConfig(**settings), overwrite=args.overwrite)
+    return 0

@@ -217,6 +217,11 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
 # Reading a file that somebody else named: only regular files, without waiting for pipes and devices.
 
 
+def read_image(path: str | Path) -> np.ndarray:
+    """The picture in a file, uint8 (h, w, 3). Raises: ImageRejected."""
+    return decode_image(read_regular_file(path))
+
+
 def read_regular_file(path: str | Path, length: int | None = None) -> bytes:
     """The first `length` bytes, or all. Raises: ImageRejected `unreadable`."""
     try:

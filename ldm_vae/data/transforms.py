@@ -156,6 +156,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.detach().float().add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
 
 
+def to_batch(image: np.ndarray) -> Tensor:
+    """One picture, uint8 (h, w, 3) -> float32 (1, 3, h, w) in [-1, 1]."""
+    return from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (n, 3, h, w) in [-1, 1] -> n RGB pictures."""
     assert images.shape[1:2] == (3,), f"to_pil takes (n, 3, h, w), got {tuple(images.shape)}"

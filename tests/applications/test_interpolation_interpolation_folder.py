@@ -126,7 +126,7 @@ def test_images_of_two_sizes_and_no_autoencoder_and_another_one_are_refused(
     assert "is not the one of the pipeline" in capsys.readouterr().err
 
 
-def test_pairs_of_a_folder_are_not_neighbours(image_folder: Path) -> None:
+def test_pairs_of_a_folder_are_not_neighbors(image_folder: Path) -> None:
     """Folders of classes would give pairs of one class."""
     found = find_pairs([str(image_folder)], 12)
     assert len(set(found)) == 24

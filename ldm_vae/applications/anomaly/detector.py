@@ -316,7 +316,7 @@ class FitConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; of any kind.
         output: the folder of the detector.
         data: normal images only. `data.held_out` of them set the thresholds.
-        resolution: side of the centre crop in pixels; no image may be smaller.
+        resolution: side of the center crop in pixels; no image may be smaller.
         count: at most so many images to learn from; null: all.
         held_out_count: at most so many images to set the thresholds; null: all.
         false_positive_rate: share of new normal images that a threshold may call anomalous.

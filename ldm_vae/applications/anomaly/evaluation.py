@@ -1,4 +1,4 @@
-"""The figures of one score on labelled images, and of all of them; nothing here knows a model or a file."""
+"""The figures of one score on labeled images, and of all of them; nothing here knows a model or a file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CLEARLY_BETTER = 0.05
 
 @dataclass
 class Table:
-    """Everything measured of labelled images, one entry per image.
+    """Everything measured of labeled images, one entry per image.
 
     Args:
         values: score -> its values. maps: quantity -> heat maps (h, w) float32, only where masks are known.

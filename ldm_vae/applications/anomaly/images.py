@@ -132,8 +132,8 @@ class Truth:
             found = _read_mask(self.masks, self.source.id(index), self.source.read(index).shape[:2])
         else:
             return None
-        grey = np.repeat(found[..., None].astype(np.uint8) * 255, 3, axis=2)
-        return resize_center_crop(grey, resolution)[..., 0] > 127
+        gray = np.repeat(found[..., None].astype(np.uint8) * 255, 3, axis=2)
+        return resize_center_crop(gray, resolution)[..., 0] > 127
 
 
 def known_truth(data: DataConfig, normal: list[str], masks: str | None) -> Truth:
@@ -204,7 +204,7 @@ def _read_mask(folder: Path, id: str, size: tuple[int, ...]) -> np.ndarray:
 
 # Heat maps as pictures: from dark to bright over a fixed range, so that pictures of different images compare.
 
-COLOURS = "inferno"
+COLOR_MAP = "inferno"
 OUTLINE = (0, 255, 255)
 SHOWN_SIDE = 256
 """Pixels of a picture on a page."""
@@ -220,7 +220,7 @@ def heat_picture(heat: np.ndarray, threshold: float, side: int, mask: np.ndarray
     low = float(np.median(heat))
     share = np.clip((heat - low) / max(threshold - low, 1e-12), 0.0, 1.0).astype(np.float32)
     large = np.array(Image.fromarray(share).resize((side, side), Image.Resampling.BILINEAR))
-    pixels = (255 * colormaps[COLOURS](large)[..., :3]).round().astype(np.uint8)
+    pixels = (255 * colormaps[COLOR_MAP](large)[..., :3]).round().astype(np.uint8)
     return Image.fromarray(outlined(pixels, mask))
 
 

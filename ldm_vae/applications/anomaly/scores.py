@@ -119,14 +119,14 @@ def fit_gaussian(features: Tensor) -> Gaussian:
     return Gaussian(mean, deviation, torch.linalg.inv(shrunk_covariance((features - mean) / deviation)))
 
 
-def shrunk_covariance(centred: Tensor) -> Tensor:
-    """(1 - s) S + s m I of centred rows (n, d): S their covariance, m its mean variance, s from the data."""
-    count, size = centred.shape
-    covariance = centred.T @ centred / count
+def shrunk_covariance(centered: Tensor) -> Tensor:
+    """(1 - s) S + s m I of centered rows (n, d): S their covariance, m its mean variance, s from the data."""
+    count, size = centered.shape
+    covariance = centered.T @ centered / count
     variance = covariance.diagonal().mean()
-    identity = torch.eye(size, dtype=centred.dtype)
+    identity = torch.eye(size, dtype=centered.dtype)
     spread = (covariance - variance * identity).square().sum()
-    squares = centred.square()
+    squares = centered.square()
     error = ((squares.T @ squares).sum() / count - covariance.square().sum()) / count
     share = float((error / spread).clamp(SMALLEST_SHARE, 1)) if spread > 0 else 1.0
     return (1 - share) * covariance + share * variance.clamp(min=SMALLEST_DEVIATION**2) * identity

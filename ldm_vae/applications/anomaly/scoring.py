@@ -183,8 +183,8 @@ def render(results: dict[str, Any], detector: Detector, source: ImageSource, mod
         (crop,) = read_crops(source, [row["index"]], detector.resolution, [])
         heat = measure(models, detector.learnt, stack([crop]), [crop.id]).maps[quantity][0].numpy()
         image, side = Image.fromarray(crop.pixels), len(crop.pixels)
-        coloured = heat_picture(heat, peak, side)
-        examples.append((row, embedded(image, crop.id), embedded(coloured, f"heat map, {quantity}")))
+        colored = heat_picture(heat, peak, side)
+        examples.append((row, embedded(image, crop.id), embedded(colored, f"heat map, {quantity}")))
     context = {
         "results": results,
         "title": scores.title(by),

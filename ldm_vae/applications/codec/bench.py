@@ -68,7 +68,7 @@ class CodecBenchConfig:
         output: the folder for the results.
         entropy: models of `ldm-vae codec-fit` for this autoencoder; files that need none are always measured.
         part: held_out (what training never saw), train or all.
-        resolution: side of the centre crop in pixels, a multiple of the downsampling.
+        resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread over the part; null: all.
         qualities: of this codec, 1 to 100.
         codecs: to compare with: JPEG, WebP, AVIF.
@@ -278,17 +278,17 @@ def _measure_own(
     sized: tuple[int, np.ndarray] | None = None
     judged: dict[bytes, tuple[np.ndarray, dict[str, float]]] = {}
     for label, codec in codecs.items():
-        picture = compression.analyse(codec, original, name)
+        picture = codec.analyze(original, name)
         for quality in config.qualities:
             start = time.perf_counter()
-            compressed = compression.compress(codec, picture, step_of(quality))
+            compressed = codec.compress(picture, step_of(quality))
             middle = time.perf_counter()
-            latents = compression.latents_of(codec, compressed.data, name)
+            latents = codec.latents_of(compressed.data, name)
             measured.seconds.setdefault(f"{label}: latents to file", []).append(middle - start)
             measured.seconds.setdefault(f"{label}: file to latents", []).append(time.perf_counter() - middle)
             key = latents.tobytes()
             if key not in judged:  # entropy models of one grid give files of other lengths for the same picture
-                decoded = compression.picture_of(codec, latents, picture.height, picture.width)
+                decoded = codec.picture_of(latents, picture.height, picture.width)
                 judged[key] = decoded, judge(decoded)
             decoded, values = judged[key]
             sizes = {"bytes": float(len(compressed.data)), "ideal_bits": compressed.ideal_bits}
@@ -508,7 +508,7 @@ def markdown(results: Results) -> str:
     lines += [
         f"{pluralize(images['count'], 'image')} ({images['part']}), "
         f"{protocol['resolution']} x {protocol['resolution']}; "
-        f"{protocol['bytes']}; {protocol['average']}. JPEG 4:2:0 and optimised."
+        f"{protocol['bytes']}; {protocol['average']}. JPEG 4:2:0 and optimized."
         + (f" LPIPS with {net}: it flatters what was trained with it." if (net := protocol["lpips"]) else ""),
         f"Autoencoder {results['autoencoder']['class']}, {results['autoencoder']['fingerprint']}.",
     ]
@@ -529,7 +529,7 @@ def difference_rows(results: Results) -> list[tuple[str, list[str]]]:
 def sentences(results: Results) -> list[str]:
     """What stands between a file and the ideal, and what a perfect file would be limited by."""
     lines, mean = [], results["latent"]["decode(mean)"]
-    lines.append(f"Without quantisation the autoencoder gives {mean['psnr']:.2f} dB: no quality goes beyond.")
+    lines.append(f"Without quantization the autoencoder gives {mean['psnr']:.2f} dB: no quality goes beyond.")
     for name, points in results["curves"].items():
         if name.startswith(OURS):
             excess = [p["bits_per_pixel"] / p["ideal_bits_per_pixel"] - 1 for p in points]

@@ -1,7 +1,10 @@
-"""Pictures to files and back: an autoencoder, a grid, an entropy model and the format together.
+"""Pictures to small files and back: `compress` and `decompress` for files, `Codec` for arrays in memory.
 
-The levels that a file holds are decoded bit by bit alike everywhere. The picture is then the decoder network's float
-arithmetic, which may differ in a last bit of a pixel between machines, as between any two JPEG decoders.
+    picture -> autoencoder -> latents -> Grid -> levels -> entropy model -> parts of the file       (compress)
+    picture <- autoencoder <- latents <- Grid <- levels <- entropy model <- parts of the file       (decompress)
+
+The levels that a file holds are decoded bit by bit alike on every machine. The picture is then the decoder network's
+float arithmetic, which may differ in the last bit of a pixel between machines, as between any two JPEG decoders.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ldm_vae.applications.codec import entropy_models, format
 from ldm_vae.applications.codec.entropy_models import (
@@ -34,27 +38,200 @@ from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoe
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.weights import encoder_fingerprint, token_fingerprint
 from ldm_vae.data import transforms
+from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.measurement import largest_within
+from ldm_vae.evaluation.reconstruct_images import find_pictures
+from ldm_vae.files import write_bytes, write_png
+from ldm_vae.training.distributed import compute_device
 
 LEVELS_PER_QUALITY = 16
-"""Of the search for a size."""
+"""Steps of the search for a file size."""
 
 
 @dataclass(frozen=True)
-class Codec:
-    """An autoencoder on its device, and the fitted model if there is one. `where` names it in errors."""
+class CompressConfig:
+    """`ldm-vae compress`.
 
-    autoencoder: Any
-    model: FittedModel | None
-    identity: str
-    channels: int
-    factor: int
-    where: str
+    Args:
+        images: image files and folders, pictures of any size.
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        output: the folder for the files; null: beside each picture.
+        entropy: a model of `ldm-vae codec fit` for this autoencoder, which makes files smaller; null: none is needed.
+        quality: 1 to 100, 12 more halve the step; null: 50.
+        target_bpp: instead of a quality, the best file of at most so many bits per pixel.
+        progressive: rising numbers of first channels that `decompress` can show without the rest.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    images: list[str] = field(default_factory=list)
+    autoencoder: str = "???"
+    output: str | None = None
+    entropy: str | None = None
+    quality: float | None = None
+    target_bpp: float | None = None
+    progressive: list[int] = field(default_factory=list)
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.target_bpp is not None:
+            raise UserError("quality: and target_bpp exclude each other; give one of them")
+        if self.target_bpp is not None and not 0 < self.target_bpp < 100:
+            raise UserError(f"target_bpp: {self.target_bpp:g} is not a number of bits per pixel; 0.1 to 1 is usual")
+        step_of(50.0 if self.quality is None else self.quality)
+        if self.progressive != sorted(set(self.progressive)) or any(end < 1 for end in self.progressive):
+            raise UserError(
+                f"progressive: {self.progressive} is not a rising list of channel counts; give for example 4,8"
+            )
+        if len(self.progressive) >= format.MOST_PARTS:
+            raise UserError(f"progressive: {len(self.progressive)} parts; give fewer than {format.MOST_PARTS}")
 
 
 @dataclass(frozen=True)
-class Analysed:
+class DecompressConfig:
+    """`ldm-vae decompress`.
+
+    Args:
+        files: what `compress` wrote.
+        autoencoder: the one that compressed them, or one with the same encoder and another decoder.
+        output: the folder for the pictures; null: beside each file.
+        entropy: the entropy model that compressed them, if there was one.
+        channels: a preview from so many first channels of a progressive file; null: everything.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    files: list[str] = field(default_factory=list)
+    autoencoder: str = "???"
+    output: str | None = None
+    entropy: str | None = None
+    channels: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class CompressedFile:
+    """A file that `compress` wrote, of a picture of `width` x `height` pixels."""
+
+    path: Path
+    size_bytes: int
+    width: int
+    height: int
+
+    @property
+    def bits_per_pixel(self) -> float:
+        return 8 * self.size_bytes / (self.width * self.height)
+
+
+class NotDecompressed(UserError):
+    """Some files were refused, the others are written. `refused`: an error for each of them."""
+
+    def __init__(self, refused: Sequence[UserError]) -> None:
+        super().__init__("\n".join(map(str, refused)))
+        self.refused = tuple(refused)
+
+
+def compress(config: CompressConfig, *, overwrite: bool = False) -> list[CompressedFile]:
+    """Write NAME.ldmz for every picture, and print a line for each.
+
+    >>> compress(CompressConfig(images=["holiday.jpg"], autoencoder="runs/vae", output="small"))
+
+    Args:
+        overwrite: replace files that are there.
+
+    Returns:
+        What was written. A picture that cannot be decoded is named and left out.
+
+    Raises:
+        UserError: no such picture, no picture that can be decoded, an autoencoder or entropy model that does not fit,
+            a file that is there already, or a target that even the smallest file exceeds.
+    """
+    if not config.images:
+        raise UserError("images: missing; give image files or folders")
+    goals = _targets(config.output, find_pictures(config.images), format.SUFFIX, overwrite)
+    codec = open_codec(config.autoencoder, config.entropy, compute_device(config.device))
+    if any(end > codec.channels for end in config.progressive):
+        raise UserError(
+            f"progressive: {config.progressive} are more channels than the latents have, {codec.channels}; give fewer"
+        )
+    written = []
+    for path, goal in goals:
+        try:
+            image = read_image(path)
+        except ImageRejected as error:
+            print(f"{path}: left out ({error})")
+            continue
+        picture = codec.analyze(image, str(path))
+        if config.target_bpp is not None:
+            data = codec.compress_within(picture, config.target_bpp, config.progressive).data
+        else:
+            quality = 50.0 if config.quality is None else config.quality
+            data = codec.compress(picture, step_of(quality), config.progressive).data
+        write_bytes(goal, data)
+        written.append(CompressedFile(goal, len(data), picture.width, picture.height))
+        print(f"{goal}: {len(data)} bytes, {written[-1].bits_per_pixel:.3f} bits per pixel")
+    if not written:
+        raise UserError(f"{config.images[0]}: no image could be decoded; give other files")
+    return written
+
+
+def decompress(config: DecompressConfig, *, overwrite: bool = False) -> list[Path]:
+    """Write NAME.png for every file, and print a line for each.
+
+    >>> decompress(DecompressConfig(files=["small/holiday.ldmz"], autoencoder="runs/vae"))
+
+    Args:
+        overwrite: replace pictures that are there.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        NotDecompressed: files that are damaged, cut off, newer, or of another autoencoder or entropy model; raised
+            when all others are written.
+        UserError: no such file, a picture that is there already, or an entropy model of another autoencoder.
+    """
+    if not config.files:
+        raise UserError("files: missing; give files that `ldm-vae compress` wrote")
+    paths = [Path(text) for text in config.files]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give files that `ldm-vae compress` wrote")
+    goals = _targets(config.output, [(path.stem, path) for path in paths], ".png", overwrite)
+    codec = open_codec(config.autoencoder, config.entropy, compute_device(config.device))
+    written, refused = [], []
+    for path, goal in goals:
+        try:
+            image = Image.fromarray(codec.decompress_file(path, config.channels))
+        except UserError as error:
+            refused.append(error)
+            continue
+        write_png(goal, image)
+        written.append(goal)
+        print(f"{goal}: {image.width} x {image.height}")
+    if refused:
+        raise NotDecompressed(refused)
+    return written
+
+
+def _targets(
+    output: str | None, named: Sequence[tuple[str, Path]], suffix: str, overwrite: bool
+) -> list[tuple[Path, Path]]:
+    """(file, where its result goes) for (name, file). Raises: UserError when something is there, or two go there."""
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"output: {output} is a file; give a folder")
+    found: dict[Path, Path] = {}
+    for name, path in named:
+        goal = path.with_suffix(suffix) if output is None else Path(output) / f"{name}{suffix}"
+        if goal in found:
+            raise UserError(f"{goal}: {found[goal]} and {path} would both become it; give them one by one")
+        if goal.exists() and not overwrite:
+            raise UserError(f"{goal}: is there already; give another output, or --overwrite")
+        found[goal] = path
+    return [(path, goal) for goal, path in found.items()]
+
+
+@dataclass(frozen=True)
+class Analyzed:
     """A picture's latents, (c, h/f, w/f) float64, what its grid is made of, and its size in pixels."""
 
     latents: np.ndarray
@@ -67,7 +244,7 @@ class Analysed:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A file, and the bits that a perfect coder would need for its levels under the same model."""
+    """A file's bytes, and the bits that a perfect coder would need for its levels under the same model."""
 
     data: bytes
     levels: np.ndarray
@@ -91,146 +268,153 @@ def identity(autoencoder: Any) -> str:
 def open_codec(autoencoder: str, entropy: str | None = None, device: torch.device | None = None) -> Codec:
     """Load both. Raises: UserError, also when the entropy model was fitted to latents of another autoencoder."""
     model = load_autoencoder(autoencoder).to(device or torch.device("cpu"))
-    fitted = load_model(entropy) if entropy is not None else None
-    own = identity(model)
     channels = latent_channels(model)
     if channels > format.MOST_CHANNELS:
         raise UserError(f"{autoencoder}: has {channels} latent channels; the codec is for {format.MOST_CHANNELS}")
-    if fitted is not None and (fitted.autoencoder != own or fitted.channels != channels):
-        raise UserError(
-            f"{entropy}: was fitted to the latents of another autoencoder than {autoencoder}; give that one, or fit "
-            "this one with `ldm-vae codec-fit`"
+    codec = Codec(model, None, identity(model), channels, downsampling(model), autoencoder)
+    return codec if entropy is None else codec.with_model(entropy)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """An autoencoder on its device, and the fitted entropy model if there is one. `where` names it in errors."""
+
+    autoencoder: Any
+    model: FittedModel | None
+    identity: str
+    channels: int
+    factor: int
+    where: str
+
+    def with_model(self, entropy: str) -> Codec:
+        """The same autoencoder with the entropy model in a file. Raises: UserError."""
+        model = load_model(entropy)
+        if model.autoencoder != self.identity or model.channels != self.channels:
+            raise UserError(
+                f"{entropy}: was fitted to the latents of another autoencoder than {self.where}; give that one, or fit "
+                "this one with `ldm-vae codec-fit`"
+            )
+        return replace(self, model=model)
+
+    def analyze(self, image: np.ndarray, name: str) -> Analyzed:
+        """Encode uint8 (h, w, 3) of any size. Raises: UserError for a picture that is too large."""
+        height, width = image.shape[:2]
+        if max(height, width) > format.LARGEST_SIDE or height * width > format.MOST_PIXELS:
+            raise UserError(f"{name}: {width} x {height} is too large to compress; reduce or cut the picture")
+        mean, logvar = encode_moments(self.autoencoder, transforms.to_batch(image).to(self.autoencoder.device))
+        if not bool(torch.isfinite(mean).all()):
+            raise UserError(f"{name}: the autoencoder gives latents that are not finite; it is damaged or diverged")
+        known = None if is_deterministic(self.autoencoder) else logvar
+        latents = mean[0].double().cpu().numpy()
+        return Analyzed(latents, channel_means(mean), channel_units(mean, known), height, width, name)
+
+    def compress(self, picture: Analyzed, step: int, parts: Sequence[int] = ()) -> Compressed:
+        """The file of a picture at a step in 1/1024 units.
+
+        Args:
+            parts: numbers of first channels that can be decoded without the rest, rising.
+        """
+        ends = (*(end for end in parts if end < self.channels), self.channels)
+        if self.model is None:
+            own = format.SelfFitted.rounded(picture.mean, picture.unit, (0,) * self.channels)
+            levels = Grid(own.mean, own.unit, step).quantize(picture.latents, picture.name)
+            scales = tuple(best_scale(plane) for plane in levels)
+            entropy: format.SelfFitted | bytes = format.SelfFitted(own.mean, own.unit, scales)
+            model: EntropyModel = StaticModel(scales)
+        else:
+            entropy, model = self.model.short_fingerprint, self.model.at(step)
+            levels = Grid(self.model.mean, self.model.unit, step).quantize(picture.latents, picture.name)
+        header = format.Header(
+            short_fingerprint(self.identity), picture.width, picture.height, step, self.channels, entropy, ends
         )
-    return Codec(model, fitted, own, channels, downsampling(model), autoencoder)
+        data = format.pack(header, entropy_models.encode(model, levels, ends))
+        return Compressed(data, levels, model, step)
 
+    def compress_within(self, picture: Analyzed, bits_per_pixel: float, parts: Sequence[int] = ()) -> Compressed:
+        """The best file of at most so many bits per pixel. Raises: UserError where even quality 1 takes more."""
+        pixels = picture.width * picture.height
+        found: dict[int, Compressed] = {}
 
-def analyse(codec: Codec, image: np.ndarray, name: str) -> Analysed:
-    """Encode uint8 (h, w, 3) of any size. Raises: UserError for a picture that is too large."""
-    height, width = image.shape[:2]
-    if max(height, width) > format.LARGEST_SIDE or height * width > format.MOST_PIXELS:
-        raise UserError(f"{name}: {width} x {height} is too large to compress; reduce or cut the picture")
-    tensor = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(codec.autoencoder.device)
-    mean, logvar = encode_moments(codec.autoencoder, tensor)
-    if not bool(torch.isfinite(mean).all()):
-        raise UserError(f"{name}: the autoencoder gives latents that are not finite; it is damaged or diverged")
-    known = None if is_deterministic(codec.autoencoder) else logvar
-    latents = mean[0].double().cpu().numpy()
-    return Analysed(latents, channel_means(mean), channel_units(mean, known), height, width, name)
+        def size(level: int) -> int:
+            if level not in found:
+                try:
+                    found[level] = self.compress(picture, step_of(level / LEVELS_PER_QUALITY), parts)
+                except TooFine:
+                    return sys.maxsize
+            return len(found[level].data)
 
+        best = largest_within(size, LEVELS_PER_QUALITY, 100 * LEVELS_PER_QUALITY, bits_per_pixel * pixels / 8)
+        if best is None:
+            least = 8 * len(self.compress(picture, step_of(1.0), parts).data) / pixels
+            raise UserError(
+                f"{picture.name}: its smallest file has {least:.3f} bits per pixel, more than {bits_per_pixel:g}; give "
+                "a higher target_bpp, or leave it out and take quality 1"
+            )
+        size(best)
+        return found[best]
 
-def compress(codec: Codec, picture: Analysed, step: int, parts: Sequence[int] = ()) -> Compressed:
-    """The file of a picture at a step in 1/1024 units.
+    def decompress(self, data: bytes, name: str, channels: int | None = None) -> np.ndarray:
+        """The picture in a file's bytes, uint8 (h, w, 3); see `decompress_file`."""
+        return self._read(io.BytesIO(data), len(data), name, channels)
 
-    Args:
-        parts: numbers of first channels that can be decoded without the rest, rising.
-    """
-    ends = (*(end for end in parts if end < codec.channels), codec.channels)
-    if codec.model is None:
-        own = format.SelfFitted.rounded(picture.mean, picture.unit, (0,) * codec.channels)
-        levels = Grid(own.mean, own.unit, step).quantise(picture.latents, picture.name)
-        scales = tuple(best_scale(plane) for plane in levels)
-        entropy: format.SelfFitted | bytes = format.SelfFitted(own.mean, own.unit, scales)
-        model: EntropyModel = StaticModel(scales)
-    else:
-        entropy, model = codec.model.short_fingerprint, codec.model.at(step)
-        levels = Grid(codec.model.mean, codec.model.unit, step).quantise(picture.latents, picture.name)
-    header = format.Header(
-        short_fingerprint(codec.identity), picture.width, picture.height, step, codec.channels, entropy, ends
-    )
-    data = format.pack(header, entropy_models.encode(model, levels, ends))
-    return Compressed(data, levels, model, step)
+    def decompress_file(self, path: Path, channels: int | None = None) -> np.ndarray:
+        """The picture in a file, uint8 (h, w, 3).
 
+        Args:
+            channels: a preview from so many first channels, the others zero; only their part of the file is read, and
+                the rest may be missing.
 
-def compress_within(codec: Codec, picture: Analysed, bits_per_pixel: float, parts: Sequence[int] = ()) -> Compressed:
-    """The best file of at most so many bits per pixel. Raises: UserError where even quality 1 takes more."""
-    budget = bits_per_pixel * picture.width * picture.height / 8
-    found: dict[int, Compressed] = {}
+        Raises:
+            UserError: damaged, cut off, newer, or of another autoencoder or entropy model.
+        """
+        with open(path, "rb") as file:
+            return self._read(file, os.fstat(file.fileno()).st_size, str(path), channels)
 
-    def size(level: int) -> int:
-        if level not in found:
-            try:
-                found[level] = compress(codec, picture, step_of(level / LEVELS_PER_QUALITY), parts)
-            except TooFine:
-                return sys.maxsize
-        return len(found[level].data)
+    def _read(self, file: BinaryIO, size_bytes: int, name: str, channels: int | None) -> np.ndarray:
+        header, data = format.read(file, size_bytes, name, channels)
+        grid, levels = self.levels_of(header, data, name)
+        latents = np.zeros((self.channels, *levels.shape[1:]), np.float32)
+        latents[: len(levels)] = grid.restore(levels)
+        return self.picture_of(latents, header.height, header.width)
 
-    best = largest_within(size, LEVELS_PER_QUALITY, 100 * LEVELS_PER_QUALITY, budget)
-    if best is None:
-        least = 8 * len(compress(codec, picture, step_of(1.0), parts).data) / (picture.width * picture.height)
-        raise UserError(
-            f"{picture.name}: its smallest file has {least:.3f} bits per pixel, more than {bits_per_pixel:g}; give a "
-            "higher --target-bpp, or leave it out and take --quality 1"
-        )
-    size(best)
-    return found[best]
+    def levels_of(self, header: format.Header, data: list[bytes], name: str) -> tuple[Grid, np.ndarray]:
+        """The grid and the levels of the channels in `data`. Raises: UserError."""
+        self.check_origin(header, name)
+        size = -(-header.height // self.factor), -(-header.width // self.factor)
+        own, fitted = header.entropy, self.model
+        if isinstance(own, format.SelfFitted):
+            model: EntropyModel = StaticModel(own.scales)
+            grid = Grid(own.mean, own.unit, header.step)
+        else:
+            assert fitted is not None, "check_origin asks for it"
+            model, grid = fitted.at(header.step), Grid(fitted.mean, fitted.unit, header.step)
+        return grid, entropy_models.decode(model, data, header.parts, size, name)
 
+    def check_origin(self, header: format.Header, name: str) -> None:
+        """Raises: UserError unless autoencoder and entropy model are those of the file."""
+        own = short_fingerprint(self.identity)
+        if header.autoencoder != own or header.channels != self.channels:
+            raise UserError(
+                f"{name}: was compressed with autoencoder {header.autoencoder.hex()}, and {self.where} is {own.hex()}; "
+                "give the one that compressed it"
+            )
+        if isinstance(header.entropy, format.SelfFitted):
+            return
+        if self.model is None:
+            raise UserError(f"{name}: needs the entropy model {header.entropy.hex()}; give its file as entropy")
+        if self.model.short_fingerprint != header.entropy:
+            raise UserError(
+                f"{name}: was compressed with entropy model {header.entropy.hex()}, this one is "
+                f"{self.model.short_fingerprint.hex()}; give the one that compressed it"
+            )
 
-def decompress(codec: Codec, data: bytes, name: str, channels: int | None = None) -> np.ndarray:
-    """The picture in a file's bytes, uint8 (h, w, 3); see `decompress_file`."""
-    return _decompress(codec, *format.read(io.BytesIO(data), len(data), name, channels), name)
+    def latents_of(self, data: bytes, name: str) -> np.ndarray:
+        """The latents in a file's bytes, (c, h/f, w/f) float32. Raises: UserError."""
+        grid, levels = self.levels_of(*format.read(io.BytesIO(data), len(data), name), name)
+        return grid.restore(levels)
 
-
-def decompress_file(codec: Codec, path: Path, channels: int | None = None) -> np.ndarray:
-    """The picture in a file, uint8 (h, w, 3).
-
-    Args:
-        channels: a preview from so many first channels, the others zero; only their part of the file is read, and
-            the rest may be missing.
-
-    Raises:
-        UserError: damaged, cut off, newer, or of another autoencoder or entropy model.
-    """
-    with open(path, "rb") as file:
-        return _decompress(codec, *format.read(file, os.fstat(file.fileno()).st_size, str(path), channels), str(path))
-
-
-def levels_of(codec: Codec, header: format.Header, data: list[bytes], name: str) -> tuple[Grid, np.ndarray]:
-    """The grid and the levels of the channels in `data`. Raises: UserError."""
-    check_origin(codec, header, name)
-    size = -(-header.height // codec.factor), -(-header.width // codec.factor)
-    own, fitted = header.entropy, codec.model
-    if isinstance(own, format.SelfFitted):
-        model: EntropyModel = StaticModel(own.scales)
-        grid = Grid(own.mean, own.unit, header.step)
-    else:
-        assert fitted is not None, "check_origin asks for it"
-        model, grid = fitted.at(header.step), Grid(fitted.mean, fitted.unit, header.step)
-    return grid, entropy_models.decode(model, data, header.parts, size, name)
-
-
-def check_origin(codec: Codec, header: format.Header, name: str) -> None:
-    """Raises: UserError unless autoencoder and entropy model are those of the file."""
-    if header.autoencoder != short_fingerprint(codec.identity) or header.channels != codec.channels:
-        raise UserError(
-            f"{name}: was compressed with autoencoder {header.autoencoder.hex()}, and {codec.where} is "
-            f"{short_fingerprint(codec.identity).hex()}; give the one that compressed it"
-        )
-    if isinstance(header.entropy, format.SelfFitted):
-        return
-    if codec.model is None:
-        raise UserError(f"{name}: needs the entropy model {header.entropy.hex()}; give its file with --entropy")
-    if codec.model.short_fingerprint != header.entropy:
-        raise UserError(
-            f"{name}: was compressed with entropy model {header.entropy.hex()}, this one is "
-            f"{codec.model.short_fingerprint.hex()}; give the one that compressed it"
-        )
-
-
-def latents_of(codec: Codec, data: bytes, name: str) -> np.ndarray:
-    """The latents in a file's bytes, (c, h/f, w/f) float32. Raises: UserError."""
-    grid, levels = levels_of(codec, *format.read(io.BytesIO(data), len(data), name), name)
-    return grid.restore(levels)
-
-
-def picture_of(codec: Codec, latents: np.ndarray, height: int, width: int) -> np.ndarray:
-    """What latents (c, h/f, w/f) decode to, cropped to uint8 (height, width, 3)."""
-    tensor = torch.from_numpy(latents)[None].to(codec.autoencoder.device)
-    image = decode(codec.autoencoder, tensor)[0, :, :height, :width]
-    return transforms.to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy()
-
-
-def _decompress(codec: Codec, header: format.Header, data: list[bytes], name: str) -> np.ndarray:
-    grid, levels = levels_of(codec, header, data, name)
-    latents = np.zeros((codec.channels, *levels.shape[1:]), np.float32)
-    latents[: len(levels)] = grid.restore(levels)
-    return picture_of(codec, latents, header.height, header.width)
+    def picture_of(self, latents: np.ndarray, height: int, width: int) -> np.ndarray:
+        """What latents (c, h/f, w/f) decode to, cropped to uint8 (height, width, 3)."""
+        tensor = torch.from_numpy(latents)[None].to(self.autoencoder.device)
+        image = decode(self.autoencoder, tensor)[0, :, :height, :width]
+        return transforms.to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy()

@@ -30,9 +30,9 @@ NARROWEST_SHARE = 128.0
 """A posterior narrower than such a part of the latents' deviation was held to no rate: it says nothing."""
 LARGEST_SYMBOL = 16383
 DIFFUSED = 0.75
-"""The part of a rounding error that its neighbours make up for. All of it would cost more bytes than it is worth."""
+"""The part of a rounding error that its neighbors make up for. All of it would cost more bytes than it is worth."""
 DIFFUSED_TO = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))
-"""(down, right, share of that part) of the neighbours. Source: Floyd and Steinberg 1976."""
+"""(down, right, share of that part) of the neighbors. Source: Floyd and Steinberg 1976."""
 COARSEST_DIFFUSED = 4 * STEP_DENOMINATOR
 """Decoders smooth away about as much noise as they were trained with: that of a coarser step remains as texture. Then a
 context model, too, which writes equal levels for nothing, takes more bytes than for a finer step that is as good."""
@@ -47,10 +47,10 @@ def step_of(quality: float) -> int:
 
 
 def diffused_levels(values: np.ndarray) -> np.ndarray:
-    """Numbers (..., h, w) -> a whole number near each, less than 1 off, so that errors cancel among neighbours.
+    """Numbers (..., h, w) -> a whole number near each, less than 1 off, so that errors cancel among neighbors.
 
     Where values hardly change, plain rounding errs alike everywhere: a decoder smooths noise away, and turns that into
-    a colour. Positions of one x + 2 y do not depend on each other and are rounded together.
+    a color. Positions of one x + 2 y do not depend on each other and are rounded together.
     """
     height, width = values.shape[-2:]
     wanted = np.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, 1), (1, 1)])  # a border takes what leaves the plane
@@ -83,7 +83,7 @@ class Grid:
         """Distance of two levels in each channel, (c, 1, 1)."""
         return (self.unit * (self.step / STEP_DENOMINATOR))[:, None, None]
 
-    def quantise(self, latents: np.ndarray, where: str) -> np.ndarray:
+    def quantize(self, latents: np.ndarray, where: str) -> np.ndarray:
         """Latents (..., c, h, w) -> `diffused_levels`, at coarse steps the nearest level of each, int64.
 
         Raises:
@@ -186,7 +186,7 @@ def _activated(sums: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return _rescaled(sums, bias).clip(0, LARGEST_ACTIVATION).astype(np.float64)
 
 
-# Integer probability tables of a quantised logistic distribution, the same numbers on every machine.
+# Integer probability tables of a quantized logistic distribution, the same numbers on every machine.
 
 TOTAL_BITS = 22
 """Weights sum to 2**22: a weight over the sum is exact in float32, and so are sums of them in any order."""
@@ -245,11 +245,11 @@ def _inverse_scale(scale: int) -> int:
 
 
 def _interpolated(curve: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The curve at positions in samples from its centre, with 16 fractional bits; level beyond its ends."""
-    centre = SAMPLES_PER_UNIT * SAMPLED_REACH
-    whole = (positions >> POSITION_BITS).clip(-centre, centre - 1)
+    """The curve at positions in samples from its center, with 16 fractional bits; level beyond its ends."""
+    center = SAMPLES_PER_UNIT * SAMPLED_REACH
+    whole = (positions >> POSITION_BITS).clip(-center, center - 1)
     rest = (positions - (whole << POSITION_BITS)).clip(0, 1 << POSITION_BITS)
-    low, high = curve[whole + centre], curve[whole + centre + 1]
+    low, high = curve[whole + center], curve[whole + center + 1]
     return low + ((high - low) * rest >> POSITION_BITS)
 
 
@@ -349,22 +349,22 @@ def damaged(where: str) -> UserError:
     return UserError(f"{where}: is damaged (its data do not decode); fetch it again, or compress the picture again")
 
 
-# The order in which a channel's positions are coded with context, and the neighbours that are known at each.
+# The order in which a channel's positions are coded with context, and the neighbors that are known at each.
 
 COARSEST = 8
 MARGIN = 3 * COARSEST // 2
-"""Farthest neighbour, at distance 3 * 4; unknown places beyond the border count as the channel's mean."""
+"""Farthest neighbor, at distance 3 * 4; unknown places beyond the border count as the channel's mean."""
 EARLIER_CHANNELS = 16
 """At most so many channels directly before one are its context."""
 CROSS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 
-_CENTRES = [(y, x) for y in (-1, 1) for x in (-1, 1)]
-_CENTRES += [(y, x) for y in (-3, -1, 1, 3) for x in (-3, -1, 1, 3) if abs(y) + abs(x) == 4]
+_CENTERS = [(y, x) for y in (-1, 1) for x in (-1, 1)]
+_CENTERS += [(y, x) for y in (-3, -1, 1, 3) for x in (-3, -1, 1, 3) if abs(y) + abs(x) == 4]
 _SIDES = [(0, -1), (0, 1), (-1, 0), (1, 0), (0, -3), (0, 3), (-3, 0), (3, 0)]
 _SIDES += [(y, x) for y in (-2, 2) for x in (-1, 1)] + [(y, x) for y in (-1, 1) for x in (-2, 2)]
 _LAST = [*_SIDES, *((y, x) for y in (-1, 1) for x in (-1, 1))]
-NEIGHBOURS: tuple[tuple[tuple[int, int], ...], ...] = ((), tuple(_CENTRES), tuple(_SIDES), tuple(_LAST))
-"""(down, right) in units of the distance, of the coarse grid, centres, horizontal and vertical middles."""
+NEIGHBORS: tuple[tuple[tuple[int, int], ...], ...] = ((), tuple(_CENTERS), tuple(_SIDES), tuple(_LAST))
+"""(down, right) in units of the distance, of the coarse grid, centers, horizontal and vertical middles."""
 ROLES = 7
 """Networks of a channel: the coarse grid; three places at distances 4 and 2; three at distance 1."""
 
@@ -374,8 +374,8 @@ class Pass:
     """Positions of a plane (height, width) that are coded together: each `period`th row and column from a first one.
 
     Args:
-        distance: of the nearest neighbours, in positions.
-        place: which neighbours there are, an index into `NEIGHBOURS`.
+        distance: of the nearest neighbors, in positions.
+        place: which neighbors there are, an index into `NEIGHBORS`.
         role: the network that predicts, 0 to `ROLES` - 1.
     """
 
@@ -389,16 +389,16 @@ class Pass:
     role: int = 0
 
     def window(self, down: int = 0, right: int = 0) -> tuple[slice, slice]:
-        """These positions, or their neighbours so many rows and columns off, in a plane with a margin around it."""
+        """These positions, or their neighbors so many rows and columns off, in a plane with a margin around it."""
         return (
             slice(MARGIN + self.top + down, MARGIN + self.height + down, self.period),
             slice(MARGIN + self.left + right, MARGIN + self.width + right, self.period),
         )
 
     @property
-    def neighbours(self) -> list[tuple[int, int]]:
+    def neighbors(self) -> list[tuple[int, int]]:
         """(down, right) in positions."""
-        return [(down * self.distance, right * self.distance) for down, right in NEIGHBOURS[self.place]]
+        return [(down * self.distance, right * self.distance) for down, right in NEIGHBORS[self.place]]
 
 
 def passes(height: int, width: int) -> Iterator[Pass]:
@@ -412,12 +412,12 @@ def passes(height: int, width: int) -> Iterator[Pass]:
 
 
 def input_count(channel: int, role: int) -> int:
-    """Numbers that the network of a role sees: neighbours, the cross in each earlier channel, the step."""
+    """Numbers that the network of a role sees: neighbors, the cross in each earlier channel, the step."""
     place = role if role < 4 else role - 3
-    return len(NEIGHBOURS[place]) + len(CROSS) * min(channel, EARLIER_CHANNELS) + 1
+    return len(NEIGHBORS[place]) + len(CROSS) * min(channel, EARLIER_CHANNELS) + 1
 
 
-# Which probability table each level gets: from the file itself, from statistics of a set, or from decoded neighbours.
+# Which probability table each level gets: from the file itself, from statistics of a set, or from decoded neighbors.
 
 RATIO_BITS = 16
 """Of `ratios` and `scales` of a fitted model."""
@@ -488,7 +488,7 @@ def log2_value(step: int) -> int:
 def gather(known: np.ndarray, channel: int, part: Pass, steps: Sequence[int]) -> np.ndarray:
     """What the network of a pass sees, (n, inputs) int64 with 10 fractional bits, in standard deviations."""
     earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
-    seen = [(channel, place) for place in part.neighbours] + [(other, place) for other in earlier for place in CROSS]
+    seen = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
     count = known[channel][part.window()].size
     found = np.empty((input_count(channel, part.role), count), np.int64)
     for row, (other, place) in zip(found, seen):

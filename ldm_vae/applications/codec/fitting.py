@@ -71,7 +71,7 @@ class CodecFitConfig:
         autoencoder: the directory of the autoencoder that made the latents.
         latents: a set that `ldm-vae encode` wrote, with store=moments or mean.
         output: the file to write, a .safetensors.
-        kind: `context` (small networks over decoded neighbours) or `static` (one distribution a channel).
+        kind: `context` (small networks over decoded neighbors) or `static` (one distribution a channel).
         steps: of training, for `context`.
         batch: samples per step.
         learning_rate: at the start; it falls to zero along a cosine.
@@ -166,13 +166,13 @@ def _statistics(
 ) -> FittedModel:  # fmt: skip
     mean, logvar = moments(dataset, indices[evenly(len(indices), STATISTICS_SAMPLES)])
     units = channel_units(mean, None if is_deterministic(autoencoder) else logvar)
-    centre = mean.double().mean(dim=(0, 2, 3)).numpy()
+    center = mean.double().mean(dim=(0, 2, 3)).numpy()
     deviation = mean.double().std(dim=(0, 2, 3), correction=0).clamp_min(1e-6).numpy()
-    normal = (mean.double().numpy() - centre[:, None, None]) / deviation[:, None, None]
+    normal = (mean.double().numpy() - center[:, None, None]) / deviation[:, None, None]
     one = 1 << entropy_models.RATIO_BITS
     ratios = tuple(_integer(float(u / d) * one) for u, d in zip(units, deviation, strict=True))
-    scales = tuple(_integer(_logistic_scale(normal[:, c]) * one) for c in range(len(centre)))
-    return FittedModel("static", identity(autoencoder), centre, units, ratios, scales)
+    scales = tuple(_integer(_logistic_scale(normal[:, c]) * one) for c in range(len(center)))
+    return FittedModel("static", identity(autoencoder), center, units, ratios, scales)
 
 
 def _integer(value: float) -> int:
@@ -222,7 +222,7 @@ class ContextNetworks(nn.Module):
 
 
 def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray) -> Any:
-    """Networks that minimise the code length of levels at random steps."""
+    """Networks that minimize the code length of levels at random steps."""
     from tqdm import tqdm
 
     one = 1 << entropy_models.RATIO_BITS
@@ -257,7 +257,7 @@ def _crop(mean: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _levels(model: FittedModel, means: np.ndarray, step: int) -> np.ndarray:
     """Latents (n, c, h, w) -> levels, int64."""
-    return Grid(model.mean, model.unit, step).quantise(means, "latents")
+    return Grid(model.mean, model.unit, step).quantize(means, "latents")
 
 
 def code_length(networks: ContextNetworks, levels: np.ndarray, model: FittedModel, step: int) -> Tensor:
@@ -277,7 +277,7 @@ def code_length(networks: ContextNetworks, levels: np.ndarray, model: FittedMode
 def _inputs(values: Tensor, channel: int, part: Pass, width: float) -> Tensor:
     """As `entropy_models.gather` in floats: (n * positions, inputs)."""
     earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
-    seen = [(channel, place) for place in part.neighbours] + [(other, place) for other in earlier for place in CROSS]
+    seen = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
     found = [values[(slice(None), other, *part.window(*place))].reshape(-1) for other, place in seen]
     count = values[(slice(None), channel, *part.window())].numel()
     found.append(torch.full((count,), math.floor(16 * math.log2(width)) / 16))

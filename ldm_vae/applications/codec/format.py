@@ -245,7 +245,7 @@ class FittedModel:
 
     Args:
         autoencoder: `identity` of the autoencoder, `sha256:HEX`.
-        mean, unit: of each channel, (c,) float64; see `quantisation.Grid`.
+        mean, unit: of each channel, (c,) float64; see `quantization.Grid`.
         ratios: units per standard deviation of the set, 16 fractional bits, (c,).
         scales: of a logistic distribution of the levels, in standard deviations, 16 fractional bits, (c,).
         weights: by (channel, role), int16; see `integer_network`.

@@ -213,7 +213,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 
     Returns:
         brightness: mean lightness, 0 black to 1 white; contrast: standard deviation of the lightness; saturation: mean
-        chroma, 0 grey to about 0.3; red_green, yellow_blue: mean of the two colour axes, positive for red and yellow;
+        chroma, 0 gray to about 0.3; red_green, yellow_blue: mean of the two color axes, positive for red and yellow;
         sharpness: mean absolute step of the lightness to the right and below, relative to the contrast, so that a
         picture of more contrast is not sharper; it depends on the resolution.
     """
@@ -258,18 +258,18 @@ def reduced(images: Tensor) -> Tensor:
 class AttributeReader(nn.Module):
     """Images (n, 3, 64, 64) in [-1, 1] -> attributes (n, k), in their own units; yes or no as 1 or 0, not rounded."""
 
-    centre: Tensor
+    center: Tensor
     scale: Tensor
 
     def __init__(self, attributes: int, width: int = 24) -> None:
         super().__init__()
         self.trunk = convolutional_trunk(SIDE, width)
         self.heads = nn.Linear(4 * width, attributes)
-        self.register_buffer("centre", torch.zeros(attributes))
+        self.register_buffer("center", torch.zeros(attributes))
         self.register_buffer("scale", torch.ones(attributes))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.heads(self.trunk(images)) * self.scale + self.centre
+        return self.heads(self.trunk(images)) * self.scale + self.center
 
 
 def train_reader(images: Tensor, attributes: Sequence[Attribute], epochs: int, seed: int = 0) -> AttributeReader:
@@ -283,8 +283,8 @@ def train_reader(images: Tensor, attributes: Sequence[Attribute], epochs: int, s
         reader = AttributeReader(len(attributes))
         for k in range(len(attributes)):
             column = values[known[:, k], k]
-            reader.centre[k], reader.scale[k] = column.mean(), column.std().clamp_min(1e-6)
-        values = torch.where(known, values, reader.centre)
+            reader.center[k], reader.scale[k] = column.mean(), column.std().clamp_min(1e-6)
+        values = torch.where(known, values, reader.center)
         steps = math.ceil(len(images) / BATCH) * epochs
         optimizer = torch.optim.AdamW(reader.parameters(), LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)

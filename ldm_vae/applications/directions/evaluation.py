@@ -76,7 +76,7 @@ class EvaluateDirectionsConfig:
         autoencoder: with the encoder that they were fitted to.
         output: the folder for the results.
         part: held_out (what neither training nor fit saw), train or all.
-        resolution: side of the centre crop in pixels; take that of the fit.
+        resolution: side of the center crop in pixels; take that of the fit.
         count: images that are edited.
         strengths: in standard deviations of the pooled latents, 0 among them.
         names: only these directions; null: all.
@@ -429,10 +429,10 @@ def judge(
     return Row(**{**vars(row), "verdict": _verdict(row, direction.attribute is not None)})
 
 
-def _verdict(row: Row, labelled: bool) -> str:
+def _verdict(row: Row, labeled: bool) -> str:
     assert row.change is not None
     assert row.monotonicity is not None
-    if not labelled:
+    if not labeled:
         return "unnamed"
     if abs(row.change) < LEAST_CHANGE:
         return "not moved" if row.told["value"] >= TOLD[row.told["measure"]] else "not told"
@@ -532,8 +532,8 @@ def matrix_svg(results: dict[str, Any]) -> str:
     figure, (axes,) = pages.new_figure(width=2.6 + 0.42 * len(attributes), height=1.6 + 0.24 * len(names))
     axes.grid(False)
     blue, orange = pages.COLOURS[2], pages.COLOURS[1]
-    colours = LinearSegmentedColormap.from_list("changes", [blue, "#ffffff", orange])
-    axes.imshow(values, cmap=colours, vmin=-1, vmax=1, aspect="auto")
+    colors = LinearSegmentedColormap.from_list("changes", [blue, "#ffffff", orange])
+    axes.imshow(values, cmap=colors, vmin=-1, vmax=1, aspect="auto")
     across, down = ([name.replace("$", r"\$") for name in those] for those in (attributes, names))  # no formulas
     axes.set_xticks(range(len(attributes)), across, rotation=60, ha="right")
     axes.set_yticks(range(len(names)), down)

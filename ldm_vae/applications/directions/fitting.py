@@ -221,7 +221,7 @@ def gather(wanted: Wanted, autoencoder: Any) -> Samples:
     source, indices = select(wanted.data, wanted.part, wanted.count)
     check_resolution(wanted.resolution, autoencoder)
     rejected: list[tuple[str, str]] = []
-    found, pooled, colours = [], [], []
+    found, pooled, colors = [], [], []
     for index in _shown(indices):
         read, image = read_crops(source, [index], wanted.resolution, rejected)
         if image is None:
@@ -230,7 +230,7 @@ def gather(wanted: Wanted, autoencoder: Any) -> Samples:
         image = image.to(autoencoder.device)
         mean, _ = encode_moments(autoencoder, image)
         pooled.append(pool(mean, source.id(index)))
-        colours.append(attributes_module.measure(image))
+        colors.append(attributes_module.measure(image))
     ids = [source.id(index) for index in found]
     _check_count(ids, f"{len(rejected)} of {len(indices)} images could not be read" if rejected else "data")
     labels = np.array([source.label(index) for index in found], np.int64)
@@ -241,7 +241,7 @@ def gather(wanted: Wanted, autoencoder: Any) -> Samples:
         elif origin == LABELS:
             attributes += attributes_module.of_classes(labels, source.label_names, "labels")
         elif origin == PIXELS:
-            attributes += _measured(colours)
+            attributes += _measured(colors)
         else:
             attributes += attributes_module.of_table(origin, ids, wanted.circles)
     record = {
@@ -268,12 +268,12 @@ def _from_latents(wanted: Wanted, autoencoder: Any) -> Samples:
     numbers = spread_over_shards(manifest.shard_index.counts, wanted.count or manifest.count)
     ids = [dataset.id(number) for number in numbers]
     _check_count(ids, str(wanted.latents))
-    pooled, colours = [], []
+    pooled, colors = [], []
     for number, id in zip(_shown(numbers), ids):
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
         if PIXELS in wanted.attributes_from:
-            colours.append(attributes_module.measure(decode(autoencoder, latent.to(autoencoder.device))))
+            colors.append(attributes_module.measure(decode(autoencoder, latent.to(autoencoder.device))))
     attributes: list[Attribute] = []
     for origin in wanted.attributes_from:
         if origin == SCENE:
@@ -283,7 +283,7 @@ def _from_latents(wanted: Wanted, autoencoder: Any) -> Samples:
                 read_labels(manifest)[numbers], manifest.label_names, str(wanted.latents)
             )
         elif origin == PIXELS:
-            attributes += _measured(colours)
+            attributes += _measured(colors)
         else:
             attributes += attributes_module.of_table(origin, ids, wanted.circles)
     record = {
@@ -345,10 +345,10 @@ def _shown(indices: Sequence[int]) -> Iterator[int]:
 
 # From pooled latents to directions: pure functions of arrays.
 
-LABELLED = ("difference", "probe")
-UNLABELLED = ("pca", "sefa")
+LABELED = ("difference", "probe")
+UNLABELED = ("pca", "sefa")
 PENALTY = 1e-2
-"""Of the squared weights of a probe on standardised features."""
+"""Of the squared weights of a probe on standardized features."""
 FOLDS = 5
 IMPULSE_SIDE = 9
 """Positions of the latent that the first convolution is probed with."""
@@ -377,7 +377,7 @@ class Direction:
         return self.name.rsplit("/", 1)[1] if self.attribute else self.name.split("/")[0]
 
 
-def labelled(pooled: np.ndarray, attribute: Attribute) -> list[Direction]:
+def labeled(pooled: np.ndarray, attribute: Attribute) -> list[Direction]:
     """The difference of the means (for a number: the slope of the latents over it), and the normal of a linear probe,
     logistic for yes or no, ridge for a number. Pooled latents (n, c). Needs `attribute.problem()` None."""
     features, y = pooled[attribute.known], attribute.values[attribute.known]
@@ -393,14 +393,14 @@ def labelled(pooled: np.ndarray, attribute: Attribute) -> list[Direction]:
 
 
 def probe(features: np.ndarray, y: np.ndarray, binary: bool) -> tuple[np.ndarray, float]:
-    """Weights (c,) and offset of a penalised logistic (0 and 1) or linear regression of y (n,) on features (n, c)."""
+    """Weights (c,) and offset of a penalized logistic (0 and 1) or linear regression of y (n,) on features (n, c)."""
     if not binary:
-        centre, spread = y.mean(), y.std()
+        center, spread = y.mean(), y.std()
         mean = features.mean(axis=0)
-        centred = features - mean
-        gram = centred.T @ centred / len(y) + PENALTY * np.eye(features.shape[1])
-        weights = spread * np.linalg.solve(gram, centred.T @ ((y - centre) / spread) / len(y))
-        return weights, float(centre - mean @ weights)
+        centered = features - mean
+        gram = centered.T @ centered / len(y) + PENALTY * np.eye(features.shape[1])
+        weights = spread * np.linalg.solve(gram, centered.T @ ((y - center) / spread) / len(y))
+        return weights, float(center - mean @ weights)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         weights, offset = parameters[:-1], parameters[-1]
@@ -514,7 +514,7 @@ class FitDirectionsConfig:
         output: the folder for the directions.
         latents: a set that `ldm-vae encode` wrote, instead of images.
         part: train, held_out or all, of the images.
-        resolution: side of the centre crop in pixels, a multiple of the downsampling.
+        resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread; null: all.
         attributes_from: any of pixels (brightness, contrast, saturation, red_green, yellow_blue, sharpness), labels
             (each class against the others), scene (what is known of the synthetic set), or paths of .csv and .jsonl
@@ -536,12 +536,12 @@ class FitDirectionsConfig:
     attributes_from: list[str] = field(default_factory=lambda: [PIXELS])
     circles: list[str] = field(default_factory=list)
     attributes: list[str] | None = None
-    methods: list[str] = field(default_factory=lambda: [*LABELLED, *UNLABELLED])
+    methods: list[str] = field(default_factory=lambda: [*LABELED, *UNLABELED])
     components: int = 4
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        known = (*LABELLED, *UNLABELLED)
+        known = (*LABELED, *UNLABELED)
         for method in self.methods:
             if method not in known:
                 raise UserError(f"methods: {method!r} is no method; choose among {', '.join(known)}")
@@ -551,7 +551,7 @@ class FitDirectionsConfig:
             raise UserError(f"components: {self.components} is below 1")
         if self.count is not None and self.count < 1:
             raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
-        if not self.attributes_from and not set(self.methods) & set(UNLABELLED):
+        if not self.attributes_from and not set(self.methods) & set(UNLABELED):
             raise UserError("attributes_from: none, and no method works without; add pixels, or the method pca")
 
 
@@ -600,7 +600,7 @@ def find_directions(
             raise UserError(f"attributes: {name!r} {problem}; give other images, or leave it out")
     for name, attribute in chosen.items():
         if name not in left_out:
-            fitted = labelled(samples.pooled, attribute)
+            fitted = labeled(samples.pooled, attribute)
             found += [direction for direction in fitted if direction.method in config.methods]
     if "pca" in config.methods:
         found += principal(samples.pooled, config.components)

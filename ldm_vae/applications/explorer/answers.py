@@ -159,7 +159,7 @@ def described(model: Model) -> dict[str, Any]:
         "plane": {
             "kind": plane.kind,
             "bounds": list(plane.bounds),
-            "centre": list(plane.centre),
+            "center": list(plane.center),
             "spread": list(plane.spread),
             "explained": plane.explained,
         },

@@ -158,7 +158,7 @@ def packed_floats(tensors: list[Tensor]) -> str:
 
 
 def sprite(images: Tensor) -> dict[str, Any]:
-    """uint8 (n, 3, h, w) in one WebP, row by row, as a data URI with its measures; without loss where all are grey."""
+    """uint8 (n, 3, h, w) in one WebP, row by row, as a data URI with its measures; without loss where all are gray."""
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -166,9 +166,9 @@ def sprite(images: Tensor) -> dict[str, Any]:
     cells[:count] = images
     cells = cells.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     sheet = Image.fromarray(cells.reshape(rows * height, columns * width, channels).numpy())
-    grey = bool((images == images[:, :1]).all())
+    gray = bool((images == images[:, :1]).all())
     buffer = io.BytesIO()
-    sheet.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=grey)
+    sheet.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=gray)
     address = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return {"address": address, "columns": columns, "width": width, "height": height}
 

@@ -38,7 +38,7 @@ class Plane:
         points: (n, 2) float32, in latent units; for `pca` the projection of latents whose channels are scaled to a
             standard deviation of 1.
         bounds: hold 99 % of the points and a margin.
-        centre, spread: mean and standard deviation of the points along each axis.
+        center, spread: mean and standard deviation of the points along each axis.
         explained: share of the variance of the scaled latents along each axis, `pca` only.
         origin: (d,) the latent at (0, 0); `axes`: (2, d) orthonormal; `scale`: (d,) of the latents along each number.
         latent_shape: c, h, w with d = chw.
@@ -47,7 +47,7 @@ class Plane:
     kind: Literal["latent", "pca"]
     points: Tensor
     bounds: Bounds
-    centre: tuple[float, float]
+    center: tuple[float, float]
     spread: tuple[float, float]
     explained: tuple[float, float] | None
     origin: Tensor
@@ -88,7 +88,7 @@ def fit_plane(explored: Explored) -> Plane:
         kind="latent" if explained is None else "pca",
         points=points,
         bounds=_bounds(points),
-        centre=_pair(points.mean(dim=0)),
+        center=_pair(points.mean(dim=0)),
         spread=_pair(deviation),
         explained=explained,
         origin=origin,
@@ -108,12 +108,12 @@ def _principal_axes(latents: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tup
 
     fitted = latents[evenly_spaced(len(latents), FITTED_IMAGES)].double()
     origin = fitted.mean(dim=0)
-    centred = (fitted - origin) / scale.double()
-    count, length = centred.shape
-    products = centred.T @ centred if length < count else centred @ centred.T
+    centered = (fitted - origin) / scale.double()
+    count, length = centered.shape
+    products = centered.T @ centered if length < count else centered @ centered.T
     first = max(0, len(products) - 2)
     values, vectors = (torch.from_numpy(each) for each in eigh(products, subset_by_index=[first, len(products) - 1]))
-    axes = vectors.T if length < count else vectors.T @ centred
+    axes = vectors.T if length < count else vectors.T @ centered
     total = float(products.trace())
     shares = [0.0, 0.0]
     found = torch.zeros(2, length, dtype=torch.float64)
@@ -148,16 +148,16 @@ PAUSE_SECONDS = 0.001
 
 @dataclass(frozen=True, eq=False)
 class RoundTrip:
-    """The round trips of the centres of a grid's cells over the bounds of a plane.
+    """The round trips of the centers of a grid's cells over the bounds of a plane.
 
     Attributes:
         share: of the cells inside, those whose error is at most the tolerance, 0 to 1.
         share_in_holes: the same of the cells inside that hold no image; None where every one does.
         tolerance: in standard deviations.
         grid: cells along each axis.
-        errors: (grid, grid) float32, distance of where a centre's decoded image is encoded to from the centre, in the
+        errors: (grid, grid) float32, distance of where a center's decoded image is encoded to from the center, in the
             plane, in standard deviations of the images' points along each axis; rows by rising y.
-        inside: (grid, grid) bool, cells whose centre lies in the convex hull of the images' points.
+        inside: (grid, grid) bool, cells whose center lies in the convex hull of the images' points.
         bounds: of the grid.
     """
 
@@ -173,24 +173,24 @@ class RoundTrip:
 def measure_round_trip(
     explored: Explored, plane: Plane, grid: int = 24, advance: Callable[[int], None] | None = None
 ) -> RoundTrip:
-    """Decode every centre to 8-bit pixels, encode these to the mean, and project that.
+    """Decode every center to 8-bit pixels, encode these to the mean, and project that.
 
     For a projected plane (`pca`) only the way inside the plane counts.
 
     Args:
         advance: called with the number of points that were just measured; what it raises ends the measurement.
     """
-    centres = grid_centres(plane.bounds, grid)
+    centers = grid_centers(plane.bounds, grid)
     spread = torch.tensor(plane.spread)
     errors = []
-    for part in centres.split(explored.batch):
+    for part in centers.split(explored.batch):
         mean, _ = explored.encode(explored.decode(plane.latent_at(part)))
         errors.append(((plane.point_of(mean) - part) / spread).norm(dim=1))
         if advance is not None:
             advance(len(part))
         time.sleep(PAUSE_SECONDS)
     found = torch.cat(errors).reshape(grid, grid).numpy()
-    inside = in_outline(plane.points.numpy(), centres.numpy()).reshape(grid, grid)
+    inside = in_outline(plane.points.numpy(), centers.numpy()).reshape(grid, grid)
     hit, holes = found <= TOLERANCE, inside & ~occupied(plane, grid)
     return RoundTrip(
         share=float(hit[inside].mean()),
@@ -203,7 +203,7 @@ def measure_round_trip(
     )
 
 
-def grid_centres(bounds: Bounds, grid: int) -> Tensor:
+def grid_centers(bounds: Bounds, grid: int) -> Tensor:
     """(grid * grid, 2): x changes fastest, both rise."""
     x0, x1, y0, y1 = bounds
     steps = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid

@@ -164,7 +164,7 @@ def turn_of(address: str, question: Question) -> Turn | None:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
-    """The result of `work`, or None when the client disconnects first; `work` is then cancelled."""
+    """The result of `work`, or None when the client disconnects first; `work` is then canceled."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -43,7 +43,7 @@ LARGEST_TILE = 192
 GAP = 2
 """Sides of a channel's picture, and between two of them, in pixels."""
 RANGE = 3.0
-"""Standard deviations of a latent channel from black to grey, and from grey to white."""
+"""Standard deviations of a latent channel from black to gray, and from gray to white."""
 
 Shape = tuple[int, ...]
 
@@ -67,8 +67,8 @@ class Activation:
     """What one stage gave for one image.
 
     `mean`, `deviation`, `minimum`, `maximum`: over all its numbers. `mosaic`: uint8, (H, W, 3) the picture itself for
-    input and output, else (H, W) its first 64 channels as grey pictures, each from its least to its largest value;
-    those of the latent on one scale for all images: grey the channel's mean, black and white three deviations off
+    input and output, else (H, W) its first 64 channels as gray pictures, each from its least to its largest value;
+    those of the latent on one scale for all images: gray the channel's mean, black and white three deviations off
     (sigma: black 0, white the largest of all images).
     """
 
@@ -228,9 +228,9 @@ def _picture(image: Tensor) -> np.ndarray:
 
 def _on_scale(explored: Explored, latent: Tensor) -> np.ndarray:
     """A latent (c, h, w) against all images' means."""
-    centre = explored.mean.mean(dim=(0, 2, 3))[:, None, None]
+    center = explored.mean.mean(dim=(0, 2, 3))[:, None, None]
     reach = RANGE * explored.channel_deviation[:, None, None].clamp_min(1e-6)
-    return mosaic(0.5 + 0.5 * (latent - centre) / reach)
+    return mosaic(0.5 + 0.5 * (latent - center) / reach)
 
 
 def _largest_sigma(explored: Explored) -> Tensor:
@@ -248,7 +248,7 @@ def _stretched(values: Tensor) -> Tensor:
 
 
 def mosaic(channels: Tensor) -> np.ndarray:
-    """The first 64 channels of (c, h, w) or (c,), values from 0 to 1, as one grey picture, uint8 (H, W).
+    """The first 64 channels of (c, h, w) or (c,), values from 0 to 1, as one gray picture, uint8 (H, W).
 
     Small ones are enlarged by a whole number of times, large ones shrunk; up to four stand in one row.
     """
@@ -259,14 +259,14 @@ def mosaic(channels: Tensor) -> np.ndarray:
         tiles = F.interpolate(tiles.float(), (height, width), mode="area")
     elif longest < SMALLEST_TILE:
         tiles = F.interpolate(tiles.float(), scale_factor=float(SMALLEST_TILE // longest), mode="nearest")
-    grey = (tiles[:, 0].float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    count, height, width = grey.shape
+    gray = (tiles[:, 0].float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    count, height, width = gray.shape
     root = math.sqrt(count)
     whole = [columns for columns in range(math.ceil(root), int(2 * root) + 1) if count % columns == 0]
     columns = count if count <= 4 else whole[0] if whole else math.ceil(root)
     rows = math.ceil(count / columns)
     sheet = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), np.uint8)
-    for number, tile in enumerate(grey):
+    for number, tile in enumerate(gray):
         top, left = number // columns * (height + GAP), number % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = tile
     return sheet
@@ -329,7 +329,7 @@ def decoder_parts(autoencoder: Any) -> list[Part]:
         return [*parts, Part("output", "Output", title, (decoder.head,))]
     if isinstance(decoder, VectorDecoder):
         parts = _numbered("decoder", "Decoder", _vector_decoder(decoder), {2: SMALLEST_SIDE})
-        return [*parts, Part("output", "Output", "The last layer: grey.", (decoder.head,))]
+        return [*parts, Part("output", "Output", "The last layer: gray.", (decoder.head,))]
     if isinstance(decoder, SdDecoder):
         first = getattr(autoencoder, "post_quant_conv", None)
         parts = _numbered("decoder", "Decoder", _sd_decoder(decoder, first))

@@ -38,7 +38,7 @@ def plain(autoencoder_directory, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def labelled(plain, autoencoder_directory, tmp_path) -> list[str]:
+def labeled(plain, autoencoder_directory, tmp_path) -> list[str]:
     """Words of `anomaly evaluate` with it."""
     networks = [f"detector={plain}", f"autoencoder={autoencoder_directory}", "device=cpu"]
     return [*networks, *TEST, f"output={tmp_path / 'out'}"]
@@ -108,9 +108,9 @@ def test_a_finished_report_is_read_and_one_of_other_settings_refused(evaluated, 
         evaluate(configuration.load(EvaluateConfig, None, [*words, "prevalence=0.5"]))
 
 
-def test_images_that_the_detector_was_fitted_to_are_left_out(labelled, capsys):
+def test_images_that_the_detector_was_fitted_to_are_left_out(labeled, capsys):
     same = ["data.synthetic.seed=0", "data.synthetic.count=40", "data.synthetic.defects=0.3"]
-    assert cli.main(["anomaly", "evaluate", *labelled, *same]) == EXIT_USER_ERROR
+    assert cli.main(["anomaly", "evaluate", *labeled, *same]) == EXIT_USER_ERROR
     assert "0 normal images after" in capsys.readouterr().err
 
 
@@ -126,8 +126,8 @@ def test_images_that_the_detector_was_fitted_to_are_left_out(labelled, capsys):
         (["data.synthetic.resolution=40"], "has a short side of 40 pixels, fewer than 64"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_one_sentence(labelled, changes, message, tmp_path, capsys):
-    assert cli.main(["anomaly", "evaluate", *labelled, *changes]) == EXIT_USER_ERROR
+def test_an_evaluation_that_cannot_be_is_one_sentence(labeled, changes, message, tmp_path, capsys):
+    assert cli.main(["anomaly", "evaluate", *labeled, *changes]) == EXIT_USER_ERROR
     said = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()[-1]
     assert said.startswith("ldm-vae anomaly evaluate: ")
     assert message in said

@@ -59,7 +59,7 @@ def test_aupro_of_a_case_worked_by_hand():
 
 
 def test_aupro_takes_equal_values_together_and_joins_touching_pixels():
-    mask = np.eye(4, dtype=bool)  # diagonal neighbours are one region
+    mask = np.eye(4, dtype=bool)  # diagonal neighbors are one region
     assert metrics.pixel_aupro([np.ones((4, 4))], [mask]) == pytest.approx(0.15)
     assert metrics.pixel_aupro([mask.astype(float)], [mask]) == pytest.approx(1.0)
     assert metrics.pixel_aupro([1.0 - mask], [mask]) == pytest.approx(0.0)

@@ -21,7 +21,7 @@ STEPS = np.array([-1300, -400, 0, 400, 1300], np.int16)
 
 
 def smooth_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 (height, width, 3): blobs of colour."""
+    """uint8 (height, width, 3): blobs of color."""
     coarse = numpy_rng(seed, "picture").integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 

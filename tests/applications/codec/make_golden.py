@@ -26,9 +26,9 @@ def main() -> None:
         (FOLDER / "context.safetensors.xz").write_bytes(lzma.compress(model.read_bytes(), preset=9))
         fitted = compression.open_codec(autoencoder, str(model))
         for name, codec in (("self-fitted", plain), ("context", fitted)):
-            picture = compression.analyse(codec, smooth_picture(61, 83), name)
+            picture = codec.analyze(smooth_picture(61, 83), name)
             path = FOLDER / f"{name}.ldmz"
-            path.write_bytes(compression.compress(codec, picture, step_of(100.0), (1, 2)).data)
+            path.write_bytes(codec.compress(picture, step_of(100.0), (1, 2)).data)
             print(name, path.stat().st_size, levels(codec, path))
 
 

@@ -22,8 +22,8 @@ from tests.applications.codec.conftest import random_model, smooth_picture
 
 
 def through(codec, image, quality=60.0, parts=()):
-    data = compression.compress(codec, compression.analyse(codec, image, "it"), step_of(quality), parts).data
-    return data, compression.decompress(codec, data, "it")
+    data = codec.compress(codec.analyze(image, "it"), step_of(quality), parts).data
+    return data, codec.decompress(data, "it")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (33, 18), (64, 64), (7, 90)])
@@ -32,7 +32,7 @@ def test_any_size_comes_back(plain, fitted, size):
     for codec in (plain, fitted):
         data, decoded = through(codec, image)
         assert decoded.shape == image.shape
-        assert (decoded == compression.decompress(codec, data, "it")).all()
+        assert (decoded == codec.decompress(data, "it")).all()
 
 
 def test_a_fine_step_gives_what_the_autoencoder_gives(plain):
@@ -52,16 +52,16 @@ def test_a_fine_step_gives_what_the_autoencoder_gives(plain):
 def test_the_grid_errs_by_less_than_a_step(quality, largest):
     grid = Grid(np.array([0.5, -3.0]), np.array([0.1, 2.0]), step_of(quality))
     latents = np.random.default_rng(0).normal(0, 4, (2, 9, 9))
-    levels = grid.quantise(latents, "it")
+    levels = grid.quantize(latents, "it")
     error = np.abs(grid.restore(levels) - latents) / grid.width
     assert (error <= largest + 1e-6).all()
     assert (error.max() > 0.5 + 1e-6) == (quality >= 38)  # coarse steps are rounded plainly
     assert np.abs(grid.restore(levels[:1]) - grid.restore(levels)[:1]).max() == 0
-    assert (grid.quantise(np.stack([latents, latents]), "it") == levels).all()
+    assert (grid.quantize(np.stack([latents, latents]), "it") == levels).all()
     with pytest.raises(UserError, match="span more than 16383 steps"):
-        grid.quantise(np.full((2, 1, 1), 1e6), "it")
+        grid.quantize(np.full((2, 1, 1), 1e6), "it")
     with pytest.raises(UserError, match="not finite"):
-        grid.quantise(np.full((2, 1, 1), np.nan), "it")
+        grid.quantize(np.full((2, 1, 1), np.nan), "it")
 
 
 def test_units_are_the_posteriors_or_a_share_of_the_latents():
@@ -74,20 +74,20 @@ def test_units_are_the_posteriors_or_a_share_of_the_latents():
 def test_a_target_is_met_and_nearly_used_up(plain, fitted):
     image = smooth_picture(128, 128)
     for codec in (plain, fitted):
-        picture = compression.analyse(codec, image, "it")
+        picture = codec.analyze(image, "it")
         for target in (0.2, 0.35):
-            size = len(compression.compress_within(codec, picture, target).data)
+            size = len(codec.compress_within(picture, target).data)
             assert 0.9 * target <= 8 * size / 128**2 <= target
         with pytest.raises(UserError, match=r"its smallest file has .* bits per pixel, more than 0.001"):
-            compression.compress_within(codec, picture, 0.001)
+            codec.compress_within(picture, 0.001)
 
 
 def test_a_target_is_met_where_the_finest_steps_have_too_many_levels(plain):
-    picture = compression.analyse(plain, smooth_picture(32, 32), "it")
+    picture = plain.analyze(smooth_picture(32, 32), "it")
     narrow = dataclasses.replace(picture, unit=picture.unit / 1000)
     with pytest.raises(UserError, match="its latents span more than 16383 steps; take a lower quality"):
-        compression.compress(plain, narrow, step_of(100.0))
-    assert compression.compress_within(plain, narrow, 90.0).step > step_of(100.0)
+        plain.compress(narrow, step_of(100.0))
+    assert plain.compress_within(narrow, 90.0).step > step_of(100.0)
 
 
 def test_a_posterior_that_was_held_to_no_rate_sets_no_unit():
@@ -107,19 +107,19 @@ def test_qualities_are_from_1_to_100():
 def test_wrong_companions_are_refused(plain, fitted, autoencoder_folder, model_file, tmp_path):
     image = smooth_picture(16, 16)
     data, _ = through(fitted, image)
-    with pytest.raises(UserError, match=r"it: needs the entropy model [0-9a-f]{16}; give its file with --entropy"):
-        compression.decompress(plain, data, "it")
+    with pytest.raises(UserError, match=r"it: needs the entropy model [0-9a-f]{16}; give its file as entropy"):
+        plain.decompress(data, "it")
     other = dataclasses.replace(random_model(plain.identity, 3), scales=(36001, 36000, 36000))
     with pytest.raises(UserError, match="it: was compressed with entropy model"):
-        compression.decompress(dataclasses.replace(plain, model=other), data, "it")
+        dataclasses.replace(plain, model=other).decompress(data, "it")
     stranger = dataclasses.replace(plain, identity="sha256:" + "1" * 64, where="runs/other")
     with pytest.raises(UserError, match=r"it: was compressed with autoencoder [0-9a-f]{16}, and runs/other is 1{16}"):
-        compression.decompress(stranger, through(plain, image)[0], "it")
+        stranger.decompress(through(plain, image)[0], "it")
     random_model("sha256:" + "2" * 64, 3).save(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="was fitted to the latents of another autoencoder"):
         compression.open_codec(str(autoencoder_folder), str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="is too large to compress"):
-        compression.analyse(plain, np.broadcast_to(np.uint8(0), (70000, 1, 3)), "it")
+        plain.analyze(np.broadcast_to(np.uint8(0), (70000, 1, 3)), "it")
 
 
 def test_a_decoder_that_was_trained_further_reads_old_files(plain):
@@ -131,7 +131,7 @@ def test_a_decoder_that_was_trained_further_reads_old_files(plain):
         again.decoder.head.bias += 0.2
     codec = dataclasses.replace(plain, autoencoder=again.eval(), identity=compression.identity(again))
     assert codec.identity == plain.identity
-    assert (compression.decompress(codec, data, "it") != decoded).any()
+    assert (codec.decompress(data, "it") != decoded).any()
     with torch.no_grad():
         again.encoder.head.bias += 0.2
     assert compression.identity(again) != plain.identity
@@ -144,10 +144,10 @@ def build_like(autoencoder):
 def test_a_preview_is_what_the_narrow_autoencoder_decodes(plain):
     image = smooth_picture(24, 40)
     data, _ = through(plain, image, parts=(2,))
-    preview = compression.decompress(plain, data, "it", channels=2)
-    picture = compression.analyse(plain, image, "it")
-    levels = compression.compress(plain, picture, step_of(60.0)).levels
-    own = format.format.SelfFitted.rounded(picture.mean, picture.unit, (0, 0, 0))
+    preview = plain.decompress(data, "it", channels=2)
+    picture = plain.analyze(image, "it")
+    levels = plain.compress(picture, step_of(60.0)).levels
+    own = format.SelfFitted.rounded(picture.mean, picture.unit, (0, 0, 0))
     latents = Grid(own.mean, own.unit, step_of(60.0)).restore(levels[:2])
     narrow = narrow_channels(plain.autoencoder, 2)
     expected = transforms.to_uint8(decode(narrow, torch.from_numpy(latents)[None]))[0].permute(1, 2, 0).numpy()
@@ -226,9 +226,10 @@ def test_names_that_are_no_utf_8_are_read(autoencoder_folder, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--quality", "0"], "quality: 0 is not between 1 and 100"),
-        (["--target-bpp", "-1"], "--target-bpp: -1 is no number of bits per pixel"),
-        (["--progressive", "2,1"], "--progressive: '2,1' is no rising list of channel counts up to 3"),
-        (["--output", "/proc/version"], "--output: /proc/version is a file; give a folder"),
+        (["--target-bpp", "-1"], "target_bpp: -1 is not a number of bits per pixel"),
+        (["--progressive", "2,1"], "progressive: [2, 1] is not a rising list of channel counts"),
+        (["--progressive", "2,4"], "progressive: [2, 4] are more channels than the latents have, 3; give fewer"),
+        (["--output", "/proc/version"], "output: /proc/version is a file; give a folder"),
         (["--entropy", "missing"], "missing: no such file; give one that `ldm-vae codec-fit` wrote"),
     ],
 )

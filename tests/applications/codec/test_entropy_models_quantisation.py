@@ -1,4 +1,4 @@
-"""Rounding keeps the mean of what is flat, in latents and in the colours of a decoded picture."""
+"""Rounding keeps the mean of what is flat, in latents and in the colors of a decoded picture."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_whole_numbers_stay():
     assert (diffused_levels(levels) == levels).all()
 
 
-def test_flat_areas_keep_their_colour_at_the_default_quality():
+def test_flat_areas_keep_their_color_at_the_default_quality():
     """Plain rounding is off by up to 3.7 of 255 in these areas."""
     codec = compression.open_codec(str(CHECKPOINT))
     image = np.array(COLOURS, np.uint8).reshape(3, 3, 3).repeat(SIDE, 0).repeat(SIDE, 1)
-    picture = compression.analyse(codec, image, "it")
-    data = compression.compress(codec, picture, step_of(50.0)).data
-    unrounded = compression.picture_of(codec, picture.latents.astype(np.float32), *image.shape[:2])
-    decoded = compression.decompress(codec, data, "it")
+    picture = codec.analyze(image, "it")
+    data = codec.compress(picture, step_of(50.0)).data
+    unrounded = codec.picture_of(picture.latents.astype(np.float32), *image.shape[:2])
+    decoded = codec.decompress(data, "it")
     error = (decoded.astype(np.float64) - unrounded).reshape(3, SIDE, 3, SIDE, 3)[:, INSIDE][:, :, :, INSIDE]
     shift = np.abs(error.mean(axis=(1, 3)))
     assert shift.max() < 1.5

@@ -36,7 +36,7 @@ def test_every_table_is_whole_and_the_same_everywhere():
 
 
 @pytest.mark.parametrize(("scale", "fraction"), [(0, 0), (16, 0), (17, 5), (28, 3), (40, 7)])
-def test_a_table_is_a_quantised_logistic(scale, fraction):
+def test_a_table_is_a_quantized_logistic(scale, fraction):
     width, mean = 2.0 ** (scale / 4 - 4), fraction / 8
 
     def cumulative(x):

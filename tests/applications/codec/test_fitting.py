@@ -31,7 +31,7 @@ def test_the_loss_is_the_code_length():
 
 
 def test_training_and_coding_count_the_same_bits():
-    """The floats of the loss and the integers of the codec see the same neighbours and mean the same."""
+    """The floats of the loss and the integers of the codec see the same neighbors and mean the same."""
     networks = ContextNetworks(2, np.full(2, 0.4), torch.Generator().manual_seed(0))
     from ldm_vae.applications.codec.fitting import _with_networks
 
@@ -69,8 +69,8 @@ def test_the_context_saves_bytes_of_actual_files(autoencoder_folder, latents, tm
         assert cli.main(["codec-fit", *words]) == 2
         assert "is there already" in capsys.readouterr().err
         codec = compression.open_codec(str(autoencoder_folder), str(path))
-        picture = compression.analyse(codec, smooth_picture(96, 96, seed=1000), "it")
-        compressed = compression.compress(codec, picture, step_of(50.0))
+        picture = codec.analyze(smooth_picture(96, 96, seed=1000), "it")
+        compressed = codec.compress(picture, step_of(50.0))
         sizes[kind] = len(compressed.data)
         restored = Grid(codec.model.mean, codec.model.unit, compressed.step).restore(compressed.levels)
         assert np.abs(restored - picture.latents).max() <= 2 * codec.model.unit.max()  # a step

@@ -13,7 +13,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ldm_vae.applications.codec import compression, format
+from ldm_vae.applications.codec import format
 from ldm_vae.applications.codec.compression import Codec
 from ldm_vae.errors import UserError
 from tests.applications.codec.conftest import smooth_picture
@@ -27,14 +27,14 @@ def files(plain: Codec, fitted: Codec) -> list[tuple[Codec, bytes]]:
     image = smooth_picture(21, 30)
     made = []
     for codec, parts in ((plain, ()), (fitted, ()), (plain, (1, 2))):
-        made.append((codec, compression.compress(codec, compression.analyse(codec, image, "it"), 700, parts).data))
+        made.append((codec, codec.compress(codec.analyze(image, "it"), 700, parts).data))
     return made
 
 
 def levels(codec: Codec, data: bytes, channels: int | None = None) -> np.ndarray:
     """What a file says, up to the decoder network."""
     header, parts = format.read(io.BytesIO(data), len(data), "it", channels)
-    return compression.levels_of(codec, header, parts, "it")[1]
+    return codec.levels_of(header, parts, "it")[1]
 
 
 def refused(codec: Codec, data: bytes) -> bool:

@@ -27,7 +27,7 @@ def levels(codec: Codec, path: Path) -> str:
     """A checksum of all levels in a file."""
     with open(path, "rb") as file:
         header, data = format.read(file, path.stat().st_size, str(path))
-    return checksum_bytes(compression.levels_of(codec, header, data, str(path))[1].astype("<i8").tobytes())
+    return checksum_bytes(codec.levels_of(header, data, str(path))[1].astype("<i8").tobytes())
 
 
 @pytest.mark.promise(12)
@@ -39,9 +39,9 @@ def test_old_files_decode_to_the_same_levels(name, tmp_path, record_property):
     codec = compression.open_codec(str(autoencoder), None if name == "self-fitted" else str(model))
     path = FOLDER / f"{name}.ldmz"
     assert levels(codec, path) == LEVELS[name]
-    picture = compression.decompress_file(codec, path)
+    picture = codec.decompress_file(path)
     assert picture.shape == (61, 83, 3)
-    preview = compression.decompress_file(codec, path, channels=1)
+    preview = codec.decompress_file(path, channels=1)
     assert (preview != picture).any()
     assert np.std(picture) > 1
     record_property("figure", f"a compressed picture of format 1 ({name}): the same levels, bit by bit")
@@ -53,7 +53,7 @@ def test_a_newer_file_is_refused(tmp_path, record_property):
     data = bytearray((FOLDER / "self-fitted.ldmz").read_bytes())
     data[4] = 99
     with pytest.raises(UserError, match="has format version 99, this program reads 1; update ldm_vae"):
-        compression.decompress(codec, bytes(data), "it")
+        codec.decompress(bytes(data), "it")
     record_property("figure", "a newer compressed picture: refused with advice")
 
 

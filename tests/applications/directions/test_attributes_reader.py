@@ -9,7 +9,7 @@ from ldm_vae.applications.directions.attributes import Attribute, reduced, train
 
 
 def pictures(count: int, seed: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Grey levels with a bright half: level (n,) and whether it is the left half (n,)."""
+    """Gray levels with a bright half: level (n,) and whether it is the left half (n,)."""
     rng = np.random.default_rng(seed)
     level, left = rng.uniform(-0.8, 0.4, count), rng.integers(0, 2, count).astype(float)
     images = torch.from_numpy(level).float().view(-1, 1, 1, 1).repeat(1, 3, 64, 64)

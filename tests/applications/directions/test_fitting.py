@@ -30,7 +30,7 @@ def test_the_probe_finds_what_tells_the_attribute_and_the_difference_what_goes_a
 ) -> None:
     pooled, y = confounded
     attribute = Attribute("y", (y > 0).astype(float) if binary else y, binary)
-    difference, probe = fitting.labelled(pooled, attribute)
+    difference, probe = fitting.labeled(pooled, attribute)
     assert (difference.name, probe.name, probe.method) == ("y/difference", "y/probe", "probe")
     assert alike(difference.vector, np.array([1.0, 0.0, 0.0])) > 0.98
     weights = np.array([1 / np.sqrt(2), -1.0, 0.0]) if not binary else None
@@ -46,14 +46,14 @@ def test_the_probe_finds_what_tells_the_attribute_and_the_difference_what_goes_a
 def test_an_attribute_that_latents_do_not_tell_scores_as_chance(confounded: tuple[np.ndarray, np.ndarray]) -> None:
     pooled, _ = confounded
     other = np.random.default_rng(1).standard_normal(len(pooled))
-    assert fitting.labelled(pooled, Attribute("o", other, False))[0].told["value"] < 0.05
-    found = fitting.labelled(pooled, Attribute("o", (other > 0).astype(float), True))[0].told["value"]
+    assert fitting.labeled(pooled, Attribute("o", other, False))[0].told["value"] < 0.05
+    found = fitting.labeled(pooled, Attribute("o", (other > 0).astype(float), True))[0].told["value"]
     assert found == pytest.approx(0.5, abs=0.08)
 
 
 def test_a_strength_of_one_is_one_deviation(confounded: tuple[np.ndarray, np.ndarray]) -> None:
     pooled, y = confounded
-    for direction in [*fitting.labelled(pooled, Attribute("y", y, False)), *fitting.principal(pooled, 3)]:
+    for direction in [*fitting.labeled(pooled, Attribute("y", y, False)), *fitting.principal(pooled, 3)]:
         length = np.linalg.norm(direction.vector)
         assert (pooled @ direction.vector / length).std() == pytest.approx(length)
 
@@ -63,7 +63,7 @@ def test_unknown_values_do_not_count(confounded: tuple[np.ndarray, np.ndarray]) 
     values = y.copy()
     values[200:] = np.nan
     wrong = np.concatenate([pooled[:200], pooled[200:] * [-1, 1, 1]])
-    assert fitting.labelled(wrong, Attribute("y", values, False))[1].vector[0] > 0
+    assert fitting.labeled(wrong, Attribute("y", values, False))[1].vector[0] > 0
 
 
 def test_auroc_of_ties_and_order() -> None:

@@ -136,11 +136,11 @@ def test_apply_keeps_sizes_and_names_and_a_strength_of_0_is_the_reconstruction(
 
 
 def test_a_box_changes_its_surroundings_only(fitted: Path, autoencoder_directory: Path, tmp_path: Path) -> None:
-    Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "gray.png")
     words = ["--autoencoder", str(autoencoder_directory), "--device", "cpu", "--out", str(tmp_path / "edited")]
     words += ["--box", "0,0,32,128", "--feather", "0", "--strengths=0,6"]
-    assert cli.main(["directions", "apply", str(fitted), "brightness", str(tmp_path / "grey.png"), *words]) == 0
-    plain, moved = (np.array(Image.open(tmp_path / "edited" / f"grey_{s}.png")) for s in ("+0.00", "+6.00"))
+    assert cli.main(["directions", "apply", str(fitted), "brightness", str(tmp_path / "gray.png"), *words]) == 0
+    plain, moved = (np.array(Image.open(tmp_path / "edited" / f"gray_{s}.png")) for s in ("+0.00", "+6.00"))
     assert np.array_equal(plain[:, 96:], moved[:, 96:])
     assert not np.array_equal(plain[:, :32], moved[:, :32])
 

@@ -20,7 +20,7 @@ REACH = 4.0
 
 
 class Toy(nn.Module):
-    """Two numbers drawn as the grey of the left and the right half of 8 x 8 pixels, and read from there.
+    """Two numbers drawn as the gray of the left and the right half of 8 x 8 pixels, and read from there.
 
     With `shown` 0 every latent is drawn as the same picture.
     """

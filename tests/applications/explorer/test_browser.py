@@ -207,8 +207,8 @@ def test_both_models_follow_one_cursor(shown, page):
         for model in shown.models.all:
             x, y = point_of(page, f"#compare-decoded-{model.key}")
             wait_pixels(page, canvas_pixels, f"#compare-decoded-{model.key}", decoded(model, x, y))
-            point, centre, spread = (torch.tensor(pair) for pair in ((x, y), model.plane.centre, model.plane.spread))
-            deviations.append((point - centre) / spread)
+            point, center, spread = (torch.tensor(pair) for pair in ((x, y), model.plane.center, model.plane.spread))
+            deviations.append((point - center) / spread)
         torch.testing.assert_close(*deviations, atol=0.01, rtol=0)
 
 
@@ -328,8 +328,8 @@ def test_the_page_is_used_by_keys_alone(shown, page):
 
 def test_dark_and_light(shown, page):
     def brightness() -> float:
-        colour = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
-        return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+        color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+        return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
 
     page.emulate_media(color_scheme="light")
     light = brightness()

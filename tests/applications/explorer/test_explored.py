@@ -37,12 +37,12 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With 10 grey images of its own."""
+    """With 10 gray images of its own."""
     folder = saved(
         tmp_path_factory.mktemp("models") / "digits", architecture="vector", preset="digits", latent_channels=2
     )
     images = torch.arange(10, dtype=torch.uint8)[:, None, None].expand(-1, 32, 32).contiguous()
-    write_bundled(folder, Bundled(images, torch.arange(10) % 2, ("even", "odd"), "ten greys"))
+    write_bundled(folder, Bundled(images, torch.arange(10) % 2, ("even", "odd"), "ten grays"))
     return folder
 
 
@@ -121,7 +121,7 @@ def test_a_parquet_file_gives_labels(kl: Path, image_folder: Path, tmp_path: Pat
 
 def test_images_that_travel_with_an_autoencoder_come_first_but_for_those_asked_for(vector: Path) -> None:
     opened = open_explored(vector, ExploreConfig(count=5, size=64))
-    assert opened.origin == "ten greys"
+    assert opened.origin == "ten grays"
     assert opened.images.shape == (5, 3, 32, 32)
     assert opened.images[:, 1, 3, 3].tolist() == [0, 2, 4, 7, 9]  # evenly spread
     assert opened.labels.tolist() == [0, 0, 0, 1, 1]
@@ -147,7 +147,7 @@ def test_two_autoencoders_see_the_same_images_of_the_size_that_one_dictates(kl: 
     first, second = open_models(kl, vector, ExploreConfig(count=8, size=64))
     assert first.images is second.images
     assert first.ids == second.ids
-    assert (first.origin, first.images.shape[-1]) == ("ten greys", 32)
+    assert (first.origin, first.images.shape[-1]) == ("ten grays", 32)
     assert (first.mean.shape, second.mean.shape) == ((8, 4, 4, 4), (8, 2, 1, 1))
 
 

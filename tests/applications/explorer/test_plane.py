@@ -31,7 +31,7 @@ def test_two_numbers_are_the_plane_itself() -> None:
     assert torch.equal(plane.points, latents[:, :, 0, 0])
     assert torch.equal(plane.latent_at(torch.tensor([[0.25, -1.5]])), torch.tensor([0.25, -1.5]).view(1, 2, 1, 1))
     assert np.allclose(plane.spread, plane.points.std(dim=0, correction=0))
-    assert np.allclose(plane.centre, plane.points.mean(dim=0))
+    assert np.allclose(plane.center, plane.points.mean(dim=0))
 
 
 @pytest.mark.parametrize("count", [60, 20])  # more images than numbers in a latent, and fewer

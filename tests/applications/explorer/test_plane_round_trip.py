@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.applications.explorer.plane import fit_plane, grid_centres, in_outline, measure_round_trip, occupied
+from ldm_vae.applications.explorer.plane import fit_plane, grid_centers, in_outline, measure_round_trip, occupied
 from tests.applications.explorer.models import Toy, made_of
 
 
@@ -44,12 +44,12 @@ def test_errors_are_in_deviations_of_each_axis_and_rows_rise_with_y() -> None:
     explored = made_of(filled() * scale, Toy(shown=0))
     plane = fit_plane(explored)
     found = measure_round_trip(explored, plane, grid=6)
-    centres = grid_centres(plane.bounds, 6)
-    expected = (centres / torch.tensor(plane.spread)).norm(dim=1).reshape(6, 6)
+    centers = grid_centers(plane.bounds, 6)
+    expected = (centers / torch.tensor(plane.spread)).norm(dim=1).reshape(6, 6)
     assert np.allclose(found.errors, expected, atol=0.1)  # 8-bit pixels
-    assert (centres[:6, 1] == centres[0, 1]).all()
-    assert centres[0, 1] < centres[6, 1]
-    assert centres[0, 0] < centres[1, 0]
+    assert (centers[:6, 1] == centers[0, 1]).all()
+    assert centers[0, 1] < centers[6, 1]
+    assert centers[0, 0] < centers[1, 0]
 
 
 class HalfBlind(Toy):
@@ -88,7 +88,7 @@ def test_a_projected_plane_is_judged_in_the_plane() -> None:
 
 def test_cells_with_images_are_no_holes_and_only_the_outline_counts() -> None:
     plane = fit_plane(made_of(ring()))
-    held, inside = occupied(plane, 12), in_outline(plane.points.numpy(), grid_centres(plane.bounds, 12).numpy())
+    held, inside = occupied(plane, 12), in_outline(plane.points.numpy(), grid_centers(plane.bounds, 12).numpy())
     assert not held[5:7, 5:7].any()
     assert held[5:7, [0, 1, 10, 11]].any()
     assert inside.reshape(12, 12)[5:7, 5:7].all()

@@ -205,7 +205,7 @@ def test_training_and_its_previews(server):
         ("decode?model=a&x=0&y=-inf", 400, "give a number from"),
         ("decode?model=a&x=1e30&y=0", 400, "give a number from"),
         ("decode?model=a&x=0&y=0&mode=other", 400, "there are inverse, nearest"),
-        ("decode?model=a&x=0&y=0&colour=1", 400, "not known here"),
+        ("decode?model=a&x=0&y=0&color=1", 400, "not known here"),
         ("decode?model=a&x=0&x=1&y=0", 400, "given twice"),
         ("decode?model=a&x=0&y=0&sequence=1", 400, "session: missing"),
         ("decode?model=a&x=0&y=0&session=s&sequence=-1", 400, "whole number"),

@@ -127,17 +127,17 @@ def test_an_activation_is_that_of_the_module(kl: Explored) -> None:
     assert found.mean == pytest.approx(float(expected[0].mean()), abs=1e-6)
     assert found.maximum == pytest.approx(float(expected[0].max()), abs=1e-5)
     tile = expected[0][0, 0]
-    grey = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
-    assert np.abs(found.mosaic[:48:12, :48:12].astype(int) - grey).max() <= 1  # 4 x 4, each 12 times as large
+    gray = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
+    assert np.abs(found.mosaic[:48:12, :48:12].astype(int) - gray).max() <= 1  # 4 x 4, each 12 times as large
     assert not any(module._forward_hooks for module in kl.autoencoder.modules())
 
 
 def test_beside_a_linear_code_the_moments_are_still_what_the_latent_is() -> None:
     linear = opened("linear")
     tile = linear.mean[1, 0]
-    grey = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
+    gray = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
     shown = activation(linear, 1, "moments").mosaic[:48:12, :48:12]  # 4 x 4, each 12 times as large
-    assert np.abs(shown.astype(int) - grey).max() <= 1
+    assert np.abs(shown.astype(int) - gray).max() <= 1
     texts = {stage.name: stage.what for stage in stages_of(linear)}
     for name in ("encoder-1", "decoder-1"):
         assert texts[name].startswith("The linear code of 8 x 8 blocks")

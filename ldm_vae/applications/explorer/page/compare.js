@@ -51,13 +51,13 @@ explorer.tabs.compare = (function () {
 
   // The cursor of one model in standard deviations of its data, and back in the plane of any model.
   function inDeviations(key, point) {
-    const { centre, spread } = explorer.model(key).plane;
-    return [0, 1].map((axis) => (point[axis] - centre[axis]) / (spread[axis] || 1));
+    const { center, spread } = explorer.model(key).plane;
+    return [0, 1].map((axis) => (point[axis] - center[axis]) / (spread[axis] || 1));
   }
 
   function inPlane(key, deviations) {
-    const { centre, spread } = explorer.model(key).plane;
-    return [0, 1].map((axis) => explorer.rounded(centre[axis] + deviations[axis] * (spread[axis] || 1)));
+    const { center, spread } = explorer.model(key).plane;
+    return [0, 1].map((axis) => explorer.rounded(center[axis] + deviations[axis] * (spread[axis] || 1)));
   }
 
   function follow(from, point, locked) {
@@ -134,7 +134,7 @@ explorer.tabs.compare = (function () {
       element("compare-heat").addEventListener("change", showShares);
       explorer.themeListeners.push(showShares);
       await showShares();
-      follow("a", explorer.model("a").plane.centre.map(explorer.rounded), false);
+      follow("a", explorer.model("a").plane.center.map(explorer.rounded), false);
     },
     measured: () => { if (sides.b) showShares(); },
     hide: () => { if (sides.b) KEYS.forEach((key) => sides[key].decodes.cancel()); },

@@ -1,4 +1,4 @@
-// What all tabs share: the one global `explorer`, elements, numbers, colours of labels, pictures on canvases,
+// What all tabs share: the one global `explorer`, elements, numbers, colors of labels, pictures on canvases,
 // the quiet line for messages, and asking for the newest only. It knows neither the server nor any tab.
 "use strict";
 
@@ -116,13 +116,13 @@ explorer.showImage = function (image, address) {
   image.src = address;
 };
 
-// --- colours
+// --- colors
 
-explorer.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+explorer.color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-// Ten colours told apart with every kind of colour vision, in similar lightness (Petroff, arXiv:2107.02270), here a
+// Ten colors told apart with every kind of color vision, in similar lightness (Petroff, arXiv:2107.02270), here a
 // little lighter where the page is dark. More than ten labels change the shape of the mark.
-const LABEL_COLOURS = {
+const LABEL_COLORS = {
   light: ["#3f90da", "#e89400", "#bd1f01", "#7d8d8b", "#832db6", "#a96b59", "#e76300", "#9c9040", "#717581", "#35aebb"],
   dark: ["#5aa5ea", "#ffb52e", "#e5533a", "#a9b8b6", "#b36be0", "#c78d7b", "#ff8534", "#cfc482", "#9296a4", "#92dadd"],
 };
@@ -131,10 +131,10 @@ explorer.shapes = ["circle", "square", "triangle", "diamond"];
 const darkScheme = window.matchMedia("(prefers-color-scheme: dark)");
 explorer.isDark = () => darkScheme.matches;
 
-explorer.labelColour = function (label) {
-  if (label < 0) return explorer.colour("muted");
-  const colours = LABEL_COLOURS[explorer.isDark() ? "dark" : "light"];
-  return colours[label % colours.length];
+explorer.labelColor = function (label) {
+  if (label < 0) return explorer.color("muted");
+  const colors = LABEL_COLORS[explorer.isDark() ? "dark" : "light"];
+  return colors[label % colors.length];
 };
 
 explorer.labelShape = (label) => explorer.shapes[Math.floor(Math.max(label, 0) / 10) % explorer.shapes.length];
@@ -143,11 +143,11 @@ darkScheme.addEventListener("change", () => explorer.themeListeners.forEach((lis
 
 // What plotly needs to look like the page.
 explorer.plotLayout = function () {
-  const line = explorer.colour("line");
-  const axis = { gridcolor: line, zerolinecolor: explorer.colour("line-strong"), linecolor: line, ticks: "" };
+  const line = explorer.color("line");
+  const axis = { gridcolor: line, zerolinecolor: explorer.color("line-strong"), linecolor: line, ticks: "" };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: false,
-    font: { family: "system-ui, sans-serif", size: 12, color: explorer.colour("muted") },
+    font: { family: "system-ui, sans-serif", size: 12, color: explorer.color("muted") },
     xaxis: { ...axis }, yaxis: { ...axis },
   };
 };

@@ -95,7 +95,7 @@
       this.side = this.layers[this.layers.length - 1].side;
     }
 
-    // A latent of c numbers -> side * side grey values, about [-1, 1], not clamped.
+    // A latent of c numbers -> side * side gray values, about [-1, 1], not clamped.
     decode(latent) {
       let values = Float32Array.from(latent);
       for (const layer of this.layers) {
@@ -109,8 +109,8 @@
     picture(latent) {
       const picture = new ImageData(this.side, this.side);
       this.decode(latent).forEach((value, index) => {
-        const grey = (value + 1) * 127.5;
-        picture.data.set([grey, grey, grey, 255], 4 * index);
+        const gray = (value + 1) * 127.5;
+        picture.data.set([gray, gray, gray, 255], 4 * index);
       });
       return picture;
     }

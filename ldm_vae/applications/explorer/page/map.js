@@ -146,7 +146,7 @@ explorer.tabs.map = (function () {
     data = points;
     element("map-plane-note").textContent = planeNote(model);
     element("map-lead").textContent =
-      `${data.x.length.toLocaleString("en")} images as the ${explorer.kindName(model.kind)} sees them, coloured by ` +
+      `${data.x.length.toLocaleString("en")} images as the ${explorer.kindName(model.kind)} sees them, colored by ` +
       "label. Every place on the map decodes to a picture: move, and watch it change.";
     const calls = { moved: decode, locked: lock, unlocked: unlock, drawn: follow };
     if (!plot) plot = explorer.planePlot(element("map-plot"), model.plane.bounds, calls);
@@ -160,7 +160,7 @@ explorer.tabs.map = (function () {
   }
 
   function begin() {
-    const middle = model.plane.centre.map(explorer.rounded);
+    const middle = model.plane.center.map(explorer.rounded);
     plot.setMarks({ cursor: middle });
     decode(...middle);
   }

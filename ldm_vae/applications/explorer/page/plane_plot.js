@@ -232,7 +232,7 @@ explorer.legend = function (container, labels, changed) {
   });
   container.append(...buttons, all);
   const paint = () => buttons.forEach((button, index) => {
-    button.firstChild.style.background = explorer.labelColour(labels[index]);
+    button.firstChild.style.background = explorer.labelColor(labels[index]);
   });
   paint();
   explorer.themeListeners.push(paint);

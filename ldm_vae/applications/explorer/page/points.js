@@ -60,7 +60,7 @@ explorer.points = (function () {
     return stencils.get(name);
   }
 
-  // Lays one mark over the pixels, rows of `width`: the colour at `strength`, over what is there already.
+  // Lays one mark over the pixels, rows of `width`: the color at `strength`, over what is there already.
   function lay(pixels, width, height, left, top, { across, down, cover }, [red, green, blue], strength) {
     for (let index = 0; index < cover.length; index += 1) {
       const column = left + across[index], row = top + down[index];
@@ -89,10 +89,10 @@ explorer.points = (function () {
       if (!styles.has(label)) {
         const strength = chosen === null ? (count > 8000 ? 0.6 : 0.8) : chosen === label ? 1 : 0.1;
         const marks = stencil(explorer.labelShape(label), Math.round(4 * radius) / 4, width / view.width);
-        styles.set(label, { marks, strength, colour: channels(explorer.labelColour(label)) });
+        styles.set(label, { marks, strength, color: channels(explorer.labelColor(label)) });
       }
-      const { marks, strength, colour } = styles.get(label);
-      lay(image.data, width, height, left, top, marks, colour, strength);
+      const { marks, strength, color } = styles.get(label);
+      lay(image.data, width, height, left, top, marks, color, strength);
     }
     context.putImageData(image, 0, 0);
     context.globalCompositeOperation = "destination-over";
@@ -121,8 +121,8 @@ explorer.points = (function () {
     return canvas;
   }
 
-  function channels(colour) {
-    const number = parseInt(colour.slice(1), 16);
+  function channels(color) {
+    const number = parseInt(color.slice(1), 16);
     return [number >> 16, (number >> 8) & 255, number & 255];
   }
 
@@ -138,9 +138,9 @@ explorer.points = (function () {
     const reach = data.x.length > FEW_POINTS ? 2 : 4;
     for (const step of [1, size, 1, size, 1, size]) counts = smoothed(counts, size, step, reach);
     const most = Math.sqrt(counts.reduce((a, b) => Math.max(a, b), 1e-9));
-    const colour = channels(explorer.colour("density"));
+    const color = channels(explorer.color("density"));
     const picture = painted(size, (row, column) =>
-      [...colour, Math.round(150 * Math.sqrt(counts[row * size + column]) / most)]);
+      [...color, Math.round(150 * Math.sqrt(counts[row * size + column]) / most)]);
     return { picture, bounds, smooth: true };
   }
 
@@ -160,12 +160,12 @@ explorer.points = (function () {
   // Green where a decoded point encodes back to where it was, orange where it lands elsewhere, stronger the farther;
   // faint outside of the images' outline, which counts for nothing.
   function errorBackdrop({ errors, inside, bounds, tolerance }) {
-    const size = errors.length, good = channels(explorer.colour("good")), bad = channels(explorer.colour("bad"));
+    const size = errors.length, good = channels(explorer.color("good")), bad = channels(explorer.color("bad"));
     const picture = painted(size, (row, column) => {
       const error = errors[size - 1 - row][column], weight = inside[size - 1 - row][column] ? 1 : 0.2;
       const far = Number.isFinite(error) ? Math.min(1, Math.log2(Math.max(error / tolerance, 1)) / 3) : 1;
-      const [colour, strength] = error !== null && error <= tolerance ? [good, 70] : [bad, 60 + 130 * far];
-      return [...colour, Math.round(weight * strength)];
+      const [color, strength] = error !== null && error <= tolerance ? [good, 70] : [bad, 60 + 130 * far];
+      return [...color, Math.round(weight * strength)];
     });
     return { picture, bounds, smooth: false };
   }
@@ -174,7 +174,7 @@ explorer.points = (function () {
   function drawMarks(canvas, view, { cursor, nearest, pin, path }) {
     const context = prepared(canvas, view);
     const place = ([x, y]) => [across(view, x), down(view, y)];
-    const ink = explorer.colour("ink"), paper = explorer.colour("surface"), accent = explorer.colour("accent");
+    const ink = explorer.color("ink"), paper = explorer.color("surface"), accent = explorer.color("accent");
     const ring = (point, radius, width, stroke, fill) => {
       shapePath(context, "circle", ...place(point), radius);
       if (fill) { context.fillStyle = fill; context.fill(); }

@@ -43,7 +43,7 @@ explorer.source = (function () {
   // One session a slot: the server keeps only the newest question of each, and two plots ask side by side.
   const ordered = (slot) => ({ session: `${page}-${slot}`, sequence: (sequence += 1) });
 
-  // Neither colour management nor alpha may touch a value: the canvas shows the bytes of the decoder.
+  // Neither color management nor alpha may touch a value: the canvas shows the bytes of the decoder.
   const bitmap = async (response) =>
     createImageBitmap(await response.blob(), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
 

@@ -17,7 +17,7 @@ explorer.tabs.training = (function () {
     const logarithmic = least > 0 && values.some((value) => value > LOGARITHMIC_FROM * least);
     const traces = panel.series.map((series, index) => ({
       type: "scatter", mode: "lines", name: series.name, x: series.steps, y: series.values,
-      line: { width: 2, dash: ["solid", "dash", "dot", "dashdot"][index % 4], color: explorer.labelColour(index) },
+      line: { width: 2, dash: ["solid", "dash", "dot", "dashdot"][index % 4], color: explorer.labelColor(index) },
     }));
     const base = explorer.plotLayout();
     const layout = {
@@ -26,7 +26,7 @@ explorer.tabs.training = (function () {
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, dragmode: false,
       xaxis: { ...base.xaxis, tickformat: "~s", nticks: 6 },
       yaxis: { ...base.yaxis, ...(logarithmic ? { type: "log", dtick: 1 } : { nticks: 6 }), automargin: true },
-      hoverlabel: { bgcolor: explorer.colour("surface"), font: { color: explorer.colour("ink") } },
+      hoverlabel: { bgcolor: explorer.color("surface"), font: { color: explorer.color("ink") } },
     };
     return Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
   }
