@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae.applications import demo
-from ldm_vae.applications.codec.compression import decompress_file, open_codec
+from ldm_vae.applications.codec.compression import open_codec
 from ldm_vae.applications.demo import sentences
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
@@ -43,7 +43,7 @@ def test_images_and_samples_on_one_page_made_once(checkpoints, image_folder, tmp
     assert (first["raw_bytes"], first["latent_bytes"]) == (64 * 64 * 3, 2 * 4 * 8 * 8)
     (file,) = out.glob("compressed/00_*")
     assert first["file_bytes"] == file.stat().st_size
-    decoded = decompress_file(open_codec(str(checkpoints / demo.AUTOENCODER)), file)
+    decoded = open_codec(str(checkpoints / demo.AUTOENCODER)).decompress_file(file)
     with Image.open(next(out.glob("reconstructions/00_*.png"))) as picture:
         assert picture.tobytes() == decoded.tobytes()
     assert first["rate_bits_per_pixel"] > 0
