@@ -179,7 +179,7 @@ def test_the_commands_there_and_back(autoencoder_folder, model_file, tmp_path, c
     assert cli.main(["decompress", *files, *companions, "--out", back]) == 0  # as other commands call it
     assert [Image.open(tmp_path / "back" / f"{n}.png").size for n in (0, 1)] == [(30, 20), (48, 64)]
     assert cli.main(["decompress", *files, *companions, "--output", back]) == 2
-    assert "is there already; give another --output, or --overwrite" in capsys.readouterr().err
+    assert "is there already; give another output, or --overwrite" in capsys.readouterr().err
     again = ["--output", back, "--overwrite", "--channels"]
     assert cli.main(["decompress", *files, *companions, *again, "1"]) == 0
     assert cli.main(["decompress", *files, *companions, *again, "4"]) == 2
