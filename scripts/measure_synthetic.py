@@ -108,9 +108,9 @@ def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[
 
     All are (n, c, h, w), normalised.
     """
-    from ldm_vae.diffusion.validation import find_neighbours
+    from ldm_vae.diffusion.validation import find_neighbors
 
-    found, control = (find_neighbours(latents, training) for latents in (generated, held_out))
+    found, control = (find_neighbors(latents, training) for latents in (generated, held_out))
     share = found.copies / len(generated)
     return {
         "copies": found.copies, "images": len(generated), "compared": len(training), "share": share, "limit": COPIES,
@@ -203,7 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
     from synthetic_reader import held_out_config, reading_errors, render
 
-    from ldm_vae.diffusion.generation import GenerationConfig, generate, pipeline_directory, plan
+    from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory, plan
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(args.pipeline), use_safetensors=True)
@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     real_read = reader.read(real)
     errors = reading_errors(real_read, truth)
     check_reader(errors)
-    request, folder = GenerationConfig(args.pipeline, **settings), args.output / "images"
+    request, folder = GenerateConfig(args.pipeline, **settings), args.output / "images"
     generate(request, folder)
     paths = [picture.path for picture in plan(request, pipeline.labels, folder)]
     asked = np.arange(args.count) % len(pipeline.labels)  # as `plan` takes the classes: all in turn

@@ -22,7 +22,7 @@ from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import EmaConfig, Snapshots
+from ldm_vae.diffusion.posthoc_ema import EmaConfig, EmaSnapshots
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.diffusion.unet import LatentUNet
@@ -99,7 +99,7 @@ def main() -> None:
         for name in ("run.json", "run.lock", "model.safetensors", "ema.safetensors"):
             (root / "run" / name).unlink()
         module = network()
-        train(module, Snapshots(EmaConfig(snapshots=4), module, root / "snapshots"), range(8), 8)
+        train(module, EmaSnapshots(EmaConfig(snapshots=4), module, root / "snapshots"), range(8), 8)
         for name in ("autoencoder", "pipeline", "run", "snapshots"):
             with (
                 lzma.open(GOLDEN / f"{name}.tar.xz", "wb", preset=9) as file,

@@ -24,7 +24,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import stored_averages, synthesise
+from ldm_vae.diffusion.posthoc_ema import stored_averages, synthesize
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
@@ -104,7 +104,7 @@ def test_old_averages_open(tmp_path, record_property):
     assert list(stored_averages(tmp_path / "snapshots")) == [
         (step, rel) for step in (2, 4, 6, 8) for rel in (0.05, 0.1)
     ]
-    assert near(synthesise(tmp_path, 0.07).weights["weight"], "average")
+    assert near(synthesize(tmp_path, 0.07).weights["weight"], "average")
     record_property("figure", "averages of format 1: the same weights")
 
 
@@ -165,7 +165,7 @@ def newer_averages(folder: Path) -> Callable[[], object]:
     path = unpacked("snapshots", folder) / "step-000000004.safetensors"
     record = {"format_version": 99, "what": "nobody knows"}
     save_file(load_file(path), path, {"snapshot": json.dumps(record)})
-    return lambda: synthesise(folder, 0.07)
+    return lambda: synthesize(folder, 0.07)
 
 
 def newer_settings(folder: Path) -> Callable[[], object]:

@@ -32,11 +32,11 @@ from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.sources import DatasetsConfig
-from ldm_vae.diffusion.generation import file_name
+from ldm_vae.diffusion.fid import load_inception
+from ldm_vae.diffusion.generation import image_name
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.posthoc_ema import stored_averages
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fid import load_inception
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import index_files, read_manifest
@@ -429,8 +429,8 @@ def archive_names(folder: Path, name: str, latents: Path) -> None:
 
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_class_with_a_crafted_name_gives_a_file_in_the_folder(name):
-    assert "/" not in file_name(0, name)
-    assert file_name(0, name).startswith("0000")
+    assert "/" not in image_name(0, name)
+    assert image_name(0, name).startswith("0000")
 
 
 def test_weights_elsewhere_are_not_read(autoencoder_directory, saved, tmp_path):

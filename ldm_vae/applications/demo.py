@@ -35,7 +35,7 @@ from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.data.transforms import resize_center_crop
-from ldm_vae.diffusion.generation import GenerationConfig, generate, pipeline_directory
+from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.measurement import code_within
 from ldm_vae.evaluation.metrics import psnr
@@ -235,7 +235,7 @@ def _tensor(image: np.ndarray) -> Tensor:
 
 def generate_samples(config: DemoConfig, pipeline: Path, output: Path, device: str, overwrite: bool) -> float:
     """Fill `samples/`; returns images per second, of the call that made them."""
-    generation = GenerationConfig(
+    generation = GenerateConfig(
         model=str(pipeline), count=config.count, seed=config.seed, steps=config.steps, precision=config.precision
     )
     made, speed = generate(generation, output / SAMPLES, device=device, overwrite=overwrite)

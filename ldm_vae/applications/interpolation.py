@@ -30,8 +30,8 @@ from ldm_vae.data.folder import printable
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.editing import between_latents, between_noises, shares
-from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, shift_of, solve
+from ldm_vae.diffusion.editing import interpolation_weights, lerp, slerp
+from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, scheduler_shift, solve
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.comparison import measure_path, round_trip
@@ -87,13 +87,15 @@ MEASURES = {
 
 def cross_fade(pair: Tensor, count: int) -> Tensor:
     """Mixed pixels (s, 3, h, w): what every other way has to be better than."""
-    return torch.cat([between_latents(pair[:1], pair[1:], share) for share in shares(count)])
+    return torch.cat([lerp(pair[:1], pair[1:], share) for share in interpolation_weights(count)])
 
 
 def through_latents(autoencoder: Any, pair: Tensor, count: int) -> Tensor:
     """A straight line between posterior means, decoded one by one."""
     ends = means_of(autoencoder, pair)
-    return decode_cropped(autoencoder, [between_latents(ends[:1], ends[1:], share) for share in shares(count)], pair)
+    return decode_cropped(
+        autoencoder, [lerp(ends[:1], ends[1:], share) for share in interpolation_weights(count)], pair
+    )
 
 
 def through_inversion(pipeline: Any, pair: Tensor, count: int, steps: int) -> Tensor:
@@ -103,7 +105,7 @@ def through_inversion(pipeline: Any, pair: Tensor, count: int, steps: int) -> Te
     back = Heun(times[::-1])
     noises = [solve(velocity, end[None], back) for end in ends]
     ahead = Heun(times)
-    found = [solve(velocity, between_noises(noises[0], noises[1], share), ahead) for share in shares(count)]
+    found = [solve(velocity, slerp(noises[0], noises[1], share), ahead) for share in interpolation_weights(count)]
     return decode_cropped(pipeline.autoencoder, [pipeline.normalizer.denormalize(z) for z in found], pair)
 
 
@@ -115,8 +117,8 @@ def through_noising(pipeline: Any, pair: Tensor, count: int, steps: int, strengt
     noise = torch.randn(ends[:1].shape, generator=generator(seed, "interpolation")).to(ends)
     start = torch.full((1,), times[0], device=ends.device)
     found = []
-    for share in shares(count):
-        clean = between_latents(ends[:1], ends[1:], share)
+    for share in interpolation_weights(count):
+        clean = lerp(ends[:1], ends[1:], share)
         found.append(solve(velocity, flow.interpolate(clean, noise, start), Heun(times)))
     return decode_cropped(pipeline.autoencoder, [pipeline.normalizer.denormalize(z) for z in found], pair)
 
@@ -125,7 +127,7 @@ def flow_of(pipeline: Any, latents: Tensor, steps: int) -> tuple[Any, tuple[floa
     """The velocity of any class, without guidance, and the times for latents of this size."""
     trained_height, trained_width = pipeline.config["latent_size"]
     height, width = latents.shape[-2:]
-    shift = shift_of(pipeline.scheduler) * (height * width / (trained_height * trained_width)) ** 0.5
+    shift = scheduler_shift(pipeline.scheduler) * (height * width / (trained_height * trained_width)) ** 0.5
     guided = GuidedVelocity(pipeline.unet, None, None, Guidance())
 
     @torch.no_grad()
@@ -400,9 +402,9 @@ def interpolate(
 
 
 def _load_pipeline(model: str, device: torch.device) -> Any:
-    from ldm_vae.diffusion.generation import GenerationConfig, load_pipeline
+    from ldm_vae.diffusion.generation import GenerateConfig, load_pipeline
 
-    return load_pipeline(GenerationConfig(model=model), device)
+    return load_pipeline(GenerateConfig(model=model), device)
 
 
 def ways_of(config: InterpolateConfig, autoencoder: Any, other: Any, pipeline: Any) -> list[Way]:

@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ldm_vae.diffusion.posthoc_ema import put_into, synthesise
-    from ldm_vae.diffusion.training import HeldOut, finished_pipeline, write_pipeline
+    from ldm_vae.diffusion.posthoc_ema import copy_to, synthesize
+    from ldm_vae.diffusion.training import HeldOutLoss, finished_pipeline, write_pipeline
 
     pipeline = finished_pipeline(args.run)
     if args.out:
-        average = synthesise(args.run, args.length[0], args.step)
+        average = synthesize(args.run, args.length[0], args.step)
         write_pipeline(pipeline, average, args.out)
         print(f"{args.out}: the pipeline, length {average.length} after step {average.step}{missing(average.left)}")
         return 0
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     judge = kid_judge(args) if args.kid else None
-    held_out = HeldOut(args.run, pipeline, torch.device(name))
+    held_out = HeldOutLoss(args.run, pipeline, torch.device(name))
 
     def figures() -> str:
         words = f"held-out flow loss {held_out.loss(pipeline.unet):.4f}"
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"the run's own average (training.ema_decay): {figures()}")
     for length in args.length:
-        average = synthesise(args.run, length, args.step)
-        put_into(pipeline.unet, average)
+        average = synthesize(args.run, length, args.step)
+        copy_to(pipeline.unet, average)
         print(f"length {length:g} after step {average.step}: {figures()}{missing(average.left)}")
     return 0
 
@@ -80,14 +80,14 @@ def kid_judge(args: argparse.Namespace) -> Callable[[Any], dict[str, float]]:
 
     from ldm_vae import config as configuration
     from ldm_vae.data.sources import DataConfig
+    from ldm_vae.diffusion.fid import make_sample_kid
     from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.fid import make_judge
 
     config = configuration.load(TrainDiffusionConfig, Path(args.run) / "config.yaml")
     data = DataConfig(source="folder", path=args.images) if args.images else config.kid.data
     weights = args.inception_weights or config.kid.inception_weights
     kid = replace(config.kid, samples=args.kid, data=data, inception_weights=weights)
-    return make_judge(kid, config.held_out)
+    return make_sample_kid(kid, config.held_out)
 
 
 def missing(left: float) -> str:

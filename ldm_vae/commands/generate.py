@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
-    from ldm_vae.diffusion.generation import GenerationConfig, generate
+    from ldm_vae.diffusion.generation import GenerateConfig, generate
     from ldm_vae.utils.text import pluralize
 
     height, width = parse_size(args.size)
-    config = GenerationConfig(
+    config = GenerateConfig(
         model=args.model,
         labels=tuple(args.label),
         count=args.count,

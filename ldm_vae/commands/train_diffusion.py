@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.diffusion.posthoc_ema import FOLDER
-    from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents
+    from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents, ordered_samples
 
     config = config_arguments.load(args, TrainDiffusionConfig)
     if config is None:
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     snapshots = None if args.dry_run else Path(config.output) / FOLDER
     judge = None
     if config.kid.samples and not args.dry_run:
-        from ldm_vae.evaluation.fid import make_judge
+        from ldm_vae.diffusion.fid import make_sample_kid
 
-        judge = make_judge(config.kid, config.held_out)
+        judge = make_sample_kid(config.kid, config.held_out)
     model = DiffusionModel(config, samples, held_out, snapshots, judge)
     if args.dry_run:
         from ldm_vae.training.trainer import dry_run
 
         return dry_run(model, plan, config.training, accelerator)
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    return fit(model, in_order(config, samples), plan, config.training, run_directory, accelerator)
+    return fit(model, ordered_samples(config, samples), plan, config.training, run_directory, accelerator)

@@ -21,12 +21,12 @@ from ldm_vae.autoencoder.wavelet import Decoder
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
-Picture = Any
+ImageInput = Any
 """A PIL image, an array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or (n, 3, h, w), or a list of these."""
 
 
 @dataclass(frozen=True)
-class Source:
+class InitImage:
     """Images to start from, and where they may change.
 
     Attributes:
@@ -52,7 +52,7 @@ class Source:
         return images if self.mask is None else torch.where(self.mask, images, self.images)
 
 
-def read_source(image: Picture, mask: Picture | None, count: int, factor: int) -> Source:
+def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, factor: int) -> InitImage:
     """Images and masks for `count` results; a single one serves all of them.
 
     Args:
@@ -78,11 +78,11 @@ def read_source(image: Picture, mask: Picture | None, count: int, factor: int) -
         if painted.shape[-2:] != images.shape[-2:]:
             found = " x ".join(map(str, painted.shape[-2:]))
             raise UserError(f"mask: {found} pixels for an image of {height} x {width}; give one of the same size")
-        painted = for_each(painted, count, "mask")
-    return Source(for_each(images, count, "image"), painted)
+        painted = expand_batch(painted, count, "mask")
+    return InitImage(expand_batch(images, count, "image"), painted)
 
 
-def for_each(values: Tensor, count: int, name: str) -> Tensor:
+def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
     """(1 or n, ...) -> (n, ...)."""
     if len(values) not in (1, count):
         raise UserError(
@@ -91,7 +91,7 @@ def for_each(values: Tensor, count: int, name: str) -> Tensor:
     return values.expand(count, *values.shape[1:])
 
 
-def to_tensor(image: Picture, channels: int, name: str) -> Tensor:
+def to_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
     """Any picture -> float32 (n, channels, h, w) in [0, 1]. Raises: UserError for another shape."""
     if isinstance(image, Sequence):
         return torch.cat([to_tensor(one, channels, name) for one in image])
@@ -161,11 +161,11 @@ def decode_in_tiles(
     total = torch.zeros(count, 3, factor * height, factor * width)
     weights = torch.zeros(1, 1, factor * height, factor * width)
     overlap = 2 * context + BLEND
-    for top, bottom in cuts(height, tile, overlap):
-        for left, right in cuts(width, tile, overlap):
+    for top, bottom in tile_bounds(height, tile, overlap):
+        for left, right in tile_bounds(width, tile, overlap):
             image = decode(latents[..., top:bottom, left:right]).float().cpu()
-            rows = ramp(top, bottom, height, context, factor)
-            columns = ramp(left, right, width, context, factor)
+            rows = tile_weights(top, bottom, height, context, factor)
+            columns = tile_weights(left, right, width, context, factor)
             weight = rows[:, None] * columns[None]
             place = (..., slice(factor * top, factor * bottom), slice(factor * left, factor * right))
             total[place] += weight * image
@@ -173,7 +173,7 @@ def decode_in_tiles(
     return total / weights
 
 
-def cuts(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+def tile_bounds(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     """(first, end) of tiles that cover 0..length with at least `overlap` in common, all of the same length."""
     if length <= tile:
         return [(0, length)]
@@ -181,7 +181,7 @@ def cuts(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(first := round(number * (length - tile) / (count - 1)), first + tile) for number in range(count)]
 
 
-def ramp(first: int, end: int, length: int, context: int, factor: int) -> Tensor:
+def tile_weights(first: int, end: int, length: int, context: int, factor: int) -> Tensor:
     """Weights of the pixels of a tile along one side: 1, but 0 for `context` beside a cut, then rising over BLEND."""
     pixel = torch.arange(factor * (end - first), dtype=torch.float32) + 0.5
     weight = torch.ones_like(pixel)
@@ -194,7 +194,7 @@ def ramp(first: int, end: int, length: int, context: int, factor: int) -> Tensor
 # Between two images: along a great circle in noise space, along a straight line in the autoencoder's latent space.
 
 
-def between_noises(first: Tensor, second: Tensor, share: float) -> Tensor:
+def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Noise of the same shape at `share` of the way: spherical, so that two standard normals give a standard normal.
 
     The norm goes linearly from the one to the other. `share` 0 and 1 give the two themselves.
@@ -212,11 +212,11 @@ def between_noises(first: Tensor, second: Tensor, share: float) -> Tensor:
     return ((a_norm + share * (b_norm - a_norm)) * direction).to(first.dtype)
 
 
-def between_latents(first: Tensor, second: Tensor, share: float) -> Tensor:
+def lerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Latents of the same shape at `share` of the straight way: a cross-fade that the decoder draws sharply."""
     return (1 - share) * first + share * second
 
 
-def shares(count: int) -> list[float]:
+def interpolation_weights(count: int) -> list[float]:
     """`count` places from 0 to 1, both included; [0] for one."""
     return torch.linspace(0, 1, count, dtype=torch.float64).tolist()

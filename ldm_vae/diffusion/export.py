@@ -35,7 +35,7 @@ from ldm_vae.autoencoder.models import downsampling, load_autoencoder, model_dir
 from ldm_vae.autoencoder.weights import check_finite, encoder_fingerprint, fingerprint
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
-from ldm_vae.diffusion.samplers import shift_of
+from ldm_vae.diffusion.samplers import scheduler_shift
 from ldm_vae.diffusion.saving import INDEX
 from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
 from ldm_vae.errors import UserError
@@ -142,7 +142,7 @@ def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
         )
     unet = standard_unet(pipeline.unet, tuple(pipeline.config["latent_size"]))
     autoencoder = fold_normalizer(pipeline.autoencoder, pipeline.normalizer.mean, pipeline.normalizer.std)
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler(int(TIME_SCALE), shift_of(pipeline.scheduler))
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(int(TIME_SCALE), scheduler_shift(pipeline.scheduler))
     names = {str(number): name for number, name in enumerate(pipeline.labels or [ANY])}
     standard = DiTPipeline(unet, autoencoder, scheduler, names)  # type: ignore[arg-type]
     standard.register_to_config(id2label=names)
@@ -228,7 +228,7 @@ def readme(pipeline: LatentDiffusionPipeline, name: str) -> str:
         classes=shown,
         label=(names or [ANY])[0].split(",")[0].strip(),  # DiTPipeline takes a comma as "or"
         guidance=DEFAULT_GUIDANCE if names else 1.0,
-        shift=shift_of(pipeline.scheduler),
+        shift=scheduler_shift(pipeline.scheduler),
     )
 
 

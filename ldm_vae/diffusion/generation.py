@@ -22,16 +22,16 @@ from ldm_vae import __version__, provenance
 from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.transforms import resize_center_crop
-from ldm_vae.diffusion.editing import between_noises, shares
+from ldm_vae.diffusion.editing import interpolation_weights, slerp
 from ldm_vae.diffusion.pipeline import (
     DEFAULT_GUIDANCE,
+    ClassMixture,
     LatentDiffusionPipeline,
-    Mixture,
     find_label,
     image_generator,
-    read_guidance,
+    make_guidance,
 )
-from ldm_vae.diffusion.samplers import EVERYWHERE, evaluations, first_step, flow_scheduler, sampler_of
+from ldm_vae.diffusion.samplers import FULL_INTERVAL, evaluations, first_step, flow_scheduler, sampler_name
 from ldm_vae.diffusion.validation import compare_with_training
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
@@ -51,7 +51,7 @@ from ldm_vae.utils.text import pluralize
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class GenerateConfig:
     """What decides the images.
 
     Attributes:
@@ -81,7 +81,7 @@ class GenerationConfig:
     steps: int = 30
     sampler: str | None = None
     guidance: float | None = None
-    guidance_interval: tuple[float, float] = EVERYWHERE
+    guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_rescale: float = 0.0
     autoguidance: float = 1.0
     grid: bool = False
@@ -124,25 +124,25 @@ class Noise:
         if self.towards is None:
             return noise
         other = torch.randn(*shape, generator=image_generator(self.towards, self.number))
-        return between_noises(noise, other, self.share)
+        return slerp(noise, other, self.share)
 
 
-Row = tuple[Mixture | None, str | None, Noise]
+Row = tuple[ClassMixture | None, str | None, Noise]
 """Classes, caption and noise of an image."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlannedImage:
     """One image to make; `classes` is None for a model without them, `caption` what the sheet says."""
 
     index: int
-    classes: Mixture | None
+    classes: ClassMixture | None
     caption: str | None
     noise: Noise
     path: Path
 
 
-def plan(config: GenerationConfig, names: Sequence[str], folder: Path) -> list[Picture]:
+def plan(config: GenerateConfig, names: Sequence[str], folder: Path) -> list[PlannedImage]:
     """Every image, in the order of the sheet.
 
     Raises:
@@ -162,14 +162,14 @@ def plan(config: GenerationConfig, names: Sequence[str], folder: Path) -> list[P
     else:
         rows = [(None, None, Noise(config.seed, index)) for index in range(config.count)]
     return [
-        Picture(index, classes, caption, noise, folder / file_name(index, caption))
+        PlannedImage(index, classes, caption, noise, folder / image_name(index, caption))
         for index, (classes, caption, noise) in enumerate(rows)
     ]
 
 
-def _interpolation(config: GenerationConfig, ends: tuple[str, str], names: Sequence[str]) -> list[Row]:
+def _interpolation(config: GenerateConfig, ends: tuple[str, str], names: Sequence[str]) -> list[Row]:
     """Whole numbers are seeds, anything else is a label."""
-    places = shares(config.count)
+    places = interpolation_weights(config.count)
     if all(end.isdecimal() for end in ends):
         if names and len(config.labels) != 1:
             raise UserError("interpolate: between two seeds the label stays the same; give one label")
@@ -189,7 +189,7 @@ def _interpolation(config: GenerationConfig, ends: tuple[str, str], names: Seque
     return rows
 
 
-def file_name(index: int, caption: str | None) -> str:
+def image_name(index: int, caption: str | None) -> str:
     """`0007_red-ball.png`."""
     word = re.sub(r"[^\w]+", "-", caption).strip("-").lower() if caption else ""
     return f"{index:04d}_{word}.png" if word else f"{index:04d}.png"
@@ -207,7 +207,7 @@ PNG_KEY = "parameters"
 
 
 def generate(
-    config: GenerationConfig,
+    config: GenerateConfig,
     output: str | Path,
     *,
     batch: int = 8,
@@ -242,9 +242,9 @@ def generate(
         raise UserError(f"{folder}: is a file; give a folder")
     state = PartialState(cpu=device == "cpu")
     pipeline = load_pipeline(config, choose_device(device, state.device))
-    parameters = describe(config, pipeline)
-    training = open_training(neighbours, pipeline, parameters["height"], parameters["width"])
-    pictures_in = read_pictures(config, parameters["height"], parameters["width"])
+    parameters = resolve_parameters(config, pipeline)
+    training = open_training_latents(neighbours, pipeline, parameters["height"], parameters["width"])
+    pictures_in = read_input_images(config, parameters["height"], parameters["width"])
     pictures = plan(config, pipeline.labels, folder)
     finished = check_folder(folder, parameters, pictures, overwrite)
     finished = finished and (training is None or (folder / PAIRS).exists())
@@ -278,7 +278,7 @@ def generate(
     return len(mine), speed
 
 
-def open_training(
+def open_training_latents(
     latents: str | None, pipeline: LatentDiffusionPipeline, height: int, width: int
 ) -> LatentDataset | None:
     """Posterior means, not mirrored. Raises: UserError for latents of another model or size, or fewer than two."""
@@ -300,7 +300,7 @@ def open_training(
 
 def make_sheets(
     folder: Path,
-    shown: Sequence[Picture],
+    shown: Sequence[PlannedImage],
     pipeline: LatentDiffusionPipeline,
     training: LatentDataset | None,
     state: Any,
@@ -331,7 +331,7 @@ def choose_device(name: str, default: torch.device) -> torch.device:
     return device
 
 
-def load_pipeline(config: GenerationConfig, device: torch.device) -> LatentDiffusionPipeline:
+def load_pipeline(config: GenerateConfig, device: torch.device) -> LatentDiffusionPipeline:
     """The pipeline on its device and in its precision, without a progress bar of its own."""
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
     pipeline.to(device)
@@ -354,7 +354,7 @@ def pipeline_directory(model: str) -> Path:
     raise UserError(f"{model}: {what}; give the directory of a pipeline, `train-diffusion` writes RUN/pipeline")
 
 
-def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     """The settings with every default filled in, and what weights and files hold: equal ones give equal images."""
     if not pipeline.labels and config.guidance not in (None, 1.0):
         raise UserError(f"guidance: {config.guidance} has no effect on a model without classes; leave it out")
@@ -363,7 +363,7 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
     if config.guidance is None:
         settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
-    read_guidance(
+    make_guidance(
         settings["guidance"], config.autoguidance, config.guidance_interval, config.guidance_rescale,
         labelled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
     )  # fmt: skip
@@ -371,7 +371,7 @@ def describe(config: GenerationConfig, pipeline: LatentDiffusionPipeline) -> dic
     settings["guidance_interval"] = list(config.guidance_interval)
     settings["interpolate"] = list(config.interpolate) if config.interpolate else None
     scheduler = flow_scheduler(1.0, config.sampler) if config.sampler else pipeline.scheduler
-    settings["sampler"] = sampler_of(scheduler)
+    settings["sampler"] = sampler_name(scheduler)
     first = 0
     if config.init is not None:
         if config.strength is None:
@@ -393,7 +393,7 @@ def existing_file(path: str, name: str) -> Path:
     return Path(path)
 
 
-def read_pictures(config: GenerationConfig, height: int, width: int) -> dict[str, np.ndarray]:
+def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[str, np.ndarray]:
     """`init` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped around the centre.
 
     Raises:
@@ -415,7 +415,7 @@ def read_pictures(config: GenerationConfig, height: int, width: int) -> dict[str
     }
 
 
-def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Picture], overwrite: bool) -> bool:
+def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[PlannedImage], overwrite: bool) -> bool:
     """True when the folder already holds exactly these images, finished.
 
     Raises:
@@ -438,7 +438,7 @@ def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Pi
     return bool(record.get("finished")) and all(picture.path.exists() for picture in pictures)
 
 
-def prepare_folder(folder: Path, pictures: Sequence[Picture], overwrite: bool) -> None:
+def prepare_folder(folder: Path, pictures: Sequence[PlannedImage], overwrite: bool) -> None:
     """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
     remove_leftovers(folder)
     if overwrite:
@@ -448,8 +448,8 @@ def prepare_folder(folder: Path, pictures: Sequence[Picture], overwrite: bool) -
 
 def make(
     pipeline: LatentDiffusionPipeline,
-    pictures: Sequence[Picture],
-    config: GenerationConfig,
+    pictures: Sequence[PlannedImage],
+    config: GenerateConfig,
     parameters: dict[str, Any],
     pictures_in: Mapping[str, np.ndarray],
     batch: int,
@@ -490,7 +490,7 @@ def make(
             bar.update(len(part))
 
 
-def save_png(image: Image.Image, picture: Picture, parameters: dict[str, Any]) -> None:
+def save_png(image: Image.Image, picture: PlannedImage, parameters: dict[str, Any]) -> None:
     """Write atomically, with everything needed to make the image again as JSON in the text chunk `parameters`."""
     info = PngInfo()
     own = {key: value for key, value in parameters.items() if key not in ("labels", "count")}

@@ -29,18 +29,18 @@ from ldm_vae.data import transforms
 from ldm_vae.data.sources import WHOLE_NUMBER
 from ldm_vae.diffusion import editing, flow, saving
 from ldm_vae.diffusion.samplers import (
-    EVERYWHERE,
-    Classes,
+    FULL_INTERVAL,
+    ClassWeights,
     Guidance,
     GuidedVelocity,
     Solver,
     first_step,
     make_solver,
-    sampler_of,
-    shift_of,
+    sampler_name,
+    scheduler_shift,
 )
 from ldm_vae.diffusion.samplers import flow_scheduler as flow_scheduler
-from ldm_vae.diffusion.saving import load_parts
+from ldm_vae.diffusion.saving import load_components
 from ldm_vae.diffusion.unet import LatentUNet
 from ldm_vae.diffusion.validation import latents_to_rgb
 from ldm_vae.errors import UserError
@@ -50,12 +50,12 @@ from ldm_vae.latents.normalizer import LatentNormalizer
 from ldm_vae.utils.text import pluralize
 
 Label = str | int
-Mixture = Mapping[Any, float]
+ClassMixture = Mapping[Any, float]
 """Labels and their shares."""
-Wanted = Label | Mixture | Sequence[Label | Mixture] | None
+Labels = Label | ClassMixture | Sequence[Label | ClassMixture] | None
 
 
-def class_shares(wanted: Wanted, count: int, names: Sequence[str]) -> Classes | None:
+def class_weights(wanted: Labels, count: int, names: Sequence[str]) -> ClassWeights | None:
     """The classes of `count` images, what is wanted being repeated in turn; None for any class.
 
     Raises:
@@ -79,7 +79,7 @@ def class_shares(wanted: Wanted, count: int, names: Sequence[str]) -> Classes | 
             ids[row, column] = find_label(label, names)
             shares[row, column] = share / total
     turn = torch.arange(count) % len(each)
-    return Classes(ids[turn], shares[turn])
+    return ClassWeights(ids[turn], shares[turn])
 
 
 def find_label(label: Label, names: Sequence[str]) -> int:
@@ -128,7 +128,7 @@ def check_call(
         raise UserError("latents: are the noise already; leave out seed and generator")
 
 
-def read_guidance(
+def make_guidance(
     scale: float | None,
     autoguidance: float,
     interval: tuple[float, float],
@@ -154,7 +154,7 @@ def read_guidance(
     return Guidance(by_label, autoguidance, (interval[0], interval[1]), rescale)
 
 
-def count_images(labels: Wanted, num_images: int | None, image: Any, latents: Tensor | None) -> int:
+def count_images(labels: Labels, num_images: int | None, image: Any, latents: Tensor | None) -> int:
     """Images to make: what is asked for, or as many as there are of anything."""
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images: {num_images} is below 1")
@@ -166,7 +166,7 @@ def count_images(labels: Wanted, num_images: int | None, image: Any, latents: Te
     return max(many, len(labels)) if isinstance(labels, list | tuple) else many
 
 
-def generators_of(
+def image_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, count: int
 ) -> list[torch.Generator | None]:
     """One generator per image (the same object for all when one was given)."""
@@ -303,7 +303,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             check_checksums(directory)
         else:
             directory = Path(cls.download(pretrained_model_name_or_path, **kwargs))
-        parts = load_parts(directory, except_parts=kwargs, variant=kwargs.get("variant"))
+        parts = load_components(directory, except_parts=kwargs, variant=kwargs.get("variant"))
         pipeline = super().from_pretrained(directory, **parts | kwargs)
         pipeline.register_to_config(_name_or_path=directory.name)  # else it would save the path in model_index.json
         for name in ("autoencoder", "unet", "autoguidance_unet"):
@@ -376,19 +376,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        labels: Wanted = None,
+        labels: Labels = None,
         num_images: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = EVERYWHERE,
+        guidance_interval: tuple[float, float] = FULL_INTERVAL,
         guidance_rescale: float = 0.0,
         autoguidance_scale: float = 1.0,
         sampler: str | None = None,
-        image: editing.Picture | None = None,
+        image: editing.ImageInput | None = None,
         strength: float | None = None,
-        mask: editing.Picture | None = None,
+        mask: editing.ImageInput | None = None,
         latents: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | None = None,
@@ -429,15 +429,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         check_call(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
         count = count_images(labels, num_images, image, latents)
-        classes = class_shares(labels, count, self.labels)
-        guidance = read_guidance(
+        classes = class_weights(labels, count, self.labels)
+        guidance = make_guidance(
             guidance_scale, autoguidance_scale, guidance_interval, guidance_rescale,
             labelled=classes is not None, weak=self.autoguidance_unet is not None,
         )  # fmt: skip
-        source = None if image is None else editing.read_source(image, mask, count, downsampling(self.autoencoder))
+        source = None if image is None else editing.read_init_image(image, mask, count, downsampling(self.autoencoder))
         shape = self._shape(height, width, source, latents)
         if latents is None:
-            latents = draw_noise(shape, generators_of(generator, seed, count), self._execution_device)
+            latents = draw_noise(shape, image_generators(generator, seed, count), self._execution_device)
         if strength is None and source is not None:
             strength = source.default_strength
         first = 0 if strength is None else first_step(num_inference_steps, strength)
@@ -451,9 +451,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _sample(
         self,
         noise: Tensor,
-        source: editing.Source | None,
+        source: editing.InitImage | None,
         solvers: Sequence[Solver],
-        classes: Classes | None,
+        classes: ClassWeights | None,
         guidance: Guidance,
         first: int,
         callback: Callback | None,
@@ -509,14 +509,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             tile=editing.TILE,
         )
 
-    def _encode(self, source: editing.Source) -> Tensor:
+    def _encode(self, source: editing.InitImage) -> Tensor:
         """Normalised posterior means (n, c, h, w) of images, one at a time."""
         device = self._execution_device
         images = (2 * source.images - 1).split(1)
         means = [base.encode_moments(self.autoencoder, image.to(device))[0] for image in images]
         return self.normalizer.normalize(torch.cat(means))
 
-    def _output(self, latents: Tensor, output_type: str, source: editing.Source | None) -> Any:
+    def _output(self, latents: Tensor, output_type: str, source: editing.InitImage | None) -> Any:
         if output_type == "latent":
             return latents
         images = (self.decode(latents) + 1) / 2
@@ -536,13 +536,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _solvers(self, sampler: str | None, steps: int, shape: Sequence[int], first: int, count: int) -> list[Solver]:
         """One per group of `count` images. A larger latent gets a larger shift."""
         trained_height, trained_width = self.config["latent_size"]
-        sampler_of(self.scheduler)
-        shift = shift_of(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
+        sampler_name(self.scheduler)
+        shift = scheduler_shift(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
         scheduler = self.scheduler if sampler is None else flow_scheduler(shift, sampler)
         return [make_solver(scheduler, steps, shift, first) for _ in self._groups(count)]
 
     def _shape(
-        self, height: int | None, width: int | None, source: editing.Source | None, latents: Tensor | None
+        self, height: int | None, width: int | None, source: editing.InitImage | None, latents: Tensor | None
     ) -> tuple[int, int, int]:
         """(c, h, w) of the latents, the size from whatever has one."""
         factor, channels = downsampling(self.autoencoder), latent_channels(self.autoencoder)

@@ -8,11 +8,13 @@ half precision, and in its metadata the format version, step, lengths and a chec
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, check_tensor_file, write_atomically
-from ldm_vae.training.ema import PowerEma, combination, gamma_of
 from ldm_vae.training.trainer import Engine
 
 FOLDER = "snapshots"
@@ -48,26 +49,26 @@ class EmaConfig:
         if self.snapshots and (not self.lengths or len(set(self.lengths)) < len(self.lengths)):
             raise UserError(f"ema.lengths: {list(self.lengths)} must be different lengths, at least one")
         for length in self.lengths:
-            check_length(length, "ema.lengths")
+            check_sigma_rel(length, "ema.lengths")
 
 
-def check_length(length: float, where: str) -> None:
+def check_sigma_rel(length: float, where: str) -> None:
     """Raises: UserError for a length that no power-function average has."""
     try:
-        gamma_of(length)
+        std_to_exp(length)
     except ValueError:
         raise UserError(
             f"{where}: {length} is no length of an average; give a share of the run, 0.01 to 0.28"
         ) from None
 
 
-class Snapshots:
+class EmaSnapshots:
     """The averages of a run that goes on, and which files it has written."""
 
     def __init__(self, config: EmaConfig, module: nn.Module, folder: Path | None) -> None:
         """`folder`: where the files go; None writes none, as in a dry run."""
         self.config = config
-        self.emas = [PowerEma(module, length) for length in config.lengths] if config.snapshots else []
+        self.emas = [PowerFunctionEma(module, length) for length in config.lengths] if config.snapshots else []
         self.folder = folder
         self.written: list[int] = []
 
@@ -91,12 +92,12 @@ class Snapshots:
             record["checksums"][str(ema.length)] = tensors_checksum(halves)
         metadata = {METADATA: canonical_json(record)}
         try:
-            write_atomically(folder / file_name(step), lambda path: save_file(values, path, metadata))
+            write_atomically(folder / snapshot_name(step), lambda path: save_file(values, path, metadata))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: a snapshot cannot be written ({error}); make room, or set ema.snapshots=0 in a new run"
             ) from error
-        for path in set(folder.glob("*.safetensors")) - {folder / file_name(number) for number in self.written}:
+        for path in set(folder.glob("*.safetensors")) - {folder / snapshot_name(number) for number in self.written}:
             path.unlink()
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Snapshots:
                 ema.load(saved)
 
 
-def file_name(step: int) -> str:
+def snapshot_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
@@ -130,7 +131,7 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Average:
+class PosthocEma:
     """A synthesised average: its weights by parameter name, float32, and what is left of its profile (0: exact)."""
 
     step: int
@@ -139,7 +140,7 @@ class Average:
     left: float
 
 
-def synthesise(run: str | Path, length: float, step: int | None = None) -> Average:
+def synthesize(run: str | Path, length: float, step: int | None = None) -> PosthocEma:
     """The power-function average of any length after `step` steps, from what a run has stored.
 
     Args:
@@ -150,7 +151,7 @@ def synthesise(run: str | Path, length: float, step: int | None = None) -> Avera
     Raises:
         UserError: no snapshots, a damaged one, an impossible length, or a step without a snapshot.
     """
-    check_length(length, "length")
+    check_sigma_rel(length, "length")
     stored = stored_averages(Path(run) / FOLDER)
     steps = sorted({number for number, _ in stored})
     step = steps[-1] if step is None else step
@@ -158,7 +159,7 @@ def synthesise(run: str | Path, length: float, step: int | None = None) -> Avera
         near = min(steps, key=lambda number: abs(number - step))
         raise UserError(f"{run}: no snapshot of step {step}; {near} is the nearest of {len(steps)}")
     stored = {key: path for key, path in stored.items() if key[0] <= step}
-    coefficients, left = combination(list(stored), (step, length))
+    coefficients, left = solve_posthoc_coefficients(list(stored), (step, length))
     weights: dict[str, Tensor] = {}
     for coefficient, (_, source), path in zip(coefficients, stored, stored.values()):
         if abs(coefficient) < NEGLIGIBLE:
@@ -166,7 +167,7 @@ def synthesise(run: str | Path, length: float, step: int | None = None) -> Avera
         for name, tensor in read_average(path, source).items():
             values = tensor.float() * coefficient
             weights[name] = weights[name].add_(values) if name in weights else values
-    return Average(step, length, weights, left)
+    return PosthocEma(step, length, weights, left)
 
 
 def read_average(path: Path, length: float) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
                 raise UserError(
                     f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
                 )
-            if version != FORMAT_VERSION or path.name != file_name(record["step"]):
+            if version != FORMAT_VERSION or path.name != snapshot_name(record["step"]):
                 raise ValueError(f"is of step {record['step']} and format version {version}")
             found |= {(record["step"], float(length)): path for length in record["checksums"]}
         except UserError:
@@ -219,10 +220,80 @@ def _no_snapshot(path: Path, reason: str) -> UserError:
 
 
 @torch.no_grad()
-def put_into(module: nn.Module, average: Average) -> None:
+def copy_to(module: nn.Module, average: PosthocEma) -> None:
     """Give the module's parameters the averaged values. Raises: UserError when it is not the module of the run."""
     parameters = dict(module.named_parameters())
     if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in average.weights.items()}:
         raise UserError("snapshots: their weights are not those of this U-Net; give the run that holds both")
     for name, parameter in parameters.items():
         parameter.copy_(average.weights[name])
+
+
+class PowerFunctionEma:
+    """The power-function average of a module's parameters at one length. After t steps its profile is tau^gamma."""
+
+    def __init__(self, module: nn.Module, length: float) -> None:
+        self.length = length
+        self.gamma = std_to_exp(length)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._module = module
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the present weights; `step` counts finished optimizer steps from 0, at which it is a copy."""
+        if not self.tensors:  # also of a checkpoint that has no such average: it begins with the weights there
+            self.load({name: parameter.detach() for name, parameter in self._module.named_parameters()})
+        weights = [parameter.detach() for parameter in self._module.parameters()]
+        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - power_function_beta(step, self.gamma))
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over `tensors`, copied to the parameters' device and memory format."""
+        parameters = self._module.named_parameters()
+        self.tensors = {name: torch.empty_like(p, requires_grad=False).copy_(tensors[name]) for name, p in parameters}
+
+
+def power_function_beta(step: int, gamma: float) -> float:
+    """beta = (1 - 1 / t)^(gamma + 1) of update t = step + 1: what of the average stays."""
+    return (1 - 1 / (step + 1)) ** (gamma + 1)
+
+
+def std_to_exp(length: float) -> float:
+    """The exponent whose profile has the standard deviation `length`, in units of the run so far.
+
+    Raises: ValueError for a length outside (0, 0.28]: that of the plain mean is 0.289.
+    """
+    if not 0 < length <= 0.28:
+        raise ValueError(f"EMA length {length} is outside 0 to 0.28")
+    precision = length**-2  # (gamma + 2)^2 (gamma + 3) / (gamma + 1)
+    return float(np.roots([1, 7, 16 - precision, 12 - precision]).real.max())
+
+
+def solve_posthoc_coefficients(
+    stored: Sequence[tuple[int, float]], target: tuple[int, float]
+) -> tuple[list[float], float]:
+    """How stored averages make up another one: least squares on their profiles.
+
+    Args:
+        stored: (step, length) of each stored average, steps from 1.
+        target: (step, length) that is wanted; between two stored steps nothing fits well.
+
+    Returns:
+        The coefficient of each stored average; they add up to 1. And what is left of the wanted profile, as a share of
+        its norm: 0 where it is met exactly.
+    """
+    steps = np.array([step for step, _ in [*stored, target]], np.float64)
+    gammas = np.array([std_to_exp(length) for _, length in [*stored, target]])
+    products = power_function_correlations(steps, gammas)
+    inner, wanted = products[:-1, :-1], products[:-1, -1]
+    solved = np.linalg.lstsq(inner, np.stack([wanted, np.ones(len(wanted))], axis=1), rcond=1e-13)[0]
+    plain, unit = solved.T
+    found = plain + unit * (1 - plain.sum()) / unit.sum()  # the Lagrange multiplier of "adds up to 1"
+    left = products[-1, -1] - 2 * found @ wanted + found @ inner @ found
+    return found.tolist(), math.sqrt(max(0.0, left) / products[-1, -1])
+
+
+def power_function_correlations(steps: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+    """Integrals of the products of all pairs of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
+    t, u, g, h = steps[:, None], steps[None], gammas[:, None], gammas[None]
+    ratio = np.where(t < u, (t / u) ** h, (u / t) ** g)
+    return (g + 1) * (h + 1) * ratio / ((g + h + 1) * np.maximum(t, u))

@@ -105,7 +105,7 @@ def first_step(steps: int, strength: float) -> int:
 
 # The velocity that is sampled: the U-Net's, for classes or mixtures of them, pushed away from a worse one.
 
-EVERYWHERE = (0.0, 1.0)
+FULL_INTERVAL = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Guidance:
 
     scale: float = 1.0
     autoguidance: float = 1.0
-    interval: tuple[float, float] = EVERYWHERE
+    interval: tuple[float, float] = FULL_INTERVAL
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
@@ -139,16 +139,16 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassWeights:
     """Of n images: class ids (n, k), and the share of each (n, k), which add up to 1 for each image."""
 
     ids: Tensor
     shares: Tensor
 
-    def __getitem__(self, rows: slice) -> Classes:
+    def __getitem__(self, rows: slice) -> ClassWeights:
         """Of some of the images, without columns that only others need: what is computed is theirs alone."""
         used = (self.shares[rows] > 0).any(0)
-        return Classes(self.ids[rows][:, used], self.shares[rows][:, used])
+        return ClassWeights(self.ids[rows][:, used], self.shares[rows][:, used])
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class GuidedVelocity:
 
     unet: Any
     weak_unet: Any
-    classes: Classes | None
+    classes: ClassWeights | None
     guidance: Guidance
 
     def __call__(self, noisy: Tensor, time: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def flow_scheduler(shift: float, sampler: str = "euler") -> Any:
     return SAMPLERS[sampler](flow_shift=shift, **FLOW)
 
 
-def sampler_of(scheduler: Any) -> str:
+def sampler_name(scheduler: Any) -> str:
     """The name in `SAMPLERS` of a scheduler.
 
     Raises:
@@ -259,7 +259,7 @@ def sampler_of(scheduler: Any) -> str:
     return name
 
 
-def shift_of(scheduler: Any) -> float:
+def scheduler_shift(scheduler: Any) -> float:
     """The shift of its times. A scheduler made `from_config` of a flow scheduler keeps the `shift` of that one."""
     settings = scheduler.config
     return float(settings["shift"] if "shift" in settings else settings["flow_shift"])
@@ -274,7 +274,7 @@ def make_solver(scheduler: Any, steps: int, shift: float, first: int = 0) -> Sol
         shift: Of the times, instead of the scheduler's own.
         first: The step that is taken first.
     """
-    name = sampler_of(scheduler)
+    name = sampler_name(scheduler)
     if name in ("euler", "heun"):
         return (Euler if name == "euler" else Heun)(flow_times(steps, shift))
     own = copy.deepcopy(scheduler)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 
 
-def load_parts(directory: Path, except_parts: Container[str] = (), variant: str | None = None) -> dict[str, Any]:
+def load_components(directory: Path, except_parts: Container[str] = (), variant: str | None = None) -> dict[str, Any]:
     """Name -> network of each that `model_index.json` names, float32, in eval mode.
 
     Args:
@@ -126,8 +126,8 @@ def card(pipeline: LatentDiffusionPipeline, where: str) -> str:
         f"{len(pipeline.normalizer.mean)} channels",
         "Encoder of the latents": f"`{settings['encoder_fingerprint'][:19]}...`",
         "Scheduler": type(pipeline.scheduler).__name__,
-        "Preprocessing": described(settings["preprocessing"] or {}) or "not recorded",
-        "Training": described(settings["training"] or {}) or "not recorded",
+        "Preprocessing": format_values(settings["preprocessing"] or {}) or "not recorded",
+        "Training": format_values(settings["training"] or {}) or "not recorded",
     }
     return TEXT.format(
         height=height,
@@ -139,7 +139,7 @@ def card(pipeline: LatentDiffusionPipeline, where: str) -> str:
     )
 
 
-def described(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """`steps 800, held_out/flow 0.748`."""
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in sorted(values.items()))  # fmt: skip

@@ -18,11 +18,12 @@ from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.config import changed_keys
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow, validation
+from ldm_vae.diffusion.fid import Judge, KidConfig
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import Average, EmaConfig, Snapshots, put_into
+from ldm_vae.diffusion.posthoc_ema import EmaConfig, EmaSnapshots, PosthocEma, copy_to
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import Crops, CropsConfig, UNetConfig, build_unet, draw_crops
-from ldm_vae.diffusion.validation import Copies, Judge, KidConfig, StopSuggestion, fit_latent_rgb, validation_losses
+from ldm_vae.diffusion.validation import Copies, StopSuggestion, fit_latent_rgb, validation_losses
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
 from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
@@ -109,7 +110,7 @@ class TrainDiffusionConfig:
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepNoise:
     """What is random in a step, for the whole global batch of n; noise has the shape of the crops."""
 
     noise: Tensor
@@ -156,7 +157,7 @@ class DiffusionModel:
         self.modules: dict[str, nn.Module] = {"unet": unet.train()}
         self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.null_label = unet.null_label
-        self.snapshots = Snapshots(config.ema, unet, snapshots)
+        self.snapshots = EmaSnapshots(config.ema, unet, snapshots)
         self.suggestion = StopSuggestion(config.patience)
         self.finished = self.steps = 0
         self.copies: Copies | None = None  # of the last preview, until the next log step
@@ -180,7 +181,7 @@ class DiffusionModel:
         self.finished, self.steps = step + 1, engine.steps
         return {"loss/flow" if draw.crops.size is None else "loss/flow_crops": total, "optim/grad_norm": norm}
 
-    def draw(self, step: int, count: int, device: torch.device) -> Draw:
+    def draw(self, step: int, count: int, device: torch.device) -> StepNoise:
         """Noise (n, c, h, w), times (n,), which labels are dropped (n,), and where the crops of a crop step lie."""
         seed, (channels, height, width) = self.config.training.seed, self.latent_shape
         crops = draw_crops(self.config.crops, seed, step, count, height, width)
@@ -190,7 +191,7 @@ class DiffusionModel:
         noise = torch.randn((count, *shape), generator=rng, device=device)
         times = flow.sample_times(count, rng, shift, device)
         dropped = torch.rand(count, generator=rng, device=device) < self.config.label_dropout
-        return Draw(noise, times, dropped, crops)
+        return StepNoise(noise, times, dropped, crops)
 
     def labels(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor | None:
         """Class ids with "no label" where there is none or it is dropped; None for an unconditional network."""
@@ -220,7 +221,7 @@ class DiffusionModel:
             with engine.accelerator.autocast():
                 losses[part] = validation.validation_losses(engine.emas["unet"].module, latents, labels, self.shift)
         if losses:
-            figures |= validation.figures(losses["held_out"], losses["train"])
+            figures |= validation.validation_metrics(losses["held_out"], losses["train"])
             self.suggestion.see_held_out(self.finished, figures["held_out/flow"])
         if self.judge is not None and self.config.kid.due(self.finished, engine.steps):
             with engine.accelerator.autocast():
@@ -248,7 +249,7 @@ class DiffusionModel:
         if min(self.config.neighbours, len(self.samples)) < 2:
             return labelled_sheet(images, names)
         training = self.known_latents()
-        found = validation.find_neighbours(self.normalizer.normalize(latents), training)
+        found = validation.find_neighbors(self.normalizer.normalize(latents), training)
         self.copies = Copies(found.copies, len(images), len(training))
         nearest = self.normalizer.denormalize(training[found.nearest].float()).to(engine.device)
         with engine.accelerator.autocast():
@@ -316,8 +317,8 @@ class DiffusionModel:
     def state_dict(self) -> dict[str, Any]:
         return {
             "finished": self.finished,
-            "recipe": recipe_of(self.manifest),
-            "images": images_of(self.manifest),
+            "recipe": encoding_record(self.manifest),
+            "images": contents_record(self.manifest),
             "snapshots": self.snapshots.state_dict(),
             "suggestion": self.suggestion.state_dict(),
             "copies": asdict(self.copies) if self.copies is not None else None,
@@ -330,15 +331,15 @@ class DiffusionModel:
         """Raises: UserError when the run began on latents that were made in another way."""
         if "recipe" in state:  # a checkpoint of an earlier release has none
             advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
-            check_same(state["recipe"], recipe_of(self.manifest), f"latents={self.config.latents}", advice)
-            check_images(state["images"], images_of(self.manifest), f"latents={self.config.latents}")
+            check_same(state["recipe"], encoding_record(self.manifest), f"latents={self.config.latents}", advice)
+            check_contents(state["images"], contents_record(self.manifest), f"latents={self.config.latents}")
         self.finished = state.get("finished", 0)
         self.snapshots.load_state_dict(state.get("snapshots", {}), tensors)
         self.suggestion.load_state_dict(state.get("suggestion", {}))
         self.copies = Copies(**state["copies"]) if state.get("copies") else None
 
 
-def recipe_of(manifest: Manifest) -> dict[str, Any]:
+def encoding_record(manifest: Manifest) -> dict[str, Any]:
     """How the latents were made, which must stay the same under a run that continues."""
     values = manifest.to_dict()
     kept = ("preprocessing", "content", "dtype", "latent_shape", "flipped")
@@ -346,13 +347,13 @@ def recipe_of(manifest: Manifest) -> dict[str, Any]:
     return {"autoencoder": encoder} | {name: values[name] for name in kept}
 
 
-def images_of(manifest: Manifest) -> dict[str, Any]:
+def contents_record(manifest: Manifest) -> dict[str, Any]:
     """Which latents there are: the order of the samples and their normalisation follow from it."""
     plans = [dataset["plan"] for dataset in manifest.datasets]
     return {"count": manifest.count, "plans": plans, "statistics": manifest.statistics}
 
 
-def check_images(began: dict[str, Any], now: dict[str, Any], where: str) -> None:
+def check_contents(began: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raises: UserError when the set is not the one that a run began with, as after `ldm-vae latents append`."""
     for key, (before, after) in changed_keys(began, now).items():
         raise UserError(
@@ -401,7 +402,7 @@ def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDat
     return train, LatentDataset(config.latents, seed, part="held_out", held_out=config.held_out)
 
 
-def in_order(config: TrainDiffusionConfig, samples: LatentDataset) -> Samples:
+def ordered_samples(config: TrainDiffusionConfig, samples: LatentDataset) -> Samples:
     """The training part in the order that the config asks for."""
     if config.shuffle_shards is None:
         return samples
@@ -419,7 +420,7 @@ def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
 
 
-class HeldOut:
+class HeldOutLoss:
     """The held-out latents of a run, read once, to compare averages by."""
 
     def __init__(self, run: str | Path, pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
@@ -441,12 +442,12 @@ class HeldOut:
         return sum(losses.values()) / len(losses)
 
 
-def write_pipeline(pipeline: LatentDiffusionPipeline, average: Average, output: str | Path) -> None:
+def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, output: str | Path) -> None:
     """Write the pipeline with the averaged U-Net to `output`. Raises: UserError when something is there."""
     final = Path(output)
     if final.exists():
         raise UserError(f"{output}: exists; give a new folder")
-    put_into(pipeline.unet, average)
+    copy_to(pipeline.unet, average)
     temporary = temporary_directory(final)
     pipeline.to("cpu").save_pretrained(temporary)
     publish_directory(temporary, final)

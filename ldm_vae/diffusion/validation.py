@@ -6,8 +6,8 @@ Owns the measurement and the suggestion in words. Nothing here stops a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder import base
 from ldm_vae.data import transforms
-from ldm_vae.data.sources import DataConfig
 from ldm_vae.diffusion import flow
-from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.random import generator
 from ldm_vae.utils.image_grid import GAP, PAPER, labelled_sheet
-from ldm_vae.utils.text import pluralize
 
 TIMES = 8
 SMOOTHING = 0.1
@@ -52,7 +49,7 @@ def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, s
     return {time: float(loss) for time, loss in losses.items()}
 
 
-def figures(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
+def validation_metrics(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
     """What is logged: the mean over the times, the loss at each of them, and by how much the mean is above that of
     training latents, measured in the same way."""
     by_time = {f"held_out/flow_t{time:.3g}": loss for time, loss in losses.items()}
@@ -130,61 +127,6 @@ class StopSuggestion:
             setattr(self, name, float.fromhex(value) if isinstance(value, str) else value)
 
 
-# KID of generated images, on request while training: its settings, and when it is due.
-
-FEWEST = 100
-"""Images on either side; below, the spread over subsets is as large as what one looks for."""
-
-Judge = Callable[[Any], dict[str, float]]
-"""A pipeline -> figures."""
-
-
-@dataclass(frozen=True)
-class KidConfig:
-    """KID of samples of the EMA weights to held-out images: not in latents, so what the autoencoder loses counts.
-
-    Attributes:
-        samples: generated for each measurement, the classes in turn; 0: none.
-        every: steps from one to the next, a multiple of training.validate_every; null: once, at the end.
-        data: the images that were encoded. The part with the ids that this run holds out is compared with.
-        steps: of the sampler, for each sample.
-        subset: images in each of KID's subsets; a quarter of the held-out images where that is less.
-        inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
-    """
-
-    samples: int = 0
-    every: int | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    steps: int = 30
-    subset: int = 200
-    inception_weights: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 0 or 0 < self.samples < FEWEST:
-            raise UserError(
-                f"kid.samples: KID of {pluralize(self.samples, 'image')} would be noise; give {FEWEST} or more "
-                "(1000 is usual), or 0 for none"
-            )
-        if self.every is not None and self.every < 1:
-            raise UserError(f"kid.every: {self.every} is below 1; give a number of steps, or null for the end alone")
-        if self.steps < 1 or self.subset < 2:
-            name, value = ("steps", self.steps) if self.steps < 1 else ("subset", self.subset)
-            raise UserError(f"kid.{name}: {value} is too few")
-
-    def check(self, held_out: float, validate_every: int) -> None:
-        """Raises: UserError for a measurement that never comes about in a run of such settings."""
-        if self.samples and held_out == 0:
-            raise UserError("kid.samples: needs held-out images, and held_out=0; hold some out, or set kid.samples=0")
-        if self.samples and self.every and self.every % validate_every:
-            raise UserError(
-                f"kid.every: {self.every} is no multiple of training.validate_every={validate_every}; give one"
-            )
-
-    def due(self, finished: int, steps: int) -> bool:
-        """Whether to measure after `finished` of `steps` steps."""
-        return finished == steps or (self.every is not None and finished % self.every == 0)
-
-
 # Whether generated latents are copies of training latents: nearest neighbours, the copy rate, a panel of pairs.
 
 COPY_RATIO = 1 / 3
@@ -192,7 +134,7 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """For each of n samples: the number of the nearest training latent, and |x - x1| / |x - x2|, both (n,)."""
 
     nearest: Tensor
@@ -220,7 +162,7 @@ class Copies:
         )
 
 
-def find_neighbours(samples: Tensor, training: Tensor) -> Neighbours:
+def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
     """Euclidean neighbours of normalised latents (n, c, h, w) among (m, c, h, w) of any precision, m at least 2."""
     assert len(training) >= 2, "find_neighbours: fewer than two training latents"
     flat = samples.float().flatten(1).cpu()
@@ -229,7 +171,7 @@ def find_neighbours(samples: Tensor, training: Tensor) -> Neighbours:
         for chunk in training.cpu().split(CHUNK)
     ]
     (first, second), (nearest, _) = (found.unbind(1) for found in torch.cat(distances, 1).topk(2, largest=False))
-    return Neighbours(nearest, first / second.clamp(min=torch.finfo(torch.float32).tiny))
+    return Neighbors(nearest, first / second.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 @torch.no_grad()
@@ -248,7 +190,7 @@ def compare_with_training(
     count = min(compared, len(training))
     known = torch.stack([training.sample(number * len(training) // count, 0)["latent"] for number in range(count)])
     found = torch.cat([_encoded(pipeline, image) for image in images])
-    neighbours = find_neighbours(found, pipeline.normalizer.normalize(known))
+    neighbours = find_neighbors(found, pipeline.normalizer.normalize(known))
     below = [transforms.to_pil(pipeline.decode(known[number : number + 1].to(pipeline.device)))[0]
              for number in neighbours.nearest.tolist()]  # fmt: skip
     return panel(images, below, neighbours.ratios, captions), Copies(neighbours.copies, len(images), count)

@@ -29,9 +29,9 @@ from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import crops, evenly_spaced
 from ldm_vae.data.split import subset
+from ldm_vae.diffusion.fid import frechet_distance
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, sweep
-from ldm_vae.evaluation.fid import frechet_distance
 from ldm_vae.evaluation.measurement import codebook_size, fit_baseline
 from ldm_vae.evaluation.pages import embed_image
 from ldm_vae.evaluation.study import read_json

@@ -26,9 +26,9 @@ from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
+from ldm_vae.diffusion.fid import Distribution, check_distribution, inception_features
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
-from ldm_vae.evaluation.fid import Distribution, check_distribution, inception_features
 from ldm_vae.random import generator
 from ldm_vae.training.distributed import Processes
 

@@ -374,7 +374,7 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "autoencoder": f"{type(pipeline.autoencoder).__name__}, {downsampling(pipeline.autoencoder)}x, "
         f"{len(pipeline.normalizer.mean)} channels",
         "encoder_fingerprint": pipeline.config["encoder_fingerprint"],
-        "preprocessing": saving.described(pipeline.config["preprocessing"] or {}),
+        "preprocessing": saving.format_values(pipeline.config["preprocessing"] or {}),
         "missing": missing,
         "not_recorded": NOT_RECORDED,
         "intended_use": config.intended_use,

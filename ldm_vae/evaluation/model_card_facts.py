@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
+from ldm_vae.diffusion.fid import sentences as distribution_sentences
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.fid import sentences as distribution_sentences
 from ldm_vae.evaluation.reconstruction import codec_lines, table
 from ldm_vae.utils.text import pluralize
 

@@ -29,8 +29,9 @@ from ldm_vae.data.samples import evenly_spaced, none_readable
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.data.transforms import preprocessing_record
-from ldm_vae.evaluation import fid, measurement, metrics
-from ldm_vae.evaluation.fid import KID_SUBSETS, check_distribution, compare_sets, load_inception
+from ldm_vae.diffusion import fid
+from ldm_vae.diffusion.fid import KID_SUBSETS, check_distribution, compare_sets, load_inception
+from ldm_vae.evaluation import measurement, metrics
 from ldm_vae.evaluation.measurement import (
     EvaluateConfig,
     Measurer,

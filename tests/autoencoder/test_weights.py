@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.interop.compvis import load_compvis, tensors_from_model
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import file_name, put_into, synthesise
+from ldm_vae.diffusion.posthoc_ema import copy_to, snapshot_name, synthesize
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST
 from tests.diffusion.test_posthoc_ema_snapshots import network
@@ -101,11 +101,11 @@ def test_a_pipeline(change, part, tmp_path, record_property):
 @pytest.mark.parametrize("change", CHANGES)
 def test_stored_averages(change, tmp_path, record_property):
     unpacked("snapshots", tmp_path)
-    file = tmp_path / "snapshots" / file_name(8)
+    file = tmp_path / "snapshots" / snapshot_name(8)
     record = metadata_of(file)
     save_file(change(load_file(file), "0.05/weight"), file, {"snapshot": record})
     with pytest.raises(UserError, match=r"is no snapshot|not those of this U-Net"):
-        put_into(network(), synthesise(tmp_path, 0.05))
+        copy_to(network(), synthesize(tmp_path, 0.05))
     record_property("figure", f"averages {change.__name__.replace('_', ' ')}: refused")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.diffusion.editing import read_source, to_tensor
+from ldm_vae.diffusion.editing import read_init_image, to_tensor
 from ldm_vae.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ def test_grey_images_and_masks() -> None:
 def test_a_latent_changes_where_any_of_its_pixels_may() -> None:
     mask = np.zeros((16, 24), dtype=np.float32)
     mask[3, 8] = mask[9:11, 7:9] = 1
-    source = read_source(PIXELS, mask, 2, 8)
+    source = read_init_image(PIXELS, mask, 2, 8)
     assert source.latent_mask(8)[1, 0].tolist() == [[False, True, False], [True, True, False]]
     painted = source.paste(torch.full((2, 3, 16, 24), 0.25))
     assert torch.equal(painted[:, :, mask > 0], torch.full((2, 3, 5), 0.25))
@@ -65,4 +65,4 @@ def test_a_latent_changes_where_any_of_its_pixels_may() -> None:
 )
 def test_what_does_not_fit_is_refused(image: Any, mask: Any, count: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_source(image, mask, count, 8)
+        read_init_image(image, mask, count, 8)

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.diffusion.generation import PNG_KEY, GenerationConfig, generate
+from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, generate
 from ldm_vae.errors import UserError
 from ldm_vae.utils.image_grid import label_cycle, labelled_sheet
 
 
-def config(saved: Path, **changes: object) -> GenerationConfig:
-    return GenerationConfig(**({"model": str(saved), "count": 4, "steps": 2} | changes))  # type: ignore[arg-type]
+def config(saved: Path, **changes: object) -> GenerateConfig:
+    return GenerateConfig(**({"model": str(saved), "count": 4, "steps": 2} | changes))  # type: ignore[arg-type]
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm_vae import cli
-from ldm_vae.diffusion.generation import GenerationConfig, generate
+from ldm_vae.diffusion.generation import GenerateConfig, generate
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +72,7 @@ def test_a_compiled_network_draws_the_same(saved: Path) -> None:
 
 def test_the_command_in_bf16(saved: Path, tmp_path: Path) -> None:
     made, speed = generate(
-        GenerationConfig(str(saved), count=4, steps=4, precision="bf16"), tmp_path / "out", device="cuda"
+        GenerateConfig(str(saved), count=4, steps=4, precision="bf16"), tmp_path / "out", device="cuda"
     )
     assert made == 4
     assert speed > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm_vae.diffusion.pipeline import class_shares, find_label
+from ldm_vae.diffusion.pipeline import class_weights, find_label
 from ldm_vae.errors import UserError
 
 NAMES = ["cat", "dog", "red ball"]
@@ -17,11 +17,11 @@ def test_labels_by_name_and_id() -> None:
 
 
 def test_labels_in_turn() -> None:
-    found = class_shares(["cat", {"dog": 1, 2: 3}], 3, NAMES)
+    found = class_weights(["cat", {"dog": 1, 2: 3}], 3, NAMES)
     assert found is not None
     assert found.ids.tolist() == [[0, 0], [1, 2], [0, 0]]
     assert found.shares.tolist() == [[1, 0], [0.25, 0.75], [1, 0]]
-    assert class_shares(None, 3, NAMES) is None
+    assert class_weights(None, 3, NAMES) is None
     for wrong in ({"cat": 0}, {"cat": 2, "dog": -1}):
         with pytest.raises(UserError, match="must be positive"):
-            class_shares(wrong, 1, NAMES)
+            class_weights(wrong, 1, NAMES)

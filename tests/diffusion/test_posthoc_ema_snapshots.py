@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae.diffusion.posthoc_ema import EmaConfig, Snapshots, put_into, stored_averages, synthesise
+from ldm_vae.diffusion.posthoc_ema import (
+    EmaConfig,
+    EmaSnapshots,
+    PowerFunctionEma,
+    copy_to,
+    stored_averages,
+    synthesize,
+)
 from ldm_vae.errors import UserError
-from ldm_vae.training.ema import PowerEma
 
 
 @dataclass
@@ -27,7 +33,9 @@ class Engine:
     accelerator: Accelerator = field(default_factory=Accelerator)
 
 
-def train(module: nn.Module, snapshots: Snapshots, steps: range, total: int, others: tuple[PowerEma, ...] = ()) -> None:
+def train(
+    module: nn.Module, snapshots: EmaSnapshots, steps: range, total: int, others: tuple[PowerFunctionEma, ...] = ()
+) -> None:
     """Weights that drift and tremble, a function of the step."""
     for step in steps:
         rng = torch.Generator().manual_seed(step)
@@ -51,7 +59,7 @@ def files(run: Path) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     module = network()
-    train(module, Snapshots(EmaConfig(), module, run / "snapshots"), range(200), 200)
+    train(module, EmaSnapshots(EmaConfig(), module, run / "snapshots"), range(200), 200)
     return run
 
 
@@ -67,13 +75,13 @@ def test_any_length_afterwards(run: Path, length: float, tolerance: float) -> No
     """Against an average of that length that ran along, at the end and in the middle of the run."""
     for step in (200, 120):
         module = network()
-        along = PowerEma(module, length)
-        train(module, Snapshots(EmaConfig(snapshots=0), module, None), range(step), 200, (along,))
-        average = synthesise(run, length, step)
+        along = PowerFunctionEma(module, length)
+        train(module, EmaSnapshots(EmaConfig(snapshots=0), module, None), range(step), 200, (along,))
+        average = synthesize(run, length, step)
         assert average.left < 0.05
         for name, expected in along.tensors.items():
             torch.testing.assert_close(average.weights[name], expected, atol=tolerance, rtol=0)
-        put_into(module, average)
+        copy_to(module, average)
         assert torch.equal(dict(module.named_parameters())["weight"], average.weights["weight"])
 
 
@@ -82,37 +90,37 @@ def test_half_precision_costs_less_than_a_thousandth(
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "half", torch.Tensor.float)
     module = network()
-    train(module, Snapshots(EmaConfig(), module, tmp_path / "snapshots"), range(200), 200)
+    train(module, EmaSnapshots(EmaConfig(), module, tmp_path / "snapshots"), range(200), 200)
     for length in (0.05, 0.07, 0.14):
-        half, full = (synthesise(where, length).weights["weight"] for where in (run, tmp_path))
+        half, full = (synthesize(where, length).weights["weight"] for where in (run, tmp_path))
         assert not torch.equal(half, full)
         torch.testing.assert_close(half, full, rtol=1e-3, atol=0)
 
 
 def test_a_run_that_was_broken_off_continues_exactly(run: Path, tmp_path: Path) -> None:
     module = network()
-    first = Snapshots(EmaConfig(), module, tmp_path / "snapshots")
+    first = EmaSnapshots(EmaConfig(), module, tmp_path / "snapshots")
     train(module, first, range(95), 200)
     saved = {
         stem: {name: t.clone().contiguous() for name, t in group.items()} for stem, group in first.tensors().items()
     }
     state = {"written": list(first.written)}
     train(module, first, range(95, 118), 200)  # lost, but for its files
-    second = Snapshots(EmaConfig(), module, tmp_path / "snapshots")
+    second = EmaSnapshots(EmaConfig(), module, tmp_path / "snapshots")
     second.load_state_dict(state, saved)
     train(module, second, range(95, 200), 200)
     assert files(tmp_path) == files(run)
-    assert torch.equal(synthesise(tmp_path, 0.07).weights["weight"], synthesise(run, 0.07).weights["weight"])
+    assert torch.equal(synthesize(tmp_path, 0.07).weights["weight"], synthesize(run, 0.07).weights["weight"])
 
 
 def test_files_of_another_attempt_go(tmp_path: Path) -> None:
     """A run of 100 steps broke off at 60 and continues from its checkpoint at 50 as one of 70 steps."""
     module = network()
-    first = Snapshots(EmaConfig(snapshots=10), module, tmp_path / "snapshots")
+    first = EmaSnapshots(EmaConfig(snapshots=10), module, tmp_path / "snapshots")
     train(module, first, range(50), 100)
     state = {"written": list(first.written)}
     train(module, first, range(50, 60), 100)
-    second = Snapshots(EmaConfig(snapshots=10), module, tmp_path / "snapshots")
+    second = EmaSnapshots(EmaConfig(snapshots=10), module, tmp_path / "snapshots")
     second.load_state_dict(state, first.tensors())
     train(module, second, range(50, 70), 70)
     assert files(tmp_path) == [f"step-{step:09d}.safetensors" for step in (10, 20, 30, 40, 50, 56, 63, 70)]
@@ -120,7 +128,7 @@ def test_files_of_another_attempt_go(tmp_path: Path) -> None:
 
 def test_averages_that_a_checkpoint_lacks_begin_with_its_weights() -> None:
     module = network()
-    snapshots = Snapshots(EmaConfig(), module, None)
+    snapshots = EmaSnapshots(EmaConfig(), module, None)
     snapshots.load_state_dict({}, {})
     snapshots.update(70, Engine(100))  # type: ignore[arg-type]
     for group in snapshots.tensors().values():
@@ -129,7 +137,7 @@ def test_averages_that_a_checkpoint_lacks_begin_with_its_weights() -> None:
 
 def test_none_are_kept_when_none_are_asked_for(tmp_path: Path) -> None:
     module = network()
-    snapshots = Snapshots(EmaConfig(snapshots=0), module, tmp_path / "snapshots")
+    snapshots = EmaSnapshots(EmaConfig(snapshots=0), module, tmp_path / "snapshots")
     train(module, snapshots, range(5), 5)
     assert snapshots.tensors() == {}
     assert not any(tmp_path.iterdir())
@@ -137,7 +145,7 @@ def test_none_are_kept_when_none_are_asked_for(tmp_path: Path) -> None:
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     module = network()
-    snapshots = Snapshots(EmaConfig(), module, tmp_path / "snapshots")
+    snapshots = EmaSnapshots(EmaConfig(), module, tmp_path / "snapshots")
     snapshots.update(0, Engine(1, Accelerator(is_main_process=False)))  # type: ignore[arg-type]
     assert snapshots.written == [1]
     assert not any(tmp_path.iterdir())
@@ -149,14 +157,14 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
         (lambda: EmaConfig(lengths=(0.1, 0.1)), "different lengths"),
         (lambda: EmaConfig(lengths=(0.3,)), "ema.lengths: 0.3 is no length"),
         (lambda: EmaConfig(snapshots=-1), "ema.snapshots: -1"),
-        (lambda: synthesise(run, 0.5), "length: 0.5 is no length"),
-        (lambda: synthesise(run, 0.1, 57), "no snapshot of step 57; 60 is the nearest of 20"),
-        (lambda: synthesise(tmp_path, 0.1), "holds no snapshots"),
-        (lambda: put_into(nn.Linear(2, 2), synthesise(run, 0.1)), "not those of this U-Net"),
+        (lambda: synthesize(run, 0.5), "length: 0.5 is no length"),
+        (lambda: synthesize(run, 0.1, 57), "no snapshot of step 57; 60 is the nearest of 20"),
+        (lambda: synthesize(tmp_path, 0.1), "holds no snapshots"),
+        (lambda: copy_to(nn.Linear(2, 2), synthesize(run, 0.1)), "not those of this U-Net"),
     ):
         with pytest.raises(UserError, match=message):
             make()
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "step-000000001.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="is no readable safetensors file"):
-        synthesise(tmp_path, 0.1)
+        synthesize(tmp_path, 0.1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.diffusion.pipeline import class_shares
-from ldm_vae.diffusion.samplers import Classes, Guidance, GuidedVelocity
+from ldm_vae.diffusion.pipeline import class_weights
+from ldm_vae.diffusion.samplers import ClassWeights, Guidance, GuidedVelocity
 from ldm_vae.errors import UserError
 
 
@@ -27,13 +27,13 @@ class Labelled:
         return self.factor * (1.0 + label).view(-1, 1, 1, 1).expand_as(noisy)
 
 
-def classes(*rows: Any) -> Classes:
-    found = class_shares(list(rows), len(rows), [str(number) for number in range(9)])
+def classes(*rows: Any) -> ClassWeights:
+    found = class_weights(list(rows), len(rows), [str(number) for number in range(9)])
     assert found is not None
     return found
 
 
-def velocity(guidance: Guidance, wanted: Classes | None, t: float = 0.5) -> tuple[list[float], int, int]:
+def velocity(guidance: Guidance, wanted: ClassWeights | None, t: float = 0.5) -> tuple[list[float], int, int]:
     """Of each image; and the images that either network saw."""
     unet, weak = Labelled(), Labelled(0.5)
     count = 1 if wanted is None else len(wanted.ids)

@@ -13,17 +13,25 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ldm_vae.diffusion.samplers import FLOW, SAMPLERS, Multistep, flow_scheduler, make_solver, sampler_of, shift_of
+from ldm_vae.diffusion.samplers import (
+    FLOW,
+    SAMPLERS,
+    Multistep,
+    flow_scheduler,
+    make_solver,
+    sampler_name,
+    scheduler_shift,
+)
 from ldm_vae.errors import UserError
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_named(sampler: str) -> None:
     scheduler = flow_scheduler(2.5, sampler)
-    assert sampler_of(scheduler) == sampler
-    assert shift_of(scheduler) == 2.5
+    assert sampler_name(scheduler) == sampler
+    assert scheduler_shift(scheduler) == 2.5
     again = type(scheduler).from_config(dict(scheduler.config))  # as it is saved and loaded
-    assert (sampler_of(again), shift_of(again)) == (sampler, 2.5)
+    assert (sampler_name(again), scheduler_shift(again)) == (sampler, 2.5)
 
 
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
@@ -31,8 +39,8 @@ def test_exchanged_as_in_every_pipeline_it_keeps_the_shift(kind: Any) -> None:
     """`pipeline.scheduler = Kind.from_config(pipeline.scheduler.config, ...)` alone would leave flow_shift at 1."""
     scheduler = kind.from_config(flow_scheduler(2.5).config, **FLOW)
     assert scheduler.config["flow_shift"] == 1
-    assert shift_of(scheduler) == 2.5
-    assert make_solver(scheduler, 4, shift_of(scheduler)).times[2] == pytest.approx(2.5 / 3.5, abs=2e-3)
+    assert scheduler_shift(scheduler) == 2.5
+    assert make_solver(scheduler, 4, scheduler_shift(scheduler)).times[2] == pytest.approx(2.5 / 3.5, abs=2e-3)
 
 
 def test_the_scheduler_stays_as_it_is() -> None:
@@ -56,7 +64,7 @@ def test_the_scheduler_stays_as_it_is() -> None:
 )
 def test_others_are_refused(scheduler: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sampler_of(scheduler)
+        sampler_name(scheduler)
 
 
 def test_unknown_name() -> None:

@@ -21,7 +21,13 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, in_order, open_latents, stack_samples
+from ldm_vae.diffusion.training import (
+    DiffusionModel,
+    TrainDiffusionConfig,
+    open_latents,
+    ordered_samples,
+    stack_samples,
+)
 from ldm_vae.diffusion.validation import Copies
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.format import MANIFEST, read_manifest, write_manifest
@@ -49,7 +55,7 @@ class ShardedSamples:
 def visited(*overrides: str) -> list[int]:
     given = ["output=x", "latents=x", "autoencoder=x", "batch=3", "steps=8", *overrides]
     config = configuration.load(TrainDiffusionConfig, None, given)
-    found = batches(in_order(config, ShardedSamples()), config.plan(1), seed=config.training.seed)
+    found = batches(ordered_samples(config, ShardedSamples()), config.plan(1), seed=config.training.seed)
     return [index for batch in found for part in batch.parts for index in part["index"].tolist()]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm_vae.diffusion.validation import Copies, find_neighbours, panel
+from ldm_vae.diffusion.validation import Copies, find_neighbors, panel
 from ldm_vae.random import generator
 from ldm_vae.utils.image_grid import GAP, MARGIN
 
@@ -18,17 +18,17 @@ def test_copies_among_fresh_samples() -> None:
     fresh = torch.randn(20, 4, 8, 8, generator=rng)
     numbers = torch.tensor([699, 3, 300])
     copied = training[numbers] + 0.1 * torch.randn(3, 4, 8, 8, generator=rng)
-    found = find_neighbours(torch.cat([fresh, copied, training[5:6]]), training)
+    found = find_neighbors(torch.cat([fresh, copied, training[5:6]]), training)
     assert found.copies == 4
     assert found.nearest[20:].tolist() == [699, 3, 300, 5]
     assert found.ratios[:20].min() > 0.9
     assert found.ratios[23] == 0
-    assert find_neighbours(fresh, training.half()).copies == 0
+    assert find_neighbors(fresh, training.half()).copies == 0
 
 
 def test_the_ratio_is_that_of_the_distances() -> None:
     training = torch.tensor([0.0, 10.0, 20.0]).view(3, 1, 1, 1)
-    found = find_neighbours(torch.tensor([2.0, 2.6, 14.0]).view(3, 1, 1, 1), training)
+    found = find_neighbors(torch.tensor([2.0, 2.6, 14.0]).view(3, 1, 1, 1), training)
     assert found.nearest.tolist() == [0, 0, 1]
     torch.testing.assert_close(found.ratios, torch.tensor([2 / 8, 2.6 / 7.4, 4 / 6]))
     assert found.copies == 1

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_vae.diffusion.generation import GenerationConfig, Noise, Picture, file_name, plan
+from ldm_vae.diffusion.generation import GenerateConfig, Noise, PlannedImage, image_name, plan
 from ldm_vae.diffusion.pipeline import image_generator
 from ldm_vae.errors import UserError
 
 NAMES = ["cat", "red ball"]
 
 
-def planned(names: list[str] = NAMES, **settings: object) -> list[Picture]:
-    return plan(GenerationConfig("model", **settings), names, Path("out"))  # type: ignore[arg-type]
+def planned(names: list[str] = NAMES, **settings: object) -> list[PlannedImage]:
+    return plan(GenerateConfig("model", **settings), names, Path("out"))  # type: ignore[arg-type]
 
 
 def test_classes_in_turn_each_with_its_own_noise() -> None:
@@ -50,5 +50,5 @@ def test_noise_of_a_seed_and_between_two() -> None:
 
 
 def test_file_names() -> None:
-    assert file_name(7, "Red ball / 2") == "0007_red-ball-2.png"
-    assert file_name(7, None) == file_name(7, "!") == "0007.png"
+    assert image_name(7, "Red ball / 2") == "0007_red-ball-2.png"
+    assert image_name(7, None) == image_name(7, "!") == "0007.png"

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.diffusion.editing import BLEND, DEFAULT_CONTEXT, cuts, decode_in_tiles, decoder_context, ramp
+from ldm_vae.diffusion.editing import (
+    BLEND,
+    DEFAULT_CONTEXT,
+    decode_in_tiles,
+    decoder_context,
+    tile_bounds,
+    tile_weights,
+)
 from ldm_vae.random import generator
 
 
@@ -23,7 +30,7 @@ def wavelet() -> nn.Module:
     ("length", "tile", "overlap"), [(10, 16, 4), (16, 16, 4), (17, 16, 4), (100, 40, 24), (41, 40, 39)]
 )
 def test_cuts(length: int, tile: int, overlap: int) -> None:
-    found = cuts(length, tile, overlap)
+    found = tile_bounds(length, tile, overlap)
     assert found[0][0] == 0
     assert found[-1][1] == length
     assert all(end - first == min(tile, length) for first, end in found)
@@ -33,13 +40,13 @@ def test_cuts(length: int, tile: int, overlap: int) -> None:
 def test_weights_reach_every_pixel() -> None:
     length, context, factor = 70, 3, 4
     total = torch.zeros(factor * length)
-    for first, end in cuts(length, 30, 2 * context + BLEND):
-        weight = ramp(first, end, length, context, factor)
+    for first, end in tile_bounds(length, 30, 2 * context + BLEND):
+        weight = tile_weights(first, end, length, context, factor)
         total[factor * first : factor * end] += weight
         if first:
             assert weight[: context * factor].abs().max() == 0
     assert total.min() > 0.5
-    assert ramp(0, 10, 10, context, factor).tolist() == [1.0] * 40
+    assert tile_weights(0, 10, 10, context, factor).tolist() == [1.0] * 40
 
 
 def test_how_far_the_decoder_sees() -> None:

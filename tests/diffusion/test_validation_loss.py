@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.validation import StopSuggestion, figures, validation_losses
+from ldm_vae.diffusion.validation import StopSuggestion, validation_losses, validation_metrics
 from ldm_vae.random import generator
 
 
@@ -36,7 +36,7 @@ def test_the_loss_at_each_time_is_the_known_one() -> None:
     for t, loss in losses.items():
         assert loss == pytest.approx(a / ((1 - t) ** 2 * a + t**2), rel=0.02)
     assert losses == validation_losses(Linear(a), latents, None, shift)
-    logged = figures(losses, {t: loss - 0.25 for t, loss in losses.items()})
+    logged = validation_metrics(losses, {t: loss - 0.25 for t, loss in losses.items()})
     assert logged["held_out/flow"] == pytest.approx(sum(losses.values()) / 8)
     assert logged["held_out/gap"] == pytest.approx(0.25)
     assert len(logged) == 10

@@ -11,8 +11,8 @@ import torch
 from ldm_vae import runtime
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.sources import DataConfig
+from ldm_vae.diffusion import fid
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import fid
 from ldm_vae.evaluation.measurement import EvaluateConfig
 from ldm_vae.evaluation.reconstruction import evaluate
 

@@ -7,7 +7,8 @@ TensorFlow Inception of 2015 in torch-fidelity's port, with TensorFlow's resizin
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,9 @@ from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import read_crops
-from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.diffusion.pipeline import image_generator
-from ldm_vae.diffusion.validation import FEWEST, KidConfig
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file
 from ldm_vae.random import numpy_rng
@@ -235,7 +235,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 BATCH = 16
 
 
-class SampleJudge:
+class SampleKid:
     """Figures of a pipeline. The features of the held-out images are computed once, at the first call."""
 
     def __init__(self, config: KidConfig, images: ImageSource, network: Any) -> None:
@@ -249,7 +249,7 @@ class SampleJudge:
             UserError: too few images.
         """
         self.config, self.images, self.network = config, images, network
-        check_count(len(images), "are held out")
+        check_kid_count(len(images), "are held out")
         self.real: np.ndarray | None = None
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class SampleJudge:
             _, images = read_crops(self.images, indices, size, [])
             if images is not None:
                 features.append(self._features(images.to(device)))
-        check_count(sum(map(len, features)), "of those held out can be read")
+        check_kid_count(sum(map(len, features)), "of those held out can be read")
         return np.concatenate(features)
 
     def _generated(self, pipeline: Any) -> np.ndarray:
@@ -302,17 +302,72 @@ class SampleJudge:
             return inception_features(self.network, images.float())
 
 
-def check_count(count: int, what: str) -> None:
+def check_kid_count(count: int, what: str) -> None:
     """Raises: UserError for fewer images than a KID needs."""
-    if count < FEWEST:
+    if count < MINIMUM_FOR_KID:
         raise UserError(
-            f"kid: {count} images {what}, and a KID to fewer than {FEWEST} would be noise; hold more out, or set "
-            "kid.samples=0"
+            f"kid: {count} images {what}, and a KID to fewer than {MINIMUM_FOR_KID} would be noise; hold more "
+            "out, or set kid.samples=0"
         )
 
 
-def make_judge(config: KidConfig, held_out: float) -> SampleJudge:
+def make_sample_kid(config: KidConfig, held_out: float) -> SampleKid:
     """The judge of a run that holds this fraction of the ids out. Raises: UserError for missing images or weights."""
     images = subset(open_source(config.data), "held_out", held_out)
-    check_count(len(images), "are held out")
-    return SampleJudge(config, images, load_inception(config.inception_weights))
+    check_kid_count(len(images), "are held out")
+    return SampleKid(config, images, load_inception(config.inception_weights))
+
+
+# KID of generated images, on request while training: its settings, and when it is due.
+
+MINIMUM_FOR_KID = 100
+"""Images on either side; below, the spread over subsets is as large as what one looks for."""
+
+Judge = Callable[[Any], dict[str, float]]
+"""A pipeline -> figures."""
+
+
+@dataclass(frozen=True)
+class KidConfig:
+    """KID of samples of the EMA weights to held-out images: not in latents, so what the autoencoder loses counts.
+
+    Attributes:
+        samples: generated for each measurement, the classes in turn; 0: none.
+        every: steps from one to the next, a multiple of training.validate_every; null: once, at the end.
+        data: the images that were encoded. The part with the ids that this run holds out is compared with.
+        steps: of the sampler, for each sample.
+        subset: images in each of KID's subsets; a quarter of the held-out images where that is less.
+        inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
+    """
+
+    samples: int = 0
+    every: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 30
+    subset: int = 200
+    inception_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or 0 < self.samples < MINIMUM_FOR_KID:
+            raise UserError(
+                f"kid.samples: KID of {pluralize(self.samples, 'image')} would be noise; give {MINIMUM_FOR_KID} or "
+                "more (1000 is usual), or 0 for none"
+            )
+        if self.every is not None and self.every < 1:
+            raise UserError(f"kid.every: {self.every} is below 1; give a number of steps, or null for the end alone")
+        if self.steps < 1 or self.subset < 2:
+            name, value = ("steps", self.steps) if self.steps < 1 else ("subset", self.subset)
+            raise UserError(f"kid.{name}: {value} is too few")
+
+    def check(self, held_out: float, validate_every: int) -> None:
+        """Raises: UserError for a measurement that never comes about in a run of such settings."""
+        if self.samples and held_out == 0:
+            raise UserError("kid.samples: needs held-out images, and held_out=0; hold some out, or set kid.samples=0")
+        if self.samples and self.every and self.every % validate_every:
+            raise UserError(
+                f"kid.every: {self.every} is no multiple of training.validate_every={validate_every}; give one"
+            )
+
+    def due(self, finished: int, steps: int) -> bool:
+        """Whether to measure after `finished` of `steps` steps."""
+        return finished == steps or (self.every is not None and finished % self.every == 0)

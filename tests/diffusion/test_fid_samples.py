@@ -17,10 +17,9 @@ from ldm_vae import cli
 from ldm_vae.data.open import open_source
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of, subset
+from ldm_vae.diffusion.fid import KidConfig, SampleKid, make_sample_kid
 from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig
-from ldm_vae.diffusion.validation import KidConfig
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.evaluation.fid import SampleJudge, make_judge
 from ldm_vae.training.watchdog import Watchdog
 
 HELD_OUT = 0.5
@@ -71,7 +70,7 @@ def data(folder: Path) -> DataConfig:
 def test_the_right_distribution_is_nearer_than_a_wrong_one(folder: Path) -> None:
     config = KidConfig(samples=120, data=data(folder))
     images = subset(open_source(config.data), "held_out", HELD_OUT)
-    judge = SampleJudge(config, images, Colours())
+    judge = SampleKid(config, images, Colours())
     right, wrong = Uniform(0.5), Uniform(0.8)
     found, far = judge(right), judge(wrong)
     assert found.keys() == {"samples/kid@120", "samples/kid@120_std", "samples/kid_floor"}
@@ -88,7 +87,7 @@ def test_the_right_distribution_is_nearer_than_a_wrong_one(folder: Path) -> None
 def test_a_long_measurement_is_no_standstill(folder: Path) -> None:
     """Every few images count as a sign of life: the whole may take hours, more than a process has alone."""
     config = KidConfig(samples=100, data=data(folder))
-    judge = SampleJudge(config, subset(open_source(config.data), "held_out", HELD_OUT), Colours())
+    judge = SampleKid(config, subset(open_source(config.data), "held_out", HELD_OUT), Colours())
 
     class Slow(Uniform):
         def __call__(self, labels: list[str], generator: list[torch.Generator], **named: Any) -> Any:
@@ -122,10 +121,10 @@ def test_a_kid_that_says_nothing_is_refused(overrides: list[str], message: str) 
 
 def test_few_images_and_missing_weights_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"kid: \d+ images are held out, and a KID to fewer than 100 would be noise"):
-        make_judge(KidConfig(samples=100, data=data(folder)), held_out=0.1)
+        make_sample_kid(KidConfig(samples=100, data=data(folder)), held_out=0.1)
     missing = KidConfig(samples=100, data=data(folder), inception_weights=str(folder / "none.pth"))
     with pytest.raises(UserError, match="no such file"):
-        make_judge(missing, held_out=HELD_OUT)
+        make_sample_kid(missing, held_out=HELD_OUT)
 
 
 def test_it_is_due_at_the_end_and_when_asked_for() -> None:
@@ -138,7 +137,7 @@ def test_training_measures_when_it_is_due(
 ) -> None:
     """What the command hands in is called with a pipeline of the EMA weights, and its figures are logged."""
     from ldm_vae import config as configuration
-    from ldm_vae.diffusion.training import in_order, open_latents
+    from ldm_vae.diffusion.training import open_latents, ordered_samples
     from ldm_vae.training.run_directory import RunDirectory
     from ldm_vae.training.trainer import fit, make_accelerator
 
@@ -156,7 +155,7 @@ def test_training_measures_when_it_is_due(
     )
     accelerator = make_accelerator(config.training)
     run = RunDirectory(config.output, config, main_process=True)
-    assert fit(model, in_order(config, samples), config.plan(1), config.training, run, accelerator) == 0
+    assert fit(model, ordered_samples(config, samples), config.plan(1), config.training, run, accelerator) == 0
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged if "samples/kid@100" in line] == [2, 4, 5]
     assert seen[0].labels == list(samples.manifest.label_names)
