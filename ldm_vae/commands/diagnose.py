@@ -31,13 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     translate(args)
-    from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose, failed, markdown
+    from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose, failed
 
     config = config_arguments.load(args, DiagnoseConfig)
     if config is None:
         return 0
     report = diagnose(config, overwrite=args.overwrite)
-    print(f"{config.output}/index.html:\n\n{markdown(report)}", end="")
     return 1 if args.strict and failed(report) else 0
 
 

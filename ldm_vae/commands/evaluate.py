@@ -24,21 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.evaluation.measurement import EvaluateConfig
-    from ldm_vae.evaluation.reconstruction import evaluate, markdown
+    from ldm_vae.evaluation.reconstruction import evaluate
 
     config = config_arguments.load(args, EvaluateConfig)
-    if config is None:
-        return 0
-
-    from ldm_vae.training.distributed import join_processes, leave_processes
-    from ldm_vae.training.watchdog import die_with_launcher
-
-    die_with_launcher()
-    processes = join_processes(config.processes)
-    try:
-        results = evaluate(config, overwrite=args.overwrite, processes=processes)
-    finally:
-        leave_processes()
-    if processes.is_main:
-        print(f"{config.output}:\n\n{markdown(results)}", end="")
+    if config is not None:
+        evaluate(config, overwrite=args.overwrite)
     return 0

@@ -6,22 +6,18 @@ in `health_figures.py`, judged in `judgement.py`, shown by `diagnosis_page.py`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.health import RULES, Severity, Verdict, in_order, judge
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder, only_side
-from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import evenly_spaced, read_crops
@@ -33,11 +29,11 @@ from ldm_vae.evaluation.health_metrics import Figures, Measured, dead_channels, 
 from ldm_vae.evaluation.measurement import DIFFERENCE_GAIN
 from ldm_vae.evaluation.pages import COLOURS, INK, Picture, embed_image, legend, new_figure, template_environment
 from ldm_vae.evaluation.plots import page_svg
-from ldm_vae.evaluation.study import alone_in, check_resolution, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_json, write_text
+from ldm_vae.evaluation.study import Study, check_resolution, rejected_images
 from ldm_vae.training.distributed import compute_device
 
-RESULTS, TABLE, PAGE = "health.json", "health.md", "index.html"
+Report = dict[str, Any]
+
 SMALLEST_RESOLUTION = 64
 
 
@@ -73,7 +69,7 @@ class DiagnoseConfig:
                 raise UserError(f"{name}: {getattr(self, name)} is not above 0")
 
 
-def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
+def diagnose(config: DiagnoseConfig, overwrite: bool = False, dry_run: bool = False) -> Report:
     """Measure, judge, write the report, return the content of `health.json`.
 
     A folder that holds the finished report of these settings is read, not redone.
@@ -82,43 +78,50 @@ def diagnose(config: DiagnoseConfig, overwrite: bool = False) -> dict[str, Any]:
         UserError: the folder holds a report of other settings or of another autoencoder, and not `overwrite`; there
             are fewer than 8 readable images.
     """
-    started = time.time()
-    device = compute_device(config.device)
-    autoencoder = load_autoencoder(config.autoencoder).to(device)
-    check_resolution(config.resolution, autoencoder)
-    if config.resolution < SMALLEST_RESOLUTION and only_side(autoencoder) is None:
-        raise UserError(f"resolution: {config.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
-    identity = fingerprint(autoencoder)
-    finished = finished_result(Path(config.output) / RESULTS, config, identity, overwrite)
-    if finished is not None:
-        return finished
-    source = subset(open_source(config.data), config.part, config.data.held_out)
-    with alone_in(config.output):
+    return Diagnosis(config, overwrite).run(dry_run)
+
+
+class Diagnosis(Study):
+    """The study of `ldm-vae diagnose`."""
+
+    results_file, markdown_file = "health.json", "health.md"
+    config: DiagnoseConfig
+
+    def __init__(self, config: DiagnoseConfig, overwrite: bool) -> None:
+        self.device = compute_device(config.device)
+        autoencoder = load_autoencoder(config.autoencoder).to(self.device)
+        super().__init__(config, autoencoder, overwrite=overwrite)
+        check_resolution(config.resolution, autoencoder)
+        if config.resolution < SMALLEST_RESOLUTION and only_side(autoencoder) is None:
+            raise UserError(f"resolution: {config.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
+
+    def prepare(self) -> None:
+        self.source = subset(open_source(self.config.data), self.config.part, self.config.data.held_out)
+
+    def measure(self) -> Report:
+        config = self.config
         rejected: list[tuple[str, str]] = []
-        chosen = evenly_spaced(len(source), config.count)
-        measured = measure(
-            autoencoder, read_images(source, chosen, config, rejected), len(chosen), config.batch, config.seed, device
-        )
-        training = training_record(config.autoencoder)
-        found = verdicts(measured.figures, training.get("rate", {}))
-        report = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(autoencoder),
-            "protocol": _protocol(config, source, measured.figures["images"]["count"]),
+        chosen = evenly_spaced(len(self.source), config.count)
+        images = read_images(self.source, chosen, config, rejected)
+        self.measured = measure(self.autoencoder, images, len(chosen), config.batch, config.seed, self.device)
+        figures, training = self.measured.figures, training_record(config.autoencoder)
+        self.verdicts = verdicts(figures, training.get("rate", {}))
+        return {
+            "protocol": _protocol(config, self.source, figures["images"]["count"]),
             "training": training,
-            "verdicts": [verdict.to_dict() for verdict in found],
-            **measured.figures,
-            "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
-            "config": configuration.to_dict(config),
+            "verdicts": [verdict.to_dict() for verdict in self.verdicts],
+            **figures,
+            "rejected": rejected_images(rejected),
         }
-        output, page = Path(config.output), render(report, found, measured)
-        with publishing(output):
-            write_text(output / TABLE, markdown(report))
-            write_text(output / PAGE, page)
-            write_json(output / RESULTS, report)
-            images = report["protocol"]["images"]
-            provenance.write_run_record(output, None, started, time.time() - started, images=images)
-    return report
+
+    def markdown(self, results: Report) -> str:
+        return markdown(results)
+
+    def page(self, results: Report) -> str:
+        return render(results, self.verdicts, self.measured)
+
+    def record(self, results: Report) -> dict[str, Any]:
+        return {"images": results["protocol"]["images"]}
 
 
 def failed(report: dict[str, Any]) -> bool:
@@ -275,8 +278,6 @@ def _pinned_share(training: Figures) -> float | None:
 
 
 # The health report in words (`health.md`) and as one self-contained page (`index.html`).
-
-Report = dict[str, Any]
 
 SHOWN_IMAGES = 4
 SHOWN_CHANNELS = 8

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -325,18 +324,16 @@ def latent_colours(latent: Tensor) -> Tensor:
     return stretched.clamp(-1, 1).view(3, *latent.shape[1:])
 
 
-def save_examples(folder: Path, found: list[Example]) -> list[dict[str, object]]:
-    """Write `NN_name.png` per picture; return JSON-able records with the file names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9]_*.png"):
-        old.unlink()
-    records: list[dict[str, object]] = []
-    for number, example in enumerate(found):
-        files = {name: f"{number:02d}_{name}.png" for name in example.pictures}
-        for name, picture in example.pictures.items():
-            picture.save(folder / files[name])
-        records.append({"id": example.id, "label": example.label, "files": files})
-    return records
+def example_records(found: list[Example]) -> list[dict[str, Any]]:
+    """What results say of the examples; `files`: the picture's name -> its file."""
+    return [
+        {
+            "id": example.id,
+            "label": example.label,
+            "files": {name: f"{number:02d}_{name}.png" for name in example.pictures},
+        }
+        for number, example in enumerate(found)
+    ]
 
 
 def grid(found: list[Example], gap: int = 8) -> Image.Image:

@@ -6,10 +6,7 @@ Measuring is `measurement`'s, means and tables are `summary`'s, the pictures to 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +14,11 @@ import PIL
 import torch
 from PIL import features
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import is_deterministic
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
-from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import evenly_spaced, none_readable
 from ldm_vae.data.sources import ImageSource
@@ -37,88 +32,87 @@ from ldm_vae.evaluation.measurement import (
     Measurer,
     Unit,
     codebook_size,
+    example_records,
     fit_baseline,
     grid,
     measure_images,
-    save_examples,
 )
-from ldm_vae.evaluation.study import alone_in, check_resolution, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_json, write_png, write_text
-from ldm_vae.training.distributed import Processes, compute_device
+from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.training.distributed import Processes, compute_device, joined_processes
 from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
 
 
-def evaluate(config: EvaluateConfig, overwrite: bool = False, processes: Processes | None = None) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, overwrite: bool = False, dry_run: bool = False) -> Results:
     """Measure, write the result folder, return the content of `results.json`, the same for any number of processes.
 
-    A folder that holds the finished result of these settings is read, not redone.
+    A folder that holds the finished result of these settings is read, not redone. Started by torchrun, all processes
+    measure together.
 
     Raises:
         UserError: the folder holds a result of other settings or of another autoencoder, and not `overwrite`.
     """
-    started = time.time()
-    processes = processes or Processes()
-    device = compute_device(config.device, processes)
-    autoencoder = load_autoencoder(config.autoencoder).to(device)
-    check_resolution(config.resolution, autoencoder)
-    identity = fingerprint(autoencoder)
-    finished = processes.main_decides(
-        lambda: finished_result(Path(config.output) / RESULTS, config, identity, overwrite)
-    )
-    if finished is not None:
-        return finished
-    evaluated, fitted = _parts(config)
-    indices = evenly_spaced(len(evaluated), config.count)
-    check_distribution(config.distribution, config.fid, config.inception_weights, len(indices))
-    block = downsampling(autoencoder)
-    chosen = evenly_spaced(len(fitted), config.baseline_images)
-    with contextlib.ExitStack() as held:
-        processes.main_decides(lambda: held.enter_context(alone_in(config.output)))
-        klt = fit_baseline(fitted, chosen, config.resolution, block, processes)
-        measurer = _measurer(config, autoencoder, klt, device)
-        measured = measure_images(measurer, evaluated, indices, processes)
-        protocol = _protocol(config, evaluated, fitted, measured)
-        return processes.main_decides(lambda: _publish(config, measurer, measured, evaluated, protocol, started))
+    with joined_processes(config.processes) as processes:
+        return Evaluation(config, overwrite, processes).run(dry_run)
 
 
-def _publish(
-    config: EvaluateConfig,
-    measurer: Measurer,
-    measured: Unit,
-    evaluated: ImageSource,
-    protocol: dict[str, Any],
-    started: float,
-) -> dict[str, Any]:
-    """Write the result folder; `run.json` is the last file, so a folder with one is complete."""
-    output = Path(config.output)
-    if not measured.ids:
-        raise none_readable(config.output, len(evaluated), measured.rejected)
-    check_distribution(config.distribution, config.fid, config.inception_weights, len(measured.ids))
-    found = None
-    if config.distribution != "none":
-        real, decoded = np.stack(measured.real_features), np.stack(measured.decoded_features)
-        found = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed)
-    with publishing(output):
-        results = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(measurer.autoencoder),
-            "protocol": protocol,
-            **summary(measured, measurer),
-            "distribution": found,
-            "examples": save_examples(output / "examples", measured.examples),
-            "rejected": [{"id": name, "reason": reason} for name, reason in measured.rejected],
-            "images": per_image(measured, measurer),
-            "config": configuration.to_dict(config),
+class Evaluation(Study):
+    """The study of `ldm-vae evaluate`."""
+
+    replaced = ("examples/[0-9][0-9]_*.png",)
+    config: EvaluateConfig
+
+    def __init__(self, config: EvaluateConfig, overwrite: bool, processes: Processes) -> None:
+        self.device = compute_device(config.device, processes)
+        autoencoder = load_autoencoder(config.autoencoder).to(self.device)
+        super().__init__(config, autoencoder, overwrite=overwrite, processes=processes)
+        check_resolution(config.resolution, autoencoder)
+
+    def prepare(self) -> None:
+        config = self.config
+        self.evaluated, self.fitted = _parts(config)
+        self.indices = evenly_spaced(len(self.evaluated), config.count)
+        check_distribution(config.distribution, config.fid, config.inception_weights, len(self.indices))
+
+    def collect(self) -> None:
+        config = self.config
+        chosen = evenly_spaced(len(self.fitted), config.baseline_images)
+        klt = fit_baseline(self.fitted, chosen, config.resolution, downsampling(self.autoencoder), self.processes)
+        self.measurer = _measurer(config, self.autoencoder, klt, self.device)
+        self.measured = measure_images(self.measurer, self.evaluated, self.indices, self.processes)
+
+    def measure(self) -> Results:
+        config, measured = self.config, self.measured
+        if not measured.ids:
+            raise none_readable(config.output, len(self.evaluated), measured.rejected)
+        check_distribution(config.distribution, config.fid, config.inception_weights, len(measured.ids))
+        distribution = None
+        if config.distribution != "none":
+            real, decoded = np.stack(measured.real_features), np.stack(measured.decoded_features)
+            distribution = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed)
+        return {
+            "protocol": _protocol(config, self.evaluated, self.fitted, measured),
+            **summary(measured, self.measurer),
+            "distribution": distribution,
+            "examples": example_records(measured.examples),
+            "rejected": rejected_images(measured.rejected),
+            "images": per_image(measured, self.measurer),
         }
-        if measured.examples:  # none where exactly those images could not be read
-            picture = grid(measured.examples)
-            write_png(output / "grid.png", picture)
-        write_text(output / "results.md", markdown(results))
-        write_json(output / RESULTS, results)
-        provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
-    return results
+
+    def files(self, results: Results) -> dict[str, Content]:
+        found: dict[str, Content] = {}
+        for record, example in zip(results["examples"], self.measured.examples, strict=True):
+            found |= {f"examples/{file}": example.pictures[name] for name, file in record["files"].items()}
+        if found:  # none where exactly those images could not be read
+            found["grid.png"] = grid(self.measured.examples)
+        return found
+
+    def markdown(self, results: Results) -> str:
+        return markdown(results)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": results["protocol"]["images"]["count"]}
 
 
 def _measurer(config: EvaluateConfig, autoencoder: Any, klt: Any, device: torch.device) -> Measurer:

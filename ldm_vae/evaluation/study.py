@@ -1,17 +1,29 @@
-"""A folder with a finished measurement of an autoencoder: read it, refuse it, and say what was measured.
+"""The frame of every command that measures something and leaves a result folder.
 
-Shared by the commands that measure one autoencoder on images; what they measure and write is theirs.
+A `Study` owns what all of them have in common: the lock of the folder, recognizing a finished result, the fingerprints
+of its inputs, publishing (JSON, Markdown, page, pictures, run record) and what is printed at the end. A subclass says
+what is measured and how it is shown:
+
+    class Sizes(Study):
+        def measure(self): return {"bytes": ...}
+        def markdown(self, results): return f"{results['bytes']} bytes"
+
+    Sizes(config, autoencoder).run()
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from PIL import Image
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
@@ -19,11 +31,231 @@ from ldm_vae.autoencoder.base import is_deterministic
 from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
-from ldm_vae.files import system_errors_explained, vanished
+from ldm_vae.files import (
+    system_errors_explained,
+    vanished,
+    write_atomically,
+    write_bytes,
+    write_json,
+    write_png,
+    write_text,
+)
 from ldm_vae.storage import open_folder
+from ldm_vae.training.distributed import Processes
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
+
+PAGE = "index.html"
+
+Results = dict[str, Any]
+"""The content of a study's JSON file."""
+
+Content = str | bytes | Image.Image | Callable[[Path], object]
+"""Of a file: text, bytes, a picture (written as PNG), or what writes it to a given path."""
+
+
+class Study:
+    """One measurement and its result folder. `run` goes through the same steps for every study:
+
+    1. `load`: a finished result of the same settings, weights and inputs is returned and not measured again.
+    2. `prepare`: open the data, refuse what cannot be measured. Nothing has been written so far.
+    3. `collect` on every process, then `measure` on the main one, under the lock of the folder.
+    4. `files`, `markdown` and `page`: how it is shown.
+    5. `commit`: `run.json` is removed first and written last, so that a folder that has one is complete.
+
+    Args:
+        config: the settings; they are part of the result.
+        autoencoder: what is measured; None for a study of something else.
+        output: the folder; `config.output` when left out.
+        overwrite: replace a result of other settings.
+        processes: of a study that several processes share.
+    """
+
+    results_file: ClassVar[str] = "results.json"
+    markdown_file: ClassVar[str] = "results.md"
+    marker: ClassVar[str] = provenance.RUN_LOCK
+    """A file that is in the folder while this process works there; without it the disk is gone."""
+    replaced: ClassVar[tuple[str, ...]] = ()
+    """Patterns of files that an earlier result may have more of."""
+
+    def __init__(
+        self,
+        config: Any,
+        autoencoder: Any = None,
+        output: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        self.started = time.time()
+        self.config, self.autoencoder, self.overwrite = config, autoencoder, overwrite
+        self.output = Path(config.output if output is None else output)
+        self.processes = processes or Processes()
+
+    # What a study defines.
+
+    def inputs(self, results: Results) -> Mapping[str, tuple[Any, Any]]:
+        """What a result was made of beside settings and autoencoder: "other images" -> what a finished result has
+        recorded, what is there now."""
+        return {}
+
+    def prepare(self) -> None:
+        """Open what is measured. Raises: UserError for what cannot be measured."""
+
+    def collect(self) -> None:
+        """The part of the work that all processes share, and that keeps what it finds in `self`."""
+
+    def measure(self) -> Results:
+        """The study's own part of the results, on the main process; `run` adds format, autoencoder and settings."""
+        raise NotImplementedError
+
+    def files(self, results: Results) -> Mapping[str, Content]:
+        """Name -> content of further files, as pictures; the name may have folders."""
+        return {}
+
+    def markdown(self, results: Results) -> str | None:
+        """The text of `results.md`; None for a study without one."""
+        return None
+
+    def page(self, results: Results) -> str | None:
+        """The text of `index.html`; None for a study without one."""
+        return None
+
+    def record(self, results: Results) -> dict[str, Any]:
+        """What `run.json` says beside command, time and versions."""
+        return {}
+
+    def summary(self, results: Results) -> str:
+        """What is printed at the end, of a new result and of one that was finished already."""
+        page = self.output / PAGE
+        return f"{page if page.is_file() else self.output}:\n\n{self.markdown(results) or ''}".rstrip()
+
+    # What every study does.
+
+    def run(self, dry_run: bool = False) -> Results:
+        """Measure, write the folder, print the summary, return the content of the JSON file.
+
+        Args:
+            dry_run: stop before anything is measured or written, and return a finished result or {}.
+
+        Raises:
+            UserError: the folder holds something else, or a result of other settings, weights or inputs and not
+                `overwrite`; or what the study itself refuses.
+        """
+        results = self.processes.main_decides(self.load)
+        if results is None:
+            self.prepare()
+        if dry_run:
+            if self.processes.is_main:
+                print(f"{self.output}: {'would be measured' if results is None else 'is finished'}")
+            return results or {}
+        if results is None:
+            with contextlib.ExitStack() as stack:
+                self.processes.main_decides(lambda: stack.enter_context(self.lock()))
+                self.collect()
+                results = self.processes.main_decides(self._measure_and_commit)
+        if self.processes.is_main:
+            print(self.summary(results), flush=True)
+        return results
+
+    def load(self) -> Results | None:
+        """The finished result of these settings, weights and inputs; None where there is work to do.
+
+        Raises:
+            UserError: the folder holds something else, or a result of other settings, weights or inputs and not
+                `overwrite`; or there is work to do and no file can be written there.
+        """
+        file = self.output / self.results_file
+        if not (self.output / provenance.RUN_RECORD).is_file():
+            check_writable(self.output)
+            return None
+        if not file.is_file():
+            raise UserError(f"{self.output}: holds another run; give another output")
+        if self.overwrite:
+            check_writable(self.output)
+            return None
+        results: Results = json.loads(file.read_text())
+        changes = configuration.changed_keys(results["config"], configuration.to_dict(self.config))
+        changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
+        before, now = results["autoencoder"]["fingerprint"], self.described["fingerprint"]
+        if before != now:
+            changes["autoencoder fingerprint"] = (before[:15], now[:15])
+        if changes:
+            listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
+            raise UserError(f"{self.output}: holds the result of {listed}; give another output, or --overwrite")
+        for other, (recorded, present) in self.inputs(results).items():
+            if recorded != present:
+                raise UserError(f"{self.output}: holds the result of {other}; give another output, or --overwrite")
+        return results
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
+        with open_folder(self.output).hold(provenance.RUN_LOCK):
+            yield
+
+    def commit(self, results: Results) -> None:
+        """Write the result, under the `lock`; `run.json` goes first and comes last.
+
+        Raises:
+            UserError: the system refuses to write, or the folder has vanished.
+        """
+        files = {**self.files(results), self.markdown_file: self.markdown(results), PAGE: self.page(results)}
+        advice = "free some space or make it writable, and run the same command again"
+        with system_errors_explained(self.output, advice):
+            if not (self.output / self.marker).exists():
+                raise vanished()
+            (self.output / provenance.RUN_RECORD).unlink(missing_ok=True)
+            for pattern in self.replaced:
+                for old in self.output.glob(pattern):
+                    old.unlink()
+            for name, content in files.items():
+                if content is not None:
+                    _write(self.output / name, content)
+            write_json(self.output / self.results_file, results)
+            seconds = time.time() - self.started
+            provenance.write_run_record(self.output, None, self.started, seconds, **self.record(results))
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What is measured, as `describe_autoencoder` says it."""
+        return describe_autoencoder(self.autoencoder)
+
+    def _measure_and_commit(self) -> Results:
+        measured = self.measure()
+        described = {} if self.autoencoder is None else {"autoencoder": self.described}
+        config = configuration.to_dict(self.config)
+        results = {"format_version": 1, **described, **measured, "config": config}
+        self.commit(results)
+        return results
+
+
+def _write(path: Path, content: Content) -> None:
+    if isinstance(content, str):
+        write_text(path, content)
+    elif isinstance(content, bytes):
+        write_bytes(path, content)
+    elif isinstance(content, Image.Image):
+        write_png(path, content)
+    else:
+        write_atomically(path, content)
+
+
+def rejected_images(rejected: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """The images that could not be read, (id, reason), as results have them."""
+    return [{"id": name, "reason": reason} for name, reason in rejected]
+
+
+def check_writable(folder: Path) -> None:
+    """That files can be made in a folder, or in what it would be made in; nothing is left there.
+
+    Raises:
+        UserError: naming what the system objects to.
+    """
+    with system_errors_explained(folder, "give another output folder"):
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> dict[str, Any] | None:
@@ -57,17 +289,6 @@ def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> 
     return result
 
 
-def check_writable(folder: Path) -> None:
-    """That files can be made in a folder, or in what it would be made in; nothing is left there.
-
-    Raises:
-        UserError: naming what the system objects to.
-    """
-    with system_errors_explained(folder, "give another output folder"):
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-
-
 def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], place: str = "output") -> None:
     """That a finished result was made of what is at hand now, where settings name it by a path that may hold another.
 
@@ -83,14 +304,14 @@ def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], plac
             raise UserError(f"{output}: holds the result of {other}; give another {place}, or --overwrite")
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone_in(output: str | Path) -> Iterator[None]:
     """Nobody else measures into this folder or trains in it. Raises: UserError that names who does."""
     with open_folder(Path(output)).hold(provenance.RUN_LOCK):
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def publishing(output: str | Path) -> Iterator[None]:
     """Inside, a result is written by who is `alone_in` the folder. `run.json` goes first and comes last: a folder that
     has one is complete, also after a result was to be replaced.

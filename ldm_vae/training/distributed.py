@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -338,12 +338,18 @@ def join_processes(expected: int | None = None) -> Processes:
     return Processes(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def leave_processes() -> None:
-    """End the group, where there is one."""
+@contextlib.contextmanager
+def joined_processes(expected: int | None = None) -> Iterator[Processes]:
+    """`join_processes`, and the end of the group; a process dies with its launcher."""
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    die_with_launcher()
+    processes = join_processes(expected)
+    try:
+        yield processes
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def compute_device(name: str, processes: Processes | None = None) -> torch.device:
