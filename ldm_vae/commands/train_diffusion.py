@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ldm_vae.training.trainer import dry_run
 
-        return dry_run(model, plan, config.training, accelerator)
+        accelerator.print(dry_run(model, plan, config.training, accelerator))
+        return 0
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
     return fit(model, ordered_samples(config, samples), plan, config.training, run_directory, accelerator)

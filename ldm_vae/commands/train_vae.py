@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)
-        return dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator)
+        accelerator.print(dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator))
+        return 0
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)

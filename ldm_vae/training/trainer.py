@@ -47,6 +47,7 @@ from ldm_vae.training.loader import (
     MicroBatch,
     Plan,
     Samples,
+    Span,
     StreamedSamples,
     batches,
     learning_rate,
@@ -523,42 +524,97 @@ def out_of_memory(error: BaseException) -> bool:
 # `--dry-run`: build everything, do one step on random data, and say how large and how costly it is.
 
 
-def dry_run(model: Model, plan: Plan, config: TrainingConfig, accelerator: Any) -> int:
-    """One `update` per span of the plan on random samples of the model; prints a table. Writes nothing."""
+@dataclass(frozen=True)
+class SpanCost:
+    """What one step costs in a stretch of steps with the same batch.
+
+    Args:
+        shapes: of the tensors of a micro-batch.
+        gigamacs: forward and backward, of one sample.
+        seconds: of one step of all processes, measured once.
+        losses: of this step.
+    """
+
+    first_step: int
+    last_step: int
+    global_batch: int
+    micro_batches: int
+    shapes: dict[str, tuple[int, ...]]
+    gigamacs: float
+    seconds: float
+    losses: dict[str, float]
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.global_batch / self.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"steps {self.first_step} to {self.last_step}: {self.micro_batches} micro-batch(es) of {self.shapes}\n"
+            f"  {self.gigamacs:.2f} GMAC per sample forward and backward, {self.seconds:.2f} s a step "
+            f"({self.samples_per_second:.1f} samples/s), losses {self.losses}"
+        )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would take: trained parameters of each module, the cost of each span, peak memory of a process."""
+
+    parameters: dict[str, int]
+    precision: str
+    device: str
+    spans: tuple[SpanCost, ...]
+    memory_bytes: int
+    rank: int = 0
+
+    def __str__(self) -> str:
+        modules = [
+            f"{name}: {count / 1e6:.2f} M trained parameters, {self.precision} on {self.device}"
+            for name, count in self.parameters.items()
+        ]
+        memory = f"peak memory of process {self.rank}: {self.memory_bytes / 2**30:.2f} GiB; nothing was written"
+        return "\n".join([*modules, *map(str, self.spans), memory])
+
+
+def dry_run(model: Model, plan: Plan, config: TrainingConfig, accelerator: Any) -> DryRun:
+    """Two `update`s per span of the plan on random samples of the model, one counted and one timed. Writes nothing."""
     plan.check(accelerator.num_processes)
     engine = Engine(model, config, accelerator, plan.steps)
-    say = accelerator.print
-    for name, module in engine.modules.items():
-        count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        say(f"{name}: {count / 1e6:.2f} M trained parameters, {config.precision} on {accelerator.device}")
-    step = 0
+    parameters = {
+        name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        for name, module in engine.modules.items()
+    }
+    costs: list[SpanCost] = []
     for span in plan.spans:
-        parts = [
-            MicroBatch(
-                {key: value.to(accelerator.device) for key, value in model.random_samples(rows, span.size).items()},
-                rows,
-            )
-            for rows in rank_rows(
-                span.global_batch, span.micro_batch, accelerator.process_index, accelerator.num_processes
-            )
-        ]
-        batch = Batch(tuple(parts), span.global_batch)
-        gigamacs_of_all = gigamacs(partial(model.update, step, batch, engine))
-        seconds = -time.perf_counter()
-        metrics = model.update(step, batch, engine)
-        losses = {name: round(float(value), 4) for name, value in metrics.items() if name.startswith("loss/")}
-        seconds += time.perf_counter()
-        shapes = {key: tuple(value.shape) for key, value in parts[0].data.items()}
-        gigamacs_each = gigamacs_of_all / sum(part.rows.stop - part.rows.start for part in parts)
-        say(
-            f"steps {step} to {step + span.steps - 1}: {len(parts)} micro-batch(es) of {shapes}\n"
-            f"  {gigamacs_each:.2f} GMAC per sample forward and backward, {seconds:.2f} s a step "
-            f"({span.global_batch / seconds:.1f} samples/s), losses {losses}"
-        )
-        step += span.steps
+        costs.append(_span_cost(model, engine, span, costs[-1].last_step + 1 if costs else 0))
     if accelerator.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say(f"peak memory of process {accelerator.process_index}: {memory / 2**30:.2f} GiB; nothing was written")
-    return 0
+    device = str(accelerator.device)
+    return DryRun(parameters, config.precision, device, tuple(costs), memory, accelerator.process_index)
+
+
+def _span_cost(model: Model, engine: Engine, span: Span, step: int) -> SpanCost:
+    accelerator = engine.accelerator
+    place = (accelerator.process_index, accelerator.num_processes)
+    parts = [
+        MicroBatch({name: v.to(engine.device) for name, v in model.random_samples(rows, span.size).items()}, rows)
+        for rows in rank_rows(span.global_batch, span.micro_batch, *place)
+    ]
+    batch = Batch(tuple(parts), span.global_batch)
+    counted = gigamacs(partial(model.update, step, batch, engine))
+    seconds = -time.perf_counter()
+    metrics = model.update(step, batch, engine)
+    losses = {name: round(float(value), 4) for name, value in metrics.items() if name.startswith("loss/")}
+    seconds += time.perf_counter()
+    return SpanCost(
+        first_step=step,
+        last_step=step + span.steps - 1,
+        global_batch=span.global_batch,
+        micro_batches=len(parts),
+        shapes={name: tuple(value.shape) for name, value in parts[0].data.items()},
+        gigamacs=counted / sum(part.rows.stop - part.rows.start for part in parts),
+        seconds=seconds,
+        losses=losses,
+    )
