@@ -31,5 +31,5 @@ step "Write the report" report $run
 
 printf '\nDone: open %s/report.html, and %s/health/index.html\n' "$PWD/$run" "$PWD/$run"
 printf '\nDoes it draw what it is asked for? 500 images, read by a network that knows the truth (10 minutes):\n'
-printf '$ .venv/bin/python scripts/measure_synthetic.py %s/truth --pipeline %s/diffusion --latents %s/latents --data %s\n' \
+printf '$ .venv/bin/python -m tools.measure_synthetic %s/truth --pipeline %s/diffusion --latents %s/latents --data %s\n' \
   $run $run $run configs/encode_quickstart.yaml

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The promises that a test proves go into its report, where scripts/reliability.py finds them."""
+    """The promises that a test proves go into its report, where tools/reliability.py finds them."""
     chosen, others = config.getoption("promise"), []
     for item in items:
         promises = [mark.args[0] for mark in item.iter_markers("promise")]

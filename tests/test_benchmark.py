@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+ROOT = Path(__file__).parents[1]
 
-import benchmark
+from benchmarks import __main__ as benchmark
 from benchmarks import roof
 from benchmarks.rounds import Ratio, alternating, bar, bars_table, ratio
 
@@ -89,13 +88,14 @@ def test_starting_is_measured_in_processor_time(tmp_path):
 
 
 def test_an_unknown_subject_is_refused_with_those_there_are():
-    words = [sys.executable, SCRIPTS / "benchmark.py", "speed"]
+    words = [sys.executable, "-m", "benchmarks", "speed"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stderr.count("no subject 'speed'; give one of train,")) == (2, 1)
 
 
 def test_help_lists_the_subjects_and_needs_no_heavy_package():
-    program = "import benchmark, sys; print(benchmark.overview()); assert not {'torch', 'numpy'} & sys.modules.keys()"
-    found = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, timeout=240)
+    program = "import sys; from benchmarks import __main__ as benchmark; print(benchmark.overview())"
+    program += "; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     assert all(f"\n  {name} " in found.stdout for name in benchmark.SUBJECTS)

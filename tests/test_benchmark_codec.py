@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from benchmarks import codec as script
 from benchmarks import roof

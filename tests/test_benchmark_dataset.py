@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
 from benchmarks import dataset as script
 
 SMALL = [
@@ -34,7 +31,10 @@ SMALL = [
 def test_ours_and_the_script_encode_and_everything_is_told(tmp_path: Path) -> None:
     output = tmp_path / "output"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "dataset", str(output), *SMALL], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks", "dataset", str(output), *SMALL],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((output / "results.json").read_text())

@@ -3,13 +3,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 
 def test_a_simulated_set_opens_and_is_measured(tmp_path):
-    words = [sys.executable, SCRIPT, "index", tmp_path / "results", "--sets", "1000/16"]
+    words = [sys.executable, "-m", "benchmarks", "index", tmp_path / "results", "--sets", "1000/16"]
     subprocess.run(words, check=True, timeout=240)
     (found,) = json.loads((tmp_path / "results" / "results.json").read_text())["sets"]
     assert (found["samples"], found["shards"], found["index_files"]) == (1000, 63, 1)
@@ -22,6 +19,6 @@ def test_a_simulated_set_opens_and_is_measured(tmp_path):
 
 
 def test_sizes_that_are_none_are_refused(tmp_path):
-    words = [sys.executable, SCRIPT, "index", tmp_path / "results", "--sets", "1000"]
+    words = [sys.executable, "-m", "benchmarks", "index", tmp_path / "results", "--sets", "1000"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stderr.count("'1000' is not SAMPLES/SHARD_SIZE")) == (2, 1)

@@ -4,21 +4,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ldm_vae.errors import UserError
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import benchmark
-import record_results
+from benchmarks import __main__ as benchmark
 from benchmarks import latent_readers, read
 from benchmarks.latent_readers import LIMIT, OURS, READERS
+from ldm_vae.errors import UserError
+from tools import record_results
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def moments() -> np.ndarray:
 def test_every_reader_is_measured_in_every_cell_and_the_result_can_be_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_readers, "SHARD", 64)
     words = [str(tmp_path / "result"), "--rounds", "2", "--samples", "192", "--seconds", "0.005"]
-    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", "read", *words])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/__main__.py", "read", *words])
     words += ["--files", str(tmp_path)]
     benchmark.run_subject("read", words)
     text = (tmp_path / "result" / "results.md").read_text()
@@ -54,7 +49,7 @@ def test_every_reader_is_measured_in_every_cell_and_the_result_can_be_recorded(t
     monkeypatch.setattr(sys, "argv", ["record_results.py", "Reading latents", str(tmp_path / "result")])
     record_results.main()
     assert "## Reading latents\n\nStored moments: samples per second" in page.read_text()
-    assert "- command: `python scripts/benchmark.py read result --rounds 2 --samples" in page.read_text()
+    assert "- command: `python -m benchmarks read result --rounds 2 --samples" in page.read_text()
     with pytest.raises(UserError, match="holds results already"):
         benchmark.run_subject("read", words)
 

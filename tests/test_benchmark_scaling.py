@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
 from benchmarks import scaling as script
-
 from ldm_vae.errors import UserError
 
 

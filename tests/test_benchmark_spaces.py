@@ -11,10 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import benchmark
+from benchmarks import __main__ as benchmark
 from benchmarks import spaces as script
 
 
@@ -80,7 +77,8 @@ def test_what_was_measured_is_written_and_drawn(tmp_path: Path, monkeypatch: pyt
 def test_the_script_measures_in_fresh_processes(tmp_path: Path) -> None:
     words = [
         sys.executable,
-        SCRIPT,
+        "-m",
+        "benchmarks",
         "spaces",
         tmp_path / "out",
         "--sizes",
@@ -95,7 +93,7 @@ def test_the_script_measures_in_fresh_processes(tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    words = [sys.executable, SCRIPT, "spaces", tmp_path / "out", "--sizes", "100"]
+    words = [sys.executable, "-m", "benchmarks", "spaces", tmp_path / "out", "--sizes", "100"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stderr.count("multiples of 64")) == (2, 1)
     assert not (tmp_path / "out").exists()

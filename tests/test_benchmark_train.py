@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
 from benchmarks import train as script
 from benchmarks.peer_step import peer_step
 
@@ -23,7 +20,10 @@ SMALL += ["--perceptual", "squeeze"]
 def test_both_sides_take_a_step_and_everything_is_told(tmp_path: Path) -> None:
     output = tmp_path / "output"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "train", str(output), *SMALL], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "benchmarks", "train", str(output), *SMALL],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((output / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""`scripts/digits.py`: MNIST's files become a data set that training reads, or images that travel with a model."""
+"""`tools/digits.py`: MNIST's files become a data set that training reads, or images that travel with a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.open import open_source
 from ldm_vae.data.sources import DataConfig, DatasetsConfig
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "digits.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "digits.py"
 COUNT = 12
 
 

@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.index import write_set
 from ldm_vae import config as configuration
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.latents.dataset import LatentDataset
@@ -27,10 +27,6 @@ from ldm_vae.training.trainer import fit, make_accelerator
 from tests.diffusion.conftest import make_pipeline
 from tests.latents.conftest import autoencoder_directory, encode, latents, settings  # noqa: F401
 from tests.training.toy import ToyConfig, ToyModel, ToySamples
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-from benchmarks.index import write_set
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 

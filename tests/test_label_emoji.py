@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "label_emoji.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "label_emoji.py"
 
 
 @pytest.fixture

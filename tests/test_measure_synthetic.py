@@ -19,12 +19,11 @@ from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "measure_synthetic.py"
-sys.path.insert(0, str(SCRIPT.parent))
+SCRIPT = ROOT / "tools" / "measure_synthetic.py"
 
-import measure_synthetic as script
-import synthetic_reader
-from synthetic_reader import Truth, largest_gap
+from tools import measure_synthetic as script
+from tools import synthetic_reader
+from tools.synthetic_reader import Truth, largest_gap
 
 CONFIG = SyntheticConfig(count=200, textured=0)
 NAMES = SyntheticSource.label_names
@@ -151,7 +150,9 @@ def test_the_sets_share_no_scene() -> None:
 
 def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     words = ["--pipeline", "p", "--latents", "l", "--data", "d", "--count", "25"]
-    result = subprocess.run([sys.executable, SCRIPT, tmp_path / "out", *words], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.measure_synthetic", tmp_path / "out", *words], capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr.count("as many of each of ten classes")) == (2, 1)
     assert not (tmp_path / "out").exists()
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import reliability
-from reliability import END, START, Row, merged, rows_of_document, rows_of_report, with_rows
+from tools import reliability
+from tools.reliability import END, START, Row, merged, rows_of_document, rows_of_report, with_rows
 
 CASE = """<testcase classname="tests.training.test_kills" name="{name}" time="{seconds}"><properties>
 <property name="promise" value="1"/><property name="figure" value="{figure}"/></properties>{outcome}</testcase>"""

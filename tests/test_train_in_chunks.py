@@ -1,4 +1,4 @@
-"""`scripts/train_in_chunks.py`: a run in pieces, on two machines, is the run in one; packs stay in their folder."""
+"""`tools/train_in_chunks.py`: a run in pieces, on two machines, is the run in one; packs stay in their folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.files import check_checksums
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_in_chunks.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "train_in_chunks.py"))
 TRAINING = [
     "data.source=synthetic", "data.synthetic.count=40", "data.synthetic.resolution=64",
     "phases=[{steps: 40, crop: 32, batch: 2}]", "autoencoder.preset=pico", "autoencoder.latent_channels=2",

@@ -1,6 +1,6 @@
 """A latent diffusion model proved on data whose truth is known: does it draw what it was asked for?
 
-    python scripts/measure_synthetic.py OUTPUT --pipeline runs/quickstart/diffusion --latents runs/quickstart/latents \\
+    python -m tools.measure_synthetic OUTPUT --pipeline runs/quickstart/diffusion --latents runs/quickstart/latents \\
         --data configs/encode_quickstart.yaml
 
 For models trained on the synthetic set. A small network, the reader, learns from freshly rendered images what an image
@@ -27,8 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from result_folder import check_output, write_results
-
+from benchmarks.result_folder import check_output, write_results
 from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
@@ -36,11 +35,11 @@ from ldm_vae.errors import EXIT_USER_ERROR, UserError
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-    from synthetic_reader import Reader, Truth
     from torch import Tensor
 
     from ldm_vae.data.synthetic import SyntheticConfig
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+    from tools.synthetic_reader import Reader, Truth
 
 RECOGNISED = 0.90
 GAP = 0.10
@@ -86,7 +85,8 @@ def judge_attributes(real: Truth, generated: Truth, correlations: dict[str, floa
         correlations: By attribute, of readings and truth; those below READABLE are not judged.
     """
     import numpy as np
-    from synthetic_reader import is_circle, largest_gap
+
+    from tools.synthetic_reader import is_circle, largest_gap
 
     rng = np.random.default_rng(0)
     count = len(real.labels) // 2
@@ -148,11 +148,11 @@ def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tup
 def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: int) -> tuple[Tensor, Tensor]:
     """Images as the reader takes them (n, 3, side, side), and their normalised posterior means (n, c, h, w)."""
     import torch
-    from synthetic_reader import reduced
 
     from ldm_vae.autoencoder import base
     from ldm_vae.data import transforms
     from ldm_vae.data.samples import to_tensor
+    from tools.synthetic_reader import reduced
 
     seen, latents = [], []
     for image in images:
@@ -167,10 +167,10 @@ def through_autoencoder(
 ) -> tuple[Tensor, Tensor]:
     """Held-out real images, encoded and decoded (n, 3, side, side), and their normalised latents (n, c, h, w)."""
     import torch
-    from synthetic_reader import held_out_config, reduced
 
     from ldm_vae.data import transforms
     from ldm_vae.data.synthetic.source import SyntheticSource
+    from tools.synthetic_reader import held_out_config, reduced
 
     height, _ = pipeline.image_size()
     source = SyntheticSource(held_out_config(config, count, height))
@@ -182,7 +182,7 @@ def through_autoencoder(
 
 def make_reader(config: SyntheticConfig, side: int, images: int, epochs: int) -> Reader:
     """A reader of the set `config`, taught by images that are in no other set here."""
-    from synthetic_reader import reader_config, render, train_reader
+    from tools.synthetic_reader import reader_config, render, train_reader
 
     return train_reader(*render(reader_config(config, images), side), epochs)
 
@@ -201,10 +201,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, and the pictures that show it."""
     import numpy as np
     from PIL import Image
-    from synthetic_reader import held_out_config, reading_errors, render
 
     from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory, plan
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+    from tools.synthetic_reader import held_out_config, reading_errors, render
 
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(args.pipeline), use_safetensors=True)
     config, training = open_set(args.latents, args.data, pipeline)

@@ -1,8 +1,8 @@
 """Draw the pictures of docs/ from runs, on images that the package draws itself. Nothing is chosen by hand.
 
-    python scripts/record_pictures.py crops OUT.webp NAME=AUTOENCODER [NAME=AUTOENCODER ...]
-    python scripts/record_pictures.py latents OUT.svg NAME=HEALTH_FOLDER [NAME=HEALTH_FOLDER ...]
-    python scripts/record_pictures.py prior OUT.webp NAME=AUTOENCODER=HEALTH_FOLDER [...]
+    python -m tools.record_pictures crops OUT.webp NAME=AUTOENCODER [NAME=AUTOENCODER ...]
+    python -m tools.record_pictures latents OUT.svg NAME=HEALTH_FOLDER [NAME=HEALTH_FOLDER ...]
+    python -m tools.record_pictures prior OUT.webp NAME=AUTOENCODER=HEALTH_FOLDER [...]
 
 `crops`: the same crops through every autoencoder, enlarged, the original first: of 64 textured synthetic images the
     windows with the most contrast between neighbouring pixels, one a class.

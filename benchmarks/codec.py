@@ -1,7 +1,7 @@
 """Encoding and decoding: the Stable Diffusion autoencoder by our way and by the usual one, and our architecture.
 
-    python scripts/benchmark.py encode OUTPUT
-    python scripts/benchmark.py decode OUTPUT
+    python -m benchmarks encode OUTPUT
+    python -m benchmarks decode OUTPUT
 
 First the same weights: diffusers' `AutoencoderKL` in the SD configuration as the commands run it, in bf16 and fp32,
 against the usual loop: fp32, NCHW, image by image. Our way is `prepare_for_inference`, `encode_moments`, `decode`. Then
@@ -129,6 +129,7 @@ def prepared(autoencoder: Any, precision: str) -> Any:
 def same_weights(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """The usual loop against our way in bf16 and in fp32: seconds an image, ratios, how far the outputs are apart."""
     import torch
+
     from benchmarks.outsider import Outsider
     from benchmarks.rounds import alternating, ratio
 

@@ -1,9 +1,9 @@
 """Write hand-written digits as one parquet file of 32 x 32 PNG pictures: images for `train-vae` and `explore`.
 
-    python scripts/digits.py mnist digits.parquet
-    python scripts/digits.py mnist digits-test.parquet --part test
-    python scripts/digits.py sklearn digits.parquet
-    python scripts/digits.py mnist checkpoints/digits-vae-2d --part test --count 2000
+    python -m tools.digits mnist digits.parquet
+    python -m tools.digits mnist digits-test.parquet --part test
+    python -m tools.digits sklearn digits.parquet
+    python -m tools.digits mnist checkpoints/digits-vae-2d --part test --count 2000
 
 SOURCE is a folder with MNIST's idx files, packed (.gz) or not, or the word `sklearn`: scikit-learn's bundled 1,797
 digits of 8 x 8 pixels, enlarged. Pictures are grey, white on black, 28 x 28 with two black pixels around. They are read

@@ -1,6 +1,6 @@
 """How a set of a hundred million samples opens: its manifest and index as they would be, without any latents.
 
-    python scripts/benchmark.py index OUTPUT
+    python -m benchmarks index OUTPUT
 
 For each size of set a folder with plan, index and manifest is written as `ldm-vae encode` writes them; then a fresh
 process opens it as `LatentDataset` and looks samples up, as a trainer does, up to the point where a shard would be

@@ -1,6 +1,6 @@
 """How long a command takes before it works: `--help`, and the way to the first step of `generate`.
 
-    python scripts/benchmark.py startup OUTPUT
+    python -m benchmarks startup OUTPUT
 
 Every turn is a fresh process, its processor time counted (user and system, all threads), so that a busy machine changes
 little. `generate` on a small pipeline stops the clock as its first U-Net step begins; the bare imports are those that

@@ -1,9 +1,9 @@
 """Measure the promises of docs/reliability.md, and write the figures there. Nothing is typed by hand.
 
-    python scripts/reliability.py          # every promise, the long trials among them: more than an hour on 2 cores
-    python scripts/reliability.py 1 4      # promises 1 and 4 alone; the rows of the others stay
-    python scripts/reliability.py 1 -- -m "promise and not slow"     # what follows -- goes to pytest
-    python scripts/reliability.py --reports a.xml b.xml              # of earlier runs of `pytest --junitxml=a.xml`
+    python -m tools.reliability          # every promise, the long trials among them: more than an hour on 2 cores
+    python -m tools.reliability 1 4      # promises 1 and 4 alone; the rows of the others stay
+    python -m tools.reliability 1 -- -m "promise and not slow"     # what follows -- goes to pytest
+    python -m tools.reliability --reports a.xml b.xml              # of earlier runs of `pytest --junitxml=a.xml`
 
 Runs the tests marked `promise(number)`. What each recorded while it ran (`record_property("figure", ...)`) is its
 row in the table, with the figure of its longest variant; a test that fails says FAILED there, and this program ends
@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "reliability.md"
-START, END = "<!-- figures: written by scripts/reliability.py -->\n", "<!-- end of figures -->\n"
+START, END = "<!-- figures: written by tools/reliability.py -->\n", "<!-- end of figures -->\n"
 HEADER = "| promise | test | variants | figure of the longest | seconds, all | date |\n|---|---|---|---|---|---|\n"
 
 

@@ -1,6 +1,6 @@
 """How fast latents are read: ours, HF `datasets`, a webdataset tar, one `.npy` per image, and a plain numpy memmap.
 
-    python scripts/benchmark.py read OUTPUT
+    python -m benchmarks read OUTPUT
 
 Every reader gets the same samples, float16 (8, 64, 64): mean and log-variance of a 512 x 512 image, 64 KiB. They are
 random, in a temporary folder, and few enough to stay in the page cache. What counts is a torch tensor with memory of
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rounds import bar, bars_table, rotated
-
 from ldm_vae.errors import UserError
 
 if TYPE_CHECKING:
-    from benchmarks.latent_readers import Pass, Reader
     from torch import Tensor
+
+    from benchmarks.latent_readers import Pass, Reader
 
 SUMMARY = "how fast stored latents are read, beside HF `datasets`, webdataset and numpy"
 
@@ -127,7 +127,6 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
     from benchmarks.latent_readers import LIMIT, OURS, READERS
-
     from ldm_vae.evaluation.sweep import markdown_table
 
     table = {(one["content"], one["size"], one["order"], one["reader"]): one for one in found["measured"]}
@@ -220,8 +219,9 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     import numpy as np
     import pyarrow
     import torch
-    from benchmarks.latent_readers import BATCH, SHAPE, open_readers
     from datasets import disable_progress_bars
+
+    from benchmarks.latent_readers import BATCH, SHAPE, open_readers
 
     if arguments.samples < BATCH or arguments.samples % BATCH:
         raise UserError(f"--samples: {arguments.samples} are not whole batches; give a multiple of {BATCH}")

@@ -1,6 +1,6 @@
 """A training step of an autoencoder beside diffusers' example, and beside the machine's convolutions.
 
-    python scripts/benchmark.py train OUTPUT
+    python -m benchmarks train OUTPUT
 
 Equal architecture (an `AutoencoderKL` as Stable Diffusion has it, narrower), images and terms: L1, LPIPS, KL and a
 hinge GAN. Ours is the package's own `update()` with its engine; one call updates both networks. Weights are random,
@@ -142,8 +142,9 @@ def theirs(folder: Path, repaired: bool, crop: int, batch: int, device: str) -> 
 
     runtime.repair_torchvision()
     import lpips
-    from benchmarks.peer_step import peer_step
     from diffusers import AutoencoderKL
+
+    from benchmarks.peer_step import peer_step
 
     autoencoder: Any = AutoencoderKL.from_pretrained(folder / "kl").to(device).train()
     perceptual = (
@@ -172,9 +173,9 @@ def measure_roof(arguments: argparse.Namespace, folder: Path, whole: bool) -> di
     `fraction_of_bf16` takes the higher one for all.
     """
     import torch
+
     from benchmarks.roof import roof_action
     from benchmarks.rounds import alternating, ratio
-
     from ldm_vae.autoencoder.models import AutoencoderConfig
     from ldm_vae.runtime import gigamacs
 

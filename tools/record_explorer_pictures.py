@@ -1,6 +1,6 @@
 """Take the pictures of the explorer in docs/: one screenshot a tab, `OUT/explorer-TAB.webp`, from its own server.
 
-    python scripts/record_explorer_pictures.py OUT MODEL OTHER RUN
+    python -m tools.record_explorer_pictures OUT MODEL OTHER RUN
 
 MODEL and OTHER are the two models of the map, the comparison, the stages and the sliders; RUN is the run of `train-vae`
 whose training is shown. Needs Chromium on the path, and Playwright (`pip install playwright`).

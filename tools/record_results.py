@@ -1,8 +1,8 @@
 """Put measured results into docs/benchmarks.md, and the headline figures into the README. Nothing is typed by hand.
 
-    python scripts/record_results.py NAME RESULT_FOLDER [--headline]
+    python -m tools.record_results NAME RESULT_FOLDER [--headline]
 
-RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, `scripts/benchmark.py` or `measure_synthetic.py`
+RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, `benchmarks/__main__.py` or `measure_synthetic.py`
 wrote (a Markdown table, run.json), a set that `ldm-vae encode` made, or a run root of the quickstart (run.json of each
 stage). The section NAME of docs/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from
 an evaluation. Pictures stay out: they may show images that are not ours.
@@ -31,8 +31,9 @@ def provenance_lines(record: dict) -> list[str]:
 
 
 def typed(command: list[str]) -> str:
-    program = Path(command[0]).name
-    start = f"python scripts/{program}" if program.endswith(".py") else "ldm-vae"
+    program = Path(command[0])
+    starts = {"__main__": "python -m benchmarks", "measure_synthetic": "python -m tools.measure_synthetic"}
+    start = starts.get(program.stem, f"python scripts/{program.name}") if program.suffix == ".py" else "ldm-vae"
     return f"{start} {shlex.join(map(without_folder, command[1:]))}"
 
 

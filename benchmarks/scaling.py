@@ -1,6 +1,6 @@
 """How cost grows: with processes, with the size and the number of images, with the batch; and what memory does.
 
-    python scripts/benchmark.py scaling OUTPUT
+    python -m benchmarks scaling OUTPUT
 
 Processes have one thread each and decode their images themselves, so that two of them use two cores and one uses one;
 their rates are those of the run records, without the start. Exponents are fits of log seconds over log pixels: 1 is
@@ -26,7 +26,7 @@ from ldm_vae.errors import UserError
 
 SUMMARY = "cost over processes, image size, batch and number of images; memory"
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 LATENT_CHANNELS, DOWNSAMPLING = 4, 8
 SMALL_SIDE = 128
 """Of the images whose number, and whose number in a batch, is what counts."""
@@ -159,8 +159,8 @@ def rate_of(metrics: Path) -> float:
 def measure_passes(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds of encoding and decoding in one thread: of an image of each size, of each batch of small images."""
     import torch
-    from benchmarks.rounds import alternating
 
+    from benchmarks.rounds import alternating
     from ldm_vae.autoencoder import base
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 

@@ -5,7 +5,7 @@ the folder that they are unpacked into. What comes back into --out is chunk.json
 --peak-tflops the share of the device's arithmetic that the model used), and in parts below 16 MiB the finished model or
 the state of an unfinished run, where that is small enough; `cat NAME.tar.* | tar x` joins them. A recipe: docs/gpu.md.
 
-  python scripts/train_in_chunks.py --minutes 8.5 --packs photos.tar --work runs/gpu --out back \\
+  python -m tools.train_in_chunks --minutes 8.5 --packs photos.tar --work runs/gpu --out back \\
       train-vae configs/vae_f8c4_base.yaml data.path={packs}
 """
 

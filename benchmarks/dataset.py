@@ -1,6 +1,6 @@
 """From JPEG files to stored latents: `ldm-vae encode` with our small autoencoder, and the script that a user writes.
 
-    python scripts/benchmark.py dataset OUTPUT
+    python -m benchmarks dataset OUTPUT
 
 The files are synthetic scenes with a grain, so that they are as large as photographs. That script opens one file after
 the other with PIL, resizes and normalises it by torchvision, encodes it with an autoencoder of Stable Diffusion's size
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     """Runs of ours in both precisions and turns of the script, in turn."""
     import torch
-    from benchmarks.rounds import rotated
 
+    from benchmarks.rounds import rotated
     from ldm_vae.runtime import reuse_freed_memory
 
     reuse_freed_memory()  # as the command does; the script profits from it too

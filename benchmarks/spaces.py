@@ -1,6 +1,6 @@
 """The claim of latent diffusion, measured: one U-Net family on latents and on pixels, at several image sizes.
 
-    python scripts/benchmark.py spaces OUTPUT
+    python -m benchmarks spaces OUTPUT
 
 Three spaces. `latents`: c x h/8 x w/8. `pixels`: 3 x h x w through the same U-Net with the same patch, so with 64 times
 as many tokens. `pixels, coarse`: patches 8 times as large, so as many tokens as `latents` has, of 48 times as many

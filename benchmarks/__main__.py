@@ -1,11 +1,11 @@
 """How fast it is, beside what a user would use instead and beside the limit of the machine, measured in one run.
 
-    python scripts/benchmark.py SUBJECT OUTPUT     # OUTPUT: a folder for results.json, results.md and run.json
-    python scripts/benchmark.py all OUTPUT         # every subject, each in a process and a folder of its own
-    python scripts/benchmark.py SUBJECT --help     # what can be chosen
+    python -m benchmarks SUBJECT OUTPUT     # OUTPUT: a folder for results.json, results.md and run.json
+    python -m benchmarks all OUTPUT         # every subject, each in a process and a folder of its own
+    python -m benchmarks SUBJECT --help     # what can be chosen
 
-The contestants take turns; figures are medians, ratios are taken within a round (scripts/benchmarks/rounds.py).
-`python scripts/record_results.py NAME OUTPUT` puts the tables into docs/benchmarks.md.
+The contestants take turns; figures are medians, ratios are taken within a round (benchmarks/rounds.py).
+`python -m tools.record_results NAME OUTPUT` puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from result_folder import check_output, write_results
-
+from benchmarks.result_folder import check_output, write_results
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 
 SUBJECTS = {
@@ -35,7 +34,7 @@ SUBJECTS = {
     "spaces": "spaces",
     "index": "index",
 }
-"""Subject -> module in scripts/benchmarks/ with SUMMARY, `add_arguments`, `measure`, `text`, and perhaps `draw`."""
+"""Subject -> module in benchmarks/ with SUMMARY, `add_arguments`, `measure`, `text`, and perhaps `draw`."""
 
 
 def module_of(subject: str) -> ModuleType:
@@ -77,7 +76,7 @@ def run_all(words: Sequence[str]) -> int:
     for subject in SUBJECTS:
         check_output(output / subject)
     codes = [
-        subprocess.run([sys.executable, __file__, subject, str(output / subject)], check=False).returncode
+        subprocess.run([sys.executable, "-m", "benchmarks", subject, str(output / subject)], check=False).returncode
         for subject in SUBJECTS
     ]
     return max(codes)

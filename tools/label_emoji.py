@@ -1,7 +1,7 @@
 """Sort an emoji font's images into labels by what Unicode calls them: a data set for `encode` and `train-diffusion`.
 
-    python scripts/label_emoji.py noto-emoji/png/512 data/emoji
-    python scripts/label_emoji.py noto-emoji/png/512 data/emoji --only clock face heart
+    python -m tools.label_emoji noto-emoji/png/512 data/emoji
+    python -m tools.label_emoji noto-emoji/png/512 data/emoji --only clock face heart
 
 Reads files named `emoji_u1f600.webp` (or .png); `unicodedata` of the standard library knows what these code points are
 called. Writes the images and a labels.csv (file, label, name) into a new folder. Images that differ from another one

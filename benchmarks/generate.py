@@ -1,6 +1,6 @@
 """Where the time of a generated image goes, beside the same sampler on pixels.
 
-    python scripts/benchmark.py generate OUTPUT
+    python -m benchmarks generate OUTPUT
 
 The whole pipeline makes one image; its parts, a U-Net step and the decoding, take turns with it, and so does a step of
 the same U-Net on the pixels of the same image (same patch, 64 times as many tokens), which the sampler would take as
@@ -47,8 +47,8 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
 def measure_precision(arguments: argparse.Namespace, dtype: Any) -> dict[str, Any]:
     """Medians in seconds, and shares and ratios taken within a round."""
     import torch
-    from benchmarks.rounds import alternating, ratio
 
+    from benchmarks.rounds import alternating, ratio
     from ldm_vae.diffusion.unet import PRESETS, UNetConfig, build_unet
 
     device, side, steps = arguments.device, arguments.size // DOWNSAMPLING, arguments.steps

@@ -1,0 +1,1 @@
+"""One-off programs of this project, run from a clone: `python -m tools.NAME --help`."""
