@@ -400,7 +400,7 @@ def names_in_a_folder(folder: Path, name: str, latents: Path) -> None:
 def names_in_a_set(folder: Path, name: str, latents: Path) -> None:
     shutil.copytree(latents, folder / "set")
     signed(folder / "set", index=[{"file": name, "shards": 6, "checksum": "xxh3_128:0"}])
-    with pytest.raises(UserError, match="no name of an index file"):
+    with pytest.raises(UserError, match="not the name of an index file"):
         read_manifest(folder / "set").shard_index  # noqa: B018
 
 

@@ -1,11 +1,11 @@
-"""What a shard holds for each image: which tensors there are, of which precision and shape.
+"""The format of a set of latent shards: the files of its folder as dataclasses, and how each is read and written.
 
-    moments   posterior mean, then log-variance (2c, h, w): what a trainer samples from anew each epoch
-    mean      the mean only (c, h, w): all that a deterministic autoencoder has, or half the bytes of moments
-    sample    one posterior sample (c, h, w), drawn once
-    indices   codes of a VQ or FSQ autoencoder (h, w)
+    plan.json  ->  shard-N.safetensors, shard-N.jsonl  ->  index-N-HASH.safetensors  ->  manifest.json
+    Origin         Layout, Sidecar                         ShardIndex                    Manifest
 
-Everything is unscaled. Owns names, shapes and sizes; the bytes are `shard`'s.
+The plan says everything that decides the bytes of the shards. A shard holds the latents of a range of images, its
+sidecar names the images. The index has one row for each shard, and the manifest, published last, says what the set is.
+`docs/latent-shards.md` is the specification. The bytes of a shard are read and written in `shard`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,25 @@ import numpy as np
 import torch
 
 from ldm_vae import config as configuration
-from ldm_vae.errors import UserError
+from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.files import canonical_json, check_tensor_header, checksum_bytes, readable_json
 from ldm_vae.latents.normalizer import LatentNormalizer, combine
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder, is_url, local_path
 
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+MAKE_AGAIN = "`ldm-vae latents repair` makes it again"
+RESTORE = "`ldm-vae latents repair` rebuilds it from the shards"
+
 CONTENTS = ("moments", "mean", "sample", "indices")
+"""What is stored of an image, always unscaled:
+
+    moments   posterior mean, then log-variance (2c, h, w): a trainer draws new samples from it in each epoch
+    mean      the mean only (c, h, w): all that a deterministic autoencoder has, or half the bytes of moments
+    sample    one posterior sample (c, h, w), drawn once
+    indices   codes of a VQ or FSQ autoencoder (h, w)
+"""
 
 LATENT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INDEX_DTYPES = {"uint16": torch.uint16, "int32": torch.int32}
@@ -45,10 +57,10 @@ class Layout:
     """The tensors of every shard of a set.
 
     Attributes:
-        content: what is stored for each image.
-        dtype: of it; a key of `STORED_DTYPES`.
+        content: what is stored of each image, one of `CONTENTS`.
+        dtype: its precision, a key of `STORED_DTYPES`.
         latent_shape: (c, h, w) of a latent.
-        flipped: whether the same is stored for each image's mirror image.
+        flipped: whether the same is stored of each image's mirror image.
     """
 
     content: str
@@ -58,7 +70,7 @@ class Layout:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of what is stored for one image."""
+        """Shape of what is stored of one image."""
         channels, height, width = self.latent_shape
         if self.content == "indices":
             return (height, width)
@@ -66,17 +78,17 @@ class Layout:
 
     @property
     def summed_channels(self) -> int:
-        """Channels that statistics are taken of; codes have none."""
+        """Channels that have statistics: c, or 0 for codes."""
         return 0 if self.content == "indices" else self.latent_shape[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors with the content: for example `moments`, `moments_flipped`."""
+        """Names of the tensors with the content: for example `moments`, `moments_flipped`."""
         return (self.content, self.content + FLIPPED) if self.flipped else (self.content,)
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes that one image takes, label and index not counted."""
+        """Bytes that one image takes, without its label and index."""
         return len(self.names) * prod(self.sample_shape) * STORED_DTYPES[self.dtype].itemsize
 
     def tensors(self, count: int) -> dict[str, tuple[str, list[int]]]:
@@ -98,7 +110,17 @@ HEADER_BYTES = 1 << 13
 NUMBERS = ("index", "count", "rejected", "first_index", "last_index", "size_bytes")
 """Names of the fields that are numbers; the others are text."""
 
-MAKE_AGAIN = "`ldm-vae latents repair` makes it again"
+
+class OtherFormat(UserError):
+    """A file of a set has a format version that this release does not read."""
+
+
+class MisplacedSidecar(UserError):
+    """A sidecar lies under the name of another shard. `number` is its own."""
+
+    def __init__(self, *parts: object, number: int) -> None:
+        super().__init__(*parts)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Header:
-    """What the first line says. `sums`: float64 (3, c), see `statistics`; `origin`: digest of the plan."""
+    """The first line. `sums`: float64 (3, c), see `normalizer.channel_sums`; `origin`: digest of the plan."""
 
     origin: str
     shard: int
@@ -132,7 +154,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """All of it, in the order of the source indices."""
+    """A whole sidecar, in the order of the source indices."""
 
     header: Header
     samples: list[Sample]
@@ -143,7 +165,7 @@ def sidecar_bytes(
     origin: str, number: int, record: dict[str, Any], sums: np.ndarray, samples: Sequence[Sample],
     rejected: Sequence[Rejection],
 ) -> tuple[bytes, Header]:  # fmt: skip
-    """The file of a shard, and its header. `record`: the fields of the `ShardRecord` but `sidecar_checksum`."""
+    """The sidecar of a shard and its header. `record`: the fields of the `ShardRecord` except `sidecar_checksum`."""
     every: list[Sample | Rejection] = [*samples, *rejected]
     lines = sorted(every, key=lambda line: line.index)
     body = "".join(canonical_json(asdict(line)) + "\n" for line in lines).encode()
@@ -158,17 +180,18 @@ def sidecar_bytes(
 
 
 def read_header(folder: Folder, number: int) -> Header:
-    """The header of a shard's sidecar. Raises: UserError when it is missing or not one of this format version."""
-    return _parse(folder, number, whole=False)[0]
+    """The header of a shard's sidecar. Raises: UserError: missing or damaged; MisplacedSidecar; OtherFormat."""
+    return _parse(folder, number, sidecar_name(number), whole=False)[0]
 
 
-def read_sidecar(folder: Folder, number: int) -> Sidecar:
-    """The whole sidecar of a shard.
+def read_sidecar(folder: Folder, number: int, name: str | None = None) -> Sidecar:
+    """The whole sidecar of a shard. `name`: of the file, if it lies under the name of another shard.
 
     Raises:
-        UserError: it is missing, damaged, or of another format version.
+        UserError: it is missing, damaged, of another shard or of another format version.
     """
-    header, body = _parse(folder, number, whole=True)
+    name = name or sidecar_name(number)
+    header, body = _parse(folder, number, name, whole=True)
     try:
         lines = [json.loads(line) for line in body.splitlines()]
         rejected = [Rejection(**line) for line in lines if "reason" in line]
@@ -177,19 +200,17 @@ def read_sidecar(folder: Folder, number: int) -> Sidecar:
         for entry in every:
             _check_types(entry)
     except (ValueError, TypeError, RecursionError) as error:
-        where = f"{folder.location}/{sidecar_name(number)}"
-        raise UserError(f"{where}: a line cannot be read ({type(error).__name__}: {error}); {MAKE_AGAIN}") from error
+        what = f"a line cannot be read ({type(error).__name__}: {error})"
+        raise UserError(f"{folder.location}/{name}", what, MAKE_AGAIN) from error
     return Sidecar(header, samples, rejected)
 
 
 def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
-    """The ids of a shard's samples. Raises: UserError as `read_sidecar`, or when it is not of the shard `record`."""
+    """The ids of a shard's samples. Raises: UserError as `read_sidecar`, or when it does not belong to `record`."""
     sidecar = read_sidecar(folder, number)
     if sidecar.header.record != record:
-        raise UserError(
-            f"{folder.location}: the sidecar of shard {number} is not of the shard that the manifest describes; "
-            f"{MAKE_AGAIN}"
-        )
+        what = f"the sidecar of shard {number} does not belong to the shard that the manifest describes"
+        raise UserError(folder.location, what, MAKE_AGAIN)
     return [sample.id for sample in sidecar.samples]
 
 
@@ -201,9 +222,8 @@ def _check_types(record: ShardRecord | Sample | Rejection) -> None:
             raise ValueError(f"{name} is {value!r}"[:80])
 
 
-def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
+def _parse(folder: Folder, number: int, name: str, *, whole: bool) -> tuple[Header, bytes]:
     """(header, the bytes after it; empty unless `whole`)."""
-    name = sidecar_name(number)
     where = f"{folder.location}/{name}"
     try:
         data = folder.read(name, None if whole else HEADER_BYTES)
@@ -211,26 +231,28 @@ def _parse(folder: Folder, number: int, whole: bool) -> tuple[Header, bytes]:
             data = folder.read(name)
         first, _, body = data.partition(b"\n")
         values = json.loads(first)
-        if values.pop("format_version") != FORMAT_VERSION:
-            raise UserError(f"{where}: has another format version; encode again, or use the release that wrote it")
+        if (version := values.pop("format_version")) != FORMAT_VERSION:
+            what = f"has format version {short(version)}, this program reads {FORMAT_VERSION}"
+            raise OtherFormat(where, what, "encode again, or use the release that wrote it")
         checksum, sums = values.pop("body"), np.array(values.pop("sums"), np.float64)
         origin, shard = values.pop("origin"), values.pop("shard")
         record = ShardRecord(**values, sidecar_checksum=checksum_bytes(first))
         _check_types(record)
-        if not (isinstance(origin, str) and type(shard) is int and shard >= 0):
-            raise ValueError("no origin or shard")
+        ShardIndex.of([record], [sums])  # fails for a checksum that is none
+        if not (isinstance(origin, str) and type(shard) is int and shard >= 0 and sums.ndim == 2):
+            raise ValueError("origin, shard or sums cannot be right")
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); {MAKE_AGAIN}") from error
-    if shard != number or sums.ndim != 2:
-        raise UserError(f"{where}: is the sidecar of {shard_name(shard)}; {MAKE_AGAIN}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(where, f"cannot be read ({type(error).__name__}: {error})", MAKE_AGAIN) from error
+    if shard != number:
+        raise MisplacedSidecar(where, f"is the sidecar of {shard_name(shard)}", MAKE_AGAIN, number=shard)
     if whole and checksum_bytes(body) != checksum:
-        raise UserError(f"{where}: damaged, its lines do not fit their checksum; {MAKE_AGAIN}")
+        raise DamagedFile(where, "damaged, its lines do not fit their checksum", MAKE_AGAIN)
     return Header(origin, shard, record, sums), body if whole else b""
 
 
-# The index: what is known of every shard without touching it, as columns that are read in milliseconds.
+# The index: one row for each shard, as columns that are read in milliseconds.
 
 SHARDS_PER_PART = 1 << 16
 INDEX_NAME = re.compile(r"index-\d{6}-[0-9a-f]{16}\.safetensors")
@@ -322,7 +344,7 @@ class ShardIndex:
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards, sidecars not counted."""
+        """Bytes of all shards, without sidecars."""
         return int(self.columns["size_bytes"].sum())
 
 
@@ -358,40 +380,38 @@ def write_index(folder: Folder, index: ShardIndex) -> tuple[IndexPart, ...]:
 
 def read_index(folder: Folder, parts: Sequence[IndexPart], channels: int, advice: str) -> ShardIndex:
     """The index that a manifest lists. Raises: UserError when a file is missing or damaged; `advice` is the cure."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    found = []
-    for part in parts:
-        where = f"{folder.location}/{part.file}"
-        if not INDEX_NAME.fullmatch(part.file):
-            raise UserError(f"{folder.location}: {part.file!r} is no name of an index file; {advice}")
-        try:
-            data = folder.read(part.file)
-        except FileNotFoundError as error:
-            raise UserError(f"{where}: is not there; {advice}") from error
-        if (checksum := checksum_bytes(data)) != part.checksum:
-            raise UserError(f"{where}: damaged, its checksum is {checksum} and not {part.checksum}; {advice}")
-        check_tensor_header(data[8:], int.from_bytes(data[:8], "little"), where)
-        try:
-            columns = load(data)
-        except SafetensorError as error:
-            raise UserError(f"{where}: is no index ({error}); {advice}") from error
-        shapes = {name: (dtype, (part.shards, *(channels if side is None else side for side in shape)))
-                  for name, (dtype, shape) in COLUMNS.items()}  # fmt: skip
-        if {name: (values.dtype, values.shape) for name, values in columns.items()} != shapes:
-            raise UserError(f"{where}: does not hold the columns of an index of {part.shards} shards; {advice}")
-        found.append(columns)
-    if not found:
-        raise UserError(f"{folder.location}: the manifest lists no index; {advice}")
+    if not parts:
+        raise UserError(folder.location, "the manifest lists no index", advice)
+    found = [_read_part(folder, part, channels, advice) for part in parts]
     return ShardIndex({name: np.concatenate([columns[name] for columns in found]) for name in COLUMNS})
 
 
-# The manifest: what a folder of latent shards is, where it came from, and what is in it.
+def _read_part(folder: Folder, part: IndexPart, channels: int, advice: str) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-RESTORE = "`ldm-vae latents repair` rebuilds it from the shards"
+    where = f"{folder.location}/{part.file}"
+    if not INDEX_NAME.fullmatch(part.file):
+        raise UserError(folder.location, f"{part.file!r} is not the name of an index file", advice)
+    try:
+        data = folder.read(part.file)
+    except FileNotFoundError as error:
+        raise UserError(where, "is not there", advice) from error
+    if (checksum := checksum_bytes(data)) != part.checksum:
+        raise DamagedFile(where, f"damaged, its checksum is {checksum} and not {part.checksum}", advice)
+    check_tensor_header(data[8:], int.from_bytes(data[:8], "little"), where)
+    try:
+        columns = load(data)
+    except SafetensorError as error:
+        raise UserError(where, f"is not an index ({error})", advice) from error
+    shapes = {name: (dtype, (part.shards, *(channels if side is None else side for side in shape)))
+              for name, (dtype, shape) in COLUMNS.items()}  # fmt: skip
+    if {name: (values.dtype, values.shape) for name, values in columns.items()} != shapes:
+        raise UserError(where, f"does not hold the columns of an index of {part.shards} shards", advice)
+    return columns
+
+
+# The plan and the manifest: how the latents of a set are made, where its images come from, and what is in it.
 
 
 def plan_name(segment: int) -> str:
@@ -405,8 +425,8 @@ class Recipe:
     Attributes:
         autoencoder: `fingerprint` and `encoder_fingerprint` ("sha256:..."), `class` and `config`; for codes also
             `token_fingerprint`, which covers the quantizer.
-        preprocessing: what was done to a picture, see `data.transforms.preprocessing_record`.
-        content, dtype, latent_shape (c, h, w), flipped: see `contents.Layout`.
+        preprocessing: what was done to an image, see `data.transforms.preprocessing_record`.
+        content, dtype, latent_shape (c, h, w), flipped: see `Layout`.
         encoding: `batch`, `shard_size` and `precision` of the computation, on which the last bits depend; `seed` of
             the noise where samples are stored.
     """
@@ -480,15 +500,13 @@ class Manifest(Recipe):
 
     @cached_property
     def shard_index(self) -> ShardIndex:
-        """Of all shards. Raises: UserError when it is damaged or says something else than the manifest."""
+        """The records of all shards. Raises: UserError when the index is damaged or does not fit the manifest."""
         index = read_index(self.where, self.index, self.layout.summed_channels, RESTORE)
         found = {"shards": len(index), "count": index.count, "rejected": index.rejected}
         for name, value in found.items():
             if value != getattr(self, name):
-                raise UserError(
-                    f"{self.where.location}: {name} is {getattr(self, name)} in {MANIFEST} and {value} in the index; "
-                    f"{RESTORE}"
-                )
+                what = f"{name} is {getattr(self, name)} in {MANIFEST} and {value} in the index"
+                raise UserError(self.where.location, what, RESTORE)
         return index
 
     def check_autoencoder(self, encoder_fingerprint: str, where: str) -> None:
@@ -518,18 +536,49 @@ def measure(index: ShardIndex, layout: Layout, codebook_size: int | None) -> dic
     return combine(index.sums, latents, latents * layout.latent_shape[1] * layout.latent_shape[2])
 
 
+def build_manifest(
+    origins: Sequence[Origin], recipe: Recipe, index: ShardIndex, parts: Sequence[IndexPart], folder: Folder
+) -> Manifest:
+    """The manifest of a set: it follows from the plans of its segments and the records of its shards.
+
+    Args:
+        origins: the plans. The shards of the last segment are the last ones of the index.
+        recipe: what they have in common.
+        parts: the files of the index.
+    """
+    ends = [origin.first_shard for origin in origins[1:]] + [len(index)]
+    datasets: list[dict[str, Any]] = []
+    label_names: tuple[str, ...] = ()
+    for origin, end in zip(origins, ends):
+        count = int(index.columns["last_index"][end - 1]) + 1 - origin.first_index
+        place = {"first_shard": origin.first_shard, "first_index": origin.first_index, "plan": origin.digest}
+        datasets.append(origin.dataset | {"count": count} | place)
+        label_names = merge_label_names(label_names, origin.dataset["label_names"])
+    return Manifest(
+        **{part.name: getattr(recipe, part.name) for part in dataclasses.fields(Recipe)},
+        datasets=tuple(datasets),
+        label_names=label_names,
+        count=index.count,
+        rejected=index.rejected,
+        shards=len(index),
+        index=tuple(parts),
+        statistics=measure(index, recipe.layout, recipe.encoding.get("codebook_size")),
+        where=folder,
+    )
+
+
 def write_plan(folder: Folder, origin: Origin, segment: int = 0) -> None:
     folder.write(plan_name(segment), readable_json(configuration.to_dict(origin)).encode())
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
-    """Publish `manifest.json`, with the digest of its own content, so that accidents to it are found."""
+    """Publish `manifest.json` with the digest of its content."""
     values = manifest.to_dict()
     folder.write(MANIFEST, readable_json({**values, "digest": configuration.digest(values)}).encode())
 
 
 def read_plan(folder: Folder, segment: int = 0) -> dict[str, Any]:
-    """The fields of a plan as they stand. Raises: UserError when it is damaged or of another format version."""
+    """The fields of a plan as they are. Raises: UserError when it is damaged, OtherFormat."""
     return _read(folder, plan_name(segment), "restore it from a copy, or encode the images to another output")
 
 
@@ -540,10 +589,11 @@ def read_origin(folder: Folder, segment: int = 0) -> Origin:
     try:
         origin = Origin(**{**values, "latent_shape": tuple(values["latent_shape"])})
         _check_values(origin, where)
+        origin.digest  # noqa: B018 - NaN and infinity have none
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: damaged ({error}); restore it from a copy") from error
+        raise DamagedFile(where, f"damaged ({error})", "restore it from a copy") from error
     return origin
 
 
@@ -557,41 +607,42 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
     """The manifest of a finished set.
 
     Raises:
-        UserError: no such folder, not finished, damaged, or of another format version.
+        UserError: no such folder, not finished, or damaged.
+        OtherFormat: it has another format version.
     """
     folder = open_folder(location) if isinstance(location, (str, Path)) else location
     if not folder.exists(MANIFEST):
         if folder.sizes("index-"):  # it is published just before
-            raise UserError(f"{folder.location}: {MANIFEST} is missing; {RESTORE}")
+            raise UserError(folder.location, f"{MANIFEST} is missing", RESTORE)
         if folder.exists(plan_name(0)):
-            raise UserError(
-                f"{folder.location}: the encoding is not finished; run the same `ldm-vae encode` command again"
-            )
-        raise UserError(
-            f"{folder.location}: holds no {MANIFEST}; give a folder that `ldm-vae encode` wrote (of several sizes one "
-            "of the folders inside)"
-        )
+            instead = "run the same `ldm-vae encode` command again"
+            raise UserError(folder.location, "the encoding is not finished", instead)
+        instead = "give a folder that `ldm-vae encode` wrote (of several sizes one of the folders inside)"
+        raise UserError(folder.location, f"holds no {MANIFEST}", instead)
     where = f"{folder.location}/{MANIFEST}"
     values = _read(folder, MANIFEST, RESTORE)
     digest = values.pop("digest", None)
     try:
-        edited = configuration.digest(values) != digest
-    except ValueError:  # NaN or infinity, for which there is no canonical JSON
-        edited = True
+        fits = configuration.digest(values) == digest
+    except ValueError:  # NaN and infinity have no canonical JSON
+        fits = False
+    if not fits:
+        raise DamagedFile(where, "damaged or edited, its digest does not fit its content", RESTORE)
     try:
         for name in ("latent_shape", "datasets", "label_names"):
             values[name] = tuple(values[name])
         values["index"] = tuple(IndexPart(**part) for part in values["index"])
         manifest = Manifest(**values, where=folder)
         _check_values(manifest, where)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: damaged ({error}); {RESTORE}") from error
-    if edited:
-        _name_damage(manifest)
-        raise UserError(f"{where}: damaged or edited, its digest does not fit its content; {RESTORE}")
+        raise DamagedFile(where, f"damaged ({error})", RESTORE) from error
     return manifest
+
+
+DATASET_KEYS = {"source": str, "label_names": list}
+"""Keys of a plan's `dataset` that must be there, and their types."""
 
 
 def _check_values(recipe: Recipe, where: str) -> None:
@@ -604,6 +655,8 @@ def _check_values(recipe: Recipe, where: str) -> None:
     if isinstance(recipe, Origin):
         count = recipe.dataset["count"]
         sizes["count"] = (1 if count in (None, 0) else count,)
+        if not all(isinstance(recipe.dataset[key], kind) for key, kind in DATASET_KEYS.items()):
+            raise ValueError(f"dataset lacks one of {', '.join(DATASET_KEYS)}")
     if isinstance(recipe, Manifest):
         sizes["index"] = tuple(part.shards for part in recipe.index)
         if not all(isinstance(text, str) for part in recipe.index for text in (part.file, part.checksum)):
@@ -620,16 +673,6 @@ def _check_values(recipe: Recipe, where: str) -> None:
         raise UserError(f"{where}: content {short(recipe.content)} in {short(recipe.dtype)} is unknown; update ldm_vae")
 
 
-def _name_damage(manifest: Manifest) -> None:
-    """Raises: UserError that names a statistic which is not that of the shards. The rest has no second copy."""
-    expected = measure(manifest.shard_index, manifest.layout, manifest.statistics.get("codebook_size"))
-    changes = configuration.changed_keys(expected, manifest.statistics, "statistics")
-    for key, (right, wrong) in changes.items():
-        raise UserError(
-            f"{manifest.where.location}/{MANIFEST}: damaged, {key} is {wrong} and the shards have {right}; {RESTORE}"
-        )
-
-
 def _read(folder: Folder, name: str, advice: str) -> dict[str, Any]:
     where = f"{folder.location}/{name}"
     try:
@@ -637,13 +680,11 @@ def _read(folder: Folder, name: str, advice: str) -> dict[str, Any]:
         version = values["format_version"]
         newer = version > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); {advice}") from error
+        raise UserError(where, f"cannot be read ({type(error).__name__}: {error})", advice) from error
     if newer or version < FORMAT_VERSION:
         cure = "update ldm_vae" if newer else "use the release that wrote it"
-        raise UserError(
-            f"{where}: has format version {version}, this program reads {FORMAT_VERSION}; {cure}, or encode the images "
-            "to another output"
-        )
+        what = f"has format version {version}, this program reads {FORMAT_VERSION}"
+        raise OtherFormat(where, what, f"{cure}, or encode the images to another output")
     return values
 
 
@@ -671,7 +712,7 @@ def _without_decoder(autoencoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value for a sentence: fingerprints by their first 12 digits."""
+    """A value for a message: of a fingerprint the first 12 digits."""
     text = value if isinstance(value, str) else json.dumps(value)
     match = re.fullmatch(r"(sha256:)?([0-9a-f]{12})[0-9a-f]{52}", text)
     return f"{match[1] or ''}{match[2]}..." if match else text if len(text) <= 80 else text[:77] + "..."
@@ -682,7 +723,7 @@ def merge_label_names(known: Sequence[str], more: Sequence[str]) -> tuple[str, .
     return (*known, *(name for name in more if name not in known))
 
 
-# Where a set is: the folder that a tool was given, or a hint at the ones that may have been meant.
+# The folder that a tool was given.
 
 SHOWN_SETS = 8
 

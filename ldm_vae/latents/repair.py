@@ -28,8 +28,8 @@ from ldm_vae.latents.format import (
     short,
     write_plan,
 )
-from ldm_vae.latents.state import IMPORTED, Segment, SetState, Verification, read_state
-from ldm_vae.latents.verify import verify
+from ldm_vae.latents.state import IMPORTED, Segment, SetState, read_state
+from ldm_vae.latents.verify import Verification, verify
 from ldm_vae.latents.writer import LOCK, OTHER_ORIGIN, Output
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder

@@ -1,10 +1,10 @@
-"""One shard: the latents of a fixed range of source indices, complete or absent, every damaged byte detectable.
+"""The bytes of one shard: the latents of a fixed range of source indices, published whole or not at all.
 
-    shard-000000.safetensors   the tensors that `contents.Layout` names, one row a sample, and
+    shard-000000.safetensors   the tensors that `format.Layout` names, one row for each sample, and
                                label (n) int64, -1 for none; index (n) int64, the place in the source
 
-n is below the length of the range when images could not be read; the sidecar beside it (`sidecar.py`) names the
-samples and the images left out. Owns writing and opening; which shards there are is the manifest's business.
+n is below the length of the range when images could not be read. The sidecar beside it names the samples and the images
+that were left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.errors import DISK_FULL, DamagedFile, UserError
 from ldm_vae.files import canonical_json, checksum, checksum_bytes
 from ldm_vae.latents.format import (
     FORMAT_VERSION,
@@ -51,7 +51,7 @@ class Shard:
     """The content of a shard, on the CPU, in the stored precision. Row j of every tensor and list is one sample.
 
     Attributes:
-        tensors: those that `Layout.names` lists.
+        tensors: those in `Layout.names`.
         rejected: images of the range that could not be read.
     """
 
@@ -65,7 +65,7 @@ class Shard:
 
 
 OpenShard = Mapping[str, np.ndarray]
-"""The arrays of a shard by the names of its tensors, mapped into memory, not read. bfloat16 is seen as uint16."""
+"""Tensor name -> array, mapped into memory and not read yet. bfloat16 is seen as uint16."""
 
 
 def write_shard(folder: Folder, number: int, shard: Shard, layout: Layout, origin: str) -> Header:
@@ -98,10 +98,8 @@ def write_shard(folder: Folder, number: int, shard: Shard, layout: Layout, origi
 
 
 def no_space(folder: Folder) -> UserError:
-    return UserError(
-        f"{folder.location}: no space left on the device; finished shards are intact: "
-        "free some space and run the same command again"
-    )
+    instead = "finished shards are intact: free some space and run the same command again"
+    return UserError(folder.location, "no space left on the device", instead)
 
 
 def row_checksums(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -136,54 +134,69 @@ def open_shard(folder: Folder, number: int, record: ShardRecord, layout: Layout,
     try:
         path = folder.local(shard_name(number), record.checksum)
         if verify and (found := checksum(path)) != record.checksum:
-            raise UserError(f"{where}: damaged, its checksum is {found} and not {record.checksum}; {MAKE_AGAIN}")
-        header, start = read_header(path)
-        expected = layout.tensors(record.count)
-        tensors = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
+            what = f"damaged, its checksum is {found} and not {record.checksum}"
+            raise DamagedFile(where, what, MAKE_AGAIN)
+        header, start = _read_header(path)
+        expected, tensors = layout.tensors(record.count), kinds(header)
         if tensors != expected:
-            raise UserError(f"{where}: holds {tensors}, the manifest says {expected}; {MAKE_AGAIN}")
-        return map_tensors(path, header, start)
+            raise UserError(where, f"holds {tensors}, the manifest says {expected}", MAKE_AGAIN)
+        # Python's own mmap would keep a file descriptor for each shard, and a process often may have 1,024 of them only
+        mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
+        mapped.flags.writeable = False
+        return arrays_in(mapped, header, start)
     except (OSError, RuntimeError) as error:  # torch's mapping raises the latter
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         scarce = getattr(error, "errno", None) in SCARCE or isinstance(error, RuntimeError)
         advice = "allow the process more files or memory (ulimit -n, -v)" if scarce else MAKE_AGAIN
-        raise UserError(f"{where}: cannot be read ({reason}); {advice}") from error
+        raise UserError(where, f"cannot be read ({reason})", advice) from error
 
 
-def map_tensors(path: Path, header: Mapping[str, Any], start: int) -> OpenShard:
-    """The tensors of a file whose header was judged by `read_header`, as views of one read-only mapping."""
-    # Python's own mmap would keep a file descriptor for each shard, and a process often may have 1,024 of them only
-    mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
-    mapped.flags.writeable = False
+def arrays_in(data: np.ndarray | bytes, header: Mapping[str, Any], start: int) -> dict[str, np.ndarray]:
+    """Views of a shard's tensors in its bytes. `header`, `start`: see `parse_header`. Raises: ValueError if cut off."""
     arrays = {}
     for name, tensor in header.items():
         kind, items = _NUMPY_DTYPES[tensor["dtype"]], int(np.prod(tensor["shape"], dtype=object))
-        values = np.frombuffer(mapped, kind, items, start + tensor["data_offsets"][0]) if items else np.empty(0, kind)
+        values = np.frombuffer(data, kind, items, start + tensor["data_offsets"][0]) if items else np.empty(0, kind)
         arrays[name] = values.reshape(tensor["shape"])
     return arrays
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """(tensor name -> dtype, shape, data_offsets; where the data begins). Extents are checked against the file.
+def kinds(header: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Tensor name -> (dtype, shape), as `Layout.tensors` gives them."""
+    return {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
+
+
+def parse_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The safetensors header at the beginning of a shard's bytes.
+
+    Returns: (tensor name -> dtype, shape, data_offsets; `origin` and `shard` as the writer said; where the data begins)
 
     Raises:
-        UserError: the file is no whole shard.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not the header of a shard.
     """
+    length = int.from_bytes(data[:8], "little")
+    if length > MAXIMUM_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(data[8 : 8 + length])
+    metadata = json.loads(header.pop("__metadata__", {}).get("ldm_vae", "{}"))
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        items = int(np.prod(tensor["shape"], dtype=object))
+        if end - begin != items * np.dtype(_NUMPY_DTYPES[tensor["dtype"]]).itemsize or begin < 0:
+            raise ValueError(f"tensor {name!r} does not fit its extent")
+    return header, metadata, 8 + length
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """`parse_header` of a file. Raises: UserError when it is not a whole shard."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAXIMUM_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+            first = file.read(8)
+            length = min(int.from_bytes(first, "little"), MAXIMUM_HEADER_BYTES + 1)
+            header, _, start = parse_header(first + file.read(length))
             size_bytes = file.seek(0, 2)
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            begin, end = tensor["data_offsets"]
-            items = int(np.prod(tensor["shape"], dtype=object))
-            if end - begin != items * np.dtype(_NUMPY_DTYPES[tensor["dtype"]]).itemsize or begin < 0:
-                raise ValueError(f"tensor {name!r} does not fit its extent")
-            if 8 + length + end > size_bytes:
-                raise ValueError("it is cut off")
-        return header, 8 + length
+        if any(start + tensor["data_offsets"][1] > size_bytes for tensor in header.values()):
+            raise ValueError("it is cut off")
+        return header, start
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is no whole shard ({error}); {MAKE_AGAIN}") from error
+        raise UserError(path, f"is not a whole shard ({error})", MAKE_AGAIN) from error

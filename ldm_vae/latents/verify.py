@@ -1,16 +1,15 @@
-"""Is a set of latent shards what was written, all of it, and which samples are affected where it is not?
+"""`ldm-vae latents verify`: whether a set is what was written, all of it, and which samples are affected if it is not.
 
-Every file is read once, in a few threads, and compared with what others say about it: the shard with its sidecar and
-the index, the index with the manifest, that with the plans; whatever has two copies names the damaged one. Owns the
-walk over the set; what its records say is `state`'s, one shard is `shard_check`'s. Changes nothing.
+Every file is read once, in a few threads. A shard is compared with the checksum in the index and in its sidecar, the
+index with the manifest, and that with the plans, see `state`. The checksum of each row, in the sidecar, names the
+samples of a damaged shard. Changes nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm_vae.errors import UserError
-from ldm_vae.files import checksum_bytes
+from ldm_vae.errors import EXIT_USER_ERROR, UserError
+from ldm_vae.files import checksum_bytes, write_json
 from ldm_vae.latents.format import (
-    ALGORITHM,
     STORED_DTYPES,
     Header,
     Layout,
+    MisplacedSidecar,
     Rejection,
     Sample,
     ShardIndex,
@@ -34,12 +33,13 @@ from ldm_vae.latents.format import (
     open_set_folder,
     read_header,
     read_sidecar,
+    refuse_inside,
     shard_name,
     short,
     sidecar_name,
 )
 from ldm_vae.latents.normalizer import ROWS, channel_sums
-from ldm_vae.latents.shard import MAXIMUM_HEADER_BYTES, row_checksums
+from ldm_vae.latents.shard import arrays_in, kinds, parse_header, row_checksums
 from ldm_vae.latents.state import (
     Affected,
     Cure,
@@ -47,31 +47,151 @@ from ldm_vae.latents.state import (
     Kind,
     Segment,
     SetState,
-    Verification,
     check_manifest,
     command_for,
     read_state,
-    reason,
 )
 from ldm_vae.latents.writer import LOCK, QUARANTINE
 from ldm_vae.storage.base import Folder, is_url
-from ldm_vae.storage.local import LocalFolder
-from ldm_vae.storage.remote import RemoteFolder
 from ldm_vae.training import watchdog
 from ldm_vae.utils.concurrency import in_order
+from ldm_vae.utils.text import pluralize, size_text
 
 THREADS, REMOTE_THREADS = 4, 16
-"""Shards read at once; each takes some 25 MB, behind a URL 100 MB."""
+"""Shards read at once, if they are small."""
+MEMORY_BYTES = 2 << 30
+"""Of all shards that are read at once, about; each is in memory while it is checked."""
+HEADER_BYTES = 1 << 13
+"""Read of each shard by a quick verification."""
+SHOWN_FINDINGS = 40
+SUMS_TOLERANCE = 1e-9
+"""Relative. exp differs in its last bits between processors, and so do the sums of variances."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """`ldm-vae latents verify`.
+
+    Args:
+        latents: the folder of a set, or its URL.
+        quick: compare sizes, headers, index and manifest only; no shard is read.
+        report: a JSON file to write, with every finding and sample.
+    """
+
+    latents: str = "???"
+    quick: bool = False
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found in a set.
+
+    Attributes:
+        location: of the set.
+        quick: only sizes, headers, index and manifest were compared.
+        findings: what is wrong, in the order of the shards.
+        notes: what is not damage but worth knowing, such as a segment that is not finished.
+        finished: it has, or had, a manifest. Without one there is only the beginning of a set.
+        shards, count: of the finished part, as far as it is known; of a set that is not finished, what is there.
+        bytes_read, seconds: what the verification took.
+        command: the command that made the set.
+    """
+
+    location: str
+    quick: bool
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    finished: bool
+    shards: int
+    count: int
+    bytes_read: int
+    seconds: float
+    command: str = "ldm-vae encode"
+
+    @property
+    def whole(self) -> bool:
+        """No damage."""
+        return not self.findings
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 0 whole, 1 damaged, 2 not finished."""
+        if not self.whole:
+            return 1
+        return 0 if self.finished else EXIT_USER_ERROR
+
+    @property
+    def samples(self) -> tuple[Affected, ...]:
+        """All samples that are affected."""
+        return tuple(dict.fromkeys(sample for finding in self.findings for sample in finding.samples))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report: plain containers, with every sample."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        found = [
+            {"file": finding.file, "kind": finding.kind, "message": finding.message, "cure": finding.cure,
+             "samples": [asdict(sample) for sample in finding.samples]}
+            for finding in self.findings
+        ]  # fmt: skip
+        return values | {"whole": self.whole, "notes": list(self.notes), "findings": found}
+
+    def lines(self) -> list[str]:
+        """For people; the last line says what to do."""
+        shown = [str(finding) for finding in self.findings[:SHOWN_FINDINGS]]
+        if len(self.findings) > SHOWN_FINDINGS:
+            shown.append(f"and {len(self.findings) - SHOWN_FINDINGS} more; --report FILE.json lists all")
+        return [*shown, *(f"note: {note}" for note in self.notes), f"{self.location}: {self._conclusion()}"]
+
+    def _conclusion(self) -> str:
+        checked = "sizes and headers are right" if self.quick else "every byte is as it was written"
+        speed = f" ({size_text(self.bytes_read)} in {self.seconds:.1f} s)" if self.bytes_read else ""
+        if self.seconds < 0.05:  # shown as 0.0
+            speed = ""
+        size = f"{pluralize(self.count, 'sample')} in {pluralize(self.shards, 'shard')}"
+        if self.whole and self.finished:
+            more = "; without --quick the content is compared too" if self.quick else ""
+            return f"whole: {size}, {checked}{speed}{more}"
+        if self.whole:
+            return f"not finished: {size} so far, {checked}{speed}; run the same `{self.command}` command again"
+        affected = len(self.samples)
+        damage = f"{affected} of {self.count} samples" if affected else "no samples"
+        things = "1 thing is" if len(self.findings) == 1 else f"{len(self.findings)} things are"
+        return f"{things} wrong, {damage} affected{speed}; {self._advice()}"
+
+    def _advice(self) -> str:
+        cures = {finding.cure for finding in self.findings}
+        if cures == {"none"}:
+            return "nothing in the set can mend this: encode again to another output"
+        if cures == {"remove"}:
+            return "move these files elsewhere, or let `ldm-vae latents repair ... --remove-foreign` delete them"
+        if self.command != "ldm-vae encode":
+            return f"run the same `{self.command}` command again, which makes damaged files again"
+        remove = " --remove-foreign" if "remove" in cures else ""
+        return (
+            f"run `ldm-vae latents repair ...{remove}` with the settings of the `ldm-vae encode` command that made it"
+        )
+
+
+def verify_set(config: VerifyConfig) -> Verification:
+    """Verify a set, print what was found, and write the report. Raises: UserError, see `verify`."""
+    if config.report:
+        refuse_inside(config.report, "report")
+    verification = verify(config.latents, quick=config.quick, progress=True)
+    print("\n".join(verification.lines()))
+    if config.report:
+        write_json(Path(config.report), verification.to_dict())
+    return verification
 
 
 def verify(location: str | Path, quick: bool = False, progress: bool = False) -> Verification:
     """Compare everything with everything, without the images and the autoencoder.
 
-    Memory: 16 bytes a sample for the hashes of ids, that of the threads, and what is said about damage.
+    Memory: 16 bytes a sample for the hashes of ids, and the shards that are read at once.
 
     Args:
         location: the folder, or its URL.
-        quick: sizes, headers, index and manifest only: no shard is read.
+        quick: compare sizes, headers, index and manifest only.
         progress: show a bar.
 
     Raises:
@@ -81,23 +201,24 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     state = read_state(folder)
     survey = _Survey(state)
     places = list(_places(state))
-    total = sum(state.sizes.get(shard_name(place.number), 0) for place in places)
+    sizes = [state.sizes.get(shard_name(place.number), 0) for place in places]
     threads = REMOTE_THREADS if is_url(location) else THREADS
+    if not quick:
+        threads = max(1, min(threads, MEMORY_BYTES // max([1, *sizes])))
     check = partial(check_shard, folder, sizes=state.sizes, quick=quick)
-    with _bar(0 if quick else total, progress and not quick) as bar:
+    with _bar(sum(sizes), progress and not quick) as bar:
         for place, report in in_order(check, places, threads=threads, ahead=2 * threads):
             survey.add(place, report)
             bar.update(report.bytes_read)
             watchdog.advance()
-    findings = [*state.findings, *survey.findings()]
+    findings, notes = [*state.findings, *survey.findings()], list(_notes(state))
     index = survey.index()
     if index is not None:
         findings += check_manifest(state, index)
-    notes = list(_notes(state))
     if state.finished:
-        found = list(_check_quarantine(state, survey, quick))
-        findings += [finding for finding in found if isinstance(finding, Finding)]
-        notes += [note for note in found if isinstance(note, str)]
+        findings += _check_quarantine(state, survey, quick)
+        if survey.lists_unfinished:
+            notes.append(f"{QUARANTINE} lists the images of the unfinished segment already")
     counts = survey.counts.clip(min=0) if state.finished else np.array(survey.unlisted, np.int64)
     return Verification(
         str(location), quick, tuple(findings), tuple(notes), state.finished, len(counts), int(counts.sum()),
@@ -113,43 +234,353 @@ def _bar(total: int, shown: bool) -> Iterator[Any]:
         yield bar
 
 
+def _notes(state: SetState) -> Iterator[str]:
+    for segment in state.segments:
+        if segment.listed:
+            continue
+        present, planned = len(_present(state, segment)), segment.shards
+        command = command_for(segment.number, segment.origin.dataset if segment.origin else {})
+        yield (
+            f"segment {segment.number} is unfinished: {present} of {planned or 'its'} shards are there; run the same "
+            f"`{command}` command again"
+        )
+    for name in sorted(name for name in state.sizes if name.startswith(LOCK.split(".")[0]) and name.endswith(".lock")):
+        if holder := state.folder.holder(name):
+            yield f"{holder} is at work here: what it has not finished may look damaged"
+
+
+# What each shard must be.
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a shard must be.
+
+    Attributes:
+        digest: of the plan of its segment; None where it is not known.
+        layout: None where no plan is known; its content is not checked then.
+        first_index, images: its range of source indices; 0 images: not known.
+        classes: how many labels there are; None: not known.
+        codes: size of the codebook; None for latents.
+        record, sums: what the index says; None where there is no index.
+    """
+
+    number: int
+    digest: str | None
+    layout: Layout | None
+    first_index: int
+    images: int
+    classes: int | None
+    codes: int | None
+    record: ShardRecord | None
+    sums: np.ndarray | None
+
+    def is_described_by(self, header: Header) -> bool:
+        """Whether the header of a sidecar is the one that the index has, where there is one."""
+        if self.record is None or self.sums is None:
+            return True
+        return header.record == self.record and np.array_equal(header.sums, self.sums)
+
+
 def _places(state: SetState) -> Iterator[Place]:
-    """Of every shard that must be there, and of those of unfinished segments that are."""
+    """Every shard that must be there, and those of unfinished segments that are there."""
     known = state.manifest is not None or all(segment.origin for segment in state.segments)
     classes = len(state.label_names) or None if known else None
     for segment in state.segments:
-        shards = segment.shards
-        if segment.listed:
-            numbers: Iterable[int] = range(segment.first_shard, segment.first_shard + (shards or 0))
-        else:
-            numbers = _present(state, segment)
-        for number in numbers:
+        end = segment.first_shard + (segment.shards or 0)
+        for number in range(segment.first_shard, end) if segment.listed else _present(state, segment):
             yield _place(state, segment, number, classes)
 
 
 def _present(state: SetState, segment: Segment) -> list[int]:
     """The shards of an unfinished segment that are there, with their sidecars."""
-    names = (name for name in state.sizes if name.startswith("shard-") and name.endswith(".jsonl"))
-    numbers = (int(name[6:-6]) for name in names if name[6:-6].isdecimal())
+    numbers = state.sidecar_numbers()
     return sorted(number for number in numbers if number in segment and shard_name(number) in state.sizes)
 
 
 def _place(state: SetState, segment: Segment, number: int, classes: int | None) -> Place:
-    origin, index = segment.origin, state.index
-    known = index is not None and number < len(index) and segment.listed
+    origin, index = segment.origin, state.index if segment.listed else None
     unit = origin.encoding["shard_size"] if origin else 0
-    first_index = origin.first_index + (number - segment.first_shard) * unit if origin else 0
     return Place(
         number=number,
         digest=segment.digest,
         layout=origin.layout if origin else None,
-        first_index=first_index,
+        first_index=origin.first_index + (number - segment.first_shard) * unit if origin else 0,
         images=unit,
         classes=classes,
         codes=origin.encoding.get("codebook_size") if origin else None,
-        record=index[number] if index and known else None,
-        sums=index.sums[number] if index and known else None,
+        record=index[number] if index else None,
+        sums=index.sums[number] if index else None,
     )
+
+
+# One shard and its sidecar.
+
+
+@dataclass
+class ShardReport:
+    """What was found. `findings`: (file, kind, message, rows, cure); rows None stands for all of the shard.
+
+    Attributes:
+        header, samples: of the sidecar, where it can be relied on.
+        rejected: images left out; None where the sidecar cannot be relied on, or was not read whole.
+        indices: of the shard's rows, where its bytes are right.
+        misplaced: the number of the shard whose sidecar lies here instead.
+        bytes_read: of the shard.
+    """
+
+    findings: list[tuple[str, Kind, str, list[int] | None, Cure]] = field(default_factory=list)
+    header: Header | None = None
+    samples: list[Sample] | None = None
+    rejected: list[Rejection] | None = None
+    indices: np.ndarray | None = None
+    misplaced: int | None = None
+    bytes_read: int = 0
+
+    def add(self, file: str, kind: Kind, message: str, rows: list[int] | None = None, cure: Cure = "encode") -> None:
+        self.findings.append((file, kind, message, rows, cure))
+
+
+@dataclass
+class ShardFile:
+    """The bytes of a shard, of a quick verification the first ones, and what its header says.
+
+    Attributes:
+        tensors, start: see `shard.parse_header`; None where the header cannot be read.
+        origin, number: the digest of the plan and the number of the shard, as the header says.
+    """
+
+    data: bytes
+    size_bytes: int
+    tensors: dict[str, Any] | None = None
+    start: int = 0
+    origin: str | None = None
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.tensors, metadata, self.start = parse_header(self.data)
+            self.origin, self.number = metadata["origin"], metadata["shard"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.tensors = None
+
+    def holds(self, layout: Layout, count: int) -> bool:
+        """Whether the header describes the tensors of `count` samples."""
+        return self.tensors is not None and kinds(self.tensors) == layout.tensors(count)
+
+    def strangeness(self, place: Place) -> str:
+        """What a shard says of itself, if it belongs elsewhere."""
+        if self.origin is not None and place.digest is not None and self.origin != place.digest:
+            return f"is a shard of another plan ({short(self.origin)} and not {short(place.digest)})"
+        return f"is shard {self.number} of this set" if self.number not in (None, place.number) else ""
+
+
+def check_shard(folder: Folder, place: Place, sizes: dict[str, int], quick: bool) -> ShardReport:
+    """Check a shard and its sidecar. `sizes`: of the files of the folder.
+
+    Raises:
+        UserError: the folder cannot be reached.
+    """
+    report, name = ShardReport(), shard_name(place.number)
+    _check_sidecar(folder, place, sizes, quick, report)
+    try:
+        if name not in sizes:
+            raise FileNotFoundError
+        file = ShardFile(folder.read(name, HEADER_BYTES if quick else None), sizes[name])
+    except FileNotFoundError:
+        report.add(name, "missing", "is not there")
+    except OSError as error:
+        report.add(name, "damaged", f"cannot be read ({error.strerror})")
+    else:
+        if quick:
+            _check_header(place, file, report)
+        else:
+            report.bytes_read = file.size_bytes = len(file.data)
+            _check_bytes(place, file, report)
+    if quick and report.findings and report.header is not None:
+        report.samples = _samples_of(folder, place.number, sidecar_name(place.number))
+    return report
+
+
+def _check_sidecar(folder: Folder, place: Place, sizes: dict[str, int], quick: bool, report: ShardReport) -> None:
+    """Where its header only differs from the index, the bytes of the shard decide later which of them is damaged."""
+    name = sidecar_name(place.number)
+    if name not in sizes:
+        report.add(name, "missing", "is not there")
+        return
+    try:
+        header = read_header(folder, place.number)
+        if place.digest is not None and header.origin != place.digest:
+            message = f"is of another plan ({short(header.origin)} and not {short(place.digest)})"
+            report.add(name, "foreign", message)
+            return
+        report.header = header
+        if quick:
+            if not place.is_described_by(header):
+                report.add(name, "damaged", "its header does not fit the index")
+            return
+        sidecar = read_sidecar(folder, place.number)
+        report.samples, report.rejected = sidecar.samples, sidecar.rejected
+    except MisplacedSidecar as error:
+        report.misplaced = error.number
+        report.add(name, "foreign", error.what)
+    except UserError as error:
+        report.add(name, "damaged", error.what)
+
+
+def _samples_of(folder: Folder, number: int, name: str, record: ShardRecord | None = None) -> list[Sample] | None:
+    """The samples of a shard by the sidecar in the file `name`, if it is whole and belongs to `record`."""
+    try:
+        sidecar = read_sidecar(folder, number, name)
+    except UserError:
+        return None
+    return sidecar.samples if record in (None, sidecar.header.record) else None
+
+
+def _check_header(place: Place, file: ShardFile, report: ShardReport) -> None:
+    """What can be checked without reading a shard."""
+    name, record = shard_name(place.number), place.record or (report.header.record if report.header else None)
+    if record is None:
+        return
+    if strange := file.strangeness(place):
+        report.add(name, "foreign", strange)
+    elif file.size_bytes != record.size_bytes:
+        report.add(name, "damaged", _size_message(file.size_bytes, record.size_bytes))
+    elif place.layout and not file.holds(place.layout, record.count):
+        report.add(name, "damaged", "its header does not describe the tensors that it must hold")
+
+
+def _check_bytes(place: Place, file: ShardFile, report: ShardReport) -> None:
+    """Compare a shard with the checksums in the index and in its sidecar; say which of the three is damaged."""
+    name, header = shard_name(place.number), report.header
+    record = place.record or (header.record if header else None)
+    if record is None:  # nothing says what its bytes were; its sidecar has a finding, so it is made again
+        return
+    found = checksum_bytes(file.data)
+    if found != record.checksum and (header is None or found != header.record.checksum):
+        rows = _damaged_rows(place, record, file, report)
+        strange = "" if rows == [] else file.strangeness(place)
+        message = _size_message(file.size_bytes, record.size_bytes) or "its checksum is not the recorded one"
+        if rows == []:
+            message += "; every row is as it was written, the damage is outside of them"
+        report.add(name, "foreign" if strange else "damaged", strange or message, None if strange else rows)
+        return
+    if found != record.checksum:
+        message = f"has another checksum of {name} than the shard itself and its sidecar"
+        report.add("", "stale", message, [], "rebuild")
+    elif header is not None and not place.is_described_by(header):
+        report.add(sidecar_name(place.number), "damaged", "its first line is not the one that the index knows")
+        report.header = None
+    if place.layout is not None:
+        _check_content(place, place.layout, file, report)
+
+
+def _size_message(found: int, expected: int) -> str:
+    if found < expected:
+        return f"cut off, {found} of {expected} bytes are there"
+    return f"{found - expected} bytes longer than it was" if found > expected else ""
+
+
+def _damaged_rows(place: Place, record: ShardRecord, file: ShardFile, report: ShardReport) -> list[int] | None:
+    """Rows that do not have the checksums of the sidecar; None: all, as far as is known."""
+    samples, layout, header = report.samples, place.layout, report.header
+    if samples is None or layout is None or header is None or not place.is_described_by(header):
+        return None
+    if len(samples) != record.count or not record.count:
+        return None if record.count else []
+    extents = _usual_extents(layout, record.count)
+    if file.holds(layout, record.count):
+        extents = {name: tuple(tensor["data_offsets"]) for name, tensor in (file.tensors or {}).items()}
+    start = record.size_bytes - max(end for _, end in extents.values())
+    data = np.frombuffer(file.data.ljust(record.size_bytes, b"\0"), np.uint8)[start:]
+    rows = {name: data[begin:end].reshape(record.count, -1) for name, (begin, end) in extents.items()}
+    damaged = {row for row, found in enumerate(row_checksums(rows)) if found != samples[row].checksum}
+    for begin, end in extents.values():  # what was cut off may have been zeros
+        row_bytes = (end - begin) // record.count
+        damaged.update(range(max(0, len(file.data) - start - begin) // row_bytes, record.count))
+    return sorted(damaged)
+
+
+def _usual_extents(layout: Layout, count: int) -> dict[str, tuple[int, int]]:
+    """Tensor name -> (begin, end) as safetensors arranges them, wide types first and then by name."""
+    extents, begin = {}, 0
+    for name in ("index", "label", *layout.names):
+        end = begin + count * (8 if name in ("index", "label") else layout.sample_bytes // len(layout.names))
+        extents[name] = (begin, end)
+        begin = end
+    return extents
+
+
+def _check_content(place: Place, layout: Layout, file: ShardFile, report: ShardReport) -> None:
+    """Whether a shard that is as it was written, and its sidecar, can be right."""
+    name, sidecar, header = shard_name(place.number), sidecar_name(place.number), report.header
+    record = place.record or (header.record if header else None)
+    count = record.count if record else 0
+    if not file.holds(layout, count):
+        report.add(name, "content", "does not hold the tensors that the plan says")
+        return
+    arrays = arrays_in(file.data, file.tensors or {}, file.start)
+    labels, report.indices = arrays["label"], arrays["index"]
+    sums, improper = _measure(arrays, layout, place.codes)
+    if improper:
+        what = "values are not finite" if place.codes is None else f"codes are outside of 0 to {place.codes - 1}"
+        report.add(name, "content", what, improper)
+    highest = np.iinfo(np.int64).max if place.classes is None else place.classes - 1
+    if bad := np.flatnonzero((labels < -1) | (labels > highest)).tolist():
+        report.add(name, "content", f"labels are outside of -1 to {highest}, as {labels[bad[0]]}", bad)
+    last = place.first_index + place.images - 1 if place.images else np.iinfo(np.int64).max
+    wrong = (report.indices < place.first_index) | (report.indices > last)
+    wrong[1:] |= report.indices[1:] <= report.indices[:-1]
+    if bad := np.flatnonzero(wrong).tolist():
+        report.add(name, "content", f"source indices are out of order, or not in {place.first_index} to {last}", bad)
+    if header is None:
+        return
+    if not improper and not _close(header.sums, sums, count, layout):
+        report.add(sidecar, "content", "its sums are not those of the shard's values, so statistics are wrong", [])
+    _check_counts(place, header.record, report)
+
+
+def _check_counts(place: Place, record: ShardRecord, report: ShardReport) -> None:
+    """Whether a sidecar lists the samples of its shard, and counts them right."""
+    name, samples, rejected, indices = sidecar_name(place.number), report.samples, report.rejected, report.indices
+    if samples is None or rejected is None or indices is None:
+        return
+    if [sample.index for sample in samples] != indices.tolist():
+        report.add(name, "content", "its samples are not those of the shard")
+    images = len(samples) + len(rejected)
+    right = (len(indices), len(rejected), place.first_index, place.first_index + images - 1)
+    found = (record.count, record.rejected, record.first_index, record.last_index)
+    if found != right or (place.images and images > place.images):
+        words = "count, rejected, first_index, last_index"
+        report.add(name, "content", f"{words} are {found} and must be {right}", [])
+
+
+def _measure(arrays: dict[str, np.ndarray], layout: Layout, codes: int | None) -> tuple[np.ndarray, list[int]]:
+    """(sums (3, c), rows with values that cannot be right) of the content of a shard."""
+    values = [arrays[name] for name in layout.names]
+    if layout.content == "indices":
+        highest = np.iinfo(values[0].dtype).max if codes is None else codes - 1
+        bad = [((part < 0) | (part > highest)).reshape(len(part), -1).any(1) for part in values]
+        return np.zeros((len(ROWS), 0)), np.flatnonzero(np.any(bad, axis=0)).tolist()
+    tensors = [torch.from_numpy(part.copy()).view(STORED_DTYPES[layout.dtype]) for part in values]
+    with np.errstate(all="ignore"):
+        sums = channel_sums(tensors, layout.latent_shape[0])
+    if np.isfinite(sums).all():
+        return sums, []
+    bad = [~part.float().isfinite().flatten(1).all(1).numpy() for part in tensors]
+    return sums, np.flatnonzero(np.any(bad, axis=0)).tolist()
+
+
+def _close(sums: np.ndarray, found: np.ndarray, rows: int, layout: Layout) -> bool:
+    """Equal up to rounding. A sum of values may cancel: by Cauchy and Schwarz it is at most sqrt(n * their squares)."""
+    if sums.shape != found.shape or not np.isfinite(sums).all():
+        return False
+    scale = np.abs(found)
+    scale[0] = np.sqrt(found[1] * rows * len(layout.names) * np.prod(layout.latent_shape[1:]))
+    return bool((np.abs(sums - found) <= SUMS_TOLERANCE * scale).all())
+
+
+# All shards together: counts, samples that are affected, ids, images that were left out.
 
 
 class _Survey:
@@ -157,39 +588,32 @@ class _Survey:
 
     def __init__(self, state: SetState) -> None:
         self.state = state
-        self.counts = np.full(state.shards, -1, np.int64)
-        if state.index is not None:
-            known = state.index.counts[: state.shards]
-            self.counts[: len(known)] = known
+        self.counts = np.full(state.shards, -1, np.int64) if state.index is None else state.index.counts.copy()
         self.bad: list[tuple[Place, ShardReport]] = []
         self.stray: dict[int, str] = {}
         self.hashes: list[tuple[int, np.ndarray]] = []
-        self.headers: list[Header] | None = [] if state.index is None else None
+        self.headers: list[Header] = []
         self.rejected: list[Rejection] | None = []
         self.unlisted: list[int] = []
         self.unlisted_rejected: list[Rejection] = []
+        self.lists_unfinished = False
         self.bytes_read = 0
 
     def add(self, place: Place, report: ShardReport) -> None:
         import xxhash
 
-        number, listed = place.number, place.number < len(self.counts)
+        number, header = place.number, report.header
         self.bytes_read += report.bytes_read
-        if report.header and listed and self.counts[number] < 0:
-            self.counts[number] = report.header.record.count
-        if self.headers is not None and listed:
-            if report.header:
-                self.headers.append(report.header)
-            else:
-                self.headers = None
-        if listed:
-            lost = report.rejected is None and (place.record is None or place.record.rejected > 0)
-            if lost:
+        if number < len(self.counts):
+            if header and self.state.index is None:
+                self.counts[number] = header.record.count
+                self.headers.append(header)
+            if report.rejected is None and (place.record is None or place.record.rejected):
                 self.rejected = None
             elif self.rejected is not None:
                 self.rejected += report.rejected or []
         else:
-            self.unlisted.append(report.header.record.count if report.header else 0)
+            self.unlisted.append(header.record.count if header else 0)
             self.unlisted_rejected += report.rejected or []
         if report.samples is not None:
             hashes = (xxhash.xxh3_64_intdigest(sample.id.encode()) for sample in report.samples)
@@ -200,15 +624,13 @@ class _Survey:
             self.bad.append((place, report))
 
     def index(self) -> ShardIndex | None:
-        """Of the finished part; None where too much of it is damaged to have one."""
-        if self.state.index is not None:
+        """The index of the finished part; where it is damaged, from the sidecars, if all of them are whole."""
+        if self.state.index is not None or not self.headers or len(self.headers) < len(self.counts):
             return self.state.index
-        if self.headers is None or len(self.headers) != len(self.counts) or not self.headers:
-            return None
         return ShardIndex.of([header.record for header in self.headers], [header.sums for header in self.headers])
 
     def findings(self) -> Iterator[Finding]:
-        """Of the shards, with the samples that are affected; then of ids."""
+        """Those of the shards, with the samples that are affected; then those of ids."""
         for place, report in self.bad:
             for file, kind, message, rows, cure in report.findings:
                 samples = self._affected(place, report, rows)
@@ -216,23 +638,21 @@ class _Survey:
         yield from self._duplicates()
 
     def _affected(self, place: Place, report: ShardReport, rows: list[int] | None) -> tuple[Affected, ...]:
-        first, number = self._first_sample(place.number), place.number
-        samples = report.samples
-        if samples is None and place.record is not None and number in self.stray:
-            samples = stray_samples(self.state.folder, self.stray[number], place.record)
+        first, number, record = self._first_sample(place.number), place.number, place.record
+        samples, indices = report.samples, report.indices
+        if samples is None and record is not None and number in self.stray:
+            samples = _samples_of(self.state.folder, number, self.stray[number], record)
         if samples is not None:
-            indices: list[int | None] = [sample.index for sample in samples]
-            count = len(samples)
-        elif report.indices is not None:
-            indices, count = report.indices.tolist(), len(report.indices)
+            known: list[int | None] = [sample.index for sample in samples]
+        elif indices is not None:
+            known = indices.tolist()
         else:
-            record = place.record
             count = record.count if record else max(0, int(self.counts[number]) if number < len(self.counts) else 0)
-            whole = record is not None and not record.rejected
-            indices = [place.first_index + row if whole and place.layout else None for row in range(count)]
-        chosen = range(count) if rows is None else [row for row in rows if row < count]
+            whole = record is not None and not record.rejected and place.layout is not None
+            known = [place.first_index + row if whole else None for row in range(count)]
+        chosen = range(len(known)) if rows is None else [row for row in rows if row < len(known)]
         return tuple(
-            Affected(None if first is None else first + row, indices[row], samples[row].id if samples else None)
+            Affected(None if first is None else first + row, known[row], samples[row].id if samples else None)
             for row in chosen
         )
 
@@ -253,536 +673,51 @@ class _Survey:
         doubled = np.unique(every[1:][every[1:] == every[:-1]])
         if not len(doubled):
             return
-        seen: dict[str, tuple[int, int, Sample]] = {}
+        found: dict[str, tuple[int, Affected]] = {}
         for number, hashes in self.hashes:
             rows = np.flatnonzero(np.isin(hashes, doubled)).tolist()
             samples = read_sidecar(self.state.folder, number).samples if rows else []
+            first = self._first_sample(number)
             for row in rows:
                 sample = samples[row]
-                other, place, first = seen.setdefault(sample.id, (number, row, sample))
-                if first is sample:
+                here = (number, Affected(None if first is None else first + row, sample.index, sample.id))
+                other, before = found.setdefault(sample.id, here)
+                if before is here[1]:
                     continue
-                places = [(other, place, first), (number, row, sample)]
-                affected = [(self._first_sample(shard), line, found) for shard, line, found in places]
-                yield Finding(
-                    sidecar_name(number), "duplicate",
-                    f"the id {sample.id} is in {sidecar_name(other)} too" if other != number else "has an id twice",
-                    tuple(Affected(None if begin is None else begin + line, found.index, found.id)
-                          for begin, line, found in affected),
-                    "none", number,
-                )  # fmt: skip
+                message = (
+                    f"the id {sample.id} is in {sidecar_name(other)} too" if other != number else "has an id twice"
+                )
+                yield Finding(sidecar_name(number), "duplicate", message, (before, here[1]), "none", number)
 
 
-def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator[Finding | str]:
-    """The list of images left out, which follows from the sidecars: what is wrong with it, or a note.
+def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator[Finding]:
+    """Compare the list of images that were left out with the sidecars.
 
-    It is published before the manifest, so that of a segment that is about to be finished it may hold the images too.
+    It is published before the manifest, so with a segment that is about to be finished it may list its images too.
     """
     if QUARANTINE not in state.sizes:
         yield Finding(QUARANTINE, "missing", "is not there")
         return
     found = state.folder.read(QUARANTINE)
-    lines = found.decode(errors="replace").splitlines()
     if quick:
-        if state.manifest and not survey.unlisted and len(lines) != state.manifest.rejected:
-            yield Finding(QUARANTINE, "damaged", f"has {len(lines)} lines and not {state.manifest.rejected}")
-        return
-    if survey.rejected is None:  # a sidecar with such images is damaged, and with it made again this file will be too
-        return
-    if _lists(found, survey.rejected):
-        return
-    if survey.unlisted_rejected and _lists(found, [*survey.rejected, *survey.unlisted_rejected]):
-        yield f"{QUARANTINE} lists the images of the unfinished segment already"
+        lines = found.count(b"\n")
+        if state.manifest and not survey.unlisted and lines != state.manifest.rejected:
+            yield Finding(QUARANTINE, "damaged", f"has {lines} lines and not {state.manifest.rejected}")
+    elif survey.rejected is None or _lists(found, survey.rejected):
+        return  # if a sidecar with such images is damaged, this file will be made again with it
+    elif survey.unlisted_rejected and _lists(found, [*survey.rejected, *survey.unlisted_rejected]):
+        survey.lists_unfinished = True
     else:
         yield Finding(QUARANTINE, "damaged", "does not list the images that the sidecars say were left out")
 
 
 def _lists(found: bytes, rejected: list[Rejection]) -> bool:
-    """Whether a list of images left out holds just these; another writer's spaces are no damage."""
-    right = [json.dumps(asdict(rejection)) for rejection in rejected]
-    expected = "".join(line + "\n" for line in right).encode()
-    if found == expected:
-        return True
-    same = _parsed(found.decode(errors="replace").splitlines()) == _parsed(right)
-    return same and len(found) != len(expected) and found + b"\n" != expected
-
-
-def _parsed(lines: list[str]) -> list[Any] | None:
+    """Whether a list of images left out holds just these. Another program may have put other spaces."""
+    right = [asdict(rejection) for rejection in rejected]
+    expected = "".join(json.dumps(line) + "\n" for line in right).encode()
+    if len(found) == len(expected) or found + b"\n" == expected:  # a damaged byte may say the same
+        return found == expected
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in found.splitlines()] == right
     except (ValueError, RecursionError):
-        return None
-
-
-def _notes(state: SetState) -> Iterator[str]:
-    for segment in state.segments:
-        if segment.listed:
-            continue
-        present, planned = len(_present(state, segment)), segment.shards
-        command = command_for(segment.number, segment.origin.dataset if segment.origin else {})
-        yield (
-            f"segment {segment.number} is unfinished: {present} of {planned or 'its'} shards are there; run the same "
-            f"`{command}` command again"
-        )
-    for name in sorted(name for name in state.sizes if name.startswith(LOCK.split(".")[0]) and name.endswith(".lock")):
-        if holder := state.folder.holder(name):
-            yield f"{holder} is at work here: what it has not finished may look damaged"
-
-
-# One shard and its sidecar: are they the bytes that were written, for this place, and can they be right?
-
-SUMS_TOLERANCE = 1e-9
-"""Relative. exp differs in its last bits between processors, and so do the sums of variances."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a shard must be.
-
-    Attributes:
-        number: of the shard.
-        digest: of the plan of its segment; None where no plan says so.
-        layout: None where no plan says so; the content is not looked at then.
-        first_index, images: its range of source indices; 0 images: not known.
-        classes: how many labels there are; None: any.
-        codes: size of the codebook; None for latents.
-        record, sums: what the index says; None where there is none.
-    """
-
-    number: int
-    digest: str | None
-    layout: Layout | None
-    first_index: int
-    images: int
-    classes: int | None
-    codes: int | None
-    record: ShardRecord | None
-    sums: np.ndarray | None
-
-
-@dataclass
-class ShardReport:
-    """What was found. `findings`: (file, kind, message, rows, cure), rows None for all of the shard.
-
-    Attributes:
-        header: of the sidecar, where it can be relied on.
-        samples: of the sidecar, where it can be relied on; kept for the names of damaged samples.
-        rejected: images left out; None where the sidecar cannot be relied on, or was not read whole.
-        indices: of the shard's rows, where its bytes are right.
-        misplaced: the number of the shard whose sidecar lies here instead.
-        bytes_read: of the shard.
-    """
-
-    number: int
-    findings: list[tuple[str, Kind, str, list[int] | None, Cure]] = field(default_factory=list)
-    header: Header | None = None
-    samples: list[Sample] | None = None
-    rejected: list[Rejection] | None = None
-    indices: np.ndarray | None = None
-    misplaced: int | None = None
-    bytes_read: int = 0
-
-    def add(self, file: str, kind: Kind, message: str, rows: list[int] | None = None, cure: Cure = "encode") -> None:
-        self.findings.append((file, kind, message, rows, cure))
-
-
-def check_shard(folder: Folder, place: Place, sizes: dict[str, int], quick: bool) -> ShardReport:
-    """Look at a shard and its sidecar. `sizes`: of the files of the folder.
-
-    Raises:
-        UserError: the folder cannot be reached.
-    """
-    report = ShardReport(place.number)
-    _check_sidecar(folder, place, sizes, quick, report)
-    name = shard_name(place.number)
-    if name not in sizes:
-        report.add(name, "missing", "is not there")
-        _name_samples(folder, place, report)
-        return report
-    try:
-        scan = scan_header(folder, name, sizes[name]) if quick else scan_shard(folder, name, place.layout, place.codes)
-    except FileNotFoundError:
-        report.add(name, "missing", "is not there")
-        return report
-    except OSError as error:
-        report.add(name, "damaged", f"cannot be read ({error.strerror})")
-        return report
-    report.bytes_read = 0 if quick else scan.size_bytes
-    if quick:
-        _check_header(place, scan, report)
-        _name_samples(folder, place, report)
-    elif _is_as_written(folder, place, scan, report):
-        report.indices = scan.indices
-        _check_content(place, scan, report)
-    return report
-
-
-def _check_sidecar(folder: Folder, place: Place, sizes: dict[str, int], quick: bool, report: ShardReport) -> None:
-    """Where its header only differs from the index, the bytes of the shard decide later which of them is damaged."""
-    name = sidecar_name(place.number)
-    if name not in sizes:
-        report.add(name, "missing", "is not there")
-        return
-    try:
-        header = read_header(folder, place.number)
-        ShardIndex.of([header.record], [header.sums])  # or it holds what no index could
-    except (UserError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        report.misplaced = _true_number(folder, name)
-        if report.misplaced not in (None, place.number):
-            report.add(name, "foreign", f"is the sidecar of {shard_name(report.misplaced or 0)}")
-        else:
-            report.misplaced = None
-            report.add(name, "damaged", reason(error) if isinstance(error, UserError) else "its header cannot be right")
-        return
-    if place.digest is not None and header.origin != place.digest:
-        ours = shard_name(place.number) in sizes and _origin_of(folder, place.number, sizes) == place.digest
-        said = f"is of another plan ({short(header.origin)} and not {short(place.digest)})"
-        report.add(name, "damaged" if ours else "foreign", said)
-        return
-    report.header = header
-    if quick:
-        if not _fits(header, place):
-            report.add(name, "damaged", "its header does not fit the index")
-        return
-    try:
-        sidecar = read_sidecar(folder, place.number)
-        report.samples, report.rejected = sidecar.samples, sidecar.rejected
-    except (UserError, ValueError, TypeError, KeyError) as error:
-        report.add(name, "damaged", reason(error) if isinstance(error, UserError) else "its lines cannot be right")
-
-
-def _name_samples(folder: Folder, place: Place, report: ShardReport) -> None:
-    """Read the ids that a quick look does without, where something is wrong."""
-    if report.findings and report.header is not None and report.samples is None:
-        with contextlib.suppress(UserError, ValueError, TypeError, KeyError):
-            report.samples = read_sidecar(folder, place.number).samples
-
-
-def _fits(header: Header, place: Place) -> bool:
-    """Whether a header is the one that the index has, where there is one."""
-    if place.record is None or place.sums is None:
-        return True
-    return header.record == place.record and np.array_equal(header.sums, place.sums)
-
-
-def _check_header(place: Place, scan: Scan, report: ShardReport) -> None:
-    """What can be said without reading a shard's content."""
-    name, record = shard_name(place.number), place.record or (report.header.record if report.header else None)
-    if record is None:
-        return
-    if strange := _strangeness(place, scan):
-        report.add(name, "foreign", strange)
-    elif scan.size_bytes != record.size_bytes:
-        report.add(name, "damaged", _size_message(scan.size_bytes, record.size_bytes))
-    elif place.layout and (scan.tensors is None or row_count(scan.tensors, place.layout) != record.count):
-        report.add(name, "damaged", "its header does not describe the tensors that it must hold")
-
-
-def _is_as_written(folder: Folder, place: Place, scan: Scan, report: ShardReport) -> bool:
-    """Whether the shard is the one that the index or its sidecar describes; says which of the three is not."""
-    name, header = shard_name(place.number), report.header
-    record = place.record or (header.record if header else None)
-    if record is None:  # nothing says what its bytes were; its sidecar has a finding, so it is made again
         return False
-    if scan.checksum == record.checksum:
-        if header is not None and not _fits(header, place):
-            report.add(sidecar_name(place.number), "damaged", "its first line is not the one that the index knows")
-            report.header = None
-        return True
-    if header is not None and scan.checksum == header.record.checksum:
-        report.add("", "stale", f"has another checksum of {name} than the shard itself and its sidecar", [], "rebuild")
-        return True
-    rows = _damaged_rows(folder, place, record, report, scan)
-    if rows != [] and (strange := _strangeness(place, scan)):
-        report.add(name, "foreign", strange)
-        return False
-    message = _size_message(scan.size_bytes, record.size_bytes) or "its checksum is not the recorded one"
-    if rows == []:
-        message += "; every row is as it was written, the damage is outside of them"
-    report.add(name, "damaged", message, rows)
-    return False
-
-
-def _strangeness(place: Place, scan: Scan) -> str:
-    """What a shard says of itself, where it belongs elsewhere."""
-    if scan.origin is not None and place.digest is not None and scan.origin != place.digest:
-        return f"is a shard of another plan ({short(scan.origin)} and not {short(place.digest)})"
-    return f"is shard {scan.shard} of this set" if scan.shard not in (None, place.number) else ""
-
-
-def _size_message(found: int, expected: int) -> str:
-    if found < expected:
-        return f"cut off, {found} of {expected} bytes are there"
-    return f"{found - expected} bytes longer than it was" if found > expected else ""
-
-
-def _check_content(place: Place, scan: Scan, report: ShardReport) -> None:
-    """Whether a shard that is as it was written, and its sidecar, can be right."""
-    name, sidecar, header = shard_name(place.number), sidecar_name(place.number), report.header
-    layout, labels, indices = place.layout, scan.labels, scan.indices
-    if layout is None:
-        return
-    if labels is None or indices is None or scan.tensors is None:
-        report.add(name, "content", "does not hold the tensors that the plan says")
-        return
-    if scan.improper:
-        what = "values are not finite" if place.codes is None else f"codes are outside of 0 to {place.codes - 1}"
-        report.add(name, "content", what, scan.improper)
-    highest = np.iinfo(np.int64).max if place.classes is None else place.classes - 1
-    if bad := np.flatnonzero((labels < -1) | (labels > highest)).tolist():
-        report.add(name, "content", f"labels are outside of -1 to {highest}, as {labels[bad[0]]}", bad)
-    last = place.first_index + place.images - 1 if place.images else np.iinfo(np.int64).max
-    wrong = (indices < place.first_index) | (indices > last)
-    wrong[1:] |= indices[1:] <= indices[:-1]
-    if bad := np.flatnonzero(wrong).tolist():
-        report.add(name, "content", f"source indices are out of order, or not in {place.first_index} to {last}", bad)
-    if header is None:
-        return
-    if scan.sums is not None and not scan.improper and not _close(header.sums, scan.sums, len(labels), layout):
-        report.add(sidecar, "content", "its sums are not those of the shard's values, so statistics are wrong", [])
-    record, samples, rejected = header.record, report.samples, report.rejected
-    if samples is None or rejected is None:
-        return
-    if [sample.index for sample in samples] != indices.tolist():
-        report.add(sidecar, "content", "its samples are not those of the shard")
-    images = len(samples) + len(rejected)
-    right = (len(indices), len(rejected), place.first_index, place.first_index + images - 1)
-    found = (record.count, record.rejected, record.first_index, record.last_index)
-    if found != right or (place.images and images > place.images):
-        words = "count, rejected, first_index, last_index"
-        report.add(sidecar, "content", f"{words} are {found} and must be {right}", [])
-
-
-def _close(sums: np.ndarray, found: np.ndarray, rows: int, layout: Layout) -> bool:
-    """Equal up to rounding. A sum of values may cancel: by Cauchy and Schwarz it is at most sqrt(n * their squares)."""
-    if sums.shape != found.shape or not np.isfinite(sums).all():
-        return False
-    scale = np.abs(found)
-    scale[0] = np.sqrt(found[1] * rows * len(layout.names) * np.prod(layout.latent_shape[1:]))
-    return bool((np.abs(sums - found) <= SUMS_TOLERANCE * scale).all())
-
-
-def _damaged_rows(
-    folder: Folder, place: Place, record: ShardRecord, report: ShardReport, scan: Scan
-) -> list[int] | None:
-    """Rows that do not have the checksums of the sidecar; None: all, as far as can be said."""
-    samples, layout = report.samples, place.layout
-    fits = report.header is not None and _fits(report.header, place)
-    if samples is None or layout is None or not fits or len(samples) != record.count:
-        return None
-    if not record.count:
-        return []
-    data = np.array(bytearray(folder.read(shard_name(place.number))), np.uint8)
-    usable = scan.tensors is not None and row_count(scan.tensors, layout) == record.count
-    extents = extents_of(scan.tensors) if scan.tensors and usable else usual_extents(layout, record.count)
-    start = record.size_bytes - max(end for _, _, end in extents)
-    there = len(data) - start
-    data = np.concatenate([data, np.zeros(max(0, record.size_bytes - len(data)), np.uint8)])
-    rows = {name: data[start + begin : start + end].reshape(record.count, -1) for name, begin, end in extents}
-    damaged = {row for row, found in enumerate(row_checksums(rows)) if found != samples[row].checksum}
-    for _, begin, end in extents:  # what was cut off may have been zeros
-        row_bytes = (end - begin) // record.count
-        damaged.update(range(max(0, there - begin) // row_bytes if row_bytes else record.count, record.count))
-    return sorted(damaged)
-
-
-def _true_number(folder: Folder, name: str) -> int | None:
-    """Which shard a sidecar says that it belongs to."""
-    try:
-        return int(json.loads(folder.read(name).partition(b"\n")[0])["shard"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _origin_of(folder: Folder, number: int, sizes: dict[str, int]) -> str | None:
-    """The digest of the plan that a shard says that it was made by."""
-    name = shard_name(number)
-    return scan_header(folder, name, sizes[name]).origin if name in sizes else None
-
-
-def stray_samples(folder: Folder, name: str, record: ShardRecord) -> list[Sample] | None:
-    """The samples of a sidecar that lies under another name, if it is the one that `record` describes."""
-    try:
-        first, _, body = folder.read(name).partition(b"\n")
-        if checksum_bytes(first) != record.sidecar_checksum or checksum_bytes(body) != json.loads(first)["body"]:
-            return None
-        lines = [json.loads(line) for line in body.splitlines()]
-        return [Sample(**line) for line in lines if "reason" not in line]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-# What a shard's file turns out to hold: read once, in blocks, whatever its size, and whatever has become of it.
-
-BLOCK_BYTES = 1 << 20
-QUICK_BYTES = 1 << 13
-
-
-@dataclass
-class Scan:
-    """What a file turned out to hold. `tensors`, `origin`, `shard` from its header; None where it cannot be read."""
-
-    size_bytes: int = 0
-    checksum: str = ""
-    tensors: dict[str, Any] | None = None
-    origin: str | None = None
-    shard: int | None = None
-    labels: np.ndarray | None = None
-    indices: np.ndarray | None = None
-    sums: np.ndarray | None = None
-    improper: list[int] = field(default_factory=list)
-
-
-def scan_shard(folder: Folder, name: str, layout: Layout | None, codes: int | None) -> Scan:
-    """Read a shard once. `layout`: None where it is not known; `codes`: size of the codebook. Raises: OSError."""
-    import xxhash
-
-    scan, stream = Scan(), Stream(blocks(folder, name), xxhash.xxh3_128())
-    _read_header(stream.take, scan)
-    if scan.tensors is not None and layout is not None:
-        count, extents = row_count(scan.tensors, layout), extents_of(scan.tensors)
-        if count is not None:
-            _scan_tensors(stream, extents, count, layout, codes, scan)
-    stream.drain()
-    scan.size_bytes, scan.checksum = stream.size_bytes, ALGORITHM + stream.digest.hexdigest()
-    return scan
-
-
-def _scan_tensors(
-    stream: Stream, extents: Sequence[tuple[str, int, int]], count: int, layout: Layout, codes: int | None, scan: Scan
-) -> None:
-    channels = layout.summed_channels
-    sums, improper = np.zeros((len(ROWS), channels)), set()
-    for name, begin, end in extents:
-        if name in ("index", "label"):
-            data = stream.take(end - begin)
-            if len(data) == 8 * count:
-                values = np.array(bytearray(data), np.uint8).view(np.int64)
-                scan.labels, scan.indices = (values, scan.indices) if name == "label" else (scan.labels, values)
-            continue
-        row_bytes = (end - begin) // count if count else 0
-        rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-        for first in range(0, count, rows):
-            wanted = min(rows, count - first)
-            data = stream.take(wanted * row_bytes)
-            if len(data) < wanted * row_bytes:
-                return
-            found, bad = _measure(data, wanted, layout, codes)
-            sums += found
-            improper.update((first + bad).tolist())
-    scan.sums, scan.improper = sums, sorted(improper)
-
-
-def _measure(data: bytes, rows: int, layout: Layout, codes: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(sums (3, c), numbers of the rows that hold what cannot be) of the bytes of these rows."""
-    if layout.content == "indices":
-        found = np.frombuffer(data, layout.dtype).reshape(rows, -1)
-        highest = np.iinfo(found.dtype).max if codes is None else codes - 1
-        return np.zeros((len(ROWS), 0)), np.flatnonzero(((found < 0) | (found > highest)).any(1))
-    values = torch.frombuffer(bytearray(data), dtype=STORED_DTYPES[layout.dtype]).view(rows, *layout.sample_shape)
-    with np.errstate(all="ignore"):
-        sums = channel_sums([values], layout.latent_shape[0])
-    if np.isfinite(sums).all():
-        return sums, np.empty(0, np.int64)
-    bad = ~values.float().isfinite().flatten(1).all(1)
-    return sums, bad.nonzero()[:, 0].numpy()
-
-
-def scan_header(folder: Folder, name: str, size_bytes: int) -> Scan:
-    """What the first bytes of a shard say. Raises: OSError."""
-    scan, data = Scan(size_bytes), folder.read(name, QUICK_BYTES)
-    length = int.from_bytes(data[:8], "little")
-    if len(data) - 8 < length <= min(MAXIMUM_HEADER_BYTES, size_bytes):
-        data = folder.read(name, 8 + length)
-    _read_header(Stream(iter([data]), None).take, scan)
-    return scan
-
-
-def _read_header(take: Callable[[int], bytes], scan: Scan) -> None:
-    """Fill in what a safetensors header says, as far as it can be read."""
-    length = int.from_bytes(take(8), "little")
-    if length > MAXIMUM_HEADER_BYTES:
-        return
-    try:
-        header = json.loads(take(length))
-        metadata = json.loads(header.pop("__metadata__")["ldm_vae"])
-        scan.origin, scan.shard = str(metadata["origin"]), int(metadata["shard"])
-        extents_of(header), kinds(header)
-        scan.tensors = header
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return
-
-
-def row_count(tensors: dict[str, Any], layout: Layout) -> int | None:
-    """How many samples a header describes; None where it is not the header of a shard of this layout."""
-    shape = tensors.get("index", {}).get("shape")
-    if not isinstance(shape, list) or len(shape) != 1 or kinds(tensors) != layout.tensors(shape[0]):
-        return None
-    extents, usual = extents_of(tensors), usual_extents(layout, shape[0])
-    sizes = {name: end - begin for name, begin, end in extents}
-    begins, ends = [begin for _, begin, _ in extents], [end for _, _, end in extents]
-    right = sizes == {name: end - begin for name, begin, end in usual} and begins == [0, *ends[:-1]]
-    return shape[0] if right else None
-
-
-def kinds(tensors: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    return {name: (tensor["dtype"], tensor["shape"]) for name, tensor in tensors.items()}
-
-
-def extents_of(tensors: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """(name, begin, end) in the order of the bytes."""
-    extents = [(name, *map(int, tensor["data_offsets"])) for name, tensor in tensors.items()]
-    return sorted(extents, key=lambda extent: extent[1:])  # type: ignore[return-value, arg-type]
-
-
-def usual_extents(layout: Layout, count: int) -> list[tuple[str, int, int]]:
-    """Of a shard whose header cannot be read: safetensors puts wide types first, and then goes by name."""
-    extents, begin = [], 0
-    for name in ("index", "label", *layout.names):
-        end = begin + count * (8 if name in ("index", "label") else layout.sample_bytes // len(layout.names))
-        extents.append((name, begin, end))
-        begin = end
-    return extents
-
-
-class Stream:
-    """Bytes in order, in pieces of any size; all of them go through `digest`."""
-
-    def __init__(self, source: Iterator[bytes], digest: Any) -> None:
-        self.source, self.digest, self.size_bytes = source, digest, 0
-        self._rest = memoryview(b"")
-
-    def take(self, length: int) -> bytes:
-        """The next `length` bytes, or what is left."""
-        pieces = []
-        while length:
-            if not self._rest:
-                self._rest = memoryview(self._next())
-                if not self._rest:
-                    break
-            pieces.append(self._rest[:length])
-            self._rest = self._rest[length:]
-            length -= len(pieces[-1])
-        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
-
-    def drain(self) -> None:
-        while self._next():
-            pass
-
-    def _next(self) -> bytes:
-        block = next(self.source, b"")
-        self.size_bytes += len(block)
-        if self.digest is not None:
-            self.digest.update(block)
-        return block
-
-
-def blocks(folder: Folder, name: str) -> Iterator[bytes]:
-    """A file's bytes in order, each read once. Raises: OSError; UserError where the store cannot be reached."""
-    if isinstance(folder, RemoteFolder):
-        yield from folder.connection.blocks(name)
-        return
-    assert isinstance(folder, LocalFolder)
-    with open(folder.path / name, "rb") as file:  # not mapped: a sector that cannot be read would kill the process
-        while block := file.read(BLOCK_BYTES):
-            yield block

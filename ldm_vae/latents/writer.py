@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +28,9 @@ from ldm_vae.latents.format import (
     Header,
     Manifest,
     Origin,
-    Recipe,
     ShardIndex,
+    build_manifest,
     index_files,
-    merge_label_names,
     plan_name,
     read_header,
     read_sidecar,
@@ -179,23 +177,11 @@ class Output:
         if not index.count:
             first = f"; the first: {rejected[0]['id']}, {rejected[0]['message']}" if rejected else ""
             raise UserError(f"{self.where}: no image of {index.rejected} could be read{first}")
-        label_names: tuple[str, ...] = ()
-        for origin, _ in segments:
-            label_names = merge_label_names(label_names, origin.dataset["label_names"])
         parts = index_files(index)
         files = {part.file: data for part, data in parts}
         files[QUARANTINE] = "".join(json.dumps(rejection) + "\n" for rejection in rejected).encode()
-        manifest = Manifest(
-            **{field.name: getattr(self.origin, field.name) for field in fields(Recipe)},
-            datasets=tuple(segment_record(origin, made) for origin, made in segments),
-            label_names=label_names,
-            count=index.count,
-            rejected=index.rejected,
-            shards=len(index),
-            index=tuple(part for part, _ in parts),
-            statistics=manifests.measure(index, self.origin.layout, self.origin.encoding.get("codebook_size")),
-            where=self.folder,
-        )
+        origins = [origin for origin, _ in segments]
+        manifest = build_manifest(origins, self.origin, index, [part for part, _ in parts], self.folder)
         return Completed(manifest, index, files)
 
     def _segments(self, units: int | None) -> Iterator[tuple[Origin, list[Header]]]:
@@ -272,13 +258,6 @@ def lock_name(share: tuple[int, int]) -> str:
     """The lock of a job: of the whole folder, or of one share."""
     number, shares = share
     return LOCK if shares == 1 else f"encode-{number}-of-{shares}.lock"
-
-
-def segment_record(origin: Origin, headers: Sequence[Header]) -> dict[str, Any]:
-    """What a manifest says of a segment: its dataset, now with the count, and where it begins."""
-    count = headers[-1].record.last_index + 1 - origin.first_index
-    place = {"first_shard": origin.first_shard, "first_index": origin.first_index, "plan": origin.digest}
-    return origin.dataset | {"count": count} | place
 
 
 # Batches of latents become shards: rows are gathered on the device, checked once a shard, published in a thread.

@@ -58,9 +58,9 @@ def test_another_format_is_refused_with_advice(copy, version, advice):
     [
         ({"label_names": ["b", "a"]}, "damaged or edited"),
         ({"dtype": "float32"}, "damaged or edited"),
-        ({"rejected": 1}, "rejected is 1 in manifest.json and 0 in the index"),
-        ({"shards": 5}, "shards is 5 in manifest.json and 6 in the index"),
-        ({"index": []}, "lists no index"),
+        ({"rejected": 1}, "damaged or edited"),
+        ({"shards": 5}, "damaged or edited"),
+        ({"index": []}, "damaged or edited"),
         ({"surprise": True}, "damaged"),
         ({"latent_shape": None}, "damaged"),
     ],
@@ -78,13 +78,10 @@ def test_garbage_is_refused(copy, content):
         read_manifest(copy)
 
 
-def test_damaged_statistics_are_named_with_both_values(copy):
+def test_damaged_statistics_are_found(copy):
     statistics = json.loads((copy / MANIFEST).read_text())["statistics"]
-    right, wrong = statistics["std"][1], [statistics["std"][0], 0.125, statistics["std"][2]]
-    edit(copy, statistics=statistics | {"std": wrong})
-    with pytest.raises(
-        UserError, match=rf"statistics.std.1 is 0.125 and the shards have {right}; `ldm-vae latents repair`"
-    ):
+    edit(copy, statistics=statistics | {"std": [0.125, *statistics["std"][1:]]})
+    with pytest.raises(UserError, match="damaged or edited, its digest does not fit its content; `ldm-vae latents rep"):
         read_manifest(copy)
 
 
@@ -92,7 +89,7 @@ def test_index_names_cannot_leave_the_folder(copy):
     manifest = read_manifest(copy)
     stolen = dataclasses.replace(manifest.index[0], file="../" + manifest.index[0].file)
     write_manifest(open_folder(copy), dataclasses.replace(manifest, index=(stolen,)))
-    with pytest.raises(UserError, match="no name of an index file"):
+    with pytest.raises(UserError, match="not the name of an index file"):
         read_manifest(copy).shard_index  # noqa: B018
 
 

@@ -23,19 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from ldm_vae.latents.verify import VerifyConfig, verify_set
 
-    from ldm_vae.errors import EXIT_USER_ERROR
-    from ldm_vae.files import write_json
-    from ldm_vae.latents.format import refuse_inside
-    from ldm_vae.latents.verify import verify
-
-    if args.report:
-        refuse_inside(args.report, "--report")
-    verification = verify(args.set, quick=args.quick, progress=True)
-    print("\n".join(verification.lines()))
-    if args.report:
-        write_json(Path(args.report), verification.to_dict())
-    if not verification.whole:
-        return 1
-    return 0 if verification.finished else EXIT_USER_ERROR
+    return verify_set(VerifyConfig(args.set, args.quick, args.report)).exit_code
