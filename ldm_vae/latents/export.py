@@ -1,69 +1,102 @@
-"""Export of a set to the containers of other trainers: what is exported, in which files, and their publication.
+"""`ldm-vae latents export`: a set as parquet for `datasets`, or as tar files for `webdataset`.
 
 `export.json` goes first and says what the export is; the data files follow, each complete or absent, and
-`manifest.json`, a copy of the set's own, goes last. So an interrupted export is continued by the same command. Owns the
-order of things; the bytes of a data file are those of `export_datasets` and `export_webdataset`.
+`manifest.json`, a copy of the set's own, goes last. So the same command continues an interrupted export.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ldm_vae.config import changed_keys, digest
 from ldm_vae.errors import DISK_FULL, UserError
-from ldm_vae.files import readable_json
-from ldm_vae.latents import export_datasets, export_webdataset
+from ldm_vae.files import canonical_json, readable_json
 from ldm_vae.latents.format import FLIPPED, MANIFEST, Layout, Manifest, open_set_folder, read_ids, read_manifest, short
 from ldm_vae.latents.normalizer import combine
 from ldm_vae.latents.shard import OpenShard, open_shard
 from ldm_vae.random import generator
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
+from ldm_vae.utils.text import pluralize
 
-FORMATS = {"parquet": export_datasets, "webdataset": export_webdataset}
 EXPORT = "export.json"
 CARD = "README.md"
 LOCK = "export.lock"
 FILE_BYTES = 200_000_000
-"""Of a data file, about, unless its rows are given: it is made in memory."""
+"""Size of a data file, about, unless its rows are given. It is made in memory."""
 BLOCK_BYTES = 1 << 25
 """Read at once; a row group in parquet."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Samples in the order of the set. Row j of every array and list is one sample.
+class ExportConfig:
+    """`ldm-vae latents export`.
 
-    Attributes:
-        tensors: name -> array of the exported dtype; the names are those of the exported `Layout`.
-        labels, indices: int64; -1 for no label, the place in the image source.
+    Args:
+        latents: the folder of a finished set, or its URL.
+        output: a new folder, or its URL.
+        to: `parquet` for `datasets`, `webdataset` for tar files.
+        posterior: what is made of stored moments: `moments` (as stored), `mean` or `sample`; null: what the set holds.
+        rows: samples in a file; null: as many as make about 200 MB.
     """
 
-    tensors: Mapping[str, np.ndarray]
-    labels: np.ndarray
-    indices: np.ndarray
-    ids: list[str]
+    latents: str = "???"
+    output: str = "???"
+    to: Literal["parquet", "webdataset"] = "???"  # type: ignore[assignment]
+    posterior: Literal["moments", "mean", "sample"] | None = None
+    rows: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"rows: {self.rows} is below 1")
+
+
+def export_latents(config: ExportConfig) -> Export:
+    """Write a set's samples to a new folder, or finish what was begun there. Each shard's checksum is compared.
+
+    Memory: one data file, and a block.
+
+    Raises:
+        UserError: no finished set, a damaged shard, an output that holds other files, or no space left.
+    """
+    export = plan_export(read_manifest(open_set_folder(config.latents)), config)
+    folder = open_folder(config.output)
+    _refuse_others(folder, export)
+    if {MANIFEST, *export.files} <= folder.sizes().keys():
+        print(f"{config.output}: exported already")
+    else:
+        try:
+            _write_files(folder, export)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                instead = "free some space and run the same command again, finished files stay"
+                raise UserError(config.output, "no space left on the device", instead) from error
+            raise
+    layout, manifest = export.layout, export.manifest
+    dtype = layout.dtype + (" (bfloat16 in the set)" if layout.dtype != manifest.dtype else "")
+    size = f"{pluralize(manifest.count, 'sample')} in {pluralize(len(export.files), 'file')}"
+    print(f"{config.output}: {size}; {', '.join(layout.names)} in {dtype}")
+    return export
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, of which set, how.
+    """What is exported of a set, and how.
 
     Attributes:
         to: `parquet` or `webdataset`.
         layout: of the exported samples.
-        rows: samples a file; the last one may have fewer.
+        rows: samples in a file; the last one may have fewer.
     """
 
     manifest: Manifest
@@ -74,11 +107,11 @@ class Export:
     @property
     def files(self) -> list[str]:
         """Names of the data files."""
-        return FORMATS[self.to].file_names(-(-self.manifest.count // self.rows))
+        return FORMATS[self.to].names(-(-self.manifest.count // self.rows))
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        """Of what is exported: means alone have a smaller spread than the samples that the manifest describes."""
+        """Statistics of what is exported: means have a smaller spread than the samples that the manifest describes."""
         manifest = self.manifest
         if self.layout.content == manifest.content or self.layout.content != "mean":
             return manifest.statistics
@@ -88,7 +121,7 @@ class Export:
         return combine(sums, latents, latents * self.layout.latent_shape[1] * self.layout.latent_shape[2])
 
     def to_dict(self) -> dict[str, Any]:
-        """What export.json holds."""
+        """The content of export.json."""
         manifest, layout = self.manifest, self.layout
         shape = list(layout.sample_shape)
         values = {
@@ -112,91 +145,80 @@ class Export:
         return FORMATS[self.to].write(blocks, self.layout, self.manifest.label_names)
 
 
-def plan_export(manifest: Manifest, to: str, posterior: str | None = None, rows: int | None = None) -> Export:
+def plan_export(manifest: Manifest, config: ExportConfig) -> Export:
     """What an export of a set will be.
 
     bfloat16 becomes float32, which holds each of its values: neither Arrow nor numpy knows it.
 
-    Args:
-        posterior: what is made of moments, `moments` (as stored), `mean` or `sample`; None: what the set holds.
-        rows: samples a file; None: as many as make about 200 MB.
-
     Raises:
-        UserError: the set does not hold what `posterior` needs, or `rows` is no number of samples.
+        UserError: the set does not hold what `posterior` needs.
     """
-    content = posterior or manifest.content
+    content = config.posterior or manifest.content
     if content != manifest.content and manifest.content != "moments":
-        raise UserError(
-            f"{manifest.where.location}: posterior={posterior} needs stored moments, this set holds "
-            f"{manifest.content}; leave posterior out, or encode with store=moments"
-        )
-    if rows is not None and rows < 1:
-        raise UserError(f"rows: {rows} is no number of samples; give 1 or more")
+        what = f"posterior={config.posterior} needs stored moments, this set holds {manifest.content}"
+        raise UserError(manifest.where.location, what, "leave posterior out, or encode with store=moments")
     dtype = "float32" if manifest.dtype == "bfloat16" else manifest.dtype
     layout = Layout(content, dtype, manifest.latent_shape, manifest.flipped)
-    return Export(manifest, to, layout, rows or max(1, FILE_BYTES // layout.sample_bytes))
+    return Export(manifest, config.to, layout, config.rows or max(1, FILE_BYTES // layout.sample_bytes))
 
 
-def export_set(
-    source: str | Path, output: str, to: str, posterior: str | None = None, rows: int | None = None
-) -> Export:
-    """Write a set's samples to a new folder, or finish what was begun there. Each shard's checksum is compared.
-
-    Memory: one data file, and a block.
-
-    Raises:
-        UserError: no finished set, a damaged shard, an output that holds other files, or no space left.
-    """
+def _write_files(folder: Folder, export: Export) -> None:
     from tqdm import tqdm
 
-    manifest = read_manifest(open_set_folder(source))
-    export = plan_export(manifest, to, posterior, rows)
-    folder = open_folder(output)
-    _refuse_others(folder, export)
-    if {MANIFEST, *export.files} <= folder.sizes().keys():
-        print(f"{output}: exported already")
-        return export
-    try:
-        with folder.hold(LOCK):
-            folder.clean()
-            if not folder.exists(EXPORT):
-                folder.write(EXPORT, readable_json(export.to_dict()).encode())
-            there, samples = folder.sizes(), Samples(export)
-            with tqdm(total=manifest.count, unit=" images", desc="export", dynamic_ncols=True) as bar:
-                for number, name in enumerate(export.files):
-                    start, stop = number * export.rows, min((number + 1) * export.rows, manifest.count)
-                    if name not in there:
-                        folder.write(name, export.write(samples.blocks(start, stop)))
-                    bar.update(stop - start)
-            folder.write(CARD, _card(export).encode())
-            folder.write(MANIFEST, manifest.where.read(MANIFEST))
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise UserError(
-                f"{output}: no space left on the device; free some space and run the same command again, finished "
-                "files stay"
-            ) from error
-        raise
-    return export
+    manifest = export.manifest
+    with folder.hold(LOCK):
+        folder.clean()
+        if not folder.exists(EXPORT):
+            folder.write(EXPORT, readable_json(export.to_dict()).encode())
+        there, samples = folder.sizes(), Samples(export)
+        with tqdm(total=manifest.count, unit=" images", desc="export", dynamic_ncols=True) as bar:
+            for number, name in enumerate(export.files):
+                start, stop = number * export.rows, min((number + 1) * export.rows, manifest.count)
+                if name not in there:
+                    folder.write(name, export.write(samples.blocks(start, stop)))
+                bar.update(stop - start)
+        folder.write(CARD, _card(export).encode())
+        folder.write(MANIFEST, manifest.where.read(MANIFEST))
 
 
 def _refuse_others(folder: Folder, export: Export) -> None:
-    """Raises: UserError unless the folder is empty or holds this very export."""
+    """Raises: UserError unless the folder is empty or holds the same export."""
     there = sorted(name for name in folder.sizes() if name != LOCK)
     if not there:
         return
     where = folder.location
     if EXPORT not in there:
-        raise UserError(f"{where}: holds {there[0]} and is no export that could be continued; give another output")
+        what = f"holds {there[0]} and not an export that could be continued"
+        raise UserError(where, what, "give another output")
     try:
         found = json.loads(folder.read(EXPORT))
     except ValueError as error:
-        raise UserError(f"{where}/{EXPORT}: cannot be read ({error}); give another output") from error
+        raise UserError(f"{where}/{EXPORT}", f"cannot be read ({error})", "give another output") from error
     changes = changed_keys(found, export.to_dict())
     for key, (old, new) in changes.items():
-        raise UserError(
-            f"{where}: holds another export, its {key} is {short(old)} and not {short(new)}; give another output"
-        )
+        what = f"holds another export, its {key} is {short(old)} and not {short(new)}"
+        raise UserError(where, what, "give another output")
+
+
+# The samples, block by block.
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples in the order of the set. Row j of every array and list is one sample.
+
+    Attributes:
+        tensors: name -> array of the exported dtype; the names are those of the exported `Layout`.
+        labels, indices: int64; -1 for no label, the place in the image source.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    indices: np.ndarray
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Samples:
@@ -261,8 +283,101 @@ class Samples:
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, seen as uint16, as the same numbers in float32."""
+    """bfloat16 given as uint16, as the same numbers in float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# The two formats.
+
+
+def _write_parquet(blocks: Iterable[Block], layout: Layout, label_names: Sequence[str]) -> bytes:
+    """A row group for each block, with features for `datasets`. Not compressed: latents are noise to a compressor."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = _features(layout, label_names).arrow_schema
+    file = io.BytesIO()
+    columns = ["id", "index", "label"]
+    with parquet.ParquetWriter(
+        file, schema, compression="none", use_dictionary=False, write_statistics=columns
+    ) as writer:
+        for block in blocks:
+            plain = [pa.array(block.ids, pa.string()), pa.array(block.indices), pa.array(block.labels)]
+            tensors = [
+                pa.ExtensionArray.from_storage(schema.field(name).type, _nested(block.tensors[name]))
+                for name in layout.names
+            ]
+            writer.write_table(pa.Table.from_arrays([*plain, *tensors], schema=schema), row_group_size=len(block))
+    return file.getvalue()
+
+
+def _features(layout: Layout, label_names: Sequence[str]) -> Any:
+    """The columns, as `datasets.Features`."""
+    from datasets import Array2D, Array3D, ClassLabel, Features, Value
+
+    shape = layout.sample_shape
+    tensor = (Array2D if len(shape) == 2 else Array3D)(shape, layout.dtype)
+    label = ClassLabel(names=list(label_names)) if label_names else Value("int64")
+    columns = {"id": Value("string"), "index": Value("int64"), "label": label}
+    return Features(columns | dict.fromkeys(layout.names, tensor))
+
+
+def _nested(array: np.ndarray) -> Any:
+    """An array (n, ...) as the lists of lists in which `datasets` stores it; the numbers are not copied."""
+    import pyarrow as pa
+
+    values = pa.array(array.reshape(-1))
+    for size in reversed(array.shape[1:]):
+        values = pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, size, dtype=np.int32)), values)
+    return values
+
+
+def _write_tar(blocks: Iterable[Block], layout: Layout, label_names: Sequence[str]) -> bytes:
+    """For each sample `KEY.moments.npy` (one for each tensor), `KEY.cls` and `KEY.json`.
+
+    KEY is the source index: ids, which may hold dots and slashes, are in the JSON. Equal samples give equal bytes:
+    members carry no time and no owner.
+    """
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for block in blocks:
+            for row in range(len(block)):
+                for name, data in _members(block, row, label_names):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def _members(block: Block, row: int, label_names: Sequence[str]) -> list[tuple[str, bytes]]:
+    """(name, bytes) of the files of one sample, sorted by name."""
+    index, label = int(block.indices[row]), int(block.labels[row])
+    facts: dict[str, Any] = {"id": block.ids[row], "index": index, "label": label}
+    if 0 <= label < len(label_names):
+        facts["label_name"] = label_names[label]
+    found = {"cls": str(label).encode(), "json": canonical_json(facts).encode()}
+    for name, values in block.tensors.items():
+        array = io.BytesIO()
+        np.save(array, values[row], allow_pickle=False)
+        found[f"{name}.npy"] = array.getvalue()
+    return [(f"{index:012d}.{name}", found[name]) for name in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A container. `names(n)`: of n data files; `write(blocks, layout, label_names)`: the bytes of one."""
+
+    names: Callable[[int], list[str]]
+    write: Callable[[Iterable[Block], Layout, Sequence[str]], bytes]
+
+
+FORMATS = {
+    "parquet": Format(lambda n: [f"train-{number:05d}-of-{n:05d}.parquet" for number in range(n)], _write_parquet),
+    "webdataset": Format(lambda n: [f"{number:06d}.tar" for number in range(n)], _write_tar),
+}
+
+
+# The dataset card.
 
 
 def _card(export: Export) -> str:

@@ -173,7 +173,7 @@ class Verification:
         )
 
 
-def verify_set(config: VerifyConfig) -> Verification:
+def verify_latents(config: VerifyConfig) -> Verification:
     """Verify a set, print what was found, and write the report. Raises: UserError, see `verify`."""
     if config.report:
         refuse_inside(config.report, "report")

@@ -19,10 +19,14 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents import export as exporting
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.export import export_set
+from ldm_vae.latents.export import Export, ExportConfig, export_latents
 from ldm_vae.latents.format import Layout, read_manifest
 
 PAGE = Path(__file__).parents[2] / "docs" / "latent-exchange.md"
+
+
+def export_set(source, output: str, *settings, **more) -> Export:
+    return export_latents(ExportConfig(str(source), output, *settings, **more))
 
 
 @pytest.fixture(scope="session")
@@ -222,20 +226,20 @@ def test_a_sidecar_of_another_shard_is_refused(latents, tmp_path):
     sidecar = tmp_path / "set" / "shard-000002.jsonl"
     head, _, body = sidecar.read_text().partition("\n")
     sidecar.write_text(head.replace('"size_bytes":', '"size_bytes":1') + "\n" + body)
-    with pytest.raises(UserError, match="the sidecar of shard 2 is not of the shard"):
+    with pytest.raises(UserError, match="the sidecar of shard 2 does not belong to the shard"):
         export_set(tmp_path / "set", str(tmp_path / "out"), "parquet")
 
 
 def test_what_cannot_be_exported(encode, latents, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"mine: holds thesis\.tex and is no export"):
+    with pytest.raises(UserError, match=r"mine: holds thesis\.tex and not an export"):
         export_set(latents, str(tmp_path / "mine"), "parquet")
     assert contents(tmp_path / "mine") == {"thesis.tex": b"x"}
     export_set(latents, str(tmp_path / "out"), "parquet")
     with pytest.raises(UserError, match="out: holds another export, its content is moments and not mean"):
         export_set(latents, str(tmp_path / "out"), "parquet", "mean")
-    with pytest.raises(UserError, match="rows: 0 is no number of samples"):
+    with pytest.raises(UserError, match="rows: 0 is below 1"):
         export_set(latents, str(tmp_path / "zero"), "parquet", rows=0)
     encode(tmp_path / "means", "store=mean")
     with pytest.raises(UserError, match="posterior=sample needs stored moments, this set holds mean"):
@@ -265,7 +269,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(latents, tmp_path, mo
 
 def test_a_file_has_about_two_hundred_megabytes(latents):
     manifest = read_manifest(latents)
-    export = exporting.plan_export(manifest, "parquet")
+    export = exporting.plan_export(manifest, ExportConfig(to="parquet"))
     assert export.rows * manifest.layout.sample_bytes == pytest.approx(200e6, rel=1e-3)
     assert exporting.FILE_BYTES // Layout("moments", "float16", (4, 64, 64), False).sample_bytes == 3051
 

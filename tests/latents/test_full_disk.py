@@ -9,11 +9,15 @@ import pytest
 from ldm_vae import cli
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.export import export_set
+from ldm_vae.latents.export import Export, ExportConfig, export_latents
 from ldm_vae.latents.verify import verify
 from tests.disks import disk as disk  # a fixture
 from tests.latents.test_encode import contents
 from tests.latents.test_processes import Forked
+
+
+def export_set(source, output: str, *settings, **more) -> Export:
+    return export_latents(ExportConfig(str(source), output, *settings, **more))
 
 
 @pytest.mark.promise(5)

@@ -25,13 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.latents.export import export_set
-    from ldm_vae.utils.text import pluralize
+    from ldm_vae.latents.export import ExportConfig, export_latents
 
-    export = export_set(args.set, args.output, args.to, args.posterior, args.rows)
-    dtype = f"{export.layout.dtype} (bfloat16 in the set)" if export.layout.dtype != export.manifest.dtype else ""
-    print(
-        f"{args.output}: {pluralize(export.manifest.count, 'sample')} in {pluralize(len(export.files), 'file')}; "
-        f"{', '.join(export.layout.names)} in {dtype or export.layout.dtype}"
-    )
+    export_latents(ExportConfig(args.set, args.output, args.to, args.posterior, args.rows))
     return 0

@@ -23,6 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.latents.verify import VerifyConfig, verify_set
+    from ldm_vae.latents.verify import VerifyConfig, verify_latents
 
-    return verify_set(VerifyConfig(args.set, args.quick, args.report)).exit_code
+    return verify_latents(VerifyConfig(args.set, args.quick, args.report)).exit_code
