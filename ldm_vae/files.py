@@ -323,3 +323,66 @@ def count_numbers(build: Callable[[], Any]) -> int:
 
     with WithoutMemory():
         return sum(tensor.numel() for tensor in build().state_dict().values())
+
+
+# Results that are a JSON description and tensors, in one safetensors file or in a folder with checksums.
+
+
+@contextmanager
+def parsing(where: str | Path, instead: str) -> Iterator[None]:
+    """What makes no sense inside becomes one sentence that begins with `where`. Raises: DamagedFile."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(where, f"cannot be read ({type(error).__name__}: {error})", instead) from error
+
+
+def check_format_version(where: str | Path, version: Any, known: int) -> None:
+    """Raises: NewerFormat for a version above `known`; ValueError for any other that is not `known`."""
+    if type(version) is int and version > known:
+        raise NewerFormat(where, f"has format version {version}, this program reads {known}", "update ldm_vae")
+    if version != known:
+        raise ValueError(f"format version {version!r}")
+
+
+def read_described_file(
+    path: Path, key: str, known: int, maximum_bytes: int, framework: str = "pt"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON under `key` of a safetensors file's metadata, and its tensors; to be called in `parsing`.
+
+    Raises:
+        NewerFormat: its `format_version` is above `known`.
+        UserError, ValueError or what `parsing` takes for it: the file is too large or damaged.
+    """
+    from safetensors import safe_open
+
+    if path.stat().st_size > maximum_bytes:
+        raise UserError(path, f"is larger than {maximum_bytes} bytes", "give another file")
+    check_tensor_file(path)
+    with safe_open(path, framework) as file:
+        description = dict(json.loads(file.metadata()[key]))
+        check_format_version(path, description["format_version"], known)
+        return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def read_described_folder(folder: Path, description: str, tensors: str, known: int) -> tuple[dict[str, Any], Any]:
+    """The JSON file `description` and the tensors of a folder with checksums; to be called in `parsing`.
+
+    Raises:
+        DamagedFile: a file is damaged, missing or does not belong there.
+        NewerFormat: the `format_version` of the description is above `known`.
+        ValueError or what `parsing` takes for it: the description makes no sense.
+    """
+    from safetensors.torch import load_file
+
+    if (folder / description).stat().st_size > MAXIMUM_JSON_BYTES:
+        raise DamagedFile(folder / description, f"is larger than {MAXIMUM_JSON_BYTES} bytes", "restore it from a copy")
+    verify_checksums(folder)
+    found = json.loads((folder / description).read_text())
+    check_format_version(folder, found["format_version"], known)
+    check_tensor_file(folder / tensors)
+    return found, load_file(folder / tensors)

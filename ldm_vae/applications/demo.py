@@ -1,7 +1,7 @@
-"""`ldm-vae demo`: pictures compressed and reconstructed, and new ones generated, by the models in `checkpoints/`.
+"""A first look: pictures compressed and reconstructed, and new ones generated, by the models in `checkpoints/`.
 
-Owns finding these models, the settings, measuring and the result folder; the page is `demo_page`'s. Compressing is the
-codec's and generating `diffusion.generation`'s, whose folder `samples/` continues where an interrupted call left it.
+Compressing is the codec's work and generating that of `diffusion.generation`, whose folder `samples/` continues where
+an interrupted call left it. The result is index.html, one file that loads nothing, and demo.webp, one picture of all.
 """
 
 from __future__ import annotations
@@ -9,30 +9,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 import ldm_vae
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications.codec import compression
-from ldm_vae.applications.codec.compression import Codec
+from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.applications.codec.format import SUFFIX
 from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
 from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
-from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
-from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
-from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.decoding import ImageRejected, read_image, read_regular_file
+from ldm_vae.data.samples import Rejected, evenly_spaced
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
@@ -42,22 +38,14 @@ from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.evaluation.pages import embed, embed_image, template_environment
 from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.evaluation.report import label_of
-from ldm_vae.evaluation.study import (
-    alone_in,
-    check_made_of,
-    describe_autoencoder,
-    finished_result,
-    publishing,
-    read_json,
-)
-from ldm_vae.files import checksum, checksum_bytes, write_atomically, write_bytes, write_json, write_png, write_text
+from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
+from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import PAPER, labelled_sheet
 from ldm_vae.utils.text import pluralize
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
 """The names of the models in `checkpoints/`."""
-RESULTS = "results.json"
 SAMPLES = "samples"
 BUNDLED = 8
 """Synthetic images where none are given."""
@@ -65,36 +53,221 @@ MOST_IMAGES = 24
 LARGEST_SIZE = 4096
 QUALITY = 50.0
 """Of the compressed files, as in `ldm-vae compress`."""
+COLUMNS = 8
+CARD = "README.md"
+MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
+"""Of the metrics of an image: the sentences say the mean over all images."""
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What is shown.
+    """`ldm-vae demo`.
 
-    Attributes:
-        autoencoder, pipeline: Directories, runs or (autoencoder) a hub id; None: the one in `checkpoints/`.
-        images: Which files of the user's, see `described`; or `synthetic`.
-        count: Images to generate.
-        size: Side in pixels to which images are scaled and cropped.
-        steps: Of the sampler.
-        seed: Of the noise.
-        precision: Of the networks that generate.
+    Args:
+        images: image files and folders; `[]`: synthetic ones.
+        output: the folder for everything.
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: the one in `checkpoints/`.
+        pipeline: a diffusion pipeline or run; null: the one in `checkpoints/`.
+        count: images to generate.
+        size: side in pixels to which images are scaled and cropped.
+        steps: of the sampler.
+        seed: of the noise.
+        precision: of the networks that generate.
+        device: auto, cpu, cuda, cuda:1 ...
     """
 
+    images: list[str] = field(default_factory=list)
+    output: str = "demo"
     autoencoder: str | None = None
     pipeline: str | None = None
-    images: str = "synthetic"
     count: int = 16
     size: int = 512
     steps: int = 20
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= LARGEST_SIZE:
             raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try 512")
         if self.count < 1 or self.steps < 1:
             raise UserError(f"count: {self.count} images in {self.steps} steps are none; give 1 or more of both")
+
+
+def demo(config: DemoConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
+    """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
+
+    Raises:
+        UserError: no model, no image that can be read, or a folder with something else.
+    """
+    return Demo(config, overwrite).run(dry_run)
+
+
+class Demo(Study):
+    """The study of `ldm-vae demo`."""
+
+    replaced = ("reconstructions/[0-9][0-9]_*", "compressed/[0-9][0-9]_*")
+    config: DemoConfig
+
+    def __init__(self, config: DemoConfig, overwrite: bool) -> None:
+        self.images = find_images(config.images) if config.images else []
+        self.model = config.autoencoder or str(shipped(AUTOENCODER, "autoencoder"))
+        self.pipeline = pipeline_directory(config.pipeline or str(shipped(PIPELINE, "pipeline")))
+        self.codec = open_codec(self.model, None, compute_device(config.device))
+        self.unet = [checksum(path) for path in sorted(self.pipeline.glob("unet/*.safetensors"))]
+        super().__init__(config, self.codec.autoencoder, overwrite=overwrite)
+
+    def settings(self) -> dict[str, Any]:
+        """Images count by what they hold."""
+        found = configuration.to_dict(self.config) | {"images": described(self.images)}
+        return {key: value for key, value in found.items() if key not in ("output", "device")}
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        return {"another pipeline": (results["unet"], self.unet)}
+
+    def measure(self) -> Results:
+        started = time.time()
+        self.shown, rejected = reconstruct_all(self.codec, self.images, self.config.size)
+        seconds = time.time() - started
+        return {
+            "unet": self.unet,
+            "bundled": not self.images,
+            "images": [asdict(one.metrics) for one in self.shown],
+            "rejected": rejected,
+            "images_per_second": {"reconstructed": len(self.shown) / seconds, "generated": self._generate()},
+            "protocol": {
+                "range": "PSNR of 8-bit pixels in dB, decoded from the posterior's mean in float32",
+                "versions": provenance.versions(),
+            },
+        }
+
+    def _generate(self) -> float:
+        """Fill `samples/`; returns images per second, of the call that made them."""
+        config, folder = self.config, self.output / SAMPLES
+        generation = GenerateConfig(
+            model=str(self.pipeline), count=config.count, seed=config.seed, steps=config.steps,
+            precision=config.precision,
+        )  # fmt: skip
+        made, speed = generate(generation, folder, device=config.device, overwrite=self.overwrite)
+        return speed if made else read_json(folder / provenance.RUN_RECORD).get("images_per_second", 0.0)
+
+    def files(self, results: Results) -> dict[str, Content]:
+        found: dict[str, Content] = {}
+        for number, one in enumerate(self.shown):
+            stem = f"{number:02d}_{Path(one.metrics.name).name[:50]}"
+            found[f"reconstructions/{stem}.png"] = one.decoded
+            found[f"compressed/{stem}{SUFFIX}"] = one.data
+        samples, labels = self._samples()
+        sheet = contact_sheet(self.shown, [Image.open(path).convert("RGB") for path in samples], labels)
+        return found | {"demo.webp": lambda path: sheet.save(path, format="WEBP", quality=88, method=6)}
+
+    def _samples(self) -> tuple[list[Path], list[str]]:
+        """The generated images, and the label of each."""
+        folder = self.output / SAMPLES
+        samples = sorted(folder.glob("[0-9][0-9][0-9][0-9]*.png"))
+        return samples, [label_of(path, folder) for path in samples]
+
+    def page(self, results: Results) -> str:
+        cards = {"autoencoder": Path(self.model), "pipeline": self.pipeline}
+        context = {
+            "results": results | {"seconds": time.time() - self.started},
+            "sentences": sentences(results),
+            "pairs": [
+                (one.metrics, embed_image(one.original, "original"), embed_image(one.decoded, "reconstruction"))
+                for one in self.shown
+            ],
+            "samples": [
+                (label, embed(path, f"generated: {label}" if label else "generated"))
+                for path, label in zip(*self._samples())
+            ],
+            "cards": {name: link for name, path in cards.items() if (link := card_link(path, self.output)) is not None},
+        }
+        return template_environment().get_template("demo.html").render(context)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": len(results["images"])}
+
+    def summary(self, results: Results) -> str:
+        return "\n".join([*sentences(results), f"{self.output / PAGE}: open it in a browser"])
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
+
+    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is of the
+    best JPEG of at most `file_bytes`, None where there is none so small.
+    """
+
+    name: str
+    raw_bytes: int
+    latent_bytes: int
+    file_bytes: int
+    rate_bits_per_pixel: float | None
+    psnr_db: float
+    file_psnr_db: float
+    jpeg_psnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """An image, its compressed file, and what that decodes to."""
+
+    metrics: ImageMetrics
+    original: Image.Image
+    decoded: Image.Image
+    data: bytes
+
+
+def reconstruct_all(
+    codec: Codec, images: Sequence[tuple[str, Path]], size: int
+) -> tuple[list[Reconstructed], Rejected]:
+    """Every image that can be read, synthetic ones where there are none. Raises: UserError where none can be read."""
+    from tqdm import tqdm
+
+    rejected, shown = Rejected(), []
+    bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
+    bundled_names = [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
+    for name, place in tqdm(images or bundled_names, desc="reconstructing", unit="image", dynamic_ncols=True):
+        try:
+            image = bundled.read(place) if isinstance(place, int) else read_image(place)
+        except ImageRejected as error:
+            rejected.append((str(place), str(error)))
+        else:
+            shown.append(reconstruct_one(codec, resize_center_crop(image, size), name))
+    if not shown:
+        raise UserError(f"{rejected[0][0]}: cannot be read ({rejected[0][1]}), nor any other; give other images")
+    return shown, rejected
+
+
+def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed:
+    """uint8 (h, w, 3) through the latents and back, and through a file and back."""
+    original = transforms.to_batch(image).to(codec.autoencoder.device)
+    mean, logvar = encode_moments(codec.autoencoder, original)
+    decoded = decode(codec.autoencoder, mean)[..., : image.shape[0], : image.shape[1]]
+    data = codec.compress(codec.analyze(image, name), step_of(QUALITY)).data
+    from_file = codec.decompress(data, name)
+    jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
+    rate = None
+    if not is_deterministic(codec.autoencoder):
+        rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
+
+    def quality(pixels: np.ndarray) -> float:
+        return float(psnr(transforms.to_batch(pixels).to(original.device), original))
+
+    metrics = ImageMetrics(
+        name=name,
+        raw_bytes=image.size,
+        latent_bytes=2 * mean.numel(),
+        file_bytes=len(data),
+        rate_bits_per_pixel=rate,
+        psnr_db=float(psnr(transforms.from_uint8(transforms.to_uint8(decoded)), original)),
+        file_psnr_db=quality(from_file),
+        jpeg_psnr_db=float(psnr(transforms.to_batch(np.array(jpeg.picture)).to(original.device), original))
+        if jpeg.fits
+        else None,
+    )
+    return Reconstructed(metrics, Image.fromarray(image), Image.fromarray(from_file), data)
 
 
 def shipped(name: str, option: str) -> Path:
@@ -109,7 +282,7 @@ def shipped(name: str, option: str) -> Path:
             return place
     raise UserError(
         f"checkpoints/{name}: is neither in this folder nor in {places[1].parents[1]}; run this in a clone of the "
-        f"repository, or give {option} DIR"
+        f"repository, or give {option}=DIR"
     )
 
 
@@ -132,190 +305,7 @@ def described(files: Sequence[tuple[str, Path]]) -> str:
     return f"{pluralize(len(files), 'file')}, {checksum_bytes(' '.join(identities).encode())}"
 
 
-def demo(
-    config: DemoConfig, files: Sequence[tuple[str, Path]], output: str | Path, device: str = "auto",
-    overwrite: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
-
-    Args:
-        files: (name, file) of the images, in the order of `config.images`; none: synthetic ones.
-
-    Raises:
-        UserError: no model, no image that can be read, or a folder with something else.
-    """
-    started = time.time()
-    output, target = Path(output), compute_device(device)
-    model = config.autoencoder or str(shipped(AUTOENCODER, "--autoencoder"))
-    pipeline = pipeline_directory(config.pipeline or str(shipped(PIPELINE, "--pipeline")))
-    codec = compression.open_codec(model, None, target)
-    unet = [checksum(path) for path in sorted(pipeline.glob("unet/*.safetensors"))]
-    finished = finished_result(output / RESULTS, config, fingerprint(codec.autoencoder), overwrite)
-    if finished is not None:
-        check_made_of(output, {"another pipeline": (finished["unet"], unet)}, place="--out")
-        return finished
-    with alone_in(output):
-        reconstructing = time.time()
-        shown, rejected = reconstruct_all(codec, files, config.size)
-        seconds = time.time() - reconstructing
-        speed = generate_samples(config, pipeline, output, device, overwrite)
-        results: dict[str, Any] = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(codec.autoencoder),
-            "unet": unet,
-            "bundled": not files,
-            "images": [asdict(one.figures) for one in shown],
-            "rejected": rejected,
-            "images_per_second": {"reconstructed": len(shown) / seconds, "generated": speed},
-            "protocol": {
-                "range": "PSNR of 8-bit pixels in dB, decoded from the posterior's mean in float32",
-                "versions": provenance.versions(),
-            },
-            "config": configuration.to_dict(config),
-        }
-        with publishing(output):
-            write_pictures(output, shown)
-            cards = {"autoencoder": Path(model), "pipeline": pipeline}
-            write_page(output, results | {"seconds": time.time() - started}, shown, cards)
-            write_json(output / RESULTS, results)
-            provenance.write_run_record(output, None, started, time.time() - started, images=len(shown))
-    return results
-
-
-def reconstruct_all(
-    codec: Codec, files: Sequence[tuple[str, Path]], size: int
-) -> tuple[list[Reconstructed], list[tuple[str, str]]]:
-    """Every image that can be read, and (name, reason) of the others. Raises: UserError where none can."""
-    from tqdm import tqdm
-
-    rejected: list[tuple[str, str]] = []
-    shown = []
-    bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
-    bundled_names = [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
-    for name, place in tqdm(files or bundled_names, desc="reconstructing", unit="image", dynamic_ncols=True):
-        try:
-            image = bundled.read(place) if isinstance(place, int) else decode_image(read_regular_file(place))
-        except ImageRejected as error:
-            rejected.append((str(place), str(error)))
-            continue
-        shown.append(reconstruct_one(codec, resize_center_crop(image, size), name))
-    if not shown:
-        raise UserError(f"{rejected[0][0]}: cannot be read ({rejected[0][1]}), nor any other; give other images")
-    return shown, rejected
-
-
-def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed:
-    """uint8 (h, w, 3) through the latents and back, and through a file and back."""
-    original = _tensor(image).to(codec.autoencoder.device)
-    mean, logvar = encode_moments(codec.autoencoder, original)
-    decoded = decode(codec.autoencoder, mean)[..., : image.shape[0], : image.shape[1]]
-    data = codec.compress(codec.analyze(image, name), step_of(QUALITY)).data
-    from_file = codec.decompress(data, name)
-    jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
-    rate = None
-    if not is_deterministic(codec.autoencoder):
-        rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
-    figures = Figures(
-        name=name,
-        raw_bytes=image.size,
-        latent_bytes=2 * mean.numel(),
-        file_bytes=len(data),
-        rate_bits_per_pixel=rate,
-        psnr_db=float(psnr(transforms.from_uint8(transforms.to_uint8(decoded)), original)),
-        file_psnr_db=float(psnr(_tensor(from_file).to(original.device), original)),
-        jpeg_psnr_db=float(psnr(_tensor(np.array(jpeg.picture)).to(original.device), original)) if jpeg.fits else None,
-    )
-    return Reconstructed(figures, Image.fromarray(image), Image.fromarray(from_file), data)
-
-
-def _tensor(image: np.ndarray) -> Tensor:
-    """uint8 (h, w, 3) -> (1, 3, h, w) in [-1, 1]."""
-    return transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
-
-
-def generate_samples(config: DemoConfig, pipeline: Path, output: Path, device: str, overwrite: bool) -> float:
-    """Fill `samples/`; returns images per second, of the call that made them."""
-    generation = GenerateConfig(
-        model=str(pipeline), count=config.count, seed=config.seed, steps=config.steps, precision=config.precision
-    )
-    made, speed = generate(generation, output / SAMPLES, device=device, overwrite=overwrite)
-    if not made:
-        speed = read_json(output / SAMPLES / provenance.RUN_RECORD).get("images_per_second", 0.0)
-    return speed
-
-
-def write_pictures(output: Path, shown: Sequence[Reconstructed]) -> None:
-    """The reconstructions and the compressed files, in the place of earlier ones."""
-    for old in [*output.glob("reconstructions/[0-9][0-9]_*"), *output.glob("compressed/[0-9][0-9]_*")]:
-        old.unlink()
-    for number, one in enumerate(shown):
-        stem = f"{number:02d}_{Path(one.figures.name).name[:50]}"
-        write_png(output / "reconstructions" / f"{stem}.png", one.decoded)
-        write_bytes(output / "compressed" / f"{stem}{SUFFIX}", one.data)
-
-
-# The result of `ldm-vae demo` for people: index.html, one file that loads nothing, and demo.webp, one picture of all.
-
-PICTURE = "demo.webp"
-COLUMNS = 8
-CARD = "README.md"
-MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
-"""Of the figures of an image: the sentences say the mean over all images."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
-
-    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is of the
-    best JPEG of at most `file_bytes`, None where there is none so small.
-    """
-
-    name: str
-    raw_bytes: int
-    latent_bytes: int
-    file_bytes: int
-    rate_bits_per_pixel: float | None
-    psnr_db: float
-    file_psnr_db: float
-    jpeg_psnr_db: float | None
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """An image, its compressed file, and what that decodes to."""
-
-    figures: Figures
-    original: Image.Image
-    decoded: Image.Image
-    data: bytes
-
-
-def write_page(
-    output: Path, results: Mapping[str, Any], shown: Sequence[Reconstructed], models: Mapping[str, Path]
-) -> None:
-    """Write index.html and demo.webp; `results` is what results.json says, and the `seconds` so far."""
-    samples = sorted((output / "samples").glob("[0-9][0-9][0-9][0-9]*.png"))
-    labels = [label_of(path, output / "samples") for path in samples]
-    sheet = picture(shown, [Image.open(path).convert("RGB") for path in samples], labels)
-    write_atomically(output / PICTURE, lambda path: sheet.save(path, format="WEBP", quality=88, method=6))
-    context = {
-        "results": results,
-        "sentences": sentences(results),
-        "pairs": [
-            (one.figures, embed_image(one.original, "original"), embed_image(one.decoded, "reconstruction"))
-            for one in shown
-        ],
-        "samples": [
-            (label, embed(path, f"generated: {label}" if label else "generated"))
-            for label, path in zip(labels, samples)
-        ],
-        "cards": {name: link for name, path in models.items() if (link := card_link(path, output)) is not None},
-    }
-    write_text(output / "index.html", template_environment().get_template("demo.html").render(context))
-
-
-def picture(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+def contact_sheet(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """A row of originals above their reconstructions, as often as it takes, then the samples."""
     cells, captions = [], []
     blank = Image.new("RGB", shown[0].original.size, PAPER)
@@ -326,7 +316,7 @@ def picture(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labe
         cells += [*(one.decoded for one in part), *[blank] * empty]
         captions += [*(["original"] * len(part)), *[""] * empty]
         captions += [
-            *(f"{one.figures.file_psnr_db:.1f} dB, {one.figures.file_bytes / 1000:.1f} kB" for one in part),
+            *(f"{one.metrics.file_psnr_db:.1f} dB, {one.metrics.file_bytes / 1000:.1f} kB" for one in part),
             *[""] * empty,
         ]
     captions += [label or "generated" for label in labels]

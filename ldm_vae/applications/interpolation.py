@@ -1,16 +1,17 @@
 """What lies between two images: in pixels, in an autoencoder's latents, and through a diffusion model's noise.
 
-Owns the ways from one image to another, the draws from the prior, and their figures; the files are
-`interpolation_folder`'s. Autoencoders' latents are image-like, so they are mixed along a straight line; noise is mixed
-along a great circle, which keeps its variance (arXiv:2408.08558).
+    pairs of images -> each `Way` between them -> frames -> `measure_way` -> results.json, animations, frames, page
+
+Autoencoders' latents are image-like, so they are mixed along a straight line; noise is mixed along a great circle,
+which keeps its variance (arXiv:2408.08558).
 """
 
 from __future__ import annotations
 
 import base64
-import time
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
 from ldm_vae.data import transforms
-from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import printable
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.transforms import resize_center_crop
@@ -37,14 +38,206 @@ from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.comparison import measure_path, round_trip
 from ldm_vae.evaluation.pages import Picture, embed_image
 from ldm_vae.evaluation.reconstruct_images import find_pictures
-from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
+from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
 from ldm_vae.evaluation.sweep import Table, markdown_table, render
-from ldm_vae.files import write_atomically, write_json, write_png, write_text
+from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import labelled_sheet, side_by_side
+from ldm_vae.utils.text import pluralize
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
+SHOWN_PAIRS = 4
+"""Whose frames and animations are written; all pairs are measured."""
+SHEET_FRAMES = 7
+MILLISECONDS = 70
+NAME_LENGTH = 40
+"""Characters of each image's name in those of files."""
+REST = 8
+"""Frames that an animation rests at each end."""
+LARGEST_ANIMATION_BYTES = 2 << 20
+"""That is embedded into the page."""
+
+
+@dataclass(frozen=True)
+class InterpolateConfig:
+    """`ldm-vae interpolate`.
+
+    Args:
+        images: A B, or A B C D ..., or folders.
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: that of the pipeline.
+        output: the folder for everything.
+        pipeline: a diffusion model whose noise is another way.
+        compare: another autoencoder on the same pairs.
+        pairs: so many pairs of the images, evenly spaced; null: A with B, C with D, or half of a folder with the other.
+        frames: of every way, odd, so that one is half way.
+        size: images are scaled and cropped to this side; null: their own size.
+        steps: of the diffusion model.
+        strength: the share of the steps that noised latents go through.
+        prior: draws from the prior to decode; 0: none.
+        seed: of the noise.
+        animation: webp or gif.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    images: list[str] = field(default_factory=list)
+    autoencoder: str | None = None
+    output: str = "???"
+    pipeline: str | None = None
+    compare: str | None = None
+    pairs: int | None = None
+    frames: int = 13
+    size: int | None = None
+    steps: int = 20
+    strength: float = 0.6
+    prior: int = 0
+    seed: int = 0
+    animation: Literal["webp", "gif"] = "webp"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.autoencoder is None and self.pipeline is None:
+            raise UserError("autoencoder: missing; give autoencoder, or a pipeline with its own")
+        if self.frames < 3 or self.frames % 2 == 0:
+            raise UserError(f"frames: {self.frames} is not odd and at least 3, so that one is half way; try 13")
+        if self.size is not None and self.size < 16:
+            raise UserError(f"size: {self.size} is below 16 pixels")
+        if self.steps < 1:
+            raise UserError(f"steps: {self.steps} is below 1")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength: {self.strength} is not a share above 0; give up to 1, which keeps nothing")
+        if self.prior < 0:
+            raise UserError(f"prior: {self.prior} is negative; give 0 for no draws")
+        if self.pairs is not None and self.pairs < 1:
+            raise UserError(f"pairs: {self.pairs} is below 1")
+
+
+def interpolate(config: InterpolateConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
+    """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
+
+    Raises:
+        UserError: autoencoders, pipeline or images that do not go together, or a folder with something else.
+    """
+    return Interpolation(config, overwrite).run(dry_run)
+
+
+class Interpolation(Study):
+    """The study of `ldm-vae interpolate`."""
+
+    replaced = ("frames/[0-9][0-9]_*/*_[0-9][0-9][0-9].png",)
+    config: InterpolateConfig
+
+    def __init__(self, config: InterpolateConfig, overwrite: bool) -> None:
+        if not config.images:
+            raise UserError("images: missing; give two image files, or a folder")
+        self.paths, device = find_pairs(config.images, config.pairs), compute_device(config.device)
+        self.pipeline = None if config.pipeline is None else _load_pipeline(config.pipeline, device)
+        own = None if self.pipeline is None else self.pipeline.autoencoder
+        autoencoder = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(device)
+        if own is not None and encoder_fingerprint(autoencoder) != encoder_fingerprint(own):
+            raise UserError(
+                f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it out, or "
+                "give it as compare"
+            )
+        self.other = None if config.compare is None else load_autoencoder(config.compare).to(device)
+        self.networks = {
+            "compare": None if self.other is None else fingerprint(self.other),
+            "pipeline": None if self.pipeline is None else fingerprint(self.pipeline.unet),
+        }
+        super().__init__(config, autoencoder, overwrite=overwrite)
+
+    def settings(self) -> dict[str, Any]:
+        """Images count by what they hold."""
+        found = configuration.to_dict(self.config) | {"images": [checksum(path) for path in self.paths]}
+        return {key: value for key, value in found.items() if key not in ("output", "pairs", "device")}
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        return {f"another {name}": (results["networks"][name], present) for name, present in self.networks.items()}
+
+    def prepare(self) -> None:
+        self.pairs = read_pairs(self.paths, self.config.size)
+        self.ways = ways_of(self.config, self.autoencoder, self.other, self.pipeline)
+
+    def measure(self) -> Results:
+        from tqdm import tqdm
+
+        found: dict[str, list[WayMetrics]] = {way.key: [] for way in self.ways}
+        self.shown: list[tuple[Pair, dict[str, list[Image.Image]]]] = []
+        for pair in tqdm(self.pairs, desc="interpolating", unit="pair", dynamic_ncols=True, leave=False):
+            made = {way.key: way.frames(pair.images) for way in self.ways}
+            for key, frames in made.items():
+                found[key].append(measure_way(frames, pair.images))
+            if len(self.shown) < SHOWN_PAIRS:
+                self.shown.append((pair, {key: transforms.to_pil(frames) for key, frames in made.items()}))
+        self.drawn = draws_of(self.config, self.pairs, self.autoencoder, self.other, self.pipeline)
+        return {
+            "networks": self.networks,
+            "other": None if self.other is None else describe_autoencoder(self.other),
+            "protocol": {
+                "pairs": len(self.pairs),
+                "size": list(self.pairs[0].images.shape[-2:]),
+                "distance": found[PIXELS][0].distance,
+                "versions": provenance.versions(),
+            },
+            "ways": [{"key": way.key, "title": way.title, **interval_means(found[way.key])} for way in self.ways],
+            "differences": differences(found),
+            "prior": [{"title": draws.title, "round_trip": draws.round_trip} for draws in self.drawn],
+            "pairs": [
+                {"name": pair.name, "ways": {key: asdict(values[n]) for key, values in found.items()}}
+                for n, pair in enumerate(self.pairs)
+            ],
+        }
+
+    def files(self, results: Results) -> dict[str, Content]:
+        """Frames, animations of each way and of all together, and sheets."""
+        found: dict[str, Content] = {}
+        cells: list[Image.Image] = []
+        captions: list[str] = []
+        kind = self.config.animation
+        self.animations = [animated([side_by_side(row) for row in zip(*made.values())], kind) for _, made in self.shown]
+        for (pair, made), together in zip(self.shown, self.animations):
+            found[f"{pair.name}_all.{kind}"] = together
+            for way in self.ways:
+                frames = made[way.key]
+                found |= {f"frames/{pair.name}/{way.key}_{k:03d}.png": frame for k, frame in enumerate(frames)}
+                found[f"{pair.name}_{way.key}.{kind}"] = animated(frames, kind)
+                chosen = evenly_spaced(len(frames), SHEET_FRAMES)
+                cells += [frames[k] for k in chosen]
+                captions += [f"{way.title}" if k == 0 else f"{k / (len(frames) - 1):.0%}" for k in chosen]
+        self.sheet = labelled_sheet(cells, captions, columns=min(SHEET_FRAMES, self.config.frames))
+        found["sheet.png"] = self.sheet
+        return found | ({"prior.png": prior_sheet(self.drawn)} if self.drawn else {})
+
+    def markdown(self, results: Results) -> str:
+        lines = ["# Interpolation", ""]
+        for table in tables(results):
+            lines += [*markdown_table(table.headings, table.rows), "", *[f"{note}\n" for note in table.notes]]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def page(self, results: Results) -> str:
+        pictures = [
+            embed_image(self.sheet, "Every way between the first pairs, from the first image to the second.", None)
+        ]
+        text = "From left to right: " + ", ".join(way.title for way in self.ways) + "."
+        for animation in self.animations:
+            if len(animation) <= LARGEST_ANIMATION_BYTES:
+                pictures.append(embedded_animation(animation, text))
+        if self.drawn:
+            pictures.append(embed_image(prior_sheet(self.drawn), "Draws decoded, one row for each prior.", None))
+        lead = f"What lies between two images, over {pluralize(len(self.pairs), 'pair')}."
+        return render("Interpolation", lead, verdicts(results), [], tables(results), pictures)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"pairs": results["protocol"]["pairs"]}
+
+
+def _load_pipeline(model: str, device: torch.device) -> Any:
+    from ldm_vae.diffusion.generation import GenerateConfig, load_pipeline
+
+    return load_pipeline(GenerateConfig(model=model), device)
+
+
+# The ways from one image to another.
 
 Frames = Callable[[Tensor], Tensor]
 """Images (2, 3, h, w) in [-1, 1] -> the way from the first to the second (s, 3, h, w)."""
@@ -59,30 +252,26 @@ class Way:
     frames: Frames
 
 
-@dataclass(frozen=True)
-class WayFigures:
-    """Of one way between one pair; the first four are those of `latent_quality.Path`.
-
-    Attributes:
-        end_psnr_db: of the first and the last frame to the two images, mean.
-        fade_psnr_db: of the frame half way to the cross-fade of the pixels: where it is high, the way is little more.
-    """
-
-    unevenness: float
-    midpoint_sharpness: float
-    perceptual_length: float
-    distance: str
-    end_psnr_db: float
-    fade_psnr_db: float
-
-
-MEASURES = {
-    "unevenness": "unevenness",
-    "midpoint_sharpness": "midpoint sharpness",
-    "perceptual_length": "perceptual length",
-    "end_psnr_db": "ends (dB)",
-    "fade_psnr_db": "midpoint to cross-fade (dB)",
-}
+def ways_of(config: InterpolateConfig, autoencoder: Any, other: Any, pipeline: Any) -> list[Way]:
+    """Every way that the settings ask for, the cross-fade of the pixels first."""
+    count, steps = config.frames, config.steps
+    ways = [
+        Way(PIXELS, "pixels (cross-fade)", lambda pair: cross_fade(pair, count)),
+        Way(LATENTS, "latents", lambda pair: through_latents(autoencoder, pair, count)),
+    ]
+    if other is not None:
+        ways.append(Way(OTHER, "latents of the other", lambda pair: through_latents(other, pair, count)))
+    if pipeline is not None:
+        strength, seed = config.strength, config.seed
+        ways += [
+            Way(INVERTED, "diffusion, through noise", lambda pair: through_inversion(pipeline, pair, count, steps)),
+            Way(
+                NOISED,
+                f"diffusion, {strength:.0%} noised",
+                lambda pair: through_noising(pipeline, pair, count, steps, strength, seed),
+            ),
+        ]
+    return ways
 
 
 def cross_fade(pair: Tensor, count: int) -> Tensor:
@@ -151,11 +340,49 @@ def decode_cropped(autoencoder: Any, latents: Sequence[Tensor], like: Tensor) ->
     return transforms.from_uint8(transforms.to_uint8(images[..., : like.shape[-2], : like.shape[-1]]))
 
 
-def measure_way(frames: Tensor, pair: Tensor) -> WayFigures:
+# The metrics of a way.
+
+
+@dataclass(frozen=True)
+class WayMetrics:
+    """Of one way between one pair; the first four are those of `comparison.measure_path`.
+
+    Attributes:
+        end_psnr_db: of the first and the last frame to the two images, mean.
+        fade_psnr_db: of the frame half way to the cross-fade of the pixels: where it is high, the way is little more.
+    """
+
+    unevenness: float
+    midpoint_sharpness: float
+    perceptual_length: float
+    distance: str
+    end_psnr_db: float
+    fade_psnr_db: float
+
+
+MEASURES = {
+    "unevenness": "unevenness",
+    "midpoint_sharpness": "midpoint sharpness",
+    "perceptual_length": "perceptual length",
+    "end_psnr_db": "ends (dB)",
+    "fade_psnr_db": "midpoint to cross-fade (dB)",
+}
+
+
+MEANINGS = {
+    "unevenness": "the largest step over the mean step; 1 is even, a jump is as large as there are steps",
+    "midpoint_sharpness": "fine contrast half way over that of both ends of the way; under 1 is softer",
+    "perceptual_length": "mean of the distance of neighbors over the squared step: the smaller, the smoother",
+    "end_psnr_db": "the first and last frame against the two images",
+    "fade_psnr_db": "the frame half way against the mixed pixels: where it is high, the way is a cross-fade",
+}
+
+
+def measure_way(frames: Tensor, pair: Tensor) -> WayMetrics:
     """Figures of frames (s, 3, h, w) between two images (2, 3, h, w)."""
     path = measure_path(frames)
     middle = cross_fade(pair, 3)[1:2]
-    return WayFigures(
+    return WayMetrics(
         unevenness=path.unevenness,
         midpoint_sharpness=path.midpoint_sharpness,
         perceptual_length=path.perceptual_length,
@@ -165,8 +392,34 @@ def measure_way(frames: Tensor, pair: Tensor) -> WayFigures:
     )
 
 
+def interval_means(figures: Sequence[WayMetrics]) -> dict[str, Any]:
+    """Mean over pairs and 95 % bootstrap interval of every measure."""
+    found = {}
+    for measure in MEASURES:
+        values = np.array([getattr(one, measure) for one in figures])
+        low, high = metrics.bootstrap_interval(values)
+        found[measure] = {"mean": float(values.mean()), "low": low, "high": high}
+    return found
+
+
+def differences(found: dict[str, list[WayMetrics]]) -> dict[str, Any]:
+    """Latents minus the other autoencoder's, pair by pair; empty without another, and for one pair."""
+    if OTHER not in found or len(found[OTHER]) < 2:
+        return {}
+    ours, theirs = found[LATENTS], found[OTHER]
+    return {
+        measure: metrics.paired_difference(
+            np.array([getattr(one, measure) for one in ours]), np.array([getattr(one, measure) for one in theirs])
+        )
+        for measure in MEASURES
+    }
+
+
+# Draws from priors.
+
+
 @dataclass(frozen=True)
-class Draws:
+class PriorDraws:
     """Decoded draws from one prior. `images` (n, 3, h, w). `round_trip`: rms of encode(decode(z)) - z, per channel in
     standard deviations of the latents: 0.1 says that the decoder understood z, 1 that z is nothing to it."""
 
@@ -175,7 +428,7 @@ class Draws:
     round_trip: float
 
 
-def draw_priors(autoencoder: Any, images: Tensor, count: int, seed: int) -> list[Draws]:
+def draw_priors(autoencoder: Any, images: Tensor, count: int, seed: int) -> list[PriorDraws]:
     """`count` draws from N(0, 1), from a normal of each channel's own mean and deviation, both independent between
     positions, and for comparison posterior samples of real images (n, 3, h, w), n >= 2; all from the same noise."""
     found = [encode_moments(autoencoder, image[None].to(autoencoder.device)) for image in images]
@@ -194,11 +447,11 @@ def draw_priors(autoencoder: Any, images: Tensor, count: int, seed: int) -> list
     drawn = []
     for title, latents in kinds.items():
         decoded, error = round_trip(autoencoder, latents, spread)
-        drawn.append(Draws(title, decoded[..., : images.shape[-2], : images.shape[-1]].cpu(), error))
+        drawn.append(PriorDraws(title, decoded[..., : images.shape[-2], : images.shape[-1]].cpu(), error))
     return drawn
 
 
-def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -> Draws:
+def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -> PriorDraws:
     """`count` images that the diffusion model generates, of any class, without guidance, in the size of `like`."""
     normalized = torch.empty(1, *means_of(pipeline.autoencoder, like[:1]).shape[1:])
     velocity, times = flow_of(pipeline, normalized, steps)
@@ -208,64 +461,26 @@ def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -
     latents = pipeline.normalizer.denormalize(latents)
     spread = torch.tensor(pipeline.normalizer.std, device=device, dtype=torch.float32).view(1, -1, 1, 1)
     decoded, error = round_trip(pipeline.autoencoder, latents, spread)
-    return Draws("diffusion model", decoded[..., : like.shape[-2], : like.shape[-1]].cpu(), error)
+    return PriorDraws("diffusion model", decoded[..., : like.shape[-2], : like.shape[-1]].cpu(), error)
 
 
-# `ldm-vae interpolate`: the settings, the pairs, and a folder with animations, frames, sheets, figures and a page.
+def draws_of(
+    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Any, other: Any, pipeline: Any
+) -> list[PriorDraws]:
+    """The decoded priors, of both autoencoders and of the diffusion model."""
+    if not config.prior:
+        return []
+    images = torch.cat([pair.images for pair in pairs])
+    drawn = draw_priors(autoencoder, images, config.prior, config.seed)
+    if other is not None:
+        of_other = draw_priors(other, images, config.prior, config.seed)
+        drawn += [PriorDraws(f"other: {draws.title}", draws.images, draws.round_trip) for draws in of_other]
+    if pipeline is not None:
+        drawn.append(draw_model(pipeline, images, config.prior, config.steps, config.seed))
+    return drawn
 
-RESULTS = "results.json"
-SHOWN_PAIRS = 4
-"""Whose frames and animations are written; all pairs are measured."""
-SHEET_FRAMES = 7
-MILLISECONDS = 70
-NAME_LENGTH = 40
-"""Characters of each image's name in those of files."""
-HOLD = 8
-"""Frames that an animation rests at each end."""
 
-
-@dataclass(frozen=True)
-class InterpolateConfig:
-    """What lies between which images, in what.
-
-    Attributes:
-        autoencoder: A directory, run or hub id; None: that of the pipeline.
-        images: Checksums of the pairs' files, one after the other.
-        pipeline: A diffusion model whose noise is another way.
-        compare: Another autoencoder on the same pairs.
-        frames: Of every way, odd, so that one is half way.
-        size: Images are scaled and cropped to this side; None: their own size.
-        steps, strength: Of the diffusion model; the share of the steps that noised latents go through.
-        prior: Draws from the prior to decode; 0: none.
-        seed: Of the noise.
-        animation: webp or gif.
-    """
-
-    autoencoder: str | None
-    images: tuple[str, ...]
-    pipeline: str | None = None
-    compare: str | None = None
-    frames: int = 13
-    size: int | None = None
-    steps: int = 20
-    strength: float = 0.6
-    prior: int = 0
-    seed: int = 0
-    animation: Literal["webp", "gif"] = "webp"
-
-    def __post_init__(self) -> None:
-        if self.autoencoder is None and self.pipeline is None:
-            raise UserError("autoencoder: missing; give --autoencoder DIR, or --pipeline DIR with its own")
-        if self.frames < 3 or self.frames % 2 == 0:
-            raise UserError(f"frames: {self.frames} is not odd and at least 3, so that one is half way; try 13")
-        if self.size is not None and self.size < 16:
-            raise UserError(f"size: {self.size} is below 16 pixels")
-        if self.steps < 1:
-            raise UserError(f"steps: {self.steps} is below 1")
-        if not 0 < self.strength <= 1:
-            raise UserError(f"strength: {self.strength} is no share above 0; give up to 1, which keeps nothing")
-        if self.prior < 0:
-            raise UserError(f"prior: {self.prior} is negative; give 0 for no draws")
+# Pairs of images, pictures and words.
 
 
 @dataclass(frozen=True)
@@ -285,8 +500,6 @@ def find_pairs(inputs: Sequence[str], pairs: int | None) -> list[Path]:
     """
     files = [path for _, path in find_pictures(inputs)]
     folders = any(Path(text).expanduser().is_dir() for text in inputs)
-    if pairs is not None and pairs < 1:
-        raise UserError(f"pairs: {pairs} is below 1")
     if len(files) < 2:
         raise UserError(f"{inputs[0]}: one image; give two, or a folder")
     if pairs is not None or folders:
@@ -306,19 +519,17 @@ def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
     images = []
     for path in files:
         try:
-            image = decode_image(read_regular_file(path))
+            image = read_image(path)
         except ImageRejected as error:
             raise UserError(f"{path}: cannot be read ({error}); give another image") from error
         if size is not None:
             image = resize_center_crop(image, size)
-        images.append(transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)))
+        images.append(transforms.to_batch(image)[0])
         if images[-1].shape != images[0].shape:
             shapes = [f"{one.shape[2]} x {one.shape[1]}" for one in (images[0], images[-1])]
-            raise UserError(
-                f"{path}: {shapes[1]} pixels, {files[0]} has {shapes[0]}; bring all to one size by --size N"
-            )
+            raise UserError(f"{path}: {shapes[1]} pixels, {files[0]} has {shapes[0]}; bring all to one size with size")
     if min(images[0].shape[1:]) < 16:
-        raise UserError(f"{files[0]}: is below 16 pixels; give larger images, or --size N")
+        raise UserError(f"{files[0]}: is below 16 pixels; give larger images, or size")
     return [
         Pair(
             f"{number // 2:02d}_{_short(files[number])}_{_short(files[number + 1])}",
@@ -332,242 +543,44 @@ def _short(path: Path) -> str:
     return printable(path.stem)[:NAME_LENGTH]
 
 
-def interpolate(
-    config: InterpolateConfig, files: Sequence[Path], output: str | Path, device: str = "auto", overwrite: bool = False
-) -> dict[str, Any]:
-    """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
-
-    Raises:
-        UserError: autoencoders, pipeline or images that do not go together, or a folder with something else.
-    """
-    started = time.time()
-    output, target = Path(output), compute_device(device)
-    pipeline = None if config.pipeline is None else _load_pipeline(config.pipeline, target)
-    own = None if pipeline is None else pipeline.autoencoder
-    autoencoder = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(target)
-    if own is not None and encoder_fingerprint(autoencoder) != encoder_fingerprint(own):
-        raise UserError(
-            f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it out, or "
-            "give it as --compare"
-        )
-    other = None if config.compare is None else load_autoencoder(config.compare).to(target)
-    identity = fingerprint(autoencoder)
-    finished = finished_result(output / RESULTS, config, identity, overwrite)
-    networks = {
-        "compare": None if other is None else fingerprint(other),
-        "pipeline": None if pipeline is None else fingerprint(pipeline.unet),
-    }
-    if finished is not None:
-        parts = {f"another {name}": (finished["networks"][name], present) for name, present in networks.items()}
-        check_made_of(output, parts, place="--out")
-        return finished
-    pairs = read_pairs(files, config.size)
-    ways = ways_of(config, autoencoder, other, pipeline)
-    with alone_in(output):
-        found: dict[str, list[WayFigures]] = {way.key: [] for way in ways}
-        shown: list[tuple[Pair, dict[str, Tensor]]] = []
-        for number, pair in enumerate(_progress(pairs)):
-            made = {way.key: way.frames(pair.images) for way in ways}
-            for key, frames in made.items():
-                found[key].append(measure_way(frames, pair.images))
-            if number < SHOWN_PAIRS:
-                shown.append((pair, made))
-        drawn = draws_of(config, pairs, autoencoder, other, pipeline)
-        results = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(autoencoder),
-            "networks": networks,
-            "other": None if other is None else describe_autoencoder(other),
-            "protocol": {
-                "pairs": len(pairs),
-                "size": list(pairs[0].images.shape[-2:]),
-                "distance": found[PIXELS][0].distance,
-                "versions": provenance.versions(),
-            },
-            "ways": [{"key": way.key, "title": way.title, **summary(found[way.key])} for way in ways],
-            "differences": differences(found),
-            "prior": [{"title": draws.title, "round_trip": draws.round_trip} for draws in drawn],
-            "pairs": [
-                {"name": pair.name, "ways": {key: asdict(values[n]) for key, values in found.items()}}
-                for n, pair in enumerate(pairs)
-            ],
-            "config": configuration.to_dict(config),
-        }
-        with publishing(output):
-            sheet, animations = write_pictures(output, config, ways, shown)
-            write_page(output, results, sheet, drawn, animations)
-            write_json(output / RESULTS, results)
-            provenance.write_run_record(output, None, started, time.time() - started, pairs=len(pairs))
-    return results
+def animated(frames: Sequence[Image.Image], kind: str) -> bytes:
+    """A webp or gif file that goes there and back, resting at both ends, for ever."""
+    there = [frames[0]] * REST + list(frames[1:-1]) + [frames[-1]] * REST
+    loop, buffer = there + list(frames[-2:0:-1]), io.BytesIO()
+    options: dict[str, Any] = {} if kind == "gif" else {"quality": 85}
+    loop[0].save(buffer, kind.upper(), save_all=True, append_images=loop[1:], duration=MILLISECONDS, loop=0, **options)
+    return buffer.getvalue()
 
 
-def _load_pipeline(model: str, device: torch.device) -> Any:
-    from ldm_vae.diffusion.generation import GenerateConfig, load_pipeline
-
-    return load_pipeline(GenerateConfig(model=model), device)
-
-
-def ways_of(config: InterpolateConfig, autoencoder: Any, other: Any, pipeline: Any) -> list[Way]:
-    """Every way that the settings ask for, the cross-fade of the pixels first."""
-    count = config.frames
-    ways = [
-        Way(PIXELS, "pixels (cross-fade)", lambda pair: cross_fade(pair, count)),
-        Way(
-            LATENTS, "latents", lambda pair: through_latents(autoencoder, pair, count)
-        ),
-    ]  # fmt: skip
-    if other is not None:
-        ways.append(
-            Way(
-                OTHER, "latents of the other",
-                lambda pair: through_latents(other, pair, count),
-            )
-        )  # fmt: skip
-    if pipeline is not None:
-        ways += [
-            Way(
-                INVERTED, "diffusion, through noise",
-                lambda pair: through_inversion(pipeline, pair, count, config.steps),
-            ),
-            Way(
-                NOISED, f"diffusion, {config.strength:.0%} noised",
-                lambda pair: through_noising(
-                    pipeline, pair, count, config.steps, config.strength, config.seed
-                ),
-            ),
-        ]  # fmt: skip
-    return ways
+def embedded_animation(animation: bytes, text: str) -> Picture:
+    """An animation as it is, embedded."""
+    with Image.open(io.BytesIO(animation)) as file:
+        width, height = file.size
+        kind = (file.format or "WEBP").lower()
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(animation).decode()}", text, width, height)
 
 
-def draws_of(
-    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Any, other: Any, pipeline: Any
-) -> list[Draws]:
-    """The decoded priors, of both autoencoders and of the diffusion model."""
-    if not config.prior:
-        return []
-    images = torch.cat([pair.images for pair in pairs])
-    drawn = draw_priors(autoencoder, images, config.prior, config.seed)
-    if other is not None:
-        of_other = draw_priors(other, images, config.prior, config.seed)
-        drawn += [Draws(f"other: {draws.title}", draws.images, draws.round_trip) for draws in of_other]
-    if pipeline is not None:
-        drawn.append(draw_model(pipeline, images, config.prior, config.steps, config.seed))
-    return drawn
+def prior_sheet(drawn: Sequence[PriorDraws]) -> Image.Image:
+    """One row for each prior, its title below the first picture."""
+    cells, captions = [], []
+    for draws in drawn:
+        cells += transforms.to_pil(draws.images)
+        captions += [draws.title, *[""] * (len(draws.images) - 1)]
+    return labelled_sheet(cells, captions, columns=len(drawn[0].images))
 
 
-def summary(figures: Sequence[WayFigures]) -> dict[str, Any]:
-    """Mean over pairs and 95 % bootstrap interval of every measure."""
-    found = {}
-    for measure in MEASURES:
-        values = np.array([getattr(one, measure) for one in figures])
-        low, high = metrics.bootstrap_interval(values)
-        found[measure] = {"mean": float(values.mean()), "low": low, "high": high}
-    return found
-
-
-def differences(found: dict[str, list[WayFigures]]) -> dict[str, Any]:
-    """Latents minus the other autoencoder's, pair by pair; empty without another, and for one pair."""
-    if OTHER not in found or len(found[OTHER]) < 2:
-        return {}
-    ours, theirs = found[LATENTS], found[OTHER]
-    return {
-        measure: metrics.paired_difference(
-            np.array([getattr(one, measure) for one in ours]), np.array([getattr(one, measure) for one in theirs])
-        )
-        for measure in MEASURES
-    }
-
-
-def write_pictures(
-    output: Path, config: InterpolateConfig, ways: Sequence[Way], shown: Sequence[tuple[Pair, dict[str, Tensor]]]
-) -> tuple[Image.Image, list[Path]]:
-    """Frames, animations and sheet.png; returns the sheet, and for each pair the animation of all ways together."""
-    cells: list[Image.Image] = []
-    captions: list[str] = []
-    animations: list[Path] = []
-    for pair, made in shown:
-        pictures = {way.key: transforms.to_pil(made[way.key]) for way in ways}
-        animations.append(output / f"{pair.name}_all.{config.animation}")
-        animate([side_by_side(row) for row in zip(*pictures.values())], animations[-1])
-        for way in ways:
-            frames = pictures[way.key]
-            for old in (output / "frames" / pair.name).glob(f"{way.key}_*.png"):
-                old.unlink()  # an earlier result had more
-            for k, frame in enumerate(frames):
-                write_png(output / "frames" / pair.name / f"{way.key}_{k:03d}.png", frame)
-            animate(frames, output / f"{pair.name}_{way.key}.{config.animation}")
-            chosen = evenly_spaced(len(frames), SHEET_FRAMES)
-            cells += [frames[k] for k in chosen]
-            captions += [f"{way.title}" if k == 0 else f"{k / (len(frames) - 1):.0%}" for k in chosen]
-    columns = min(SHEET_FRAMES, config.frames)
-    sheet = labelled_sheet(cells, captions, columns=columns)
-    write_png(output / "sheet.png", sheet)
-    return sheet, animations
-
-
-def animate(frames: Sequence[Image.Image], path: Path) -> None:
-    """There and back, resting at both ends, for ever."""
-    there = [frames[0]] * HOLD + list(frames[1:-1]) + [frames[-1]] * HOLD
-    loop = there + list(frames[-2:0:-1])
-    kind: dict[str, Any] = {"format": "GIF"} if path.suffix == ".gif" else {"format": "WEBP", "quality": 85}
-    write_atomically(
-        path,
-        lambda temporary: loop[0].save(
-            temporary, save_all=True, append_images=loop[1:], duration=MILLISECONDS, loop=0, **kind
-        ),
-    )
-
-
-def _progress(pairs: Sequence[Pair]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(pairs, desc="interpolating", unit="pair", dynamic_ncols=True, leave=False)
-
-
-# The result of `ldm-vae interpolate` for people: results.md, index.html and prior.png.
-
-LARGEST_ANIMATION_BYTES = 2 << 20
-"""That is embedded into the page."""
-
-MEANINGS = {
-    "unevenness": "the largest step over the mean step; 1 is even, a jump is as large as there are steps",
-    "midpoint_sharpness": "fine contrast half way over that of both ends of the way; under 1 is softer",
-    "perceptual_length": "mean of the distance of neighbors over the squared step: the smaller, the smoother",
-    "end_psnr_db": "the first and last frame against the two images",
-    "fade_psnr_db": "the frame half way against the mixed pixels: where it is high, the way is a cross-fade",
-}
-
-
-def write_page(
-    output: Path, results: dict[str, Any], sheet: Image.Image, drawn: Sequence[Draws], animations: Sequence[Path]
-) -> None:
-    """Write results.md, index.html and, where there are draws, prior.png."""
-    table, notes = way_table(results), notes_of(results)
-    prior = [[draws.title, f"{draws.round_trip:.2f}"] for draws in drawn]
-    lines = ["# Interpolation", "", *markdown_table(table.headings, table.rows), "", *[f"{note}\n" for note in notes]]
-    pictures = [embed_image(sheet, "Every way between the first pairs, from the first image to the second.", None)]
-    text = "From left to right: " + ", ".join(way["title"] for way in results["ways"]) + "."
-    pictures += [animation(path, text) for path in animations if path.stat().st_size <= LARGEST_ANIMATION_BYTES]
-    tables = [table]
-    if drawn:
-        headings = ["drawn from", "round trip (deviations)"]
+def tables(results: Results) -> list[Table]:
+    """The ways, and the priors where there are some."""
+    found = [way_table(results)]
+    if results["prior"]:
         note = (
             "Channel statistics: a normal of each channel's own mean and deviation over the images. Round trip: rms of "
             "encode(decode(z)) - z in standard deviations of each channel. Positions are drawn independently, so that "
             "pictures are not expected of the first two: arranging latents is what a diffusion model does."
         )
-        lines += ["", *markdown_table(headings, prior), "", note]
-        tables.append(Table(headings, prior, [note]))
-        sheet = prior_sheet(drawn)
-        write_png(output / "prior.png", sheet)
-        pictures.append(embed_image(sheet, "Draws decoded, one row for each prior.", None))
-    write_text(output / "results.md", "\n".join(lines).rstrip() + "\n")
-    pairs = results["protocol"]["pairs"]
-    html = render(
-        "Interpolation", f"What lies between two images, over {pairs} pair{'s' if pairs > 1 else ''}.",
-        verdicts(results), [], tables, pictures,
-    )  # fmt: skip
-    write_text(output / "index.html", html)
+        rows = [[draws["title"], f"{draws['round_trip']:.2f}"] for draws in results["prior"]]
+        found.append(Table(["drawn from", "round trip (deviations)"], rows, [note]))
+    return found
 
 
 def way_table(results: dict[str, Any]) -> Table:
@@ -630,21 +643,3 @@ def verdicts(results: dict[str, Any]) -> list[str]:
             f"{noised:.1f} dB: what is lost is no longer the image."
         )
     return found
-
-
-def prior_sheet(drawn: Sequence[Draws]) -> Image.Image:
-    """One row for each prior, its title below the first picture."""
-    cells, captions = [], []
-    for draws in drawn:
-        cells += transforms.to_pil(draws.images)
-        captions += [draws.title, *[""] * (len(draws.images) - 1)]
-    return labelled_sheet(cells, captions, columns=len(drawn[0].images))
-
-
-def animation(path: Path, text: str) -> Picture:
-    """An animation as it is, embedded."""
-    with Image.open(path) as file:
-        width, height = file.size
-        kind = (file.format or "WEBP").lower()
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Picture(f"data:image/{kind};base64,{data}", text, width, height)

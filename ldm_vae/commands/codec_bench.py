@@ -22,11 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.codec.bench import CodecBenchConfig, bench, markdown
+    from ldm_vae.applications.codec.bench import CodecBenchConfig, bench_codec
 
     config = config_arguments.load(args, CodecBenchConfig)
-    if config is None:
-        return 0
-    results = bench(config, overwrite=args.overwrite)
-    print(f"{config.output}/index.html:\n\n{markdown(results)}", end="")
+    if config is not None:
+        bench_codec(config, overwrite=args.overwrite)
     return 0

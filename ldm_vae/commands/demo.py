@@ -33,19 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.demo import DemoConfig, demo, described, find_images, sentences
+    from ldm_vae.applications.demo import DemoConfig, demo
 
-    files = find_images(args.images) if args.images else []
-    config = DemoConfig(
-        autoencoder=args.autoencoder,
-        pipeline=args.pipeline,
-        images=described(files),
-        count=args.count,
-        size=args.size,
-        steps=args.steps,
-        seed=args.seed,
-        precision=args.precision,
-    )
-    results = demo(config, files, args.out, device=args.device, overwrite=args.overwrite)
-    print("\n".join([*sentences(results), f"{args.out}/index.html: open it in a browser"]))
+    settings = {key: value for key, value in vars(args).items() if key in DemoConfig.__dataclass_fields__}
+    demo(DemoConfig(**settings, output=args.out), overwrite=args.overwrite)
     return 0

@@ -37,25 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from ldm_vae.applications.interpolation import InterpolateConfig, interpolate
 
-    from ldm_vae.applications.interpolation import InterpolateConfig, find_pairs, interpolate
-    from ldm_vae.files import checksum
-
-    files = find_pairs(args.images, args.pairs)
-    config = InterpolateConfig(
-        autoencoder=args.autoencoder,
-        images=tuple(checksum(path) for path in files),
-        pipeline=args.pipeline,
-        compare=args.compare,
-        frames=args.frames,
-        size=args.size,
-        steps=args.steps,
-        strength=args.strength,
-        prior=args.prior,
-        seed=args.seed,
-        animation=args.animation,
-    )
-    interpolate(config, files, args.out, device=args.device, overwrite=args.overwrite)
-    print(f"{args.out}/index.html:\n\n{(Path(args.out) / 'results.md').read_text()}", end="")
+    settings = {key: value for key, value in vars(args).items() if key in InterpolateConfig.__dataclass_fields__}
+    interpolate(InterpolateConfig(**settings, output=args.out), overwrite=args.overwrite)
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,26 +80,53 @@ def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
 
 
 Rejected = list[tuple[str, str]]
+"""(id, reason) of images that could not be read."""
 
 
-def read_crops(
-    source: ImageSource, indices: list[int], resolution: int | tuple[int, int], rejected: Rejected
-) -> tuple[list[int], Tensor | None]:
-    """The indices that could be read, and their centre crops (n, 3, h, w) in [-1, 1], of a side or of (h, w).
+@dataclass(frozen=True)
+class Crop:
+    """The center crop of one image.
 
-    The others are appended to `rejected` as (id, reason). None where none is left.
+    Args:
+        index: in its source.
+        pixels: uint8 (h, w, 3).
+        short_side: of the image before scaling, in pixels.
     """
-    found: list[int] = []
-    images: list[Tensor] = []
+
+    index: int
+    id: str
+    pixels: np.ndarray
+    short_side: int
+
+    @property
+    def enlarged(self) -> bool:
+        """Whether the image was smaller than its crop, so that the crop is blurred."""
+        return self.short_side < self.pixels.shape[0]
+
+
+def iterate_crops(
+    source: ImageSource, indices: Sequence[int], resolution: int | tuple[int, int], rejected: Rejected
+) -> Iterator[Crop]:
+    """Center crops of a side or of (h, w), in the order of `indices`.
+
+    Images that cannot be read are left out and appended to `rejected`.
+    """
     for index in indices:
         try:
-            crop = resize_center_crop(source.read(index), resolution)
+            image = source.read(index)
         except ImageRejected as error:
             rejected.append((source.id(index), error.reason))
         else:
-            found.append(index)
-            images.append(transforms.from_uint8(torch.from_numpy(crop.copy()).permute(2, 0, 1)))
-    return found, torch.stack(images) if images else None
+            yield Crop(index, source.id(index), resize_center_crop(image, resolution), min(image.shape[:2]))
+
+
+def read_crops(
+    source: ImageSource, indices: Sequence[int], resolution: int | tuple[int, int], rejected: Rejected
+) -> tuple[list[int], Tensor | None]:
+    """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None where there is none."""
+    found = list(iterate_crops(source, indices, resolution, rejected))
+    images = torch.stack([transforms.to_batch(crop.pixels)[0] for crop in found]) if found else None
+    return [crop.index for crop in found], images
 
 
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:

@@ -100,6 +100,10 @@ class Study:
         recorded, what is there now."""
         return {}
 
+    def settings(self) -> dict[str, Any]:
+        """The settings as a result records them."""
+        return configuration.to_dict(self.config)
+
     def prepare(self) -> None:
         """Open what is measured. Raises: UserError for what cannot be measured."""
 
@@ -176,7 +180,7 @@ class Study:
             check_writable(self.output)
             return None
         results: Results = json.loads(file.read_text())
-        changes = configuration.changed_keys(results["config"], configuration.to_dict(self.config))
+        changes = configuration.changed_keys(results["config"], self.settings())
         changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
         before, now = results["autoencoder"]["fingerprint"], self.described["fingerprint"]
         if before != now:
@@ -225,8 +229,7 @@ class Study:
     def _measure_and_commit(self) -> Results:
         measured = self.measure()
         described = {} if self.autoencoder is None else {"autoencoder": self.described}
-        config = configuration.to_dict(self.config)
-        results = {"format_version": 1, **described, **measured, "config": config}
+        results = {"format_version": 1, **described, **measured, "config": self.settings()}
         self.commit(results)
         return results
 

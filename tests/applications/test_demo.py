@@ -88,7 +88,7 @@ def test_interrupted_it_continues_and_another_pipeline_is_no_result_of_it(checkp
     weights = next((checkpoints / demo.PIPELINE / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "holds the result of another pipeline; give another --out, or --overwrite" in capsys.readouterr().err
+    assert "holds the result of another pipeline; give another output, or --overwrite" in capsys.readouterr().err
 
 
 def test_without_the_models_it_says_where_they_are_looked_for(tmp_path, monkeypatch, capsys, image_folder):
@@ -97,7 +97,7 @@ def test_without_the_models_it_says_where_they_are_looked_for(tmp_path, monkeypa
     assert cli.main(["demo", str(image_folder)]) == EXIT_USER_ERROR
     told = capsys.readouterr().err
     assert "checkpoints/vae-f8c4-nano: is neither in this folder nor in " in told
-    assert "--autoencoder DIR" in told
+    assert "autoencoder=DIR" in told
     assert not (tmp_path / "demo").exists()
 
 

@@ -1,58 +1,55 @@
-"""The figures of one score on labeled images, and of all of them; nothing here knows a model or a file."""
+"""Which scores of a detector find known anomalies, which fail, and why.
+
+    labeled images -> `Measurements` of each detector -> `score_metrics` -> results.json -> results.md, page and grid
+
+With a baseline, another autoencoder is fitted to the detector's images and measured beside it.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import metrics
 from ldm_vae.applications.anomaly.detector import (
     Detector,
-    FitConfig,
-    data_config,
-    digest,
-    fit_detector,
+    FitDetectorConfig,
+    learn_detector,
     load_detector,
-    models_of,
     rate_interval,
 )
 from ldm_vae.applications.anomaly.images import (
     NORMAL,
-    Crop,
-    Truth,
     batches,
     cells,
     embedded,
     heat_picture,
-    known_truth,
+    mark,
+    open_labeled,
     outlined,
-    read_crops,
     refuse_enlarged,
     stack,
 )
 from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_correlation, rank_correlation
-from ldm_vae.applications.anomaly.scores import MEASURED, PEAK, Models, base, load_models, measure, title
+from ldm_vae.applications.anomaly.scores import PEAK, SCORES, Networks, load_networks, measure, quantity, title
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data.open import open_source
-from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environment
 from ldm_vae.evaluation.plots import page_svg
-from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_json, write_png, write_text
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
 from ldm_vae.utils.text import pluralize
 
+FEWEST_OF_A_CLASS = 10
+SHOWN_OF_A_KIND = 2
 PNG_SIZE = "png_size"
 """Reported as if it were a score: what complexity alone does."""
 STANDS_OUT = 1.5
@@ -63,9 +60,52 @@ CLEARLY_BETTER = 0.05
 """Of an AUROC over another."""
 
 
+@dataclass(frozen=True)
+class EvaluateDetectorConfig:
+    """`ldm-vae anomaly evaluate`.
+
+    Args:
+        detector: the folder that `anomaly fit` wrote.
+        autoencoder: the one that it was fitted with.
+        output: the folder for the report.
+        data: normal and anomalous images; those that the detector was fitted to are left out.
+        normal: labels of the normal images; of the synthetic set none, its images without a defect are normal.
+        masks: a folder with a mask for each anomalous image, ID.png, white where the anomaly is; null: none.
+        count: at most so many images of each class, evenly spread; null: all.
+        prevalence: share of anomalous images that precision is stated for.
+        baseline: another autoencoder, a plain one for example, fitted to the same images as the detector.
+        pipeline: the one that the detector was fitted with, where it was.
+        perceptual_weights: as when the detector was fitted.
+        batch: images per forward pass.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    detector: str = "???"
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    normal: list[str] = field(default_factory=list)
+    masks: str | None = None
+    count: int | None = None
+    prevalence: float = 0.1
+    baseline: str | None = None
+    pipeline: str | None = None
+    perceptual_weights: str | None = None
+    batch: int = 8
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"batch: {self.batch} is not above 0")
+        if self.count is not None and self.count < FEWEST_OF_A_CLASS:
+            raise UserError(f"count: {self.count} is under {FEWEST_OF_A_CLASS} a class; leave it out for all images")
+        if not 0 < self.prevalence < 1:
+            raise UserError(f"prevalence: {self.prevalence} is not between 0 and 1; 0.1 is one image in ten")
+
+
 @dataclass
-class Table:
-    """Everything measured of labeled images, one entry per image.
+class Measurements:
+    """Everything measured of labeled images by one detector, one entry per image.
 
     Args:
         values: score -> its values. maps: quantity -> heat maps (h, w) float32, only where masks are known.
@@ -88,15 +128,243 @@ class Table:
         return np.array([kind != NORMAL for kind in self.kinds])
 
 
-def figures(table: Table, thresholds: dict[str, float], prevalence: float) -> dict[str, dict[str, Any]]:
-    """Score -> its figures; those of the size of the PNG are the last."""
+@dataclass(frozen=True)
+class Example:
+    """An image to look at: its crop, kind, mask (h, w) where known, and heat maps by quantity."""
+
+    crop: Crop
+    kind: str
+    mask: np.ndarray | None
+    maps: dict[str, np.ndarray]
+
+
+def evaluate_detector(config: EvaluateDetectorConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
+    """Measure, write the report, return the content of `results.json`. A finished one of these settings is read.
+
+    Raises:
+        UserError: the folder holds a result of other settings; images of one class only, too few, or of mixed size;
+            a detector of another autoencoder.
+    """
+    return DetectorEvaluation(config, overwrite).run(dry_run)
+
+
+class DetectorEvaluation(Study):
+    """The study of `ldm-vae anomaly evaluate`."""
+
+    config: EvaluateDetectorConfig
+
+    def __init__(self, config: EvaluateDetectorConfig, overwrite: bool) -> None:
+        self.detector = load_detector(config.detector)
+        self.networks = self.detector.networks(
+            config.autoencoder, config.device, config.pipeline, config.perceptual_weights
+        )
+        self.labeled = open_labeled(config.data, config.normal, config.masks)
+        super().__init__(config, self.networks.autoencoder, overwrite=overwrite)
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        parts = {
+            "another detector": (results["detector"]["digest"], self.detector.digest),
+            "other images": (results["protocol"]["images"]["fingerprint"], self.labeled.source.fingerprint()),
+        }
+        if self.config.baseline is not None:
+            recorded = results["baseline"]["autoencoder"]["fingerprint"]
+            parts["another baseline"] = recorded, fingerprint(load_autoencoder(self.config.baseline))
+        return parts
+
+    def measure(self) -> Results:
+        config, detector, source = self.config, self.detector, self.labeled.source
+        measured = [(detector, self.networks, Measurements())]
+        if config.baseline is not None:
+            measured.append((*self._baseline(config.baseline), Measurements()))
+        rejected: Rejected = []
+        self.examples, seen = self._measure_all(measured, rejected)
+        own = measured[0][2]
+        _check_classes(own, seen)
+        anomalous = int(own.anomalous.sum())
+        described = [_described(*one, config.prevalence) for one in measured]
+        return {
+            **described[0],
+            "detector": {
+                "digest": detector.digest, "by": detector.by, "counts": detector.description["counts"],
+                "false_positive_rate": detector.rate,
+                "false_positive_rate_interval": list(rate_interval(len(detector.normal[detector.by]), detector.rate)),
+            },
+            "baseline": described[1] if config.baseline is not None else None,
+            "protocol": {
+                "images": {"fingerprint": source.fingerprint(), "normal": len(own.ids) - anomalous,
+                           "anomalous": anomalous, "masks": bool(own.masks)},
+                "preprocessing": detector.description["preprocessing"],
+                "resolution": detector.resolution,
+                "prevalence": config.prevalence,
+                "intervals": "95 % bootstrap over images, normal and anomalous ones drawn apart",
+                "versions": provenance.versions(),
+            },
+            "images": [
+                {"id": name, "kind": own.kinds[row], "png_bytes": own.png_bytes[row],
+                 **{score: values[row] for score, values in own.values.items()}}
+                for row, name in enumerate(own.ids)
+            ],
+            "seen": seen,
+            "rejected": rejected_images(rejected),
+        }  # fmt: skip
+
+    def _baseline(self, autoencoder: str) -> tuple[Detector, Networks]:
+        """Another autoencoder, fitted in memory to the detector's images. Raises: UserError when those have changed."""
+        detector, config = self.detector, self.config
+        fitted: dict[str, Any] = detector.description["config"]
+        data = _data_config(fitted["data"])
+        if open_source(data).fingerprint() != detector.description["images"]:
+            raise UserError(
+                f"baseline: the images that {config.detector} was fitted to have changed, and a baseline is fitted to "
+                "the same; fit it again"
+            )
+        networks = load_networks(
+            autoencoder, self.networks.device, None, fitted["perceptual_net"], config.perceptual_weights,
+            fitted["regret_steps"],
+        )  # fmt: skip
+        settings = FitDetectorConfig(
+            autoencoder=autoencoder, output="", data=data, batch=config.batch, resolution=detector.resolution,
+            by=detector.by if detector.by in networks.score_names else networks.score_names[0],
+            false_positive_rate=detector.rate, count=fitted["count"], held_out_count=fitted["held_out_count"],
+        )  # fmt: skip
+        return learn_detector(settings, networks), networks
+
+    def _measure_all(
+        self, measured: Sequence[tuple[Detector, Networks, Measurements]], rejected: Rejected
+    ) -> tuple[list[Example], int]:
+        """Fill the measurements; the images to show, and how many were left out since they were fitted to."""
+        labeled, resolution = self.labeled, self.detector.resolution
+        chosen = _balanced(labeled.kinds, self.config.count)
+        examples: list[Example] = []
+        known, seen = set(self.detector.seen.tolist()), 0
+        crops = iterate_crops(labeled.source, chosen, resolution, rejected)
+        for batch in batches(crops, self.config.batch, len(chosen), "scoring"):
+            fresh = [crop for crop in batch if mark(crop) not in known]
+            seen += len(batch) - len(fresh)
+            if not fresh:
+                continue
+            refuse_enlarged(fresh, resolution)
+            masks = [labeled.mask(crop.index, resolution) for crop in fresh]
+            kinds = [labeled.kinds[crop.index] for crop in fresh]
+            maps, *_ = [_append(*one, fresh, kinds, masks) for one in measured]
+            for row, (crop, kind) in enumerate(zip(fresh, kinds)):
+                if sum(one.kind == kind for one in examples) < SHOWN_OF_A_KIND:
+                    examples.append(Example(crop, kind, masks[row], {key: found[row] for key, found in maps.items()}))
+        return sorted(examples, key=lambda one: (one.kind == NORMAL, one.kind)), seen
+
+    def files(self, results: Results) -> dict[str, Content]:
+        return {"grid.png": grid(results, self.examples)} if self.examples else {}
+
+    def markdown(self, results: Results) -> str:
+        return markdown(results)
+
+    def page(self, results: Results) -> str:
+        from markupsafe import Markup
+
+        context = {
+            "results": results,
+            "headline": headline(results),
+            "columns": COLUMNS,
+            "cell": cell,
+            "number": number,
+            "png_size": PNG_SIZE,
+            "kinds": kind_rows(results),
+            "plots": [
+                (
+                    "AUROC of every score",
+                    "95 % bootstrap interval; 0.5 says nothing",
+                    "Hollow: against normal images of about the same PNG size only. Squares: the baseline.",
+                    Markup(auroc_plot(results)),
+                )
+            ],
+            "examples": [
+                (one.kind, one.crop.id, [(name, embedded(image, name)) for name, image in pictures(results, one)])
+                for one in self.examples
+            ],
+            "protocol": protocol_lines(results),
+        }
+        return template_environment().get_template("anomaly_evaluation.html").render(context)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": len(results["images"])}
+
+
+def _data_config(values: dict[str, Any]) -> DataConfig:
+    """The settings of the images as a detector's description has them."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), values))  # type: ignore[return-value]
+
+
+def _balanced(kinds: Sequence[str], count: int | None) -> list[int]:
+    """Images of both classes, at most `count` of each, evenly spaced, in the order of the source."""
+    classes: tuple[list[int], list[int]] = ([], [])
+    for index, kind in enumerate(kinds):
+        classes[kind != NORMAL].append(index)
+    return sorted(part[i] for part in classes for i in evenly_spaced(len(part), count))
+
+
+def _append(
+    detector: Detector, networks: Networks, table: Measurements, crops: list[Crop], kinds: list[str],
+    masks: list[np.ndarray | None],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Measure a batch into a table; returns its heat maps."""
+    measured = measure(networks, detector.statistics, stack(crops), [crop.id for crop in crops])
+    maps = {name: found.numpy() for name, found in measured.maps.items()}
+    table.ids += [crop.id for crop in crops]
+    table.kinds += kinds
+    table.png_bytes += [metrics.png_bytes(crop.pixels) for crop in crops]
+    for name, values in measured.values.items():
+        table.values.setdefault(name, []).extend(values.tolist())
+    for row, mask in enumerate(masks):
+        if mask is None:
+            continue
+        covered = cells(mask)
+        table.masks.append(covered)
+        for name, found in maps.items():
+            table.maps.setdefault(name, []).append(found[row])
+        if covered.any() and not covered.all():
+            table.inside.append(float(maps["l1"][row][covered].mean()))
+            table.outside.append(float(maps["l1"][row][~covered].mean()))
+    return maps
+
+
+def _check_classes(table: Measurements, seen: int) -> None:
+    anomalous = int(table.anomalous.sum())
+    for what, count in (("normal", len(table.ids) - anomalous), ("anomalous", anomalous)):
+        if count < FEWEST_OF_A_CLASS:
+            left_out = f" after {seen} were left out that the detector was fitted to" if seen else ""
+            raise UserError(
+                f"data: {pluralize(count, f'{what} image')}{left_out}, fewer than {FEWEST_OF_A_CLASS}; add images, "
+                "or fit the detector to fewer with count and held_out_count"
+            )
+
+
+def _described(detector: Detector, networks: Networks, table: Measurements, prevalence: float) -> dict[str, Any]:
+    """An autoencoder and the metrics of its scores, each with a reason."""
+    found = score_metrics(table, detector.thresholds(), prevalence)
+    ratio = float(np.mean(table.inside) / np.mean(table.outside)) if table.inside else None
+    for name in table.values:
+        found[name]["reason"] = reason(name, found, ratio)
+    return {
+        "autoencoder": describe_autoencoder(networks.autoencoder),
+        "l1_inside_over_outside": ratio,
+        "scores": found,
+    }
+
+
+# The metrics of one score on labeled images, and the reason where it fails.
+
+
+def score_metrics(table: Measurements, thresholds: dict[str, float], prevalence: float) -> dict[str, dict[str, Any]]:
+    """Score -> its metrics; those of the size of the PNG are the last."""
     found = {name: _of_score(table, name, thresholds[name], prevalence) for name in table.values}
     size = np.log(np.array(table.png_bytes, np.float64))
     found[PNG_SIZE] = {"title": "size of the PNG alone"} | _separation(size, table.anomalous, prevalence)
     return found
 
 
-def _of_score(table: Table, name: str, threshold: float, prevalence: float) -> dict[str, Any]:
+def _of_score(table: Measurements, name: str, threshold: float, prevalence: float) -> dict[str, Any]:
     values, anomalous = np.array(table.values[name]), table.anomalous
     size = np.array(table.png_bytes, np.float64)
     matched, share = matched_auroc(values[~anomalous], values[anomalous], size[~anomalous], size[anomalous])
@@ -134,10 +402,10 @@ def _separation(values: np.ndarray, anomalous: np.ndarray, prevalence: float) ->
 
 
 def reason(name: str, found: dict[str, dict[str, Any]], error_ratio: float | None) -> str:
-    """What became of a score and, where it fails, why: one sentence from the measured figures.
+    """What became of a score and, where it fails, why: one sentence from the measurements.
 
     Args:
-        found: of all scores, as `figures` gives them.
+        found: of all scores, as `score_metrics` gives them.
         error_ratio: mean L1 within the masks over that around them; None where no mask is known.
     """
     score, size = found[name], found[PNG_SIZE]
@@ -177,7 +445,7 @@ def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | Non
             f"fails: the anomalies are too small for a mean over the image (AUROC {found[name]['auroc']:.2f}; its peak "
             f"has {peak['auroc']:.2f})"
         )
-    if base(name) in ("l1", "ms_ssim", "perceptual", "elbo"):
+    if quantity(name) in ("l1", "ms_ssim", "perceptual", "elbo"):
         if error_ratio is None:
             return "fails: the autoencoder reconstructs the anomalies as well as normal images"
         if error_ratio < STANDS_OUT:
@@ -191,14 +459,12 @@ def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | Non
         )
     if name == "regret":
         return "fails: the encoder serves the anomalies as well as normal images"
-    if base(name).startswith("flow"):
+    if quantity(name).startswith("flow"):
         return "fails: the diffusion model explains the latents of the anomalies as well as those of normal images"
     return "fails: the latents of the anomalies are as usual as those of normal images"
 
 
-# The report of `anomaly evaluate`: `results.md`, `index.html` and `grid.png`. Nothing is measured here.
-
-Results = dict[str, Any]
+# The report: `results.md`, `index.html` and `grid.png`.
 
 COLUMNS = {
     "auroc": "AUROC",
@@ -214,16 +480,6 @@ COLUMNS = {
 GRID_GAP = 6
 GRID_SIDE = 160
 GRID_CAPTION = 24
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An image to look at: its crop, kind, mask (h, w) where known, and heat maps by quantity."""
-
-    crop: Crop
-    kind: str
-    mask: np.ndarray | None
-    maps: dict[str, np.ndarray]
 
 
 def markdown(results: Results) -> str:
@@ -297,58 +553,29 @@ def headline(results: Results) -> str:
     return f"{len(working)} of {len(scores)} scores separate"
 
 
-def render(results: Results, shown: Sequence[Shown]) -> str:
-    """The page as HTML text."""
-    from markupsafe import Markup
-
-    context = {
-        "results": results,
-        "headline": headline(results),
-        "columns": COLUMNS,
-        "cell": cell,
-        "number": number,
-        "png_size": PNG_SIZE,
-        "kinds": kind_rows(results),
-        "plots": [
-            (
-                "AUROC of every score",
-                "95 % bootstrap interval; 0.5 says nothing",
-                "Hollow: against normal images of about the same PNG size only. Squares: the baseline.",
-                Markup(auroc_plot(results)),
-            )
-        ],
-        "examples": [
-            (one.kind, one.crop.id, [(name, embedded(image, name)) for name, image in row(results, one)])
-            for one in shown
-        ],
-        "protocol": protocol_lines(results),
-    }  # fmt: skip
-    return template_environment().get_template("anomaly_evaluation.html").render(context)
-
-
-def row(results: Results, one: Shown) -> list[tuple[str, Image.Image]]:
+def pictures(results: Results, example: Example) -> list[tuple[str, Image.Image]]:
     """(caption, picture): the image, where its defect is, and every heat map."""
-    side = len(one.crop.pixels)
-    found = [("image", Image.fromarray(one.crop.pixels))]
-    if one.mask is not None:
-        caption = "defect" if one.mask.any() else "no defect"
-        found.append((caption, Image.fromarray(outlined(one.crop.pixels, one.mask))))
-    for name in MEASURED:
-        if name in one.maps:
+    side = len(example.crop.pixels)
+    found = [("image", Image.fromarray(example.crop.pixels))]
+    if example.mask is not None:
+        caption = "defect" if example.mask.any() else "no defect"
+        found.append((caption, Image.fromarray(outlined(example.crop.pixels, example.mask))))
+    for name in SCORES:
+        if name in example.maps:
             threshold = results["scores"][name + PEAK]["threshold"]
-            found.append((name, heat_picture(one.maps[name], threshold, side, one.mask)))
+            found.append((name, heat_picture(example.maps[name], threshold, side, example.mask)))
     return found
 
 
-def picture(results: Results, shown: Sequence[Shown]) -> Image.Image:
-    """One row per image, the pictures of `row` side by side under their captions, on white."""
-    rows = [row(results, one) for one in shown]
+def grid(results: Results, examples: Sequence[Example]) -> Image.Image:
+    """One row per image, its `pictures` side by side under their captions, on white."""
+    rows = [pictures(results, example) for example in examples]
     step = GRID_SIDE + GRID_GAP
     size = (max(map(len, rows)) * step - GRID_GAP, GRID_CAPTION + len(rows) * step - GRID_GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for y, pictures in enumerate(rows):
-        for x, (caption, image) in enumerate(pictures):
+    for y, row in enumerate(rows):
+        for x, (caption, image) in enumerate(row):
             if y == 0:
                 draw.text((x * step + 2, 3), caption, fill="black", font_size=15)
             small = image.resize((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
@@ -390,257 +617,3 @@ def cell(score: dict[str, Any], key: str) -> str:
 def number(value: float) -> str:
     """Two digits, a true minus sign."""
     return f"{value:.2f}".replace("-", "−")
-
-
-# Which scores of a detector find known anomalies, and which fail: settings, protocol and result folder.
-
-RESULTS = "results.json"
-FEWEST_OF_A_CLASS = 10
-SHOWN_OF_A_KIND = 2
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """`ldm-vae anomaly evaluate`.
-
-    Args:
-        detector: the folder that `anomaly fit` wrote.
-        autoencoder: the one that it was fitted with.
-        output: the folder for the report.
-        data: normal and anomalous images; those that the detector was fitted to are left out.
-        normal: labels of the normal images; of the synthetic set none, its images without a defect are normal.
-        masks: a folder with a mask for each anomalous image, ID.png, white where the anomaly is; null: none.
-        count: at most so many images of each class, evenly spread; null: all.
-        prevalence: share of anomalous images that precision is stated for.
-        baseline: another autoencoder, a plain one for example, fitted to the same images as the detector.
-        pipeline: the one that the detector was fitted with, where it was.
-        perceptual_weights: as when the detector was fitted.
-        batch: images per forward pass.
-        device: auto, cpu, cuda, cuda:1 ...
-    """
-
-    detector: str = "???"
-    autoencoder: str = "???"
-    output: str = "???"
-    data: DataConfig = field(default_factory=DataConfig)
-    normal: list[str] = field(default_factory=list)
-    masks: str | None = None
-    count: int | None = None
-    prevalence: float = 0.1
-    baseline: str | None = None
-    pipeline: str | None = None
-    perceptual_weights: str | None = None
-    batch: int = 8
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"batch: {self.batch} is not above 0")
-        if self.count is not None and self.count < FEWEST_OF_A_CLASS:
-            raise UserError(f"count: {self.count} is under {FEWEST_OF_A_CLASS} a class; leave it out for all images")
-        if not 0 < self.prevalence < 1:
-            raise UserError(f"prevalence: {self.prevalence} is not between 0 and 1; 0.1 is one image in ten")
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A detector with its networks."""
-
-    detector: Detector
-    models: Models
-
-
-def evaluate(config: EvaluateConfig, overwrite: bool = False) -> dict[str, Any]:
-    """Measure, write the report, return the content of `results.json`. A finished one of these settings is read.
-
-    Raises:
-        UserError: the folder holds a result of other settings; images of one class only, too few, or of mixed size;
-            a detector of another autoencoder.
-    """
-    started = time.time()
-    output = Path(config.output)
-    detector = load_detector(config.detector)
-    models = models_of(
-        detector, config.detector, config.autoencoder, compute_device(config.device), config.pipeline,
-        config.perceptual_weights,
-    )  # fmt: skip
-    truth = known_truth(config.data, config.normal, config.masks)
-    finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
-    if finished is not None:
-        parts = {
-            "another detector": (finished["detector"]["digest"], digest(config.detector)),
-            "other images": (finished["protocol"]["images"]["fingerprint"], truth.source.fingerprint()),
-        }
-        if config.baseline is not None:
-            baseline = finished["baseline"]["autoencoder"]["fingerprint"]
-            parts["another baseline"] = baseline, fingerprint(load_autoencoder(config.baseline))
-        check_made_of(output, parts)
-        return finished
-    chosen = _chosen(truth, config.count)
-    with alone_in(output):
-        contestants = {"detector": Contestant(detector, models)}
-        if config.baseline is not None:
-            contestants["baseline"] = _baseline(config, detector, models)
-        rejected: list[tuple[str, str]] = []
-        tables, shown, seen = _measure_all(contestants, truth, chosen, config.batch, rejected)
-        _check_classes(tables["detector"], seen)
-        results = _results(config, contestants, tables, truth)
-        results |= {
-            "seen": seen,
-            "rejected": [{"id": name, "reason": why} for name, why in rejected],
-            "config": configuration.to_dict(config),
-        }
-        page = render(results, shown)
-        with publishing(output):
-            write_text(output / "results.md", markdown(results))
-            write_text(output / "index.html", page)
-            if shown:
-                sheet = picture(results, shown)
-                write_png(output / "grid.png", sheet)
-            write_json(output / RESULTS, results)
-            images = len(tables["detector"].ids)
-            provenance.write_run_record(output, None, started, time.time() - started, images=images)
-    return results
-
-
-def _chosen(truth: Truth, count: int | None) -> list[int]:
-    """Images of both classes, evenly spread over each, in the order of the source."""
-    classes: tuple[list[int], list[int]] = ([], [])
-    for index, kind in enumerate(truth.kinds):
-        classes[kind != NORMAL].append(index)
-    return sorted(part[i] for part in classes for i in evenly_spaced(len(part), count))
-
-
-def _baseline(config: EvaluateConfig, detector: Detector, models: Models) -> Contestant:
-    """Another autoencoder, fitted in memory to the detector's images. Raises: UserError when those have changed."""
-    fitted: dict[str, Any] = detector.description["config"]
-    data = data_config(fitted["data"])
-    if open_source(data).fingerprint() != detector.description["images"]:
-        raise UserError(
-            f"baseline: the images that {config.detector} was fitted to have changed, and a baseline is fitted to the "
-            "same; fit it again"
-        )
-    baseline = str(config.baseline)
-    found = load_models(
-        baseline, models.device, None, fitted["perceptual_net"], config.perceptual_weights, fitted["regret_steps"]
-    )
-    by = detector.by if detector.by in found.names else found.names[0]
-    settings = FitConfig(
-        autoencoder=baseline, output="", data=data, by=by, batch=config.batch, resolution=detector.resolution,
-        false_positive_rate=detector.rate, count=fitted["count"], held_out_count=fitted["held_out_count"],
-    )  # fmt: skip
-    return Contestant(fit_detector(settings, found), found)
-
-
-def _measure_all(
-    contestants: dict[str, Contestant],
-    truth: Truth,
-    chosen: Sequence[int],
-    batch_size: int,
-    rejected: list[tuple[str, str]],
-) -> tuple[dict[str, Table], list[Shown], int]:
-    """The table of each contestant, the images to show, and how many were left out since they were fitted to."""
-    tables = {name: Table() for name in contestants}
-    detector = contestants["detector"].detector
-    shown: list[Shown] = []
-    seen = 0
-    crops = read_crops(truth.source, chosen, detector.resolution, rejected)
-    known = set(detector.seen.tolist())
-    for batch in batches(crops, batch_size, len(chosen), "scoring"):
-        fresh = [crop for crop in batch if crop.mark() not in known]
-        seen += len(batch) - len(fresh)
-        if not fresh:
-            continue
-        refuse_enlarged(fresh, detector.resolution)
-        masks = [truth.mask(crop.index, detector.resolution) for crop in fresh]
-        kinds = [truth.kinds[crop.index] for crop in fresh]
-        for name, contestant in contestants.items():
-            maps = _append(tables[name], contestant, fresh, kinds, masks)
-            if name == "detector":
-                for row, (crop, kind) in enumerate(zip(fresh, kinds)):
-                    if sum(one.kind == kind for one in shown) < SHOWN_OF_A_KIND:
-                        shown.append(Shown(crop, kind, masks[row], {key: found[row] for key, found in maps.items()}))
-    return tables, sorted(shown, key=lambda one: (one.kind == NORMAL, one.kind)), seen
-
-
-def _append(
-    table: Table, contestant: Contestant, crops: list[Crop], kinds: list[str], masks: list[np.ndarray | None]
-) -> dict[str, np.ndarray]:
-    """Measure a batch into a table; returns its heat maps."""
-    ids = [crop.id for crop in crops]
-    measured = measure(contestant.models, contestant.detector.learnt, stack(crops), ids)
-    maps = {name: found.numpy() for name, found in measured.maps.items()}
-    table.ids += ids
-    table.kinds += kinds
-    table.png_bytes += [crop.png_bytes() for crop in crops]
-    for name, values in measured.values.items():
-        table.values.setdefault(name, []).extend(values.tolist())
-    for row, mask in enumerate(masks):
-        if mask is None:
-            continue
-        covered = cells(mask)
-        table.masks.append(covered)
-        for name, found in maps.items():
-            table.maps.setdefault(name, []).append(found[row])
-        if covered.any() and not covered.all():
-            table.inside.append(float(maps["l1"][row][covered].mean()))
-            table.outside.append(float(maps["l1"][row][~covered].mean()))
-    return maps
-
-
-def _check_classes(table: Table, seen: int) -> None:
-    anomalous = int(table.anomalous.sum())
-    for what, count in (("normal", len(table.ids) - anomalous), ("anomalous", anomalous)):
-        if count < FEWEST_OF_A_CLASS:
-            left_out = f" after {seen} were left out that the detector was fitted to" if seen else ""
-            raise UserError(
-                f"data: {pluralize(count, f'{what} image')}{left_out}, fewer than {FEWEST_OF_A_CLASS}; add images, "
-                "or fit the detector to fewer with count and held_out_count"
-            )
-
-
-def _results(
-    config: EvaluateConfig, contestants: dict[str, Contestant], tables: dict[str, Table], truth: Truth
-) -> dict[str, Any]:
-    """`results.json` but for what is known of the files."""
-    table, detector = tables["detector"], contestants["detector"].detector
-    anomalous = int(table.anomalous.sum())
-    measured = {name: _contestant(contestants[name], tables[name], config.prevalence) for name in tables}
-    held_out = len(next(iter(detector.normal.values())))
-    return {
-        "format_version": 1,
-        **measured["detector"],
-        "detector": {
-            "digest": digest(config.detector), "by": detector.by, "counts": detector.description["counts"],
-            "false_positive_rate": detector.rate,
-            "false_positive_rate_interval": list(rate_interval(held_out, detector.rate)),
-        },
-        "baseline": measured.get("baseline"),
-        "protocol": {
-            "images": {"fingerprint": truth.source.fingerprint(), "normal": len(table.ids) - anomalous,
-                       "anomalous": anomalous, "masks": bool(table.masks)},
-            "preprocessing": detector.description["preprocessing"],
-            "resolution": detector.resolution,
-            "prevalence": config.prevalence,
-            "intervals": "95 % bootstrap over images, normal and anomalous ones drawn apart",
-            "versions": provenance.versions(),
-        },
-        "images": [
-            {"id": name, "kind": table.kinds[row], "png_bytes": table.png_bytes[row],
-             **{score: values[row] for score, values in table.values.items()}}
-            for row, name in enumerate(table.ids)
-        ],
-    }  # fmt: skip
-
-
-def _contestant(contestant: Contestant, table: Table, prevalence: float) -> dict[str, Any]:
-    """Its autoencoder and the figures of its scores, each with a reason."""
-    found = figures(table, contestant.detector.thresholds(), prevalence)
-    ratio = float(np.mean(table.inside) / np.mean(table.outside)) if table.inside else None
-    for name in table.values:
-        found[name]["reason"] = reason(name, found, ratio)
-    return {
-        "autoencoder": describe_autoencoder(contestant.models.autoencoder),
-        "l1_inside_over_outside": ratio,
-        "scores": found,
-    }

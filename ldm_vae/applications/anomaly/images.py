@@ -1,4 +1,4 @@
-"""Images on their way to the scores: crops, what was known of the picture before, and which were used to fit."""
+"""Images on their way to the scores: batches of crops, what is known of labeled images, and heat maps as pictures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.applications.anomaly.metrics import png_bytes
 from ldm_vae.applications.anomaly.scores import STRIDE
 from ldm_vae.data import transforms
-from ldm_vae.data.decoding import ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.open import open_source
+from ldm_vae.data.samples import Crop
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.synthetic.render import DEFECTS
 from ldm_vae.data.synthetic.source import SyntheticSource
@@ -23,47 +23,6 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed_image
 from ldm_vae.files import checksum_bytes
-
-
-@dataclass(frozen=True)
-class Crop:
-    """One image as it is scored.
-
-    Args:
-        index: in its source.
-        pixels: uint8 (resolution, resolution, 3).
-        short_side: of the picture before scaling, in pixels.
-    """
-
-    index: int
-    id: str
-    pixels: np.ndarray
-    short_side: int
-
-    @property
-    def enlarged(self) -> bool:
-        """Whether the picture was smaller than its crop, so that it is blurred."""
-        return self.short_side < self.pixels.shape[0]
-
-    def mark(self) -> int:
-        """A number that tells equal pixels, int64."""
-        return int(checksum_bytes(self.pixels.tobytes()).split(":")[1][:16], 16) - 2**63
-
-    def png_bytes(self) -> int:
-        return png_bytes(self.pixels)
-
-
-def read_crops(
-    source: ImageSource, indices: Sequence[int], resolution: int, rejected: list[tuple[str, str]]
-) -> Iterator[Crop]:
-    """In their order. What cannot be read is left out and appended to `rejected` as (id, reason)."""
-    for index in indices:
-        try:
-            image = source.read(index)
-        except ImageRejected as error:
-            rejected.append((source.id(index), error.reason))
-        else:
-            yield Crop(index, source.id(index), resize_center_crop(image, resolution), min(image.shape[:2]))
 
 
 def batches(crops: Iterator[Crop], size: int, total: int, task: str) -> Iterator[list[Crop]]:
@@ -85,25 +44,30 @@ def stack(crops: Sequence[Crop]) -> Tensor:
     return transforms.from_uint8(torch.from_numpy(np.stack([crop.pixels for crop in crops])).permute(0, 3, 1, 2))
 
 
+def mark(crop: Crop) -> int:
+    """A number that is the same for equal pixels, int64."""
+    return int(checksum_bytes(crop.pixels.tobytes()).split(":")[1][:16], 16) - 2**63
+
+
 def refuse_enlarged(crops: Sequence[Crop], resolution: int) -> None:
-    """Raises: UserError for pictures of mixed size, of which some would be told apart by their blur."""
+    """Raises: UserError for pictures of mixed size, some of which would be told by their blur."""
     small = next((crop for crop in crops if crop.enlarged), None)
     if small is not None:
         raise UserError(
             f"resolution: {small.id} has a short side of {small.short_side} pixels, fewer than {resolution}, and "
-            f"enlarging blurs it, which every score sees; set resolution to {small.short_side} or less, or leave such "
+            f"enlarging blurs it, which every score shows; set resolution to {small.short_side} or less, or leave such "
             "images out"
         )
 
 
-# Images of which it is known what is wrong with them: normal or not, which kind of anomaly, and where.
+# Labeled images: normal or not, which kind of anomaly, and where.
 
 NORMAL = "normal"
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What is known of the images of a source.
+class LabeledImages:
+    """Images of which it is known whether and where they are anomalous.
 
     Args:
         kinds: of each image: "normal", or the name of its anomaly.
@@ -136,7 +100,7 @@ class Truth:
         return resize_center_crop(gray, resolution)[..., 0] > 127
 
 
-def known_truth(data: DataConfig, normal: list[str], masks: str | None) -> Truth:
+def open_labeled(data: DataConfig, normal: list[str], masks: str | None) -> LabeledImages:
     """Open the images and find out which are normal.
 
     Args:
@@ -176,7 +140,7 @@ def known_truth(data: DataConfig, normal: list[str], masks: str | None) -> Truth
     folder = None if masks is None else Path(masks)
     if folder is not None and not folder.is_dir():
         raise UserError(f"masks: {folder}: no such folder; give the folder with a mask for each anomalous image")
-    return Truth(source, kinds, folder)
+    return LabeledImages(source, kinds, folder)
 
 
 def cells(mask: np.ndarray) -> np.ndarray:
@@ -193,7 +157,7 @@ def _read_mask(folder: Path, id: str, size: tuple[int, ...]) -> np.ndarray:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"masks: {path} lies outside of {folder}; give images whose names stay in their folder")
     try:
-        pixels = decode_image(read_regular_file(path))
+        pixels = read_image(path)
     except ImageRejected as error:
         raise UserError(f"masks: {path}: {error}; give a PNG, white where the anomaly is") from error
     if pixels.shape[:2] != tuple(size):

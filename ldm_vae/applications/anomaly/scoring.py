@@ -1,45 +1,37 @@
-"""Scoring images of one's own: settings, percentile and verdict of each, and the result folder.
+"""Scoring images with a detector: percentile and verdict of each.
 
-`scores.csv` and `scores.json` hold every image, the strangest first; `index.html` shows the first of them beside their
-heat maps.
+`scores.csv` and `scores.json` hold every image, the most anomalous first; `index.html` shows the first of them beside
+their heat maps.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.detector import Detector, digest, load_detector, models_of, p_values, percentiles
-from ldm_vae.applications.anomaly.evaluation import number
-from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, read_crops, stack
-from ldm_vae.applications.anomaly.scores import Models, measure
-from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.applications.anomaly.detector import load_detector, p_values, percentiles
+from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, mark, stack
+from ldm_vae.applications.anomaly.scores import measure
 from ldm_vae.data.open import open_source
-from ldm_vae.data.samples import evenly_spaced, none_readable
-from ldm_vae.data.sources import DataConfig, ImageSource
+from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops, none_readable
+from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import template_environment
-from ldm_vae.evaluation.study import alone_in, check_made_of, describe_autoencoder, finished_result, publishing
-from ldm_vae.files import write_json, write_text
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.evaluation.study import PAGE, Content, Results, Study, rejected_images
 from ldm_vae.utils.text import pluralize
 
-RESULTS, TABLE, PAGE = "scores.json", "scores.csv", "index.html"
 Row = dict[str, Any]
+"""One image in scores.json."""
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreImagesConfig:
     """`ldm-vae anomaly score`.
 
     Args:
@@ -77,89 +69,125 @@ class ScoreConfig:
             raise UserError(f"shown: {self.shown} is negative; give 0 for no pictures")
 
 
-def score(config: ScoreConfig, overwrite: bool = False) -> dict[str, Any]:
+def score_images(config: ScoreImagesConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
     """Measure, write the folder, return the content of `scores.json`. A finished one of these settings is read.
 
     Raises:
         UserError: the folder holds a result of other settings; an unknown score; a detector of another autoencoder.
     """
-    started = time.time()
-    output = Path(config.output)
-    detector = load_detector(config.detector)
-    by = config.by or detector.by
-    scores.check_name(by, detector.normal)
-    models = models_of(
-        detector, config.detector, config.autoencoder, compute_device(config.device), config.pipeline,
-        config.perceptual_weights,
-    )  # fmt: skip
-    finished = finished_result(output / RESULTS, config, fingerprint(models.autoencoder), overwrite)
-    source = open_source(config.data)
-    if finished is not None:
-        parts = {
-            "another detector": (finished["detector"]["digest"], digest(config.detector)),
-            "other images": (finished["images_fingerprint"], source.fingerprint()),
+    return ImageScores(config, overwrite).run(dry_run)
+
+
+class ImageScores(Study):
+    """The study of `ldm-vae anomaly score`."""
+
+    results_file = "scores.json"
+    config: ScoreImagesConfig
+
+    def __init__(self, config: ScoreImagesConfig, overwrite: bool) -> None:
+        self.detector = load_detector(config.detector)
+        self.by = config.by or self.detector.by
+        scores.check_name(self.by, self.detector.normal)
+        self.networks = self.detector.networks(
+            config.autoencoder, config.device, config.pipeline, config.perceptual_weights
+        )
+        self.source = open_source(config.data)
+        super().__init__(config, self.networks.autoencoder, overwrite=overwrite)
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        return {
+            "another detector": (results["detector"]["digest"], self.detector.digest),
+            "other images": (results["images_fingerprint"], self.source.fingerprint()),
         }
-        check_made_of(output, parts)
-        return finished
-    with alone_in(output):
-        rejected: list[tuple[str, str]] = []
-        rows = _measure(config, detector, models, source, by, rejected)
+
+    def measure(self) -> Results:
+        rejected: Rejected = []
+        rows = self._rows(rejected)
         if not rows:
-            raise none_readable("data", len(source), rejected)
-        results = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(models.autoencoder),
-            "detector": {"digest": digest(config.detector), "false_positive_rate": detector.rate},
-            "by": by,
-            "threshold": detector.thresholds()[by],
-            "held_out": len(detector.normal[by]),
-            "images_fingerprint": source.fingerprint(),
+            raise none_readable("data", len(self.source), rejected)
+        return {
+            "detector": {"digest": self.detector.digest, "false_positive_rate": self.detector.rate},
+            "by": self.by,
+            "threshold": self.detector.thresholds()[self.by],
+            "held_out": len(self.detector.normal[self.by]),
+            "images_fingerprint": self.source.fingerprint(),
             "images": rows,
-            "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
+            "rejected": rejected_images(rejected),
             "versions": provenance.versions(),
-            "config": configuration.to_dict(config),
         }
-        page = render(results, detector, source, models, config.shown)
-        with publishing(output):
-            write_text(output / TABLE, table(rows))
-            write_text(output / PAGE, page)
-            write_json(output / RESULTS, results)
-            provenance.write_run_record(output, None, started, time.time() - started, images=len(rows))
-    return results
+
+    def _rows(self, rejected: Rejected) -> list[Row]:
+        """One record an image, the most anomalous first."""
+        detector, config = self.detector, self.config
+        chosen = evenly_spaced(len(self.source), config.count)
+        seen = set(detector.seen.tolist())
+        normal, threshold = detector.normal[self.by], detector.thresholds()[self.by]
+        rows: list[Row] = []
+        crops = iterate_crops(self.source, chosen, detector.resolution, rejected)
+        for batch in batches(crops, config.batch, len(chosen), "scoring"):
+            measured = measure(self.networks, detector.statistics, stack(batch), [crop.id for crop in batch]).values
+            by_score = measured[self.by].numpy()
+            columns = zip(batch, by_score, percentiles(normal, by_score), p_values(normal, by_score))
+            for number, (crop, value, percentile, p) in enumerate(columns):
+                rows.append(
+                    {
+                        "id": crop.id, "score": float(value), "percentile": float(percentile), "p_value": float(p),
+                        "verdict": "anomalous" if value > threshold else "normal", "index": crop.index,
+                        "enlarged": crop.enlarged, "seen": mark(crop) in seen,
+                        "scores": {name: float(of_score[number]) for name, of_score in measured.items()},
+                    }
+                )  # fmt: skip
+        return sorted(rows, key=lambda row: -row["score"])
+
+    def files(self, results: Results) -> dict[str, Content]:
+        return {"scores.csv": table(results["images"])}
+
+    def page(self, results: Results) -> str:
+        """The heat maps on it are measured again, so that not all are kept."""
+        quantity = scores.quantity(self.by) if scores.SCORES[scores.quantity(self.by)].local else "l1"
+        peak = self.detector.thresholds()[quantity + scores.PEAK]
+        examples = []
+        shown = [row["index"] for row in results["images"][: self.config.shown]]
+        for row, crop in zip(results["images"], iterate_crops(self.source, shown, self.detector.resolution, [])):
+            heat = measure(self.networks, self.detector.statistics, stack([crop]), [crop.id]).maps[quantity][0].numpy()
+            picture = embedded(heat_picture(heat, peak, len(crop.pixels)), f"heat map, {quantity}")
+            examples.append((row, embedded(Image.fromarray(crop.pixels), crop.id), picture))
+        context = {
+            "results": results,
+            "title": scores.title(self.by),
+            "quantity": quantity,
+            **{name: count(results["images"], name) for name in ("anomalous", "enlarged", "seen")},
+            "examples": examples,
+        }
+        return template_environment().get_template("anomaly_scores.html").render(context)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": len(results["images"])}
+
+    def summary(self, results: Results) -> str:
+        """What was found, in words, with the most anomalous images."""
+        rows, files = results["images"], self.output / PAGE
+        expected = results["detector"]["false_positive_rate"] * len(rows)
+        lines = [
+            f"{files}: {count(rows, 'anomalous')} of {pluralize(len(rows), 'image')} found anomalous by "
+            f"{results['by']} (of normal ones about {expected:.0f} would be called so)"
+        ]
+        if small := count(rows, "enlarged"):
+            lines.append(
+                f"{pluralize(small, 'image')} smaller than the detector's crop, and enlarged, which alone may show"
+            )
+        if seen := count(rows, "seen"):
+            lines.append(f"the detector was fitted to {seen} of them, whose percentiles mean little")
+        if results["rejected"]:
+            rejected = pluralize(len(results["rejected"]), "image")
+            lines.append(f"{rejected} could not be read; {self.results_file} names them")
+        lines += [f"  {row['percentile']:5.1f} %  {row['verdict']:<9}  {row['id']}" for row in rows[:10]]
+        return "\n".join(lines)
 
 
-def _measure(
-    config: ScoreConfig,
-    detector: Detector,
-    models: Models,
-    source: ImageSource,
-    by: str,
-    rejected: list[tuple[str, str]],
-) -> list[Row]:
-    """One record an image, the strangest first."""
-    chosen = evenly_spaced(len(source), config.count)
-    found: list[Row] = []
-    seen = set(detector.seen.tolist())
-    for batch in batches(
-        read_crops(source, chosen, detector.resolution, rejected), config.batch, len(chosen), "scoring"
-    ):
-        ids = [crop.id for crop in batch]
-        measured = measure(models, detector.learnt, stack(batch), ids).values
-        for row, crop in enumerate(batch):
-            values = {name: float(of_score[row]) for name, of_score in measured.items()}
-            told = {"enlarged": crop.enlarged, "seen": crop.mark() in seen}
-            found.append({"id": crop.id, "index": crop.index, **told, "scores": values})
-    by_score = np.array([row["scores"][by] for row in found])
-    normal, threshold = detector.normal[by], detector.thresholds()[by]
-    columns = zip(found, by_score, percentiles(normal, by_score), p_values(normal, by_score))
-    rows = [
-        {
-            "id": row["id"], "score": float(value), "percentile": float(percentile), "p_value": float(p),
-            "verdict": "anomalous" if value > threshold else "normal", **row,
-        }
-        for row, value, percentile, p in columns
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: -row["score"])
+def count(rows: list[Row], what: str) -> int:
+    """Images that are `anomalous`, `enlarged` or `seen` by the detector before."""
+    return sum(row["verdict"] == what if what == "anomalous" else row[what] for row in rows)
 
 
 def table(rows: list[Row]) -> str:
@@ -171,49 +199,3 @@ def table(rows: list[Row]) -> str:
     writer.writerow([*first, *names])
     writer.writerows([*(row[key] for key in first), *(row["scores"][name] for name in names)] for row in rows)
     return text.getvalue()
-
-
-def render(results: dict[str, Any], detector: Detector, source: ImageSource, models: Models, shown: int) -> str:
-    """The page as HTML text; the heat maps of the images on it are measured again, so that not all are kept."""
-    by = results["by"]
-    quantity = scores.base(by) if scores.MEASURED[scores.base(by)].local else "l1"
-    peak = detector.thresholds()[quantity + scores.PEAK]
-    examples = []
-    for row in results["images"][:shown]:
-        (crop,) = read_crops(source, [row["index"]], detector.resolution, [])
-        heat = measure(models, detector.learnt, stack([crop]), [crop.id]).maps[quantity][0].numpy()
-        image, side = Image.fromarray(crop.pixels), len(crop.pixels)
-        colored = heat_picture(heat, peak, side)
-        examples.append((row, embedded(image, crop.id), embedded(colored, f"heat map, {quantity}")))
-    context = {
-        "results": results,
-        "title": scores.title(by),
-        "quantity": quantity,
-        "anomalous": sum(row["verdict"] == "anomalous" for row in results["images"]),
-        "enlarged": sum(row["enlarged"] for row in results["images"]),
-        "seen": sum(row["seen"] for row in results["images"]),
-        "examples": examples,
-        "number": number,
-    }
-    return template_environment().get_template("anomaly_scores.html").render(context)
-
-
-def summary(results: dict[str, Any], output: str) -> str:
-    """What was found, in words, with the strangest images."""
-    rows = results["images"]
-    flagged = sum(row["verdict"] == "anomalous" for row in rows)
-    expected = results["detector"]["false_positive_rate"] * len(rows)
-    lines = [
-        f"{output}/index.html: {flagged} of {pluralize(len(rows), 'image')} found anomalous by {results['by']} (of "
-        f"normal ones about {expected:.0f} would be called so)"
-    ]
-    if small := sum(row["enlarged"] for row in rows):
-        lines.append(
-            f"{pluralize(small, 'image')} smaller than the detector's crop, and enlarged, which alone may show"
-        )
-    if seen := sum(row["seen"] for row in rows):
-        lines.append(f"the detector was fitted to {seen} of them, whose percentiles mean little")
-    if results["rejected"]:
-        lines.append(f"{pluralize(len(results['rejected']), 'image')} could not be read; {RESULTS} names them")
-    lines += [f"  {row['percentile']:5.1f} %  {row['verdict']:<9}  {row['id']}" for row in rows[:10]]
-    return "\n".join(lines)

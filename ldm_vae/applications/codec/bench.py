@@ -1,7 +1,8 @@
-"""`ldm-vae codec-bench`: this codec's files against those of JPEG, WebP and AVIF, on the same pixels.
+"""This codec's files against those of JPEG, WebP and AVIF, on the same pixels.
 
-Owns the settings, measuring, and the result folder. Every byte is one of an actual file, header included, and every
-picture was decoded from it. Curves are `rate_curves`', words and plots `bench_page`'s.
+    images -> every codec at every quality -> `Measurements` -> curves -> differences of rate -> results.json, page
+
+Every byte is one of an actual file, header included, and every picture was decoded from it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.applications.codec import compression
-from ldm_vae.applications.codec.compression import Codec
+from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
-from ldm_vae.applications.codec.format import load_model
 from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
-from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
-from ldm_vae.data.samples import evenly_spaced, none_readable, read_crops
+from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
@@ -40,23 +36,25 @@ from ldm_vae.evaluation import measurement, metrics, pages, plots
 from ldm_vae.evaluation.measurement import code_within
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
-from ldm_vae.evaluation.study import (
-    alone_in,
-    check_made_of,
-    check_resolution,
-    describe_autoencoder,
-    finished_result,
-    publishing,
-)
-from ldm_vae.files import write_json, write_png, write_text
+from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import labelled_sheet
 from ldm_vae.utils.text import pluralize
 
-RESULTS = "results.json"
-SELF_FITTED = "ldm-vae, self-fitted"
+OURS = "ldm-vae"
+SELF_FITTED = f"{OURS}, self-fitted"
 SHOWN_QUALITY = 50.0
+RESAMPLES = 100
+LOWER_IS_BETTER = ("lpips",)
+METRICS = ("psnr", "ms_ssim", "ssim", "lpips")
+SHEET_SIDE = 256
+SAMPLE = "decode(sample)"
+LEAST_POINTS = 3
+"""Of each curve, once what bends back is left out."""
+LEAST_OVERLAP = 0.05
+"""Of the shorter curve's range of quality."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class CodecBenchConfig:
             raise UserError("codec-bench: resolution is below 8, count below 1 or examples below 0; give larger ones")
         for name in ("qualities", "codec_qualities"):
             if len(set(getattr(self, name))) < 3:
-                raise UserError(f"{name}: {list(getattr(self, name))} is no curve; give three or more")
+                raise UserError(f"{name}: {list(getattr(self, name))} is not a curve; give three or more")
         for name in ("qualities", "codec_qualities", "codecs", "entropy"):
             values = list(getattr(self, name))
             if twice := next((value for value in values if values.count(value) > 1), None):
@@ -119,7 +117,7 @@ class CodecBenchConfig:
 
 
 @dataclass
-class Measured:
+class Measurements:
     """What was found: `rows[codec][quality]` holds lists over images of bytes, ideal bits and each metric.
 
     `latent[...]`: the KL in bits per pixel and the metrics of the decoded posterior sample and mean, over images.
@@ -130,14 +128,14 @@ class Measured:
     latent: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
+    rejected: Rejected = field(default_factory=list)
 
     def add(self, codec: str, quality: float, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.rows.setdefault(codec, {}).setdefault(quality, {}).setdefault(name, []).append(value)
 
 
-def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
+def bench_codec(config: CodecBenchConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
     """Measure, write the result folder, return the content of `results.json`.
 
     A folder that holds the finished result of these settings is read, not redone.
@@ -146,92 +144,120 @@ def bench(config: CodecBenchConfig, overwrite: bool = False) -> dict[str, Any]:
         UserError: the folder holds another result and not `overwrite`; an entropy model is of another autoencoder; no
             image could be read.
     """
-    started = time.time()
-    device = compute_device(config.device)
-    plain = compression.open_codec(config.autoencoder, None, device)
-    check_resolution(config.resolution, plain.autoencoder)
-    codecs = {SELF_FITTED: plain} | _fitted(config, plain)
-    models = {name: codec.model.fingerprint for name, codec in codecs.items() if codec.model is not None}
-    file = Path(config.output) / RESULTS
-    finished = finished_result(file, config, fingerprint(plain.autoencoder), overwrite)
-    if finished is not None:
-        check_made_of(config.output, {"other entropy models": (finished["entropy"], models)})
-        return finished
-    source = subset(open_source(config.data), config.part, config.data.held_out)
-    with alone_in(config.output):
-        measured = measure(config, codecs, source)
-        results = {
-            "format_version": 1,
-            "autoencoder": describe_autoencoder(plain.autoencoder),
-            "entropy": models,
-            "protocol": _protocol(config, source, measured),
+    return CodecBench(config, overwrite).run(dry_run)
+
+
+class CodecBench(Study):
+    """The study of `ldm-vae codec-bench`."""
+
+    config: CodecBenchConfig
+
+    def __init__(self, config: CodecBenchConfig, overwrite: bool) -> None:
+        plain = open_codec(config.autoencoder, None, compute_device(config.device))
+        check_resolution(config.resolution, plain.autoencoder)
+        self.codecs = {SELF_FITTED: plain}
+        for path in config.entropy:
+            codec = plain.with_model(path)
+            assert codec.model is not None, "it was just loaded"
+            name = f"{OURS}, {codec.model.kind}"
+            self.codecs[name if name not in self.codecs else f"{name} ({path})"] = codec
+        self.models = {name: one.model.fingerprint for name, one in self.codecs.items() if one.model is not None}
+        super().__init__(config, plain.autoencoder, overwrite=overwrite)
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        return {"other entropy models": (results["entropy"], self.models)}
+
+    def prepare(self) -> None:
+        self.source = subset(open_source(self.config.data), self.config.part, self.config.data.held_out)
+
+    def measure(self) -> Results:
+        config, measured = self.config, measure(self.config, self.codecs, self.source)
+        self.examples = measured.examples
+        rows = {codec: {f"{q:g}": values for q, values in found.items()} for codec, found in measured.rows.items()}
+        images = {"fingerprint": self.source.fingerprint(), "part": config.part, "count": len(measured.ids)}
+        return {
+            "entropy": self.models,
+            "protocol": {
+                "images": images,
+                "preprocessing": preprocessing_record(config.resolution),
+                "resolution": config.resolution,
+                "bytes": "whole files, headers counted; entropy models and autoencoders not",
+                "average": "per image, then mean over images, rates and qualities alike",
+                "lpips": config.perceptual_net,
+                "codecs": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
+                "versions": {"pillow": PIL.__version__, **provenance.versions()},
+            },
             **summary(measured, config.resolution),
-            "rejected": [{"id": name, "reason": reason} for name, reason in measured.rejected],
-            "images": {"ids": measured.ids, "rows": _plain(measured), "latent": measured.latent},
-            "config": configuration.to_dict(config),
+            "rejected": rejected_images(measured.rejected),
+            "images": {"ids": measured.ids, "rows": rows, "latent": measured.latent},
         }
-        output, page = Path(config.output), render(results, measured.examples)
-        with publishing(output):
-            for name, svg in plot_files(results).items():
-                write_text(output / name, svg)
-            if measured.examples:
-                write_png(output / "examples.png", sheet(measured.examples))
-            write_text(output / "results.md", markdown(results))
-            write_text(output / "index.html", page)
-            write_json(file, results)
-            provenance.write_run_record(output, None, started, time.time() - started, images=len(measured.ids))
-    return results
 
+    def files(self, results: Results) -> dict[str, Content]:
+        start = '<?xml version="1.0" encoding="utf-8"?>\n<svg style="background: #fff"'
+        found: dict[str, Content] = {
+            f"rate_{name}.svg": plot(results, name).replace("<svg", start, 1) for name in measured_metrics(results)
+        }
+        if self.examples:
+            found["examples.png"] = sheet(self.examples)
+        return found
 
-def _fitted(config: CodecBenchConfig, plain: Codec) -> dict[str, Codec]:
-    """Name -> codec of each entropy model; the autoencoder is loaded once."""
-    found: dict[str, Codec] = {}
-    for path in config.entropy:
-        model = load_model(path)
-        if model.autoencoder != plain.identity:
-            raise UserError(f"{path}: was fitted to the latents of another autoencoder than {config.autoencoder}")
-        name = f"ldm-vae, {model.kind}"
-        if name in found:
-            name += f" ({path})"
-        found[name] = Codec(plain.autoencoder, model, plain.identity, plain.channels, plain.factor, plain.where)
-    return found
+    def markdown(self, results: Results) -> str:
+        return markdown(results)
 
+    def page(self, results: Results) -> str:
+        from markupsafe import Markup
 
-def _plain(measured: Measured) -> dict[str, Any]:
-    return {codec: {f"{q:g}": values for q, values in rows.items()} for codec, rows in measured.rows.items()}
+        names = measured_metrics(results)
+        captions = {name: "Lower is better." if name in LOWER_IS_BETTER else "Higher is better." for name in names}
+        context = {
+            "results": results,
+            "metrics": [METRIC_TITLES[name] for name in names],
+            "plots": [
+                (METRIC_TITLES[name], "over bits per pixel of whole files", captions[name], Markup(plot(results, name)))
+                for name in names
+            ],
+            "differences": difference_rows(results),
+            "sentences": sentences(results),
+            "examples": [_shown(one) for one in self.examples],
+        }
+        return template_environment().get_template("codec.html").render(context)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": results["protocol"]["images"]["count"]}
 
 
 @torch.no_grad()
-def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSource) -> Measured:
+def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSource) -> Measurements:
     """Every codec at every quality on every image. Raises: UserError when none can be read."""
     from tqdm import tqdm
 
-    device = next(iter(codecs.values())).autoencoder.device
+    plain = codecs[SELF_FITTED]
+    device = plain.autoencoder.device
     lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device) if config.perceptual_net else None
-    measured, chosen = Measured(), evenly_spaced(len(source), config.count)
+    measured, chosen = Measurements(), evenly_spaced(len(source), config.count)
     shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
     for index in tqdm(chosen, desc="coding", unit="image", dynamic_ncols=True):
         _, crop = read_crops(source, [index], config.resolution, measured.rejected)
         if crop is None:
             continue
-        judge = Judge(crop.to(device), lpips)
-        measured.ids.append(source.id(index))
-        _measure_latent(measured, config, next(iter(codecs.values())), judge, source.id(index))
-        mine = _measure_own(measured, config, codecs, judge, source.id(index))
+        compare, name = Comparison(crop.to(device), lpips), source.id(index)
+        measured.ids.append(name)
+        _measure_latent(measured, config, plain, compare, name)
+        ours = _measure_ours(measured, config, codecs, compare, name)
         for codec in config.codecs:
             for quality in config.codec_qualities:
-                data = measurement.encode_picture(judge.picture, codec, quality)
+                data = measurement.encode_picture(compare.picture, codec, quality)
                 with Image.open(io.BytesIO(data)) as file:
-                    values = judge(np.array(file.convert("RGB")))
+                    values = compare(np.array(file.convert("RGB")))
                 measured.add(codec, float(quality), {"bytes": float(len(data)), **values})
         if index in shown:
-            measured.examples.append(example(judge.picture, mine, config.codecs))
+            measured.examples.append(example(compare.picture, ours, config.codecs))
     if not measured.ids:
         raise none_readable(config.output, len(source), measured.rejected)
     return measured
 
 
-class Judge:
+class Comparison:
     """Metrics of decoded pictures against one original, (1, 3, h, w) in [-1, 1]."""
 
     def __init__(self, original: Tensor, lpips: LPIPS | None) -> None:
@@ -240,7 +266,7 @@ class Judge:
 
     def __call__(self, decoded: np.ndarray) -> dict[str, float]:
         """Of uint8 (h, w, 3). MS-SSIM where the sides allow it."""
-        image = transforms.from_uint8(torch.from_numpy(decoded).permute(2, 0, 1)[None]).to(self.original.device)
+        image = transforms.to_batch(decoded).to(self.original.device)
         values = {"psnr": metrics.psnr(image, self.original)}
         if min(image.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
             values["ms_ssim"] = metrics.ms_ssim(image, self.original)
@@ -251,9 +277,11 @@ class Judge:
         return {name: float(value) for name, value in values.items()}
 
 
-def _measure_latent(measured: Measured, config: CodecBenchConfig, codec: Codec, judge: Judge, name: str) -> None:
+def _measure_latent(
+    measured: Measurements, config: CodecBenchConfig, codec: Codec, compare: Comparison, name: str
+) -> None:
     """Without a file: decode(mean), and where there is a posterior what a code as long as the KL would decode to."""
-    mean, logvar = encode_moments(codec.autoencoder, judge.original)
+    mean, logvar = encode_moments(codec.autoencoder, compare.original)
     rows: dict[str, tuple[Tensor, float | None]] = {"decode(mean)": (mean, None)}
     if not is_deterministic(codec.autoencoder):
         noise = torch.randn(mean.shape, generator=generator(config.seed, "codec-bench", name)).to(mean.device)
@@ -264,19 +292,19 @@ def _measure_latent(measured: Measured, config: CodecBenchConfig, codec: Codec, 
         )
     for row, (latents, rate) in rows.items():
         decoded = transforms.to_uint8(decode(codec.autoencoder, latents))[0].permute(1, 2, 0).cpu().numpy()
-        values = judge(decoded) | ({} if rate is None else {"kl_bits_per_pixel": rate})
+        values = compare(decoded) | ({} if rate is None else {"kl_bits_per_pixel": rate})
         for metric, value in values.items():
             measured.latent.setdefault(row, {}).setdefault(metric, []).append(value)
 
 
-def _measure_own(
-    measured: Measured, config: CodecBenchConfig, codecs: dict[str, Codec], judge: Judge, name: str
+def _measure_ours(
+    measured: Measurements, config: CodecBenchConfig, codecs: dict[str, Codec], compare: Comparison, name: str
 ) -> tuple[int, np.ndarray]:
-    """Every entropy model at every quality, decoded from the file. Returns the last one's shown size and picture."""
-    original = np.array(judge.picture)
+    """Every entropy model at every quality, decoded from the file. Returns the size and picture to show."""
+    original = np.array(compare.picture)
     shown = min(config.qualities, key=lambda quality: abs(quality - SHOWN_QUALITY))
     sized: tuple[int, np.ndarray] | None = None
-    judged: dict[bytes, tuple[np.ndarray, dict[str, float]]] = {}
+    compared: dict[bytes, tuple[np.ndarray, dict[str, float]]] = {}
     for label, codec in codecs.items():
         picture = codec.analyze(original, name)
         for quality in config.qualities:
@@ -287,10 +315,10 @@ def _measure_own(
             measured.seconds.setdefault(f"{label}: latents to file", []).append(middle - start)
             measured.seconds.setdefault(f"{label}: file to latents", []).append(time.perf_counter() - middle)
             key = latents.tobytes()
-            if key not in judged:  # entropy models of one grid give files of other lengths for the same picture
+            if key not in compared:  # entropy models of one grid give files of other lengths for the same picture
                 decoded = codec.picture_of(latents, picture.height, picture.width)
-                judged[key] = decoded, judge(decoded)
-            decoded, values = judged[key]
+                compared[key] = decoded, compare(decoded)
+            decoded, values = compared[key]
             sizes = {"bytes": float(len(compressed.data)), "ideal_bits": compressed.ideal_bits}
             measured.add(label, quality, values | sizes)
             if quality == shown:
@@ -299,26 +327,28 @@ def _measure_own(
     return sized
 
 
-def _protocol(config: CodecBenchConfig, source: ImageSource, measured: Measured) -> dict[str, Any]:
-    """What has to be equal for two results to be comparable."""
-    return {
-        "images": {"fingerprint": source.fingerprint(), "part": config.part, "count": len(measured.ids)},
-        "preprocessing": preprocessing_record(config.resolution),
-        "resolution": config.resolution,
-        "bytes": "whole files, headers counted; entropy models and autoencoders not",
-        "average": "per image, then mean over images, rates and qualities alike",
-        "lpips": config.perceptual_net,
-        "codecs": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
-        "versions": {"pillow": PIL.__version__, **provenance.versions()},
-    }
+@dataclass(frozen=True)
+class Example:
+    """Pictures of one image, each with its name and bytes; the original has none."""
+
+    pictures: list[tuple[str, int | None, Image.Image]]
+
+
+def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequence[str]) -> Example:
+    """The original, this codec's picture, and each codec's largest file of at most as many bytes."""
+    size_bytes, decoded = mine
+    pictures: list[tuple[str, int | None, Image.Image]] = [
+        ("original", None, original),
+        (OURS, size_bytes, Image.fromarray(decoded)),
+    ]
+    for codec in codecs:
+        coded = code_within(original, codec, size_bytes)
+        name = codec if coded.fits else f"{codec}, its smallest file"
+        pictures.append((name, coded.size_bytes, coded.picture))
+    return Example(pictures)
 
 
 # Curves of quality over rate, and how far one lies from another: the Bjøntegaard rate difference.
-
-LEAST_POINTS = 3
-"""Of each curve, once what bends back is left out."""
-LEAST_OVERLAP = 0.05
-"""Of the shorter curve's range of quality."""
 
 
 def monotone(rates: Sequence[float], qualities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -368,40 +398,10 @@ def rate_at(rates: Sequence[float], qualities: Sequence[float], quality: float) 
     return float(np.exp(PchipInterpolator(y, np.log(x))(quality)))
 
 
-# The results of `codec-bench` in figures, words (`results.md`), plots and one page (`index.html`).
-
-Results = dict[str, Any]
-
-RESAMPLES = 100
-LOWER_IS_BETTER = ("lpips",)
-METRICS = ("psnr", "ms_ssim", "ssim", "lpips")
-OURS = "ldm-vae"
-SHEET_SIDE = 256
-SAMPLE = "decode(sample)"
+# Curves, differences and words from what was measured.
 
 
-@dataclass(frozen=True)
-class Example:
-    """Pictures of one image, each with its name and bytes; the original has none."""
-
-    pictures: list[tuple[str, int | None, Image.Image]]
-
-
-def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequence[str]) -> Example:
-    """The original, this codec's picture, and each codec's largest file of at most as many bytes."""
-    size_bytes, decoded = mine
-    pictures: list[tuple[str, int | None, Image.Image]] = [
-        ("original", None, original),
-        (OURS, size_bytes, Image.fromarray(decoded)),
-    ]
-    for codec in codecs:
-        coded = code_within(original, codec, size_bytes)
-        name = codec if coded.fits else f"{codec}, its smallest file"
-        pictures.append((name, coded.size_bytes, coded.picture))
-    return Example(pictures)
-
-
-def summary(measured: Measured, resolution: int) -> Results:
+def summary(measured: Measurements, resolution: int) -> dict[str, Any]:
     """Mean curves, their differences of rate, the gap to the ideal code length, and seconds."""
     per_byte = 8 / resolution**2
     curves: dict[str, list[dict[str, float]]] = {}
@@ -430,7 +430,7 @@ def _signed(metric: str, values: Any) -> Any:
     return -np.asarray(values) if metric in LOWER_IS_BETTER else np.asarray(values)
 
 
-def _differences(measured: Measured) -> list[dict[str, Any]]:
+def _differences(measured: Measurements) -> list[dict[str, Any]]:
     """BD-rates of this codec's curves to the others and to its own before, with 95 % bootstrap intervals."""
     names = list(measured.rows)
     found = []
@@ -446,7 +446,7 @@ def _differences(measured: Measured) -> list[dict[str, Any]]:
     return found
 
 
-def _difference(measured: Measured, test: str, anchor: str, metric: str) -> dict[str, float | None]:
+def _difference(measured: Measurements, test: str, anchor: str, metric: str) -> dict[str, float | None]:
     def table(codec: str, key: str) -> np.ndarray:
         return np.array([values[key] for values in measured.rows[codec].values()])  # (qualities, images)
 
@@ -487,23 +487,25 @@ def measured_metrics(results: Results) -> list[str]:
 def markdown(results: Results) -> str:
     """`results.md`: differences of rate, every point, the gaps and the protocol."""
     names, protocol = measured_metrics(results), results["protocol"]
-    lines = ["| rate at equal quality | " + " | ".join(METRIC_TITLES[name] for name in names) + " |"]
-    lines += ["|---|" + "---|" * len(names)]
-    lines += [f"| {pair} | " + " | ".join(cells) + " |" for pair, cells in difference_rows(results)]
-    lines += [
+    titles = [METRIC_TITLES[name] for name in names]
+    points = []
+    for codec, curve in results["curves"].items():
+        for point in curve:
+            ideal = point.get("ideal_bits_per_pixel")
+            cells = [f"{point['quality']:g}", f"{point['bits_per_pixel']:.4f}", "" if ideal is None else f"{ideal:.4f}"]
+            points.append([codec, *cells, *(f"{point[name]:.4g}" for name in names)])
+    lines = [
+        *markdown_table(
+            ["rate at equal quality", *titles], [[pair, *cells] for pair, cells in difference_rows(results)]
+        ),
         "",
         "Bjøntegaard difference of rate over the range of quality that both curves reach, with its 95 % bootstrap "
         "interval over images; below 0 the first needs fewer bytes; none: the curves share no range.",
         "",
-        "| codec | quality | bits/pixel | ideal | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
-        "|---|---|---|---|" + "---|" * len(names),
+        *markdown_table(["codec", "quality", "bits/pixel", "ideal", *titles], points),
+        "",
+        *sentences(results),
     ]
-    for codec, points in results["curves"].items():
-        for point in points:
-            ideal = point.get("ideal_bits_per_pixel")
-            cells = [f"{point['quality']:g}", f"{point['bits_per_pixel']:.4f}", "" if ideal is None else f"{ideal:.4f}"]
-            lines.append(f"| {codec} | " + " | ".join([*cells, *(f"{point[name]:.4g}" for name in names)]) + " |")
-    lines += ["", *sentences(results)]
     images = protocol["images"]
     lines += [
         f"{pluralize(images['count'], 'image')} ({images['part']}), "
@@ -582,12 +584,6 @@ def plot(results: Results, metric: str) -> str:
     return plots.page_svg(figure, f"{METRIC_TITLES[metric]} over bits per pixel")
 
 
-def plot_files(results: Results) -> dict[str, str]:
-    """File name -> a stand-alone SVG on white."""
-    start = '<?xml version="1.0" encoding="utf-8"?>\n<svg style="background: #fff"'
-    return {f"rate_{name}.svg": plot(results, name).replace("<svg", start, 1) for name in measured_metrics(results)}
-
-
 def sheet(examples: Sequence[Example]) -> Image.Image:
     """The middle of every example picture, a row an image, each with its name and bytes."""
     images, labels = [], []
@@ -597,26 +593,6 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
             images.append(picture.crop((left, top, picture.width - left, picture.height - top)))
             labels.append(name + "\n" + ("" if size is None else f"{size:,} bytes"))
     return labelled_sheet(images, labels, side=SHEET_SIDE, columns=len(examples[0].pictures))
-
-
-def render(results: Results, examples: Sequence[Example]) -> str:
-    """The page as HTML text."""
-    from markupsafe import Markup
-
-    names = measured_metrics(results)
-    captions = {name: "Lower is better." if name in LOWER_IS_BETTER else "Higher is better." for name in names}
-    context = {
-        "results": results,
-        "metrics": [METRIC_TITLES[name] for name in names],
-        "plots": [
-            (METRIC_TITLES[name], "over bits per pixel of whole files", captions[name], Markup(plot(results, name)))
-            for name in names
-        ],
-        "differences": difference_rows(results),
-        "sentences": sentences(results),
-        "examples": [_shown(one) for one in examples],
-    }
-    return template_environment().get_template("codec.html").render(context)
 
 
 def _shown(one: Example) -> list[tuple[str, Picture]]:

@@ -1,7 +1,10 @@
-"""Attributes that somebody knows of images: classes, columns of a table, the scenes of the synthetic set.
+"""Attributes of images as numbers, from wherever they are known.
 
-Owns how each becomes numbers: a class is yes or no against all others, a number stays one, a circle (hue in turns) is
-its cosine and its sine. What pixels tell is `measured`'s.
+    labels, tables, scenes of the synthetic set   -> `collect`
+    pixels (brightness, saturation, sharpness ...) -> `measure`
+    pictures without known attributes              -> `AttributeReader`, a small network
+
+A class is yes or no against all others, a number stays one, a circle (hue in turns) is its cosine and its sine.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +30,8 @@ from ldm_vae.data.synthetic.source import SyntheticSource
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
+PIXELS, LABELS, SCENE = "pixels", "labels", "scene"
+"""Where attributes come from, besides tables."""
 LEAST_IMAGES = 20
 """With a known value, or of a class and outside of it together, before a direction is fitted."""
 LEAST_OF_CLASS = 5
@@ -67,6 +72,55 @@ class Attribute:
         if self.binary and min(values.sum(), len(values) - values.sum()) < LEAST_OF_CLASS:
             return f"has {int(values.sum())} images of {len(values)}, {LEAST_OF_CLASS} inside and outside are the least"
         return None
+
+
+def collect(
+    origins: Sequence[str],
+    source: ImageSource | None,
+    indices: Sequence[int],
+    ids: Sequence[str],
+    labels: np.ndarray,
+    label_names: Sequence[str],
+    pixels: Sequence[Mapping[str, Tensor]] = (),
+    circles: Sequence[str] = (),
+) -> list[Attribute]:
+    """The attributes of n images.
+
+    Args:
+        origins: `pixels`, `labels`, `scene`, or paths of tables.
+        source, indices: of the images, for scenes; None: there are latents only.
+        labels: int64 (n,), -1 for none.
+        pixels: what `measure` found, batch by batch.
+        circles: columns of tables that are in turns.
+
+    Raises:
+        UserError: an origin that says nothing of these images, or two attributes of one name.
+    """
+    found: list[Attribute] = []
+    for origin in origins:
+        if origin == SCENE:
+            if not isinstance(source, SyntheticSource):
+                raise UserError("attributes_from: scene needs the images of data.source=synthetic; leave it out")
+            found += of_scenes(source, indices)
+        elif origin == LABELS:
+            found += of_classes(labels, label_names, LABELS)
+        elif origin == PIXELS:
+            found += [
+                Attribute(name, torch.cat([one[name] for one in pixels]).double().cpu().numpy(), False)
+                for name in MEASURED
+            ]
+        else:
+            found += of_table(origin, ids, circles)
+    return distinct(found)
+
+
+def distinct(attributes: list[Attribute]) -> list[Attribute]:
+    """Raises: UserError when two have one name."""
+    names = [attribute.name for attribute in attributes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"attributes_from: {name!r} comes from two places; rename a column, or leave one out")
+    return attributes
 
 
 def of_classes(labels: np.ndarray, names: Sequence[str], where: str) -> list[Attribute]:
@@ -173,13 +227,6 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds no rows of attributes; give a .csv with a header, or .jsonl")
     return rows
-
-
-def scene_source(source: ImageSource) -> SyntheticSource:
-    """Raises: UserError for a source whose scenes nobody knows."""
-    if not isinstance(source, SyntheticSource):
-        raise UserError("attributes_from: scene is for data.source=synthetic; give pixels, labels or a table")
-    return source
 
 
 # Attributes that pixels alone tell: brightness, contrast, saturation, the two axes of hue, sharpness.

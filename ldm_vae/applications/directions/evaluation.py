@@ -1,15 +1,15 @@
-"""`ldm-vae directions evaluate`: edit held-out images by every direction and measure what changed.
+"""What directions change: held-out images are edited by every direction, and all attributes measured again.
+
+    images -> latents -> moved by each strength -> pictures -> attributes (n, s, k) -> `judge` -> a row with a verdict
 
 What pixels tell is measured on the edited pictures; classes, tables and scenes are read off them by a small network
-that is trained on unedited images, where it can read them. What the figures say is `judgement`'s.
+that is trained on unedited images, where it can read them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,21 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.directions import attributes
 from ldm_vae.applications.directions.apply import edited
-from ldm_vae.applications.directions.attributes import Attribute, AttributeReader, reduced, train_reader
-from ldm_vae.applications.directions.fitting import (
+from ldm_vae.applications.directions.attributes import (
     LABELS,
     PIXELS,
-    SCENE,
+    Attribute,
+    AttributeReader,
+    distinct,
+    reduced,
+    train_reader,
+)
+from ldm_vae.applications.directions.fitting import (
     Direction,
     check_continuous,
-    distinct,
     load_directions,
     pool,
     scaled,
@@ -37,7 +40,7 @@ from ldm_vae.applications.directions.fitting import (
 from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
-from ldm_vae.data.samples import read_crops
+from ldm_vae.data.samples import Rejected, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
 from ldm_vae.data.transforms import preprocessing_record
@@ -45,26 +48,26 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, pages
 from ldm_vae.evaluation.metrics import bootstrap_interval
 from ldm_vae.evaluation.pages import embed_image
-from ldm_vae.evaluation.study import (
-    alone_in,
-    check_made_of,
-    check_resolution,
-    describe_autoencoder,
-    finished_result,
-    publishing,
-)
+from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
 from ldm_vae.evaluation.sweep import Drawing, Table, markdown_table, render
-from ldm_vae.files import write_json, write_text
 from ldm_vae.random import numpy_rng
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import side_by_side
 from ldm_vae.utils.text import pluralize
 
-RESULTS = "results.json"
 READABLE = 0.7
 """Correlation of reading and truth on reconstructions of images that the reader never saw."""
 LEAST_IMAGES = 8
 CONTROLS = 8
+STRIP_SIDE = 900
+LEAST_CHANGE = 0.1
+"""Standard deviations for a strength of 1; what is below is not an edit."""
+STEADY = 0.9
+"""Spearman correlation of strength and attribute, mean over images."""
+TOGETHER = 0.5
+"""Correlation over unedited images from which two attributes are called the same thing, not drift."""
+TOLD = {"AUROC": 0.75, "R2": 0.2}
+"""From here on pooled latents are said to tell an attribute."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class EvaluateDirectionsConfig:
 
 
 @dataclass(frozen=True)
-class Measurer:
+class AttributeMeasurer:
     """Attributes of pictures: `names` of measured, then of read ones."""
 
     names: list[str]
@@ -136,83 +139,140 @@ class Measurer:
         return torch.cat([one.cpu() for one in found], dim=1).numpy()
 
 
-def evaluate_directions(config: EvaluateDirectionsConfig, overwrite: bool = False) -> dict[str, Any]:
+def evaluate_directions(config: EvaluateDirectionsConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
     """Measure, write results.json, results.md, index.html and run.json; return the first.
 
     A folder that holds the finished result of these settings is read, not redone. Raises: UserError.
     """
-    started = time.time()
-    autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
-    check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
-    check_resolution(config.resolution, autoencoder)
-    found = load_directions(config.directions)
-    found.check_autoencoder(autoencoder, f"autoencoder {config.autoencoder}")
-    chosen = found.directions if config.names is None else [found.find(name) for name in config.names]
-    described = describe_autoencoder(autoencoder)
-    finished = finished_result(Path(config.output) / RESULTS, config, described["fingerprint"], overwrite)
-    if finished is not None:
-        check_made_of(config.output, {"other directions": (finished["directions"], found.digest)})
-        return finished
-    with alone_in(config.output):
+    return DirectionsEvaluation(config, overwrite).run(dry_run)
+
+
+class DirectionsEvaluation(Study):
+    """The study of `ldm-vae directions evaluate`."""
+
+    config: EvaluateDirectionsConfig
+
+    def __init__(self, config: EvaluateDirectionsConfig, overwrite: bool) -> None:
+        autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
+        check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
+        check_resolution(config.resolution, autoencoder)
+        self.found = load_directions(config.directions)
+        self.found.check_autoencoder(autoencoder, f"autoencoder {config.autoencoder}")
+        names = config.names
+        self.chosen = self.found.directions if names is None else [self.found.find(name) for name in names]
+        super().__init__(config, autoencoder, overwrite=overwrite)
+
+    def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
+        return {"other directions": (results["directions"], self.found.digest)}
+
+    def measure(self) -> Results:
+        config, rejected = self.config, Rejected()
         source, indices = select(config.data, config.part, config.count)
-        rejected: list[tuple[str, str]] = []
         indices, images = read_crops(source, indices, config.resolution, rejected)
         if images is None or len(indices) < LEAST_IMAGES:
             raise UserError(
                 f"data: {pluralize(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
             )
-        latents = [encode_moments(autoencoder, image[None].to(autoencoder.device))[0] for image in images]
-        pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(latents, indices)])
-        unedited = torch.cat([decode(autoencoder, z).cpu() for z in latents])[
-            ..., : images.shape[-2], : images.shape[-1]
-        ]
-        measurer, readable = make_measurer(config, source, indices, unedited)
-        base = measurer.measure(unedited)
-        deviations, correlations = spread_of(measurer.measure(images))
-        rows: list[Row] = []
-        matrix: dict[str, list[float]] = {}
-        for direction in _shown(chosen):
-            values = values_of(direction, latents, base, autoencoder, measurer, config.strengths)
-            rows.append(judge(direction, measurer.names, values, config.strengths, deviations, correlations))
-            matrix[direction.name] = slopes(values, config.strengths, deviations).mean(axis=0).tolist()
-        control = control_of(pooled, latents, base, autoencoder, measurer, config, deviations)
-        results = {
-            "format_version": 1,
-            "autoencoder": described,
-            "directions": found.digest,
+        device = self.autoencoder.device
+        self.latents = [encode_moments(self.autoencoder, image[None].to(device))[0] for image in images]
+        pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(self.latents, indices)])
+        unedited = self._decode(self.latents)[..., : images.shape[-2], : images.shape[-1]]
+        self.measurer, readable = make_measurer(config, source, indices, unedited)
+        self.base = self.measurer.measure(unedited)
+        deviations, correlations = spread_of(self.measurer.measure(images))
+        self.rows: list[Row] = []
+        changes: dict[str, list[float]] = {}
+        for direction in _progress(self.chosen):
+            values = self._values(direction, len(images), config.strengths)
+            self.rows.append(judge(direction, self.measurer.names, values, config.strengths, deviations, correlations))
+            changes[direction.name] = slopes(values, config.strengths, deviations).mean(axis=0).tolist()
+        identity = metrics.psnr(transforms.from_uint8(transforms.to_uint8(unedited)), images)
+        return {
+            "directions": self.found.digest,
             "protocol": {
                 "images": {"fingerprint": source.fingerprint(), "part": config.part, "count": len(indices)},
                 "preprocessing": preprocessing_record(config.resolution),
-                "fitted_to": found.images,
+                "fitted_to": self.found.images,
                 "versions": provenance.versions(),
             },
-            "identity_psnr_db": float(
-                metrics.psnr(transforms.from_uint8(transforms.to_uint8(unedited)), images).mean()
-            ),
-            "attributes": measurer.names,
+            "identity_psnr_db": float(identity.mean()),
+            "attributes": self.measurer.names,
             "readable": readable,
-            "rows": [asdict(row) for row in rows],
-            "changes": matrix,
-            "random_direction": dict(zip(measurer.names, control.tolist())),
-            "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
-            "config": configuration.to_dict(config),
+            "rows": [asdict(row) for row in self.rows],
+            "changes": changes,
+            "random_direction": dict(zip(self.measurer.names, self._control(pooled, deviations).tolist())),
+            "rejected": rejected_images(rejected),
         }
-        strips = example_strips(chosen, rows, latents[: config.examples], autoencoder, config)
-        with publishing(config.output):
-            write_page(Path(config.output), results, rows, strips)
-            write_json(Path(config.output) / RESULTS, results)
-            provenance.write_run_record(
-                config.output, None, started, time.time() - started, images=len(indices), directions=len(chosen)
-            )
-    return results
+
+    def _decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Latents (1, c, h, w), one by one, on the CPU."""
+        return torch.cat([decode(self.autoencoder, latent).cpu() for latent in latents])
+
+    def _moved(self, latent: Tensor, direction: Direction, strengths: Sequence[float]) -> Tensor:
+        """The pictures (s, 3, h, w) of a latent moved by each strength."""
+        return self._decode(edited(latent, direction.vector, strengths).split(1))
+
+    def _values(self, direction: Direction, count: int, strengths: Sequence[float]) -> np.ndarray:
+        """Attributes (n, s, k) of the first `count` images at every strength."""
+        moving = [s for s in strengths if s != 0]
+        found = np.empty((count, len(strengths), self.base.shape[1]))
+        for number, latent in enumerate(self.latents[:count]):
+            found[number, [s != 0 for s in strengths]] = self.measurer.measure(self._moved(latent, direction, moving))
+            found[number, [s == 0 for s in strengths]] = self.base[number]
+        return found
+
+    def _control(self, pooled: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+        """Rms change (k,) by random directions of the same length: what an edit does that knows nothing."""
+        rng = numpy_rng(self.config.seed, "random directions")
+        squares = []
+        for number in range(CONTROLS):
+            vector = scaled(rng.standard_normal(pooled.shape[1]) * pooled.std(axis=0), pooled)
+            values = self._values(Direction(f"random/{number}", vector, None, {}), LEAST_IMAGES, [-1.0, 0.0, 1.0])
+            squares.append(np.square(slopes(values, [-1.0, 0.0, 1.0], deviations)).mean(axis=0))
+        return np.sqrt(np.mean(squares, axis=0))
+
+    def markdown(self, results: Results) -> str:
+        table = markdown_table(HEADINGS, [cells(row) for row in self._rows(results)])
+        lines = ["# Directions", "", *table, "", *[f"{note}\n" for note in notes_of(results)]]
+        return "\n".join([*lines, *[f"- {sentence}" for sentence in sentences(self._rows(results))]]) + "\n"
+
+    def _rows(self, results: Results) -> list[Row]:
+        return [Row(**row) for row in results["rows"]]
+
+    def page(self, results: Results) -> str:
+        drawing = Drawing(
+            matrix_svg(results),
+            "Change of every attribute (across) by every direction (down) for a strength of 1, in standard deviations "
+            "of the attribute over unedited images; orange up, blue down. One dark cell a row is what is wanted.",
+        )
+        pictures = []
+        examples = self.latents[: self.config.examples]
+        for direction, row in zip(self.chosen, self.rows):
+            for number, latent in enumerate(examples):
+                text = f"{row.name}: {row.verdict}" + (f", image {number + 1}" if len(examples) > 1 else "")
+                images = transforms.to_pil(self._moved(latent, direction, self.config.strengths))
+                pictures.append(embed_image(side_by_side(images), text, STRIP_SIDE))
+        table = Table(HEADINGS, [cells(row) for row in self.rows], notes_of(results))
+        count = results["protocol"]["images"]["count"]
+        lead = f"What each direction changes, on {count} images."
+        return render("Directions", lead, sentences(self.rows), [drawing], [table], pictures)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        return {"images": results["protocol"]["images"]["count"], "directions": len(results["rows"])}
+
+
+def _progress(directions: Sequence[Direction]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(directions, desc="editing", unit="direction", dynamic_ncols=True, leave=False)
 
 
 def make_measurer(
     config: EvaluateDirectionsConfig, source: ImageSource, indices: Sequence[int], unedited: Tensor
-) -> tuple[Measurer, dict[str, float]]:
+) -> tuple[AttributeMeasurer, dict[str, float]]:
     """And for every attribute that is read: the correlation of reading and truth on reconstructions."""
     if not config.attributes_from:
-        return Measurer(list(attributes.MEASURED), None, []), {}
+        return AttributeMeasurer(list(attributes.MEASURED), None, []), {}
     _, training = select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
     overlap = set(indices)
     training, pictures = read_small(source, [i for i in training if i not in overlap], config.resolution)
@@ -234,24 +294,18 @@ def make_measurer(
     names = distinct(
         [Attribute(name, np.empty(0), False) for name in attributes.MEASURED] + [wanted[k] for k in columns]
     )
-    return Measurer([a.name for a in names], reader, columns), readable
+    return AttributeMeasurer([a.name for a in names], reader, columns), readable
 
 
 def attributes_of(
     config: EvaluateDirectionsConfig, source: ImageSource, indices: Sequence[int], least: bool = True
 ) -> list[Attribute]:
     """What is known of these images. `least`: refuse when they are of one class only."""
-    found: list[Attribute] = []
-    for origin in config.attributes_from:
-        if origin == SCENE:
-            found += attributes.of_scenes(attributes.scene_source(source), indices)
-        elif origin == LABELS:
-            labels = np.array([source.label(index) for index in indices], np.int64)
-            if least or len(set(labels.tolist()) - {-1}) > 1:
-                found += attributes.of_classes(labels, source.label_names, "labels")
-        else:
-            found += attributes.of_table(origin, [source.id(index) for index in indices], config.circles)
-    return distinct(found)
+    labels = np.array([source.label(index) for index in indices], np.int64)
+    one_class = len(set(labels.tolist()) - {-1}) < 2
+    origins = [name for name in config.attributes_from if least or name != LABELS or not one_class]
+    ids = [source.id(index) for index in indices]
+    return attributes.collect(origins, source, indices, ids, labels, source.label_names, circles=config.circles)
 
 
 def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> tuple[list[int], Tensor]:
@@ -277,69 +331,7 @@ def spread_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return deviations, standard.T @ standard / len(values)
 
 
-def values_of(
-    direction: Direction, latents: Sequence[Tensor], base: np.ndarray, autoencoder: Any, measurer: Measurer,
-    strengths: Sequence[float],
-) -> np.ndarray:  # fmt: skip
-    """Attributes (n, s, k) of every image at every strength; `base` (n, k) are those at 0."""
-    moving = [s for s in strengths if s != 0]
-    found = np.empty((len(latents), len(strengths), base.shape[1]))
-    for number, latent in enumerate(latents):
-        moved = edited(latent, direction.vector, moving)
-        decoded = torch.cat([decode(autoencoder, one[None]).cpu() for one in moved])
-        found[number, [s != 0 for s in strengths]] = measurer.measure(decoded)
-        found[number, [s == 0 for s in strengths]] = base[number]
-    return found
-
-
-def control_of(
-    pooled: np.ndarray, latents: Sequence[Tensor], base: np.ndarray, autoencoder: Any, measurer: Measurer,
-    config: EvaluateDirectionsConfig, deviations: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Rms change (k,) by random directions of the same length: what an edit does that knows nothing."""
-    rng = numpy_rng(config.seed, "random directions")
-    squares = []
-    for number in range(CONTROLS):
-        vector = scaled(rng.standard_normal(pooled.shape[1]) * pooled.std(axis=0), pooled)
-        direction = Direction(f"random/{number}", vector, None, {})
-        values = values_of(direction, latents[:LEAST_IMAGES], base, autoencoder, measurer, [-1.0, 0.0, 1.0])
-        squares.append(np.square(slopes(values, [-1.0, 0.0, 1.0], deviations)).mean(axis=0))
-    return np.sqrt(np.mean(squares, axis=0))
-
-
-def example_strips(
-    chosen: Sequence[Direction], rows: Sequence[Row], latents: Sequence[Tensor], autoencoder: Any,
-    config: EvaluateDirectionsConfig,
-) -> list[tuple[Row, list[Tensor]]]:  # fmt: skip
-    """For each direction the pictures (s, 3, h, w) of the first images at every strength."""
-    return [
-        (
-            row,
-            [
-                torch.cat([decode(autoencoder, one[None]).cpu() for one in edited(z, d.vector, config.strengths)])
-                for z in latents
-            ],
-        )
-        for d, row in zip(chosen, rows)
-    ]
-
-
-def _shown(directions: Sequence[Direction]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(directions, desc="editing", unit="direction", dynamic_ncols=True, leave=False)
-
-
-# What the edits changed, in words and figures: change of the target, drift of the others, monotonicity, a verdict.
-
-LEAST_CHANGE = 0.1
-"""Standard deviations for a strength of 1; what is below is no edit."""
-STEADY = 0.9
-"""Spearman correlation of strength and attribute, mean over images."""
-TOGETHER = 0.5
-"""Correlation over unedited images from which two attributes are called the same thing, not drift."""
-TOLD = {"AUROC": 0.75, "R2": 0.2}
-"""From here on pooled latents are said to tell an attribute."""
+# What the edits changed: change of the target, drift of the others, monotonicity, a verdict.
 
 
 @dataclass(frozen=True)
@@ -426,7 +418,7 @@ def judge(
         direction.name, names[target], direction.told, float(means[target]), bootstrap_interval(change[:, target]),
         monotonicity(values[:, :, target], strengths), drift, along, "",
     )  # fmt: skip
-    return Row(**{**vars(row), "verdict": _verdict(row, direction.attribute is not None)})
+    return replace(row, verdict=_verdict(row, direction.attribute is not None))
 
 
 def _verdict(row: Row, labeled: bool) -> str:
@@ -469,41 +461,6 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-# The result of `directions evaluate` for people: results.md, index.html with the matrix of changes, and strips.
-
-STRIP_SIDE = 900
-
-
-def write_page(
-    folder: Path, results: dict[str, Any], rows: Sequence[Row], strips: Sequence[tuple[Row, list[Tensor]]]
-) -> None:
-    """Write results.md and index.html."""
-    table, notes = [cells(row) for row in rows], notes_of(results)
-    write_text(folder / "results.md", markdown(results, rows))
-    drawing = Drawing(
-        matrix_svg(results),
-        "Change of every attribute (across) by every direction (down) for a strength of 1, in standard deviations "
-        "of the attribute over unedited images; orange up, blue down. One dark cell a row is what is wanted.",
-    )
-    pictures = []
-    for row, images in strips:
-        for number, image in enumerate(images):
-            text = f"{row.name}: {row.verdict}" + (f", image {number + 1}" if len(images) > 1 else "")
-            pictures.append(embed_image(side_by_side(transforms.to_pil(image)), text, STRIP_SIDE))
-    html = render(
-        "Directions", f"What each direction changes, on {results['protocol']['images']['count']} images.",
-        sentences(rows), [drawing], [Table(HEADINGS, table, notes)], pictures,
-    )  # fmt: skip
-    write_text(folder / "index.html", html)
-
-
-def markdown(results: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The text of results.md."""
-    table = markdown_table(HEADINGS, [cells(row) for row in rows])
-    lines = ["# Directions", "", *table, "", *[f"{note}\n" for note in notes_of(results)]]
-    return "\n".join([*lines, *[f"- {sentence}" for sentence in sentences(rows)]]) + "\n"
-
-
 def notes_of(results: dict[str, Any]) -> list[str]:
     """What has to be known to read the table."""
     config = results["config"]
@@ -524,7 +481,6 @@ def notes_of(results: dict[str, Any]) -> list[str]:
 
 def matrix_svg(results: dict[str, Any]) -> str:
     """The matrix of changes as a drawing."""
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
     names, attributes = list(results["changes"]), results["attributes"]

@@ -1,48 +1,48 @@
-"""A directions file: `directions.safetensors` and `directions.json` in a sealed folder, bound to its encoder.
+"""Directions of the latent space that change one thing: finding them, and the folder that keeps them.
 
-Directions hold for every autoencoder with the same encoder, as latents do. Owns the format and what it refuses.
+    images or latents -> `gather` -> pooled latents (n, c) and attributes -> `METHODS` -> `Directions` -> folder
+
+Directions hold for every autoencoder with the same encoder, as latents do. To add a method, write the function of a
+`Method` and give it a line in `METHODS`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ldm_vae import provenance
-from ldm_vae.applications.directions import attributes as attributes_module
-from ldm_vae.applications.directions.attributes import Attribute
+from ldm_vae.applications.anomaly.metrics import auroc
+from ldm_vae.applications.directions import attributes
+from ldm_vae.applications.directions.attributes import LABELS, PIXELS, Attribute
 from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import latent_channels, load_autoencoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.data.open import open_source
-from ldm_vae.data.samples import evenly_spaced, read_crops
+from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.study import alone_in, check_resolution, publishing
+from ldm_vae.evaluation.study import alone_in, check_resolution, publishing, rejected_images
 from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.files import (
-    MAXIMUM_JSON_BYTES,
-    check_checksums,
-    check_tensor_file,
     checksum_bytes,
+    parsing,
     publish_directory,
+    read_described_folder,
     temporary_directory,
     write_checksums,
     write_json,
@@ -56,8 +56,37 @@ from ldm_vae.utils.text import pluralize
 
 FORMAT_VERSION = 1
 FOLDER = "directions"
-"""Inside the result folder of `directions fit`, whose `run.json` is nobody's to seal."""
+"""Inside the result folder of `directions fit`, whose `run.json` is not listed among the checksums."""
 TENSORS, DESCRIPTION = "directions.safetensors", "directions.json"
+LEAST_SAMPLES = 20
+PENALTY = 1e-2
+"""Of the squared weights of a probe on standardized features."""
+FOLDS = 5
+IMPULSE_SIDE = 9
+"""Positions of the latent that the first convolution is probed with."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction.
+
+    Attributes:
+        name: as `brightness/probe` or `pca/1`.
+        vector: (c,) float64, latent units for a strength of 1.
+        attribute: what it is for; None without labels.
+        told: of `attribute`: how well a linear probe tells it from pooled latents of images it was not fitted to,
+            AUROC for yes or no (0.5: not at all), R2 for a number (0: not at all). Without labels: the share of the
+            variance (pca) or of the squared gain (sefa).
+    """
+
+    name: str
+    vector: np.ndarray
+    attribute: str | None
+    told: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        return self.name.rsplit("/", 1)[1] if self.attribute else self.name.split("/")[0]
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class Directions:
     """What `directions fit` found.
 
     Attributes:
-        images: what it was fitted on, see `samples.Samples`.
+        images: what it was fitted on, see `Samples.record`.
         left_out: attribute -> why no direction was fitted to it.
         digest: of their files, where they were read from some.
     """
@@ -97,73 +126,121 @@ class Directions:
             )
 
 
-def save_directions(found: Directions, output: Path) -> None:
-    """Publish `output/directions`, complete or not at all."""
-    temporary = temporary_directory(output / FOLDER)
-    vectors = torch.from_numpy(np.stack([direction.vector for direction in found.directions])).float()
-    save_file({"vectors": vectors.contiguous()}, temporary / TENSORS)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "encoder_fingerprint": found.encoder_fingerprint,
-        "images": found.images,
-        "directions": [{"name": d.name, "attribute": d.attribute, "told": d.told} for d in found.directions],
-        "left_out": found.left_out,
-    }
-    write_json(temporary / DESCRIPTION, description)
-    write_checksums(temporary)
-    publish_directory(temporary, output / FOLDER)
+@dataclass(frozen=True)
+class FitDirectionsConfig:
+    """`ldm-vae directions fit`.
+
+    Args:
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        output: the folder for the directions.
+        latents: a set that `ldm-vae encode` wrote, instead of images.
+        part: train, held_out or all, of the images.
+        resolution: side of the center crop in pixels, a multiple of the downsampling.
+        count: at most so many images, evenly spread; null: all.
+        attributes_from: any of pixels (brightness, contrast, saturation, red_green, yellow_blue, sharpness), labels
+            (each class against the others), scene (what is known of the synthetic set), or paths of .csv and .jsonl
+            tables with a column `file` or `id`; `[]` for directions without labels only.
+        circles: columns of tables that are in turns, as a hue: each becomes a cosine and a sine.
+        attributes: only these; null: every one that has a direction.
+        methods: difference, probe, pca, sefa.
+        components: so many directions of pca and of sefa, at most one a channel.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    latents: str | None = None
+    part: Part = "train"
+    resolution: int = 256
+    count: int | None = 1000
+    attributes_from: list[str] = field(default_factory=lambda: [PIXELS])
+    circles: list[str] = field(default_factory=list)
+    attributes: list[str] | None = None
+    methods: list[str] = field(default_factory=lambda: [*METHODS])
+    components: int = 4
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"methods: {method!r} is not a method; choose among {', '.join(METHODS)}")
+        if not self.methods:
+            raise UserError(f"methods: none; choose among {', '.join(METHODS)}")
+        if self.components < 1:
+            raise UserError(f"components: {self.components} is below 1")
+        if self.count is not None and self.count < 1:
+            raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
+        if not self.attributes_from and all(METHODS[method].labeled for method in self.methods):
+            raise UserError("attributes_from: none, and no method works without; add pixels, or the method pca")
 
 
-def load_directions(path: str | Path) -> Directions:
-    """From the result folder of `directions fit`, or the `directions/` in it.
+def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> Directions:
+    """Fit and write `directions/`, results.md and run.json; prints the table.
 
     Raises:
-        UserError: nothing there, damaged, of a newer format, or files that do not fit each other.
+        UserError: the output is not empty and not `overwrite`, an attribute that was asked for has no direction, or
+            whatever `gather` refuses.
     """
-    folder = next((f for f in (Path(path), Path(path) / FOLDER) if (f / DESCRIPTION).is_file()), None)
-    if folder is None:
-        raise UserError(f"{path}: holds no {DESCRIPTION}; give the folder that `ldm-vae directions fit` wrote")
-    check_checksums(folder)
-    try:
-        if (folder / DESCRIPTION).stat().st_size > MAXIMUM_JSON_BYTES:
-            raise UserError(
-                f"{folder}/{DESCRIPTION}: is larger than {MAXIMUM_JSON_BYTES} bytes; this is no description"
-            )
-        description = json.loads((folder / DESCRIPTION).read_text())
-        version = description["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
-            )
-        check_tensor_file(folder / TENSORS)
-        vectors = load_file(folder / TENSORS)["vectors"].double().numpy()
-        found = _described(vectors, description["directions"])
-        return Directions(
-            found, str(description["encoder_fingerprint"]), dict(description["images"]), dict(description["left_out"]),
-            checksum_bytes((folder / DESCRIPTION).read_bytes() + (folder / TENSORS).read_bytes()),
-        )  # fmt: skip
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: is no directions file ({type(error).__name__}: {error}); restore it, or fit again"
-        ) from error
+    started = time.time()
+    output = Path(config.output)
+    if (output / provenance.RUN_RECORD).exists() and not ((output / FOLDER).exists() and overwrite):
+        raise UserError(f"{output}: holds another result; give another output, or --overwrite")
+    autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
+    check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
+    with alone_in(output):
+        samples = gather(config, autoencoder)
+        directions, left_out = find_directions(config, samples, autoencoder)
+        found = Directions(directions, encoder_fingerprint(autoencoder), samples.record, left_out)
+        with publishing(output):
+            save_directions(found, output)
+            write_text(output / "results.md", markdown(found))
+            count = int(samples.record["count"])
+            provenance.write_run_record(output, None, started, time.time() - started, images=count)
+    print(f"{output}:\n\n{markdown(found)}", end="")
+    return found
 
 
-def _described(vectors: np.ndarray, rows: Sequence[dict[str, Any]]) -> list[Direction]:
-    if vectors.ndim != 2 or len(vectors) != len(rows) or not len(rows) or not np.isfinite(vectors).all():
-        raise ValueError(f"vectors of shape {vectors.shape} for {len(rows)} directions")
-    return [
-        Direction(str(row["name"]), vector, None if row["attribute"] is None else str(row["attribute"]), row["told"])
-        for vector, row in zip(vectors, rows)
+def find_directions(
+    config: FitDirectionsConfig, samples: Samples, autoencoder: Any
+) -> tuple[list[Direction], dict[str, str]]:
+    """The directions, and why attributes have none. Raises: UserError."""
+    chosen = {attribute.name: attribute for attribute in samples.attributes}
+    if config.attributes is not None:
+        for name in config.attributes:
+            if name not in chosen:
+                raise UserError(f"attributes: {name!r} is unknown; there are: {', '.join(chosen) or 'none'}")
+        chosen = {name: chosen[name] for name in config.attributes}
+    found: list[Direction] = []
+    left_out = {name: problem for name, attribute in chosen.items() if (problem := attribute.problem())}
+    for name, problem in left_out.items():
+        if config.attributes is not None or len(left_out) == len(chosen):
+            raise UserError(f"attributes: {name!r} {problem}; give other images, or leave it out")
+    for name, attribute in chosen.items():
+        if name not in left_out:
+            found += labeled(samples.pooled, attribute, [name for name in METHODS if name in config.methods])
+    for name, method in METHODS.items():
+        if name in config.methods and not method.labeled:
+            found += unlabeled(name, autoencoder, samples.pooled, config.components)
+    return found, left_out
+
+
+def markdown(found: Directions) -> str:
+    """The table of results.md."""
+    rows = []
+    for direction in found.directions:
+        told = direction.told
+        rows.append([direction.name, direction.attribute or "none", f"{told['measure']} {told['value']:.2f}"])
+    lines = markdown_table(["direction", "attribute", "told by pooled latents"], rows)
+    lines += [
+        "",
+        f"Fitted to {found.images['count']} images. AUROC and R2 are of images that the probe was not fitted to.",
     ]
+    lines += [f"Left out: `{name}` {problem}." for name, problem in found.left_out.items()]
+    return "# Directions\n\n" + "\n".join(lines) + "\n"
 
 
 # Images or latents as directions see them: one pooled latent each, and their attributes.
-
-PIXELS, LABELS, SCENE = "pixels", "labels", "scene"
-"""Where attributes come from, besides tables."""
-LEAST_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -176,29 +253,9 @@ class Samples:
         record: what they were, JSON-able: fingerprint, count, preprocessing.
     """
 
-    ids: list[str]
     pooled: np.ndarray
     attributes: list[Attribute]
     record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which images, and which of their attributes.
-
-    Attributes:
-        attributes_from: `pixels`, `labels`, `scene`, or the path of a table, any number of them.
-        circles: columns of tables that are in turns.
-        latents: a set of latents instead of `data`.
-    """
-
-    data: DataConfig
-    part: Part
-    resolution: int
-    count: int | None
-    attributes_from: Sequence[str]
-    circles: Sequence[str] = field(default_factory=tuple)
-    latents: str | None = None
 
 
 def check_continuous(autoencoder: Any, where: str) -> None:
@@ -210,82 +267,60 @@ def check_continuous(autoencoder: Any, where: str) -> None:
         )
 
 
-def gather(wanted: Wanted, autoencoder: Any) -> Samples:
+def gather(config: FitDirectionsConfig, autoencoder: Any) -> Samples:
     """Read, encode and average; one image at a time.
 
     Raises:
         UserError: too few images, latents that are not finite, one class only, or attributes that are not there.
     """
-    if wanted.latents is not None:
-        return _from_latents(wanted, autoencoder)
-    source, indices = select(wanted.data, wanted.part, wanted.count)
-    check_resolution(wanted.resolution, autoencoder)
-    rejected: list[tuple[str, str]] = []
-    found, pooled, colors = [], [], []
-    for index in _shown(indices):
-        read, image = read_crops(source, [index], wanted.resolution, rejected)
+    if config.latents is not None:
+        return _from_latents(config, config.latents, autoencoder)
+    source, indices = select(config.data, config.part, config.count)
+    check_resolution(config.resolution, autoencoder)
+    rejected: Rejected = []
+    found, pooled, pixels = [], [], []
+    for index in _progress(indices):
+        read, image = read_crops(source, [index], config.resolution, rejected)
         if image is None:
             continue
         found += read
         image = image.to(autoencoder.device)
         mean, _ = encode_moments(autoencoder, image)
         pooled.append(pool(mean, source.id(index)))
-        colors.append(attributes_module.measure(image))
+        pixels.append(attributes.measure(image))
     ids = [source.id(index) for index in found]
     _check_count(ids, f"{len(rejected)} of {len(indices)} images could not be read" if rejected else "data")
     labels = np.array([source.label(index) for index in found], np.int64)
-    attributes: list[Attribute] = []
-    for origin in wanted.attributes_from:
-        if origin == SCENE:
-            attributes += attributes_module.of_scenes(attributes_module.scene_source(source), found)
-        elif origin == LABELS:
-            attributes += attributes_module.of_classes(labels, source.label_names, "labels")
-        elif origin == PIXELS:
-            attributes += _measured(colors)
-        else:
-            attributes += attributes_module.of_table(origin, ids, wanted.circles)
+    known = attributes.collect(
+        config.attributes_from, source, found, ids, labels, source.label_names, pixels, config.circles
+    )
     record = {
-        "fingerprint": subset(source, wanted.part, wanted.data.held_out).fingerprint(),
-        "part": wanted.part,
+        "fingerprint": subset(source, config.part, config.data.held_out).fingerprint(),
+        "part": config.part,
         "count": len(ids),
-        "preprocessing": preprocessing_record(wanted.resolution),
-        "rejected": [{"id": name, "reason": reason} for name, reason in rejected],
+        "preprocessing": preprocessing_record(config.resolution),
+        "rejected": rejected_images(rejected),
     }
-    return Samples(ids, np.concatenate(pooled), distinct(attributes), record)
+    return Samples(np.concatenate(pooled), known, record)
 
 
-def _from_latents(wanted: Wanted, autoencoder: Any) -> Samples:
+def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Any) -> Samples:
     """Posterior means of a set; what pixels tell is measured on the decoded images."""
-    open_set_folder(str(wanted.latents))
-    dataset = LatentDataset(str(wanted.latents))
+    dataset = posterior_means(latents, autoencoder)
     manifest = dataset.manifest
-    manifest.normalizer  # noqa: B018 - codes have none
-    if manifest.content == "moments":
-        dataset = LatentDataset(str(wanted.latents), posterior="mean", flip=False)
-    else:
-        dataset = LatentDataset(str(wanted.latents), flip=False)
-    manifest.check_autoencoder(encoder_fingerprint(autoencoder), "autoencoder")
-    numbers = spread_over_shards(manifest.shard_index.counts, wanted.count or manifest.count)
+    numbers = spread_over_shards(manifest.shard_index.counts, config.count or manifest.count)
     ids = [dataset.id(number) for number in numbers]
-    _check_count(ids, str(wanted.latents))
-    pooled, colors = [], []
-    for number, id in zip(_shown(numbers), ids):
+    _check_count(ids, latents)
+    pooled, pixels = [], []
+    for number, id in zip(_progress(numbers), ids):
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
-        if PIXELS in wanted.attributes_from:
-            colors.append(attributes_module.measure(decode(autoencoder, latent.to(autoencoder.device))))
-    attributes: list[Attribute] = []
-    for origin in wanted.attributes_from:
-        if origin == SCENE:
-            raise UserError("attributes_from: scene needs the images; give data.source=synthetic and no latents")
-        if origin == LABELS:
-            attributes += attributes_module.of_classes(
-                read_labels(manifest)[numbers], manifest.label_names, str(wanted.latents)
-            )
-        elif origin == PIXELS:
-            attributes += _measured(colors)
-        else:
-            attributes += attributes_module.of_table(origin, ids, wanted.circles)
+        if PIXELS in config.attributes_from:
+            pixels.append(attributes.measure(decode(autoencoder, latent.to(autoencoder.device))))
+    labels = read_labels(manifest)[numbers] if LABELS in config.attributes_from else np.empty(0, np.int64)
+    known = attributes.collect(
+        config.attributes_from, None, numbers, ids, labels, manifest.label_names, pixels, config.circles
+    )
     record = {
         "fingerprint": [segment["fingerprint"] for segment in manifest.datasets],
         "part": "latents",
@@ -293,7 +328,16 @@ def _from_latents(wanted: Wanted, autoencoder: Any) -> Samples:
         "preprocessing": manifest.preprocessing,
         "rejected": [],
     }
-    return Samples(ids, np.concatenate(pooled), distinct(attributes), record)
+    return Samples(np.concatenate(pooled), known, record)
+
+
+def posterior_means(latents: str, autoencoder: Any) -> LatentDataset:
+    """A set of latents, read without noise and mirror images. Raises: UserError for codes or another autoencoder."""
+    open_set_folder(latents)
+    manifest = LatentDataset(latents).manifest
+    manifest.normalizer  # noqa: B018 - codes have none
+    manifest.check_autoencoder(encoder_fingerprint(autoencoder), "autoencoder")
+    return LatentDataset(latents, posterior="mean" if manifest.content == "moments" else None, flip=False)
 
 
 def select(data: DataConfig, part: Part, count: int | None) -> tuple[ImageSource, list[int]]:
@@ -314,22 +358,6 @@ def pool(latent: Tensor, id: str) -> np.ndarray:
     return mean
 
 
-def distinct(attributes: list[Attribute]) -> list[Attribute]:
-    """Raises: UserError when two have one name, or there is none."""
-    names = [attribute.name for attribute in attributes]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"attributes_from: {name!r} comes from two places; rename a column, or leave one out")
-    return attributes
-
-
-def _measured(found: list[dict[str, Tensor]]) -> list[Attribute]:
-    return [
-        Attribute(name, torch.cat([one[name] for one in found]).double().cpu().numpy(), False)
-        for name in attributes_module.MEASURED
-    ]
-
-
 def _check_count(ids: list[str], where: str) -> None:
     if len(ids) < LEAST_SAMPLES:
         raise UserError(
@@ -337,7 +365,7 @@ def _check_count(ids: list[str], where: str) -> None:
         )
 
 
-def _shown(indices: Sequence[int]) -> Iterator[int]:
+def _progress(indices: Sequence[int]) -> Iterator[int]:
     from tqdm import tqdm
 
     yield from tqdm(indices, desc="encoding", unit="image", dynamic_ncols=True, leave=False)
@@ -345,51 +373,41 @@ def _shown(indices: Sequence[int]) -> Iterator[int]:
 
 # From pooled latents to directions: pure functions of arrays.
 
-LABELED = ("difference", "probe")
-UNLABELED = ("pca", "sefa")
-PENALTY = 1e-2
-"""Of the squared weights of a probe on standardized features."""
-FOLDS = 5
-IMPULSE_SIDE = 9
-"""Positions of the latent that the first convolution is probed with."""
 
-
-@dataclass(frozen=True)
-class Direction:
-    """One direction.
-
-    Attributes:
-        name: as `brightness/probe` or `pca/1`.
-        vector: (c,) float64, latent units for a strength of 1.
-        attribute: what it is for; None without labels.
-        told: of `attribute`: how well a linear probe tells it from pooled latents of images it was not fitted to,
-            AUROC for yes or no (0.5: not at all), R2 for a number (0: not at all). Without labels: the share of the
-            variance (pca) or of the squared gain (sefa).
-    """
-
-    name: str
-    vector: np.ndarray
-    attribute: str | None
-    told: dict[str, Any]
-
-    @property
-    def method(self) -> str:
-        return self.name.rsplit("/", 1)[1] if self.attribute else self.name.split("/")[0]
-
-
-def labeled(pooled: np.ndarray, attribute: Attribute) -> list[Direction]:
-    """The difference of the means (for a number: the slope of the latents over it), and the normal of a linear probe,
-    logistic for yes or no, ridge for a number. Pooled latents (n, c). Needs `attribute.problem()` None."""
+def labeled(pooled: np.ndarray, attribute: Attribute, methods: Sequence[str]) -> list[Direction]:
+    """The direction of an attribute by each of `methods`; pooled latents (n, c). Needs `attribute.problem()` None."""
     features, y = pooled[attribute.known], attribute.values[attribute.known]
-    deviation = _deviation(pooled)
+    deviation = pooled.std(axis=0)
+    deviation = np.where(deviation > 1e-12, deviation, 1.0)  # a dead channel counts as it is
     standard = (features - features.mean(axis=0)) / deviation
     told = {"measure": "AUROC" if attribute.binary else "R2", "value": cross_validated(standard, y, attribute.binary)}
-    difference = (y - y.mean()) @ standard / ((y - y.mean()) @ (y - y.mean()))
-    vectors = {"difference": difference, "probe": probe(standard, y, attribute.binary)[0]}
     return [
-        Direction(f"{attribute.name}/{method}", scaled(vector * deviation, pooled), attribute.name, told)
-        for method, vector in vectors.items()
-    ]
+        Direction(
+            f"{attribute.name}/{name}", scaled(METHODS[name].fit(standard, y, attribute.binary) * deviation, pooled),
+            attribute.name, told,
+        )
+        for name in methods
+        if METHODS[name].labeled
+    ]  # fmt: skip
+
+
+def unlabeled(name: str, autoencoder: Any, pooled: np.ndarray, count: int) -> list[Direction]:
+    """The first `count` eigenvectors of a method's matrix, with their share of the eigenvalues; latents (n, c)."""
+    values, vectors = np.linalg.eigh(METHODS[name].fit(autoencoder, pooled))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    shares = values.clip(0) / max(values.clip(0).sum(), 1e-30)
+    return [
+        Direction(
+            f"{name}/{k + 1}", scaled(vectors[:, k], pooled), None,
+            {"measure": METHODS[name].measure, "value": float(shares[k])},
+        )
+        for k in range(min(count, len(values)))
+    ]  # fmt: skip
+
+
+def difference(features: np.ndarray, y: np.ndarray, binary: bool) -> np.ndarray:
+    """The difference of the means; for a number the slope of the features over it."""
+    return (y - y.mean()) @ features / ((y - y.mean()) @ (y - y.mean()))
 
 
 def probe(features: np.ndarray, y: np.ndarray, binary: bool) -> tuple[np.ndarray, float]:
@@ -425,40 +443,19 @@ def cross_validated(features: np.ndarray, y: np.ndarray, binary: bool) -> float:
         weights, offset = probe(features[~apart], y[~apart], binary)
         scores[apart] = features[apart] @ weights + offset
     if binary:
-        return auroc(scores, y)
+        return auroc(scores[y == 0], scores[y == 1])
     return float(1 - np.square(y - scores).sum() / np.square(y - y.mean()).sum())
 
 
-def auroc(scores: np.ndarray, y: np.ndarray) -> float:
-    """The chance that an image with y = 1 scores above one with y = 0 (Mann and Whitney 1947)."""
-    yes = y == 1
-    ranks = rankdata(scores)[yes].sum() - yes.sum() * (yes.sum() + 1) / 2
-    return float(ranks / (yes.sum() * (~yes).sum()))
+def covariance(autoencoder: Any, pooled: np.ndarray) -> np.ndarray:
+    """Of pooled latents (n, c), for their principal directions."""
+    return np.cov(pooled, rowvar=False).reshape(pooled.shape[1], -1)
 
 
-def principal(pooled: np.ndarray, count: int) -> list[Direction]:
-    """The first principal directions of pooled latents (n, c), with their share of the variance."""
-    values, vectors = np.linalg.eigh(np.cov(pooled, rowvar=False).reshape(pooled.shape[1], -1))
-    return _numbered("pca", pooled, values[::-1], vectors[:, ::-1], "share of variance", count)
-
-
-def closed_form(autoencoder: Any, pooled: np.ndarray, count: int) -> list[Direction]:
-    """SeFa: what the decoder's first convolution W amplifies most, the eigenvectors of W^T W (arXiv:2007.06600)."""
+def first_gram(autoencoder: Any, pooled: np.ndarray) -> np.ndarray:
+    """W^T W of the decoder's first convolution, whose eigenvectors it amplifies most (SeFa, arXiv:2007.06600)."""
     response = first_response(autoencoder)
-    values, vectors = np.linalg.eigh(response.T @ response)
-    return _numbered("sefa", pooled, values[::-1], vectors[:, ::-1], "share of squared gain", count)
-
-
-def _numbered(
-    method: str, pooled: np.ndarray, values: np.ndarray, vectors: np.ndarray, measure: str, count: int
-) -> list[Direction]:
-    shares = values.clip(0) / max(values.clip(0).sum(), 1e-30)
-    return [
-        Direction(
-            f"{method}/{k + 1}", scaled(vectors[:, k], pooled), None, {"measure": measure, "value": float(shares[k])}
-        )
-        for k in range(min(count, len(values)))
-    ]
+    return response.T @ response
 
 
 def first_response(autoencoder: Any) -> np.ndarray:
@@ -496,129 +493,74 @@ def scaled(vector: np.ndarray, pooled: np.ndarray) -> np.ndarray:
     return unit * float((pooled @ unit).std())
 
 
-def _deviation(pooled: np.ndarray) -> np.ndarray:
-    """Per channel; a dead one counts as it is."""
-    deviation = pooled.std(axis=0)
-    return np.where(deviation > 1e-12, deviation, 1.0)
-
-
-# `ldm-vae directions fit`: the settings, and the folder with directions for every attribute that has one.
-
-
 @dataclass(frozen=True)
-class FitDirectionsConfig:
-    """`ldm-vae directions fit`.
+class Method:
+    """A way to find directions.
 
     Args:
-        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
-        output: the folder for the directions.
-        latents: a set that `ldm-vae encode` wrote, instead of images.
-        part: train, held_out or all, of the images.
-        resolution: side of the center crop in pixels, a multiple of the downsampling.
-        count: at most so many images, evenly spread; null: all.
-        attributes_from: any of pixels (brightness, contrast, saturation, red_green, yellow_blue, sharpness), labels
-            (each class against the others), scene (what is known of the synthetic set), or paths of .csv and .jsonl
-            tables with a column `file` or `id`; `[]` for directions without labels only.
-        circles: columns of tables that are in turns, as a hue: each becomes a cosine and a sine.
-        attributes: only these; null: every one that has a direction.
-        methods: difference, probe, pca, sefa.
-        components: so many directions of pca and of sefa, at most one a channel.
-        device: auto, cpu, cuda, cuda:1 ...
+        fit: with labels (standardized features (n, c), values (n,), whether they are yes or no) -> vector (c,); without
+            (autoencoder, pooled latents (n, c)) -> a symmetric matrix (c, c) whose eigenvectors are the directions.
+        measure: what the share of an eigenvalue is called, for a method without labels.
     """
 
-    autoencoder: str = "???"
-    output: str = "???"
-    data: DataConfig = field(default_factory=DataConfig)
-    latents: str | None = None
-    part: Part = "train"
-    resolution: int = 256
-    count: int | None = 1000
-    attributes_from: list[str] = field(default_factory=lambda: [PIXELS])
-    circles: list[str] = field(default_factory=list)
-    attributes: list[str] | None = None
-    methods: list[str] = field(default_factory=lambda: [*LABELED, *UNLABELED])
-    components: int = 4
-    device: str = "auto"
+    fit: Callable[..., np.ndarray]
+    measure: str = ""
 
-    def __post_init__(self) -> None:
-        known = (*LABELED, *UNLABELED)
-        for method in self.methods:
-            if method not in known:
-                raise UserError(f"methods: {method!r} is no method; choose among {', '.join(known)}")
-        if not self.methods:
-            raise UserError(f"methods: none; choose among {', '.join(known)}")
-        if self.components < 1:
-            raise UserError(f"components: {self.components} is below 1")
-        if self.count is not None and self.count < 1:
-            raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
-        if not self.attributes_from and not set(self.methods) & set(UNLABELED):
-            raise UserError("attributes_from: none, and no method works without; add pixels, or the method pca")
+    @property
+    def labeled(self) -> bool:
+        return not self.measure
 
 
-def fit(config: FitDirectionsConfig, overwrite: bool = False) -> Directions:
-    """Fit and write `directions/`, results.md and run.json.
+METHODS = {
+    "difference": Method(difference),
+    "probe": Method(lambda features, y, binary: probe(features, y, binary)[0]),
+    "pca": Method(covariance, "share of variance"),
+    "sefa": Method(first_gram, "share of squared gain"),
+}
+
+
+# The folder: directions.json, directions.safetensors and checksums.
+
+
+def save_directions(found: Directions, output: Path) -> None:
+    """Publish `output/directions`, complete or not at all."""
+    temporary = temporary_directory(output / FOLDER)
+    vectors = torch.from_numpy(np.stack([direction.vector for direction in found.directions])).float()
+    save_file({"vectors": vectors.contiguous()}, temporary / TENSORS)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "encoder_fingerprint": found.encoder_fingerprint,
+        "images": found.images,
+        "directions": [{"name": d.name, "attribute": d.attribute, "told": d.told} for d in found.directions],
+        "left_out": found.left_out,
+    }
+    write_json(temporary / DESCRIPTION, description)
+    write_checksums(temporary)
+    publish_directory(temporary, output / FOLDER)
+
+
+def load_directions(path: str | Path) -> Directions:
+    """From the result folder of `directions fit`, or the `directions/` in it.
 
     Raises:
-        UserError: the output is not empty and not `overwrite`, an attribute that was asked for has no direction, or
-            whatever `samples.gather` refuses.
+        UserError: nothing there, damaged, of a newer format, or files that do not fit each other.
     """
-    started = time.time()
-    output = Path(config.output)
-    if (output / provenance.RUN_RECORD).exists() and not ((output / FOLDER).exists() and overwrite):
-        raise UserError(f"{output}: holds another result; give another output, or --overwrite")
-    autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
-    check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
-    with alone_in(output):
-        wanted = Wanted(
-            config.data, config.part, config.resolution, config.count, config.attributes_from, config.circles,
-            config.latents,
+    folder = next((f for f in (Path(path), Path(path) / FOLDER) if (f / DESCRIPTION).is_file()), None)
+    if folder is None:
+        raise UserError(f"{path}: holds no {DESCRIPTION}; give the folder that `ldm-vae directions fit` wrote")
+    with parsing(folder, "restore it from a copy, or fit again"):
+        description, tensors = read_described_folder(folder, DESCRIPTION, TENSORS, FORMAT_VERSION)
+        return Directions(
+            _described(tensors["vectors"].double().numpy(), description["directions"]),
+            str(description["encoder_fingerprint"]), dict(description["images"]), dict(description["left_out"]),
+            checksum_bytes((folder / DESCRIPTION).read_bytes() + (folder / TENSORS).read_bytes()),
         )  # fmt: skip
-        samples = gather(wanted, autoencoder)
-        directions, left_out = find_directions(config, samples, autoencoder)
-        found = Directions(directions, encoder_fingerprint(autoencoder), samples.record, left_out)
-        with publishing(output):
-            save_directions(found, output)
-            write_text(output / "results.md", markdown(found))
-            provenance.write_run_record(output, None, started, time.time() - started, images=len(samples.ids))
-    return found
 
 
-def find_directions(
-    config: FitDirectionsConfig, samples: Samples, autoencoder: Any
-) -> tuple[list[Direction], dict[str, str]]:
-    """The directions, and why attributes have none. Raises: UserError."""
-    chosen = {attribute.name: attribute for attribute in samples.attributes}
-    if config.attributes is not None:
-        for name in config.attributes:
-            if name not in chosen:
-                raise UserError(f"attributes: {name!r} is unknown; there are: {', '.join(chosen) or 'none'}")
-        chosen = {name: chosen[name] for name in config.attributes}
-    found: list[Direction] = []
-    left_out = {name: problem for name, attribute in chosen.items() if (problem := attribute.problem())}
-    for name, problem in left_out.items():
-        if config.attributes is not None or len(left_out) == len(chosen):
-            raise UserError(f"attributes: {name!r} {problem}; give other images, or leave it out")
-    for name, attribute in chosen.items():
-        if name not in left_out:
-            fitted = labeled(samples.pooled, attribute)
-            found += [direction for direction in fitted if direction.method in config.methods]
-    if "pca" in config.methods:
-        found += principal(samples.pooled, config.components)
-    if "sefa" in config.methods:
-        found += closed_form(autoencoder, samples.pooled, config.components)
-    return found, left_out
-
-
-def markdown(found: Directions) -> str:
-    """The table of results.md."""
-    rows = []
-    for direction in found.directions:
-        told = direction.told
-        rows.append([direction.name, direction.attribute or "none", f"{told['measure']} {told['value']:.2f}"])
-    lines = markdown_table(["direction", "attribute", "told by pooled latents"], rows)
-    lines += [
-        "",
-        f"Fitted to {found.images['count']} images. AUROC and R2 are of images that the probe was not fitted to.",
+def _described(vectors: np.ndarray, rows: Sequence[dict[str, Any]]) -> list[Direction]:
+    if vectors.ndim != 2 or len(vectors) != len(rows) or not len(rows) or not np.isfinite(vectors).all():
+        raise ValueError(f"vectors of shape {vectors.shape} for {len(rows)} directions")
+    return [
+        Direction(str(row["name"]), vector, None if row["attribute"] is None else str(row["attribute"]), row["told"])
+        for vector, row in zip(vectors, rows)
     ]
-    lines += [f"Left out: `{name}` {problem}." for name, problem in found.left_out.items()]
-    return "# Directions\n\n" + "\n".join(lines) + "\n"

@@ -25,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.anomaly.evaluation import EvaluateConfig, evaluate, markdown
+    from ldm_vae.applications.anomaly.evaluation import EvaluateDetectorConfig, evaluate_detector
 
-    config = config_arguments.load(args, EvaluateConfig)
-    if config is None:
-        return 0
-    results = evaluate(config, overwrite=args.overwrite)
-    print(f"{config.output}/index.html:\n\n{markdown(results)}", end="")
+    config = config_arguments.load(args, EvaluateDetectorConfig)
+    if config is not None:
+        evaluate_detector(config, overwrite=args.overwrite)
     return 0

@@ -24,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.anomaly.detector import FitConfig, fit, summary
+    from ldm_vae.applications.anomaly.detector import FitDetectorConfig, fit_detector
 
-    config = config_arguments.load(args, FitConfig)
-    if config is None:
-        return 0
-    print(summary(fit(config, overwrite=args.overwrite), config.output))
+    config = config_arguments.load(args, FitDetectorConfig)
+    if config is not None:
+        fit_detector(config, overwrite=args.overwrite)
     return 0

@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.anomaly.scoring import ScoreConfig, score, summary
+    from ldm_vae.applications.anomaly.scoring import ScoreImagesConfig, score_images
 
-    config = config_arguments.load(args, ScoreConfig)
-    if config is None:
-        return 0
-    print(summary(score(config, overwrite=args.overwrite), config.output))
+    config = config_arguments.load(args, ScoreImagesConfig)
+    if config is not None:
+        score_images(config, overwrite=args.overwrite)
     return 0

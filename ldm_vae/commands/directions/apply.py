@@ -38,38 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.directions.apply import ApplySettings, apply_direction
+    from ldm_vae.applications.directions.apply import ApplyDirectionConfig, apply_direction
     from ldm_vae.commands.latents.decode import parse_numbers
-    from ldm_vae.errors import UserError
 
-    if bool(args.images) == bool(args.latents):
-        raise UserError("give images, or --latents SET, and not both")
-    if args.latents and (args.mask or args.size):
-        raise UserError("--latents: has no pictures to mask by a file or to crop; use --box, or give images")
-    if args.samples and not args.latents:
-        raise UserError("--samples: has no effect without --latents; leave it out")
-    settings = ApplySettings(
-        directions=args.directions,
-        autoencoder=args.autoencoder,
-        direction=args.direction,
-        strengths=tuple(parse_strengths(args.strengths)),
-        mask=args.mask,
-        box=parse_box(args.box),
-        feather=args.feather,
-        size=args.size,
-    )
-    count, rejected = apply_direction(
-        settings,
-        args.out,
-        inputs=args.images,
-        latents=args.latents,
-        samples=parse_numbers(args.samples),
-        device=args.device,
-        overwrite=args.overwrite,
-    )
-    for name, reason in rejected:
-        print(f"{name}: left out ({reason})")
-    print(f"{args.out}: {count} pictures at {len(settings.strengths)} strengths, their strips, and sheet.png")
+    settings = {key: value for key, value in vars(args).items() if key in ApplyDirectionConfig.__dataclass_fields__}
+    settings["output"] = args.out
+    settings["samples"] = parse_numbers(args.samples)
+    settings["strengths"] = parse_strengths(args.strengths)
+    settings["box"] = parse_box(args.box)
+    apply_direction(ApplyDirectionConfig(**settings), overwrite=args.overwrite)
     return 0
 
 
@@ -80,17 +57,14 @@ def parse_strengths(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"--strengths: {text!r} is no list of numbers; give them as -2,0,2") from None
+        raise UserError(f"strengths: {text!r} is not a list of numbers; give them as -2,0,2") from None
 
 
-def parse_box(text: str | None) -> tuple[int, int, int, int] | None:
+def parse_box(text: str | None) -> list[int] | None:
     """`8,8,64,64` -> four numbers."""
     from ldm_vae.errors import UserError
 
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 4 or not all(word.isdecimal() for word in words):
-        raise UserError(f"--box: {text!r} is no box; give left,top,right,bottom in pixels, as 8,8,64,64")
-    left, top, right, bottom = (int(word) for word in words)
-    return left, top, right, bottom
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"box: {text!r} is not a box; give left,top,right,bottom in pixels, as 8,8,64,64")
+    return [int(word) for word in words] or None

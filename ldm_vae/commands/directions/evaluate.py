@@ -23,14 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from ldm_vae.applications.directions.evaluation import EvaluateDirectionsConfig, evaluate_directions
 
     config = config_arguments.load(args, EvaluateDirectionsConfig)
-    if config is None:
-        return 0
-    evaluate_directions(config, overwrite=args.overwrite)
-    text = (Path(config.output) / "results.md").read_text()
-    print(f"{config.output}/index.html:\n\n{text}", end="")
+    if config is not None:
+        evaluate_directions(config, overwrite=args.overwrite)
     return 0

@@ -24,11 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.directions.fitting import FitDirectionsConfig, fit, markdown
+    from ldm_vae.applications.directions.fitting import FitDirectionsConfig, fit_directions
 
     config = config_arguments.load(args, FitDirectionsConfig)
-    if config is None:
-        return 0
-    found = fit(config, overwrite=args.overwrite)
-    print(f"{config.output}:\n\n{markdown(found)}", end="")
+    if config is not None:
+        fit_directions(config, overwrite=args.overwrite)
     return 0

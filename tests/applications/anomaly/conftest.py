@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.detector import FitConfig, fit
+from ldm_vae.applications.anomaly.detector import FitDetectorConfig, fit_detector
 from tests.diffusion.conftest import saved as saved  # a fixture
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
 
@@ -28,7 +28,7 @@ def words(saved: Path, random_backbone: Path) -> list[str]:
 def detector_folder(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fitted detector that no test may change."""
     folder = tmp_path_factory.mktemp("detector") / "all"
-    fit(configuration.load(FitConfig, None, [*words, f"output={folder}"]))
+    fit_detector(configuration.load(FitDetectorConfig, None, [*words, f"output={folder}"]))
     return folder
 
 

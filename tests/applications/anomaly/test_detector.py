@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.applications.anomaly.detector import DESCRIPTION, TENSORS, check_output, load_detector, models_of
+from ldm_vae.applications.anomaly.detector import DESCRIPTION, TENSORS, check_output, load_detector
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST, write_checksums
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -27,8 +25,8 @@ def copy(detector_folder: Path, tmp_path: Path) -> Path:
 def test_a_detector_is_small_and_reads_back(detector_folder):
     detector = load_detector(detector_folder)
     assert len(detector.normal) == 18
-    assert detector.learnt.positions.mean.shape == (4,)
-    assert detector.learnt.pooled.mean.shape == (8,)
+    assert detector.statistics.positions.mean.shape == (4,)
+    assert detector.statistics.pooled.mean.shape == (8,)
     count = detector.description["counts"]["held_out"]
     assert all(values.shape == (count,) for values in detector.normal.values())
     assert len(detector.seen) == count + detector.description["counts"]["learnt_from"] == 40
@@ -66,7 +64,7 @@ def described(folder: Path, **changes: object) -> None:
         ({"format_version": 2}, "has format version 2, this program reads 1; update ldm_vae"),
         ({"format_version": 0}, "format version 0"),
         ({"scores": {"l1": {}, "fid": {}}}, "KeyError"),
-        ({"by": "fid"}, "'fid' is no score"),
+        ({"by": "fid"}, "'fid' is not a score"),
         ({"decoder_variance": -1.0}, "decoder_variance is -1.0"),
         ({"false_positive_rate": 0.01}, "needs 99 held-out normal images"),
         ({"false_positive_rate": 7}, "false_positive_rate is 7"),
@@ -98,25 +96,25 @@ def test_tensors_that_do_not_fit_are_refused(copy):
 
 
 def test_it_works_with_its_own_networks_only(detector_folder, saved, autoencoder_directory, random_backbone):
-    detector, folder, autoencoder = load_detector(detector_folder), str(detector_folder), str(saved / "autoencoder")
+    detector, autoencoder = load_detector(detector_folder), str(saved / "autoencoder")
     backbone = str(random_backbone)
-    assert models_of(detector, folder, autoencoder, CPU, str(saved), backbone).names == list(detector.normal)
+    assert detector.networks(autoencoder, "cpu", str(saved), backbone).score_names == list(detector.normal)
     with pytest.raises(UserError, match="pipeline: missing"):
-        models_of(detector, folder, autoencoder, CPU, None, backbone)
+        detector.networks(autoencoder, "cpu", None, backbone)
     with pytest.raises(UserError, match="of another autoencoder"):
-        models_of(detector, folder, str(autoencoder_directory), CPU, str(saved), backbone)
+        detector.networks(str(autoencoder_directory), "cpu", str(saved), backbone)
     detector.description["identity"]["autoencoder"] = "sha256:0"
     with pytest.raises(UserError, match=r"was fitted with another autoencoder than .* \(sha256:0, here sha256:"):
-        models_of(detector, folder, autoencoder, CPU, str(saved), backbone)
+        detector.networks(autoencoder, "cpu", str(saved), backbone)
 
 
 def test_what_has_no_effect_is_refused(detector_folder, saved, random_backbone):
     detector = load_detector(detector_folder)
     detector.description["identity"] |= {"flow_network": None, "perceptual_network": None}
     with pytest.raises(UserError, match="pipeline: has no effect"):
-        models_of(detector, "here", str(saved / "autoencoder"), CPU, str(saved), None)
+        detector.networks(str(saved / "autoencoder"), "cpu", str(saved), None)
     with pytest.raises(UserError, match="perceptual_weights: has no effect"):
-        models_of(detector, "here", str(saved / "autoencoder"), CPU, None, str(random_backbone))
+        detector.networks(str(saved / "autoencoder"), "cpu", None, str(random_backbone))
 
 
 def test_nothing_else_is_taken_for_a_detector_or_overwritten(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.detector import FitConfig, check_output, fit, load_detector
+from ldm_vae.applications.anomaly.detector import FitDetectorConfig, check_output, fit_detector, load_detector
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from tests.applications.anomaly.conftest import SYNTHETIC
@@ -24,7 +24,7 @@ def plain(autoencoder_directory: Path, tmp_path: Path) -> list[str]:
 
 
 def run(words: list[str], overwrite: bool = False):
-    return fit(configuration.load(FitConfig, None, words), overwrite)
+    return fit_detector(configuration.load(FitDetectorConfig, None, words), overwrite=overwrite)
 
 
 def test_thresholds_come_from_images_that_nothing_was_learnt_from(plain):
@@ -73,7 +73,7 @@ def test_the_command_says_what_so_few_images_support(plain, capsys):
         (["held_out_count=4"], "needs 9 held-out normal images, here are 4"),
         (["data.held_out=0"], "falls into the held_out part"),
         (["false_positive_rate=1.5"], "is not between 0 and 1"),
-        (["by=l1_peek"], "'l1_peek' is no score here; did you mean l1_peak?"),
+        (["by=l1_peek"], "'l1_peek' is not a score here; did you mean l1_peak?"),
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
         (["resolution=100"], "resolution: 100 is no multiple of 8; use 96"),
         (["resolution=32"], "resolution: 32 is under 64"),

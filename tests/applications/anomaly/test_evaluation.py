@@ -13,9 +13,9 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.detector import FitConfig, fit
-from ldm_vae.applications.anomaly.evaluation import EvaluateConfig, evaluate
-from ldm_vae.applications.anomaly.scoring import ScoreConfig, score
+from ldm_vae.applications.anomaly.detector import FitDetectorConfig, fit_detector
+from ldm_vae.applications.anomaly.evaluation import EvaluateDetectorConfig, evaluate_detector
+from ldm_vae.applications.anomaly.scoring import ScoreImagesConfig, score_images
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from tests.applications.anomaly.conftest import SYNTHETIC
 from tests.evaluation.test_report import Page
@@ -33,7 +33,7 @@ def plain(autoencoder_directory, tmp_path_factory) -> Path:
     """A detector of a tiny autoencoder alone."""
     folder = tmp_path_factory.mktemp("plain") / "detector"
     words = [f"autoencoder={autoencoder_directory}", "resolution=64", "false_positive_rate=0.1", *SYNTHETIC]
-    fit(configuration.load(FitConfig, None, [*words, f"output={folder}"]))
+    fit_detector(configuration.load(FitDetectorConfig, None, [*words, f"output={folder}"]))
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_baseline_of_the_same_weights_has_the_same_figures(evaluated, detector
     """But for the flow scores, which it has no pipeline for: so it was fitted to the same images."""
     same = next(word.partition("=")[2] for word in models if word.startswith("autoencoder="))
     words = [f"detector={detector_folder}", *models, *TEST, f"baseline={same}", f"output={tmp_path / 'out'}"]
-    results = evaluate(configuration.load(EvaluateConfig, None, words))
+    results = evaluate_detector(configuration.load(EvaluateDetectorConfig, None, words))
     baseline = results["baseline"]["scores"]
     assert not any(name.startswith("flow") for name in baseline)
     for name, found in baseline.items():
@@ -83,7 +83,7 @@ def test_a_baseline_of_the_same_weights_has_the_same_figures(evaluated, detector
         part["fingerprint"] = "another"
         (tmp_path / "out" / "results.json").write_text(json.dumps(results))
         with pytest.raises(UserError, match=rf"holds the result of (an)?other {what}"):
-            evaluate(configuration.load(EvaluateConfig, None, words))
+            evaluate_detector(configuration.load(EvaluateDetectorConfig, None, words))
 
 
 def test_the_pages_can_be_read(evaluated):
@@ -102,10 +102,10 @@ def test_the_pages_can_be_read(evaluated):
 def test_a_finished_report_is_read_and_one_of_other_settings_refused(evaluated, detector_folder, models):
     words = [f"detector={detector_folder}", *models, *TEST, f"output={evaluated}"]
     before = (evaluated / "results.md").stat().st_mtime_ns
-    evaluate(configuration.load(EvaluateConfig, None, words))
+    evaluate_detector(configuration.load(EvaluateDetectorConfig, None, words))
     assert (evaluated / "results.md").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"holds the result of prevalence"):
-        evaluate(configuration.load(EvaluateConfig, None, [*words, "prevalence=0.5"]))
+        evaluate_detector(configuration.load(EvaluateDetectorConfig, None, [*words, "prevalence=0.5"]))
 
 
 def test_images_that_the_detector_was_fitted_to_are_left_out(labeled, capsys):
@@ -181,11 +181,11 @@ def test_images_that_the_detector_was_fitted_to_are_said_to_be(plain, autoencode
 
 @pytest.mark.slow
 def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(scoring):
-    first = score(configuration.load(ScoreConfig, None, scoring))
+    first = score_images(configuration.load(ScoreImagesConfig, None, scoring))
     words = [*scoring, "by=mahalanobis_pooled", "shown=1"]
     with pytest.raises(UserError, match=r"holds the result of by \(None -> mahalanobis_pooled\)"):
-        score(configuration.load(ScoreConfig, None, words))
-    other = score(configuration.load(ScoreConfig, None, words), overwrite=True)
+        score_images(configuration.load(ScoreImagesConfig, None, words))
+    other = score_images(configuration.load(ScoreImagesConfig, None, words), overwrite=True)
     assert [row["id"] for row in first["images"]] != [row["id"] for row in other["images"]]
     assert other["images"][0]["score"] == other["images"][0]["scores"]["mahalanobis_pooled"]
 
@@ -193,7 +193,7 @@ def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["by=l1_paek"], "by: 'l1_paek' is no score here; did you mean l1_peak?"),
+        (["by=l1_paek"], "by: 'l1_paek' is not a score here; did you mean l1_peak?"),
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
         (["autoencoder={saved}"], "was fitted with another autoencoder than"),
         (["batch=0"], "batch: 0 is not above 0"),
@@ -212,9 +212,11 @@ def test_scoring_that_cannot_be_is_one_sentence(scoring, saved, changes, message
 def test_a_result_of_another_detector_at_the_same_place_is_not_taken_for_this_one(scoring, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "detector")
     words = [f"detector={tmp_path / 'detector'}", *scoring[1:]]
-    score(configuration.load(ScoreConfig, None, words))
+    score_images(configuration.load(ScoreImagesConfig, None, words))
     fitted = json.loads((plain / "detector.json").read_text())["config"]
     again = ["resolution=64", "false_positive_rate=0.2", *SYNTHETIC, f"output={tmp_path / 'detector'}"]
-    fit(configuration.load(FitConfig, None, [f"autoencoder={fitted['autoencoder']}", *again]), overwrite=True)
+    fit_detector(
+        configuration.load(FitDetectorConfig, None, [f"autoencoder={fitted['autoencoder']}", *again]), overwrite=True
+    )
     with pytest.raises(UserError, match="holds the result of another detector"):
-        score(configuration.load(ScoreConfig, None, words))
+        score_images(configuration.load(ScoreImagesConfig, None, words))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm_vae.applications.anomaly.evaluation import PNG_SIZE, Table, figures, reason
+from ldm_vae.applications.anomaly.evaluation import PNG_SIZE, Measurements, reason, score_metrics
 
 COUNT = 60
 
 
-def table(values: dict[str, np.ndarray], png_bytes: np.ndarray | None = None) -> Table:
+def table(values: dict[str, np.ndarray], png_bytes: np.ndarray | None = None) -> Measurements:
     """`values`: normal images first, as many anomalous ones after them."""
     sizes = np.full(2 * COUNT, 1000) if png_bytes is None else png_bytes
     kinds = ["normal"] * COUNT + ["blob", "scratch"] * (COUNT // 2)
-    return Table([str(i) for i in range(2 * COUNT)], kinds, sizes.tolist(), {k: v.tolist() for k, v in values.items()})
+    return Measurements(
+        [str(i) for i in range(2 * COUNT)], kinds, sizes.tolist(), {k: v.tolist() for k, v in values.items()}
+    )
 
 
 def judged(values: dict[str, np.ndarray], png_bytes: np.ndarray | None = None, ratio: float | None = None) -> str:
-    found = figures(table(values, png_bytes), dict.fromkeys(values, 2.0), 0.1)
+    found = score_metrics(table(values, png_bytes), dict.fromkeys(values, 2.0), 0.1)
     return reason(next(iter(values)), found, ratio)
 
 
@@ -37,7 +39,7 @@ def test_a_score_that_separates(noise):
 
 
 def test_a_score_that_separates_and_yet_finds_few_at_its_threshold(noise):
-    found = figures(table({"l1": shifted(noise, 1.5)}), {"l1": 3.0}, 0.1)
+    found = score_metrics(table({"l1": shifted(noise, 1.5)}), {"l1": 3.0}, 0.1)
     assert reason("l1", found, None) == "separates partly, not by complexity, but finds few of them at its threshold"
 
 
@@ -86,7 +88,7 @@ def test_other_scores_fail_in_their_own_words(noise):
 
 def test_the_figures_of_a_score(noise):
     values = shifted(noise, 1.0)
-    found = figures(table({"l1": values}), {"l1": 1.0}, 0.1)
+    found = score_metrics(table({"l1": values}), {"l1": 1.0}, 0.1)
     assert list(found) == ["l1", PNG_SIZE]
     score = found["l1"]
     assert score["false_positive_rate"] == (noise[:COUNT] > 1.0).mean()

@@ -15,6 +15,8 @@ def test_auroc_counts_pairs():
     assert metrics.auroc(NORMAL, ANOMALOUS) == 8.5 / 12
     assert metrics.auroc(ANOMALOUS, NORMAL) == pytest.approx(1 - 8.5 / 12)
     assert metrics.auroc(np.ones(3), np.ones(4)) == 0.5
+    assert metrics.auroc(np.array([1.0, 2.0]), np.array([3.0, 4.0])) == 1.0
+    assert metrics.auroc(np.array([4.0, 2.0]), np.array([3.0, 1.0])) == 0.25
 
 
 def test_rates_go_from_nothing_to_everything():

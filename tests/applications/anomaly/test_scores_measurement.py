@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.scores import Models, check_pipeline_size, encode, learn, load_models, measure
+from ldm_vae.applications.anomaly.scores import Batch, Networks, check_pipeline_size, learn, load_networks, measure
 from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
@@ -24,8 +24,8 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def networks(saved, random_backbone) -> Models:
-    return load_models(str(saved / "autoencoder"), CPU, str(saved), "squeeze", str(random_backbone), 2)
+def networks(saved, random_backbone) -> Networks:
+    return load_networks(str(saved / "autoencoder"), CPU, str(saved), "squeeze", str(random_backbone), 2)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def measured(networks, learnt, images):
 
 
 def test_every_score_is_measured_and_every_local_one_has_a_map(networks, measured):
-    assert list(measured.values) == networks.names == scores.names(False, True, True, True)
-    local = {name for name, score in scores.MEASURED.items() if score.local}
+    assert list(measured.values) == networks.score_names == scores.score_names(False, True, True, True)
+    local = {name for name, score in scores.SCORES.items() if score.local}
     assert measured.maps.keys() == local
     for name, heat in measured.maps.items():
         assert heat.shape == (6, 16, 16)
@@ -82,23 +82,23 @@ def test_the_flow_loss_is_that_of_fixed_noise_at_a_fixed_time(networks, images, 
 
 def test_a_plain_autoencoder_has_no_posterior_scores(images):
     torch.manual_seed(0)
-    models = Models(build_autoencoder(AutoencoderConfig(preset="pico", kind="ae")).eval(), CPU)
+    models = Networks(build_autoencoder(AutoencoderConfig(preset="pico", kind="ae")).eval(), CPU)
     found = measure(models, learn(models, [(IDS, images)]), images, IDS)
-    assert set(map(scores.base, found.values)) == {"l1", "ms_ssim", "mahalanobis", "mahalanobis_pooled"}
+    assert set(map(scores.quantity, found.values)) == {"l1", "ms_ssim", "mahalanobis", "mahalanobis_pooled"}
 
 
 def test_latents_that_are_not_finite_are_named(networks, images):
     broken = images.clone()
     broken[4, :, 8:16, 8:16] = torch.nan
     with pytest.raises(UserError, match="latents of image 4 are not finite"):
-        encode(networks, broken, IDS)
+        Batch(networks, broken, IDS)
     with pytest.raises(UserError, match="latents of image 4 are not finite"):
         learn(networks, [(IDS, broken)])
 
 
 def test_a_pipeline_of_another_autoencoder_or_size_is_refused(saved, autoencoder_directory, networks):
     with pytest.raises(UserError, match="latents of another autoencoder"):
-        load_models(str(autoencoder_directory), CPU, str(saved))
+        load_networks(str(autoencoder_directory), CPU, str(saved))
     with pytest.raises(UserError, match="resolution: 128 is not that of the pipeline, 64x64"):
         check_pipeline_size(networks, 128)
 
@@ -114,4 +114,4 @@ def test_a_pipeline_of_another_autoencoder_or_size_is_refused(saved, autoencoder
 )
 def test_an_unknown_score_says_what_is_there(name, message):
     with pytest.raises(UserError, match=message):
-        scores.check_name(name, scores.names(True, False, False, False))
+        scores.check_name(name, scores.score_names(True, False, False, False))

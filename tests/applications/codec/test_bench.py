@@ -72,7 +72,7 @@ def test_a_finished_result_is_read_and_another_refused(result, capsys):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"qualities": [50.0, 60.0]}, "qualities: [50.0, 60.0] is no curve; give three or more"),
+        ({"qualities": [50.0, 60.0]}, "qualities: [50.0, 60.0] is not a curve; give three or more"),
         ({"qualities": [0.0, 50.0, 60.0]}, "quality: 0 is not between 1 and 100"),
         ({"codec_qualities": [0, 1, 2]}, "codec_qualities: [0, 1, 2] are not all between 1 and 95"),
         ({"qualities": [20.0, 50.0, 50.0, 60.0]}, "qualities: 50.0 is there twice; leave one out"),

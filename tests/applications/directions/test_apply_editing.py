@@ -39,7 +39,7 @@ def test_a_position_is_masked_as_far_as_it_is_covered_and_softly_with_a_feather(
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 8), (8, 0, 4, 8), (0, 0, 33, 8), (-1, 0, 4, 8)])
 def test_a_box_outside_is_refused(box: tuple[int, int, int, int]) -> None:
-    with pytest.raises(UserError, match="is no box inside an image of 32 x 16 pixels"):
+    with pytest.raises(UserError, match="is not a box inside an image of 32 x 16 pixels"):
         box_mask(box, 16, 32)
 
 

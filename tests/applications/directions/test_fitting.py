@@ -11,6 +11,8 @@ from ldm_vae.applications.directions.attributes import Attribute
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
 
+LABELED = ("difference", "probe")
+
 
 def alike(first: np.ndarray, second: np.ndarray) -> float:
     """Cosine."""
@@ -30,7 +32,7 @@ def test_the_probe_finds_what_tells_the_attribute_and_the_difference_what_goes_a
 ) -> None:
     pooled, y = confounded
     attribute = Attribute("y", (y > 0).astype(float) if binary else y, binary)
-    difference, probe = fitting.labeled(pooled, attribute)
+    difference, probe = fitting.labeled(pooled, attribute, LABELED)
     assert (difference.name, probe.name, probe.method) == ("y/difference", "y/probe", "probe")
     assert alike(difference.vector, np.array([1.0, 0.0, 0.0])) > 0.98
     weights = np.array([1 / np.sqrt(2), -1.0, 0.0]) if not binary else None
@@ -46,14 +48,17 @@ def test_the_probe_finds_what_tells_the_attribute_and_the_difference_what_goes_a
 def test_an_attribute_that_latents_do_not_tell_scores_as_chance(confounded: tuple[np.ndarray, np.ndarray]) -> None:
     pooled, _ = confounded
     other = np.random.default_rng(1).standard_normal(len(pooled))
-    assert fitting.labeled(pooled, Attribute("o", other, False))[0].told["value"] < 0.05
-    found = fitting.labeled(pooled, Attribute("o", (other > 0).astype(float), True))[0].told["value"]
+    assert fitting.labeled(pooled, Attribute("o", other, False), LABELED)[0].told["value"] < 0.05
+    found = fitting.labeled(pooled, Attribute("o", (other > 0).astype(float), True), LABELED)[0].told["value"]
     assert found == pytest.approx(0.5, abs=0.08)
 
 
 def test_a_strength_of_one_is_one_deviation(confounded: tuple[np.ndarray, np.ndarray]) -> None:
     pooled, y = confounded
-    for direction in [*fitting.labeled(pooled, Attribute("y", y, False)), *fitting.principal(pooled, 3)]:
+    for direction in [
+        *fitting.labeled(pooled, Attribute("y", y, False), LABELED),
+        *fitting.unlabeled("pca", None, pooled, 3),
+    ]:
         length = np.linalg.norm(direction.vector)
         assert (pooled @ direction.vector / length).std() == pytest.approx(length)
 
@@ -63,19 +68,12 @@ def test_unknown_values_do_not_count(confounded: tuple[np.ndarray, np.ndarray]) 
     values = y.copy()
     values[200:] = np.nan
     wrong = np.concatenate([pooled[:200], pooled[200:] * [-1, 1, 1]])
-    assert fitting.labeled(wrong, Attribute("y", values, False))[1].vector[0] > 0
-
-
-def test_auroc_of_ties_and_order() -> None:
-    y = np.array([0.0, 0, 1, 1])
-    assert fitting.auroc(np.array([1.0, 2, 3, 4]), y) == 1.0
-    assert fitting.auroc(np.zeros(4), y) == 0.5
-    assert fitting.auroc(np.array([4.0, 2, 3, 1]), y) == 0.25
+    assert fitting.labeled(wrong, Attribute("y", values, False), LABELED)[1].vector[0] > 0
 
 
 def test_principal_directions_are_ordered_and_share_the_variance() -> None:
     pooled = np.random.default_rng(0).standard_normal((500, 3)) * [1, 3, 2]
-    first, second = fitting.principal(pooled, 2)
+    first, second = fitting.unlabeled("pca", None, pooled, 2)
     assert abs(alike(first.vector, np.array([0.0, 1, 0]))) > 0.99
     assert abs(alike(second.vector, np.array([0.0, 0, 1]))) > 0.98
     assert first.told["value"] == pytest.approx(9 / 14, abs=0.05)
@@ -95,7 +93,7 @@ def test_sefa_sees_the_first_convolution_and_what_is_linear_before_it(architectu
     expected = (columns.T @ columns).numpy()
     response = fitting.first_response(autoencoder)
     np.testing.assert_allclose(response.T @ response, expected, rtol=1e-4, atol=1e-5)
-    found = fitting.closed_form(autoencoder, np.random.default_rng(0).standard_normal((50, 4)), 2)
+    found = fitting.unlabeled("sefa", autoencoder, np.random.default_rng(0).standard_normal((50, 4)), 2)
     _, vectors = np.linalg.eigh(expected)
     assert abs(alike(found[0].vector, vectors[:, -1])) > 0.999
     assert found[0].told["value"] > found[1].told["value"]

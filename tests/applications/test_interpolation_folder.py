@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.applications.interpolation import animate, find_pairs, read_pairs
+from ldm_vae.applications.interpolation import animated, find_pairs, read_pairs
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
 from tests.diffusion.conftest import saved as saved  # a fixture
@@ -66,7 +66,7 @@ def test_a_folder_of_pairs_beside_another_autoencoder(
     torch.manual_seed(2)
     build_autoencoder(AutoencoderConfig(preset="pico", latent_channels=2, kind="ae")).save_pretrained(plain)
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "holds the result of another compare; give another --out, or --overwrite" in capsys.readouterr().err
+    assert "holds the result of another compare; give another output, or --overwrite" in capsys.readouterr().err
 
 
 def test_long_names_and_names_that_are_no_utf_8(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_through_a_diffusion_model(saved: Path, image_folder: Path, tmp_path: Pa
         ([0, 1, 2], [], "3 images make no pairs; give an even number, or a folder"),
         ([0, 1], ["--pairs", "2"], "2 pairs of 2 images; give at most 1"),
         ([0, 1], ["--frames", "4"], "frames: 4 is not odd"),
-        ([0, 1], ["--strength", "0", "--pipeline", "x"], "strength: 0.0 is no share above 0"),
+        ([0, 1], ["--strength", "0", "--pipeline", "x"], "strength: 0.0 is not a share above 0"),
         ([0, 1], ["--compare", "none"], "none: no such directory"),
         ([0, 1], ["--size", "8"], "size: 8 is below 16 pixels"),
         ([0, 1], ["--prior", "-1"], "prior: -1 is negative"),
@@ -118,9 +118,9 @@ def test_images_of_two_sizes_and_no_autoencoder_and_another_one_are_refused(
     words = ["interpolate", *images, *place]
     assert cli.main([*words, "--autoencoder", str(autoencoder_directory)]) == EXIT_USER_ERROR
     assert "64 x 64 pixels, " in (said := capsys.readouterr().err)
-    assert "bring all to one size by --size N" in said
+    assert "bring all to one size with size" in said
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "give --autoencoder DIR, or --pipeline DIR" in capsys.readouterr().err
+    assert "give autoencoder, or a pipeline with its own" in capsys.readouterr().err
     both = ["--autoencoder", str(autoencoder_directory), "--pipeline", str(saved)]
     assert cli.main([*words, *both, "--size", "64"]) == EXIT_USER_ERROR
     assert "is not the one of the pipeline" in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_pairs_of_a_folder_are_not_neighbors(image_folder: Path) -> None:
 
 def test_an_animation_goes_there_and_back_and_rests(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), (80 * k, 0, 0)) for k in range(3)]
-    animate(frames, tmp_path / "a.webp")
+    (tmp_path / "a.webp").write_bytes(animated(frames, "webp"))
     with Image.open(tmp_path / "a.webp") as animation:
         assert animation.info["loop"] == 0
         reds = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae.applications.anomaly.images import cells, known_truth
+from ldm_vae.applications.anomaly.images import cells, open_labeled
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
@@ -33,7 +33,7 @@ def folder(parts: Path) -> DataConfig:
 
 
 def test_labels_of_a_folder_say_what_is_normal(parts):
-    truth = known_truth(folder(parts), ["good"], str(parts / "masks"))
+    truth = open_labeled(folder(parts), ["good"], str(parts / "masks"))
     assert truth.kinds == ("crack", "crack", "normal", "normal")
     assert truth.has_masks
     assert not truth.mask(2, 32).any()
@@ -41,7 +41,7 @@ def test_labels_of_a_folder_say_what_is_normal(parts):
 
 def test_a_mask_is_cropped_as_its_image(parts):
     """32 of 40 columns are kept, 4 lost on each side."""
-    mask = known_truth(folder(parts), ["good"], str(parts / "masks")).mask(0, 32)
+    mask = open_labeled(folder(parts), ["good"], str(parts / "masks")).mask(0, 32)
     assert mask.shape == (32, 32)
     rows, columns = np.nonzero(mask)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 15, 8, 15)
@@ -55,13 +55,13 @@ def test_a_cell_counts_when_any_of_its_pixels_does():
 
 
 def test_without_masks_nothing_is_known_of_the_place(parts):
-    truth = known_truth(folder(parts), ["good"], None)
+    truth = open_labeled(folder(parts), ["good"], None)
     assert truth.mask(0, 32) is None
     assert truth.mask(2, 32) is None
 
 
 def test_a_missing_or_wrong_mask_is_named(parts):
-    truth = known_truth(folder(parts), ["good"], str(parts / "masks"))
+    truth = open_labeled(folder(parts), ["good"], str(parts / "masks"))
     with pytest.raises(UserError, match=r"masks: .*crack/1\.png: .* white where the anomaly is"):
         truth.mask(1, 32)
     Image.new("L", (20, 10)).save(parts / "masks/crack/1.png")
@@ -71,7 +71,7 @@ def test_a_missing_or_wrong_mask_is_named(parts):
 
 def test_the_synthetic_set_knows_its_defects():
     data = DataConfig(synthetic=SyntheticConfig(count=30, resolution=64, defects=0.5))
-    truth, source = known_truth(data, [], None), SyntheticSource(data.synthetic)
+    truth, source = open_labeled(data, [], None), SyntheticSource(data.synthetic)
     assert set(truth.kinds) >= {"normal", "scratch"}
     for index, kind in enumerate(truth.kinds):
         assert truth.mask(index, 64).any() == (kind != "normal") == source.defect_mask(index).any()
@@ -90,7 +90,7 @@ def test_the_synthetic_set_knows_its_defects():
 def test_one_class_only_of_the_synthetic_set_is_refused(defects, normal, masks, message):
     data = DataConfig(synthetic=SyntheticConfig(count=12, resolution=64, defects=defects))
     with pytest.raises(UserError, match=message):
-        known_truth(data, normal, masks)
+        open_labeled(data, normal, masks)
 
 
 def test_one_class_only_of_a_folder_is_refused(parts):
@@ -100,6 +100,6 @@ def test_one_class_only_of_a_folder_is_refused(parts):
         ([], r"normal: missing; give the labels of the normal images, of crack, good"),
     ):
         with pytest.raises(UserError, match=message):
-            known_truth(folder(parts), normal, None)
+            open_labeled(folder(parts), normal, None)
     with pytest.raises(UserError, match=r"masks: .*: no such folder"):
-        known_truth(folder(parts), ["good"], str(parts / "none"))
+        open_labeled(folder(parts), ["good"], str(parts / "none"))
