@@ -511,7 +511,7 @@ class Method:
         return not self.measure
 
 
-METHODS = {
+METHODS: dict[str, Method] = {
     "difference": Method(difference),
     "probe": Method(lambda features, y, binary: probe(features, y, binary)[0]),
     "pca": Method(covariance, "share of variance"),
