@@ -1,7 +1,94 @@
 """ldm_vae: the compression component of latent diffusion.
 
-Train an 8x-downsampling KL-regularised VAE on your own images, encode datasets into latent shards, train a latent
-U-Net on them and generate. Importing this package does nothing and imports nothing heavy.
+Train an autoencoder on your own images, encode datasets into latent shards, train a latent U-Net on them and generate.
+
+    import ldm_vae
+
+    autoencoder = ldm_vae.load_autoencoder("runs/vae")
+    latents = autoencoder.encode(images).latent_dist.mean  # images (n, 3, h, w) in [-1, 1]
+
+`__all__` is the whole public API; every other name may change. Importing the package imports nothing heavy: a public
+name is imported when it is first used.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm_vae import flow, metrics
+    from ldm_vae.applications.codec.compression import compress, decompress
+    from ldm_vae.autoencoder.models import load_autoencoder
+    from ldm_vae.autoencoder.train_config import TrainVaeConfig
+    from ldm_vae.autoencoder.training import train_vae
+    from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+    from ldm_vae.diffusion.generation import generate
+    from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+    from ldm_vae.diffusion.training import TrainDiffusionConfig, train_diffusion
+    from ldm_vae.errors import UserError
+    from ldm_vae.evaluation.diagnosis import diagnose
+    from ldm_vae.evaluation.measurement import EvaluateConfig
+    from ldm_vae.evaluation.reconstruction import evaluate
+    from ldm_vae.latents.dataset import LatentDataset
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset
+
 __version__ = "0.1.0"
+
+_MODULES = ("flow", "metrics")
+_HOMES = {
+    "AutoencoderWavelet": "autoencoder.wavelet",
+    "EncodeConfig": "latents.encode",
+    "EvaluateConfig": "evaluation.measurement",
+    "LatentDataset": "latents.dataset",
+    "LatentDiffusionPipeline": "diffusion.pipeline",
+    "TrainDiffusionConfig": "diffusion.training",
+    "TrainVaeConfig": "autoencoder.train_config",
+    "UserError": "errors",
+    "compress": "applications.codec.compression",
+    "decompress": "applications.codec.compression",
+    "diagnose": "evaluation.diagnosis",
+    "encode_dataset": "latents.encode",
+    "evaluate": "evaluation.reconstruction",
+    "generate": "diffusion.generation",
+    "load_autoencoder": "autoencoder.models",
+    "train_diffusion": "diffusion.training",
+    "train_vae": "autoencoder.training",
+}
+"""Public name -> the module that defines it, below this package."""
+
+__all__ = [
+    "AutoencoderWavelet",
+    "EncodeConfig",
+    "EvaluateConfig",
+    "LatentDataset",
+    "LatentDiffusionPipeline",
+    "TrainDiffusionConfig",
+    "TrainVaeConfig",
+    "UserError",
+    "compress",
+    "decompress",
+    "diagnose",
+    "encode_dataset",
+    "evaluate",
+    "flow",
+    "generate",
+    "load_autoencoder",
+    "metrics",
+    "train_diffusion",
+    "train_vae",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

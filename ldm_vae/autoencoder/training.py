@@ -30,14 +30,22 @@ from ldm_vae.autoencoder.models import (
 )
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
-from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig
+from ldm_vae.autoencoder.train_config import (
+    HeldOut,
+    TrainVaeConfig,
+    held_out_part,
+    measured_batches,
+    training_samples,
+)
 from ldm_vae.autoencoder.weights import DECODER_PARTS
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_checksums
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.loader import Batch
-from ldm_vae.training.trainer import Engine
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import Engine, fit, make_accelerator
+from ldm_vae.training.trainer import dry_run as dry_run_of
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
@@ -46,6 +54,32 @@ QUANTIZER_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
 ALARMS_FROM = 0.2
 """Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
 BEFORE_GAME = "autoencoder-before-game"
+
+
+def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int:
+    """`ldm-vae train-vae`: train the autoencoder in `config.output`, or continue there.
+
+    Args:
+        dry_run: build everything, do one step on random data, print parameters, GMACs, shapes and memory.
+
+    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
+
+    Raises:
+        UserError: a setting, the images or the output folder are not usable.
+    """
+    if dry_run:
+        accelerator = make_accelerator(config.training)
+        model = VaeModel(config, held_out=None, device=accelerator.device)
+        accelerator.print(dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator))
+        return 0
+    samples, held_out = training_samples(config), held_out_part(config)
+    accelerator = make_accelerator(config.training, Path(config.output))
+    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    model = VaeModel(config, held_out, accelerator.device)
+    if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
+        model.autoencoder.fit_statistics(measured_batches(config))
+    plan = config.plan(accelerator.num_processes)
+    return fit(model, samples, plan, config.training, run_directory, accelerator)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator, run_job
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset
 
     config = config_arguments.load(args, EncodeConfig)
-    if config is None:
-        return 0
-    if args.dry_run:
-        from ldm_vae.latents.encode import dry_run
-
-        return dry_run(config, make_accelerator(config))
-    return run_job(config, encode_dataset)
+    return 0 if config is None else encode_dataset(config, dry_run=args.dry_run)

@@ -9,7 +9,6 @@ The same command resumes an interrupted run. Examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ldm_vae.commands import config_arguments
 
@@ -31,23 +30,6 @@ def run(args: argparse.Namespace) -> int:
     if config is None:
         return 0
 
-    from ldm_vae.autoencoder.train_config import held_out_part, measured_batches, training_samples
-    from ldm_vae.autoencoder.training import VaeModel
-    from ldm_vae.training.run_directory import RunDirectory
-    from ldm_vae.training.trainer import fit, make_accelerator
+    from ldm_vae.autoencoder.training import train_vae
 
-    if args.dry_run:
-        from ldm_vae.training.trainer import dry_run
-
-        accelerator = make_accelerator(config.training)
-        model = VaeModel(config, held_out=None, device=accelerator.device)
-        accelerator.print(dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator))
-        return 0
-    samples, held_out = training_samples(config), held_out_part(config)
-    accelerator = make_accelerator(config.training, Path(config.output))
-    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    model = VaeModel(config, held_out, accelerator.device)
-    if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
-        model.autoencoder.fit_statistics(measured_batches(config))
-    plan = config.plan(accelerator.num_processes)
-    return fit(model, samples, plan, config.training, run_directory, accelerator)
+    return train_vae(config, dry_run=args.dry_run)

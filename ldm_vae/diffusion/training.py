@@ -18,9 +18,9 @@ from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.config import changed_keys
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow, validation
-from ldm_vae.diffusion.fid import Judge, KidConfig
+from ldm_vae.diffusion.fid import Judge, KidConfig, make_sample_kid
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import EmaConfig, EmaSnapshots, PosthocEma, copy_to
+from ldm_vae.diffusion.posthoc_ema import FOLDER, EmaConfig, EmaSnapshots, PosthocEma, copy_to
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import Crops, CropsConfig, UNetConfig, build_unet, draw_crops
 from ldm_vae.diffusion.validation import Copies, StopSuggestion, fit_latent_rgb, validation_losses
@@ -30,7 +30,9 @@ from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
 from ldm_vae.latents.format import Manifest, check_same, short
 from ldm_vae.random import generator
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
-from ldm_vae.training.trainer import Engine, TrainingConfig
+from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.trainer import Engine, TrainingConfig, fit, make_accelerator
+from ldm_vae.training.trainer import dry_run as dry_run_of
 from ldm_vae.utils.image_grid import labelled_sheet
 
 PREVIEW_STEPS = 20
@@ -391,6 +393,32 @@ def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:
         "latent": torch.stack([sample["latent"] for sample in samples]),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
+
+
+def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> int:
+    """`ldm-vae train-diffusion`: train the latent U-Net in `config.output`, or continue there; ends with a pipeline.
+
+    Args:
+        dry_run: build everything, do one step on random data, print parameters, GMACs, shapes and memory.
+
+    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
+
+    Raises:
+        UserError: a setting, the latents, the autoencoder or the output folder are not usable.
+    """
+    samples, held_out = open_latents(config)
+    accelerator = make_accelerator(config.training, None if dry_run else Path(config.output))
+    plan = config.plan(accelerator.num_processes)
+    snapshots = None if dry_run else Path(config.output) / FOLDER
+    judge = None
+    if config.kid.samples and not dry_run:
+        judge = make_sample_kid(config.kid, config.held_out)
+    model = DiffusionModel(config, samples, held_out, snapshots, judge)
+    if dry_run:
+        accelerator.print(dry_run_of(model, plan, config.training, accelerator))
+        return 0
+    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    return fit(model, ordered_samples(config, samples), plan, config.training, run_directory, accelerator)
 
 
 def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDataset | None]:

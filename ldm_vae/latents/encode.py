@@ -144,7 +144,7 @@ def plan_origin(config: EncodeConfig, autoencoder: Any, images: Images, size: tu
     )
 
 
-def encode_dataset(config: EncodeConfig, accelerator: Any) -> int:
+def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> int:
     """Make every shard that is missing, then the manifest, for each size asked for. A finished set is left as it is.
 
     Returns: 0.
@@ -554,7 +554,7 @@ class Progress:
 BATCHES = 8
 
 
-def dry_run(config: EncodeConfig, accelerator: Any) -> int:
+def describe_job(config: EncodeConfig, accelerator: Any) -> int:
     """Open everything, encode noise, print the shapes, sizes and time. Returns: 0."""
     for size in parse_sizes(config.resolution):
         accelerator.print("\n".join(describe(config, accelerator, size)))
@@ -591,6 +591,22 @@ def describe(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> l
 
 
 # Running a job that encodes, and leaving it: shared by `encode`, `latents append` and `latents repair`.
+
+
+def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> int:
+    """`ldm-vae encode`: the latents of a dataset as shards in `config.output`; continues an interrupted job.
+
+    Args:
+        dry_run: open everything, time a few batches of noise and print the sizes; write nothing.
+
+    Returns: 0.
+
+    Raises:
+        UserError: a setting, the images or the output are not usable, or a latent is not finite.
+    """
+    if dry_run:
+        return describe_job(config, make_accelerator(config))
+    return run_job(config, encode_all_sizes)
 
 
 def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:

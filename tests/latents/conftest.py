@@ -10,7 +10,7 @@ import torch
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
+from ldm_vae.latents.encode import EncodeConfig, encode_all_sizes, make_accelerator
 
 Encode = Callable[..., int]
 
@@ -47,7 +47,7 @@ def encode(settings: list[str]) -> Encode:
 
     def run(output: Path | str, *overrides: str) -> int:
         config = configuration.load(EncodeConfig, None, [*settings, f"output={output}", *overrides])
-        return encode_dataset(config, make_accelerator(config))
+        return encode_all_sizes(config, make_accelerator(config))
 
     return run
 

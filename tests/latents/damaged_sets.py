@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm_vae import config as configuration
 from ldm_vae.latents.append import AppendConfig, append_images
-from ldm_vae.latents.encode import EncodeConfig, encode_dataset, make_accelerator
+from ldm_vae.latents.encode import EncodeConfig, encode_all_sizes, make_accelerator
 
 SIDE_FILES = ("run.json", "encode.lock")
 """No part of the set: a record of the job, and its lock."""
@@ -44,7 +44,7 @@ def make(folder: Path, images: Path, settings: list[str]) -> RichSet:
     encoded, appended = ([*words, f"data.path={folder / name}"] for name in ("first", "more"))
     appended.append("id_prefix=more/")
     config = configuration.load(EncodeConfig, None, [*encoded, f"output={folder / 'set'}"])
-    assert encode_dataset(config, make_accelerator(config)) == 0
+    assert encode_all_sizes(config, make_accelerator(config)) == 0
     more = configuration.load(AppendConfig, None, [*appended, f"output={folder / 'set'}"])
     assert append_images(more, make_accelerator(more)) == 0
     return RichSet(folder / "set", encoded, appended)

@@ -1,0 +1,27 @@
+"""The mathematics of rectified flow: times, interpolation, targets and the loss. Public names of `diffusion.flow`."""
+
+from ldm_vae.diffusion.flow import (
+    as_column,
+    clean_from_velocity,
+    interpolate,
+    resolution_shift,
+    sample_times,
+    shift_times,
+    velocity_from_clean,
+    velocity_from_clean_head,
+    velocity_loss,
+    velocity_target,
+)
+
+__all__ = [
+    "as_column",
+    "clean_from_velocity",
+    "interpolate",
+    "resolution_shift",
+    "sample_times",
+    "shift_times",
+    "velocity_from_clean",
+    "velocity_from_clean_head",
+    "velocity_loss",
+    "velocity_target",
+]
