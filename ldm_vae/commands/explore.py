@@ -37,29 +37,15 @@ def run(args: argparse.Namespace) -> int:
     import os
     import sys
 
-    from ldm_vae.errors import UserError
     from ldm_vae.training.watchdog import StopRequest
 
-    if args.export is None and args.overwrite:
-        raise UserError("--overwrite: has no effect without --export; leave it out")
     with StopRequest(at_once=True):
-        from ldm_vae.applications.explorer.answers import Models, open_model
-        from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
-        from ldm_vae.applications.explorer.export import check_exportable, check_output, export_page
-        from ldm_vae.applications.explorer.server import open_socket, serve
+        from ldm_vae.applications.explorer.explored import ExploreConfig
+        from ldm_vae.applications.explorer.server import explore
 
-        config = ExploreConfig(args.data, args.count, args.size, args.directions, args.device)
-        if args.export is not None:
-            check_output(args.export, args.overwrite)
-        open_socket(args.port).close()  # refused before the models are read
-        check = None if args.export is None else check_exportable
-        explored = open_models(args.model, args.compare, config, check)
-        models = Models(*(open_model(key, one) for key, one in zip("ab", explored)))
-        if args.export is not None:
-            written = export_page(models, args.export, args.overwrite)
-            print(f"{args.export}: {written / 1e6:.1f} MB, opens in any browser")
-        else:
-            serve(models, args.port)
+        settings = {key: value for key, value in vars(args).items() if key in ExploreConfig.__dataclass_fields__}
+        explore(ExploreConfig(autoencoder=args.model, **settings), overwrite=args.overwrite)
+        if args.export is None:
             sys.stdout.flush()
             os._exit(0)  # nothing is left to do, and an interpreter that ends around a thread inside torch may abort
     return 0

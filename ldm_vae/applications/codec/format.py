@@ -12,7 +12,6 @@ and trusts a prefix. Sizes are judged before memory is taken. What parts hold is
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,8 +32,8 @@ from ldm_vae.applications.codec.entropy_models import (
     weight_count,
 )
 from ldm_vae.data.decoding import DecodeLimits
-from ldm_vae.errors import UserError
-from ldm_vae.files import canonical_json, check_tensor_file, write_bytes
+from ldm_vae.errors import DamagedFile, UserError
+from ldm_vae.files import canonical_json, parsing, read_described_file, write_bytes
 
 MAGIC = b"LDMZ"
 FORMAT_VERSION = 1
@@ -319,31 +318,13 @@ def short_fingerprint(fingerprint: str) -> bytes:
 
 def load_model(path: str | Path) -> FittedModel:
     """The model in a file of `ldm-vae codec-fit`. Raises: UserError when it is no such file, damaged or newer."""
-    from safetensors import SafetensorError, safe_open
-
-    location = Path(path)
-    if not location.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give one that `ldm-vae codec-fit` wrote")
-    if location.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path}: is larger than {MOST_BYTES} bytes; this is no entropy model")
-    check_tensor_file(location)
-    try:
-        with safe_open(location, "np") as file:
-            record = dict(json.loads(file.metadata()[METADATA]))
-            version = record["format_version"]
-            if isinstance(version, int) and version > MODEL_FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: has format version {version}, this program reads {MODEL_FORMAT_VERSION}; update ldm_vae"
-                )
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    with parsing(path, MODEL_ADVICE):
+        record, arrays = read_described_file(Path(path), METADATA, MODEL_FORMAT_VERSION, MOST_BYTES, "np")
         model = _model(record, arrays)
-        problem = None if model.fingerprint == record["fingerprint"] else "its checksum is another one"
-    except UserError:
-        raise
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is no entropy model ({type(error).__name__}: {error}); {MODEL_ADVICE}") from error
-    if problem or model._record() != {key: value for key, value in record.items() if key != "fingerprint"}:
-        raise UserError(f"{path}: is damaged ({problem or 'its record differs'}); {MODEL_ADVICE}")
+        if record != model._record() | {"fingerprint": model.fingerprint}:
+            raise DamagedFile(path, "is damaged (its record or checksum differs)", MODEL_ADVICE)
     return model
 
 

@@ -62,7 +62,7 @@ class Model:
     round_trip: RoundTrip | None = None
 
     @functools.cached_property
-    def stages(self) -> tuple[stages.DataStage, ...]:
+    def stages(self) -> tuple[stages.NetworkStage, ...]:
         return stages.stages_of(self.explored)
 
     @functools.cached_property

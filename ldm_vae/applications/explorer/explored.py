@@ -1,7 +1,8 @@
 """One autoencoder opened for exploring: its images, what it makes of them, and both ways through it.
 
-Everything else of the explorer takes an `Explored`. Owns the settings, and encoding all images once; which images there
-are is the business of `images`.
+    ExploreConfig -> `open_models` -> Explored -> plane, stages, answers -> served (`server`) or exported (`export`)
+
+`images` chooses which images there are.
 """
 
 from __future__ import annotations
@@ -41,29 +42,37 @@ LARGEST_SIZE, DEFAULT_SIZE = 1024, 128
 MAXIMUM_BYTES = 4_000_000_000
 """Of all images and latents, which are kept in memory."""
 BATCH_PIXELS = 2**16
-"""Pixels of one pass: few, so that whoever hovers waits for no long one."""
+"""Pixels of one pass: few, so that a hover never waits for a long pass."""
 
 NETWORKS = threading.RLock()
-"""Held while any network computes: hooks and counters of costs then see their own pass only."""
+"""Locked while any network computes: hooks and FLOP counters then see their own pass only."""
 
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """What is explored beside the autoencoder.
+    """`ldm-vae explore`.
 
-    Attributes:
-        data: a folder of images, a parquet file, or `synthetic`; None: see `images.choose_images`.
-        count: images, evenly spread over the data.
-        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice; None: that of
+    Args:
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        compare: another autoencoder on the same images, side by side.
+        data: a folder of images, a parquet file, or `synthetic`; null: the autoencoder's own, see `choose_images`.
+        directions: what `directions fit` wrote, for its sliders.
+        count: images on the map, evenly spaced over the data.
+        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice; null: that of
             the images that travel with it, or 128.
-        directions: what `directions fit` wrote.
-        device: auto, cpu, cuda or cuda:N.
+        port: of 127.0.0.1; 0: a free one.
+        export: write one self-contained page to this file instead of serving; null: serve.
+        device: auto, cpu, cuda, cuda:1 ...
     """
 
+    autoencoder: str = "???"
+    compare: str | None = None
     data: str | None = None
+    directions: str | None = None
     count: int = 2000
     size: int | None = None
-    directions: str | None = None
+    port: int = 0
+    export: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -150,30 +159,17 @@ class Explored:
         return self.mean.double().std(dim=(0, 2, 3), correction=0).float()
 
 
-def open_explored(path: str | Path, config: ExploreConfig) -> Explored:
-    """Load an autoencoder (a run of `train-vae`, a folder, a hub id), read its images and encode them.
-
-    Raises:
-        UserError: no autoencoder, no images, too many of them for the memory, or directions of another encoder.
-    """
-    return open_models(path, None, config)[0]
-
-
-def open_models(
-    path: str | Path,
-    compared: str | Path | None,
-    config: ExploreConfig,
-    check: Callable[[Any, str], None] | None = None,
-) -> tuple[Explored, ...]:
+def open_models(config: ExploreConfig, check: Callable[[Any, str], None] | None = None) -> tuple[Explored, ...]:
     """One or two autoencoders on the same images in the same order; those of the first where they have their own.
 
     Args:
         check: takes each autoencoder and its path, and refuses it before any image is read.
 
     Raises:
-        UserError: as `open_explored`, or two that know different image sizes.
+        UserError: no autoencoder, two that know different image sizes, no images, too many of them for the memory, or
+            directions of another encoder.
     """
-    names = [str(one) for one in (path, compared) if one is not None]
+    names = [one for one in (config.autoencoder, config.compare) if one is not None]
     device = compute_device(config.device)
     autoencoders = [load_autoencoder(name).to(device).eval() for name in names]
     if check is not None:

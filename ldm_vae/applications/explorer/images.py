@@ -1,18 +1,12 @@
-"""Which images an autoencoder is explored with, and reading them: the same for both of two.
-
-Owns the order of preference and leaving out what cannot be read; the files that travel with a checkpoint are
-`bundled`'s.
-"""
+"""Which images an autoencoder is explored with, and `explorer.safetensors`, the images that travel with one."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +14,22 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
-from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import LABEL_COLUMNS
 from ldm_vae.data.hf_datasets import local_files
 from ldm_vae.data.open import open_source
-from ldm_vae.data.samples import evenly_spaced
+from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, DatasetsConfig, ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.data.synthetic.source import SyntheticConfig
-from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     MANIFEST,
     canonical_json,
     check_checksums,
-    check_tensor_file,
     checksum_bytes,
+    parsing,
     publish_directory,
+    read_described_file,
     temporary_directory,
     write_checksums,
 )
@@ -128,19 +121,14 @@ def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
     """`count` images, evenly spread, scaled and cropped to squares of `side` pixels, without unreadable ones."""
     from tqdm import tqdm
 
-    source = chosen.source
+    source, rejected = chosen.source, Rejected()
     indices = evenly_spaced(len(source), count)
     images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
-    rejected: list[tuple[str, str]] = []
-    for index in tqdm(indices, desc="reading", unit="image", dynamic_ncols=True, leave=False):
-        try:
-            picture = resize_center_crop(source.read(index), side)
-        except ImageRejected as error:
-            rejected.append((source.id(index), error.reason))
-            continue
-        images[len(kept)] = torch.from_numpy(picture).permute(2, 0, 1)
-        kept.append(index)
+    shown = tqdm(indices, desc="reading", unit="image", dynamic_ncols=True, leave=False)
+    for crop in iterate_crops(source, shown, side, rejected):
+        images[len(kept)] = torch.from_numpy(crop.pixels).permute(2, 0, 1)
+        kept.append(crop.index)
     if rejected:
         name, reason = rejected[0]
         left_out = pluralize(len(rejected), "image")
@@ -167,14 +155,14 @@ def _asked_for(data: str, count: int, size: int) -> Chosen:
 
 
 def _parquet(path: Path) -> DatasetsConfig:
-    """The columns `image` and, where there is one, `label` or `class`. Raises: UserError when it is no parquet file."""
+    """The columns `image` and, where there is one, `label` or `class`. Raises: UserError for another file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         columns = pyarrow.parquet.read_schema(path).names
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data: {path} is no parquet file ({type(error).__name__}); give another") from error
+        raise UserError(f"data: {path} is not a parquet file ({type(error).__name__}); give another") from error
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     return DatasetsConfig(name=str(path), label_column=label)
 
@@ -194,7 +182,7 @@ def _trained_on(run: Path, count: int, size: int) -> Chosen | None:
             data = replace(data, synthetic=replace(data.synthetic, resolution=max(32, size)))
         source = open_source(replace(data, cache_megabytes=0))
     except UserError as error:
-        logger.warning("%s/config.yaml: its images are not to be had, so the synthetic set is shown (%s)", run, error)
+        logger.warning("%s/config.yaml: its images cannot be opened, so the synthetic set is shown (%s)", run, error)
         return None
     name = {"folder": data.path, "datasets": data.datasets.name, SYNTHETIC: "the synthetic set"}[data.source]
     if data.held_out:
@@ -215,7 +203,6 @@ FORMAT_VERSION = 1
 MOST_BYTES = 64 << 20
 MOST_IMAGES, MOST_LABELS = 20_000, 1000
 SMALLEST_SIDE, LARGEST_SIDE = 4, 1024
-ADVICE = "restore it from a copy, or remove it and name images with --data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +231,7 @@ class Bundled:
 
 
 def write_bundled(folder: Path, bundled: Bundled) -> None:
-    """Put the images into the directory of an autoencoder, and under its seal where it has one: complete or not at all.
+    """Put the images into the directory of an autoencoder, and its checksums: complete or not at all.
 
     Raises:
         UserError: no autoencoder is there, or a damaged one; or the images need more than 32 MiB.
@@ -252,7 +239,7 @@ def write_bundled(folder: Path, bundled: Bundled) -> None:
     from safetensors.torch import save_file
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no config.json, so it is no autoencoder; give the directory of one")
+        raise UserError(f"{folder}: holds no config.json, so it is not an autoencoder; give the directory of one")
     if bundled.images.nbytes > MOST_BYTES // 2:
         raise UserError(
             f"{folder}/{FILE}: {bundled.images.nbytes} bytes of images are too many; bring fewer or smaller"
@@ -277,27 +264,9 @@ def read_bundled(folder: Path) -> Bundled | None:
     Raises:
         UserError: the file is damaged, larger than any that this package writes, or of a newer format.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / FILE
     if not path.is_file():
         return None
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path}: is larger than {MOST_BYTES} bytes; {ADVICE}")
-    check_tensor_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            record: dict[str, Any] = dict(json.loads(file.metadata()[METADATA]))
-            version = record["format_version"]
-            if type(version) is int and version > FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
-                )
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version!r}")
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-        return Bundled(images, labels, tuple(record["label_names"]), record["origin"])
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); {ADVICE}") from error
+    with parsing(path, "restore it from a copy, or remove it and name images with data"):
+        record, tensors = read_described_file(path, METADATA, FORMAT_VERSION, MOST_BYTES)
+        return Bundled(tensors["images"], tensors["labels"], tuple(record["label_names"]), record["origin"])

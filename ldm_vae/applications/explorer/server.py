@@ -1,8 +1,9 @@
-"""The explorer's web application: addresses, the files of the page, and what travels around an answer.
+"""The explorer's web server: addresses, the files of the page, and the thread that serves them.
+
+    request -> `limits.Guard` -> `Endpoint` -> `answers` gives the work -> `limits.Worker` computes it -> response
 
 Everything is read by GET. Nothing that a client sends is ever part of a file's path: the page's files are read at
-start, and a preview is chosen by its step from a listing. What is refused is the business of `limits`, whose turn it
-is that of `worker`, what is answered that of `answers`.
+start, and a preview is chosen by its step from a listing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from starlette.types import ASGIApp, Receive
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ldm_vae.applications.explorer import answers
-from ldm_vae.applications.explorer.answers import Model, Models, Work
+from ldm_vae.applications.explorer.answers import Model, Models, Work, open_model
+from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
+from ldm_vae.applications.explorer.export import check_exportable, check_output, export_page
 from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Guard, Question, Refusal, Turn, Worker, refused
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.errors import UserError
@@ -291,6 +294,26 @@ def _wait_until_it_answers(address: str, thread: threading.Thread) -> None:
             return
         time.sleep(0.02)
     raise UserError(f"explore: no answer at {address}; start it again, or give another --port")
+
+
+def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
+    """Serve the explorer until KeyboardInterrupt, or with `config.export` write its page.
+
+    Raises:
+        UserError: the port is not to be had, a file that is there already, or whatever `open_models` refuses.
+    """
+    if config.export is None and overwrite:
+        raise UserError("--overwrite: has no effect without --export; leave it out")
+    if config.export is not None:
+        check_output(config.export, overwrite)
+    open_socket(config.port).close()  # refused before the models are read
+    explored = open_models(config, None if config.export is None else check_exportable)
+    models = Models(*(open_model(key, one) for key, one in zip("ab", explored)))
+    if config.export is None:
+        serve(models, config.port)
+    else:
+        written = export_page(models, config.export, overwrite)
+        print(f"{config.export}: {written / 1e6:.1f} MB, opens in any browser")
 
 
 def serve(models: Models, port: int) -> None:

@@ -49,7 +49,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class DataStage:
+class NetworkStage:
     """One step. `name`: in addresses, `title` and `what`: for people; shapes without the batch; `gmacs`: 10^9
     multiply-accumulates for one image, `parameters`: numbers that were learnt, 0 for what computes nothing."""
 
@@ -82,7 +82,7 @@ class Activation:
 
 
 @torch.no_grad()
-def stages_of(explored: Explored) -> tuple[DataStage, ...]:
+def stages_of(explored: Explored) -> tuple[NetworkStage, ...]:
     """All stages in the order of the way, measured with the first image."""
     image = transforms.from_uint8(explored.images[:1].to(explored.autoencoder.device))
     latent = explored.mean[:1].to(explored.autoencoder.device)
@@ -92,14 +92,14 @@ def stages_of(explored: Explored) -> tuple[DataStage, ...]:
         encoding = _measured(encoder, picture, lambda: base.encode_moments(explored.autoencoder, image))
         decoding = _measured(decoder, shape, lambda: base.decode(explored.autoencoder, latent))
     return (
-        DataStage(INPUT, "Input", "The image, its red, green and blue scaled to -1 to 1.", picture, picture, 0, 0.0),
+        NetworkStage(INPUT, "Input", "The image, its red, green and blue scaled to -1 to 1.", picture, picture, 0, 0.0),
         *encoding,
         *_latent_stages(explored, encoding[-1].shape_out if encoding else shape, shape),
         *decoding,
     )
 
 
-def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator[DataStage]:
+def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator[NetworkStage]:
     """mu, sigma and the sample, which compute next to nothing."""
     sigma = "How far the posterior reaches around mu: exp(0.5 logvar), small where the image fixes the latent."
     sample = "mu + noise x sigma x a standard normal draw: what the decoder gets in training."
@@ -108,14 +108,14 @@ def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator
         sample = "mu itself: with no sigma there is nothing to draw."
     if explored.kind in ("vq", "fsq"):
         sample = "mu rounded to the nearest code: all that the decoder sees."
-    yield DataStage(MU, "mu", "The mean of the posterior: the latent itself.", moments, shape, 0, 0.0)
-    yield DataStage(SIGMA, "sigma", sigma, moments, shape, 0, 0.0)
+    yield NetworkStage(MU, "mu", "The mean of the posterior: the latent itself.", moments, shape, 0, 0.0)
+    yield NetworkStage(SIGMA, "sigma", sigma, moments, shape, 0, 0.0)
     quantizer = getattr(explored.autoencoder, "quantizer", None) or getattr(explored.autoencoder, "quantize", None)
     learnt = _parameters([quantizer]) if isinstance(quantizer, nn.Module) else 0
-    yield DataStage(SAMPLE, "Sample", sample, shape, shape, learnt, 0.0)
+    yield NetworkStage(SAMPLE, "Sample", sample, shape, shape, learnt, 0.0)
 
 
-def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[DataStage]:
+def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[NetworkStage]:
     """Stages of one half of the network. What is computed outside of their modules belongs to the first."""
     modules = [module for part in parts for module in part.modules]
     with _recorded(modules) as calls:
@@ -128,7 +128,7 @@ def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[DataStag
         first, last = calls[part.modules[0]], calls[part.modules[-1]]
         came = shape_in if number == 0 else _shape(first.arguments[0])
         found.append(
-            DataStage(
+            NetworkStage(
                 part.name, part.title, part.what, came, _shape(part.arranged(last.output)), _parameters(part.modules),
                 cost,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
-from ldm_vae.applications.explorer.explored import Explored
+from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, open_models
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 
 SIDE = 8
@@ -72,3 +73,13 @@ def saved(folder: Path, seed: int = 0, **settings: Any) -> Path:
     torch.manual_seed(seed)
     build_autoencoder(AutoencoderConfig(**{"preset": "pico"} | settings)).save_pretrained(folder)
     return folder
+
+
+def open_two(path: str | Path, compared: str | Path, config: ExploreConfig) -> tuple[Explored, ...]:
+    """Two autoencoders on the same images."""
+    return open_models(replace(config, autoencoder=str(path), compare=str(compared)))
+
+
+def open_explored(path: str | Path, config: ExploreConfig) -> Explored:
+    """One autoencoder."""
+    return open_models(replace(config, autoencoder=str(path)))[0]

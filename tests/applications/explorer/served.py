@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ldm_vae.applications.directions.fitting import Direction, Directions, save_directions
 from ldm_vae.applications.explorer.answers import Models, open_model
-from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, open_models
+from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
 from ldm_vae.applications.explorer.limits import Worker
 from ldm_vae.applications.explorer.server import make_application, running
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.autoencoder.weights import encoder_fingerprint
+from tests.applications.explorer.models import open_two
 
 DIRECTION = "bright, and b/probe"
 PREVIEW_STEP = 10
@@ -79,8 +80,8 @@ def small_explored(folder: Path, images: Path, size: int = 32) -> tuple[Explored
     run, plain = small_run(folder / "digits <i>&\"'"), small_run(folder / "plain", deterministic=True)
     found = Direction(DIRECTION, np.array([0.6, 0.0, -0.8]), None, {})
     save_directions(Directions([found], encoder_fingerprint(load_autoencoder(run)), {}, {}), folder)
-    config = ExploreConfig(str(images), count=24, size=size, directions=str(folder), device="cpu")
-    return open_models(run, plain / "autoencoder", config)
+    config = ExploreConfig(data=str(images), count=24, size=size, directions=str(folder), device="cpu")
+    return open_two(run, plain / "autoencoder", config)
 
 
 class Server:

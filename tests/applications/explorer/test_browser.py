@@ -17,7 +17,7 @@ import torch
 
 from ldm_vae.applications.explorer import answers, stages
 from ldm_vae.applications.explorer.answers import Models, open_model
-from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
+from ldm_vae.applications.explorer.explored import ExploreConfig
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from tests.applications.explorer.browser import (
@@ -36,6 +36,7 @@ from tests.applications.explorer.browser import (
     wait_pixels,
     wait_text,
 )
+from tests.applications.explorer.models import open_two
 from tests.applications.explorer.served import DIRECTION, PREVIEW_STEP, small_explored
 
 TABS = ("map", "compare", "architecture", "sliders", "training")
@@ -69,8 +70,8 @@ def shown(browser, tmp_path_factory, image_folder) -> Iterator[Shown]:
     trained = small_explored(folder, image_folder)[0]
     torch.manual_seed(0)
     AutoencoderVector(deterministic=True).save_pretrained(folder / "vector")
-    config = ExploreConfig(str(image_folder), count=24, directions=str(folder), device="cpu")
-    both = open_models(trained.path, folder / "vector", config)
+    config = ExploreConfig(data=str(image_folder), count=24, directions=str(folder), device="cpu")
+    both = open_two(trained.path, folder / "vector", config)
     models = Models(*(open_model(key, explored) for key, explored in zip("ab", both)))
     words = ["--compare", str(folder / "vector"), "--data", config.data, "--count", "24", "--directions", str(folder)]
     with exploring(trained.path, *words, "--device", "cpu") as address:

@@ -14,7 +14,7 @@ from ldm_vae import config as configuration
 from ldm_vae.applications.directions import fitting
 from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored as module
-from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, kind_of, open_explored, open_models
+from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, kind_of
 from ldm_vae.applications.explorer.images import Bundled, write_bundled
 from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
@@ -25,7 +25,7 @@ from ldm_vae.data import transforms
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
 from ldm_vae.files import write_text
-from tests.applications.explorer.models import saved
+from tests.applications.explorer.models import open_explored, open_two, saved
 
 SMALL = {"count": 6, "size": 32}
 
@@ -144,7 +144,7 @@ def test_a_size_is_taken_before_that_of_the_images_and_its_lack_of_effect_is_sai
 
 
 def test_two_autoencoders_see_the_same_images_of_the_size_that_one_dictates(kl: Path, vector: Path) -> None:
-    first, second = open_models(kl, vector, ExploreConfig(count=8, size=64))
+    first, second = open_two(kl, vector, ExploreConfig(count=8, size=64))
     assert first.images is second.images
     assert first.ids == second.ids
     assert (first.origin, first.images.shape[-1]) == ("ten grays", 32)
@@ -154,7 +154,7 @@ def test_two_autoencoders_see_the_same_images_of_the_size_that_one_dictates(kl: 
 def test_two_autoencoders_of_different_sizes_are_not_compared(vector: Path, tmp_path: Path) -> None:
     AutoencoderVector(encoder_channels=(4, 4), decoder_channels=(4, 4, 4)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"knows images of another size than .*16 and 32 pixels"):
-        open_models(vector, tmp_path, ExploreConfig())
+        open_two(vector, tmp_path, ExploreConfig())
 
 
 def make_run(folder: Path, *settings: str) -> Path:
@@ -183,11 +183,11 @@ def test_a_run_without_its_images_shows_the_synthetic_set(tmp_path: Path, caplog
 def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = saved(tmp_path / "other", seed=1)
     found = Directions(
-        [], encoder_fingerprint(open_explored(kl, ExploreConfig("synthetic", **SMALL)).autoencoder), {}, {}
+        [], encoder_fingerprint(open_explored(kl, ExploreConfig(data="synthetic", **SMALL)).autoencoder), {}, {}
     )
     monkeypatch.setattr(fitting, "load_directions", lambda place: found)
     config = ExploreConfig(data="synthetic", directions=str(tmp_path), **SMALL)
-    first, second = open_models(kl, other, config)
+    first, second = open_two(kl, other, config)
     assert first.directions is found
     assert second.directions is None
     with pytest.raises(UserError, match="directions were fitted to"):

@@ -14,7 +14,7 @@ import torch
 
 from ldm_vae.applications.explorer import export
 from ldm_vae.applications.explorer.answers import Models, open_model, path_strip
-from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
+from ldm_vae.applications.explorer.explored import ExploreConfig
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.errors import UserError
@@ -27,6 +27,7 @@ from tests.applications.explorer.browser import (
     point_of,
     wait_drawn,
 )
+from tests.applications.explorer.models import open_explored, open_two
 
 IMAGES = 40
 
@@ -38,7 +39,7 @@ def models(tmp_path_factory) -> Models:
     for seed, name in enumerate(("vae", "ae")):
         torch.manual_seed(seed)
         AutoencoderVector(deterministic=name == "ae").save_pretrained(folder / name)
-    both = open_models(folder / "vae", folder / "ae", ExploreConfig(data="synthetic", count=IMAGES, device="cpu"))
+    both = open_two(folder / "vae", folder / "ae", ExploreConfig(data="synthetic", count=IMAGES, device="cpu"))
     return Models(*(open_model(key, explored) for key, explored in zip("ab", both)))
 
 
@@ -207,7 +208,7 @@ def test_a_page_that_is_too_large_is_refused(models, monkeypatch, tmp_path):
 def test_a_decoder_that_no_page_can_run_is_refused(tmp_path):
     torch.manual_seed(0)
     build_autoencoder(AutoencoderConfig(preset="pico")).save_pretrained(tmp_path / "spatial")
-    explored = open_models(tmp_path / "spatial", None, ExploreConfig(data="synthetic", count=4, size=32, device="cpu"))
+    explored = open_explored(tmp_path / "spatial", ExploreConfig(data="synthetic", count=4, size=32, device="cpu"))
     with pytest.raises(UserError, match=r"AutoencoderWavelet, and a page .* leave out --export"):
-        export.export_page(Models(open_model("a", explored[0])), tmp_path / "page.html")
+        export.export_page(Models(open_model("a", explored)), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -87,7 +87,7 @@ def test_images_and_labels_that_do_not_fit_are_refused(folder, shape, labels, na
         {"images": images(*shape), "labels": torch.tensor(labels, dtype=torch.int64)},
         GOOD | {"label_names": names},
     )
-    with pytest.raises(UserError, match=rf"{FILE}: cannot be read .* --data"):
+    with pytest.raises(UserError, match=rf"{FILE}: cannot be read .* with data"):
         read_bundled(folder)
 
 
