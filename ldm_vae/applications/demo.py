@@ -287,13 +287,13 @@ def shipped(name: str, option: str) -> Path:
 
 
 def find_images(inputs: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, file) of at most `MOST_IMAGES`, evenly spread. Raises: UserError for what is no file or folder."""
+    """(name, file) of at most `MOST_IMAGES`, evenly spaced. Raises: UserError where there is no such file."""
     found = find_pictures(inputs)
     return [found[number] for number in evenly_spaced(len(found), MOST_IMAGES)]
 
 
 def described(files: Sequence[tuple[str, Path]]) -> str:
-    """How many files of the user's, and a checksum of what they hold; what is no file, as a pipe, is not waited for."""
+    """How many files of the user's, and a checksum of what they hold; a pipe is not waited for."""
     if not files:
         return "synthetic"
     identities = []

@@ -503,11 +503,11 @@ def find_pairs(inputs: Sequence[str], pairs: int | None) -> list[Path]:
     if len(files) < 2:
         raise UserError(f"{inputs[0]}: one image; give two, or a folder")
     if pairs is not None or folders:
-        wanted = 2 * (pairs or len(files) // 2)
-        if len(files) < wanted:
+        count = 2 * (pairs or len(files) // 2)
+        if len(files) < count:
             raise UserError(f"pairs: {pairs} pairs of {len(files)} images; give at most {len(files) // 2}")
-        chosen = [files[number] for number in evenly_spaced(len(files), wanted)]
-        halves = zip(chosen[: wanted // 2], chosen[wanted // 2 :])  # neighbors are of one class in folders of classes
+        chosen = [files[number] for number in evenly_spaced(len(files), count)]
+        halves = zip(chosen[: count // 2], chosen[count // 2 :])  # neighbors are of one class in folders of classes
         return [path for pair in halves for path in pair]
     if len(files) % 2:
         raise UserError(f"{inputs[-1]}: {len(files)} images make no pairs; give an even number, or a folder")
@@ -607,11 +607,11 @@ def notes_of(results: dict[str, Any]) -> list[str]:
         f"distance {protocol['distance']}. {meanings[0].upper()}{meanings[1:]}."
     ]
     if results["differences"]:
-        told = []
+        gaps = []
         for measure, title in MEASURES.items():
             gap = results["differences"][measure]
-            told.append(f"{title} {gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})")
-        found.append(f"Latents minus those of the other, pair by pair: {'; '.join(told)}.")
+            gaps.append(f"{title} {gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})")
+        found.append(f"Latents minus those of the other, pair by pair: {'; '.join(gaps)}.")
     return found
 
 
@@ -634,8 +634,8 @@ def verdicts(results: dict[str, Any]) -> list[str]:
             for measure, title in MEASURES.items()
             if results["differences"][measure]["low"] > 0 or results["differences"][measure]["high"] < 0
         ]
-        said = f"differ in {', '.join(apart)}" if apart else "do not differ in any measure"
-        found.append(f"The two autoencoders {said} (95 % interval over pairs).")
+        result = f"differ in {', '.join(apart)}" if apart else "do not differ in any measure"
+        found.append(f"The two autoencoders {result} (95 % interval over pairs).")
     if "inverted" in ways:
         inverted, noised = (ways[key]["end_psnr_db"]["mean"] for key in ("inverted", "noised"))
         found.append(

@@ -533,7 +533,7 @@ def protocol_lines(results: Results) -> list[str]:
         "bootstrap interval over images. AUPRO up to a pixel false-positive rate of 0.3 (chance gives 0.15).",
         f"False alarms and found: at the threshold for a false-positive rate of {detector['false_positive_rate']:g}, "
         f"which with so many held-out images means one between {low:.3f} and {high:.3f}.",
-        "The best of many scores on one test set is no estimate: choose a score on other images than these.",
+        "The best of many scores on one test set is not an estimate: choose a score on other images than these.",
     ]
     if results["seen"]:
         lines.append(f"Left out: {pluralize(results['seen'], 'image')} that the detector was fitted to.")

@@ -50,7 +50,7 @@ def mark(crop: Crop) -> int:
 
 
 def refuse_enlarged(crops: Sequence[Crop], resolution: int) -> None:
-    """Raises: UserError for pictures of mixed size, some of which would be told by their blur."""
+    """Raises: UserError for pictures of mixed size, some of which would be recognized by their blur."""
     small = next((crop for crop in crops if crop.enlarged), None)
     if small is not None:
         raise UserError(
@@ -161,8 +161,8 @@ def _read_mask(folder: Path, id: str, size: tuple[int, ...]) -> np.ndarray:
     except ImageRejected as error:
         raise UserError(f"masks: {path}: {error}; give a PNG, white where the anomaly is") from error
     if pixels.shape[:2] != tuple(size):
-        found, wanted = ("x".join(map(str, shape)) for shape in (pixels.shape[1::-1], size[::-1]))
-        raise UserError(f"masks: {path} is {found}, its image {wanted} pixels; give masks of the images' sizes")
+        found, expected = ("x".join(map(str, shape)) for shape in (pixels.shape[1::-1], size[::-1]))
+        raise UserError(f"masks: {path} is {found}, its image {expected} pixels; give masks of the images' sizes")
     return pixels[..., 0] > 127
 
 

@@ -41,7 +41,7 @@ class ScoreImagesConfig:
         data: the images.
         by: the score that gives verdict and order; null: that of the detector.
         count: at most so many images, evenly spread; null: all.
-        shown: so many images, the strangest, on the page.
+        shown: so many images, the most anomalous, on the page.
         pipeline: the one that the detector was fitted with, where it was.
         perceptual_weights: as when the detector was fitted.
         batch: images per forward pass.

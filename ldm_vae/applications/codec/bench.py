@@ -546,10 +546,10 @@ def sentences(results: Results) -> list[str]:
             f"which decodes to {gap['psnr']:.2f} dB. Files of that PSNR:"
         )
         for name, rate in gap["file_bits_per_pixel"].items():
-            told = "outside of the curve" if rate is None else (
+            position = "outside of the curve" if rate is None else (
                 f"{rate:.4f} bits per pixel, {100 * (rate / gap['kl_bits_per_pixel'] - 1):+.1f} %"
             )  # fmt: skip
-            lines.append(f"{name}: {told}.")
+            lines.append(f"{name}: {position}.")
     return [line + "\n" for line in lines]
 
 

@@ -53,16 +53,16 @@ def diffused_levels(values: np.ndarray) -> np.ndarray:
     a color. Positions of one x + 2 y do not depend on each other and are rounded together.
     """
     height, width = values.shape[-2:]
-    wanted = np.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, 1), (1, 1)])  # a border takes what leaves the plane
+    adjusted = np.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, 1), (1, 1)])  # a border takes what leaves the plane
     levels = np.empty_like(values)
     for front in range(width + 2 * height - 2):
         y = np.arange(max(0, (front - width) // 2 + 1), min(height, front // 2 + 1))
         x = front - 2 * y
-        given = wanted[..., y, x + 1]
+        given = adjusted[..., y, x + 1]
         levels[..., y, x] = np.rint(given)
         error = DIFFUSED * (given - levels[..., y, x])
         for down, right, share in DIFFUSED_TO:
-            wanted[..., y + down, x + right + 1] += share * error
+            adjusted[..., y + down, x + right + 1] += share * error
     return levels
 
 
@@ -488,10 +488,10 @@ def log2_value(step: int) -> int:
 def gather(known: np.ndarray, channel: int, part: Pass, steps: Sequence[int]) -> np.ndarray:
     """What the network of a pass sees, (n, inputs) int64 with 10 fractional bits, in standard deviations."""
     earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
-    seen = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
+    places = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
     count = known[channel][part.window()].size
     found = np.empty((input_count(channel, part.role), count), np.int64)
-    for row, (other, place) in zip(found, seen):
+    for row, (other, place) in zip(found, places):
         row[:] = (known[other][part.window(*place)].reshape(-1) * steps[other]) >> (STEP_BITS - VALUE_BITS)
     found[-1] = log2_value(steps[channel])
     return found.T

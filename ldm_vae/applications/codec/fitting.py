@@ -102,7 +102,7 @@ def fit(config: CodecFitConfig, overwrite: bool = False) -> tuple[FittedModel, d
     """
     output = Path(config.output)
     if output.suffix != ".safetensors":
-        raise UserError(f"output: {output} is no name of an entropy model; let it end in .safetensors")
+        raise UserError(f"output: {output} is not a name for an entropy model; let it end in .safetensors")
     if output.exists() and not overwrite:
         raise UserError(f"{output}: is there already; give another output, or --overwrite")
     autoencoder = load_autoencoder(config.autoencoder)
@@ -277,8 +277,8 @@ def code_length(networks: ContextNetworks, levels: np.ndarray, model: FittedMode
 def _inputs(values: Tensor, channel: int, part: Pass, width: float) -> Tensor:
     """As `entropy_models.gather` in floats: (n * positions, inputs)."""
     earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
-    seen = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
-    found = [values[(slice(None), other, *part.window(*place))].reshape(-1) for other, place in seen]
+    places = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
+    found = [values[(slice(None), other, *part.window(*place))].reshape(-1) for other, place in places]
     count = values[(slice(None), channel, *part.window())].numel()
     found.append(torch.full((count,), math.floor(16 * math.log2(width)) / 16))
     return torch.stack(found, dim=-1).clamp(-16, 16)

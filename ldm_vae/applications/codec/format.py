@@ -6,7 +6,7 @@
     the parts
 
 All little-endian. The first checksum is over everything after it up to the end of the first part, so a preview reads
-and trusts a prefix. Sizes are judged before memory is taken. What parts hold is `entropy_models`'.
+and trusts a prefix. Sizes are checked before memory is allocated. `entropy_models` says what the parts hold.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Reader:
 
     def __init__(self, file: BinaryIO, size_bytes: int, where: str) -> None:
         self.file, self.left_bytes, self.where = file, size_bytes, where
-        self.seen = b""
+        self.consumed = b""
 
     def take(self, count: int) -> bytes:
         if count > self.left_bytes:
@@ -133,7 +133,7 @@ class Reader:
         if len(data) != count:
             raise UserError(f"{self.where}: is cut off while it is read; {ADVICE}")
         self.left_bytes -= count
-        self.seen += data
+        self.consumed += data
         return data
 
     def wrong(self, what: str) -> UserError:
@@ -148,25 +148,25 @@ def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = Non
     """
     reader = Reader(file, size_bytes, where)
     if size_bytes < len(MAGIC) or reader.take(len(MAGIC)) != MAGIC:
-        raise UserError(f"{where}: is no file of `ldm-vae compress`; give one that ends in {SUFFIX}")
+        raise UserError(f"{where}: is not a file of `ldm-vae compress`; give one that ends in {SUFFIX}")
     version = reader.take(1)[0]
     if version > FORMAT_VERSION:
         raise UserError(f"{where}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae")
     if version != FORMAT_VERSION:
         raise reader.wrong(f"format version {version}")
-    checksum, reader.seen = reader.take(CHECKSUM_BYTES), b""
+    checksum, reader.consumed = reader.take(CHECKSUM_BYTES), b""
     header = _header(reader)
     first = reader.take(header.lengths[0])
-    if digest(reader.seen) != checksum:
+    if digest(reader.consumed) != checksum:
         raise reader.wrong("its checksum differs")
-    wanted = _wanted(header, channels, where)
+    count = _part_count(header, channels, where)
     data = [first]
-    for length, expected in zip(header.lengths[1:wanted], header.checksums):
-        reader.seen = b""
+    for length, expected in zip(header.lengths[1:count], header.checksums):
+        reader.consumed = b""
         data.append(reader.take(length))
         if digest(data[-1]) != expected:
             raise reader.wrong("the checksum of a part differs")
-    if wanted == len(header.parts) and reader.left_bytes:
+    if count == len(header.parts) and reader.left_bytes:
         raise reader.wrong(f"{reader.left_bytes} bytes too many")
     return header, data
 
@@ -213,7 +213,7 @@ def _self_fitted(reader: Reader, channels: int) -> SelfFitted:
     return SelfFitted(mean, unit, scales)
 
 
-def _wanted(header: Header, channels: int | None, where: str) -> int:
+def _part_count(header: Header, channels: int | None, where: str) -> int:
     """How many parts hold the first `channels` channels."""
     if channels is None:
         return len(header.parts)
@@ -317,7 +317,7 @@ def short_fingerprint(fingerprint: str) -> bytes:
 
 
 def load_model(path: str | Path) -> FittedModel:
-    """The model in a file of `ldm-vae codec-fit`. Raises: UserError when it is no such file, damaged or newer."""
+    """The model in a file of `ldm-vae codec-fit`. Raises: UserError when it is not such a file, damaged or newer."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give one that `ldm-vae codec-fit` wrote")
     with parsing(path, MODEL_ADVICE):

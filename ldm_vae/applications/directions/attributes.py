@@ -181,7 +181,7 @@ def of_table(path: str | Path, ids: Sequence[str], circles: Sequence[str] = ()) 
     columns = [column for column in columns if column not in named]
     for column in circles:
         if column not in columns:
-            raise UserError(f"circles: {column!r} is no column of {path}; there are {', '.join(columns)}")
+            raise UserError(f"circles: {column!r} is not a column of {path}; there are {', '.join(columns)}")
     attributes = []
     for column in columns:
         cells = [None if row is None else row.get(column) for row in found]
@@ -280,7 +280,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 # A small network that reads known attributes off pictures, so that an edit of any of them can be measured.
 
 SIDE = 64
-"""Of the pictures that it looks at, reduced by averaging."""
+"""Of the pictures that it reads, reduced by averaging."""
 BATCH = 64
 LEARNING_RATE = 2e-3
 

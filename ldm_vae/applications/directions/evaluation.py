@@ -1,6 +1,6 @@
 """What directions change: held-out images are edited by every direction, and all attributes measured again.
 
-    images -> latents -> moved by each strength -> pictures -> attributes (n, s, k) -> `judge` -> a row with a verdict
+    images -> latents -> moved by each strength -> pictures -> attributes (n, s, k) -> `assess` -> a row with a verdict
 
 What pixels tell is measured on the edited pictures; classes, tables and scenes are read off them by a small network
 that is trained on unedited images, where it can read them.
@@ -66,8 +66,8 @@ STEADY = 0.9
 """Spearman correlation of strength and attribute, mean over images."""
 TOGETHER = 0.5
 """Correlation over unedited images from which two attributes are called the same thing, not drift."""
-TOLD = {"AUROC": 0.75, "R2": 0.2}
-"""From here on pooled latents are said to tell an attribute."""
+PREDICTABLE = {"AUROC": 0.75, "R2": 0.2}
+"""From here on pooled latents are said to predict an attribute."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class DirectionsEvaluation(Study):
         changes: dict[str, list[float]] = {}
         for direction in _progress(self.chosen):
             values = self._values(direction, len(images), config.strengths)
-            self.rows.append(judge(direction, self.measurer.names, values, config.strengths, deviations, correlations))
+            self.rows.append(assess(direction, self.measurer.names, values, config.strengths, deviations, correlations))
             changes[direction.name] = slopes(values, config.strengths, deviations).mean(axis=0).tolist()
         identity = metrics.psnr(transforms.from_uint8(transforms.to_uint8(unedited)), images)
         return {
@@ -243,7 +243,7 @@ class DirectionsEvaluation(Study):
         drawing = Drawing(
             matrix_svg(results),
             "Change of every attribute (across) by every direction (down) for a strength of 1, in standard deviations "
-            "of the attribute over unedited images; orange up, blue down. One dark cell a row is what is wanted.",
+            "of the attribute over unedited images; orange up, blue down. One dark cell a row is ideal.",
         )
         pictures = []
         examples = self.latents[: self.config.examples]
@@ -276,23 +276,23 @@ def make_measurer(
     _, training = select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
     overlap = set(indices)
     training, pictures = read_small(source, [i for i in training if i not in overlap], config.resolution)
-    wanted = [a for a in attributes_of(config, source, training) if a.problem() is None]
-    if not wanted:
+    varied_attributes = [a for a in attributes_of(config, source, training) if a.problem() is None]
+    if not varied_attributes:
         raise UserError(
             "attributes_from: none of these attributes varies enough in the images to train a reader; give more"
         )
-    reader = train_reader(pictures, wanted, config.reader_epochs, config.seed)
+    reader = train_reader(pictures, varied_attributes, config.reader_epochs, config.seed)
     truth = {a.name: a for a in attributes_of(config, source, indices, least=False)}
     readings = reader(reduced(transforms.from_uint8(transforms.to_uint8(unedited)))).double().numpy()
     readable: dict[str, float] = {}
-    for k, attribute in enumerate(wanted):
+    for k, attribute in enumerate(varied_attributes):
         values = truth[attribute.name].values if attribute.name in truth else np.zeros(len(indices))
         rows = np.isfinite(values)
         varied = rows.sum() >= LEAST_IMAGES and values[rows].std() > 0 and readings[rows, k].std() > 0
         readable[attribute.name] = float(np.corrcoef(values[rows], readings[rows, k])[0, 1]) if varied else 0.0
-    columns = [k for k, a in enumerate(wanted) if readable[a.name] >= READABLE]
+    columns = [k for k, a in enumerate(varied_attributes) if readable[a.name] >= READABLE]
     names = distinct(
-        [Attribute(name, np.empty(0), False) for name in attributes.MEASURED] + [wanted[k] for k in columns]
+        [Attribute(name, np.empty(0), False) for name in attributes.MEASURED] + [varied_attributes[k] for k in columns]
     )
     return AttributeMeasurer([a.name for a in names], reader, columns), readable
 
@@ -398,7 +398,7 @@ def monotonicity(values: np.ndarray, strengths: Sequence[float]) -> float:
     return float(np.mean(found))
 
 
-def judge(
+def assess(
     direction: Direction,
     names: Sequence[str],
     values: np.ndarray,
@@ -427,7 +427,7 @@ def _verdict(row: Row, labeled: bool) -> str:
     if not labeled:
         return "unnamed"
     if abs(row.change) < LEAST_CHANGE:
-        return "not moved" if row.told["value"] >= TOLD[row.told["measure"]] else "not told"
+        return "not moved" if row.told["value"] >= PREDICTABLE[row.told["measure"]] else "not told"
     if row.change < 0:
         return "wrong way"
     if row.monotonicity < STEADY:

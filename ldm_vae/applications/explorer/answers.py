@@ -1,7 +1,7 @@
 """What the explorer's server answers: one function for each address, from a `Question` to the work that it takes.
 
 A function checks the question at once, on the event loop, and returns the work, which runs in the worker's thread.
-Owns the form of every answer; how they travel is the business of `server`.
+Owns the form of every answer; `server` sends them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Model:
 
     @property
     def reach(self) -> tuple[float, float, float, float]:
-        """(x0, x1, y0, y1) that points may be asked for in."""
+        """(x0, x1, y0, y1) in which points are accepted."""
         x0, x1, y0, y1 = self.plane.bounds
         wide, high = BEYOND * (x1 - x0), BEYOND * (y1 - y0)
         return x0 - wide, x1 + wide, y0 - high, y1 + high
@@ -96,7 +96,7 @@ class Models:
         """Any of them: images, labels and ids are the same."""
         return self.all[0].explored
 
-    def asked(self, question: Question) -> Model:
+    def select(self, question: Question) -> Model:
         return self._by_key[question.choice("model", tuple(self._by_key))]
 
     def index(self, question: Question) -> int:
@@ -179,12 +179,12 @@ def _shares(found: RoundTrip) -> dict[str, Any]:
 
 
 def latent_map(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     return lambda: Answer(model.map)
 
 
 def round_trip(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     found = model.round_trip
     if found is None:
         sentence = f"{model.explored.name}: the round trip is still being measured; ask again in a few seconds"
@@ -195,7 +195,7 @@ def round_trip(models: Models, question: Question) -> Work:
 
 
 def decode(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     reach = model.reach
     x, y = question.number("x", *reach[:2]), question.number("y", *reach[2:])
     mode = question.choice("mode", ("inverse", "nearest"), "inverse")
@@ -220,7 +220,7 @@ def original(models: Models, question: Question) -> Work:
 
 
 def reconstruction(models: Models, question: Question) -> Work:
-    model, index = models.asked(question), models.index(question)
+    model, index = models.select(question), models.index(question)
     explored = model.explored
     channels = [str(channel) for channel in range(explored.mean.shape[1])]
     offsets = question.amounts("channels", channels, LARGEST_AMOUNT)
@@ -244,19 +244,19 @@ def _noise(question: Question) -> tuple[float, bool, int]:
 
 
 def path(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     points = torch.tensor(question.points("points", MAXIMUM_POINTS, model.reach))
     frames = question.whole("frames", 2, MAXIMUM_FRAMES, 8)
     return lambda: png_answer(path_strip(model.explored, model.plane, points, frames))
 
 
 def architecture(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     return lambda: json_answer({"stages": [asdict(stage) for stage in model.stages]})
 
 
 def activation(models: Models, question: Question) -> Work:
-    model, index = models.asked(question), models.index(question)
+    model, index = models.select(question), models.index(question)
     wanted = question.text("stage")
     noise, sample, seed = _noise(question)
 
@@ -273,7 +273,7 @@ def activation(models: Models, question: Question) -> Work:
 
 
 def training(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
 
     def work() -> Answer:
         found = _training(model)
@@ -296,7 +296,7 @@ def training(models: Models, question: Question) -> Work:
 
 
 def preview(models: Models, question: Question) -> Work:
-    model = models.asked(question)
+    model = models.select(question)
     step = question.whole("step", 0, LARGEST_WHOLE)
 
     def work() -> Answer:

@@ -278,7 +278,7 @@ def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directio
     shown = tqdm(parts, desc=f"encoding with {name}", unit="batch", dynamic_ncols=True, leave=False)
     mean, logvar = torch.cat([_moments(autoencoder, part) for part in shown], dim=1)
     if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
-        raise UserError(f"{path}: makes latents that are not finite; look at it with `ldm-vae diagnose {path}`")
+        raise UserError(f"{path}: makes latents that are not finite; see `ldm-vae diagnose {path}`")
     return Explored(
         name=name,
         path=path,

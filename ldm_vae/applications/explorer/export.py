@@ -106,9 +106,9 @@ def exported_data(models: Models) -> dict[str, Any]:
     for model in models.all:
         listed = _answer(answers.latent_map, models, model)
         maps[model.key] = {name: [values[index] for index in chosen] for name, values in listed.items()}
-    told = redacted({"description": description, "maps": maps})
+    shared = redacted({"description": description, "maps": maps})
     return {
-        **told,
+        **shared,
         "round_trips": {model.key: _answer(answers.round_trip, models, model) for model in models.all},
         "sprite": sprite(images[chosen]),
         "decoders": {model.key: {**described_decoder(model), **_places(model, chosen)} for model in models.all},

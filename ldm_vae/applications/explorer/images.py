@@ -95,7 +95,7 @@ class BundledSource:
 
 
 def choose_images(data: str | None, places: Sequence[Place], count: int, size: int) -> Chosen:
-    """What is asked for; else what travels with the first autoencoder that brings some; else what the first was trained
+    """The given images; else what travels with the first autoencoder that brings some; else what the first was trained
     on, the held-out part where that has enough; else the synthetic set.
 
     Args:
@@ -103,10 +103,10 @@ def choose_images(data: str | None, places: Sequence[Place], count: int, size: i
         count, size: images that will be read and their side in pixels, for what is made to measure.
 
     Raises:
-        UserError: what is asked for is not there, or holds no images.
+        UserError: the given images are not there, or there are none.
     """
     if data is not None:
-        return _asked_for(data, count, size)
+        return _open_given(data, count, size)
     for place in places:
         bundled = None if place.model is None else read_bundled(place.model)
         if bundled is not None:
@@ -143,7 +143,7 @@ def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
     )
 
 
-def _asked_for(data: str, count: int, size: int) -> Chosen:
+def _open_given(data: str, count: int, size: int) -> Chosen:
     if data == SYNTHETIC:
         return _synthetic(count, size)
     path = Path(data)

@@ -79,7 +79,7 @@ def quoted(text: str) -> str:
 
 
 class Guard:
-    """ASGI middleware: refuses what is not meant for this server before any of it is looked at, and adds the security
+    """ASGI middleware: refuses what is not meant for this server before any of it is read, and adds the security
     headers to every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -122,8 +122,8 @@ def refusal_of(scope: Scope, headers: Headers) -> Refusal | None:
 
 
 def _foreign_site(scope: Scope, headers: Headers, host: str) -> str:
-    """Which other site asked; empty if none. A link to the page itself may stand anywhere: it shows, and tells
-    nothing to where it stood."""
+    """The other site that sent a request; empty if none. A link to the page itself may be anywhere: the site with the
+    link learns nothing from it."""
     origin = headers.get("origin")
     if origin is not None and origin.lower() != f"http://{host.lower()}":
         return f"Origin: {quoted(origin)} is another site"
@@ -160,7 +160,7 @@ class Question:
         """1 to 64 letters, digits, `_` and `-`."""
         value = self.text(name)
         if not NAME.fullmatch(value):
-            raise Refusal(400, f"{name}: {quoted(value)} is no name; use 1 to 64 letters, digits, _ and -")
+            raise Refusal(400, f"{name}: {quoted(value)} is not a name; use 1 to 64 letters, digits, _ and -")
         return value
 
     def choice(self, name: str, allowed: Sequence[str], default: str | None = None) -> str:

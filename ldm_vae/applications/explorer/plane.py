@@ -143,7 +143,7 @@ def _pair(values: Tensor) -> tuple[float, float]:
 TOLERANCE = 0.25
 """Standard deviations of the images' points, along each axis its own."""
 PAUSE_SECONDS = 0.001
-"""After each pass, in which whoever waits for the networks gets them: Python's locks know no queue."""
+"""After each pass, so that other threads get the networks: Python's locks know no queue."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf
 FOR_EVER = "public, max-age=31536000, immutable"
 HOVER = ("session", "sequence")
 CLIENT_LEFT = 499
-"""Nobody reads this answer."""
+"""The client has disconnected; the answer is not sent."""
 
 Result = TypeVar("Result")
 
@@ -151,9 +151,12 @@ def make_application(models: Models, worker: Worker) -> ASGIApp:
     application = Starlette(
         routes=[Route("/", page), Route("/static/{name}", static), Route("/api/{name}", api)],
         exception_handlers={
-            Refusal: told, UserError: told_to_the_user, HTTPException: unknown, Exception: failed,
+            Refusal: answer_refusal,
+            UserError: answer_user_error,
+            HTTPException: answer_unknown,
+            Exception: answer_failure,
         },
-    )  # fmt: skip
+    )
     application.router.redirect_slashes = False
     return Guard(application)
 
@@ -182,26 +185,26 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result | Non
             task.cancel()
 
 
-async def told(request: Request, error: Exception) -> Response:
+async def answer_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     return refused(error)
 
 
-async def told_to_the_user(request: Request, error: Exception) -> Response:
+async def answer_user_error(request: Request, error: Exception) -> Response:
     """A sentence of the package itself, about a file for instance."""
     return refused(Refusal(400, str(error)))
 
 
-async def unknown(request: Request, error: Exception) -> Response:
+async def answer_unknown(request: Request, error: Exception) -> Response:
     """What Starlette refuses itself: an address without a route."""
     assert isinstance(error, HTTPException)
     return refused(Refusal(error.status_code, "there is no such address; open /"))
 
 
-async def failed(request: Request, error: Exception) -> Response:
-    """A mistake of ours, told where the program was started."""
+async def answer_failure(request: Request, error: Exception) -> Response:
+    """A mistake of this program, reported in its terminal."""
     write_error("".join(traceback.format_exception(error)))
-    return refused(Refusal(500, "the explorer made a mistake, which its terminal tells"))
+    return refused(Refusal(500, "the explorer made a mistake, see its terminal"))
 
 
 # Serving the explorer: the socket, the web server's thread, measuring in the background, and ending in time.
@@ -226,16 +229,16 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._progress: tuple[Any, ...] = ()
-        self._look = self.loop.call_later(PATIENCE_SECONDS, self._look_after)
+        self._next_check = self.loop.call_later(PATIENCE_SECONDS, self._check_progress)
         if len(self.connections) > 2 * MAXIMUM_CONNECTIONS:
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._look.cancel()
+        self._next_check.cancel()
         super().connection_lost(exc)
 
-    def _look_after(self) -> None:
-        """Cut off a client that we have waited for since the last look."""
+    def _check_progress(self) -> None:
+        """Cut off a client that we have waited for since the last check."""
         unsent = self.transport.get_write_buffer_size()
         progress = (self.cycle, self.cycle is not None and self.cycle.response_complete, unsent)
         waiting_for_client = unsent > 0 or self.cycle is None or self.cycle.response_complete
@@ -243,7 +246,7 @@ class PatientProtocol(H11Protocol):
             self.transport.abort()
             return
         self._progress = progress
-        self._look = self.loop.call_later(PATIENCE_SECONDS, self._look_after)
+        self._next_check = self.loop.call_later(PATIENCE_SECONDS, self._check_progress)
 
 
 def open_socket(port: int) -> socket.socket:
@@ -318,7 +321,7 @@ def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
 
 def serve(models: Models, port: int) -> None:
     """Serve until KeyboardInterrupt; prints the URL once it answers. What is being computed then may go on for a while
-    in threads that hold up nobody.
+    in threads that nothing waits for.
 
     Raises:
         UserError: the port is not to be had.

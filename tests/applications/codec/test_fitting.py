@@ -80,7 +80,7 @@ def test_the_context_saves_bytes_of_actual_files(autoencoder_folder, latents, tm
 def test_what_cannot_be_fitted_is_refused(autoencoder_folder, latents, tmp_path, capsys):
     given = [f"autoencoder={autoencoder_folder}", f"latents={latents}"]
     for words, sentence in (
-        ([*given, "output=model.json"], "output: model.json is no name of an entropy model"),
+        ([*given, "output=model.json"], "output: model.json is not a name for an entropy model"),
         ([*given, "output=a.safetensors", "steps=0"], "steps: 0 is not above 0"),
         ([given[0], "latents=missing", "output=a.safetensors"], "missing"),
     ):

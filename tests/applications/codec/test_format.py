@@ -140,8 +140,8 @@ def test_sizes_are_judged_before_memory_is_taken(plain, files):
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"", "it: is no file of `ldm-vae compress`"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(80), "it: is no file of `ldm-vae compress`"),
+        (b"", "it: is not a file of `ldm-vae compress`"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(80), "it: is not a file of `ldm-vae compress`"),
         (b"LDMZ\x02" + bytes(80), "it: has format version 2, this program reads 1; update ldm_vae"),
         (b"LDMZ\x00" + bytes(80), "it: is damaged (format version 0)"),
         (b"LDMZ\x01" + bytes(8), "it: is cut off (18 bytes are missing)"),

@@ -177,7 +177,7 @@ def test_a_run_shows_what_it_was_trained_on(tmp_path: Path, image_folder: Path) 
 def test_a_run_without_its_images_shows_the_synthetic_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(tmp_path / "mine", "data.source=folder", f"data.path={tmp_path / 'gone'}")
     assert open_explored(run, ExploreConfig(**SMALL)).origin == "the synthetic set"
-    assert "are not to be had" in caplog.text
+    assert "cannot be opened" in caplog.text
 
 
 def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
         ({"size": 60}, "size: 60 is no multiple of 8; use --size 64"),
         ({"count": 40_000, "size": 1024}, "take 146.8 GB, more than 4"),
         ({"data": "nowhere"}, "data: nowhere is neither a folder nor a .parquet file"),
-        ({"data": "nowhere.parquet"}, "nowhere.parquet is no parquet file"),
+        ({"data": "nowhere.parquet"}, "nowhere.parquet is not a parquet file"),
     ],
 )
 def test_what_is_refused(settings: dict[str, object], said: str, kl: Path) -> None:

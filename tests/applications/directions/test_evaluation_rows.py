@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm_vae.applications.directions.evaluation import Row, cells, judge, monotonicity, sentences, slopes
+from ldm_vae.applications.directions.evaluation import Row, assess, cells, monotonicity, sentences, slopes
 from ldm_vae.applications.directions.fitting import Direction
 
 STRENGTHS = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -25,7 +25,7 @@ def judged(
     correlations = np.eye(3)
     correlations[0, 1] = correlations[1, 0] = together
     direction = Direction(f"{attribute}/probe", np.ones(2), attribute, {"measure": "R2", "value": told})
-    return judge(direction, NAMES, values(*effects, noise=noise), STRENGTHS, np.ones(3), correlations)
+    return assess(direction, NAMES, values(*effects, noise=noise), STRENGTHS, np.ones(3), correlations)
 
 
 def test_slopes_are_changes_for_a_strength_of_one() -> None:
