@@ -22,12 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.applications.codec.fitting import CodecFitConfig, fit
+    from ldm_vae.applications.codec.fitting import CodecFitConfig, fit_codec
 
     config = config_arguments.load(args, CodecFitConfig)
-    if config is None:
-        return 0
-    model, bits = fit(config, overwrite=args.overwrite)
-    print(f"{config.output}: {model.kind} model of {model.channels} channels, {model.fingerprint}")
-    print("held out, quality 50: " + ", ".join(f"{name} {value:.3f} bits per level" for name, value in bits.items()))
+    if config is not None:
+        fit_codec(config, overwrite=args.overwrite)
     return 0

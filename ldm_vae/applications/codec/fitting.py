@@ -1,7 +1,6 @@
-"""`ldm-vae codec-fit`: an entropy model from the latents of a set.
+"""Fitting an entropy model to the latents of a set.
 
-Owns the settings and the training of the context networks in floats; the integers that they become are
-`integer_network`'s, the file is `fitted_model`'s.
+    latents -> statistics of each channel (`static`) -> context networks trained in floats -> integers -> `FittedModel`
 """
 
 from __future__ import annotations
@@ -93,8 +92,8 @@ class CodecFitConfig:
                 raise UserError(f"{name}: {getattr(self, name)} is not above 0")
 
 
-def fit(config: CodecFitConfig, overwrite: bool = False) -> tuple[FittedModel, dict[str, float]]:
-    """Fit, write the file, and return the model with bits per level on held-out samples at quality 50.
+def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel:
+    """Fit and write the file; prints the bits per level on held-out samples at quality 50.
 
     Raises:
         UserError: the output is there and not `overwrite`; the latents are codes, samples, too few, of another
@@ -113,7 +112,10 @@ def fit(config: CodecFitConfig, overwrite: bool = False) -> tuple[FittedModel, d
     if config.kind == "context":
         model = _with_networks(statistics, _train(config, dataset, statistics, fitted_on))
     model.save(output)
-    return model, _report(statistics, model, *held_out)
+    bits = _report(statistics, model, *held_out)
+    print(f"{output}: {model.kind} model of {model.channels} channels, {model.fingerprint}")
+    print("held out, quality 50: " + ", ".join(f"{name} {value:.3f} bits per level" for name, value in bits.items()))
+    return model
 
 
 def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any) -> None:
