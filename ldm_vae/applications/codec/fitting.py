@@ -1,6 +1,6 @@
 """Fitting an entropy model to the latents of a set.
 
-    latents -> statistics of each channel (`static`) -> context networks trained in floats -> integers -> `FittedModel`
+latents -> statistics of each channel (`static`) -> context networks trained in floats -> integers -> `FittedModel`
 """
 
 from __future__ import annotations
