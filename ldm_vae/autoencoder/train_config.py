@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ldm_vae.data.transforms import CropConfig, random_crop, resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.random import numpy_rng
 from ldm_vae.training.loader import Plan, Span
+from ldm_vae.training.run_directory import ModelKeys
 from ldm_vae.training.trainer import TrainingConfig
 
 
@@ -113,6 +115,14 @@ class TrainVaeConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     held_out_resolution: int = 256
     held_out_images: int = 16
+
+    KEYS: ClassVar[ModelKeys] = ModelKeys(
+        may_change=("phases.*.steps", "phases.*.micro_batch"),
+        exports=("autoencoder",),
+        memory=("phases.*.micro_batch", "phases.*.crop"),
+        progress=("loss/*", "rate/nats_per_dim"),
+        hidden=("loss/kl",),
+    )
 
     def __post_init__(self) -> None:
         if not self.phases:

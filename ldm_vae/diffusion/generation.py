@@ -258,7 +258,7 @@ def generate(
     advice = "finished images stay, and the same command makes the others"
     with contextlib.ExitStack() as held, system_errors_explained(folder, advice):
         if state.is_main_process and not finished:
-            held.enter_context(open_folder(folder).hold(provenance.RUN_LOCK))
+            held.enter_context(open_folder(folder).lock(provenance.RUN_LOCK))
             check_folder(folder, parameters, pictures, overwrite)  # by now another call may have been here
             prepare_folder(folder, pictures, overwrite)
             provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
 from ldm_vae.latents.format import Manifest, check_same, short
 from ldm_vae.random import generator
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
-from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import Engine, TrainingConfig, fit, make_accelerator
 from ldm_vae.training.trainer import dry_run as dry_run_of
 from ldm_vae.utils.image_grid import labelled_sheet
@@ -85,6 +85,12 @@ class TrainDiffusionConfig:
     patience: float = 0.2
     kid: KidConfig = field(default_factory=KidConfig)
     training: TrainingConfig = field(default_factory=default_training)
+
+    KEYS: ClassVar[ModelKeys] = ModelKeys(
+        may_change=("steps", "micro_batch", "neighbours", "patience", "kid.*"),
+        exports=("pipeline",),
+        memory=("micro_batch", "crops.size"),
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:

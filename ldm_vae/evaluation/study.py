@@ -310,7 +310,7 @@ def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], plac
 @contextlib.contextmanager
 def alone_in(output: str | Path) -> Iterator[None]:
     """Nobody else measures into this folder or trains in it. Raises: UserError that names who does."""
-    with open_folder(Path(output)).hold(provenance.RUN_LOCK):
+    with open_folder(Path(output)).lock(provenance.RUN_LOCK):
         yield
 
 

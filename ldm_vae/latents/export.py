@@ -166,7 +166,7 @@ def _write_files(folder: Folder, export: Export) -> None:
     from tqdm import tqdm
 
     manifest = export.manifest
-    with folder.hold(LOCK):
+    with folder.lock(LOCK):
         folder.clean()
         if not folder.exists(EXPORT):
             folder.write(EXPORT, readable_json(export.to_dict()).encode())

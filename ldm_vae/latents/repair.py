@@ -233,7 +233,7 @@ def _restore_plans(folder: Folder, damage: Damage, ours: Origin | None) -> None:
             "encode to another output"
         )
     if damage.plans:
-        with folder.hold(LOCK):
+        with folder.lock(LOCK):
             for number in damage.plans:
                 origin = damage.segments[number].origin or ours
                 assert origin is not None

@@ -88,7 +88,7 @@ class Output:
                     f"{self.where}: holds {contents[0]} but no {plan_name(0)}; give another output, or empty it"
                 )
             with contextlib.ExitStack() as held:
-                held.enter_context(self.folder.hold(lock_name(share)))
+                held.enter_context(self.folder.lock(lock_name(share)))
                 self._refuse_others(share)
                 with self._planning(share):
                     if not self.folder.exists(plan):
@@ -119,7 +119,7 @@ class Output:
         with contextlib.ExitStack() as held:
             for attempt in range(PLAN_ATTEMPTS):
                 try:
-                    held.enter_context(self.folder.hold(PLAN_LOCK))
+                    held.enter_context(self.folder.lock(PLAN_LOCK))
                     break
                 except UserError:
                     if attempt == PLAN_ATTEMPTS - 1:

@@ -60,19 +60,19 @@ class Folder(Protocol):
         ...
 
     def clean(self) -> None:
-        """Remove what killed writers left behind. For the one who holds the folder."""
+        """Remove what killed writers left behind. The caller has the lock."""
         ...
 
     def free_bytes(self) -> int | None:
         """Of the device; None where this has no meaning."""
         ...
 
-    def hold(self, name: str) -> AbstractContextManager[None]:
-        """An exclusive lock called `name`. Raises: UserError that names the holder where another process has it."""
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """An exclusive lock called `name`. Raises: FolderLocked where another process has it."""
         ...
 
     def holder(self, name: str) -> str | None:
-        """Who holds the lock now, as `process 4711 on host x`; None when nobody does."""
+        """Who has the lock now, as `process 4711 on host x`; None when it is free."""
         ...
 
 
@@ -100,7 +100,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def held_by(location: str, holder: str, name: str) -> FolderLocked:
-    """The refusal of a lock that another process holds."""
+def locked_by(location: str, holder: str, name: str) -> FolderLocked:
+    """The refusal of a lock that another process has."""
     what = f"{holder} is at work here ({name})"
     return FolderLocked(location, what, "wait for it, or give another folder", holder=holder)

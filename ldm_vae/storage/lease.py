@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ldm_vae.errors import UserError
-from ldm_vae.storage.base import held_by
+from ldm_vae.storage.base import locked_by
 from ldm_vae.storage.connection import AccessDenied, Connection
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ class Lease:
         self._ended = threading.Event()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Take the lock, renew it in the background, give it back. Raises: UserError when another one has it."""
+    def lock(self) -> Iterator[None]:
+        """Take the lock, renew it in the background, give it back. Raises: FolderLocked when another one has it."""
         self._take()
         thread = threading.Thread(target=self._keep_renewing, name=f"renew {self.name}", daemon=True)
         thread.start()
@@ -139,12 +139,12 @@ class Lease:
                 self._renewed_at = time.time()
                 return
             if not (found.is_dead or self._is_stale()):
-                raise held_by(self.connection.location, str(found), self.name)
+                raise locked_by(self.connection.location, str(found), self.name)
             logger.warning("%s: taking the lock %s over from %s", self.connection.location, self.name, found)
             self._remove(found)
             self._create()
             time.sleep(SETTLE_SECONDS)
-        raise held_by(self.connection.location, str(self._read() or UNKNOWN), self.name)
+        raise locked_by(self.connection.location, str(self._read() or UNKNOWN), self.name)
 
     def _create(self) -> None:
         """Write the object if there is none."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -17,12 +17,22 @@ from typing import Any, BinaryIO
 
 from ldm_vae import files
 from ldm_vae.errors import DISK_FULL, UserError
-from ldm_vae.storage.base import check_name, held_by, local_path
+from ldm_vae.storage.base import check_name, local_path, locked_by
 
 ATTEMPTS, PAUSE_SECONDS = 5, 0.05
-ORPHAN_SECONDS = 30.0
-"""A data loader's workers look every 5 s whether their process is still there."""
-HOLDER = re.compile(r"process (\d+) on host (.*)")
+
+_locking: weakref.WeakSet[LocalFolder] = weakref.WeakSet()
+"""The folders that this process has a lock in."""
+
+
+def _close_locks() -> None:
+    """In a new fork, which may live longer than a killed holder: it shares the lock as long as it has the file open."""
+    for folder in _locking:
+        folder.close_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 class LocalFolder:
@@ -30,13 +40,13 @@ class LocalFolder:
 
     def __init__(self, location: str | Path) -> None:
         self.location, self.path = str(location), local_path(location)
-        self._held: dict[str, FileIO] = {}
+        self._locks: dict[str, FileIO] = {}
 
     def __str__(self) -> str:
         return self.location
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalFolder, (self.location,)  # another process does not hold what this one holds
+        return LocalFolder, (self.location,)  # another process does not have the locks of this one
 
     def read(self, name: str, length: int | None = None) -> bytes:
         with self._explained("read"), open(self._file(name), "rb") as file:
@@ -44,7 +54,7 @@ class LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         with self._explained("written"):
-            self._check_held()
+            self._check_locks()
             files.write_bytes(self._file(name), data)
 
     def exists(self, name: str) -> bool:
@@ -89,30 +99,28 @@ class LocalFolder:
         return shutil.disk_usage(existing).free
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """The lock is the kernel's (flock) and ends with the process; the file `name` says who holds it.
+    def lock(self, name: str) -> Iterator[None]:
+        """The lock is the kernel's (flock) and ends with the process; the file `name` says who has it.
 
-        It goes with the lock. Once it is no longer there, `write` of this object raises UserError: where a mount has
-        vanished, an empty folder of the disk below it would be filled.
+        The file is removed with the lock. Once it has gone before that, `write` of this object raises UserError: where
+        a mount has vanished, an empty folder of the disk below it would be filled.
         """
-        import fcntl  # here: reading works on systems that do not have it
 
         with self._explained("written"):
             self.path.mkdir(parents=True, exist_ok=True)
             file = self._take(name)
         with file:
             process = os.getpid()
-            self._held[name] = file
+            self._locks[name] = file
+            _locking.add(self)
             try:
                 file.truncate(0)
                 file.write(f"process {process} on host {socket.gethostname()}".encode())
                 yield
             finally:
-                del self._held[name]
-                if os.getpid() == process:  # workers made by fork share the lock, and may live a little longer
-                    if is_at(file, self._file(name)):
-                        self._file(name).unlink()
-                    fcntl.flock(file, fcntl.LOCK_UN)
+                self._locks.pop(name, None)
+                if os.getpid() == process and is_at(file, self._file(name)):  # not in a fork
+                    self._file(name).unlink()
 
     def holder(self, name: str) -> str | None:
         import fcntl
@@ -129,10 +137,9 @@ class LocalFolder:
 
     def _take(self, name: str) -> FileIO:
         """The open file `name`, locked. More than one attempt: `holder` takes the lock for a moment to see whether it
-        is free, and the workers of a holder that was killed share its lock until they notice."""
+        is free."""
         import fcntl
 
-        started = time.monotonic()
         for attempt in count(1):
             file = open(self._file(name), "a+b", buffering=0)  # noqa: SIM115 - closed by who gets it
             try:
@@ -140,8 +147,8 @@ class LocalFolder:
             except BlockingIOError:
                 with file:
                     holder = _named(file)
-                if attempt >= ATTEMPTS and not (_is_dead(holder) and time.monotonic() - started < ORPHAN_SECONDS):
-                    break
+                if attempt >= ATTEMPTS:
+                    raise locked_by(self.location, holder, name) from None
                 time.sleep(PAUSE_SECONDS)
                 continue
             except OSError as error:
@@ -152,12 +159,18 @@ class LocalFolder:
                 ) from error
             if is_at(file, self._file(name)):
                 return file
-            file.close()  # its holder has removed it, and others may hold a new one
-        raise held_by(self.location, holder, name)
+            file.close()  # its holder has removed it, and others may have locked a new one
+        raise AssertionError("the last attempt returns or raises")
 
-    def _check_held(self) -> None:
-        """Raises: UserError when a lock that this object holds is no longer in the folder."""
-        for name, file in self._held.items():
+    def close_locks(self) -> None:
+        """Release the locks of a process that is a fork of their holder: the holder still has them."""
+        for file in self._locks.values():
+            file.close()
+        self._locks.clear()
+
+    def _check_locks(self) -> None:
+        """Raises: UserError when the file of a lock is no longer in the folder."""
+        for name, file in self._locks.items():
             if not is_at(file, self._file(name)):
                 raise UserError(
                     f"{self.location}: has changed under this process ({name} is gone), was it unmounted or removed? "
@@ -194,17 +207,3 @@ def _named(file: FileIO) -> str:
     """The holder that a lock's file names."""
     file.seek(0)
     return file.read(200).decode(errors="replace").strip() or "another process"
-
-
-def _is_dead(holder: str) -> bool:
-    """True where the holder was a process of this host that has ended."""
-    match = HOLDER.fullmatch(holder)
-    if not match or match[2] != socket.gethostname():
-        return False
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
-    return False

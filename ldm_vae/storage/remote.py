@@ -34,7 +34,7 @@ class RemoteFolder:
         return self.location
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFolder, (self.location,)  # another process does not hold what this one holds
+        return RemoteFolder, (self.location,)  # another process does not have the locks of this one
 
     def read(self, name: str, length: int | None = None) -> bytes:
         return self.connection.read(check_name(name), length)
@@ -98,13 +98,13 @@ class RemoteFolder:
         return None
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> Iterator[None]:
         """The lock is the object `name`, renewed while this process lives; see `lease`.
 
         Once it is lost, the next `write` of this object raises UserError.
         """
         lease = Lease(self.connection, check_name(name))
-        with lease.held():
+        with lease.lock():
             self._leases.append(lease)
             try:
                 yield

@@ -298,9 +298,8 @@ class Tracker:
             self.say(sentence)
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """The figures worth a place beside the progress bar."""
-        shown = [name for name in metrics if name.startswith("loss/") and name != "loss/kl"] + ["rate/nats_per_dim"]
-        short = {name.split("/")[-1]: f"{metrics[name]:.4g}" for name in shown if name in metrics}
+        """The metrics that have a place beside the progress bar."""
+        short = {name: f"{value:.4g}" for name, value in self.run.keys.shown(metrics).items()}
         rate = metrics.get("time/images_per_second")
         self.bar.set_postfix(short | ({"images/s": f"{rate:.0f}"} if rate is not None else {}))
 

@@ -4,37 +4,34 @@ config.yaml      the resolved configuration         checkpoints/   complete stat
 metrics.jsonl    one line a log step                previews/      pictures while training
 run.json         command, versions, time            tensorboard/   the same metrics for TensorBoard
 quarantine.jsonl images that could not be read
+
+and what the model exports at the end, in a folder that `ModelKeys` names.
 """
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import json
-import os
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import FolderLocked, UserError
 from ldm_vae.files import remove_leftovers, system_errors_explained, vanished, write_atomically, write_text
-from ldm_vae.provenance import RUN_RECORD
+from ldm_vae.provenance import RUN_LOCK, RUN_RECORD
+from ldm_vae.storage import open_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+
 MAY_CHANGE = (
     "output",
-    "steps",
-    "micro_batch",
-    "phases.*.steps",
-    "phases.*.micro_batch",
-    "neighbours",
-    "patience",
-    "kid.*",
     "training.*_every",
     "training.keep_checkpoints",
     "training.workers",
@@ -45,32 +42,54 @@ MAY_CHANGE = (
     "training.tracker",
     "training.gradient_checkpointing",
 )
-"""Keys that a resumed run may change: they do not change what is learnt (steps: the run gets longer or shorter)."""
+"""Keys that a resumed run may change: they do not change what is learned."""
+
+PUBLISHED = (CONFIG, METRICS, RUN_RECORD)
+"""What every run writes directly into its folder. Other commands may be at work on other names there."""
 
 
-PUBLISHED = ("config.yaml", "metrics.jsonl", "run.json", "autoencoder", "pipeline")
-"""What trainings write directly into the folder. Other commands may be at work on other names there."""
+@dataclass(frozen=True)
+class ModelKeys:
+    """What the trainer has to know of one kind of model: names in its configuration, its folder and its metrics.
 
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
-"""The open lock files of this process."""
+    Args:
+        may_change: further keys that a resumed run may change, as patterns.
+        exports: the folder that the finished model is written to, below that of the run.
+        memory: keys to lower when memory runs out; the first one leaves the result as it is.
+        progress: metrics beside the progress bar, as patterns in their order.
+        hidden: patterns of metrics that are left out of `progress`.
+    """
+
+    may_change: tuple[str, ...] = ()
+    exports: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
+    progress: tuple[str, ...] = ("loss/*",)
+    hidden: tuple[str, ...] = ()
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics beside the progress bar, under the last part of their names."""
+        names = [name for pattern in self.progress for name in fnmatch.filter(metrics, pattern)]
+        return {
+            name.split("/")[-1]: metrics[name]
+            for name in names
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.hidden)
+        }
 
 
-def _let_go_of_locks() -> None:
-    """In a new fork: a worker that outlives a killed run for some seconds must not hold its lock."""
-    for lock in _locks:
-        lock.close()
+class RunConfig(Protocol):
+    """The configuration of a run: a dataclass that also says what the trainer has to know of its model."""
 
-
-os.register_at_fork(after_in_child=_let_go_of_locks)
+    KEYS: ClassVar[ModelKeys]
 
 
 class RunDirectory:
-    """Opens or continues the run at `path`. Holds a lock until `close`, or the end of the process."""
+    """Opens or continues the run at `path`. Locks it until `close`, or the end of the process."""
 
-    def __init__(self, path: str | Path, config: Any, *, main_process: bool = True) -> None:
+    def __init__(self, path: str | Path, config: RunConfig, *, main_process: bool = True) -> None:
         self.path = Path(path)
-        self.config = config
-        self._lock: Any = None
+        self.config: Any = config
+        self.keys = config.KEYS
+        self._lock = ExitStack()
         if main_process:
             self._open()
 
@@ -80,14 +99,14 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def previews(self) -> Path:
         return self.path / "previews"
 
     def _open(self) -> None:
-        config_file = self.path / "config.yaml"
+        config_file = self.path / CONFIG
         with system_errors_explained(self.path, "give another output, or make room"):
             if self.path.exists() and not config_file.exists() and any(self._contents()):
                 raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
@@ -96,7 +115,7 @@ class RunDirectory:
             self._take_lock()
             if config_file.exists():
                 self._refuse_other_config(config_file)
-            for name in PUBLISHED:
+            for name in (*PUBLISHED, *self.keys.exports):
                 remove_leftovers(self.path, name)
             remove_leftovers(self.previews)
             write_text(config_file, configuration.to_yaml(self.config))
@@ -105,13 +124,18 @@ class RunDirectory:
         return [
             path
             for path in self.path.iterdir()
-            if path.name not in ("checkpoints", "previews", "run.lock") and not path.name.startswith(".tmp-")
+            if path.name not in ("checkpoints", "previews", RUN_LOCK) and not path.name.startswith(".tmp-")
         ]
 
     def _refuse_other_config(self, config_file: Path) -> None:
         old = configuration.load(type(self.config), config_file)  # a key that is newer than the run has its default
         changes = configuration.changed_keys(configuration.to_dict(old), configuration.to_dict(self.config))
-        refused = {key: values for key, values in changes.items() if not may_change(key)}
+        allowed = (*MAY_CHANGE, *self.keys.may_change)
+        refused = {
+            key: values
+            for key, values in changes.items()
+            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+        }
         if refused:
             listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in refused.items())
             raise UserError(
@@ -119,23 +143,15 @@ class RunDirectory:
             )
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 - held until the process ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            what, instead = f"process {holder} is training here", "wait for it, or give another output"
-            raise FolderLocked(self.path, what, instead, holder=f"process {holder}") from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        _locks.add(self._lock)
+            self._lock.enter_context(open_folder(self.path).lock(RUN_LOCK))
+        except FolderLocked as error:
+            what, instead = f"{error.holder} is training here", "wait for it, or give another output"
+            raise FolderLocked(self.path, what, instead, holder=error.holder) from error
 
     def close(self) -> None:
-        """Let go of the lock."""
-        if self._lock is not None:
-            self._lock.close()
+        """Release the lock."""
+        self._lock.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -155,13 +171,13 @@ class RunDirectory:
             write_atomically(path, lambda temporary: image.save(temporary, "webp", quality=90))
 
     def begin(self, step: int) -> None:
-        """Steps after `step` are to come: drop what an earlier attempt said of them, and that the run is finished, as
-        it was if it has become longer."""
+        """Steps after `step` are to come: drop the metrics of an earlier attempt, and the record of a finished run,
+        which has become longer then."""
         with self.writing():
             (self.path / RUN_RECORD).unlink(missing_ok=True)
-        self.keep_metrics_until(step)
+        self._keep_metrics_until(step)
 
-    def keep_metrics_until(self, step: int) -> None:
+    def _keep_metrics_until(self, step: int) -> None:
         """Drop metric lines after `step` (a killed run wrote them, the resumed one will again) and a torn last line."""
         if not self.metrics.exists():
             return
@@ -174,7 +190,3 @@ class RunDirectory:
                 continue
         with self.writing():
             write_text(self.metrics, "".join(kept))
-
-
-def may_change(key: str, allowed: Sequence[str] = MAY_CHANGE) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)

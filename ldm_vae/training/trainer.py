@@ -370,10 +370,7 @@ def train(
             raise UserError(reason) from error
         if not out_of_memory(error):
             raise
-        raise UserError(
-            f"step {step}: out of memory; lower phases.*.micro_batch (the result stays the same), then "
-            "phases.*.crop or phases.*.size, or set training.gradient_checkpointing=true"
-        ) from error
+        raise UserError(f"step {step}", "out of memory", less_memory(run.keys.memory)) from error
     finally:
         tracker.close()
     return 0
@@ -515,6 +512,13 @@ def start_trackers(accelerator: Any, config: TrainingConfig, run: RunDirectory) 
                 f"training.tracker={config.tracker}: is not installed ({error}); "
                 f"run `pip install {config.tracker}` or set training.tracker=none"
             ) from error
+
+
+def less_memory(keys: Sequence[str]) -> str:
+    """What to do when memory runs out. `keys` of the model's configuration; the first leaves the result as it is."""
+    lower = [f"lower {keys[0]} (the result stays the same)"] if keys else []
+    then = [f"then {' or '.join(keys[1:])}"] if keys[1:] else []
+    return ", ".join([*lower, *then, "or set training.gradient_checkpointing=true"]).removeprefix("or ")
 
 
 def out_of_memory(error: BaseException) -> bool:

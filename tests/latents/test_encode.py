@@ -415,7 +415,7 @@ def test_two_shares_with_different_settings_cannot_both_write_the_plan(settings,
         except UserError as error:
             outcomes.append(str(error))
 
-    with open_folder(tmp_path / "set").hold("plan.lock"):
+    with open_folder(tmp_path / "set").lock("plan.lock"):
         threads = [
             Thread(target=run, args=(f"share={i}/2", f"dtype={d}")) for i, d in enumerate(("float16", "float32"))
         ]

@@ -36,7 +36,7 @@ def test_a_store_that_is_away_is_named(s3_server: Server, monkeypatch: pytest.Mo
     folder.write("a.bin", b"1")
     s3_server.stop()
     calls = (folder.sizes, folder.clean, lambda: folder.read("a.bin"), lambda: folder.exists("a.bin"))
-    for call in (*calls, lambda: folder.write("a.bin", b""), lambda: folder.hold("x").__enter__()):
+    for call in (*calls, lambda: folder.write("a.bin", b""), lambda: folder.lock("x").__enter__()):
         with pytest.raises(UserError, match=f"{location}: Could not connect.*; check the network") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -71,7 +71,7 @@ def test_missing_credentials_are_named_at_once(s3_server: Server, monkeypatch: p
 
 def test_a_missing_bucket_is_named(s3_session: Server) -> None:
     folder = open_folder("s3://no-such-bucket/set")
-    for call in (folder.sizes, lambda: folder.write("a.bin", b"1"), lambda: folder.hold("x").__enter__()):
+    for call in (folder.sizes, lambda: folder.write("a.bin", b"1"), lambda: folder.lock("x").__enter__()):
         with pytest.raises(UserError, match="s3://no-such-bucket/set: no such bucket"):
             call()
 

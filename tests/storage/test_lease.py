@@ -30,7 +30,7 @@ import sys
 from ldm_vae.storage import lease, open_folder
 lease.RENEW_SECONDS = 0.2
 folder = open_folder(sys.argv[1])
-with folder.hold(sys.argv[2]):
+with folder.lock(sys.argv[2]):
     print("held", flush=True)
     for line in sys.stdin:
         folder.write(line.strip(), b"written")
@@ -85,18 +85,18 @@ def claim(**values: object) -> bytes:
 def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None:
     folder = open_folder(location)
     assert folder.holder(NAME) is None
-    with folder.hold(NAME):
+    with folder.lock(NAME):
         folder.write("a.bin", b"1")
         assert folder.holder(NAME)
-        with pytest.raises(UserError, match="is at work here"), folder.hold(NAME):
+        with pytest.raises(UserError, match="is at work here"), folder.lock(NAME):
             pass
     assert folder.holder(NAME) is None
     killed.append(Holder(location))
     who = f"process {killed[0].process.pid} on host "
     assert (folder.holder(NAME) or "").startswith(who)
-    with pytest.raises(UserError, match=f"{who}.* is at work here"), folder.hold(NAME):
+    with pytest.raises(UserError, match=f"{who}.* is at work here"), folder.lock(NAME):
         pass
-    with folder.hold("another.lock"):  # a lock is its name
+    with folder.lock("another.lock"):  # a lock is its name
         pass
     time.sleep(0.5)  # some renewals
     assert folder.holder(NAME)
@@ -106,21 +106,21 @@ def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None
     assert folder.read("a.bin") == b"written"
     assert killed[0].finish() == 0
     assert folder.holder(NAME) is None
-    with folder.hold(NAME):
+    with folder.lock(NAME):
         pass
 
 
 @pytest.mark.promise(11)
 def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder) -> None:
     remote.write(NAME, claim())
-    with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.hold(NAME):
+    with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.lock(NAME):
         pass
     assert remote.holder(NAME) == "process 1 on host elsewhere"
     make_older(remote.location, NAME, lease.STALE_SECONDS - 30)
     assert remote.holder(NAME)
     make_older(remote.location, NAME, 60)
     assert remote.holder(NAME) is None
-    with remote.hold(NAME):
+    with remote.lock(NAME):
         assert json.loads(remote.read(NAME))["host"] != "elsewhere"
         make_older(remote.location, NAME, 3600)
         wait_until(lambda: remote.holder(NAME))  # its own is renewed
@@ -155,7 +155,7 @@ def test_another_process_with_the_number_of_a_dead_one_is_told_apart(remote: Fol
     assert not replace(mine, started="").is_dead, "a claim of an older release does not say"
     remote.write(NAME, json.dumps(asdict(replace(mine, started="1"))).encode())
     assert remote.holder(NAME) is None
-    with remote.hold(NAME):
+    with remote.lock(NAME):
         assert json.loads(remote.read(NAME))["started"] == mine.started
 
 
@@ -168,29 +168,28 @@ def test_a_lock_file_that_no_process_has_open_holds_nobody_up(tmp_path: Path, na
     (tmp_path / NAME).write_text(words[named])
     folder = open_folder(tmp_path)
     assert folder.holder(NAME) is None
-    with folder.hold(NAME):
+    with folder.lock(NAME):
         assert (tmp_path / NAME).read_text() == f"process {os.getpid()} on host {socket.gethostname()}"
     assert not (tmp_path / NAME).exists()
 
 
 @pytest.mark.promise(11)
-def test_a_child_of_a_killed_holder_is_waited_for(tmp_path: Path) -> None:
-    """It shares the lock, as the workers of a data loader do, which notice after seconds that their process is gone."""
+def test_a_child_of_a_killed_holder_does_not_have_its_lock(tmp_path: Path) -> None:
+    """As the workers of a data loader, which notice after seconds that their process is gone."""
     script = (
         "import os, sys, time; from ldm_vae.storage import open_folder\n"
-        "with open_folder(sys.argv[1]).hold(sys.argv[2]):\n"
+        "with open_folder(sys.argv[1]).lock(sys.argv[2]):\n"
         "    if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), NAME], stdin=subprocess.PIPE)
     assert holder.wait() == -9
     folder = open_folder(tmp_path)
-    assert folder.holder(NAME)
-    end_of_child = threading.Timer(1, holder.stdin.close)
-    end_of_child.start()
-    with folder.hold(NAME):
+    wait_until(lambda: folder.holder(NAME) is None)  # a child that has just begun
+    with folder.lock(NAME):
         assert str(os.getpid()) in (tmp_path / NAME).read_text()
-    end_of_child.join()
+    assert holder.stdin is not None
+    holder.stdin.close()
 
 
 def test_who_opened_the_lock_of_the_one_before_does_not_have_it(
@@ -200,16 +199,16 @@ def test_who_opened_the_lock_of_the_one_before_does_not_have_it(
     import fcntl
 
     flock, before, other = fcntl.flock, ExitStack(), ExitStack()
-    before.enter_context(open_folder(tmp_path).hold(NAME))
+    before.enter_context(open_folder(tmp_path).lock(NAME))
 
     def overtaken(file: object, operation: int) -> None:
         monkeypatch.setattr("fcntl.flock", flock)
         before.close()
-        other.enter_context(open_folder(tmp_path).hold(NAME))
+        other.enter_context(open_folder(tmp_path).lock(NAME))
         flock(file, operation)
 
     monkeypatch.setattr("fcntl.flock", overtaken)
-    with other, pytest.raises(UserError, match="is at work here"), open_folder(tmp_path).hold(NAME):
+    with other, pytest.raises(UserError, match="is at work here"), open_folder(tmp_path).lock(NAME):
         pass
     assert not (tmp_path / NAME).exists()
 
@@ -220,12 +219,12 @@ def test_a_filesystem_without_locks_is_named(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(UserError, match=r"this filesystem has no locks \(Function not implemented\)"):
-        open_folder(tmp_path).hold(NAME).__enter__()
+        open_folder(tmp_path).lock(NAME).__enter__()
 
 
 def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "set")
-    with folder.hold(NAME):
+    with folder.lock(NAME):
         folder.write("a.bin", b"1")
         (tmp_path / "set").rename(tmp_path / "before")
         (tmp_path / "set").mkdir()
@@ -236,7 +235,7 @@ def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
 
 def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: pytest.LogCaptureFixture) -> None:
     other = open_folder(remote.location)
-    with remote.hold(NAME):
+    with remote.lock(NAME):
         remote.write("a.bin", b"1")
         (own,) = remote._leases
         other.write(NAME, claim())
@@ -249,7 +248,7 @@ def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: py
 def test_a_process_that_slept_looks_before_it_writes(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 100.0)
     other = open_folder(remote.location)
-    with remote.hold(NAME):
+    with remote.lock(NAME):
         monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
         remote.write("a.bin", b"1")  # nobody took it: renewed
         other.remove(NAME)
@@ -270,7 +269,7 @@ def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypa
         with ExitStack() as stack:
             barrier.wait()
             try:
-                stack.enter_context(open_folder(remote.location).hold(NAME))
+                stack.enter_context(open_folder(remote.location).lock(NAME))
                 outcomes.append("held")
             except UserError as error:
                 outcomes.append(str(error).split("is ", 1)[1])
@@ -290,10 +289,10 @@ def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypa
 def test_a_killed_process_holds_nothing(location: str, killed: list[Holder]) -> None:
     killed.append(Holder(location))
     folder = open_folder(location)
-    with pytest.raises(UserError), folder.hold(NAME):
+    with pytest.raises(UserError), folder.lock(NAME):
         pass
     killed[0].process.kill()
     killed[0].process.wait()
     assert folder.holder(NAME) is None
-    with folder.hold(NAME):
+    with folder.lock(NAME):
         folder.write("a.bin", b"1")

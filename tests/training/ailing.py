@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from ldm_vae import config as configuration
 from ldm_vae.random import generator
 from ldm_vae.training.loader import Plan, Span
-from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import TrainingConfig, fit, make_accelerator
 from tests.training.toy import Bare
 
@@ -38,6 +39,8 @@ class AilingConfig:
     steps: int = 24
     faults: tuple[str, ...] = ()
     training: TrainingConfig = field(default_factory=short_training)
+
+    KEYS: ClassVar[ModelKeys] = ModelKeys()
 
 
 class Named:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from ldm_vae import config as configuration
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.loader import Plan, Span
-from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import TrainingConfig, fit, make_accelerator
 
 
@@ -36,6 +37,8 @@ class ToyConfig:
     broken: bool = False
     nan_at: int = -1
     training: TrainingConfig = field(default_factory=toy_training)
+
+    KEYS: ClassVar[ModelKeys] = ModelKeys(may_change=("steps",), memory=("micro", "size"))
 
 
 class ToySamples:

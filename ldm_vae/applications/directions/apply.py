@@ -123,7 +123,7 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
     strips: list[Path] = []
     cells: list[Image.Image] = []
     with (
-        open_folder(folder).hold(provenance.RUN_LOCK),
+        open_folder(folder).lock(provenance.RUN_LOCK),
         system_errors_explained(folder, "free some space and try again"),
     ):
         for name, latent, (height, width) in pictures:
