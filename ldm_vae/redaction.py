@@ -1,36 +1,53 @@
-"""What is not written down: secrets of the environment, passwords in URLs, the path of the home folder.
+"""What is not written down: secrets of the environment, passwords in URLs, folders of the machine.
 
 Every text that `files` publishes goes through `redacted`, and so do settings before they are compared with saved ones.
-Owns no files, and reads of the environment only what it has to find in a text.
+Records that are given away with a model go through `without_folders` as well. Reads only what it has to find from the
+environment, and no files.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ldm_vae.errors import UserError
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])\S{12,}")
-"""Others, as in `TOKENIZERS_PARALLELISM=false`, could be a part of any word or number."""
+"""Other values, as in `TOKENIZERS_PARALLELISM=false`, could be a part of any word or number."""
 PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
-"""Of a URL, behind the name of the user."""
+"""In a URL, after the name of the user."""
+
+SEPARATORS = re.compile(r"([\s'\",;\[\]{}])")
+"""Between the words of a text; a word is one path at most, or `key=path`."""
+LOCAL_SCHEMES = ("file", "local")
+OUTSIDE = ("/", "../", "..\\", "\\\\")
+"""How a path begins that is absolute or leads outside the folder that it is given in."""
 
 
 def redacted(value: Any) -> Any:
     """The same plain containers and text, without secrets, and with `~` in the place of the home folder."""
-    return _redacted(value, _secrets())
+    secrets = _secrets()
+    home = os.path.expanduser("~").rstrip("/")  # in some containers it is /
+
+    def redact(text: str) -> str:
+        text = without_password(text)
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home.startswith("/") else text
+
+    return _mapped(value, redact)
 
 
-def _redacted(value: Any, secrets: Sequence[str]) -> Any:
-    if isinstance(value, dict):
-        return {_redacted(key, secrets): _redacted(item, secrets) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_redacted(item, secrets) for item in value]
-    return _redacted_text(value, secrets) if isinstance(value, str) else value
+def without_folders(value: Any) -> Any:
+    """The same plain containers and text; of every path that is absolute or leads outside only the last name is left.
+
+    A path is known by how it begins: `/`, `../`, `~somebody`, `C:\\`, `\\\\host`, `file:`. A text that is one path as a
+    whole, or `key=path`, may have spaces in it; elsewhere a path ends at a space.
+    """
+    return _mapped(value, _shortened_text)
 
 
 def without_password(text: str) -> str:
@@ -47,15 +64,53 @@ def check_no_password(text: str, where: str) -> None:
         )
 
 
-def _redacted_text(text: str, secrets: Sequence[str]) -> str:
-    text = without_password(text)
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    home = os.path.expanduser("~").rstrip("/")  # of some containers it is /
-    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home.startswith("/") else text
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain containers with every text in them changed, keys too."""
+    if isinstance(value, dict):
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _secrets() -> list[str]:
-    """Values of the environment whose names say that they are secret; longer ones first, one may hold another."""
+    """Values of the environment whose names say that they are secret; longer ones first, one may contain another."""
     found = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
     return sorted((v for v in found if SECRET_VALUE.fullmatch(v) and not os.path.exists(v)), key=len, reverse=True)
+
+
+def _shortened_text(text: str) -> str:
+    key, equals, path = text.rpartition("=")
+    if _leads_outside(path) and not any(mark in text for mark in "'\",;#[]{}\n") and "://" not in key:
+        return key + equals + _last_name(path)
+    return "".join(map(_shortened_word, SEPARATORS.split(text)))
+
+
+def _shortened_word(word: str) -> str:
+    """Both places of `zip://a.csv::file:///b/c.zip`. What follows the `=` of an address belongs to it."""
+    before = "" if "://" in word.partition("=")[0] else "".join(word.rpartition("=")[:2])
+    before += "(" * (len(word) - len(before) - len(word[len(before) :].lstrip("(")))
+    return before + "::".join(_shortened_place(place) for place in word[len(before) :].split("::"))
+
+
+def _shortened_place(place: str) -> str:
+    host, colon, path = place.partition(":/")
+    if colon and not path.startswith("/") and len(host) > 1 and host.replace("-", "").replace(".", "").isalnum():
+        return _last_name(path) if host.lower() in LOCAL_SCHEMES else f"{host}:{_last_name(path)}"
+    return _last_name(place) if _leads_outside(place) else place
+
+
+def _leads_outside(path: str) -> bool:
+    scheme, colon, _ = path.partition(":")
+    if colon and scheme.lower().split("+")[-1] in LOCAL_SCHEMES:
+        return True
+    if "://" in path:
+        return False
+    drive = path[:1].isalpha() and path[1:3] in (":/", ":\\")
+    another_home = path[:1] == "~" and (path[1:2].isalpha() or path[1:2] == "_") and "/" in path
+    return path.startswith(OUTSIDE) or drive or another_home or "/../" in path
+
+
+def _last_name(path: str) -> str:
+    """The path itself where it has no name, as `/`."""
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2] or path

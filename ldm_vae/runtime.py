@@ -1,22 +1,63 @@
-"""The one place that repairs a mismatch between installed packages.
+"""What a computation runs on: its device, what it costs there, the memory allocator, and the installed packages.
 
-A CPU-only torch beside the package index's CUDA-built torchvision makes `import torchvision` (hence `lpips` and
-diffusers' models) die with "operator torchvision::nms does not exist": torchvision registers fake kernels for two
-operators whose compiled library did not load. Defining the two schemas first cures the import. Nothing of ours
-calls non-maximum suppression; calling it still fails, as it should.
+torch is imported by the functions that need it: every command imports this module, also for its help.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ldm_vae.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`, from malloc.h."""
+
+KEPT_BYTES = 2**31 - 1
+"""Most of the freed memory that is kept; the largest number that `mallopt` can express."""
 
 _libraries: list[object] = []  # torch.library.Library objects undo their definitions when collected
 
 
+def compute_device(name: str, local_index: int | None = None, where: str = "") -> torch.device:
+    """The device called `name`; `auto` is CUDA where torch has it.
+
+    Args:
+        local_index: of this process on its machine, which chooses its GPU.
+        where: of the key `device`, for messages.
+
+    Raises:
+        UserError: the device is unknown, or not here.
+    """
+    import torch
+
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_index is None:
+            return torch.device("cuda")
+        return torch.device("cuda", local_index % torch.cuda.device_count())
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"{name!r} is not here ({str(error).splitlines()[0]})"
+        raise UserError(f"{where}device", what, "use auto, cpu, cuda or cuda:N") from error
+    return device
+
+
 def repair_torchvision() -> None:
-    """Make `import torchvision` work beside a torch of another build. Does nothing where they match."""
+    """Make `import torchvision` work beside a torch of another build. Does nothing where they match.
+
+    A CPU-only torch beside the package index's CUDA-built torchvision makes `import torchvision` (hence `lpips` and
+    diffusers' models) fail with "operator torchvision::nms does not exist": torchvision registers fake kernels for two
+    operators whose compiled library did not load. Defining the two schemas first cures the import. Nothing here calls
+    non-maximum suppression; a call still fails.
+    """
     import importlib.util
     import sys
 
@@ -38,9 +79,6 @@ def repair_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-# What a computation costs, counted and not timed.
-
-
 def gigamacs(function: Callable[[], Any]) -> float:
     """Multiply-accumulates of a call in 10^9: half the FLOPs of torch's counter, attention on CPU included, which it
     does not know by itself. The call must compute in this thread."""
@@ -56,21 +94,12 @@ def gigamacs(function: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2e9
 
 
-# How the C library of this process hands out memory: a choice for a whole program, which the commands make.
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`, from malloc.h."""
-
-KEPT_BYTES = 2**31 - 1
-"""Of freed memory, at most; what `mallopt` can express."""
-
-
 @functools.cache
 def reuse_freed_memory() -> bool:
     """Let the C library of this process keep freed memory for the next large tensor; whether it can (glibc).
 
-    It hands large blocks back to the kernel, which clears each page when it is touched again: for a feature map of
-    100 MB that takes 5 times as long as computing it. At most `KEPT_BYTES` are kept at the end of the heap.
+    Otherwise it returns large blocks to the kernel, which clears each page when it is touched again: for a feature map
+    of 100 MB that takes 5 times as long as computing it. At most `KEPT_BYTES` are kept at the end of the heap.
     """
     import ctypes  # not for every --help
 

@@ -10,7 +10,6 @@ is refused.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ runtime.repair_torchvision()
 
 import diffusers
 from diffusers import AutoencoderKL, DiTPipeline, UNet2DModel
+from omegaconf import OmegaConf
 
 from ldm_vae import provenance, random
 from ldm_vae.autoencoder import lineage
@@ -39,7 +39,15 @@ from ldm_vae.diffusion.samplers import scheduler_shift
 from ldm_vae.diffusion.saving import INDEX
 from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_checksums, write_json, write_text
+from ldm_vae.files import (
+    publish_directory,
+    readable_json,
+    temporary_directory,
+    write_checksums,
+    write_json,
+    write_text,
+)
+from ldm_vae.redaction import without_folders
 
 NULL_CLASS = 1000
 """What `DiTPipeline` takes for "no label" under guidance, whatever the model."""
@@ -240,22 +248,6 @@ LARGEST_FILE_BYTES = 16 << 20
 RECORDS = (provenance.RUN_RECORD, "config.yaml")
 METRICS = "metrics.jsonl"
 METRIC_LINES = 300
-WORD = r"[^/\s'\",;=\[\]{}]+"
-ADDRESS = r"(?<![\w+.-])(?!(?:[\w+.-]*\+)?(?:file|local):)[a-z][\w+.-]*://(?:(?!::)[^\s'\",;])*"
-"""Of the internet or a bucket; it ends where `::` chains another place to it."""
-LOCAL = r"(?:(?<![\w+.-])[a-z][\w+.-]*\+)?(?:file|local):"
-"""What a URL of this machine opens with, as `file:` or `git+file:`."""
-ORIGIN = rf"(?:\.\.)?|~[a-z_][\w.-]*|{LOCAL}|(?<![^\s'\",;=\[\]{{}}])(?:{WORD}/+)+\.\."
-"""What a path opens with: nothing for the root, or `..`, another's home, a URL of this machine, folders and `..`."""
-NAME = r"[^/\\\s'\",;=\[\]{}:*?<>|]+"
-WINDOWS_ORIGIN = rf"(?:{LOCAL}/*)?[a-z]:[/\\]|\.\.\\|(?<!\\)\\\\+{NAME}[/\\]"
-"""A drive, `..`, a host. JSON doubles its backslashes, so a run of them counts as one; it goes or stays as a whole."""
-PATHS = (
-    rf"(?:{WINDOWS_ORIGIN})[/\\]*(?:{NAME}(?: (?!#){NAME})*[/\\]+)*({NAME})",
-    rf"(?:{ORIGIN})/+(?:{WORD}(?: (?!#){WORD})*/+)*({WORD})",
-)
-FOLDERS = re.compile(rf"({ADDRESS})|(?<![\w.~/*?-])(?:{'|'.join(PATHS)})", re.IGNORECASE)
-"""An address, which stays, or a path that tells of the machine, with its last name; `~/images` is neither."""
 
 
 def pack(
@@ -310,11 +302,6 @@ def has_pipeline(source: str) -> bool:
     return any((one / INDEX).is_file() for one in (directory, directory / "pipeline"))
 
 
-def without_folders(text: str) -> str:
-    """The same text; of every path in it that is absolute or may lead outside only the last name is left."""
-    return FOLDERS.sub(r"\1\2\3", text)
-
-
 def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[str, dict[str, str]]:
     model = load_autoencoder(source)
     before = _identities(model)
@@ -326,7 +313,7 @@ def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[
     if directory is not None:
         _copy_records(directory, folder)
         if (directory / TRAINING).is_file():
-            record = json.loads(without_folders((directory / TRAINING).read_text())) | after
+            record = without_folders(json.loads((directory / TRAINING).read_text())) | after
             if after != before:
                 record["rounded_from"] = {"precision": precision, **before}
             write_json(folder / TRAINING, record)
@@ -366,18 +353,27 @@ def _copy_records(directory: Path, folder: Path) -> None:
         return
     for name in RECORDS:
         if (place / name).is_file():
-            write_text(folder / name, without_folders((place / name).read_text()))
+            write_text(folder / name, _without_folders(place / name))
     _write_runs(folder / lineage.FILE, lineage.earlier_runs(place))
     if (place / METRICS).is_file():
         lines = (place / METRICS).read_text().splitlines()
         rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}
         kept = rare.union(thin([number for number in range(len(lines)) if number not in rare], METRIC_LINES))
-        write_text(folder / METRICS, "".join(f"{without_folders(lines[number])}\n" for number in sorted(kept)))
+        shortened = [json.dumps(without_folders(json.loads(lines[number]))) + "\n" for number in sorted(kept)]
+        write_text(folder / METRICS, "".join(shortened))
+
+
+def _without_folders(path: Path) -> str:
+    """The text of a JSON or YAML file of a run."""
+    if path.suffix == ".json":
+        return readable_json(without_folders(json.loads(path.read_text())))
+    settings = OmegaConf.to_container(OmegaConf.load(path))
+    return OmegaConf.to_yaml(OmegaConf.create(without_folders(settings)))
 
 
 def _write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
     if runs:
-        write_text(path, without_folders(lineage.runs_text(runs)))
+        write_text(path, lineage.runs_text(without_folders(runs)))
 
 
 def _check_sizes(folder: Path) -> None:

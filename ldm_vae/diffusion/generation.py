@@ -45,6 +45,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
+from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labelled_sheet
 from ldm_vae.utils.text import pluralize
@@ -241,7 +242,7 @@ def generate(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
     state = PartialState(cpu=device == "cpu")
-    pipeline = load_pipeline(config, choose_device(device, state.device))
+    pipeline = load_pipeline(config, state.device if device in ("auto", state.device.type) else compute_device(device))
     parameters = resolve_parameters(config, pipeline)
     training = open_training_latents(neighbours, pipeline, parameters["height"], parameters["width"])
     pictures_in = read_input_images(config, parameters["height"], parameters["width"])
@@ -317,18 +318,6 @@ def make_sheets(
         "training latents"
     )
     return {"copies": copies.copies, "compared_images": copies.samples, "compared_latents": copies.compared}
-
-
-def choose_device(name: str, default: torch.device) -> torch.device:
-    """`auto` and the kind of `default` are `default`. Raises: UserError for a device that is not here."""
-    if name in ("auto", default.type):
-        return default
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not here ({str(error).splitlines()[0]}); use auto or cpu") from error
-    return device
 
 
 def load_pipeline(config: GenerateConfig, device: torch.device) -> LatentDiffusionPipeline:

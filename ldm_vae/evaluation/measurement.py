@@ -163,7 +163,12 @@ def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        processes.share(units), desc=task, unit="batch", dynamic_ncols=True, leave=False, disable=not processes.is_main
+        processes.share(units),
+        desc=task,
+        unit="batch",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not processes.is_main_process,
     )
 
 

@@ -38,7 +38,7 @@ from ldm_vae.evaluation.measurement import (
     measure_images,
 )
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
-from ldm_vae.training.distributed import Processes, compute_device, joined_processes
+from ldm_vae.training.distributed import Processes, joined_processes
 from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
@@ -64,7 +64,7 @@ class Evaluation(Study):
     config: EvaluateConfig
 
     def __init__(self, config: EvaluateConfig, overwrite: bool, processes: Processes) -> None:
-        self.device = compute_device(config.device, processes)
+        self.device = processes.compute_device(config.device)
         autoencoder = load_autoencoder(config.autoencoder).to(self.device)
         super().__init__(config, autoencoder, overwrite=overwrite, processes=processes)
         check_resolution(config.resolution, autoencoder)

@@ -41,7 +41,7 @@ from ldm_vae.files import (
     write_text,
 )
 from ldm_vae.storage import open_folder
-from ldm_vae.training.distributed import Processes
+from ldm_vae.training.distributed import Processes, run_on_main
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
@@ -147,19 +147,19 @@ class Study:
             UserError: the folder holds something else, or a result of other settings, weights or inputs and not
                 `overwrite`; or what the study itself refuses.
         """
-        results = self.processes.main_decides(self.load)
+        results = run_on_main(self.processes, self.load)
         if results is None:
             self.prepare()
         if dry_run:
-            if self.processes.is_main:
+            if self.processes.is_main_process:
                 print(f"{self.output}: {'would be measured' if results is None else 'is finished'}")
             return results or {}
         if results is None:
             with contextlib.ExitStack() as stack:
-                self.processes.main_decides(lambda: stack.enter_context(self.lock()))
+                run_on_main(self.processes, lambda: stack.enter_context(self.lock()))
                 self.collect()
-                results = self.processes.main_decides(self._measure_and_commit)
-        if self.processes.is_main:
+                results = run_on_main(self.processes, self._measure_and_commit)
+        if self.processes.is_main_process:
             print(self.summary(results), flush=True)
         return results
 
@@ -196,7 +196,7 @@ class Study:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
-        with open_folder(self.output).hold(provenance.RUN_LOCK):
+        with open_folder(self.output).lock(provenance.RUN_LOCK):
             yield
 
     def commit(self, results: Results) -> None:

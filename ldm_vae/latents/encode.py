@@ -36,13 +36,12 @@ from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, Manifest, Origin, ind
 from ldm_vae.latents.image_loader import ImageBatch, Images, Units, load_batches, open_images
 from ldm_vae.latents.writer import OpenShard, Output, Writer
 from ldm_vae.random import generator
-from ldm_vae.runtime import gigamacs
+from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.storage.base import join
 from ldm_vae.training import watchdog
 from ldm_vae.training.distributed import (
     TIMEOUT_SECONDS,
     check_timeout,
-    is_on_cpu,
     open_accelerator,
     run_on_main,
     wait_for_all,
@@ -59,7 +58,7 @@ JUDGED_IMAGES = 1000
 
 def make_accelerator(config: EncodeConfig) -> Any:
     """An Accelerator on the device asked for. Raises: UserError when the device or the processes are not there."""
-    if config.threads and not is_on_cpu(config):
+    if config.threads and compute_device(config.device).type != "cpu":
         raise UserError("threads: has no effect on a GPU; leave it out, or set device=cpu")
     return open_accelerator(config)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ldm_vae.runtime import compute_device
 from ldm_vae.training import watchdog
 from ldm_vae.training.watchdog import die_with_launcher
 
@@ -33,6 +34,7 @@ LONGEST_WAIT = timedelta(hours=24)
 POLL_SECONDS = 0.001
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 _patient: Any = None
 
@@ -50,6 +52,19 @@ class LaunchSettings(Protocol):
     def timeout_seconds(self) -> int: ...
 
 
+class Place(Protocol):
+    """Where this process stands among those of its job: an Accelerator, or `Processes`."""
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+    @property
+    def is_main_process(self) -> bool: ...
+
+
 def open_accelerator(settings: LaunchSettings, where: str = "", **options: Any) -> Any:
     """An Accelerator on the device and processes asked for; `options` are its own. `where`: of the keys, for messages.
 
@@ -59,23 +74,28 @@ def open_accelerator(settings: LaunchSettings, where: str = "", **options: Any) 
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.processes is not None and settings.processes != launched:
-        raise UserError(
-            f"{where}processes: {settings.processes} were asked for, {launched} started; launch with `torchrun "
-            f"--nproc_per_node {settings.processes}`, or on CPU `accelerate launch --multi_gpu --num_processes "
-            f"{settings.processes}` with {where}device=cpu"
-        )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{where}device: cuda was asked for, and torch sees no CUDA device; set {where}device=auto")
+    check_launched(settings.processes, where)
+    on_cpu = compute_device(settings.device, where=where).type == "cpu"
     die_with_launcher()
     timeout = timedelta(seconds=settings.timeout_seconds)
-    join_restarted("gloo" if is_on_cpu(settings) else "nccl", timeout)
+    join_restarted("gloo" if on_cpu else "nccl", timeout)
     handlers = [InitProcessGroupKwargs(timeout=timeout)]
-    accelerator = Accelerator(cpu=is_on_cpu(settings), kwargs_handlers=handlers, **options)
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
     if accelerator.num_processes > 1:
         patient_group()
     return accelerator
+
+
+def check_launched(expected: int | None, where: str = "") -> int:
+    """The number of processes that torchrun or `accelerate launch` started. Raises: UserError: it is not `expected`."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != launched:
+        raise UserError(
+            f"{where}processes: {expected} were asked for, {launched} started; launch with `torchrun "
+            f"--nproc_per_node {expected}`, or on CPU `accelerate launch --multi_gpu --num_processes {expected}` "
+            f"with {where}device=cpu"
+        )
+    return launched
 
 
 def join_restarted(backend: str, timeout: timedelta) -> None:
@@ -99,10 +119,6 @@ def join_restarted(backend: str, timeout: timedelta) -> None:
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store_of_attempt = distributed.PrefixStore(f"attempt {attempt}", store)
     distributed.init_process_group(backend, store=store_of_attempt, rank=rank, world_size=processes, timeout=timeout)
-
-
-def is_on_cpu(settings: LaunchSettings) -> bool:
-    return settings.device == "cpu" or not torch.cuda.is_available()
 
 
 def check_timeout(seconds: int, where: str = "") -> None:
@@ -156,13 +172,13 @@ def exit_code(failure: BaseException) -> int:
     return failure.code if isinstance(failure, SystemExit) and isinstance(failure.code, int) else 1
 
 
-def wait_for_all(accelerator: Any) -> None:
+def wait_for_all(place: Place) -> None:
     """Until every process is here.
 
     Raises:
         UserError: one of them is gone; it names which.
     """
-    if accelerator.num_processes == 1:
+    if place.num_processes == 1:
         return
     from torch import distributed
 
@@ -183,27 +199,87 @@ def wait(work: Any) -> None:
         raise explained from error
 
 
-def run_on_main(accelerator: Any, decide: Callable[[], Answer]) -> Answer:
-    """Run `decide` in the main process and tell all of them the answer. Its error ends them all, and is shown once."""
+def run_on_main(place: Place, decide: Callable[[], Answer]) -> Answer:
+    """Run `decide` in the main process and return its answer in all. Its UserError ends them all, and is shown once."""
+    if place.num_processes == 1:
+        with watchdog.solo():
+            return decide()
     from torch import distributed
 
     answer: list[Any] = [None, False]
     refused: UserError | None = None
-    if accelerator.is_main_process:
+    if place.is_main_process:
         with watchdog.solo():
             try:
                 answer[0] = decide()
             except UserError as error:
                 answer[1], refused = True, error
-    wait_for_all(accelerator)
-    if accelerator.num_processes > 1:
-        distributed.broadcast_object_list(answer, group=patient_group())
+    wait_for_all(place)
+    distributed.broadcast_object_list(answer, group=patient_group())
     if answer[1]:
         raise refused or SystemExit(EXIT_USER_ERROR)
     return answer[0]
 
 
-# At the end of every step the processes tell each other where they are, whether to stop, and what weights they hold.
+# Processes that measure together, each its share of the work, without an accelerator.
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of its job. `local_process_index` chooses the GPU of its machine."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    local_process_index: int = 0
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def share(self, units: Sequence[Item]) -> list[tuple[int, Item]]:
+        """(number, unit) of the units that are this process's."""
+        return [pair for pair in enumerate(units) if pair[0] % self.num_processes == self.process_index]
+
+    def gather(self, found: list[tuple[int, Item]]) -> list[Item]:
+        """What all processes found for their units, in the order of the units, on every process."""
+        parts = [found]
+        if self.num_processes > 1:
+            from torch import distributed
+
+            parts = [[] for _ in range(self.num_processes)]
+            distributed.all_gather_object(parts, found)
+        return [item for _, item in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+    def compute_device(self, name: str) -> torch.device:
+        """The device called `name`; several processes on one machine each get their own GPU."""
+        return compute_device(name, self.local_process_index if self.num_processes > 1 else None)
+
+
+@contextlib.contextmanager
+def joined_processes(expected: int | None = None) -> Iterator[Processes]:
+    """The group that torchrun or `accelerate launch` started, until its end; a single process otherwise.
+
+    Raises:
+        UserError: another number of processes than `expected` was started.
+    """
+    global _patient
+    from torch import distributed
+
+    die_with_launcher()
+    if check_launched(expected) == 1:
+        yield Processes()
+        return
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), local)
+    finally:
+        _patient = None
+        distributed.destroy_process_group()
+
+
+# At the end of every step the processes compare where they are, whether to stop, and what weights they have.
 
 
 class RankConsistency:
@@ -214,8 +290,8 @@ class RankConsistency:
         self._checksum = 0
         self._sent: tuple[int, Tensor, Any] | None = None
 
-    def holds(self, checksum: int) -> None:
-        """The weights of this process, from now on; at the same step in all of them."""
+    def set_checksum(self, checksum: int) -> None:
+        """Of the weights of this process, from now on; at the same step in all of them."""
         self._checksum = checksum % 2**62
 
     def stop_agreed(self, step: int, first_index: int, stop: bool) -> bool:
@@ -243,12 +319,12 @@ class RankConsistency:
         wait(work)
         stop, *most = message.tolist()
         largest, smallest = most[:3], [-number for number in most[3:]]
-        what = [
+        differences = [
             f"in steps {smallest[0]} to {largest[0]}",
             "at other samples: their data differ, or its order",
             "with other weights",
         ]
-        for words, low, high in zip(what, smallest, largest):
+        for words, low, high in zip(differences, smallest, largest):
             if low != high:
                 raise UserError(
                     f"step {step}: the processes are out of step, {words}; look at what differs between them; the same "
@@ -257,112 +333,11 @@ class RankConsistency:
         return bool(stop)
 
 
-def checksum(modules: list[nn.Module], device: torch.device) -> Tensor:
-    """Of all trained weights, to the bit: their sum as integers, weighted by the parameter's number, on the device."""
+def weights_checksum(modules: list[nn.Module], device: torch.device) -> Tensor:
+    """Exact to the bit: the sum of all trained weights as integers, times the parameter's number, on the device."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for module in modules:
         for number, parameter in enumerate(module.parameters(), start=1):
             if parameter.requires_grad:
                 total += number * parameter.detach().float().view(torch.int32).sum(dtype=torch.int64)
     return total
-
-
-# Several processes that measure together: who takes which unit of work, and telling each other what was found.
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process's place: `index` of `count`; `local_index` chooses the GPU of its machine."""
-
-    index: int = 0
-    count: int = 1
-    local_index: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
-
-    def share(self, units: Sequence[Item]) -> list[tuple[int, Item]]:
-        """(number, unit) of the units that are this process's."""
-        return [(number, unit) for number, unit in enumerate(units) if number % self.count == self.index]
-
-    def gather(self, found: list[tuple[int, Item]]) -> list[Item]:
-        """What all processes found for their units, in the order of the units, on every process."""
-        parts = [found]
-        if self.count > 1:
-            from torch import distributed
-
-            parts = [[] for _ in range(self.count)]
-            distributed.all_gather_object(parts, found)
-        return [item for _, item in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
-
-    def main_decides(self, decide: Callable[[], Answer]) -> Answer:
-        """Run `decide` in the main process and tell all of them the answer. Its UserError ends them all, shown once."""
-        if self.count == 1:
-            return decide()
-        from torch import distributed
-
-        answer: list[Any] = [None, False]
-        refused: UserError | None = None
-        if self.is_main:
-            try:
-                answer[0] = decide()
-            except UserError as error:
-                answer[1], refused = True, error
-        distributed.broadcast_object_list(answer)
-        if answer[1]:
-            raise refused or SystemExit(EXIT_USER_ERROR)
-        return answer[0]
-
-
-def join_processes(expected: int | None = None) -> Processes:
-    """The group that torchrun or `accelerate launch` started; a single process otherwise.
-
-    Raises:
-        UserError: another number of processes than `expected` was started.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if expected is not None and expected != launched:
-        raise UserError(
-            f"processes: {expected} were asked for, {launched} started; launch with `torchrun "
-            f"--nproc_per_node {expected} scripts/evaluate.py ...`"
-        )
-    if launched == 1:
-        return Processes()
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-    return Processes(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@contextlib.contextmanager
-def joined_processes(expected: int | None = None) -> Iterator[Processes]:
-    """`join_processes`, and the end of the group; a process dies with its launcher."""
-    from torch import distributed
-
-    die_with_launcher()
-    processes = join_processes(expected)
-    try:
-        yield processes
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def compute_device(name: str, processes: Processes | None = None) -> torch.device:
-    """`auto` is CUDA where torch sees it; several processes on one machine each get their own GPU."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        local = processes.local_index if processes is not None and processes.count > 1 else None
-        return torch.device("cuda") if local is None else torch.device("cuda", local % torch.cuda.device_count())
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {name} was asked for, and torch sees no CUDA device; use device=auto")
-    return device

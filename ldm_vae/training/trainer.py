@@ -26,7 +26,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.random import key_hash
-from ldm_vae.runtime import gigamacs
+from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.training import checkpoint as checkpoints
 from ldm_vae.training import watchdog
 from ldm_vae.training.checkpoint import Checkpoint
@@ -34,12 +34,11 @@ from ldm_vae.training.distributed import (
     TIMEOUT_SECONDS,
     RankConsistency,
     check_timeout,
-    checksum,
     close_accelerator,
-    is_on_cpu,
     open_accelerator,
     run_on_main,
     wait_for_all,
+    weights_checksum,
 )
 from ldm_vae.training.ema import Ema
 from ldm_vae.training.loader import (
@@ -167,7 +166,7 @@ class Model(Protocol):
 
 def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
     """An Accelerator for the config. Raises UserError when the processes or the precision are not what was asked."""
-    if config.precision == "fp16" and is_on_cpu(config):
+    if config.precision == "fp16" and compute_device(config.device, where="training.").type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
     return open_accelerator(
         config,
@@ -257,7 +256,7 @@ class Engine:
 
     def checksum(self) -> int:
         """Of the weights of all modules. Waits for the device: log steps only."""
-        return int(checksum(list(self.modules.values()), self.device))
+        return int(weights_checksum(list(self.modules.values()), self.device))
 
     def close(self, failure: BaseException | None = None) -> None:
         """Let go of the wrapped models, then of the process group, then end the trackers.
@@ -332,7 +331,7 @@ def train(
         run.begin(first_step)
     start_trackers(accelerator, config, run)
     tracker = Tracker(run, accelerator, plan.steps, first_step, seconds_before)
-    roll_call = RankConsistency(accelerator.num_processes)
+    consistency = RankConsistency(accelerator.num_processes)
     step, figures = first_step, {}
     stream = batches(
         samples,
@@ -354,16 +353,16 @@ def train(
                 tracker.quarantine.meet(batch.parts)
                 report(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
                 figures = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
-                if step % config.log_every == 0 and roll_call.processes > 1:
-                    roll_call.holds(engine.checksum())
-                stopping = roll_call.stop_agreed(step, batch.first_index, stop.received is not None)
+                if step % config.log_every == 0 and consistency.processes > 1:
+                    consistency.set_checksum(engine.checksum())
+                stopping = consistency.stop_agreed(step, batch.first_index, stop.received is not None)
                 if step % config.save_every == 0 or step == plan.steps or stopping:
                     save(model, engine, averages, run, step, tracker.seconds)
                 if stopping and step < plan.steps:
                     tracker.say(f"stopped at step {step} of {plan.steps}; the same command continues")
                     return EXIT_INTERRUPTED
                 watchdog.advance(step)
-        roll_call.finish()
+        consistency.finish()
         finish(model, engine, run, started, tracker.seconds, figures)
     except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
         if reason := loss_of_worker(error):  # noticed while something else was done than waiting for its samples

@@ -284,7 +284,7 @@ def test_lpips_is_measured_with_local_weights(config: EvaluateConfig, random_bac
     ("settings", "sentence"),
     [
         ({"resolution": 66}, "resolution: 66 is no multiple of 8; use 64"),
-        ({"device": "toaster"}, "device: 'toaster' is no device"),
+        ({"device": "toaster"}, "device: 'toaster' is not here"),
         ({"autoencoder": "./nowhere"}, "no such directory"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 from ldm_vae.errors import UserError
 from ldm_vae.training import distributed
-from ldm_vae.training.distributed import RankConsistency, checksum
+from ldm_vae.training.distributed import RankConsistency, weights_checksum
 
 
 def call_rolls(rank: int, folder: Path) -> None:
@@ -18,17 +18,17 @@ def call_rolls(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     found = []
     for fault in ("none", "skipped step", "other samples", "other weights"):
-        roll_call = RankConsistency(2)
+        consistency = RankConsistency(2)
         try:
             for step in range(1, 6):
                 if fault == "skipped step" and rank == 1 and step >= 3:
                     step += 1
                 index = 7 * step + (fault == "other samples" and rank == 1 and step == 3)
-                roll_call.holds(5 if fault == "other weights" and rank == 1 and step >= 3 else 4)
-                if roll_call.stop_agreed(step, index, stop=rank == 1 and step >= 4):
+                consistency.set_checksum(5 if fault == "other weights" and rank == 1 and step >= 3 else 4)
+                if consistency.stop_agreed(step, index, stop=rank == 1 and step >= 4):
                     found.append(f"stop at {step}")
                     break
-            roll_call.finish()
+            consistency.finish()
         except UserError as error:
             found.append(str(error).split(";")[0])
     Path(folder, str(rank)).write_text("\n".join(found))
@@ -53,11 +53,11 @@ def test_two_processes_out_of_step_notice_it(tmp_path, record_property):
 
 def test_the_checksum_sees_one_bit():
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), torch.nn.Linear(4, 4))
-    before = int(checksum([module], torch.device("cpu")))
-    assert int(checksum([module], torch.device("cpu"))) == before
+    before = int(weights_checksum([module], torch.device("cpu")))
+    assert int(weights_checksum([module], torch.device("cpu"))) == before
     with torch.no_grad():
         module[0].weight[1, 2, 0, 1] = torch.nextafter(module[0].weight[1, 2, 0, 1], torch.tensor(9.0))
-    assert int(checksum([module], torch.device("cpu"))) != before
+    assert int(weights_checksum([module], torch.device("cpu"))) != before
 
 
 def test_one_process_is_always_agreed():
