@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_file_says_what_it_owns(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a docstring"
+
+
+MODEL_WORDS = (
+    "autoencoder", "vae", "unet", "pipeline", "latent", "latents", "discriminator", "adversarial", "phases", "crop",
+    "crops", "kid", "neighbors", "neighbours", "patience", "kl", "nats_per_dim", "perceptual",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "training").glob("*.py")), ids=lambda path: path.name)
+def test_the_trainer_knows_no_key_or_folder_of_a_model(path):
+    assert re.findall(rf"\b(?:{'|'.join(MODEL_WORDS)})\b", path.read_text(), re.IGNORECASE) == []
 
 
 def unsafe_parts(code: str) -> list[str]:

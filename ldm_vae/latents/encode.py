@@ -610,9 +610,8 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> int:
 
 def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:
     """`job(config, accelerator)` on the device and processes that the config asks for. Returns: its exit code."""
-    from ldm_vae.errors import UserError
     from ldm_vae.training.distributed import close_accelerator
-    from ldm_vae.training.loader import loss_of_worker
+    from ldm_vae.training.loader import lost_worker
     from ldm_vae.training.watchdog import StopRequest, Watchdog
 
     with StopRequest(at_once=True):  # files are published whole: leaving is always safe
@@ -622,8 +621,7 @@ def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:
             try:
                 return job(config, accelerator)
             except BaseException as error:
-                reason = loss_of_worker(error)
-                failure = UserError(reason) if reason else error
+                failure = lost_worker(error) or error
                 if failure is error:
                     raise
                 raise failure from error

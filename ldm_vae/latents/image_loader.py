@@ -27,7 +27,7 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import Rejection
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
-from ldm_vae.training.loader import LOADER_SHARE, from_workers
+from ldm_vae.training.loader import LOADER_SHARE, ErrorsAsItems, from_workers
 from ldm_vae.training.watchdog import obey_only_the_parent
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def load_batches(
         UserError: while iterating, where the source cannot be read any more, or gives nothing for `timeout_seconds`.
     """
     batches = DataLoader(
-        _Batches(partial(images.groups, unit=unit, batch=batch), units, images.whole_units, batch, size),
+        ErrorsAsItems(_Batches(partial(images.groups, unit=unit, batch=batch), units, images.whole_units, batch, size)),
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # else the loader draws from the global one

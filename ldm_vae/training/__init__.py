@@ -1,4 +1,5 @@
-"""The shared engine: `fit()` owns resume, accumulation, learning rate, EMA, logging, previews, saving and signals.
+"""The trainer of every model: resume, accumulation, learning rate, EMA, logging, previews, checkpoints and signals.
 
-It knows no model. A model brings one visible `update()`: all the mathematics of one optimizer step.
+It knows no model. A model brings one visible `update()`, all the mathematics of one optimizer step, and with its
+configuration `run_directory.ModelKeys`.
 """

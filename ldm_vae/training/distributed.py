@@ -1,7 +1,8 @@
-"""The processes of one job: starting, waiting for one another, deciding together.
+"""The processes of one job: starting, waiting for one another, deciding together, sharing work.
 
-A collective of tensors has `timeout_seconds`. Where one process works and the others wait (validation, saving, the last
-shard), they wait on a group of their own, as long as the watchdog sees signs of life.
+`open_accelerator` joins them for training and encoding, `joined_processes` for measuring. A collective of tensors has
+`timeout_seconds`. Where one process works and the others wait (validation, saving, the last shard), they wait on a
+group of their own, as long as the watchdog receives heartbeats.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TIMEOUT_SECONDS = 300
 """The longest wait of a process for the others, for its data, for anything: default of every command."""
 
 LONGEST_WAIT = timedelta(hours=24)
-"""Of a process that has finished its share for the slowest one. Whether that one gets on is the watchdog's business."""
+"""Of a process that has finished its share for the slowest one. The watchdog ends that one where it hangs."""
 
 POLL_SECONDS = 0.001
 
@@ -138,9 +139,9 @@ def patient_group() -> Any:
 
 
 def close_accelerator(accelerator: Any, failure: BaseException | None = None) -> None:
-    """End its trackers and leave the other processes. Nothing else may hold a group then, see `Engine.close`.
+    """End its trackers and leave the other processes. Nothing else may refer to a group then, see `Engine.close`.
 
-    After a failure messages may be on their way that nobody will answer, and torch waits for them at the end of the
+    After a failure messages may be on their way that no process will answer, and torch waits for them at the end of the
     program, for as long as the group allows: the program then ends without that.
     """
     global _patient
@@ -193,10 +194,10 @@ def wait(work: Any) -> None:
             time.sleep(POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
-        explained = watchdog.explained(error)
-        if explained is None:
+        lost = watchdog.lost_process(error)
+        if lost is None:
             raise
-        raise explained from error
+        raise lost from error
 
 
 def run_on_main(place: Place, decide: Callable[[], Answer]) -> Answer:

@@ -1,4 +1,10 @@
-"""What a step is, as a pure function of its number: its learning rate, its batch, its positions."""
+"""The batches of a run, as a pure function of the step: the plan, the order of the samples, and the loading of them.
+
+step -> `Plan.span` (batch sizes, position of the first sample) -> `Order` (position -> index of a sample)
+     -> `Samples.sample` in worker processes -> `Batch` of micro-batches on the device
+
+Nothing of it is ever saved: resuming is starting at the step.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import traceback
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator, key_hash
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
-from ldm_vae.training.watchdog import obey_only_the_parent
+from ldm_vae.training.watchdog import CONTINUES, obey_only_the_parent
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_fraction: float) -> float:
@@ -41,7 +47,7 @@ class Span:
         steps: optimizer steps.
         global_batch: samples per step over all processes.
         micro_batch: samples per forward pass of one process; the accumulation follows from it.
-        size: side of the samples in pixels (or latent positions), None for their own size.
+        size: side of the samples in pixels (or positions), None for their own size.
     """
 
     steps: int
@@ -80,11 +86,11 @@ class Plan:
                 )
 
 
-# Which sample comes at which position: an order is a pure function of (seed, position), so none of it is ever stored.
+# The order of the samples.
 
 ROUNDS = 8
-"""Of the permutation. How far apart two neighbours land is uniform, as far as 100,000 keys can show, from 30 samples
-on; with 6 rounds it is from 1000 on, with 4 not even there."""
+"""Of the permutation. The distance of two that were side by side is uniform, as far as 100,000 keys can show, from 30
+samples on; with 6 rounds it is from 1000 on, with 4 not even there."""
 
 _WORD = 2**64 - 1
 
@@ -160,15 +166,13 @@ def _scramble(value: Any, key: int) -> Any:
     return value >> 32
 
 
-# From samples to the micro-batches of a step. The order is a function of the step, so resuming is starting there.
+# The samples and the micro-batches of a step.
 
 LOADER_SHARE = 0.8
 """Of the timeout that the wait for a batch has: this error says more than that of the processes which wait for us."""
 
 STACKS_SECONDS = 0.5
 """For the workers to show what they are doing."""
-
-Made = TypeVar("Made")
 
 
 class Samples(Protocol):
@@ -240,12 +244,34 @@ class Batch:
     first_index: int = -1
 
 
+class WorkerLost(UserError):
+    """A loading process hangs or was killed."""
+
+
 class _Keyed(Dataset):
+    """A sample for each key. A `UserError` is an item too: torch would pass only its text to the main process."""
+
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self.samples.sample(key.index, key.position, key.size)
+    def __getitem__(self, key: Key) -> dict[str, Any] | UserError:
+        try:
+            return self.samples.sample(key.index, key.position, key.size)
+        except UserError as error:
+            return error
+
+
+class ErrorsAsItems(IterableDataset):
+    """The items of a stream, and at its end the `UserError` that ended it, for `from_workers` to raise."""
+
+    def __init__(self, items: IterableDataset) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.items
+        except UserError as error:
+            yield error
 
 
 class _MicroBatchKeys:
@@ -278,11 +304,16 @@ def order_of(samples: Samples, seed: int) -> Order:
     return samples.order if isinstance(samples, InOrder) else GlobalOrder(seed, len(samples))
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors, make tensors of numbers, join lists."""
+def collate(samples: list[dict[str, Any] | UserError] | UserError) -> dict[str, Any] | UserError:
+    """Stack tensors, make tensors of numbers, join lists. The first error takes the place of all."""
+    if isinstance(samples, UserError):
+        return samples
+    made = [sample for sample in samples if not isinstance(sample, UserError)]
+    if len(made) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, UserError))
     collated: dict[str, Any] = {}
-    for name, first in samples[0].items():
-        values = [sample[name] for sample in samples]
+    for name, first in made[0].items():
+        values = [sample[name] for sample in made]
         if isinstance(first, Tensor):
             collated[name] = torch.stack(values)
         elif isinstance(first, list):
@@ -292,15 +323,16 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return collated
 
 
-def from_workers(loader: Iterable[Made]) -> Generator[Made, None, None]:
-    """What a data loader gives, and the error of a worker so that the program can end.
+def from_workers(loader: Iterable[Any]) -> Generator[Any, None, None]:
+    """The items of a data loader; an error of a worker is raised so that the program can end.
 
-    torch raises it from frames that hold the loader's iterator in a circle. Collected late, it would not tell the
-    workers to stop before it waits for them, and they ignore signals: without this the program hangs at its end.
-    A worker that does not stop, because it hangs, is killed: torch would ask it by the signal that it ignores.
+    torch raises it from frames that hold the loader's iterator in a circle. Collected late, it would not stop the
+    workers before it waits for them, and they ignore signals: without this the program hangs at its end. A worker that
+    hangs is killed: torch would end it by the signal that it ignores.
 
     Raises:
-        UserError: of a worker, as the sentence that it is and not as a traceback; or the worker hangs, or was killed.
+        UserError: an item that is one.
+        WorkerLost: a worker hangs, or was killed.
     """
     iterator = iter(loader)
     workers = getattr(iterator, "_workers", [])
@@ -308,40 +340,37 @@ def from_workers(loader: Iterable[Made]) -> Generator[Made, None, None]:
         worker.terminate = worker.kill
     while True:
         try:
-            made = next(iterator)
+            item = next(iterator)
         except StopIteration:
             return
         except Exception as error:
-            reason = loss_of_worker(error)
-            if reason:
+            lost = lost_worker(error)
+            if lost:
                 show_and_kill(workers)
             traceback.clear_frames(error.__traceback__)
             del iterator
-            if isinstance(error, UserError):
-                raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-            if reason:
-                raise UserError(reason) from None
+            if lost:
+                raise lost from None
             raise
-        yield made
+        if isinstance(item, UserError):
+            del iterator
+            raise item
+        yield item
 
 
-def loss_of_worker(error: BaseException) -> str | None:
-    """A sentence when `error` says that a worker hangs or was killed."""
+def lost_worker(error: BaseException) -> WorkerLost | None:
+    """What to raise instead of torch's error of a worker that hangs or was killed, which has no class of its own."""
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader "):
         return None
-    if "timed out" not in str(error):
-        return (
-            f"data: a loading process was killed ({str(error).splitlines()[0]}); mostly for want of memory: lower "
-            "workers, or give the container more shared memory; the same command continues"
-        )
-    return (
-        f"data: no batch from the loading processes ({error}); what they were doing is above; look at the disk "
-        "or the network there, or raise timeout_seconds; the same command continues"
-    )
+    if "timed out" in str(error):
+        what = f"no batch from the loading processes ({error}); what they were doing is above"
+        return WorkerLost("data", what, f"look at the disk or the network there, or raise timeout_seconds; {CONTINUES}")
+    cure = "mostly for want of memory: lower workers, or give the container more shared memory"
+    return WorkerLost("data", f"a loading process was killed ({str(error).splitlines()[0]})", f"{cure}; {CONTINUES}")
 
 
 def show_and_kill(workers: list[Any]) -> None:
-    """Each shows on stderr what it is doing, if it can, and is ended."""
+    """Each shows on stderr what it is doing, if it can, and is killed."""
     for worker in workers:
         if worker.is_alive():
             os.kill(worker.pid, signal.SIGUSR1)
@@ -374,7 +403,8 @@ def batches(
     source: dict[str, Any]
     order: Order | None = None
     if isinstance(samples, StreamedSamples):
-        source = {"dataset": samples.batches(_MicroBatchKeys(plan, None, *place)), "batch_size": None}
+        keyed = samples.batches(_MicroBatchKeys(plan, None, *place))
+        source = {"dataset": ErrorsAsItems(keyed), "batch_size": None}
     else:
         order = order_of(samples, seed)
         keys = _MicroBatchKeys(plan, order, *place)

@@ -1,7 +1,8 @@
-"""Updates that are left out because a number was not finite, losses that spike, and when a run must stop for it.
+"""What a run reports while it trains: metrics, the stability of its updates, and images that could not be read.
 
-`Engine` leaves an update out on the device; here is what is known of each update afterwards. Nothing waits for the
-device but `collect`, on log steps and at least every `MAXIMUM_SKIPPED_STEPS` steps. All processes hold the same.
+`Averages` collects the metrics of the steps, `StabilityChecks` what became of each update: left out because a number
+was not finite, or with a loss that spikes. `Tracker` writes both to `metrics.jsonl`, TensorBoard (or wandb) and the
+terminal; `BadSamples` lists unreadable images. All processes hold the same, the main process writes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LARGEST_NORM = 1e18
 SPIKE_DEVIATIONS = 8.0
 SPIKE_DECAY = 0.99
 SPIKE_FROM = 100
-"""Updates before which the average of a loss says little."""
+"""Updates before which the average of a loss means little."""
 NAMED_SAMPLES = 6
 
 Describe = Callable[[int], str]
@@ -78,7 +79,7 @@ class History:
 
     in_a_row: int = 0
     total: int = 0
-    seen: int = 0
+    seen: int = 0  # updates that count for the average
     average: float = 0.0
     variance: float = 0.0
     step: int = 0
@@ -86,8 +87,8 @@ class History:
     skipped: int = 0
     spike: dict[str, Any] | None = None
 
-    def see(self, step: int, loss: float, norm: float) -> None:
-        """Take the update of `step`, counted from 1."""
+    def update(self, step: int, loss: float, norm: float) -> None:
+        """Add the update of `step`, counted from 1."""
         if not is_usable(norm):
             self.in_a_row, self.total, self.skipped = self.in_a_row + 1, self.total + 1, self.skipped + 1
             self.step, self.norm = step, f"{norm:.4g}"
@@ -106,10 +107,14 @@ class History:
 
 
 class StabilityChecks:
-    """The updates of every module of a run."""
+    """The updates of every module of a run: which were left out, which losses spike, and when the run must stop.
+
+    The trainer leaves an update out on the device. Only `collect` waits for the device: on log steps, and at least
+    every `MAXIMUM_SKIPPED_STEPS` steps.
+    """
 
     def __init__(self, names: Iterable[str], *, scaled: bool = False) -> None:
-        """`scaled`: a gradient scaler looks for its scale by overflowing now and then, which is no alarm."""
+        """`scaled`: there is a gradient scaler, which finds its scale by overflowing now and then: no alarm."""
         self.scaled = scaled
         self.histories = {name: History() for name in names}
         self._pending: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in self.histories}
@@ -119,13 +124,13 @@ class StabilityChecks:
         self._pending[name].append((step, loss, norm))
 
     def collect(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take in what was added. Waits for the device; `mean` is over the processes, which all must call this."""
+        """Move what was added into the histories. `mean` is over the processes, which all must call this."""
         for name, updates in self._pending.items():
             if updates:
                 losses = mean(torch.stack([loss for _, loss, _ in updates]).double()).tolist()
                 norms = torch.stack([norm for _, _, norm in updates]).tolist()
                 for (step, _, _), loss, norm in zip(updates, losses, norms):
-                    self.histories[name].see(step, loss, norm)
+                    self.histories[name].update(step, loss, norm)
                 updates.clear()
 
     def check(self, describe: Describe) -> None:
@@ -138,7 +143,7 @@ class StabilityChecks:
                     "a lower training.learning_rate or training.precision=fp32; the checkpoints here are intact"
                 )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Updates left out since the run began, where there are any."""
         total = sum(history.total for history in self.histories.values())
         return {"optim/skipped_updates": float(total)} if total else {}
@@ -188,7 +193,7 @@ def sample_names(samples: Samples | StreamedSamples, plan: Plan, seed: int, step
     return f"samples {', '.join(names)}" + (f" and {more} more" if more else "")
 
 
-# What a run tells: `metrics.jsonl`, TensorBoard (or wandb) through accelerate, and the progress bar.
+# The metrics and where they are written.
 
 
 class Averages:
@@ -218,7 +223,7 @@ class Averages:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact, NaN included: JSON has no word for it, so the floats are written in hexadecimal."""
+        """Exact, also with NaN, which JSON does not have: floats are written in hexadecimal."""
         return {"counts": self.counts, "sums": {name: float(value).hex() for name, value in self.sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -238,7 +243,7 @@ class Tracker:
         self.accelerator = accelerator
         self.run = run
         self.seconds_before = seconds_before
-        self.quarantine = BadSamples(run.path)
+        self.bad_samples = BadSamples(run.path)
         self._started = self._last_time = time.monotonic()
         self._images = 0
         self.bar = tqdm(
@@ -276,26 +281,26 @@ class Tracker:
         with self.run.writing():
             self.accelerator.log(dict(metrics), step=step)
 
-    def log_and_say(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log figures that are rare enough for a line of their own."""
+    def log_and_print(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics that are rare enough for a line of their own."""
         if metrics:
             self.log(step, metrics)
-            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            self.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def alarm(self, step: int, name: str, sentence: str) -> None:
         """One sentence above the progress bar, and a line among the metrics that the plots mark."""
         if self.accelerator.is_main_process:
             self.run.add_metrics({"step": step, "alarm": sentence, "verdict": name})
-        self.say(f"step {step}: ALARM {sentence}")
+        self.print(f"step {step}: ALARM {sentence}")
 
     def report_rejected(self) -> None:
         """Name the images that could not be read since the last call. All processes must call this."""
-        new = self.quarantine.take_new(self.accelerator)
+        new = self.bad_samples.take_new(self.accelerator)
         if new and self.accelerator.is_main_process:
             with self.run.writing():
-                self.quarantine.append(new)
-        for sentence in sentences(new):
-            self.say(sentence)
+                self.bad_samples.append(new)
+        for sentence in rejection_sentences(new):
+            self.print(sentence)
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """The metrics that have a place beside the progress bar."""
@@ -303,13 +308,13 @@ class Tracker:
         rate = metrics.get("time/images_per_second")
         self.bar.set_postfix(short | ({"images/s": f"{rate:.0f}"} if rate is not None else {}))
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line above the progress bar."""
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
     def close(self) -> None:
-        """A tracker that cannot write its last lines is let go: `metrics.jsonl` has them, an error may be under way."""
+        """Without an error where a tracker cannot write its last lines: `metrics.jsonl` has them."""
         for tracker in self.accelerator.trackers:
             with contextlib.suppress(OSError):
                 tracker.finish()
@@ -317,36 +322,36 @@ class Tracker:
         self.bar.close()
 
 
-# Images that a training could not read: named once, whichever process met them, and listed in `quarantine.jsonl`.
+# Images that could not be read: reported once for all processes, and listed in `quarantine.jsonl`.
 
 FILE = "quarantine.jsonl"
-SAID_AT_ONCE = 10
+REPORTED_AT_ONCE = 10
 
 
 class BadSamples:
-    """The images that other ones replaced. What an earlier attempt of the run has listed is not listed again."""
+    """The images that were replaced by others. What an earlier attempt of the run has listed is not listed again."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._listed: set[str] = set()
-        self._met: list[tuple[str, str]] = []
+        self._observed: list[tuple[str, str]] = []
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # torn
                     self._listed.add(json.loads(line)["id"])
 
-    def meet(self, parts: Iterable[MicroBatch]) -> None:
-        """Take note of what the samples of a step say."""
+    def observe(self, parts: Iterable[MicroBatch]) -> None:
+        """Take the rejections from the samples of a step."""
         for part in parts:
-            self._met += [tuple(pair) for pair in part.data.get("rejected", []) if pair[0] not in self._listed]
+            self._observed += [tuple(pair) for pair in part.data.get("rejected", []) if pair[0] not in self._listed]
 
     def take_new(self, accelerator: Any) -> list[tuple[str, str]]:
-        """(id, reason) of those that no process had met before. All processes must call this."""
+        """(id, reason) of those that are new to all processes. All processes must call this."""
         from accelerate.utils import gather_object
 
-        met = gather_object(self._met) if accelerator.num_processes > 1 else self._met
-        new = [pair for pair in dict(met).items() if pair[0] not in self._listed]
-        self._met, self._listed = [], self._listed | {identity for identity, _ in new}
+        observed = gather_object(self._observed) if accelerator.num_processes > 1 else self._observed
+        new = [pair for pair in dict(observed).items() if pair[0] not in self._listed]
+        self._observed, self._listed = [], self._listed | {identity for identity, _ in new}
         return new
 
     def append(self, new: list[tuple[str, str]]) -> None:
@@ -359,8 +364,8 @@ class BadSamples:
             file.write("\n" * torn + "".join(lines))
 
 
-def sentences(new: list[tuple[str, str]]) -> list[str]:
-    """The first ones in words, and how many more there are."""
-    said = [f"{identity}: cannot be read ({reason}); another image takes its place" for identity, reason in new]
-    more = len(said) - SAID_AT_ONCE
-    return said if more <= 0 else [*said[:SAID_AT_ONCE], f"{more} more cannot be read, see {FILE}"]
+def rejection_sentences(new: list[tuple[str, str]]) -> list[str]:
+    """A sentence for each of the first ones, and how many more there are."""
+    lines = [f"{identity}: cannot be read ({reason}); another image takes its place" for identity, reason in new]
+    more = len(lines) - REPORTED_AT_ONCE
+    return lines if more <= 0 else [*lines[:REPORTED_AT_ONCE], f"{more} more cannot be read, see {FILE}"]

@@ -1,7 +1,10 @@
 """`fit()`: one loop for every model. It owns all bookkeeping; the mathematics is in the model's `update()`.
 
+A `Model` brings its modules and `update`; `Engine` gives it what one optimizer step needs; `fit` restores, trains,
+logs, validates, saves and exports; `dry_run` measures what a run would cost.
+
 def update(self, step, batch, engine):
-    for part in engine.parts(batch):          # micro-batches; gradients are synchronised on the last one
+    for part in engine.parts(batch):          # micro-batches; gradients are synchronized on the last one
         loss = ...engine.models["name"](...)   # the wrapped module, so that gradients are averaged over processes
         engine.backward(loss)
     engine.optimize("name", step)              # clip, skip if not finite, optimizer step, EMA
@@ -50,7 +53,7 @@ from ldm_vae.training.loader import (
     StreamedSamples,
     batches,
     learning_rate,
-    loss_of_worker,
+    lost_worker,
     rank_rows,
 )
 from ldm_vae.training.monitor import (
@@ -72,7 +75,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of the engine, the same for every model. Steps and batches belong to the model's own config."""
+    """Settings that are the same for every model. Steps and batches belong to the model's own config."""
 
     seed: int = 0
     learning_rate: float = 1e-3
@@ -117,14 +120,14 @@ class Alarm(Protocol):
 
 
 class Model(Protocol):
-    """What `fit` trains. `modules` are wrapped, optimised and averaged under their names."""
+    """What `fit` trains. `modules` are wrapped, optimized and averaged under their names."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...
 
     @property
     def optimizer_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module name -> fields of TrainingConfig that its optimizer has otherwise."""
+        """Module name -> fields of TrainingConfig that are different for its optimizer."""
         ...
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
@@ -132,15 +135,15 @@ class Model(Protocol):
         ...
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> Sequence[Alarm]:
-        """What newly goes wrong, from the averaged metrics of a log step."""
+        """What is going wrong since this log step, from its averaged metrics."""
         ...
 
     def validate(self, engine: Engine) -> dict[str, float]:
-        """Held-out figures from the EMA weights (main process only)."""
+        """Held-out metrics from the EMA weights (main process only)."""
         ...
 
     def preview(self, engine: Engine) -> Image | None:
-        """A picture of how it goes (main process only)."""
+        """An image of the progress (main process only)."""
         ...
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
@@ -152,7 +155,7 @@ class Model(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state beyond the modules' weights."""
+        """State beyond the modules' weights, for JSON."""
         ...
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -165,7 +168,7 @@ class Model(Protocol):
 
 
 def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
-    """An Accelerator for the config. Raises UserError when the processes or the precision are not what was asked."""
+    """An Accelerator for the config. Raises: UserError: the processes, the device or the precision are not there."""
     if config.precision == "fp16" and compute_device(config.device, where="training.").type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
     return open_accelerator(
@@ -188,7 +191,7 @@ class Engine:
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         self.emas: dict[str, Ema] = {}
-        self.numbers = StabilityChecks(self.modules, scaled=accelerator.scaler is not None)
+        self.stability = StabilityChecks(self.modules, scaled=accelerator.scaler is not None)
         self.configs: dict[str, TrainingConfig] = {}
         self._parts = 1
         self._loss = torch.zeros((), device=accelerator.device)
@@ -237,7 +240,7 @@ class Engine:
             optimizer.optimizer.found_inf = unusable(norm)  # the fused kernel skips the update, without a host sync
         optimizer.step()
         optimizer.zero_grad()
-        self.numbers.add(name, step + 1, self._loss, norm)
+        self.stability.add(name, step + 1, self._loss, norm)
         self._loss = torch.zeros_like(self._loss)
         self.emas[name].update(step)
         return norm
@@ -259,10 +262,10 @@ class Engine:
         return int(weights_checksum(list(self.modules.values()), self.device))
 
     def close(self, failure: BaseException | None = None) -> None:
-        """Let go of the wrapped models, then of the process group, then end the trackers.
+        """Release the wrapped models, then the process group, then end the trackers.
 
-        In the other order the last reference to the group is the wrapper's, and its destructor waits for a thread that
-        waits for Python's lock: seen as a hang after all work was done, once in about twenty runs of two processes.
+        In the other order the last reference to the group is the wrapper's, whose destructor waits for a thread that
+        waits for Python's lock: a hang after all work is done, once in about twenty runs of two processes.
         """
         self.models.clear()
         self.optimizers.clear()
@@ -282,7 +285,7 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     )
 
 
-# `fit()`: the loop. Resume, order, logging, validation, previews, saving, signals; see `engine.py` for a step.
+# The loop: resume, log, validate, preview, save, export.
 
 
 def fit(
@@ -304,7 +307,7 @@ def fit(
         try:
             return train(model, samples, plan, engine, run, stop)
         except BaseException as error:
-            failure = watchdog.explained(error) or error
+            failure = watchdog.lost_process(error) or error
             if failure is error:
                 raise
             raise failure from error
@@ -321,7 +324,7 @@ def train(
     run: RunDirectory,
     stop: StopRequest,
 ) -> int:
-    """`fit` between the making of the engine and its end."""
+    """`fit` with an engine."""
     accelerator, config, started, averages = engine.accelerator, engine.config, time.time(), Averages()
     first_step, seconds_before = restore(model, engine, averages, run)
     if first_step >= plan.steps and (run.path / provenance.RUN_RECORD).exists():
@@ -332,7 +335,7 @@ def train(
     start_trackers(accelerator, config, run)
     tracker = Tracker(run, accelerator, plan.steps, first_step, seconds_before)
     consistency = RankConsistency(accelerator.num_processes)
-    step, figures = first_step, {}
+    step, held_out = first_step, {}
     stream = batches(
         samples,
         plan,
@@ -350,23 +353,23 @@ def train(
                 torch.manual_seed(key_hash(config.seed, "dropout", step, accelerator.process_index))
                 averages.add(model.update(step - 1, batch, engine))
                 tracker.advance(batch.global_size)
-                tracker.quarantine.meet(batch.parts)
+                tracker.bad_samples.observe(batch.parts)
                 report(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
-                figures = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
+                held_out = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
                 if step % config.log_every == 0 and consistency.processes > 1:
                     consistency.set_checksum(engine.checksum())
                 stopping = consistency.stop_agreed(step, batch.first_index, stop.received is not None)
                 if step % config.save_every == 0 or step == plan.steps or stopping:
                     save(model, engine, averages, run, step, tracker.seconds)
                 if stopping and step < plan.steps:
-                    tracker.say(f"stopped at step {step} of {plan.steps}; the same command continues")
+                    tracker.print(f"stopped at step {step} of {plan.steps}; the same command continues")
                     return EXIT_INTERRUPTED
                 watchdog.advance(step)
         consistency.finish()
-        finish(model, engine, run, started, tracker.seconds, figures)
+        finish(model, engine, run, started, tracker.seconds, held_out)
     except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-        if reason := loss_of_worker(error):  # noticed while something else was done than waiting for its samples
-            raise UserError(reason) from error
+        if lost := lost_worker(error):  # noticed while something else was done than waiting for its samples
+            raise lost from error
         if not out_of_memory(error):
             raise
         raise UserError(f"step {step}", "out of memory", less_memory(run.keys.memory)) from error
@@ -376,22 +379,22 @@ def train(
 
 
 def report(model: Model, engine: Engine, averages: Averages, tracker: Tracker, step: int, describe: Describe) -> None:
-    """On log steps: the metrics, and in words what goes wrong.
+    """On log steps: write the metrics, and alarms about what goes wrong.
 
     Raises: UserError when too many updates in a row were left out.
     """
-    numbers, due = engine.numbers, step % engine.config.log_every == 0 or step == engine.steps
+    stability, due = engine.stability, step % engine.config.log_every == 0 or step == engine.steps
     if due or step % MAXIMUM_SKIPPED_STEPS == 0:
-        numbers.collect(engine.mean)
-        numbers.check(describe)
+        stability.collect(engine.mean)
+        stability.check(describe)
     if not due:
         return
     metrics = averages.take(engine.accelerator) | {"optim/lr": engine.learning_rate(step - 1)}
-    metrics |= numbers.figures() | tracker.throughput()
+    metrics |= stability.metrics() | tracker.throughput()
     tracker.log(step, metrics)
     tracker.report_rejected()
     tracker.show(metrics)
-    for event in numbers.take_alarms():
+    for event in stability.take_alarms():
         tracker.alarm(step, event.name, event.sentence(describe))
     for alarm in model.alarms(step, metrics):
         tracker.alarm(step, alarm.name, alarm.sentence())
@@ -400,30 +403,30 @@ def report(model: Model, engine: Engine, averages: Averages, tracker: Tracker, s
 def validate_and_preview(
     model: Model, engine: Engine, tracker: Tracker, step: int, stop: StopRequest
 ) -> dict[str, float]:
-    """Held-out figures and a preview picture when they are due, from the EMA weights, on the main process.
+    """Held-out metrics and a preview image when they are due, from the EMA weights, on the main process.
 
-    A signal cuts them short, since validation may take longer than a launcher waits: the figures are missing then.
+    A signal cuts them short, since validation may take longer than a launcher waits: there are no metrics then.
 
-    Returns: the figures; none where they were not due, or on another process.
+    Returns: the metrics; none where they were not due, or on another process.
     """
     config = engine.config
     last = step == engine.steps
     validation_due = step % config.validate_every == 0 or last
     preview_due = step % config.preview_every == 0 or last
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if not (validation_due or preview_due):
-        return figures
+        return metrics
     if engine.accelerator.is_main_process and stop.received is None:
         with watchdog.solo(), stop.interrupts():
             image = model.preview(engine) if preview_due else None
             if image is not None:
                 tracker.run.add_preview(step, image)
-            if validation_due:  # after the preview, whose figures it may report
-                figures = model.validate(engine)
-                tracker.log_and_say(step, figures)
+            if validation_due:  # after the preview, of which it may report metrics
+                metrics = model.validate(engine)
+                tracker.log_and_print(step, metrics)
     wait_for_all(engine.accelerator)
-    tracker.throughput()  # the time of looking is not training time
-    return figures
+    tracker.throughput()  # the time of validation is not training time
+    return metrics
 
 
 def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory) -> tuple[int, float]:
@@ -447,7 +450,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     if engine.accelerator.scaler is not None and saved.state["scaler"]:
         engine.accelerator.scaler.load_state_dict(saved.state["scaler"])
     averages.load_state_dict(saved.state["averages"], engine.device)
-    engine.numbers.load_state_dict(saved.state.get("numbers", {}))  # a checkpoint of an earlier release has none
+    engine.stability.load_state_dict(saved.state.get("numbers", {}))  # a checkpoint of an earlier release has none
     model.load_state_dict(saved.state["model"], saved.tensors)
     engine.accelerator.print(f"{run.path}: continuing from step {saved.step}")
     return saved.step, saved.state["seconds"]
@@ -456,7 +459,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
 def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, step: int, seconds: float) -> None:
     """Publish the complete state after `step` finished steps. Every process holds the same, so the first one writes."""
     averages.synchronize(engine.accelerator)
-    engine.numbers.collect(engine.mean)
+    engine.stability.collect(engine.mean)
     if engine.accelerator.is_main_process:
         tensors = model.tensors()
         for name, module in engine.modules.items():
@@ -468,7 +471,7 @@ def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, st
             "seconds": seconds,
             "model": model.state_dict(),
             "averages": averages.state_dict(),
-            "numbers": engine.numbers.state_dict(),
+            "numbers": engine.stability.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "config": configuration.to_dict(run.config),
         }
@@ -478,12 +481,12 @@ def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, st
 
 
 def finish(
-    model: Model, engine: Engine, run: RunDirectory, started: float, seconds: float, figures: dict[str, float]
+    model: Model, engine: Engine, run: RunDirectory, started: float, seconds: float, held_out: dict[str, float]
 ) -> None:
-    """Export the finished model and write `run.json`. `figures`: of the last step; none when it was made before."""
+    """Export the finished model and write `run.json`. `held_out`: its metrics, if they are measured."""
     if engine.accelerator.is_main_process:
         with watchdog.solo():
-            metrics = figures or model.validate(engine)
+            metrics = held_out or model.validate(engine)
         with watchdog.solo(), run.writing():
             model.export(engine, run.path, metrics)
             provenance.write_run_record(
@@ -524,7 +527,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-# `--dry-run`: build everything, do one step on random data, and say how large and how costly it is.
+# `--dry-run`: build everything, do one step on random data, and measure what it costs.
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Nothing waits for ever: a thread that ends this process when it, its launcher or another process stands still.
+"""Nothing waits for ever: a thread that ends this process when it, its launcher or another process hangs; and signals.
 
 A loop calls `advance(step)`; from then on the next call must come within the timeout. Work of one process for all
-(saving, validation, counting files) stands in `solo()` and may take SOLO_FACTOR times as long; those who wait for it
-stand in `waiting()`, as long as the others give signs of life. Outside of these a process has the time of `solo()`.
+(saving, validation, counting files) is done in `solo()` and may take SOLO_FACTOR times as long. The others wait for it
+in `waiting()`, as long as there are heartbeats of all. Outside of these a process has the time of `solo()`.
 """
 
 from __future__ import annotations
@@ -33,20 +33,26 @@ TICK_SECONDS = 1.0
 GRACE_SECONDS = 10
 """More than a collective or a data loader has, whose own errors say more."""
 
-FAREWELL_LENGTH = 500
+REASON_LENGTH = 500
+
+CONTINUES = "the same command continues"
 
 _current: Watchdog | None = None
 
 
+class ProcessLost(UserError):
+    """A message between processes did not arrive: another process hangs or is gone."""
+
+
 def advance(step: int | None = None) -> None:
-    """The loop of this process has finished a step, or gets on within one. Does nothing where no watchdog is."""
+    """The loop of this process has finished a step, or has made progress within one. Without a watchdog: nothing."""
     if _current is not None:
         _current.advance(step)
 
 
 @contextlib.contextmanager
 def solo() -> Iterator[None]:
-    """What this process does now takes its time."""
+    """What this process does now may take longer than a step."""
     if _current is not None:
         _current.allow(_current.timeout_seconds * SOLO_FACTOR)
     yield
@@ -56,7 +62,7 @@ def solo() -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """This process waits for others, whose own watchdogs see to it that they get on."""
+    """This process waits for others, which have watchdogs of their own."""
     if _current is not None:
         _current.allow(None)
     yield
@@ -64,14 +70,15 @@ def waiting() -> Iterator[None]:
         _current.allow(_current.timeout_seconds * SOLO_FACTOR)
 
 
-def explained(error: BaseException) -> UserError | None:
-    """For an error of a message between processes the sentence that names who is gone; None for any other error."""
+def lost_process(error: BaseException) -> ProcessLost | None:
+    """What to raise instead of an error of a message between processes; None for any other error."""
     if _current is None or _current.heartbeats is None or not is_communication_error(error):
         return None
-    return UserError(f"{_current.heartbeats.explanation()}; the same command continues")
+    return ProcessLost("", _current.heartbeats.explanation(), CONTINUES)
 
 
 def is_communication_error(error: BaseException | None) -> bool:
+    """gloo's errors have no class of their own."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
@@ -112,7 +119,7 @@ class Watchdog:
         if kind is not None and launched():  # the launcher waits for the end of this process
             faulthandler.dump_traceback_later(self.timeout_seconds, exit=True, file=2)
         if self.heartbeats is not None:
-            self.heartbeats.end("" if kind is None else farewell(error))
+            self.heartbeats.end("" if kind is None else exit_reason(error))
 
     def advance(self, step: int | None) -> None:
         self._still_seconds = 0.0
@@ -140,14 +147,14 @@ class Watchdog:
 
     def _guard_against_the_lock(self) -> None:
         """Should native code keep Python's lock, this thread cannot run any more; faulthandler's can."""
-        if self.processes > 1:  # alone nobody waits for us, and the clock of faulthandler runs on during Ctrl-Z
+        if self.processes > 1:  # a single one keeps no other waiting, and faulthandler's clock runs on during Ctrl-Z
             seconds = self.timeout_seconds * (SOLO_FACTOR + 1)
             if self._allowed_seconds is not None:
                 seconds = self._allowed_seconds + self.timeout_seconds
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
     def _reason(self) -> tuple[str, bool]:
-        """Why this process must end ("" for no reason), and whether its own stacks tell something about that."""
+        """Why this process must end ("" for no reason), and whether its own stacks show the cause."""
         if self._allowed_seconds is not None and self._still_seconds > self._allowed_seconds:
             return f"no progress for {self._still_seconds:.0f} s", True
         if self._orphan_seconds > self.timeout_seconds:
@@ -157,8 +164,8 @@ class Watchdog:
 
     def _end(self, reason: str, stacks: bool) -> None:
         write_error(
-            f"ldm_vae: rank {self.rank} of {self.processes} (process {os.getpid()}) ends: {reason}; the same command "
-            "continues; if something may take longer than that, raise timeout_seconds\n"
+            f"ldm_vae: rank {self.rank} of {self.processes} (process {os.getpid()}) ends: {reason}; {CONTINUES}; "
+            "if something may take longer than that, raise timeout_seconds\n"
         )
         if stacks:
             faulthandler.dump_traceback(file=2, all_threads=True)
@@ -169,23 +176,25 @@ class Watchdog:
         os._exit(EXIT_STUCK)
 
 
-def farewell(error: BaseException | None) -> str:
-    """How others are told of the end of a process by this error; of one that only suffered, that it is well."""
-    if is_communication_error(error) or is_communication_error(getattr(error, "__cause__", None)):
+def exit_reason(error: BaseException | None) -> str:
+    """What the other processes are told of the end by this error: nothing where another process caused it."""
+    if isinstance(error, ProcessLost) or is_communication_error(error):
         return ""
-    words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return words.removesuffix("; the same command continues")[:FAREWELL_LENGTH]
+    text: object = error
+    if isinstance(error, UserError):  # without the advice
+        text = ": ".join(part for part in (error.where, error.what) if part)
+    return f"{type(error).__name__}: {text}".strip().splitlines()[0][:REASON_LENGTH]
 
 
-# Signs of life: every process of a job tells the store of its process group how it is, and learns how the others are.
+# Heartbeats: every process of a job writes to the store of its process group, and reads what the others write.
 
 BEAT_SECONDS = 1.0
 
 SILENCE_SECONDS = 3.0
-"""Without a beat a process counts as gone when another one asks why a message did not arrive."""
+"""A process without a beat for so long counts as gone when another one asks why a message did not arrive."""
 
 ENDING_SECONDS = 2.0
-"""So long the last word may wait for the beat before it."""
+"""So long the last beat may wait for the one before it."""
 
 CONNECT_SECONDS = 30
 SHOWN_RANKS = 4
@@ -193,24 +202,24 @@ SHOWN_RANKS = 4
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process says of itself. `farewell`: None while it is at work, else how it ended ("" for well)."""
+    """The state of a process. `exit_reason`: None while it is at work, else why it ended ("" for no error)."""
 
     rank: int
     pid: int
     host: str
     number: int = 0
     step: int = 0
-    farewell: str | None = None
+    exit_reason: str | None = None
 
-    def words(self, processes: int) -> str:
+    def describe(self, processes: int) -> str:
         return f"rank {self.rank} of {processes} (process {self.pid} on {self.host})"
 
 
 class Heartbeats:
     """Beats from the first to the last moment of a job, in a thread of its own: a store that hangs stops nothing else.
 
-    Seconds of silence are counted in beats of our own, so that a job that was stopped as a whole and goes on later
-    takes nobody for dead.
+    Seconds of silence are counted in beats of this process, so that no process counts as dead in a job that was stopped
+    as a whole and goes on later.
     """
 
     def __init__(self, rank: int, processes: int, job: str) -> None:
@@ -219,9 +228,9 @@ class Heartbeats:
 
         self.rank, self.processes, self.step = rank, processes, 0
         self.own = Beat(rank, os.getpid(), socket.gethostname())
-        self.heard: dict[int, Beat] = {}
+        self.others: dict[int, Beat] = {}
         self.silent_seconds: dict[int, float] = {}
-        self.listens_to_all = rank == 0
+        self.reads_all = rank == 0
         store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -234,41 +243,41 @@ class Heartbeats:
         self._thread.start()
 
     def at_step(self, step: int) -> None:
-        """Told with the next beat; only the thread changes `own`, or a step could be lost between two of its lines."""
+        """Sent with the next beat; only the thread changes `own`, or a step could be lost between two of its lines."""
         self.step = step
 
-    def end(self, farewell: str) -> None:
-        """Say the last word. Without waiting long: the store may be gone, with the launcher."""
+    def end(self, reason: str) -> None:
+        """Send the last beat. Without waiting long: the store may be gone, with the launcher."""
         self._ended.set()
         self._thread.join(ENDING_SECONDS)
         if not self._thread.is_alive():
-            self.own = replace(self.own, farewell=farewell)
+            self.own = replace(self.own, exit_reason=reason)
             try:
-                self._tell()
+                self._send()
             except RuntimeError:
                 return
 
     def lost(self, silent: float, ended: float = 0.0) -> list[str]:
         """A sentence for each other process that is silent for so many seconds, or ended with an error so long ago."""
         sentences = []
-        for rank, beat in sorted(self.heard.items()):
-            who = beat.words(self.processes)
-            if beat.farewell and self.silent_seconds[rank] >= ended:
-                sentences.append(f"{who} ended: {beat.farewell}")
-            elif beat.farewell is None and self.silent_seconds[rank] >= silent:
+        for rank, beat in sorted(self.others.items()):
+            who = beat.describe(self.processes)
+            if beat.exit_reason and self.silent_seconds[rank] >= ended:
+                sentences.append(f"{who} ended: {beat.exit_reason}")
+            elif beat.exit_reason is None and self.silent_seconds[rank] >= silent:
                 sentences.append(f"{who} gives no sign of life after step {beat.step}: it was killed or stopped")
         return sentences
 
     def explanation(self) -> str:
-        """Why a message did not arrive: who is gone, else where everyone is. Takes up to SILENCE_SECONDS and a half."""
-        self.listens_to_all = True
+        """Why a message did not arrive: who is gone, else the step of each. Takes up to 1.5 * SILENCE_SECONDS."""
+        self.reads_all = True
         deadline = time.monotonic() + 1.5 * SILENCE_SECONDS
         lost: list[str] = []
         while not lost and time.monotonic() < deadline and self._thread.is_alive():
             lost = self.lost(SILENCE_SECONDS)
             time.sleep(BEAT_SECONDS / 5)
-        beats = sorted(self.heard.values(), key=lambda beat: (beat.step, beat.rank))
-        places = [f"{beat.words(self.processes)} is in step {beat.step}" for beat in beats]
+        beats = sorted(self.others.values(), key=lambda beat: (beat.step, beat.rank))
+        places = [f"{beat.describe(self.processes)} is in step {beat.step}" for beat in beats]
         shown = lost or [f"a message of another process did not come in time to step {self.step}", *places]
         return "; ".join(shown[:SHOWN_RANKS]) + ("; and more" if len(shown) > SHOWN_RANKS else "")
 
@@ -277,28 +286,28 @@ class Heartbeats:
         while True:
             now = time.monotonic()
             try:
-                self._tell()
-                self._listen(min(now - last, 2 * BEAT_SECONDS))
-            except RuntimeError:  # the store is gone with the launcher; whoever outlives it ends by other means
+                self._send()
+                self._receive(min(now - last, 2 * BEAT_SECONDS))
+            except RuntimeError:  # the store is gone with the launcher; processes that outlive it end by other means
                 return
             last = now
             if self._ended.wait(BEAT_SECONDS):
                 return
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         self.own = replace(self.own, number=self.own.number + 1, step=self.step)
         self._store.set(str(self.rank), json.dumps(asdict(self.own)))
 
-    def _listen(self, seconds: float) -> None:
-        ranks = range(self.processes) if self.listens_to_all else range(1)
-        ranks_there = [r for r in ranks if r != self.rank and (r in self.heard or self._store.check([str(r)]))]
+    def _receive(self, seconds: float) -> None:
+        ranks = range(self.processes) if self.reads_all else range(1)
+        ranks_there = [r for r in ranks if r != self.rank and (r in self.others or self._store.check([str(r)]))]
         if not ranks_there:
             return
         for rank, text in zip(ranks_there, self._store.multi_get([str(rank) for rank in ranks_there])):
             beat = Beat(**json.loads(text))
-            same = rank in self.heard and beat == self.heard[rank]
+            same = rank in self.others and beat == self.others[rank]
             self.silent_seconds[rank] = self.silent_seconds[rank] + seconds if same else 0.0
-            self.heard[rank] = beat
+            self.others[rank] = beat
 
 
 # SIGTERM, SIGINT and SIGHUP: finish the step, save, leave with exit code 75. A second signal stops at once.
@@ -324,7 +333,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup: a closed terminal is no request
+                continue  # nohup: a closed terminal does not ask to stop
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -377,7 +386,7 @@ def die_with_launcher() -> None:
 
 
 def obey_only_the_parent(_: int = 0) -> None:
-    """For a loading process: signals to the process group are its parent's business, and with the parent it dies.
+    """For a loading process: it ignores signals to the process group and dies with its parent.
 
     At SIGUSR1 it shows what it is doing.
     """

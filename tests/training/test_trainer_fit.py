@@ -168,7 +168,7 @@ def test_a_directory_in_use_is_refused_with_its_holder(tmp_path):
     from ldm_vae.training.run_directory import RunDirectory
 
     first = RunDirectory(tmp_path / "run", toy.ToyConfig(output="x"))
-    with pytest.raises(UserError, match=f"process {os.getpid()} is training here"):
+    with pytest.raises(UserError, match=f"process {os.getpid()} on host .* is training here"):
         RunDirectory(tmp_path / "run", toy.ToyConfig(output="x"))
     del first
 

@@ -79,7 +79,7 @@ def two_processes(monkeypatch):
     beats = []
     for rank in range(2):
         beats.append(Heartbeats(rank, 2, "job"))
-    wait_until(lambda: all(beat.heard for beat in beats))
+    wait_until(lambda: all(beat.others for beat in beats))
     yield beats
     for beat in beats:
         beat.end("")
@@ -87,9 +87,9 @@ def two_processes(monkeypatch):
 
 
 def test_processes_that_live_are_not_taken_for_dead(two_processes):
-    first, number = two_processes[0], two_processes[0].heard[1].number
+    first, number = two_processes[0], two_processes[0].others[1].number
     two_processes[1].at_step(3)
-    wait_until(lambda: first.heard[1].step == 3 and first.heard[1].number > number + 3)
+    wait_until(lambda: first.others[1].step == 3 and first.others[1].number > number + 3)
     assert first.lost(silent=20) == []
     host = os.uname().nodename
     assert f"rank 1 of 2 (process {os.getpid()} on {host}) is in step 3" in two_processes[0].explanation()
@@ -97,7 +97,7 @@ def test_processes_that_live_are_not_taken_for_dead(two_processes):
 
 def test_a_process_that_ended_with_an_error_says_so(two_processes):
     two_processes[0].end("ValueError: a mishap")
-    wait_until(lambda: two_processes[1].heard[0].farewell)
+    wait_until(lambda: two_processes[1].others[0].exit_reason)
     assert two_processes[1].explanation().endswith("ended: ValueError: a mishap")
 
 

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 from ldm_vae.training.loader import MicroBatch
-from ldm_vae.training.monitor import SAID_AT_ONCE, BadSamples, sentences
+from ldm_vae.training.monitor import SAID_AT_ONCE, BadSamples, rejection_sentences
 
 ALONE = SimpleNamespace(num_processes=1)
 
@@ -17,9 +17,9 @@ def parts(*pairs):
 
 def test_an_image_is_named_once(tmp_path):
     quarantine = BadSamples(tmp_path)
-    quarantine.meet(parts(("a.png", "empty"), ("b.png", "too_small"), ("a.png", "empty")))
+    quarantine.observe(parts(("a.png", "empty"), ("b.png", "too_small"), ("a.png", "empty")))
     assert quarantine.take_new(ALONE) == [("a.png", "empty"), ("b.png", "too_small")]
-    quarantine.meet(parts(("a.png", "empty"), ("c.png", "empty")))
+    quarantine.observe(parts(("a.png", "empty"), ("c.png", "empty")))
     assert quarantine.take_new(ALONE) == [("c.png", "empty")]
     assert quarantine.take_new(ALONE) == []
 
@@ -29,7 +29,7 @@ def test_a_restart_knows_what_was_listed_and_survives_a_torn_line(tmp_path):
     with open(tmp_path / "quarantine.jsonl", "a") as file:
         file.write('{"id": "b.p')
     quarantine = BadSamples(tmp_path)
-    quarantine.meet(parts(("a.png", "empty"), ("b.png", "empty")))
+    quarantine.observe(parts(("a.png", "empty"), ("b.png", "empty")))
     new = quarantine.take_new(ALONE)
     assert new == [("b.png", "empty")]
     quarantine.append(new)
@@ -40,7 +40,7 @@ def test_a_restart_knows_what_was_listed_and_survives_a_torn_line(tmp_path):
 
 def test_many_at_once_are_counted():
     new = [(f"{number}.png", "empty") for number in range(SAID_AT_ONCE + 5)]
-    said = sentences(new)
-    assert len(said) == SAID_AT_ONCE + 1
-    assert said[0] == "0.png: cannot be read (empty); another image takes its place"
-    assert said[-1] == "5 more cannot be read, see quarantine.jsonl"
+    lines = rejection_sentences(new)
+    assert len(lines) == SAID_AT_ONCE + 1
+    assert lines[0] == "0.png: cannot be read (empty); another image takes its place"
+    assert lines[-1] == "5 more cannot be read, see quarantine.jsonl"

@@ -177,12 +177,12 @@ def test_a_noisy_loss_is_no_spike_and_an_outlier_does_not_hide_the_next():
     history, rng = History(), torch.Generator().manual_seed(0)
     losses = (1 + 0.3 * torch.randn(5000, generator=rng)).tolist()
     for step, loss in enumerate(losses, start=1):
-        history.see(step, loss, 1.0)
+        history.update(step, loss, 1.0)
     assert history.spike is None
     assert history.average == pytest.approx(1.0, abs=0.15)
     for step, loss in ((6000, 9.0), (6001, 1.0), (6002, 8.0)):
         history.spike = None
-        history.see(step, loss, 1.0)
+        history.update(step, loss, 1.0)
         assert (history.spike is not None) == (loss > 2)
     assert History(seen=SPIKE_FROM - 1, average=1.0, variance=0.01).spike is None
 
@@ -196,7 +196,7 @@ def test_what_was_counted_survives_a_checkpoint():
     again = StabilityChecks(["net"])
     again.load_state_dict(state)
     assert again.histories == numbers.histories
-    assert again.figures() == {"optim/skipped_updates": 3.0}
+    assert again.metrics() == {"optim/skipped_updates": 3.0}
     assert again.histories["net"].in_a_row == 1
     assert [event.count for event in again.take_alarms()] == [3]
     assert again.take_alarms() == []
