@@ -1,12 +1,15 @@
-"""Files that are complete or absent: write beside, fsync, rename, fsync the folder. Also the checksum used everywhere.
+"""Files that are complete or absent, checksums of them, and checks of model files before they are loaded.
 
-xxh3_128 finds accidents at memory speed; it is no protection against somebody who wants to deceive.
+Everything is written beside its place, fsynced and renamed; then the folder is fsynced. A folder of weights has a
+`MANIFEST.json` with the xxh3_128 of each file, which finds accidents at memory speed. It does not protect against
+somebody who wants to deceive.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +55,7 @@ def write_png(path: Path, picture: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publish a text atomically, without what is not written down: see `privacy`."""
+    """Publish a text atomically, without secrets and the home folder: see `redaction`."""
     write_bytes(path, redacted(text).encode())
 
 
@@ -96,8 +99,19 @@ def temporary_directory(final: Path) -> Path:
     return folder
 
 
+@contextmanager
+def published_directory(final: Path) -> Iterator[Path]:
+    """Make the folder `final` completely or not at all: yields a temporary one, which is published at the end."""
+    temporary = temporary_directory(final)
+    try:
+        yield temporary
+        publish_directory(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_directory(path: Path) -> None:
-    """Remove a folder so that no part of it is ever seen under its name: it is renamed first."""
+    """Remove a folder so that no process finds a part of it under its name: it is renamed first."""
     shutil.rmtree(_moved_aside(path), ignore_errors=True)
 
 
@@ -123,21 +137,21 @@ def vanished() -> FileNotFoundError:
 
 @contextmanager
 def system_errors_explained(where: str | Path, advice: str) -> Iterator[None]:
-    """What the system refuses inside, a full disk for one, as one sentence that begins with `where`. Raises: UserError.
+    """Turns what the system refuses inside, as on a full disk, into a UserError that begins with `where`.
 
-    Also what safetensors reports, which tells the number of the error in its text only.
+    Also errors of safetensors, which have the number of the system's error in their text only.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None
         if number is None:
             raise
         reason = "no space left on the device" if number in DISK_FULL else os.strerror(number)
-        raise UserError(f"{where}: cannot be written ({reason}); {advice}") from error
+        raise UserError(where, f"cannot be written ({reason})", advice) from error
 
 
 def checksum_bytes(data: bytes | memoryview) -> str:
@@ -158,7 +172,7 @@ def checksum(path: Path) -> str:
     return f"xxh3_128:{digest.hexdigest()}"
 
 
-# `MANIFEST.json` of a folder of weights: its format version and a checksum of every file, so that damage is found.
+# Checksums.
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -225,7 +239,7 @@ def _listed_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 
 
-# What a safetensors file or a model folder of others says of its size, judged before memory or time is spent on it.
+# The sizes that model files of others claim, checked before memory or time is spent on them.
 
 MAXIMUM_HEADER_BYTES = 8 << 20
 """Stable Diffusion with all its parts has 0.3 MB; some files carry a small picture as well."""
@@ -234,7 +248,7 @@ MAXIMUM_JSON_BYTES = 16 << 20
 
 
 def check_tensor_file(path: str | Path) -> None:
-    """Raises: UserError for a header that is larger than the file or than any model's. No such file is no error."""
+    """Raises: UserError: a header larger than the file or than that of any model. A missing file is not an error."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -248,13 +262,14 @@ def check_tensor_file(path: str | Path) -> None:
 def check_tensor_header(header: bytes, length: int, where: str | Path) -> None:
     """`header`: what follows the eight bytes that gave `length`, or more. Raises: UserError."""
     if length > MAXIMUM_HEADER_BYTES or length > len(header):
-        raise UserError(f"{where}: is no readable safetensors file (a header of {length} bytes); fetch it again")
+        what = f"cannot be read as a safetensors file (a header of {length} bytes)"
+        raise UserError(where, what, "fetch it again")
     if (tensors := header.count(b'"data_offsets"', 0, length)) > MAXIMUM_TENSORS:
-        raise UserError(f"{where}: holds {tensors} tensors, more than {MAXIMUM_TENSORS}; this is no model")
+        raise UserError(where, f"holds {tensors} tensors, more than {MAXIMUM_TENSORS}", "give a model")
 
 
 def check_model_folder(folder: Path, model_class: Any = None) -> None:
-    """For a folder with `config.json` and weights. No such folder is no error.
+    """For a folder with `config.json` and weights. A missing folder is not an error.
 
     Args:
         model_class: diffusers' class of the model; with it, a configuration that asks for more numbers than the
@@ -265,36 +280,31 @@ def check_model_folder(folder: Path, model_class: Any = None) -> None:
     """
     for path in folder.glob("*.json"):
         if path.is_file() and path.stat().st_size > MAXIMUM_JSON_BYTES:
-            raise UserError(f"{path}: is larger than {MAXIMUM_JSON_BYTES} bytes; this describes no model")
+            raise UserError(path, f"is larger than {MAXIMUM_JSON_BYTES} bytes", "give the description of a model")
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         check_tensor_file(path)
     if model_class is None or not files:
         return
     config = model_class.load_config(folder)
-    tensors, numbers = (sum(found) for found in zip(*map(_held, files)))
+    tensors, numbers = (sum(found) for found in zip(*map(_contents, files)))
     layers = _layers(config)
     if layers > tensors:
-        raise UserError(f"{folder}/config.json: asks for {layers} layers, the files hold {tensors} tensors; restore it")
-    asked = count_numbers(lambda: model_class.from_config(config))
-    if asked > 2 * numbers:  # what is missing of less is named by the one who loads it
-        raise UserError(f"{folder}/config.json: asks for {asked} numbers, the files hold {numbers}; restore it")
+        what = f"describes {layers} layers, the files hold {tensors} tensors"
+        raise UserError(f"{folder}/config.json", what, "restore it")
+    described = count_numbers(lambda: model_class.from_config(config))
+    if described > 2 * numbers:  # loading reports tensors that are missing
+        what = f"describes {described} numbers, the files hold {numbers}"
+        raise UserError(f"{folder}/config.json", what, "restore it")
 
 
-def _held(path: Path) -> tuple[int, int]:
-    """(tensors, numbers in them) of a file whose header was judged."""
+def _contents(path: Path) -> tuple[int, int]:
+    """(tensors, numbers in them) of a file whose header was checked."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     size_bytes = path.stat().st_size
     tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-    return len(tensors), sum(min(_product(tensor["shape"]), 8 * size_bytes) for tensor in tensors)
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+    return len(tensors), sum(min(math.prod(tensor["shape"]), 8 * size_bytes) for tensor in tensors)
 
 
 def _layers(config: Any) -> int:

@@ -1,6 +1,6 @@
 """Where a result comes from: the versions, the machine and the command, written as `run.json` beside it.
 
-Owns the record and nothing of its use. The command is recorded as it was typed, but for what `privacy` takes out; the
+The command is recorded as it was typed, without what `redaction` takes out; the
 machine is named by its class (processor, cores, accelerator), never by its host name.
 """
 
@@ -92,7 +92,7 @@ def _commit() -> str | None:
         return process.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # else: installed inside somebody else's checkout
+        git("ls-files", "--error-unmatch", "__init__.py")  # else: installed inside another project's checkout
         return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,8 +1,7 @@
 """One flat folder of files, on a local disk or behind any fsspec URL: what latent shards are written to and read from.
 
-Here stands what both have in common and how one is opened; `local` and `remote` do the work, `connection` makes
-requests, `lease` is the lock of a remote folder, `cache` keeps copies of what was read from it. What the files mean is
-nobody's business here.
+`base` is what both have in common; `local` and `remote` do the work, `connection` makes requests, `lease` is the lock
+of a remote folder, `cache` keeps copies of what was read from it. No module here knows what the files mean.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Folder(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """No error when there is no such file."""
+        """A missing file is not an error."""
         ...
 
     def checksum(self, name: str) -> str:
@@ -83,7 +83,7 @@ def is_url(location: str | Path) -> bool:
 
 
 def local_path(location: str | Path) -> Path:
-    """The path of a location that is no remote URL."""
+    """The path of a location for which `is_url` is false."""
     return Path(LOCAL_URL.sub("", str(location))).expanduser()
 
 
@@ -94,7 +94,7 @@ def join(location: str | Path, name: str) -> str | Path:
 
 
 def check_name(name: str) -> str:
-    """Raises: UserError for a name that is no plain file name: names are also read from the files of others."""
+    """Raises: UserError: not a plain file name. Names are also read from the files of others."""
     if REFUSED_NAME.search(name):
         raise UserError(f"{name!r}: is not the plain name of a file in its folder; check where the name comes from")
     return name

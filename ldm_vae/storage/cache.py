@@ -1,7 +1,7 @@
 """Copies of remote files on this machine, kept under their checksums and shared by all processes.
 
-Owns where they are, that they are whole, that one process at a time fetches each, and which ones go when room is
-needed: those whose last use lies furthest back. Where they come from is the business of `remote`.
+Owns where they are, that they are whole, that one process at a time fetches each, and which ones are removed when room
+is needed: the least recently used. `remote` downloads them.
 
 The access time of a copy says when it was last used, and is set here: many filesystems do not. The locks are the
 kernel's (flock) and end with their process; without them a copy may be fetched twice, which costs time only.
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def cache_limit_bytes() -> int | None:
-    """`$LDM_VAE_CACHE_GB` in bytes, None where it is not set. Raises: UserError where it is no number."""
+    """`$LDM_VAE_CACHE_GB` in bytes, None where it is not set. Raises: UserError: not a number."""
     text = os.environ.get("LDM_VAE_CACHE_GB")
     if not text:
         return None
@@ -70,7 +70,7 @@ def cache_limit_bytes() -> int | None:
     except ValueError:
         gigabytes = math.nan
     if not 0 <= gigabytes < math.inf:
-        raise UserError(f"LDM_VAE_CACHE_GB={text}: is no number of gigabytes; give one, as 200, or leave it out")
+        raise UserError(f"LDM_VAE_CACHE_GB={text}: is not a number of gigabytes; give one, as 200, or leave it out")
     return int(gigabytes * 1e9)
 
 
@@ -122,7 +122,7 @@ class Cache:
         """The copy, with a shared lock that keeps it from being removed; None where it is missing or damaged."""
         while True:
             try:
-                file = open(copy, "rb")  # noqa: SIM115 - closed by who gets it
+                file = open(copy, "rb")  # noqa: SIM115 - closed by the caller
             except OSError:
                 return None
             take_lock(file, shared=True, patience_seconds=1.0)
@@ -165,7 +165,7 @@ class Cache:
                     temporary.unlink(missing_ok=True)
                     if error.errno not in DISK_FULL or not remove_oldest(self._list(), max(written, 1)):
                         raise
-            pin = open(temporary, "rb")  # noqa: SIM115 - closed by who gets it
+            pin = open(temporary, "rb")  # noqa: SIM115 - closed by the caller
             take_lock(pin, shared=True)
             os.replace(temporary, copy)
         finally:
@@ -208,7 +208,7 @@ class Cache:
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[bool]:
-        """Nobody else fetches this copy. Yields whether this was awaited: then it may be there.
+        """No other process fetches this copy. Yields whether one had to be waited for: then it may be there.
 
         After PATIENCE_SECONDS, and where there are no locks, others may.
         """
@@ -234,7 +234,7 @@ class Cache:
                             path.unlink()
                         drop_lock(file)
                     return
-                waited = True  # its holder has removed it, and others may hold a new one
+                waited = True  # its holder has removed it, and others may have locked a new one
 
 
 def take_lock(file: BinaryIO, *, shared: bool = False, patience_seconds: float = 0.0) -> bool | None:
@@ -265,7 +265,7 @@ def drop_lock(file: BinaryIO) -> None:
 
 
 def remove_oldest(copies: list[Copy], at_least_bytes: float) -> int:
-    """Remove copies, those used longest ago first, but for those that somebody is about to open. Returns bytes."""
+    """Remove copies, those used longest ago first, except those that a process is about to open. Returns bytes."""
     removed = 0
     for copy in sorted(copies, key=lambda copy: copy.used_seconds):
         if removed >= at_least_bytes:

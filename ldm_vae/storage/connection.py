@@ -37,7 +37,7 @@ class AccessDenied(UserError):
 class Connection:
     """A URL that fsspec knows.
 
-    Holds no open connection: fsspec keeps one filesystem for each process (and thread, where needed), so this can be
+    No connection stays open: fsspec keeps one filesystem for each process (and thread, where needed), so this can be
     pickled, and used after a fork. Listings are never cached, or a reader would not see what others write.
 
     Raises:

@@ -1,11 +1,11 @@
 """The lock of a remote folder: an object that its holder renews, and that others may take once it is renewed no more.
 
 It is created on the condition that it does not exist, where the store can do this (S3, GCS, Azure), and read back.
-Who finds one that is not his waits for its end, unless its process was on this machine and is dead, or the last
-renewal lies STALE_SECONDS back by the clock of the store, which is asked by writing a probe: no two clocks are
-compared. Two who take over the same stale lock at once are told apart by reading it again after SETTLE_SECONDS.
-A holder that was stopped and woke up too late learns of it at its next renewal or write. What it wrote in between is
-no harm where file contents follow from their names, as those of latent shards do.
+The lock of another process is refused, unless that process was on this machine and is dead, or its last renewal lies
+STALE_SECONDS back by the clock of the store, which a probe is written for: no two clocks are compared. When two
+processes take over the same stale lock at once, reading it again after SETTLE_SECONDS shows which of them has it. A
+holder that was suspended for too long notices at its next renewal or write. What it wrote in between does no harm where
+the contents of files follow from their names, as those of latent shards do.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ MAXIMUM_BYTES = 4096
 
 @dataclass(frozen=True)
 class Claim:
-    """What the object says.
+    """The content of the object.
 
     Attributes:
-        host, pid: the process that holds the lock.
+        host, pid: the process that has the lock.
         machine: equal for two processes only if the one can see whether the other lives.
         token: another one for each time the lock is taken.
-        renewed: when, by the clock of the holder; for people to read.
+        renewed: when, by the clock of the holder; for readers.
         started: when the process began, by the machine's own count; "" where unknown. Numbers of processes come again.
     """
 
@@ -74,7 +74,7 @@ class Claim:
 
 
 KINDS = {"host": str, "pid": int, "machine": str, "token": str, "renewed": str}
-"""Of what every claim has."""
+"""What every claim has."""
 UNKNOWN = Claim("unknown", 0, "", "", "")
 
 
@@ -108,7 +108,7 @@ class Lease:
                 self._give_back()
 
     def holder(self) -> str | None:
-        """Who holds it now."""
+        """Who has it now."""
         found = self._read()
         try:
             return None if found is None or found.is_dead or self._is_stale() else str(found)
@@ -200,7 +200,7 @@ class Lease:
     def _renew(self, *, retry: bool = False) -> None:
         found = self._read(retry=retry)
         if found is None or found.token != self.claim.token:
-            self.lost_to = str(found) if found else "nobody (its file is gone)"
+            self.lost_to = str(found) if found else "no process (its file is gone)"
             return
         self.connection.request(lambda filesystem: filesystem.pipe_file(self.path, self._bytes()), retry=retry)
         self._renewed_at = time.time()

@@ -141,7 +141,7 @@ class LocalFolder:
         import fcntl
 
         for attempt in count(1):
-            file = open(self._file(name), "a+b", buffering=0)  # noqa: SIM115 - closed by who gets it
+            file = open(self._file(name), "a+b", buffering=0)  # noqa: SIM115 - closed by the caller
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

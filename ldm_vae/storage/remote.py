@@ -78,7 +78,7 @@ class RemoteFolder:
         """A copy that is kept under its checksum; see `cache`. It stays until the next call, or once it is mapped."""
         match = CHECKSUM.match(checksum)
         if not match:
-            raise UserError(f"{self.location}/{name}: {checksum!r} is no checksum; repair the manifest")
+            raise UserError(f"{self.location}/{name}: {checksum!r} is not a checksum; repair the manifest")
         cache = open_cache(cache_folder(), cache_limit_bytes())
         try:
             return cache.get(match[1], lambda temporary: self._download(name, checksum, temporary))

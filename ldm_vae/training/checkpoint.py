@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: written beside, hashed, fsynced, renamed. Tensors as safetensors, no pickle.
 
 A checkpoint is a folder `step-000001234` with the weights, their EMA and the optimizer state of every module as
-safetensors, `state.json`, and `MANIFEST.json` with a checksum of each (see `seal`). Nothing in it is ever rewritten;
+safetensors, `state.json`, and `MANIFEST.json` with a checksum of each (see `files`). Nothing in it is ever rewritten;
 the newest one that verifies is the one to resume from.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,10 @@ from torch import Tensor
 from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.files import (
     check_model_folder,
-    publish_directory,
+    published_directory,
     remove_directory,
     remove_leftovers,
     system_errors_explained,
-    temporary_directory,
     vanished,
     verify_checksums,
     write_checksums,
@@ -59,17 +57,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if not folder.is_dir():
             raise vanished()
         remove_leftovers(folder)  # before writing: it may be their room that is needed
-        temporary = temporary_directory(final)
-        try:
+        with published_directory(final) as temporary:
             for stem, tensors in checkpoint.tensors.items():
                 contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
                 save_file(contiguous, temporary / f"{stem}.safetensors")
             write_json(temporary / STATE, {"step": checkpoint.step, **checkpoint.state})
             write_checksums(temporary)
-            publish_directory(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         for old in sorted(folder.glob("step-*"))[: -max(2, keep)]:
             remove_directory(old)
     return final

@@ -78,7 +78,7 @@ def test_missing_or_wrong_backbone_weights_are_refused(tmp_path, random_backbone
     with pytest.raises(UserError, match="no alexnet backbone"):
         LPIPS("alex", str(random_backbone))
     (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(UserError, match="is no readable safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         LPIPS("squeeze", str(tmp_path / "bad.safetensors"))
 
 

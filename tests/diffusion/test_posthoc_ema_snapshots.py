@@ -166,5 +166,5 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
             make()
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "step-000000001.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="is no readable safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         synthesize(tmp_path, 0.1)

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 from ldm_vae.training.loader import MicroBatch
-from ldm_vae.training.monitor import SAID_AT_ONCE, BadSamples, rejection_sentences
+from ldm_vae.training.monitor import REPORTED_AT_ONCE, BadSamples, rejection_sentences
 
 ALONE = SimpleNamespace(num_processes=1)
 
@@ -39,8 +39,8 @@ def test_a_restart_knows_what_was_listed_and_survives_a_torn_line(tmp_path):
 
 
 def test_many_at_once_are_counted():
-    new = [(f"{number}.png", "empty") for number in range(SAID_AT_ONCE + 5)]
+    new = [(f"{number}.png", "empty") for number in range(REPORTED_AT_ONCE + 5)]
     lines = rejection_sentences(new)
-    assert len(lines) == SAID_AT_ONCE + 1
+    assert len(lines) == REPORTED_AT_ONCE + 1
     assert lines[0] == "0.png: cannot be read (empty); another image takes its place"
     assert lines[-1] == "5 more cannot be read, see quarantine.jsonl"
