@@ -36,7 +36,7 @@ from ldm_vae.diffusion.fid import load_inception
 from ldm_vae.diffusion.generation import image_name
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.posthoc_ema import stored_averages
-from ldm_vae.errors import UserError
+from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import index_files, read_manifest
@@ -407,7 +407,8 @@ def names_in_a_set(folder: Path, name: str, latents: Path) -> None:
 def sealed_names(folder: Path, name: str, latents: Path) -> None:
     manifest = {"format_version": files.FORMAT_VERSION, "files": {name: "xxh3_128:0"}}
     (folder / files.MANIFEST).write_text(files.readable_json(manifest))
-    assert files.damage(folder) is not None
+    with pytest.raises(DamagedFile):
+        files.verify_checksums(folder)
 
 
 def archive_names(folder: Path, name: str, latents: Path) -> None:
