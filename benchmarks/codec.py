@@ -56,9 +56,8 @@ class Task:
 
     def ours(self, autoencoder: Any) -> Any:
         """The latent means, or the images, of all inputs at once, as the commands compute them."""
-        from ldm_vae.autoencoder.base import decode, encode_moments
 
-        return encode_moments(autoencoder, self.inputs)[0] if self.encodes else decode(autoencoder, self.inputs)
+        return autoencoder.encode_moments(self.inputs)[0] if self.encodes else autoencoder.decode_images(self.inputs)
 
     def usual(self, autoencoder: Any) -> Any:
         """The same, one after the other, as diffusers' documentation does it."""

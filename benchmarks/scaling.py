@@ -161,7 +161,6 @@ def measure_passes(arguments: argparse.Namespace) -> dict[str, dict[str, float]]
     import torch
 
     from benchmarks.rounds import alternating
-    from ldm_vae.autoencoder import base
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 
     torch.manual_seed(0)
@@ -169,7 +168,7 @@ def measure_passes(arguments: argparse.Namespace) -> dict[str, dict[str, float]]
 
     def both(count: int, side: int) -> Callable[[], object]:
         images = torch.rand(count, 3, side, side) * 2 - 1
-        return lambda: base.reconstruct(model, images)
+        return lambda: model.reconstruct(images)
 
     actions = {f"size {side}": both(1, side) for side in arguments.sizes}
     actions |= {f"batch {count}": both(count, SMALL_SIDE) for count in arguments.batches}
@@ -199,15 +198,14 @@ def decode_tiled(preset: str, side: int) -> None:
     """Decode one image in tiles, in this process."""
     import torch
 
-    from ldm_vae.autoencoder import base
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-    from ldm_vae.diffusion.editing import TILE, decode_in_tiles, decoder_context
+    from ldm_vae.diffusion.editing import TILE, decode_in_tiles
 
     torch.manual_seed(0)
     model = build_autoencoder(AutoencoderConfig(preset=preset)).eval()
     latents = torch.randn(1, LATENT_CHANNELS, side // DOWNSAMPLING, side // DOWNSAMPLING)
     decode_in_tiles(
-        lambda tile: base.decode(model, tile), latents, DOWNSAMPLING, decoder_context(model), TILE
+        lambda tile: model.decode_images(tile), latents, DOWNSAMPLING, model.decoder_context, TILE
     )  # fmt: skip
 
 

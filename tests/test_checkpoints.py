@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.export import LARGEST_FILE_BYTES
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.files import MANIFEST
@@ -56,7 +56,7 @@ def test_an_autoencoder_loads_and_its_record_is_its_own(path):
     assert (path / MANIFEST).is_file()  # loading checks it
     autoencoder, record = load_autoencoder(path), read_record(path)
     assert record["fingerprint"] == fingerprint(autoencoder)
-    assert record["encoder_fingerprint"] == encoder_fingerprint(autoencoder)
+    assert record["encoder_fingerprint"] == autoencoder.encoder_fingerprint()
 
 
 def test_two_decoders_of_one_encoder_read_the_same_latents():
@@ -70,7 +70,7 @@ def test_a_pipeline_loads_with_the_encoder_of_its_latents_or_its_rounding(path):
     assert (path / MANIFEST).is_file()
     pipeline = LatentDiffusionPipeline.from_pretrained(path, use_safetensors=True)
     known = {pipeline.config["encoder_fingerprint"], *pipeline.config["rounded_encoders"].values()}
-    assert encoder_fingerprint(pipeline.autoencoder) in known
+    assert pipeline.autoencoder.encoder_fingerprint() in known
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=named)

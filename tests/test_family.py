@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.base import is_deterministic
 from ldm_vae.autoencoder.models import load_autoencoder
 
 DATA = ["data.source=synthetic", "data.synthetic.count=40", "data.synthetic.resolution=64"]
@@ -59,7 +58,7 @@ def test_a_kind_goes_through_the_chain(kind, vision, tmp_path):
     train = ["train-vae", *words, "held_out_resolution=64", "held_out_images=2", f"output={run}"]
     assert cli.main(train) == 0
     expected, autoencoder = state(run), load_autoencoder(run)
-    assert is_deterministic(autoencoder)
+    assert autoencoder.deterministic
     logged = set().union(*(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()))
     assert ("codebook/perplexity" in logged) == (kind in ("vq", "vq-ema", "fsq"))
     assert not any(name.startswith("rate/") for name in logged)  # a point has no rate

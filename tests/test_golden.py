@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.base import encode_moments
 from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
@@ -72,7 +71,7 @@ def test_an_old_autoencoder_opens(tmp_path, record_property):
     folder = unpacked("autoencoder", tmp_path)
     model = load_autoencoder(folder)
     assert fingerprint(model) == read_record(folder)["fingerprint"]
-    assert near(encode_moments(model, picture())[0], "latent")
+    assert near(model.encode_moments(picture())[0], "latent")
     record_property("figure", "an autoencoder of format 1: the same fingerprint and latents")
 
 

@@ -149,7 +149,6 @@ def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: 
     """Images as the reader takes them (n, 3, side, side), and their normalised posterior means (n, c, h, w)."""
     import torch
 
-    from ldm_vae.autoencoder import base
     from ldm_vae.data import transforms
     from ldm_vae.data.samples import to_tensor
     from tools.synthetic_reader import reduced
@@ -158,7 +157,7 @@ def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: 
     for image in images:
         seen.append(reduced(image, side))
         whole = transforms.from_uint8(to_tensor(image))[None]
-        latents.append(base.encode_moments(pipeline.autoencoder, whole)[0])
+        latents.append(pipeline.autoencoder.encode_moments(whole)[0])
     return torch.cat(seen), pipeline.normalizer.normalize(torch.cat(latents))
 
 

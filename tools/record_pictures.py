@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ldm_vae.autoencoder.base import decode, reconstruct
-from ldm_vae.autoencoder.models import latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
@@ -37,7 +36,7 @@ def crops(out: Path, pairs: list[list[str]]) -> None:
     columns = {"original": images}
     for name, path in pairs:
         autoencoder = load_autoencoder(path)
-        columns[name] = torch.cat([reconstruct(autoencoder, image) for image in images.split(1)])
+        columns[name] = torch.cat([autoencoder.reconstruct(image) for image in images.split(1)])
     rows = [
         [column[row][:, y : y + CROP, x : x + CROP] for column in columns.values()]
         for row, (y, x) in enumerate(corners)
@@ -68,8 +67,8 @@ def prior(out: Path, triples: list[list[str]]) -> None:
         autoencoder = load_autoencoder(path)
         channels = json.loads((Path(folder) / "health.json").read_text())["channels"]
         moments = torch.tensor([[c["mean"], (c["variance"] + c["noise"]) ** 0.5] for c in channels])
-        noise = torch.randn(6, latent_channels(autoencoder), 16, 16, generator=generator(0, "prior"))
-        rows.append(list(decode(autoencoder, moments[:, 0, None, None] + moments[:, 1, None, None] * noise)))
+        noise = torch.randn(6, autoencoder.latent_channels, 16, 16, generator=generator(0, "prior"))
+        rows.append(list(autoencoder.decode_images(moments[:, 0, None, None] + moments[:, 1, None, None] * noise)))
     save_grid(out, rows, [], 1, [name for name, *_ in triples])
 
 

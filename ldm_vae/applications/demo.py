@@ -23,7 +23,6 @@ from ldm_vae import provenance
 from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.applications.codec.format import SUFFIX
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
 from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import transforms
@@ -243,13 +242,13 @@ def reconstruct_all(
 def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed:
     """uint8 (h, w, 3) through the latents and back, and through a file and back."""
     original = transforms.to_batch(image).to(codec.autoencoder.device)
-    mean, logvar = encode_moments(codec.autoencoder, original)
-    decoded = decode(codec.autoencoder, mean)[..., : image.shape[0], : image.shape[1]]
+    mean, logvar = codec.autoencoder.encode_moments(original)
+    decoded = codec.autoencoder.decode_images(mean)[..., : image.shape[0], : image.shape[1]]
     data = codec.compress(codec.analyze(image, name), step_of(QUALITY)).data
     from_file = codec.decompress(data, name)
     jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
     rate = None
-    if not is_deterministic(codec.autoencoder):
+    if not codec.autoencoder.deterministic:
         rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
 
     def quality(pixels: np.ndarray) -> float:

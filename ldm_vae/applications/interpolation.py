@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import decode, encode_moments
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import printable
@@ -133,15 +133,15 @@ class Interpolation(Study):
         self.paths, device = find_pairs(config.images, config.pairs), compute_device(config.device)
         self.pipeline = None if config.pipeline is None else _load_pipeline(config.pipeline, device)
         own = None if self.pipeline is None else self.pipeline.autoencoder
-        autoencoder = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(device)
-        if own is not None and encoder_fingerprint(autoencoder) != encoder_fingerprint(own):
+        autoencoder: Any = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(device)
+        if own is not None and autoencoder.encoder_fingerprint() != own.encoder_fingerprint():
             raise UserError(
                 f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it out, or "
                 "give it as compare"
             )
         self.other = None if config.compare is None else load_autoencoder(config.compare).to(device)
         self.networks = {
-            "compare": None if self.other is None else fingerprint(self.other),
+            "compare": None if self.other is None else self.other.fingerprint(),
             "pipeline": None if self.pipeline is None else fingerprint(self.pipeline.unet),
         }
         super().__init__(config, autoencoder, overwrite=overwrite)
@@ -252,7 +252,7 @@ class Way:
     frames: Frames
 
 
-def ways_of(config: InterpolateConfig, autoencoder: Any, other: Any, pipeline: Any) -> list[Way]:
+def ways_of(config: InterpolateConfig, autoencoder: Autoencoder, other: Any, pipeline: Any) -> list[Way]:
     """Every way that the settings ask for, the cross-fade of the pixels first."""
     count, steps = config.frames, config.steps
     ways = [
@@ -279,7 +279,7 @@ def cross_fade(pair: Tensor, count: int) -> Tensor:
     return torch.cat([lerp(pair[:1], pair[1:], share) for share in interpolation_weights(count)])
 
 
-def through_latents(autoencoder: Any, pair: Tensor, count: int) -> Tensor:
+def through_latents(autoencoder: Autoencoder, pair: Tensor, count: int) -> Tensor:
     """A straight line between posterior means, decoded one by one."""
     ends = means_of(autoencoder, pair)
     return decode_cropped(
@@ -326,17 +326,17 @@ def flow_of(pipeline: Any, latents: Tensor, steps: int) -> tuple[Any, tuple[floa
     return velocity, flow_times(steps, shift)
 
 
-def means_of(autoencoder: Any, images: Tensor) -> Tensor:
+def means_of(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Posterior means of images (n, 3, h, w), encoded one by one. Raises: UserError when they are not finite."""
-    means = torch.cat([encode_moments(autoencoder, image[None].to(autoencoder.device))[0] for image in images])
+    means = torch.cat([autoencoder.encode_moments(image[None].to(autoencoder.device))[0] for image in images])
     if not bool(torch.isfinite(means).all()):
         raise UserError("latents: some are not finite; check the autoencoder with `ldm-vae diagnose`")
     return means
 
 
-def decode_cropped(autoencoder: Any, latents: Sequence[Tensor], like: Tensor) -> Tensor:
+def decode_cropped(autoencoder: Autoencoder, latents: Sequence[Tensor], like: Tensor) -> Tensor:
     """Latents (1, c, h, w) -> images of the height and width of `like`, on the CPU, after an 8-bit round trip."""
-    images = torch.cat([decode(autoencoder, latent).cpu() for latent in latents])
+    images = torch.cat([autoencoder.decode_images(latent).cpu() for latent in latents])
     return transforms.from_uint8(transforms.to_uint8(images[..., : like.shape[-2], : like.shape[-1]]))
 
 
@@ -428,10 +428,10 @@ class PriorDraws:
     round_trip: float
 
 
-def draw_priors(autoencoder: Any, images: Tensor, count: int, seed: int) -> list[PriorDraws]:
+def draw_priors(autoencoder: Autoencoder, images: Tensor, count: int, seed: int) -> list[PriorDraws]:
     """`count` draws from N(0, 1), from a normal of each channel's own mean and deviation, both independent between
     positions, and for comparison posterior samples of real images (n, 3, h, w), n >= 2; all from the same noise."""
-    found = [encode_moments(autoencoder, image[None].to(autoencoder.device)) for image in images]
+    found = [autoencoder.encode_moments(image[None].to(autoencoder.device)) for image in images]
     mean, variance = torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found]).exp()
     if not bool(torch.isfinite(mean).all()):
         raise UserError("latents: some are not finite; check the autoencoder with `ldm-vae diagnose`")
@@ -465,7 +465,7 @@ def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -
 
 
 def draws_of(
-    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Any, other: Any, pipeline: Any
+    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Autoencoder, other: Any, pipeline: Any
 ) -> list[PriorDraws]:
     """The decoded priors, of both autoencoders and of the diffusion model."""
     if not config.prior:

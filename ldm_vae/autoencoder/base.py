@@ -1,55 +1,235 @@
-"""How the rest of the package uses any autoencoder: images in, moments out, latents in, images out.
+"""`Autoencoder`: what every kind of autoencoder is to the rest of the package.
 
-Sizes that the downsampling f does not divide are padded by replication and cropped back, here and nowhere else.
+    images (n, 3, h, w) in [-1, 1]  --encode-->  posterior: mean, logvar (n, c, h/f, w/f)  --decode-->  images
+
+A kind of this package is a subclass with `posterior`, `image` and the properties that differ from the defaults here.
+`models.py` lists the kinds; it also gives diffusers' own classes this interface when they are loaded. Nothing else asks
+for the class of an autoencoder. Sizes that f does not divide are padded by replication and cropped back, here only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR as DETERMINISTIC_LOGVAR
-from ldm_vae.autoencoder.deterministic import DeterministicAdapter
-from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.models import downsampling
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.autoencoder.vector import AutoencoderVector
-from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae import runtime
+
+runtime.repair_torchvision()
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from ldm_vae.autoencoder import weights
 from ldm_vae.data.transforms import pad_to_multiple
+from ldm_vae.errors import UserError
+
+DETERMINISTIC_LOGVAR = -30.0
+"""Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
+
+DEFAULT_CONTEXT = 8
+"""Latent positions around its own that a pixel is taken to depend on, where they cannot be counted."""
 
 
-def is_deterministic(autoencoder: Any) -> bool:
-    """Whether its latents are points: `latent_dist.logvar` is `DETERMINISTIC_LOGVAR` everywhere and means no rate."""
-    if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderVector)):
-        return bool(autoencoder.config.deterministic)
-    return isinstance(autoencoder, (AutoencoderQuantized, AutoencoderFrozenEncoder, DeterministicAdapter))
+class Decoded(NamedTuple):
+    """What a training pass gets from the decoder.
 
-
-@torch.no_grad()
-def encode_moments(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32."""
-    if isinstance(autoencoder, AutoencoderVector):
-        autoencoder.check_images(images)  # before padding brings smaller ones to its size
-    images = pad_to_multiple(images.to(autoencoder.dtype), downsampling(autoencoder))
-    posterior = autoencoder.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
-    return posterior.mean.float(), posterior.logvar.float()
-
-
-@torch.no_grad()
-def decode(autoencoder: Any, latents: Tensor) -> Tensor:
-    """Unnormalised latents (n, c, h, w) -> images (n, 3, fh, fw), float32, clamped to [-1, 1]."""
-    return autoencoder.decode(latents.to(autoencoder.dtype)).sample.float().clamp(-1, 1)
-
-
-def reconstruct(autoencoder: Any, images: Tensor, sample: torch.Generator | None = None) -> Tensor:
-    """Encode and decode images of any size (n, 3, h, w); same shape, clamped to [-1, 1].
-
-    From the posterior's mean, or from a posterior sample drawn with the generator `sample` (on the images' device).
+    `sample` (n, 3, h, w); `losses`: further scalar terms, each a mean per element; `indices` (n, h/f, w/f): the codes
+    that were chosen, None without a codebook.
     """
-    mean, logvar = encode_moments(autoencoder, images)
-    if sample is not None:
-        noise = torch.randn(mean.shape, generator=sample, device=mean.device)
-        mean = mean + torch.exp(0.5 * logvar) * noise
-    return decode(autoencoder, mean)[..., : images.shape[-2], : images.shape[-1]]
+
+    sample: Tensor
+    losses: dict[str, Tensor]
+    indices: Tensor | None
+
+
+class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """An autoencoder of images, with diffusers' interface: `encode(x).latent_dist` and `decode(z).sample`.
+
+    A new kind defines `posterior` and `image` (or `encode` and `decode` whole), and the properties below where the
+    defaults, which read the configuration as diffusers writes it, do not hold.
+    """
+
+    config: Any  # a FrozenDict whose keys are attributes
+    trainable = True
+    """Whether `train-vae` can train it."""
+    decoder_parts = ("decoder", "post_quant_conv", "quantize", "quantizer")
+    """Top-level names of the parameters that act on latents only."""
+    loss_weights: Mapping[str, float] = MappingProxyType({})
+    """Weights of the losses that `decode_with_losses` gives."""
+    has_codes = False
+    """Whether `token_indices` gives the numbers of the codes and `decode_indices` takes them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # diffusers looks for `ModelMixin` in the module that a saved pipeline names for its autoencoder
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
+
+    @property
+    def kind(self) -> str:
+        """kl, ae, vq, fsq or frozen, as in `AutoencoderConfig`."""
+        return "ae" if self.deterministic else "kl"
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether its latents are points: `latent_dist.logvar` is `DETERMINISTIC_LOGVAR` and means no rate."""
+        return False
+
+    @property
+    def downsampling(self) -> int:
+        """f: image pixels per latent position along one side."""
+        widths = getattr(self.config, "block_out_channels", None)
+        widths = widths or getattr(self.config, "encoder_block_out_channels", None)
+        return 2 ** (len(widths) - 1) if widths else 8
+
+    @property
+    def latent_channels(self) -> int:
+        """c: channels of the latent."""
+        return int(self.config.latent_channels)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return int(getattr(self.config, "in_channels", 3))
+
+    @property
+    def only_side(self) -> int | None:
+        """Side in pixels of the square images that it is limited to; None: any size."""
+        return None
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Number of codes of a quantizing autoencoder; None for the others."""
+        return None
+
+    @property
+    def logvar_bounds(self) -> tuple[float, float]:
+        """Where the log-variance is clamped."""
+        return -30.0, 20.0
+
+    @property
+    def decoder_context(self) -> int:
+        """How many latent positions around its own a pixel depends on."""
+        return DEFAULT_CONTEXT
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `fit_statistics` has to be called once before training."""
+        return False
+
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Measure, on image batches (n, 3, h, w) in [-1, 1], what the network needs to know before it is trained."""
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Images (n, 3, h, w) in [-1, 1], h and w divisible by f -> posterior over latents (n, c, h/f, w/f)."""
+        raise NotImplementedError
+
+    def image(self, z: Tensor) -> Tensor:
+        """Latents (n, c, h, w) -> images (n, 3, fh, fw), about [-1, 1], not clamped."""
+        return self.decoder(z)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Images (n, 3, h, w) in [-1, 1] -> posterior over latents (n, c, h/f, w/f). h and w divisible by f."""
+        posterior = self.posterior(x)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Latents (n, c, h, w) -> images (n, 3, fh, fw), about [-1, 1], not clamped."""
+        image = self.image(z)
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple:
+        """Encode and decode (n, 3, h, w); from the posterior's mean unless `sample_posterior`."""
+        posterior = self.encode(sample, return_dict=False)[0]
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def decode_with_losses(self, latents: Tensor) -> Decoded:
+        """`decode` in training, with the losses that the latents themselves have."""
+        return Decoded(self.decode(latents).sample, {}, None)
+
+    def quantized(self, latents: Tensor) -> Tensor:
+        """The latents as the decoder sees them: rounded to codes where there are any."""
+        return latents
+
+    def narrow(self, channels: int) -> Autoencoder:
+        """The smaller autoencoder that keeps the first `channels` latent channels. Raises: UserError."""
+        raise UserError(
+            f"{type(self).__name__}: its channels cannot be cut; train kind kl or ae with architecture wavelet"
+        )
+
+    @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32."""
+        self.check_images(images)  # before padding brings smaller ones to its size
+        images = pad_to_multiple(images.to(self.dtype), self.downsampling)
+        posterior = self.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Latents (n, c, h, w), not normalized -> images (n, 3, fh, fw), float32, clamped to [-1, 1]."""
+        return self.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+
+    def reconstruct(self, images: Tensor, sample: torch.Generator | None = None) -> Tensor:
+        """Encode and decode images of any size (n, 3, h, w); same shape, clamped to [-1, 1].
+
+        From the posterior's mean, or from a posterior sample drawn with the generator `sample` (on the images' device).
+        """
+        mean, logvar = self.encode_moments(images)
+        if sample is not None:
+            noise = torch.randn(mean.shape, generator=sample, device=mean.device)
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return self.decode_images(mean)[..., : images.shape[-2], : images.shape[-1]]
+
+    def check_side(self, where: str, side: int) -> None:
+        """Raises: UserError naming `where`, for images of a side in pixels that the autoencoder cannot take."""
+        if self.only_side not in (None, side):
+            raise UserError(f"{where} {side}: this autoencoder knows one size of images; use {self.only_side}")
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises: UserError for images (n, 3, h, w) of a size that the autoencoder cannot take."""
+        (height, width), only = images.shape[-2:], self.only_side
+        if only is not None and (height, width) != (only, only):
+            raise UserError(
+                f"{type(self).__name__}: images of {height} x {width} pixels; it knows {only} x {only} only, so scale "
+                f"them to that size (resolution={only}, or --size)"
+            )
+
+    def fingerprint(self) -> str:
+        """`sha256:HEX` over the architecture and every tensor, see `weights.fingerprint`."""
+        return weights.fingerprint(self)
+
+    def encoder_fingerprint(self) -> str:
+        """The same without the tensors that only decode: autoencoders with this in common make the same latents.
+
+        A decoder that was trained further (encoder frozen) keeps it, so latents that exist stay valid with it.
+        """
+        return weights.fingerprint(self, without=self.decoder_parts)
+
+    def token_fingerprint(self) -> str:
+        """The same without the decoder only: quantized autoencoders with this in common make the same codes."""
+        return weights.fingerprint(self, without=("decoder",))
+
+
+def deterministic_posterior(latents: Tensor) -> DiagonalGaussianDistribution:
+    """Latents (n, c, h, w) -> a posterior with this mean and the log-variance `DETERMINISTIC_LOGVAR` everywhere.
+
+    So narrow that a sample is its mean: shards, evaluation and diffusion treat every autoencoder alike.
+    """
+    return DiagonalGaussianDistribution(torch.cat([latents, torch.full_like(latents, DETERMINISTIC_LOGVAR)], dim=1))

@@ -21,13 +21,10 @@ from ldm_vae import runtime
 
 runtime.repair_torchvision()
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
+from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.autoencoder.weights import check_complete, check_finite
 from ldm_vae.errors import UserError
@@ -45,7 +42,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _BOOKKEEPING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 
 
-class AutoencoderFrozenEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderFrozenEncoder(Autoencoder):
     """A deterministic autoencoder with 16x downsampling around a frozen vision transformer.
 
     Latent channels: the transformer's features, standardised per channel by fixed statistics (`fit_statistics`), then
@@ -61,7 +58,10 @@ class AutoencoderFrozenEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _supports_gradient_checkpointing = True
-    config: Any  # a FrozenDict whose keys are attributes
+    kind = "frozen"
+    deterministic = True
+    downsampling = DOWNSAMPLING
+    needs_statistics = True
 
     @register_to_config
     def __init__(
@@ -163,8 +163,12 @@ class AutoencoderFrozenEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.feature_std.copy_((square / count - mean.square()).clamp(min=1e-12).sqrt())
         self.statistics_positions.fill_(count)
 
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    @property
+    def decoder_context(self) -> int:
+        """Latent positions around its own that a pixel depends on."""
+        return self.decoder.context
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (n, 3, h, w) in [-1, 1] -> latents (n, c, h/16, w/16), as a narrow posterior.
 
         No gradient reaches the features; one reaches the residual encoder.
@@ -174,17 +178,7 @@ class AutoencoderFrozenEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self.residual is not None:
             residual = RESIDUAL_BOUND * torch.tanh(self.residual(x) / RESIDUAL_BOUND)
             latents = torch.cat([latents, residual.to(latents.dtype)], dim=1)
-        return posterior_output(deterministic_posterior(latents), return_dict)
-
-    @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Latents (n, c, h, w) -> images (n, 3, 16h, 16w), about [-1, 1], not clamped."""
-        image = self.decoder(z)
-        return DecoderOutput(sample=image) if return_dict else (image,)
-
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Encode and decode (n, 3, h, w)."""
-        return self.decode(self.encode(sample).latent_dist.mean, return_dict=return_dict)
+        return deterministic_posterior(latents)
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json, write_json
 
@@ -20,7 +20,7 @@ PATH_POINTS = 200
 
 def write_record(
     folder: Path,
-    autoencoder: Any,
+    autoencoder: Autoencoder,
     config: TrainVaeConfig,
     *,
     final_beta: float,
@@ -34,8 +34,8 @@ def write_record(
     `rate.pinned_share` the share of steps that beta spent at a bound while the target was missed.
     """
     record: dict[str, Any] = {
-        "fingerprint": fingerprint(autoencoder),
-        "encoder_fingerprint": encoder_fingerprint(autoencoder),
+        "fingerprint": autoencoder.fingerprint(),
+        "encoder_fingerprint": autoencoder.encoder_fingerprint(),
         "kind": config.autoencoder.kind,
         "rate": {
             "mode": config.rate.mode,

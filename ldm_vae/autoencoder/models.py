@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ runtime.repair_torchvision()
 import diffusers
 from diffusers import AutoencoderKL
 
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.deterministic import ADAPTED
 from ldm_vae.autoencoder.fast_layers import prepare_for_inference
-from ldm_vae.autoencoder.frozen import DOWNSAMPLING, AutoencoderFrozenEncoder
+from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized
 from ldm_vae.autoencoder.vector import AutoencoderVector
 from ldm_vae.autoencoder.wavelet import PIXELS, AutoencoderWavelet
-from ldm_vae.autoencoder.wavelet import narrow_channels as narrow_channels
 from ldm_vae.autoencoder.weights import load_weights
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_checksums
@@ -194,7 +195,7 @@ class AutoencoderConfig:
         return tuple(self.fsq_levels or (8, 5, 5, 5))
 
 
-def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Any:
+def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Autoencoder:
     """A new autoencoder with random weights, float32, see `inference`. Seed torch before for reproducible weights.
 
     `logvar_floor` is for kind "kl", not with architecture "sd". Kind "frozen" reads its encoder here, from disk or,
@@ -231,7 +232,7 @@ def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> 
             **floor,
             **WAVELET_PRESETS[config.preset],
         )
-    return prepare_for_inference(model)
+    return as_autoencoder(model)
 
 
 def _build_sd(config: AutoencoderConfig) -> Any:
@@ -264,7 +265,7 @@ def _build_frozen(config: AutoencoderConfig) -> AutoencoderFrozenEncoder:
     )
 
 
-def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, see `inference`.
 
     A run directory of `train-vae` works too: its `autoencoder/` is taken. Weights come from safetensors only.
@@ -289,7 +290,28 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> An
         check_checksums(found)
     model_class = _model_class(path)
     model = load_weights(model_class, path, dtype)
-    return prepare_for_inference(model.requires_grad_(False))
+    return as_autoencoder(model.requires_grad_(False))
+
+
+def as_autoencoder(model: Any) -> Autoencoder:
+    """The same model, ready for inference, with the interface of `Autoencoder`."""
+    return prepare_for_inference(adapted(model))
+
+
+def adapted(model: Any) -> Any:
+    """The same model: one of diffusers' classes gets the interface of `Autoencoder`, and keeps its name when saved."""
+    plain = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not isinstance(plain, Autoencoder):
+        plain.__class__ = _adapter(plain.__class__)
+    return model
+
+
+@functools.cache
+def _adapter(model_class: type) -> type:
+    """A class of diffusers with the interface of `Autoencoder` behind it, saved under diffusers' name."""
+    name = model_class.__name__
+    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return ADAPTED.get(name) or type(name, (model_class, Autoencoder), names)
 
 
 def model_directory(path: Path) -> Path | None:
@@ -326,32 +348,3 @@ def _model_class(path: str | Path) -> Any:
     if not name.startswith("Autoencoder") or model_class is None:
         raise UserError(f"{path}/config.json: _class_name {name!r} is no autoencoder of this package or of diffusers")
     return model_class
-
-
-def latent_channels(autoencoder: Any) -> int:
-    """Channels of the latent."""
-    return int(getattr(autoencoder.config, "vq_embed_dim", None) or autoencoder.config.latent_channels)
-
-
-def only_side(autoencoder: Any) -> int | None:
-    """Side in pixels of the square images that it knows; None: any size."""
-    return autoencoder.image_side if isinstance(autoencoder, AutoencoderVector) else None
-
-
-def check_side(where: str, side: int, autoencoder: Any) -> None:
-    """Raises: UserError naming `where`, for images of a side in pixels that the autoencoder does not know."""
-    if (only := only_side(autoencoder)) not in (None, side):
-        raise UserError(f"{where} {side}: this autoencoder knows one size of images; use {only}")
-
-
-def downsampling(autoencoder: Any) -> int:
-    """Image pixels per latent position along one side (8 for every f8 autoencoder)."""
-    if isinstance(autoencoder, AutoencoderFrozenEncoder):
-        return DOWNSAMPLING
-    if isinstance(autoencoder, AutoencoderVector):
-        return autoencoder.image_side
-    if isinstance(autoencoder, (AutoencoderWavelet, AutoencoderQuantized)):
-        return 8
-    config = autoencoder.config
-    widths = getattr(config, "block_out_channels", None) or getattr(config, "encoder_block_out_channels", None)
-    return 2 ** (len(widths) - 1) if widths else 8

@@ -9,7 +9,8 @@ too. The network's layers are in wavelet.py; the weights of the losses belong to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,13 +21,11 @@ from ldm_vae import runtime
 
 runtime.repair_torchvision()
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
+from ldm_vae.autoencoder.base import Autoencoder, Decoded, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.errors import UserError
 
@@ -55,7 +54,7 @@ class Quantized(NamedTuple):
     indices: Tensor
 
 
-class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderQuantized(Autoencoder):
     """An autoencoder with 8x downsampling whose decoder sees one of `codebook_size` vectors at every position.
 
     `encode` gives the latents before quantization, as diffusers' `VQModel` does, and `decode` quantizes first.
@@ -74,7 +73,11 @@ class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _supports_gradient_checkpointing = True
-    config: Any  # a FrozenDict whose keys are attributes
+    deterministic = True
+    downsampling = 8
+    has_codes = True
+    loss_weights: Mapping[str, float] = MappingProxyType({"codebook": 1.0, "commitment": 0.25})
+    """van den Oord et al., arXiv:1711.00937, eq. 3."""
 
     @register_to_config
     def __init__(
@@ -106,14 +109,23 @@ class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 self.encoder.head.weight.mul_(FSQ_INITIAL_GAIN)
 
     @property
+    def kind(self) -> str:
+        """vq or fsq."""
+        return str(self.config.kind)
+
+    @property
+    def decoder_context(self) -> int:
+        """Latent positions around its own that a pixel depends on."""
+        return self.decoder.context
+
+    @property
     def codebook_size(self) -> int:
         """Number of different codes."""
         return int(self.quantizer.codebook_size)
 
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (n, 3, h, w) in [-1, 1] -> latents before quantization (n, c, h/8, w/8), as a narrow posterior."""
-        return posterior_output(deterministic_posterior(self.encoder(x)), return_dict)
+        return deterministic_posterior(self.encoder(x))
 
     def quantize(self, latents: Tensor) -> Quantized:
         """Latents (n, c, h, w) -> quantized latents, losses and indices, all computed in float32, outside autocast.
@@ -167,7 +179,7 @@ class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return F.embedding(indices, self.quantizer.codebook.float()).permute(0, 3, 1, 2)
 
     @apply_forward_hook
-    def decode(self, z: Tensor, force_not_quantize: bool = False, return_dict: bool = True) -> DecoderOutput | tuple:
+    def decode(self, z: Tensor, return_dict: bool = True, force_not_quantize: bool = False) -> DecoderOutput | tuple:
         """Latents (n, c, h, w) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped. Changes no codebook.
 
         Quantizes first, unless `force_not_quantize`: give that with latents that are quantized already, since FSQ
@@ -178,9 +190,19 @@ class AutoencoderQuantized(ModelMixin, ConfigMixin):  # type: ignore[misc]
         image = self.decoder(z.to(self.dtype))
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Encode, quantize and decode (n, 3, h, w)."""
-        return self.decode(self.encode(sample).latent_dist.mean, return_dict=return_dict)
+    def quantized(self, latents: Tensor) -> Tensor:
+        """The nearest codes; changes no codebook."""
+        return self._quantize(latents, update=False).latents
+
+    def decode_with_losses(self, latents: Tensor) -> Decoded:
+        """`quantize`, then decode: once for every micro-batch."""
+        latents, losses, indices = self.quantize(latents)
+        return Decoded(self.decode(latents, force_not_quantize=True).sample, dict(losses), indices)
+
+    @torch.no_grad()
+    def token_indices(self, images: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [-1, 1], any size -> codes (n, ⌈h/8⌉, ⌈w/8⌉), int64."""
+        return self._quantize(self.encode_moments(images)[0], update=False).indices
 
 
 def pass_gradient(latents: Tensor, codes: Tensor, rotate: bool) -> Tensor:
@@ -240,16 +262,6 @@ def _library() -> Any:
             'autoencoder.kind: vq and fsq need vector-quantize-pytorch; run pip install "ldm_vae[tokenizers]"'
         ) from error
     return vector_quantize_pytorch
-
-
-@torch.no_grad()
-def token_indices(autoencoder: Any, images: Tensor) -> Tensor:
-    """Images (n, 3, h, w) in [-1, 1], any size -> codes (n, ⌈h/8⌉, ⌈w/8⌉), int64."""
-    from ldm_vae.autoencoder.base import encode_moments  # it knows every kind, so it imports this file
-
-    if not isinstance(autoencoder, AutoencoderQuantized):
-        raise UserError(f"{type(autoencoder).__name__}: has no codes; train one with autoencoder.kind=vq or fsq")
-    return autoencoder._quantize(encode_moments(autoencoder, images)[0], update=False).indices
 
 
 def codebook_usage(indices: Tensor, size: int) -> dict[str, float]:

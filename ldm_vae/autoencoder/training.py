@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder.base import is_deterministic, reconstruct
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.fast_layers import use_blocked_group_norm
 from ldm_vae.autoencoder.gan import AdversarialLoss
@@ -22,11 +22,7 @@ from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.losses import ReconstructionLoss
 from ldm_vae.autoencoder.models import (
     build_autoencoder,
-    check_side,
-    downsampling,
-    latent_channels,
     load_autoencoder,
-    only_side,
 )
 from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
@@ -122,8 +118,8 @@ class VaeModel:
         use_blocked_group_norm(autoencoder)
         if config.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
-        self.autoencoder: Any = autoencoder
-        self.channels, self.factor = latent_channels(autoencoder), downsampling(autoencoder)
+        self.autoencoder: Autoencoder = autoencoder
+        self.channels, self.factor = autoencoder.latent_channels, autoencoder.downsampling
         self.check_sizes()
         trained = ReparameterizedAutoencoder(autoencoder.train(), encoder_is_frozen(autoencoder))
         self.has_rate = not (trained.deterministic or trained.encoder_frozen)
@@ -270,9 +266,9 @@ class VaeModel:
             if phase.crop % self.factor:
                 raise UserError(f"phases: crop {phase.crop} is no multiple of {self.factor}, the downsampling")
         for phase in self.config.phases:
-            check_side("phases: crop", phase.crop, self.autoencoder)
-        check_side("held_out_resolution:", self.config.held_out_resolution, self.autoencoder)
-        if self.config.latents.scale_equivariance and only_side(self.autoencoder) is not None:
+            self.autoencoder.check_side("phases: crop", phase.crop)
+        self.autoencoder.check_side("held_out_resolution:", self.config.held_out_resolution)
+        if self.config.latents.scale_equivariance and self.autoencoder.only_side is not None:
             raise UserError("latents.scale_equivariance: the latents are one vector, which has no scale; leave it out")
         if any(count >= self.channels for count in self.config.latents.nested):
             raise UserError(f"latents.nested: {list(self.config.latents.nested)} are not all below {self.channels}")
@@ -314,7 +310,7 @@ class VaeModel:
         for image in self.held_out.images.split(1):
             image = image.to(engine.device)
             with engine.accelerator.autocast():
-                difference = reconstruct(autoencoder, image) - image
+                difference = autoencoder.reconstruct(image) - image
             squared.append((difference.square().mean() / 4).clamp(min=1e-10))
             absolute.append(difference.abs().mean())
         figures = {
@@ -336,7 +332,7 @@ class VaeModel:
             return None
         images = self.held_out.images[:PREVIEW_IMAGES].to(engine.device)
         with engine.accelerator.autocast():
-            reconstructions = reconstruct(self.averaged(engine), images)
+            reconstructions = self.averaged(engine).reconstruct(images)
             logits = engine.modules["discriminator"](reconstructions) if self.game else None
         return preview_sheet(images, reconstructions, logits)
 
@@ -411,11 +407,11 @@ class ReparameterizedAutoencoder(nn.Module):
         encoder_frozen: nothing before the latent is trained, so no gradient is computed there.
     """
 
-    def __init__(self, autoencoder: Any, encoder_frozen: bool = False) -> None:
+    def __init__(self, autoencoder: Autoencoder, encoder_frozen: bool = False) -> None:
         super().__init__()
-        self.autoencoder: Any = autoencoder
+        self.autoencoder: Autoencoder = autoencoder
         self.encoder_frozen = encoder_frozen
-        self.deterministic = is_deterministic(autoencoder)
+        self.deterministic = autoencoder.deterministic
 
     def forward(
         self,
@@ -489,7 +485,7 @@ def start_from(path: str) -> Any:
     return autoencoder.train().requires_grad_(True)
 
 
-def select_trained(autoencoder: Any, names: list[str] | None) -> None:
+def select_trained(autoencoder: Autoencoder, names: list[str] | None) -> None:
     """Freeze every parameter whose name does not start with one of `names`; None leaves all as they are.
 
     `decoder` includes diffusers' `post_quant_conv`. Raises: UserError for a name that matches nothing.
@@ -506,7 +502,7 @@ def select_trained(autoencoder: Any, names: list[str] | None) -> None:
         parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(prefixes)))
 
 
-def encoder_is_frozen(autoencoder: Any) -> bool:
+def encoder_is_frozen(autoencoder: Autoencoder) -> bool:
     """Nothing that makes the latents is trained."""
     parameters = autoencoder.named_parameters()
     return not any(p.requires_grad for name, p in parameters if name.split(".")[0] not in DECODER_PARTS)

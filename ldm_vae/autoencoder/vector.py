@@ -35,14 +35,11 @@ from ldm_vae import runtime
 
 runtime.repair_torchvision()
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
-from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, AutoencoderWavelet, soft_clamp
+from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, LOGVAR_CEILING, soft_clamp
 from ldm_vae.errors import UserError
 
 SMALLEST_SIDE = 4
@@ -96,7 +93,7 @@ class VectorDecoder(nn.Module):
         return self.head(x)
 
 
-class AutoencoderVector(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderVector(Autoencoder):
     """An autoencoder of one vector a grey image, KL-regularised or deterministic; of one image size.
 
     Args:
@@ -106,8 +103,6 @@ class AutoencoderVector(ModelMixin, ConfigMixin):  # type: ignore[misc]
         hidden_channels: width of the linear layer between convolutions and vector, in both.
         logvar_floor, scaling_factor, deterministic: as in `AutoencoderWavelet`.
     """
-
-    config: Any  # a FrozenDict whose keys are attributes
 
     @register_to_config
     def __init__(
@@ -130,32 +125,36 @@ class AutoencoderVector(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.encoder.head.bias.data[latent_channels:] = INITIAL_LOGVAR
 
     @property
-    def image_side(self) -> int:
+    def only_side(self) -> int:
         """S, the side in pixels of the square images that it takes and gives."""
         return int(SMALLEST_SIDE * 2 ** len(self.config.encoder_channels))
 
-    def check_images(self, images: Tensor) -> None:
-        """Raises: UserError for images (n, 3, h, w) of another size."""
-        height, width = images.shape[-2:]
-        if (height, width) != (self.image_side, self.image_side):
-            raise UserError(
-                f"AutoencoderVector: images of {height} x {width} pixels; it knows {self.image_side} x "
-                f"{self.image_side} only, so scale them to that size (resolution={self.image_side}, or --size)"
-            )
+    @property
+    def downsampling(self) -> int:
+        """S: the latent has one position."""
+        return self.only_side
 
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    @property
+    def deterministic(self) -> bool:
+        """Whether there is no log-variance head."""
+        return bool(self.config.deterministic)
+
+    @property
+    def logvar_bounds(self) -> tuple[float, float]:
+        """The soft clamp."""
+        return float(self.config.logvar_floor), LOGVAR_CEILING
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (n, 3, S, S) in [-1, 1] -> posterior over latents (n, c, 1, 1). Raises: UserError for other sizes."""
         self.check_images(x)
         moments = self.encoder(x.mean(dim=1, keepdim=True))
         if self.config.deterministic:
-            return posterior_output(deterministic_posterior(moments), return_dict)
+            return deterministic_posterior(moments)
         mean, logvar = moments.chunk(2, dim=1)
         moments = torch.cat([mean.float(), soft_clamp(logvar, self.config.logvar_floor)], dim=1)
-        return posterior_output(DiagonalGaussianDistribution(moments), return_dict)
+        return DiagonalGaussianDistribution(moments)
 
-    @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+    def image(self, z: Tensor) -> Tensor:
         """Latents (n, c, 1, 1) -> images (n, 3, S, S), about [-1, 1], not clamped, the three channels alike.
 
         Raises:
@@ -166,7 +165,4 @@ class AutoencoderVector(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"AutoencoderVector: latents of {z.shape[-2]} x {z.shape[-1]} positions; a vector has one, so that "
                 "latents cannot be scaled, tiled or enlarged; use an autoencoder of architecture wavelet for that"
             )
-        image = self.decoder(z).expand(-1, 3, -1, -1)
-        return DecoderOutput(sample=image) if return_dict else (image,)
-
-    forward = AutoencoderWavelet.forward  # it calls `encode` and `decode`, nothing else
+        return self.decoder(z).expand(-1, 3, -1, -1)

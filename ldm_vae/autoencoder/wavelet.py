@@ -26,13 +26,10 @@ from ldm_vae import runtime
 
 runtime.repair_torchvision()
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.deterministic import deterministic_posterior, posterior_output
+from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
 from ldm_vae.autoencoder.fast_layers import only_values
 from ldm_vae.autoencoder.klt import BlockKLT, fit_klt
 from ldm_vae.errors import UserError
@@ -198,6 +195,23 @@ class Decoder(nn.Module):
         self.head = convolution(previous, 3, gain=0.5, padding_mode="replicate")
         self.synthesis = BlockSynthesis(latent_channels) if linear_path else None
 
+    @property
+    def context(self) -> int:
+        """How many latent positions around its own a pixel depends on.
+
+        All is 3x3 convolutions and nearest-neighbor upsampling, so the inputs of a pixel can be counted.
+        """
+        blocks = [len(stage.blocks) for stage in self.stages]  # type: ignore[arg-type]
+        farthest = 0
+        for pixel in range(2 ** (len(blocks) - 1)):  # of one latent position
+            low, high = pixel - 2, pixel + 2  # the tail and the head
+            for level in reversed(range(len(blocks))):
+                low, high = low - 2 * blocks[level], high + 2 * blocks[level]
+                if level:
+                    low, high = low // 2, high // 2
+            farthest = max(farthest, 1 - low, 1 + high)  # 1 of the first convolution
+        return farthest
+
     def forward(self, z: Tensor) -> Tensor:
         x = z.contiguous(memory_format=torch.channels_last)
         picture = self.synthesis(x) if self.synthesis is not None else None
@@ -207,7 +221,7 @@ class Decoder(nn.Module):
         return image if picture is None else image + picture
 
 
-class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderWavelet(Autoencoder):
     """An autoencoder with 8x downsampling, KL-regularised or deterministic; any size divisible by 8.
 
     Args:
@@ -223,7 +237,7 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _supports_gradient_checkpointing = True
-    config: Any  # a FrozenDict whose keys are attributes
+    downsampling = 8
 
     @register_to_config
     def __init__(
@@ -270,69 +284,64 @@ class AutoencoderWavelet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             level = variances.log().mean() + 0.5 * self.config.logvar_floor
             noise[channels:] = (level - variances.log()).clamp_min(self.config.logvar_floor + 1)
 
-    @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    @property
+    def deterministic(self) -> bool:
+        """Whether there is no log-variance head."""
+        return bool(self.config.deterministic)
+
+    @property
+    def logvar_bounds(self) -> tuple[float, float]:
+        """The soft clamp."""
+        return float(self.config.logvar_floor), LOGVAR_CEILING
+
+    @property
+    def decoder_context(self) -> int:
+        """Latent positions around its own that a pixel depends on."""
+        return self.decoder.context
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the linear code is still to be fitted."""
+        return bool(self.config.linear_path)
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (n, 3, h, w) in [-1, 1] -> posterior over latents (n, c, h/8, w/8). h and w divisible by 8."""
         if self.config.deterministic:
-            return posterior_output(deterministic_posterior(self.encoder(x)), return_dict)
+            return deterministic_posterior(self.encoder(x))
         mean, logvar = self.encoder(x).chunk(2, dim=1)
-        moments = torch.cat([mean, soft_clamp(logvar, self.config.logvar_floor)], dim=1)
-        return posterior_output(DiagonalGaussianDistribution(moments), return_dict)
+        return DiagonalGaussianDistribution(torch.cat([mean, soft_clamp(logvar, self.config.logvar_floor)], dim=1))
 
-    @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Latents (n, c, h, w) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped."""
-        image = self.decoder(z)
-        return DecoderOutput(sample=image) if return_dict else (image,)
+    @torch.no_grad()
+    def narrow(self, channels: int) -> AutoencoderWavelet:
+        """The smaller autoencoder that keeps the first `channels` latent channels and every other weight.
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple:
-        """Encode and decode (n, 3, h, w); from the posterior's mean unless `sample_posterior`."""
-        posterior = self.encode(sample, return_dict=False)[0]
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+        Exact: its posterior is the first channels of the full one's, and it decodes as the full one decodes the same
+        latents followed by zeros. Useful after training with nested channels (DC-AE 1.5, arXiv:2508.00413).
 
-
-@torch.no_grad()
-def narrow_channels(autoencoder: Any, channels: int) -> AutoencoderWavelet:
-    """The smaller autoencoder that keeps the first `channels` latent channels and every other weight.
-
-    Exact: its posterior is the first channels of the full one's, and it decodes as the full one decodes the same
-    latents followed by zeros. Useful after training with nested channels (DC-AE 1.5, arXiv:2508.00413).
-
-    Raises:
-        UserError: not an `AutoencoderWavelet`, or not between 1 and its latent channels.
-    """
-    if not isinstance(autoencoder, AutoencoderWavelet):
-        raise UserError(
-            f"{type(autoencoder).__name__}: its channels cannot be cut; train kind kl or ae with architecture wavelet"
-        )
-    settings = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
-    present, deterministic = settings["latent_channels"], settings["deterministic"]
-    if not 1 <= channels <= present:
-        raise UserError(f"channels: {channels} is not between 1 and the {present} channels of this autoencoder")
-    narrow = AutoencoderWavelet(**settings | {"latent_channels": channels})
-    rows = list(range(channels))
-    if not deterministic:
-        rows += range(present, present + channels)  # the log-variances follow the means
-    tensors = dict(autoencoder.state_dict())
-    for name in ("encoder.head.weight", "encoder.head.bias"):
-        tensors[name] = tensors[name][rows]
-    if autoencoder.config.linear_path:
-        for name in LINEAR_PATH_ROWS:
-            tensors[name] = tensors[name][:channels]
-        tensors[LINEAR_PATH_COLUMNS] = tensors[LINEAR_PATH_COLUMNS][:, :channels]
-    first = "decoder.stages.0.resample.weight"
-    tensors[first] = tensors[first][:, :channels]
-    narrow.load_state_dict(tensors)
-    narrow.requires_grad_(any(parameter.requires_grad for parameter in autoencoder.parameters()))
-    narrow = narrow.to(autoencoder.device, autoencoder.dtype).to(memory_format=torch.channels_last)
-    return narrow.train(autoencoder.training)
+        Raises:
+            UserError: not between 1 and the latent channels.
+        """
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        present, deterministic = settings["latent_channels"], settings["deterministic"]
+        if not 1 <= channels <= present:
+            raise UserError(f"channels: {channels} is not between 1 and the {present} channels of this autoencoder")
+        narrow = AutoencoderWavelet(**settings | {"latent_channels": channels})
+        rows = list(range(channels))
+        if not deterministic:
+            rows += range(present, present + channels)  # the log-variances follow the means
+        tensors = dict(self.state_dict())
+        for name in ("encoder.head.weight", "encoder.head.bias"):
+            tensors[name] = tensors[name][rows]
+        if self.config.linear_path:
+            for name in LINEAR_PATH_ROWS:
+                tensors[name] = tensors[name][:channels]
+            tensors[LINEAR_PATH_COLUMNS] = tensors[LINEAR_PATH_COLUMNS][:, :channels]
+        first = "decoder.stages.0.resample.weight"
+        tensors[first] = tensors[first][:, :channels]
+        narrow.load_state_dict(tensors)
+        narrow.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
+        narrow = narrow.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        return narrow.train(self.training)
 
 
 # The orthonormal two-dimensional Haar transform: half the size, four times the channels, the same energy.

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.autoencoder.wavelet import Decoder
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
@@ -120,28 +119,7 @@ def to_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
 TILE = 128
 """Latent positions along a side of a tile; larger latents are decoded in tiles."""
 
-DEFAULT_CONTEXT = 8
 BLEND = 8
-
-
-def decoder_context(autoencoder: Any) -> int:
-    """How many latent positions around its own a pixel depends on: exact for this package's decoder, else a choice.
-
-    That decoder is 3x3 convolutions and nearest-neighbour upsampling, so the inputs of a pixel can be counted.
-    """
-    decoder = getattr(autoencoder, "decoder", None)
-    if not isinstance(decoder, Decoder):
-        return DEFAULT_CONTEXT
-    blocks = [len(stage.blocks) for stage in decoder.stages]  # type: ignore[arg-type]
-    farthest = 0
-    for pixel in range(2 ** (len(blocks) - 1)):  # of one latent position
-        low, high = pixel - 2, pixel + 2  # the tail and the head
-        for level in reversed(range(len(blocks))):
-            low, high = low - 2 * blocks[level], high + 2 * blocks[level]
-            if level:
-                low, high = low // 2, high // 2
-        farthest = max(farthest, 1 - low, 1 + high)  # 1 of the first convolution
-    return farthest
 
 
 def decode_in_tiles(

@@ -31,8 +31,8 @@ from ldm_vae.autoencoder.interop.compvis import fold_normalizer
 from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Precision, check_target
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
 from ldm_vae.autoencoder.lineage import thin
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder, model_directory
-from ldm_vae.autoencoder.weights import check_finite, encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder, model_directory
+from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import scheduler_shift
@@ -113,7 +113,7 @@ def export_standard(
         "source": {
             "name": source,
             "class": type(pipeline).__name__,
-            "fingerprint": fingerprint(pipeline.autoencoder),
+            "fingerprint": pipeline.autoencoder.fingerprint(),
         },
         "to": "diffusers-pipeline",
         "class": type(standard).__name__,
@@ -139,7 +139,7 @@ def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
     Raises:
         UserError: see `export_standard`.
     """
-    if type(pipeline.autoencoder) is not AutoencoderKL:
+    if type(pipeline.autoencoder).__name__ != AutoencoderKL.__name__:
         raise UserError(
             f"autoencoder: {type(pipeline.autoencoder).__name__} is no class of stock diffusers that takes the "
             "normaliser in; train on latents of one with autoencoder.architecture=sd"
@@ -224,7 +224,7 @@ def check_equal(unet: LatentUNet, standard: UNet2DModel, latent_size: tuple[int,
 
 def readme(pipeline: LatentDiffusionPipeline, name: str) -> str:
     """README.md of the exported directory."""
-    height, width = (side * downsampling(pipeline.autoencoder) for side in pipeline.config["latent_size"])
+    height, width = (side * pipeline.autoencoder.downsampling for side in pipeline.config["latent_size"])
     names = pipeline.labels
     shown = (
         f"Classes: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}." if names else "There are no classes."
@@ -342,7 +342,7 @@ def _write_pipeline(
 
 
 def _identities(model: Any) -> dict[str, str]:
-    return {"fingerprint": fingerprint(model), "encoder_fingerprint": encoder_fingerprint(model)}
+    return {"fingerprint": model.fingerprint(), "encoder_fingerprint": model.encoder_fingerprint()}
 
 
 def _copy_records(directory: Path, folder: Path) -> None:

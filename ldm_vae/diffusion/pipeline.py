@@ -22,9 +22,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae import random
-from ldm_vae.autoencoder import base
-from ldm_vae.autoencoder.fast_layers import prepare_for_inference
-from ldm_vae.autoencoder.models import downsampling, latent_channels
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import as_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.sources import WHOLE_NUMBER
 from ldm_vae.diffusion import editing, flow, saving
@@ -208,7 +207,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     _optional_components = ["autoguidance_unet"]  # noqa: RUF012 - as in every diffusers pipeline
     _callback_tensor_inputs = ["latents", "clean"]  # noqa: RUF012
 
-    autoencoder: Any
+    autoencoder: Autoencoder
     unet: LatentUNet
     scheduler: Any
     autoguidance_unet: LatentUNet | None
@@ -252,13 +251,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self.normalizer = LatentNormalizer.from_dict(normalizer)
         classes = int(unet.config["num_classes"])
         names = [str(name) for name in label_names] or [str(number) for number in range(classes)]
+        autoencoder = as_autoencoder(autoencoder)
         self._check_parts(autoencoder, unet, len(self.normalizer.mean), names)
         if autoguidance_unet is not None:
             self._check_parts(autoencoder, autoguidance_unet, len(self.normalizer.mean), names)
         self.register_modules(
             autoencoder=autoencoder, unet=unet, scheduler=scheduler, autoguidance_unet=autoguidance_unet
         )
-        prepare_for_inference(autoencoder)
         for part in filter(None, (unet, autoguidance_unet)):  # as in training: faster, and the same rounding
             nn.Module.to(part, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fingerprint, rounded_encoders = saving.check_encoder(autoencoder, encoder_fingerprint, rounded_encoders)
@@ -274,8 +273,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
 
     @staticmethod
-    def _check_parts(autoencoder: Any, unet: Any, channels: int, names: Sequence[str]) -> None:
-        found = {"U-Net": int(unet.config["latent_channels"]), "autoencoder": latent_channels(autoencoder)}
+    def _check_parts(autoencoder: Autoencoder, unet: Any, channels: int, names: Sequence[str]) -> None:
+        found = {"U-Net": int(unet.config["latent_channels"]), "autoencoder": autoencoder.latent_channels}
         for part, count in found.items():
             if count != channels:
                 raise UserError(
@@ -358,7 +357,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, the training size where None. Raises: UserError for an impossible side."""
-        factor = downsampling(self.autoencoder)
+        factor = self.autoencoder.downsampling
         sides = []
         for name, asked, trained in zip(("height", "width"), (height, width), self.config["latent_size"]):
             if asked is not None and (asked < factor or asked % factor):
@@ -369,9 +368,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latents of an image. Raises: UserError for an impossible side."""
-        factor = downsampling(self.autoencoder)
+        factor = self.autoencoder.downsampling
         height, width = self.image_size(height, width)
-        return latent_channels(self.autoencoder), height // factor, width // factor
+        return self.autoencoder.latent_channels, height // factor, width // factor
 
     @torch.no_grad()
     def __call__(
@@ -434,7 +433,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance_scale, autoguidance_scale, guidance_interval, guidance_rescale,
             labelled=classes is not None, weak=self.autoguidance_unet is not None,
         )  # fmt: skip
-        source = None if image is None else editing.read_init_image(image, mask, count, downsampling(self.autoencoder))
+        source = None if image is None else editing.read_init_image(image, mask, count, self.autoencoder.downsampling)
         shape = self._shape(height, width, source, latents)
         if latents is None:
             latents = draw_noise(shape, image_generators(generator, seed, count), self._execution_device)
@@ -473,7 +472,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             x, expected = (torch.cat(parts) for parts in zip(*moved))
             if source is not None and source.mask is not None:
                 known = flow.interpolate(clean, noise, noise.new_full((len(noise),), times[index + 1]))
-                x = torch.where(source.latent_mask(downsampling(self.autoencoder)).to(x.device), x, known)
+                x = torch.where(source.latent_mask(self.autoencoder.downsampling).to(x.device), x, known)
             if callback is not None:
                 tensors = {"latents": x, "clean": expected}
                 x = (callback(self, index - first, torch.tensor(1000 * times[index]), tensors) or {}).get("latents", x)
@@ -500,12 +499,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _decode_one(self, latent: Tensor) -> Tensor:
         if max(latent.shape[-2:]) <= editing.TILE:
-            return base.decode(self.autoencoder, latent)
+            return self.autoencoder.decode_images(latent)
         return editing.decode_in_tiles(
-            lambda part: base.decode(self.autoencoder, part),
+            lambda part: self.autoencoder.decode_images(part),
             latent,
-            factor=downsampling(self.autoencoder),
-            context=editing.decoder_context(self.autoencoder),
+            factor=self.autoencoder.downsampling,
+            context=self.autoencoder.decoder_context,
             tile=editing.TILE,
         )
 
@@ -513,7 +512,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Normalised posterior means (n, c, h, w) of images, one at a time."""
         device = self._execution_device
         images = (2 * source.images - 1).split(1)
-        means = [base.encode_moments(self.autoencoder, image.to(device))[0] for image in images]
+        means = [self.autoencoder.encode_moments(image.to(device))[0] for image in images]
         return self.normalizer.normalize(torch.cat(means))
 
     def _output(self, latents: Tensor, output_type: str, source: editing.InitImage | None) -> Any:
@@ -545,7 +544,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self, height: int | None, width: int | None, source: editing.InitImage | None, latents: Tensor | None
     ) -> tuple[int, int, int]:
         """(c, h, w) of the latents, the size from whatever has one."""
-        factor, channels = downsampling(self.autoencoder), latent_channels(self.autoencoder)
+        factor, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         if latents is not None and latents.shape[1:2] != (channels,):
             raise UserError(f"latents: shape {tuple(latents.shape)}; give (n, {channels}, h, w)")
         sides: list[tuple[str, tuple[int, int]]] = []

@@ -13,8 +13,8 @@ import huggingface_hub
 import torch
 from torch import nn
 
-from ldm_vae.autoencoder.models import downsampling
-from ldm_vae.autoencoder.weights import encoder_fingerprint, load_weights
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.weights import load_weights
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST, write_text
 
@@ -88,7 +88,7 @@ stand here only if somebody adds it.
 
 
 def check_encoder(
-    autoencoder: Any, expected: str | None, rounded: Mapping[str, str] | None
+    autoencoder: Autoencoder, expected: str | None, rounded: Mapping[str, str] | None
 ) -> tuple[str, dict[str, str]]:
     """The fingerprint of the encoder that made the latents, and those of its copies in half precision, by precision.
 
@@ -103,7 +103,7 @@ def check_encoder(
     """
     if expected is not None and autoencoder.dtype != torch.float32:
         return expected, dict(rounded or {})
-    found = encoder_fingerprint(autoencoder)
+    found = autoencoder.encoder_fingerprint()
     if expected is not None and expected != found and found not in (rounded or {}).values():
         raise UserError(
             f"pipeline: encoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
@@ -111,7 +111,7 @@ def check_encoder(
         )
     if rounded is None and autoencoder.dtype == torch.float32:
         copies = {name: copy.deepcopy(autoencoder).to(dtype) for name, dtype in HALF.items()}
-        rounded = {name: encoder_fingerprint(one) for name, one in copies.items()}
+        rounded = {name: one.encoder_fingerprint() for name, one in copies.items()}
     return expected or found, dict(rounded or {})
 
 
@@ -122,7 +122,7 @@ def card(pipeline: LatentDiffusionPipeline, where: str) -> str:
     facts = {
         "Classes": ", ".join(names[:20]) + (f", ... ({len(names)})" if len(names) > 20 else "") if names else "none",
         "U-Net": f"{sum(parameter.numel() for parameter in unet.parameters()) / 1e6:.1f} M parameters",
-        "Autoencoder": f"{type(pipeline.autoencoder).__name__}, {downsampling(pipeline.autoencoder)}x, "
+        "Autoencoder": f"{type(pipeline.autoencoder).__name__}, {pipeline.autoencoder.downsampling}x, "
         f"{len(pipeline.normalizer.mean)} channels",
         "Encoder of the latents": f"`{settings['encoder_fingerprint'][:19]}...`",
         "Scheduler": type(pipeline.scheduler).__name__,

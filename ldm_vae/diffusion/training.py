@@ -12,9 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder import base
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, only_side
-from ldm_vae.autoencoder.weights import encoder_fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import changed_keys
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow, validation
@@ -266,7 +264,7 @@ class DiffusionModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1] of the autoencoder's own latents, on the CPU; one at a time through it."""
-        return torch.cat([base.decode(self.autoencoder, latent[None]).float().cpu() for latent in latents])
+        return torch.cat([self.autoencoder.decode_images(latent[None]).float().cpu() for latent in latents])
 
     def known_latents(self) -> Tensor:
         """Normalised training latents for comparison, half precision, evenly spread over the set; read once."""
@@ -373,13 +371,13 @@ def check_contents(began: dict[str, Any], now: dict[str, Any], where: str) -> No
 def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
     """The autoencoder that made the latents. Raises: UserError when it is another one, or cannot have made them."""
     autoencoder = load_autoencoder(path)
-    manifest.check_autoencoder(encoder_fingerprint(autoencoder), where=f"autoencoder={path}")
-    if only_side(autoencoder) is not None:
+    manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where=f"autoencoder={path}")
+    if autoencoder.only_side is not None:
         raise UserError(
             f"autoencoder={path}: its latents are one vector, the U-Net draws maps; use architecture=wavelet"
         )
-    factor, (channels, height, width) = downsampling(autoencoder), manifest.latent_shape
-    needed = {"channels": latent_channels(autoencoder), "height": factor * height, "width": factor * width}
+    factor, (channels, height, width) = autoencoder.downsampling, manifest.latent_shape
+    needed = {"channels": autoencoder.latent_channels, "height": factor * height, "width": factor * width}
     found = {"channels": channels, **manifest.preprocessing}
     for name, value in needed.items():
         if found.get(name, value) != value:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder import base
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow
 from ldm_vae.latents.dataset import LatentDataset
@@ -199,7 +198,7 @@ def compare_with_training(
 def _encoded(pipeline: Any, image: Image.Image) -> Tensor:
     """Normalised posterior mean (1, c, h, w), on the CPU."""
     tensor = transforms.from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None])
-    return pipeline.normalizer.normalize(base.encode_moments(pipeline.autoencoder, tensor.to(pipeline.device))[0]).cpu()
+    return pipeline.normalizer.normalize(pipeline.autoencoder.encode_moments(tensor.to(pipeline.device))[0]).cpu()
 
 
 def panel(

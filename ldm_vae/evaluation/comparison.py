@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import decode, encode_moments
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import BlockKLT, block_moments
 from ldm_vae.autoencoder.losses import LPIPS
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage, token_indices
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import crops, evenly_spaced
@@ -32,7 +32,7 @@ from ldm_vae.data.split import subset
 from ldm_vae.diffusion.fid import frechet_distance
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, sweep
-from ldm_vae.evaluation.measurement import codebook_size, fit_baseline
+from ldm_vae.evaluation.measurement import fit_baseline
 from ldm_vae.evaluation.pages import embed_image
 from ldm_vae.evaluation.study import read_json
 from ldm_vae.evaluation.sweep import Outcome, Point, Run
@@ -199,7 +199,7 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
         "interpolation": plain(interpolation(autoencoder, images, lpips)),
         "prior_samples": plain(prior_samples(autoencoder, images, klt, evaluate.seed)),
         "codes": code_use(autoencoder, images),
-        "downsampling": downsampling(autoencoder),
+        "downsampling": autoencoder.downsampling,
     }
     write_json(point.folder / "latents.json", found)
     return found
@@ -372,7 +372,7 @@ def step_distance(x: Tensor, y: Tensor, lpips: LPIPS | None) -> tuple[Tensor, st
 
 
 @torch.no_grad()
-def interpolation(autoencoder: Any, images: Tensor, lpips: LPIPS | None = None) -> Interpolation:
+def interpolation(autoencoder: Autoencoder, images: Tensor, lpips: LPIPS | None = None) -> Interpolation:
     """Straight lines between the latent means of images (n, 3, h, w), the first with the second and so on; n >= 2.
 
     A path of equal steps has an unevenness of 1, one that jumps once of 8. A blur in the middle, the usual sign of a
@@ -383,9 +383,11 @@ def interpolation(autoencoder: Any, images: Tensor, lpips: LPIPS | None = None) 
         raise ValueError(f"interpolation: {len(images)} image(s); give at least 2")
     found = []
     for pair in images[: len(images) // 2 * 2].split(2):
-        ends, _ = encode_moments(autoencoder, pair)
+        ends, _ = autoencoder.encode_moments(pair)
         weights = torch.linspace(0, 1, INTERPOLATION_STEPS + 1, device=ends.device).view(-1, 1, 1, 1)
-        path = torch.cat([decode(autoencoder, latent[None]) for latent in (1 - weights) * ends[0] + weights * ends[1]])
+        path = torch.cat(
+            [autoencoder.decode_images(latent[None]) for latent in (1 - weights) * ends[0] + weights * ends[1]]
+        )
         found.append(measure_path(path, lpips))
     unevenness, sharpness = ([getattr(one, name) for one in found] for name in ("unevenness", "midpoint_sharpness"))
     return Interpolation(float(np.mean(unevenness)), float(np.mean(sharpness)), found[0].distance, len(found))
@@ -421,10 +423,10 @@ def measure_path(path: Tensor, lpips: LPIPS | None = None) -> LatentPath:
 
 
 @torch.no_grad()
-def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0) -> PriorSamples:
+def prior_samples(autoencoder: Autoencoder, images: Tensor, klt: BlockKLT, seed: int = 0) -> PriorSamples:
     """As many samples as images (n, 3, h, w), of the latents' size. Positions are drawn independently: this is the
     prior of the KL term, not that of a diffusion model, so pictures are not expected; the figures say how far off."""
-    means, logvars = zip(*(encode_moments(autoencoder, image[None]) for image in images), strict=True)
+    means, logvars = zip(*(autoencoder.encode_moments(image[None]) for image in images), strict=True)
     mean, variance = torch.cat(means), torch.cat(logvars).exp()
     centre = mean.mean(dim=(0, 2, 3), keepdim=True)
     spread = (mean.var(dim=(0, 2, 3), keepdim=True, correction=0) + variance.mean(dim=(0, 2, 3), keepdim=True)).sqrt()
@@ -442,12 +444,12 @@ def prior_samples(autoencoder: Any, images: Tensor, klt: BlockKLT, seed: int = 0
     )
 
 
-def round_trip(autoencoder: Any, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
+def round_trip(autoencoder: Autoencoder, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
     """The decoded images, and the rms distance of their encoding from the latents, in standard deviations."""
     decoded, squares = [], []
     for latent in latents.split(1):
-        image = decode(autoencoder, latent)
-        again, _ = encode_moments(autoencoder, image)
+        image = autoencoder.decode_images(latent)
+        again, _ = autoencoder.encode_moments(image)
         decoded.append(image)
         squares.append(((again - latent) / spread.clamp_min(1e-6)).square().mean())
     return torch.cat(decoded), float(torch.stack(squares).mean().sqrt())
@@ -467,24 +469,24 @@ def block_frechet(images: Tensor, references: Tensor, klt: BlockKLT) -> float:
     return frechet_distance(mean_x, covariance_x, mean_y, covariance_y) / max(float(np.trace(covariance_y)), 1e-12)
 
 
-def coding_gigamacs(autoencoder: Any, resolution: int, device: torch.device) -> tuple[float, float]:
+def coding_gigamacs(autoencoder: Autoencoder, resolution: int, device: torch.device) -> tuple[float, float]:
     """Multiply-accumulates of encode and of decode for one image, in 10^9."""
     image = torch.zeros(1, 3, resolution, resolution, device=device)
-    mean, _ = encode_moments(autoencoder, image)
-    return gigamacs(lambda: encode_moments(autoencoder, image)), gigamacs(lambda: decode(autoencoder, mean))
+    mean, _ = autoencoder.encode_moments(image)
+    return gigamacs(lambda: autoencoder.encode_moments(image)), gigamacs(lambda: autoencoder.decode_images(mean))
 
 
 @torch.no_grad()
-def code_use(autoencoder: Any, images: Tensor) -> dict[str, float] | None:
+def code_use(autoencoder: Autoencoder, images: Tensor) -> dict[str, float] | None:
     """Perplexity, share of unused codes, entropy in bits and the number of codes over images (n, 3, h, w).
 
     None for an autoencoder without a codebook of this package. The share of unused codes is only meaningful where there
     are many more positions than codes; `positions` says how many there were.
     """
-    size = codebook_size(autoencoder)
-    if size is None or not isinstance(autoencoder, AutoencoderQuantized):
+    size = autoencoder.codebook_size
+    if size is None or not autoencoder.has_codes:
         return None
-    indices = torch.cat([token_indices(autoencoder, image[None]).flatten() for image in images])
+    indices = torch.cat([autoencoder.token_indices(image[None]).flatten() for image in images])
     usage = codebook_usage(indices, size)
     return {name: float(value) for name, value in usage.items()} | {"codes": size, "positions": len(indices)}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.autoencoder.health import RULES, Severity, Verdict, in_order, judge
 from ldm_vae.autoencoder.lineage import RECORD, read_record
-from ldm_vae.autoencoder.models import load_autoencoder, only_side
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import evenly_spaced, read_crops
@@ -92,7 +92,7 @@ class Diagnosis(Study):
         autoencoder = load_autoencoder(config.autoencoder).to(self.device)
         super().__init__(config, autoencoder, overwrite=overwrite)
         check_resolution(config.resolution, autoencoder)
-        if config.resolution < SMALLEST_RESOLUTION and only_side(autoencoder) is None:
+        if config.resolution < SMALLEST_RESOLUTION and autoencoder.only_side is None:
             raise UserError(f"resolution: {config.resolution} is under {SMALLEST_RESOLUTION}; 256 is usual")
 
     def prepare(self) -> None:

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.health import RULES, PosteriorStatistics, effective_rank
 from ldm_vae.autoencoder.klt import Moments, block_moments, solve_klt
-from ldm_vae.autoencoder.models import downsampling, latent_channels, only_side
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import codebook_size
 from ldm_vae.evaluation.metrics import psnr, water_level
 from ldm_vae.random import generator
 
@@ -177,12 +175,12 @@ FLAT_COLOURS = {
 }
 
 
-def decode_all(autoencoder: Any, latents: Tensor, batch: int) -> Tensor:
+def decode_all(autoencoder: Autoencoder, latents: Tensor, batch: int) -> Tensor:
     """Decode (n, c, h, w) in batches."""
-    return torch.cat([decode(autoencoder, part) for part in latents.split(batch)])
+    return torch.cat([autoencoder.decode_images(part) for part in latents.split(batch)])
 
 
-def decoder_use(autoencoder: Any, latents: Tensor, batch: int) -> list[float]:
+def decoder_use(autoencoder: Autoencoder, latents: Tensor, batch: int) -> list[float]:
     """S_c: the change when channel c comes from another image, relative to that when all channels do, (c,).
 
     Each image's partner is half the set away. All NaN when exchanging everything changes nothing.
@@ -191,16 +189,16 @@ def decoder_use(autoencoder: Any, latents: Tensor, batch: int) -> list[float]:
     changes = torch.zeros(latents.shape[1], dtype=torch.float64)
     whole = 0.0
     for rows, others in zip(latents.split(batch), partners.split(batch)):
-        decoded = decode(autoencoder, rows)
-        whole += float((decode(autoencoder, others) - decoded).double().square().sum())
+        decoded = autoencoder.decode_images(rows)
+        whole += float((autoencoder.decode_images(others) - decoded).double().square().sum())
         for channel in range(latents.shape[1]):
             exchanged = rows.clone()
             exchanged[:, channel] = others[:, channel]
-            changes[channel] += float((decode(autoencoder, exchanged) - decoded).double().square().sum())
+            changes[channel] += float((autoencoder.decode_images(exchanged) - decoded).double().square().sum())
     return (changes / whole).tolist() if whole > 1e-9 * latents[:, :1].numel() else [float("nan")] * len(changes)
 
 
-def hot_reach(autoencoder: Any, mean: Tensor, factor: int) -> list[float]:
+def hot_reach(autoencoder: Autoencoder, mean: Tensor, factor: int) -> list[float]:
     """Share of what a channel's hottest position does to the image that it does elsewhere, (c,); NaN: it does nothing.
 
     The position of `mean` (n, c, h, w) farthest from its channel's mean is set to that mean, and the images decoded
@@ -217,7 +215,7 @@ def hot_reach(autoencoder: Any, mean: Tensor, factor: int) -> list[float]:
         image, row, column = place // (height * width), place // width % height, place % width
         latents = mean[image : image + 1].expand(2, -1, -1, -1).clone()
         latents[1, channel, row, column] = average[0, channel, 0, 0]
-        before, after = decode(autoencoder, latents).double()
+        before, after = autoencoder.decode_images(latents).double()
         change = (after - before).square().sum(dim=0)
         rows, columns = (slice(max(0, at - near) * factor, (at + near + 1) * factor) for at in (row, column))
         total = float(change.sum())
@@ -233,7 +231,7 @@ def permutation_ratio(images: Tensor, decoded: Tensor) -> float:
 
 
 def noise_curve(
-    autoencoder: Any, images: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor, batch: int
+    autoencoder: Autoencoder, images: Tensor, mean: Tensor, deviation: Tensor, noise: Tensor, batch: int
 ) -> dict[float, float]:
     """PSNR in dB (mean over images) of decode(mean + tau * deviation * noise) by tau; tau = 0 is decode(mean).
 
@@ -260,22 +258,22 @@ def noise_for_one_decibel(curve: dict[float, float]) -> float | None:
     return None
 
 
-def cycle_error(autoencoder: Any, latents: Tensor, batch: int) -> float:
+def cycle_error(autoencoder: Autoencoder, latents: Tensor, batch: int) -> float:
     """Root mean square of E(D(z)) - z, E being the posterior's mean."""
     squared = [
-        (encode_moments(autoencoder, decode(autoencoder, part))[0] - part).square().mean(dim=(1, 2, 3))
+        (autoencoder.encode_moments(autoencoder.decode_images(part))[0] - part).square().mean(dim=(1, 2, 3))
         for part in latents.split(batch)
     ]
     return float(torch.cat(squared).mean().sqrt())
 
 
-def round_trips(autoencoder: Any, images: Tensor, batch: int, count: int = 10) -> list[float]:
+def round_trips(autoencoder: Autoencoder, images: Tensor, batch: int, count: int = 10) -> list[float]:
     """PSNR in dB against the originals after 1, 2 ... `count` times encoding and decoding the result again."""
     found = torch.zeros(count)
     for originals in images.split(batch):
         current = originals
         for trip in range(count):
-            current = decode(autoencoder, encode_moments(autoencoder, current)[0])[..., : images.shape[-2], :]
+            current = autoencoder.decode_images(autoencoder.encode_moments(current)[0])[..., : images.shape[-2], :]
             current = current[..., : images.shape[-1]]
             found[trip] += psnr(current, originals).sum().cpu()
     return (found / len(images)).tolist()
@@ -315,7 +313,7 @@ class FlatField:
     decoded: dict[str, Tensor]
 
 
-def flat_field(autoencoder: Any, resolution: int, stride: int, device: torch.device) -> FlatField:
+def flat_field(autoencoder: Autoencoder, resolution: int, stride: int, device: torch.device) -> FlatField:
     """Encode and decode constant images, and look at the inner half, away from what padding does.
 
     The ratio of powers has a floor: a periodic pattern far under one 8-bit level (a deviation of 0.0005) is none.
@@ -325,7 +323,7 @@ def flat_field(autoencoder: Any, resolution: int, stride: int, device: torch.dev
     margin = resolution // 4 // stride * stride
     for name, colour in FLAT_COLOURS.items():
         image = torch.tensor(colour, device=device).view(1, 3, 1, 1).expand(1, 3, resolution, resolution)
-        result = decode(autoencoder, encode_moments(autoencoder, image)[0])[0].cpu()
+        result = autoencoder.decode_images(autoencoder.encode_moments(image)[0])[0].cpu()
         decoded[name] = result
         inner = result[:, margin : resolution - margin, margin : resolution - margin].double()
         worst = max(worst, float(inner.std(dim=(1, 2), unbiased=False).max()))
@@ -354,7 +352,7 @@ def harmonic_ratio(field: Tensor, stride: int) -> float:
     return float(power[harmonics].mean() / (power[near].mean() + floor))
 
 
-def droplet_score(autoencoder: Any, latents: Tensor) -> float | None:
+def droplet_score(autoencoder: Autoencoder, latents: Tensor) -> float | None:
     """Largest max|activation| / median|activation| over the decoder's stages; None where no stage can be seen.
 
     Normalising decoders grow isolated spikes of this kind ("droplets", Karras et al., arXiv:1912.04958).
@@ -367,11 +365,11 @@ def droplet_score(autoencoder: Any, latents: Tensor) -> float | None:
             scores.append(float(sizes.max() / sizes.median().clamp_min(1e-6)))
 
     with _hooked(decoder_stages(autoencoder), look):
-        decode(autoencoder, latents)
+        autoencoder.decode_images(latents)
     return max(scores, default=None)
 
 
-def decoder_stages(autoencoder: Any) -> list[nn.Module]:
+def decoder_stages(autoencoder: Autoencoder) -> list[nn.Module]:
     """The decoder's stages: the entries of its module lists, as in diffusers' `up_blocks` and our `stages`."""
     decoder = getattr(autoencoder, "decoder", None)
     if not isinstance(decoder, nn.Module):
@@ -439,14 +437,14 @@ class Measured:
 class _Collector:
     """The pass over all images: sums, PSNR of both decodings, border error, a buffer of posteriors, the probes."""
 
-    def __init__(self, autoencoder: Any, expected: int, seed: int, device: torch.device) -> None:
+    def __init__(self, autoencoder: Autoencoder, expected: int, seed: int, device: torch.device) -> None:
         self.autoencoder, self.seed = autoencoder, seed
-        channels = latent_channels(autoencoder)
-        self.statistics = PosteriorStatistics(channels, device, logvar_bounds(autoencoder))
+        channels = autoencoder.latent_channels
+        self.statistics = PosteriorStatistics(channels, device, autoencoder.logvar_bounds)
         self.border = BorderError()
-        self.factor = downsampling(autoencoder)
+        self.factor = autoencoder.downsampling
         # codes of so many bits are no numbers, and one vector an image has no blocks
-        mapped = has_positions(autoencoder) and codebook_size(autoencoder) is None
+        mapped = has_positions(autoencoder) and autoencoder.codebook_size is None
         self.has_linear_counterpart = mapped and self.factor <= LARGEST_BLOCK
         self.blocks: Moments | None = None
         self.decibels: dict[str, list[float]] = {"mean": [], "sample": []}
@@ -457,15 +455,15 @@ class _Collector:
         self.count = 0
 
     def add(self, images: Tensor) -> None:
-        mean, logvar = encode_moments(self.autoencoder, images)
+        mean, logvar = self.autoencoder.encode_moments(images)
         keys = range(self.count, self.count + len(images))
         shape = mean.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=generator(self.seed, "diagnosis", key)) for key in keys])
         noise = noise.to(images.device)
         self.statistics.add(mean, logvar)
         height, width = images.shape[-2:]
-        decoded = decode(self.autoencoder, mean)[..., :height, :width]
-        sampled = decode(self.autoencoder, mean + torch.exp(0.5 * logvar) * noise)[..., :height, :width]
+        decoded = self.autoencoder.decode_images(mean)[..., :height, :width]
+        sampled = self.autoencoder.decode_images(mean + torch.exp(0.5 * logvar) * noise)[..., :height, :width]
         self.decibels["mean"] += psnr(decoded, images).tolist()
         self.decibels["sample"] += psnr(sampled, images).tolist()
         self.border.add(decoded, images)
@@ -486,7 +484,7 @@ class _Collector:
 
 
 def measure(
-    autoencoder: Any, batches: Iterable[Tensor], expected: int, batch: int, seed: int, device: torch.device
+    autoencoder: Autoencoder, batches: Iterable[Tensor], expected: int, batch: int, seed: int, device: torch.device
 ) -> Measured:
     """All figures of the report.
 
@@ -515,7 +513,7 @@ def measure(
     figures["rate"] = _rate(autoencoder, statistics, deterministic)
     figures["latents"] = _latents(figures, statistics, probes, mean + torch.exp(0.5 * logvar) * noise, seed)
     prior = _prior(probes, figures["channels"], deterministic, seed)
-    flat = flat_field(autoencoder, probes.images.shape[-1], downsampling(autoencoder), device)
+    flat = flat_field(autoencoder, probes.images.shape[-1], autoencoder.downsampling, device)
     figures["decoder"] = _decoder(autoencoder, figures, probes, prior, batch)
     figures["decoder"] |= {
         "psnr_mean": _average(collector.decibels["mean"]),
@@ -536,20 +534,14 @@ def measure(
     return Measured(_without_nan(figures), probes, flat, *pictures)
 
 
-def has_positions(autoencoder: Any) -> bool:
+def has_positions(autoencoder: Autoencoder) -> bool:
     """Whether latents are maps. Of one vector an image, that a constant colour stays constant is not to be expected,
     and no position stands out from others."""
-    return only_side(autoencoder) is None
-
-
-def logvar_bounds(autoencoder: Any) -> tuple[float, float]:
-    """Where the autoencoder clamps its log-variance: ours at a configured floor and 2, diffusers' at -30 and 20."""
-    floor = getattr(autoencoder.config, "logvar_floor", None)
-    return (-30.0, 20.0) if floor is None else (float(floor), 2.0)
+    return autoencoder.only_side is None
 
 
 def _channels(
-    autoencoder: Any,
+    autoencoder: Autoencoder,
     statistics: PosteriorStatistics,
     probes: Probes,
     buffered: tuple[Tensor, Tensor, Tensor],
@@ -562,7 +554,7 @@ def _channels(
     images = max(LEAST_IMAGES, PROBE_CHANNEL_DECODES // statistics.channels)
     columns["decoder_use"] = decoder_use(autoencoder, probes.sample[:images], batch)
     columns["hot_reach"] = (
-        hot_reach(autoencoder, probes.mean, downsampling(autoencoder))
+        hot_reach(autoencoder, probes.mean, autoencoder.downsampling)
         if has_positions(autoencoder)
         else [None] * statistics.channels
     )
@@ -572,13 +564,13 @@ def _channels(
     return [{name: column[c] for name, column in columns.items()} for c in range(statistics.channels)]
 
 
-def _rate(autoencoder: Any, statistics: PosteriorStatistics, deterministic: bool) -> dict[str, Any]:
+def _rate(autoencoder: Autoencoder, statistics: PosteriorStatistics, deterministic: bool) -> dict[str, Any]:
     summary = statistics.summary()
     nats = None if deterministic else summary["nats"]
-    channels, factor = statistics.channels, downsampling(autoencoder)
+    channels, factor = statistics.channels, autoencoder.downsampling
     return {
         "deterministic": deterministic,
-        "deterministic_by_design": is_deterministic(autoencoder),
+        "deterministic_by_design": autoencoder.deterministic,
         "nats_per_dim": nats,
         "bits_per_dim": None if nats is None else bits_per_dimension(nats),
         "bits_per_pixel": None if nats is None else bits_per_pixel(nats, channels, factor),
@@ -629,7 +621,9 @@ def _prior(probes: Probes, channels: list[dict[str, Any]], deterministic: bool, 
     return m + v.sqrt() * noise
 
 
-def _decoder(autoencoder: Any, figures: dict[str, Any], probes: Probes, prior: Tensor, batch: int) -> dict[str, Any]:
+def _decoder(
+    autoencoder: Autoencoder, figures: dict[str, Any], probes: Probes, prior: Tensor, batch: int
+) -> dict[str, Any]:
     channels = figures["channels"]
     deviation = torch.tensor([channel["variance"] ** 0.5 for channel in channels]).to(probes.mean)
     curve = noise_curve(autoencoder, probes.images, probes.mean, deviation, probes.noise, batch)

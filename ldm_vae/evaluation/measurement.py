@@ -16,10 +16,9 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from ldm_vae.autoencoder.base import decode, encode_moments
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
-from ldm_vae.autoencoder.models import downsampling, latent_channels
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
@@ -66,7 +65,7 @@ class Measurer:
     a codebook the codecs then have no budget.
     """
 
-    autoencoder: Any
+    autoencoder: Autoencoder
     klt: BlockKLT
     lpips: LPIPS | None
     inception: Any
@@ -85,7 +84,7 @@ class Measurer:
             return [given * pixel_count / 8] * len(nats)
         if not self.rate_known:
             return None
-        channels, factor = latent_channels(self.autoencoder), downsampling(self.autoencoder)
+        channels, factor = self.autoencoder.latent_channels, self.autoencoder.downsampling
         return [bits_per_pixel(value, channels, factor) * pixel_count / 8 for value in nats]
 
     @torch.no_grad()
@@ -97,12 +96,12 @@ class Measurer:
             return unit
         images = batch.to(self.device)
         unit.ids = [source.id(index) for index in found]
-        mean, logvar = encode_moments(self.autoencoder, images)
+        mean, logvar = self.autoencoder.encode_moments(images)
         unit.nats = kl_divergence(mean, logvar).mean(dim=(1, 2, 3)).tolist()
         noise = torch.stack([_noise(self.config.seed, name, mean.shape[1:]) for name in unit.ids]).to(self.device)
-        rows = {"decode(mean)": decode(self.autoencoder, mean)}
+        rows = {"decode(mean)": self.autoencoder.decode_images(mean)}
         if self.rate_known:
-            rows["decode(sample)"] = decode(self.autoencoder, mean + torch.exp(0.5 * logvar) * noise)
+            rows["decode(sample)"] = self.autoencoder.decode_images(mean + torch.exp(0.5 * logvar) * noise)
         rows |= self._untrained(images, unit)
         rows = {name: transforms.from_uint8(transforms.to_uint8(row)) for name, row in rows.items()}
         for name, row in rows.items():
@@ -120,7 +119,7 @@ class Measurer:
 
     def _untrained(self, images: Tensor, unit: Unit) -> dict[str, Tensor]:
         """The rows of the baselines; the linear one is the last."""
-        factor, components = self.klt.block, min(latent_channels(self.autoencoder), len(self.klt.eigenvalues))
+        factor, components = self.klt.block, min(self.autoencoder.latent_channels, len(self.klt.eigenvalues))
         rows = {f"bicubic {factor}x": bicubic_round_trip(images, factor)}
         budgets = self.budgets(unit.nats)
         for codec in self.config.codecs if budgets is not None else ():
@@ -170,12 +169,6 @@ def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:
         leave=False,
         disable=not processes.is_main_process,
     )
-
-
-def codebook_size(autoencoder: Any) -> int | None:
-    """Number of codes of a quantizing autoencoder (ours, or diffusers' VQModel); None for the others."""
-    size = getattr(autoencoder, "codebook_size", None) or getattr(autoencoder.config, "num_vq_embeddings", None)
-    return None if size is None else int(size)
 
 
 @torch.no_grad()

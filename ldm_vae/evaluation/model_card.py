@@ -23,9 +23,9 @@ runtime.repair_torchvision()
 
 import diffusers
 
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, thin
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
-from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.diffusion import saving
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
@@ -123,10 +123,10 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
     path = directory / CARD
     check_replaceable(path, config.overwrite)
     autoencoder = load_autoencoder(directory)
-    records = read_records(config, directory, fingerprint(autoencoder))
+    records = read_records(config, directory, autoencoder.fingerprint())
     check_nothing_lost(path, records.missing(config), config.overwrite)
     drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
-    crops = write_crops(Path(config.pictures), directory, fingerprint(autoencoder)) if config.pictures else None
+    crops = write_crops(Path(config.pictures), directory, autoencoder.fingerprint()) if config.pictures else None
     write_text(path, render(config, records, autoencoder, _title(directory), {"curves": drawn, "crops": crops}))
     return path, records.missing(config)
 
@@ -179,12 +179,12 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     return Records(training, run, settings, earlier, path, evaluation, health, credits)
 
 
-def render(config: CardConfig, records: Records, autoencoder: Any, title: str, pictures: dict[str, Any]) -> str:
+def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title: str, pictures: dict[str, Any]) -> str:
     """The card as text, front matter included. `pictures`: `curves` and `crops`, None where there are none."""
     name = type(autoencoder).__name__
     stock = hasattr(diffusers, name)
-    factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
-    evaluation, only = records.evaluation, only_side(autoencoder)
+    factor, channels = autoencoder.downsampling, autoencoder.latent_channels
+    evaluation, only = records.evaluation, autoencoder.only_side
     sides = facts.known_sides(factor, only)
     context: dict[str, Any] = {
         "card_data": front_matter(config, records, stock, title).to_yaml(),
@@ -192,13 +192,13 @@ def render(config: CardConfig, records: Records, autoencoder: Any, title: str, p
         "title": title,
         "stock_class": stock,
         "class_name": name,
-        "plain_latents": stock and name in ("VQModel", "AutoencoderTiny", "AutoencoderDC"),
+        "plain_latents": stock and autoencoder.deterministic,
         "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
         "latent_channels": channels,
         "downsampling": factor,
         "only_side": only,
         "sides": sides,
-        "fingerprint": fingerprint(autoencoder),
+        "fingerprint": autoencoder.fingerprint(),
         "rounded_from": records.training.get("rounded_from"),
         "scaling_factor": autoencoder.config.get("scaling_factor"),
         "missing": records.missing(config),
@@ -371,7 +371,7 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "width": width,
         "labels": pipeline.labels,
         "unet_parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
-        "autoencoder": f"{type(pipeline.autoencoder).__name__}, {downsampling(pipeline.autoencoder)}x, "
+        "autoencoder": f"{type(pipeline.autoencoder).__name__}, {pipeline.autoencoder.downsampling}x, "
         f"{len(pipeline.normalizer.mean)} channels",
         "encoder_fingerprint": pipeline.config["encoder_fingerprint"],
         "preprocessing": saving.format_values(pipeline.config["preprocessing"] or {}),

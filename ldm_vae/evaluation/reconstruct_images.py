@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import reconstruct
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, decode_image
@@ -72,7 +71,7 @@ def reconstruct_pictures(
             image = resize_center_crop(image, size)
         original = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(target)
         noise = generator(seed, "reconstruct", name, device=target) if sample else None
-        decoded = transforms.from_uint8(transforms.to_uint8(reconstruct(model, original, noise)))
+        decoded = transforms.from_uint8(transforms.to_uint8(model.reconstruct(original, noise)))
         quality.append(float(psnr(decoded, original)))
         written.append(folder / f"{name}.png")
         written[-1].parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ import torch
 from PIL import features
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import is_deterministic
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.losses import LPIPS
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import evenly_spaced, none_readable
@@ -31,7 +31,6 @@ from ldm_vae.evaluation.measurement import (
     EvaluateConfig,
     Measurer,
     Unit,
-    codebook_size,
     example_records,
     fit_baseline,
     grid,
@@ -78,7 +77,7 @@ class Evaluation(Study):
     def collect(self) -> None:
         config = self.config
         chosen = evenly_spaced(len(self.fitted), config.baseline_images)
-        klt = fit_baseline(self.fitted, chosen, config.resolution, downsampling(self.autoencoder), self.processes)
+        klt = fit_baseline(self.fitted, chosen, config.resolution, self.autoencoder.downsampling, self.processes)
         self.measurer = _measurer(config, self.autoencoder, klt, self.device)
         self.measured = measure_images(self.measurer, self.evaluated, self.indices, self.processes)
 
@@ -115,18 +114,16 @@ class Evaluation(Study):
         return {"images": results["protocol"]["images"]["count"]}
 
 
-def _measurer(config: EvaluateConfig, autoencoder: Any, klt: Any, device: torch.device) -> Measurer:
+def _measurer(config: EvaluateConfig, autoencoder: Autoencoder, klt: Any, device: torch.device) -> Measurer:
     """The networks beside the autoencoder, and what is known about its rate."""
     lpips = inception = None
     if config.perceptual_net:
         lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device)
     if config.distribution != "none":
         inception = load_inception(config.inception_weights).to(device)
-    codes = codebook_size(autoencoder)
-    bits = None if codes is None else math.log2(codes) / downsampling(autoencoder) ** 2
-    return Measurer(
-        autoencoder, klt, lpips, inception, config, device, bits, rate_known=not is_deterministic(autoencoder)
-    )
+    codes = autoencoder.codebook_size
+    bits = None if codes is None else math.log2(codes) / autoencoder.downsampling**2
+    return Measurer(autoencoder, klt, lpips, inception, config, device, bits, rate_known=not autoencoder.deterministic)
 
 
 def _parts(config: EvaluateConfig) -> tuple[ImageSource, ImageSource]:
@@ -213,7 +210,7 @@ def row_of(name: str, measured: Unit, rate_bits_per_pixel: float | None, measure
 
 def rate_of(measured: Unit, measurer: Measurer) -> dict[str, Any]:
     """The mean KL in three units, of a deterministic code its indices' bits, of a code without a rate None."""
-    channels, factor = latent_channels(measurer.autoencoder), downsampling(measurer.autoencoder)
+    channels, factor = measurer.autoencoder.latent_channels, measurer.autoencoder.downsampling
     if measurer.code_bits_per_pixel is not None:
         bits = measurer.code_bits_per_pixel * factor**2 / channels
         return {

@@ -27,9 +27,7 @@ from PIL import Image
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import is_deterministic
-from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels
-from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     system_errors_explained,
@@ -330,24 +328,24 @@ def publishing(output: str | Path) -> Iterator[None]:
         yield
 
 
-def check_resolution(resolution: int, autoencoder: Any, stride: int = 1) -> None:
+def check_resolution(resolution: int, autoencoder: Autoencoder, stride: int = 1) -> None:
     """Raises: UserError naming the nearest resolution that the downsampling and `stride` divide, or the only one."""
-    check_side("resolution:", resolution, autoencoder)
-    factor = math.lcm(downsampling(autoencoder), stride)
+    autoencoder.check_side("resolution:", resolution)
+    factor = math.lcm(autoencoder.downsampling, stride)
     if resolution % factor:
         nearest = max(1, round(resolution / factor)) * factor
         raise UserError(f"resolution: {resolution} is no multiple of {factor}; use {nearest}")
 
 
-def describe_autoencoder(autoencoder: Any) -> dict[str, Any]:
+def describe_autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
     """What was measured: identity, class, parameters, channels, downsampling, whether its latents are points."""
     return {
-        "fingerprint": fingerprint(autoencoder),
+        "fingerprint": autoencoder.fingerprint(),
         "class": type(autoencoder).__name__,
         "parameters": sum(parameter.numel() for parameter in autoencoder.parameters()),
-        "latent_channels": latent_channels(autoencoder),
-        "downsampling": downsampling(autoencoder),
-        "deterministic": is_deterministic(autoencoder),
+        "latent_channels": autoencoder.latent_channels,
+        "downsampling": autoencoder.downsampling,
+        "deterministic": autoencoder.deterministic,
     }
 
 

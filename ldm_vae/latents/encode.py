@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import encode_moments, is_deterministic
-from ldm_vae.autoencoder.models import check_side, downsampling, latent_channels, load_autoencoder
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized, token_indices
-from ldm_vae.autoencoder.weights import architecture, encoder_fingerprint, fingerprint, token_fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.weights import architecture
 from ldm_vae.data import transforms
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
@@ -69,7 +68,7 @@ class Job:
 
     config: EncodeConfig
     accelerator: Any
-    autoencoder: Any
+    autoencoder: Autoencoder
     images: Images
     size: tuple[int, int]
     origin: Origin
@@ -86,9 +85,9 @@ def prepare(
     """
     size = size or parse_sizes(config.resolution)[0]
     autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
-    factor = downsampling(autoencoder)
+    factor = autoencoder.downsampling
     for side in size:
-        check_side("resolution:", side, autoencoder)
+        autoencoder.check_side("resolution:", side)
         if side % factor:
             below = side // factor * factor
             raise UserError(
@@ -100,30 +99,30 @@ def prepare(
     return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
 
 
-def plan_origin(config: EncodeConfig, autoencoder: Any, images: Images, size: tuple[int, int]) -> Origin:
+def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, size: tuple[int, int]) -> Origin:
     """The plan of a first segment. Raises: UserError when the autoencoder does not have what is to be stored."""
-    has_codes = isinstance(autoencoder, AutoencoderQuantized)
-    if config.store == "indices" and not has_codes:
+    if config.store == "indices" and not autoencoder.has_codes:
         raise UserError(
             f"store: {type(autoencoder).__name__} has no codes; use store=moments, or an autoencoder of kind vq or fsq"
         )
-    if config.store in ("moments", "sample") and is_deterministic(autoencoder):
+    if config.store in ("moments", "sample") and autoencoder.deterministic:
         raise UserError(
             f"store: {type(autoencoder).__name__} is deterministic, its latents have no spread; use store=mean"
         )
-    content = config.store if config.store != "auto" else "mean" if is_deterministic(autoencoder) else "moments"
-    record = {"fingerprint": fingerprint(autoencoder), "encoder_fingerprint": encoder_fingerprint(autoencoder)}
+    content = config.store if config.store != "auto" else "mean" if autoencoder.deterministic else "moments"
+    record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     encoding: dict[str, Any] = {
         "batch": config.batch, "shard_size": config.shard_size, "precision": config.precision,
     }  # fmt: skip
     dtype: str = config.dtype or "float16"
     if content == "indices":
-        record["token_fingerprint"] = token_fingerprint(autoencoder)
+        record["token_fingerprint"] = autoencoder.token_fingerprint()
+        assert autoencoder.codebook_size is not None
         encoding["codebook_size"] = autoencoder.codebook_size
         dtype = index_dtype(autoencoder.codebook_size)
     if content == "sample":
         encoding["seed"] = config.seed
-    factor = downsampling(autoencoder)
+    factor = autoencoder.downsampling
     return Origin(
         autoencoder=record | architecture(autoencoder),
         preprocessing=preprocessing_record(size),
@@ -137,7 +136,7 @@ def plan_origin(config: EncodeConfig, autoencoder: Any, images: Images, size: tu
         },
         content=content,
         dtype=dtype,
-        latent_shape=(latent_channels(autoencoder), size[0] // factor, size[1] // factor),
+        latent_shape=(autoencoder.latent_channels, size[0] // factor, size[1] // factor),
         flipped=config.flip,
         encoding=encoding,
     )
@@ -314,8 +313,8 @@ def encode_content(job: Job, images: Tensor, batch: ImageBatch, side: str) -> Te
     origin = job.origin
     with torch.autocast(images.device.type, torch.bfloat16, enabled=job.config.precision == "bf16"):
         if origin.content == "indices":
-            return token_indices(job.autoencoder, images)
-        mean, logvar = encode_moments(job.autoencoder, images)
+            return job.autoencoder.token_indices(images)
+        mean, logvar = job.autoencoder.encode_moments(images)
     if origin.content == "moments":
         mean = torch.cat([mean, logvar], dim=1)
     if origin.content == "sample":

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.base import is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
-from ldm_vae.autoencoder.weights import architecture, encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.autoencoder.weights import architecture
 from ldm_vae.data.sources import hash_items
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, checksum, readable_json
@@ -237,15 +236,15 @@ def _described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 def plan(settings: Import, source: Source) -> Origin:
     """The plan of the set. Raises: UserError when the autoencoder cannot have made latents of this shape."""
     autoencoder = load_autoencoder(settings.autoencoder)
-    (height, width), factor = parse_sizes(settings.resolution)[0], downsampling(autoencoder)
-    expected = (latent_channels(autoencoder), height / factor, width / factor)
+    (height, width), factor = parse_sizes(settings.resolution)[0], autoencoder.downsampling
+    expected = (autoencoder.latent_channels, height / factor, width / factor)
     shape = source.files[0].latent_shape
     if shape != expected:
         raise UserError(
             f"{settings.source}: its latents are {_times(shape)}, {settings.autoencoder} makes {_times(expected)} of "
             f"images of {height}x{width}; give the autoencoder that made them, and --resolution"
         )
-    record = {"fingerprint": fingerprint(autoencoder), "encoder_fingerprint": encoder_fingerprint(autoencoder)}
+    record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     return Origin(
         autoencoder=record | architecture(autoencoder) | {"asserted": True},
         preprocessing=preprocessing_record(height, width),
@@ -256,7 +255,7 @@ def plan(settings: Import, source: Source) -> Origin:
             "label_names": label_names(settings.labels, source.labels),
             "count": source.count,
         },
-        content="mean" if is_deterministic(autoencoder) else "sample",
+        content="mean" if autoencoder.deterministic else "sample",
         dtype=settings.dtype or source.files[0].dtype,
         latent_shape=(shape[0], shape[1], shape[2]),
         flipped=source.files[0].flipped,

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.autoencoder import base
-from ldm_vae.autoencoder.weights import encoder_fingerprint, token_fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset, evenly, label_text, read_labels, samples_per_shard
@@ -199,12 +198,12 @@ class Decoded:
         return f"{self.number} {self.label}".rstrip() + "\n" + self.id.rsplit("/", 1)[-1]
 
 
-def check_autoencoder(manifest: Manifest, autoencoder: Any, where: str) -> None:
+def check_autoencoder(manifest: Manifest, autoencoder: Autoencoder, where: str) -> None:
     """Raises: UserError unless this autoencoder made the latents; for codes its quantizer counts too."""
     if manifest.content != "indices":
-        manifest.check_autoencoder(encoder_fingerprint(autoencoder), where)
+        manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where)
         return
-    found, made_by = token_fingerprint(autoencoder), manifest.autoencoder.get("token_fingerprint")
+    found, made_by = autoencoder.token_fingerprint(), manifest.autoencoder.get("token_fingerprint")
     if found != made_by:
         raise UserError(
             f"{where}: its token_fingerprint is {short(found)}, but the codes were made by {short(made_by)}; "
@@ -240,7 +239,7 @@ def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: s
 
 
 def decode_samples(
-    dataset: LatentDataset, autoencoder: Any, numbers: Sequence[int], *, flipped: bool = False,
+    dataset: LatentDataset, autoencoder: Autoencoder, numbers: Sequence[int], *, flipped: bool = False,
     posterior: Literal["mean", "sample"] | None = None,
 ) -> list[Decoded]:  # fmt: skip
     """Decode samples of a set, one at a time.
@@ -273,7 +272,7 @@ def decode_samples(
 
 
 @torch.no_grad()
-def _decode(manifest: Manifest, autoencoder: Any, stored: Tensor, number: int, posterior: str | None) -> Tensor:
+def _decode(manifest: Manifest, autoencoder: Autoencoder, stored: Tensor, number: int, posterior: str | None) -> Tensor:
     """One sample as it is stored -> an image (1, 3, H, W) in [-1, 1]."""
     if manifest.content == "indices":
         codes = stored.int()[None].to(autoencoder.device)
@@ -284,7 +283,7 @@ def _decode(manifest: Manifest, autoencoder: Any, stored: Tensor, number: int, p
         if posterior == "sample":
             noise = torch.randn(latents.shape, generator=generator(0, "decode", number))
             latents = latents + torch.exp(0.5 * logvar) * noise
-    return base.decode(autoencoder, latents[None].to(autoencoder.device))
+    return autoencoder.decode_images(latents[None].to(autoencoder.device))
 
 
 def contact_sheet(decoded: Sequence[Decoded]) -> Image.Image:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ldm_vae.applications import interpolation
-from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
@@ -32,7 +31,7 @@ def linear(images: Tensor) -> Linear:
 def test_a_linear_autoencoder_cross_fades_what_it_reconstructs(linear: Linear, images: Tensor) -> None:
     pair = 0.5 * images[:2]  # far from where decoding clamps
     frames = interpolation.through_latents(linear, pair, 5)
-    ends = decode(linear, encode_moments(linear, pair)[0])
+    ends = linear.decode_images(linear.encode_moments(pair)[0])
     torch.testing.assert_close(frames, interpolation.cross_fade(ends, 5), atol=0.01, rtol=0)
     figures = interpolation.measure_way(frames, pair)
     assert figures.end_psnr_db == pytest.approx(float(metrics.psnr(frames[[0, -1]], pair).mean()))
@@ -49,14 +48,14 @@ def test_figures_of_the_cross_fade_itself(images: Tensor) -> None:
 
 def test_through_noise_and_back_the_ends_stay(pipeline: LatentDiffusionPipeline, images: Tensor) -> None:
     frames = interpolation.through_inversion(pipeline, images[:2], 3, steps=10)
-    means = torch.cat([encode_moments(pipeline.autoencoder, image[None])[0] for image in images[:2]])
-    assert float(metrics.psnr(frames[[0, -1]], decode(pipeline.autoencoder, means)).min()) > 30
+    means = torch.cat([pipeline.autoencoder.encode_moments(image[None])[0] for image in images[:2]])
+    assert float(metrics.psnr(frames[[0, -1]], pipeline.autoencoder.decode_images(means)).min()) > 30
     assert frames.shape == (3, 3, 64, 64)
 
 
 def test_noised_latents_forget_as_much_as_is_asked_for(pipeline: LatentDiffusionPipeline, images: Tensor) -> None:
-    means = torch.cat([encode_moments(pipeline.autoencoder, image[None])[0] for image in images[:2]])
-    plain = decode(pipeline.autoencoder, means)
+    means = torch.cat([pipeline.autoencoder.encode_moments(image[None])[0] for image in images[:2]])
+    plain = pipeline.autoencoder.decode_images(means)
 
     def kept(strength: float) -> float:
         frames = interpolation.through_noising(pipeline, images[:2], 3, 6, strength, 0)

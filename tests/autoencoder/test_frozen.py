@@ -9,10 +9,9 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig
 from transformers import ViTModel as OtherModel
 
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.frozen import RESIDUAL_BOUND, AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
 from ldm_vae.training.ema import Ema
@@ -76,19 +75,19 @@ def test_latents_are_the_last_hidden_state_without_class_and_register_tokens(enc
     with torch.no_grad():
         hidden = vision(pixel_values=((resized + 1) / 2 - mean) / std).last_hidden_state
     expected = hidden[:, -12:].transpose(1, 2).reshape(2, 24, 4, 3)  # patches come last
-    latents, logvar = encode_moments(model, images)
+    latents, logvar = model.encode_moments(images)
     torch.testing.assert_close(latents, expected)
     assert torch.equal(logvar, torch.full_like(logvar, DETERMINISTIC_LOGVAR))
-    assert is_deterministic(model)
-    assert (downsampling(model), model.config.latent_channels) == (16, 24)
+    assert model.deterministic
+    assert (model.downsampling, model.config.latent_channels) == (16, 24)
 
 
 def test_any_size_is_padded_to_16_and_cropped_back(encoder):
     model, images = build(encoder, residual_channels=4), pictures(1, 50, 67)
-    latents, _ = encode_moments(model, images)
+    latents, _ = model.encode_moments(images)
     assert latents.shape == (1, 28, 4, 5)
-    assert decode(model, latents).shape == (1, 3, 64, 80)
-    assert reconstruct(model, images).shape == images.shape
+    assert model.decode_images(latents).shape == (1, 3, 64, 80)
+    assert model.reconstruct(images).shape == images.shape
     with pytest.raises(ValueError, match="give multiples of 16"):
         model.encode(images)
 
@@ -107,12 +106,12 @@ def test_a_saved_model_needs_nothing_else(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     loaded = load_autoencoder(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
-    assert torch.equal(reconstruct(loaded, images), reconstruct(model.eval(), images))
+    assert torch.equal(loaded.reconstruct(images), model.eval().reconstruct(images))
     assert int(loaded.statistics_positions) == 2 * 4 * 3
     by_diffusers = AutoencoderFrozenEncoder.from_pretrained(tmp_path)  # parameters are made on the meta device first
-    assert torch.equal(reconstruct(by_diffusers, images), reconstruct(loaded, images))
+    assert torch.equal(by_diffusers.reconstruct(images), loaded.reconstruct(images))
     half = load_autoencoder(tmp_path, dtype=torch.bfloat16)
-    assert reconstruct(half, images).isfinite().all()
+    assert half.reconstruct(images).isfinite().all()
 
 
 def test_the_transformer_stays_frozen_and_in_inference_mode(encoder):
@@ -125,7 +124,7 @@ def test_the_transformer_stays_frozen_and_in_inference_mode(encoder):
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
     before = {name: tensor.clone() for name, tensor in model.vision.state_dict().items()}
     # DINOv3 in training mode would rescale its positions at random
-    assert torch.equal(encode_moments(model, images)[0], encode_moments(model, images)[0])
+    assert torch.equal(model.encode_moments(images)[0], model.encode_moments(images)[0])
     average = Ema(model, 0.5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(images).sample.square().mean().backward()
@@ -149,7 +148,7 @@ def test_statistics_standardise_the_features_in_float64(dinov2):
     torch.testing.assert_close(model.feature_mean, raw.mean(dim=1).float())
     torch.testing.assert_close(model.feature_std, raw.std(dim=1, correction=0).float())
     assert int(model.statistics_positions) == raw.shape[1] == 3 * 12 + 2 * 12
-    latents = torch.cat([encode_moments(model, batch)[0].transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    latents = torch.cat([model.encode_moments(batch)[0].transpose(0, 1).flatten(1) for batch in batches], dim=1)
     torch.testing.assert_close(latents.mean(dim=1), torch.zeros(24), rtol=0, atol=1e-5)
     torch.testing.assert_close(latents.std(dim=1, correction=0), torch.ones(24), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="no images"):
@@ -170,8 +169,8 @@ def test_residual_channels_are_learnt_bounded_and_leave_the_features_alone(dinov
     with torch.no_grad():
         assert with_residual.residual is not None
         with_residual.residual.head.weight.mul_(1e4)
-    latents = encode_moments(with_residual, images)[0]
-    assert torch.equal(latents[:, :24], encode_moments(plain, images)[0])
+    latents = with_residual.encode_moments(images)[0]
+    assert torch.equal(latents[:, :24], plain.encode_moments(images)[0])
     residual = latents[:, 24:]
     assert float(residual.abs().max()) <= RESIDUAL_BOUND
     assert float(residual.abs().max()) > 0.9 * RESIDUAL_BOUND

@@ -13,13 +13,10 @@ import torch
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder import deterministic
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import (
     AutoencoderConfig,
     build_autoencoder,
-    downsampling,
-    latent_channels,
     load_autoencoder,
 )
 from ldm_vae.autoencoder.weights import fingerprint
@@ -156,16 +153,16 @@ def test_deterministic_autoencoders_of_diffusers_get_the_interface_of_a_posterio
     original.save_pretrained(tmp_path / "original")
     model = load_autoencoder(tmp_path / "original")
     assert isinstance(model, deterministic.ADAPTED[name])
-    assert (is_deterministic(model), downsampling(model), latent_channels(model)) == (True, factor, channels)
+    assert (model.deterministic, model.downsampling, model.latent_channels) == (True, factor, channels)
     images = torch.rand(1, 3, 30, 41) * 2 - 1
-    mean, logvar = encode_moments(model, images)
+    mean, logvar = model.encode_moments(images)
     with torch.no_grad():
         expected = original.encode(pad_to_multiple(images, factor), return_dict=False)[0]
         expected_image = original.decode(expected).sample.clamp(-1, 1)
     torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logvar, torch.full_like(mean, DETERMINISTIC_LOGVAR))
-    torch.testing.assert_close(decode(model, mean), expected_image, rtol=1e-4, atol=1e-4)
-    assert reconstruct(model, images).shape == images.shape
+    torch.testing.assert_close(model.decode_images(mean), expected_image, rtol=1e-4, atol=1e-4)
+    assert model.reconstruct(images).shape == images.shape
     # saved again it is diffusers' own, with the same identity
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["_class_name"] == name
@@ -189,7 +186,7 @@ def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
         autoencoder = load_autoencoder(tmp_path / "original")
     else:
         autoencoder = build_autoencoder(AutoencoderConfig(preset="pico", kind=kind)).eval()
-    channels = latent_channels(autoencoder)
+    channels = autoencoder.latent_channels
     unet = build_unet(UNetConfig(preset="tiny", widths=(32, 64)), channels, 2).eval()
     normalizer = LatentNormalizer([0.0] * channels, [1.0] * channels).to_dict()
     scheduler = flow_scheduler(shift=1.5)

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
-from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
-from ldm_vae.autoencoder.quantized import SEARCHED_POSITIONS, codebook_usage, pass_gradient, token_indices
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
+from ldm_vae.autoencoder.quantized import SEARCHED_POSITIONS, codebook_usage, pass_gradient
 from ldm_vae.autoencoder.weights import fingerprint
 
 CONFIGS = {
@@ -36,12 +35,12 @@ def images(count: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_interface_of_a_posterior(name):
     model = build(name).eval()
-    mean, logvar = encode_moments(model, images(2, 61, 77))
+    mean, logvar = model.encode_moments(images(2, 61, 77))
     assert mean.shape == logvar.shape == (2, 4, 8, 10)
     assert torch.equal(logvar, torch.full_like(logvar, DETERMINISTIC_LOGVAR))
-    assert is_deterministic(model)
-    assert (model.config.latent_channels, downsampling(model)) == (4, 8)
-    assert reconstruct(model, images(2, 61, 77)).shape == (2, 3, 61, 77)
+    assert model.deterministic
+    assert (model.config.latent_channels, model.downsampling) == (4, 8)
+    assert model.reconstruct(images(2, 61, 77)).shape == (2, 3, 61, 77)
     assert model(images()).sample.shape == (2, 3, 64, 64)
 
 
@@ -89,11 +88,11 @@ def test_scalar_quantization_rounds_as_in_the_paper():
 def test_codes_decode_to_the_same_image(name):
     model = build(name).eval().requires_grad_(False)
     picture = images(2, 40, 56)
-    indices = token_indices(model, picture)
+    indices = model.token_indices(picture)
     assert indices.shape == (2, 5, 7)
     assert indices.dtype == torch.int64
-    assert torch.equal(model.decode_indices(indices).sample.clamp(-1, 1), reconstruct(model, picture))
-    quantized = model.quantize(encode_moments(model, picture)[0])
+    assert torch.equal(model.decode_indices(indices).sample.clamp(-1, 1), model.reconstruct(picture))
+    quantized = model.quantize(model.encode_moments(picture)[0])
     assert torch.equal(model.codes(indices), quantized.latents)
     assert torch.equal(
         model.decode(quantized.latents, force_not_quantize=True).sample, model.decode_indices(indices).sample
@@ -111,23 +110,23 @@ def test_save_and_load_is_exact(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_autoencoder(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
-    assert torch.equal(reconstruct(loaded, images()), reconstruct(model.eval(), images()))
+    assert torch.equal(loaded.reconstruct(images()), model.eval().reconstruct(images()))
     by_diffusers = type(model).from_pretrained(tmp_path)  # its default way, parameters made on the meta device
-    assert torch.equal(token_indices(by_diffusers, images()), token_indices(model, images()))
+    assert torch.equal(by_diffusers.token_indices(images()), model.token_indices(images()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_half_precision_and_autocast_quantize_in_float32(name, tmp_path):
     model = build(name).eval().requires_grad_(False)
-    latents = encode_moments(model, images())[0]
+    latents = model.encode_moments(images())[0]
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = model.quantize(latents)
     assert torch.equal(under_autocast.indices, model.quantize(latents).indices)
     assert under_autocast.latents.dtype == torch.float32
     model.save_pretrained(tmp_path)
     half = load_autoencoder(tmp_path, dtype=torch.bfloat16)
-    assert decode(half, latents).isfinite().all()
-    assert token_indices(half, images()).shape == (2, 8, 8)
+    assert half.decode_images(latents).isfinite().all()
+    assert half.token_indices(images()).shape == (2, 8, 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -209,7 +208,7 @@ def test_only_quantize_in_training_moves_an_averaged_codebook():
     before = model.quantizer.codebook.clone()
     model.decode(latents)
     model.eval().quantize(latents)
-    token_indices(model, images())
+    model.token_indices(images())
     assert torch.equal(model.quantizer.codebook, before)
     chosen_from = model.train().quantize(latents)
     assert not torch.equal(model.quantizer.codebook, before)

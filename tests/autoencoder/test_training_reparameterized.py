@@ -8,7 +8,6 @@ import torch
 
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.training import ReparameterizedAutoencoder, channel_masks, shrink
-from ldm_vae.autoencoder.wavelet import narrow_channels
 
 
 def model(**settings):
@@ -59,7 +58,7 @@ def test_a_masked_pass_is_that_of_the_narrow_autoencoder():
     images, zero = torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 8, 4, 4)
     mask = channel_masks([4], 8, torch.zeros(1))
     made = ReparameterizedAutoencoder(autoencoder)(images, zero, mask)
-    narrow = narrow_channels(autoencoder, 4)
+    narrow = autoencoder.narrow(4)
     torch.testing.assert_close(narrow.decode(narrow.encode(images).latent_dist.mean).sample, made.reconstruction)
 
 

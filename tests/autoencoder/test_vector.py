@@ -10,15 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import (
     AutoencoderConfig,
     build_autoencoder,
-    downsampling,
-    latent_channels,
     load_autoencoder,
-    only_side,
 )
 from ldm_vae.autoencoder.train_config import LatentConfig, Phase, TrainVaeConfig
 from ldm_vae.autoencoder.training import VaeModel
@@ -43,17 +39,17 @@ def autoencoder(request):
 
 def test_an_image_becomes_one_vector_and_a_vector_one_grey_image(autoencoder):
     images = torch.rand(5, 3, 32, 32) * 2 - 1
-    mean, logvar = encode_moments(autoencoder, images)
+    mean, logvar = autoencoder.encode_moments(images)
     assert mean.shape == logvar.shape == (5, 2, 1, 1)
     assert mean.dtype == logvar.dtype == torch.float32
-    decoded = decode(autoencoder, 100 * mean)
+    decoded = autoencoder.decode_images(100 * mean)
     assert decoded.shape == images.shape
     assert torch.equal(decoded[:, 0], decoded[:, 1])
     assert torch.equal(decoded[:, 0], decoded[:, 2])
     assert float(decoded.std()) > 0
-    assert (downsampling(autoencoder), latent_channels(autoencoder), only_side(autoencoder)) == (32, 2, 32)
+    assert (autoencoder.downsampling, autoencoder.latent_channels, autoencoder.only_side) == (32, 2, 32)
     grey = images.mean(1, keepdim=True).expand_as(images)
-    torch.testing.assert_close(encode_moments(autoencoder, grey)[0], mean)
+    torch.testing.assert_close(autoencoder.encode_moments(grey)[0], mean)
 
 
 def test_it_is_small():
@@ -65,26 +61,26 @@ def test_it_is_small():
 def test_the_kinds_differ_in_the_spread_of_the_posterior():
     images = torch.rand(2, 3, 32, 32)
     plain, variational = build_autoencoder(AE), build_autoencoder(KL, logvar_floor=-3.0)
-    assert is_deterministic(plain)
-    assert not is_deterministic(variational)
-    assert torch.equal(encode_moments(plain, images)[1], torch.full((2, 2, 1, 1), DETERMINISTIC_LOGVAR))
+    assert plain.deterministic
+    assert not variational.deterministic
+    assert torch.equal(plain.encode_moments(images)[1], torch.full((2, 2, 1, 1), DETERMINISTIC_LOGVAR))
     with torch.no_grad():
         variational.encoder.head.bias[2:] = -60.0
-    assert float(encode_moments(variational, images)[1].min()) >= -3.0
+    assert float(variational.encode_moments(images)[1].min()) >= -3.0
     with torch.no_grad():
         variational.encoder.head.bias[2:] = 60.0
-    assert float(encode_moments(variational, images)[1].max()) <= 2.01
+    assert float(variational.encode_moments(images)[1].max()) <= 2.01
 
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 64), (64, 64)])
 def test_images_of_another_size_are_refused(autoencoder, size):
     with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels; it knows 32 x 32 only"):
-        reconstruct(autoencoder, torch.zeros(1, 3, *size))
+        autoencoder.reconstruct(torch.zeros(1, 3, *size))
 
 
 def test_latents_of_more_than_one_position_are_refused(autoencoder):
     with pytest.raises(UserError, match="latents of 2 x 1 positions"):
-        decode(autoencoder, torch.zeros(1, 2, 2, 1))
+        autoencoder.decode_images(torch.zeros(1, 2, 2, 1))
 
 
 def test_save_and_load_is_exact(autoencoder, tmp_path):
@@ -92,15 +88,15 @@ def test_save_and_load_is_exact(autoencoder, tmp_path):
     loaded = load_autoencoder(tmp_path)
     assert fingerprint(loaded) == fingerprint(autoencoder)
     images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(reconstruct(loaded, images), reconstruct(autoencoder, images))
+    assert torch.equal(loaded.reconstruct(images), autoencoder.reconstruct(images))
 
 
 def test_half_precision_on_disk_decodes_alike(autoencoder, tmp_path):
     images = torch.rand(2, 3, 32, 32)
-    expected = reconstruct(autoencoder, images)
+    expected = autoencoder.reconstruct(images)
     torch.nn.Module.half(autoencoder).save_pretrained(tmp_path)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size < 400_000
-    torch.testing.assert_close(reconstruct(load_autoencoder(tmp_path), images), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(load_autoencoder(tmp_path).reconstruct(images), expected, rtol=0, atol=5e-3)
 
 
 def test_the_vector_is_not_rounded_by_autocast(autoencoder):
@@ -143,7 +139,7 @@ def test_the_decoder_is_what_its_docstring_tells_a_web_page(autoencoder, tmp_pat
         x = silu(convolved(x.repeat(2, axis=1).repeat(2, axis=2), *layer(f"convolutions.{number}")))
     x = convolved(x, *layer("head"))
     assert not tensors
-    expected = decode(autoencoder, torch.tensor(vector, dtype=torch.float32).view(1, 2, 1, 1))[0, :1]
+    expected = autoencoder.decode_images(torch.tensor(vector, dtype=torch.float32).view(1, 2, 1, 1))[0, :1]
     np.testing.assert_allclose(np.clip(x, -1, 1), expected.numpy(), atol=1e-5)
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic, reconstruct
-from ldm_vae.autoencoder.deterministic import DETERMINISTIC_LOGVAR
-from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, downsampling, load_autoencoder
-from ldm_vae.autoencoder.wavelet import haar_forward, haar_inverse, narrow_channels, soft_clamp
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
+from ldm_vae.autoencoder.wavelet import haar_forward, haar_inverse, soft_clamp
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
 
@@ -42,26 +41,26 @@ def test_haar_of_a_constant_is_all_in_the_low_band():
 def test_encode_and_decode_shapes(autoencoder, size):
     if size == 512 and isinstance(autoencoder, AutoencoderKL):
         size = 128  # the attention of the SD architecture is costly in a test
-    mean, logvar = encode_moments(autoencoder, torch.zeros(1, 3, size, size))
+    mean, logvar = autoencoder.encode_moments(torch.zeros(1, 3, size, size))
     assert mean.shape == logvar.shape == (1, 4, size // 8, size // 8)
-    assert decode(autoencoder, mean).shape == (1, 3, size, size)
+    assert autoencoder.decode_images(mean).shape == (1, 3, size, size)
 
 
 @pytest.mark.parametrize(("height", "width"), [(61, 77), (8, 100), (129, 64)])
 def test_sizes_that_8_does_not_divide_are_padded_and_cropped_back(autoencoder, height, width):
     images = torch.rand(2, 3, height, width) * 2 - 1
-    assert encode_moments(autoencoder, images)[0].shape[-2:] == (-(-height // 8), -(-width // 8))
-    assert reconstruct(autoencoder, images).shape == images.shape
+    assert autoencoder.encode_moments(images)[0].shape[-2:] == (-(-height // 8), -(-width // 8))
+    assert autoencoder.reconstruct(images).shape == images.shape
     # the padding only adds: where 8 divides the size, nothing is done to it
     whole = torch.rand(1, 3, 64, 64) * 2 - 1
     direct = autoencoder.decode(autoencoder.encode(whole).latent_dist.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(reconstruct(autoencoder, whole), direct)
+    torch.testing.assert_close(autoencoder.reconstruct(whole), direct)
 
 
 def test_reconstruct_samples_the_posterior_with_its_generator():
     model = build_autoencoder(PICO).eval()
     images = torch.rand(1, 3, 32, 32)
-    first, again, other = (reconstruct(model, images, sample=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (model.reconstruct(images, sample=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -69,14 +68,14 @@ def test_reconstruct_samples_the_posterior_with_its_generator():
 def test_a_constant_latent_decodes_to_a_constant_image():
     """No grid: pixel-shuffle and wavelet heads leave a standard deviation of about 0.02 here."""
     model = build_autoencoder(PICO).eval()
-    image = decode(model, torch.randn(1, 4, 1, 1).expand(1, 4, 16, 16))
+    image = model.decode_images(torch.randn(1, 4, 1, 1).expand(1, 4, 16, 16))
     assert float(image.std(dim=(2, 3)).max()) < 1e-5
 
 
 def test_the_decoder_is_translation_equivariant():
     model = build_autoencoder(PICO).eval()
     latents = torch.randn(1, 4, 24, 24)
-    whole, part = decode(model, latents), decode(model, latents[..., 4:])
+    whole, part = model.decode_images(latents), model.decode_images(latents[..., 4:])
     torch.testing.assert_close(whole[..., 16 * 8 :], part[..., 12 * 8 :], rtol=0, atol=1e-5)
 
 
@@ -95,8 +94,8 @@ def test_save_and_load_is_exact(autoencoder, tmp_path):
     loaded = load_autoencoder(tmp_path / "model")
     assert fingerprint(loaded) == fingerprint(autoencoder)
     images = torch.rand(1, 3, 64, 64)
-    assert torch.equal(reconstruct(loaded, images), reconstruct(autoencoder, images))
-    assert downsampling(loaded) == 8
+    assert torch.equal(loaded.reconstruct(images), autoencoder.reconstruct(images))
+    assert loaded.downsampling == 8
 
 
 def test_diffusers_itself_loads_the_sd_autoencoder(tmp_path):
@@ -160,14 +159,14 @@ def test_an_unknown_preset_is_refused():
 def test_a_plain_autoencoder_has_points_for_latents():
     torch.manual_seed(0)
     model = build_autoencoder(PICO_AE)
-    mean, logvar = encode_moments(model, torch.rand(1, 3, 32, 32))
+    mean, logvar = model.encode_moments(torch.rand(1, 3, 32, 32))
     assert model.encoder.head.out_channels == 4
     assert torch.equal(logvar, torch.full_like(mean, DETERMINISTIC_LOGVAR))
     sample = model.encode(torch.rand(1, 3, 32, 32)).latent_dist.sample()
     assert sample.shape == mean.shape
-    assert is_deterministic(model)
-    assert not is_deterministic(build_autoencoder(PICO))
-    assert not is_deterministic(build_autoencoder(SD_TINY))
+    assert model.deterministic
+    assert not build_autoencoder(PICO).deterministic
+    assert not build_autoencoder(SD_TINY).deterministic
     model(torch.rand(1, 3, 32, 32)).sample.mean().backward()
     assert float(model.encoder.head.weight.grad.norm()) > 0
 
@@ -179,15 +178,17 @@ def test_narrow_channels_is_the_full_autoencoder_with_a_tail_of_zeros(kind, chan
     full = build_autoencoder(AutoencoderConfig(preset="pico", kind=kind, latent_channels=6), logvar_floor=-5.0).eval()
     with torch.no_grad():  # fresh biases would hide rows that were mixed up
         full.encoder.head.bias.add_(torch.randn_like(full.encoder.head.bias))
-    narrow = narrow_channels(full, channels)
+    narrow = full.narrow(channels)
     assert (narrow.config.latent_channels, narrow.config.logvar_floor) == (channels, full.config.logvar_floor)
     images = torch.rand(2, 3, 32, 48) * 2 - 1
-    for kept, whole in zip(encode_moments(narrow, images), encode_moments(full, images)):
+    for kept, whole in zip(narrow.encode_moments(images), full.encode_moments(images)):
         torch.testing.assert_close(kept, whole[:, :channels], rtol=1e-5, atol=1e-6)
     latents = torch.randn(2, 6, 4, 6)
     tail_of_zeros = latents.clone()
     tail_of_zeros[:, channels:] = 0
-    torch.testing.assert_close(decode(narrow, latents[:, :channels]), decode(full, tail_of_zeros), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        narrow.decode_images(latents[:, :channels]), full.decode_images(tail_of_zeros), rtol=1e-4, atol=1e-5
+    )
     narrow.save_pretrained(tmp_path)
     assert fingerprint(load_autoencoder(tmp_path)) == fingerprint(narrow)
     assert (fingerprint(narrow) == fingerprint(full)) == (channels == 6)
@@ -198,6 +199,6 @@ def test_narrow_channels_is_the_full_autoencoder_with_a_tail_of_zeros(kind, chan
 
 def test_channels_that_cannot_be_cut_are_refused():
     with pytest.raises(UserError, match="between 1 and the 4 channels"):
-        narrow_channels(build_autoencoder(PICO), 5)
+        build_autoencoder(PICO).narrow(5)
     with pytest.raises(UserError, match="AutoencoderKL: its channels cannot be cut"):
-        narrow_channels(build_autoencoder(SD_TINY), 2)
+        build_autoencoder(SD_TINY).narrow(2)

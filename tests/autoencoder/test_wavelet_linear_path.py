@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.autoencoder.base import encode_moments, reconstruct
 from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.models import LINEAR_PATH_MARGIN, AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.wavelet import AutoencoderWavelet, narrow_channels
-from ldm_vae.autoencoder.weights import encoder_fingerprint
+from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.errors import UserError
 from tests.evaluation.linear_autoencoder import random_fields
 
@@ -37,14 +35,14 @@ def test_it_starts_as_the_block_klt_at_every_channel_count(
     channels: int, autoencoder: AutoencoderWavelet, images: Tensor
 ) -> None:
     expected = fit_klt([images], flat=True).reconstruct(images, channels).clamp(-1, 1)
-    narrow = narrow_channels(autoencoder, channels)
-    torch.testing.assert_close(reconstruct(narrow, images), expected, atol=2e-5, rtol=0)
+    narrow = autoencoder.narrow(channels)
+    torch.testing.assert_close(narrow.reconstruct(images), expected, atol=2e-5, rtol=0)
 
 
 def test_latents_start_at_variance_1_and_the_noise_falls_with_the_variance(
     autoencoder: AutoencoderWavelet, images: Tensor
 ) -> None:
-    mean, _ = encode_moments(autoencoder, images)
+    mean, _ = autoencoder.encode_moments(images)
     torch.testing.assert_close(mean.var(dim=(0, 2, 3), unbiased=False), torch.ones(8), atol=1e-3, rtol=0)
     noise = autoencoder.encoder.head.bias[8:]
     variances = fit_klt([images], flat=True).eigenvalues[:8].float()
@@ -57,7 +55,7 @@ def test_latents_start_at_variance_1_and_the_noise_falls_with_the_variance(
 
 def test_a_flat_image_stays_flat(autoencoder: AutoencoderWavelet) -> None:
     flat = torch.tensor([0.5, -0.3, 0.1]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
-    torch.testing.assert_close(reconstruct(autoencoder, flat), flat, atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.reconstruct(flat), flat, atol=1e-5, rtol=0)
 
 
 def test_a_pattern_with_the_period_of_the_block_passes_and_without_the_path_it_cannot(images: Tensor) -> None:
@@ -66,7 +64,7 @@ def test_a_pattern_with_the_period_of_the_block_passes_and_without_the_path_it_c
     with_path = build_autoencoder(CONFIG)
     with_path.fit_statistics([torch.cat([images, 0.5 * wave])])
     without_path = build_autoencoder(AutoencoderConfig(preset="pico", latent_channels=8))
-    latents = encode_moments(with_path, wave)[0]
+    latents = with_path.encode_moments(wave)[0]
     inside = latents[..., 2:6, 2:6]
     torch.testing.assert_close(inside, inside[..., :1, :1].expand_as(inside), atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -96,19 +94,19 @@ def test_every_part_learns(autoencoder: AutoencoderWavelet, images: Tensor) -> N
 def test_it_is_saved_and_loaded_whole(autoencoder: AutoencoderWavelet, images: Tensor, tmp_path: Path) -> None:
     autoencoder.save_pretrained(tmp_path)
     again = load_autoencoder(tmp_path)
-    torch.testing.assert_close(reconstruct(again, images), reconstruct(autoencoder, images), atol=0, rtol=0)
-    assert encoder_fingerprint(again) == encoder_fingerprint(autoencoder)
+    torch.testing.assert_close(again.reconstruct(images), autoencoder.reconstruct(images), atol=0, rtol=0)
+    assert again.encoder_fingerprint() == autoencoder.encoder_fingerprint()
     assert again.config.logvar_floor == -7.0 - LINEAR_PATH_MARGIN
     with torch.no_grad():
         again.encoder.analysis.spread[0] *= 2
-    assert encoder_fingerprint(again) != encoder_fingerprint(autoencoder)
+    assert again.encoder_fingerprint() != autoencoder.encoder_fingerprint()
 
 
 def test_a_plain_autoencoder_can_have_it(images: Tensor) -> None:
     model = build_autoencoder(AutoencoderConfig(preset="pico", latent_channels=4, kind="ae", linear_path=True))
     model.fit_statistics([images])
     expected = fit_klt([images], flat=True).reconstruct(images, 4).clamp(-1, 1)
-    torch.testing.assert_close(reconstruct(model.eval(), images), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(model.eval().reconstruct(images), expected, atol=2e-5, rtol=0)
 
 
 def test_without_images_or_for_another_kind_it_is_refused() -> None:

@@ -6,22 +6,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_vae.autoencoder import base
+from ldm_vae.autoencoder.base import DEFAULT_CONTEXT, Autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.diffusion.editing import (
     BLEND,
-    DEFAULT_CONTEXT,
     decode_in_tiles,
-    decoder_context,
     tile_bounds,
     tile_weights,
 )
 from ldm_vae.random import generator
 
 
-def wavelet() -> nn.Module:
+def wavelet() -> Autoencoder:
     torch.manual_seed(0)
     return build_autoencoder(AutoencoderConfig("wavelet", "pico", 4)).eval()
 
@@ -51,18 +49,18 @@ def test_weights_reach_every_pixel() -> None:
 
 def test_how_far_the_decoder_sees() -> None:
     """Exactly: one position more changes no pixel, and at that distance one does."""
-    autoencoder, context = wavelet(), decoder_context(wavelet())
+    autoencoder, context = wavelet(), wavelet().decoder_context
     side = 2 * context + 9
     latents = torch.randn(1, 4, 1, side, generator=generator(0, "latents")).expand(1, 4, side, side).contiguous()
-    before = base.decode(autoencoder, latents)
+    before = autoencoder.decode_images(latents)
     middle = side // 2
     latents[..., middle] += 100.0
-    changed = (base.decode(autoencoder, latents) - before).abs().amax((0, 1, 2)).view(side, 8).amax(1) > 0
+    changed = (autoencoder.decode_images(latents) - before).abs().amax((0, 1, 2)).view(side, 8).amax(1) > 0
     reached = changed.nonzero().flatten()
     assert reached.min() >= middle - context
     assert reached.max() <= middle + context
     assert max(middle - reached.min(), reached.max() - middle) >= context - 1
-    assert decoder_context(nn.Identity()) == DEFAULT_CONTEXT
+    assert Autoencoder().decoder_context == DEFAULT_CONTEXT
 
 
 @pytest.mark.parametrize("size", [(70, 8), (40, 41)])
@@ -73,10 +71,10 @@ def test_tiles_equal_one_pass(size: tuple[int, int]) -> None:
 
     def decode(part: Tensor) -> Tensor:
         calls.append(part.shape)
-        return base.decode(autoencoder, part)
+        return autoencoder.decode_images(part)
 
-    whole = base.decode(autoencoder, latents)
-    context = decoder_context(autoencoder)
+    whole = autoencoder.decode_images(latents)
+    context = autoencoder.decoder_context
     tiled = decode_in_tiles(decode, latents, 8, context, tile=2 * (context + BLEND) + 4)
     assert len(calls) > 1
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)

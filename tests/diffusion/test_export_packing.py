@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.base import reconstruct
 from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, earlier_runs, read_record, read_runs
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion import export
 from ldm_vae.diffusion.export import METRIC_LINES, pack
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
@@ -28,7 +27,7 @@ def run(tmp_path: Path) -> Path:
     model = build_autoencoder(AutoencoderConfig("wavelet", "pico"))
     folder = tmp_path / "run"
     model.save_pretrained(folder / "autoencoder")
-    identities = {"fingerprint": fingerprint(model), "encoder_fingerprint": encoder_fingerprint(model)}
+    identities = {"fingerprint": fingerprint(model), "encoder_fingerprint": model.encoder_fingerprint()}
     record = {**identities, "kind": "kl", "initial": {"path": "/srv/people/mine/runs/first"}}
     (folder / "autoencoder" / "training.json").write_text(json.dumps(record))
     (folder / "config.yaml").write_text(
@@ -50,11 +49,11 @@ def test_a_run_becomes_half_precision_with_its_records_and_none_of_the_machine(r
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     copy, original = load_autoencoder(target), load_autoencoder(run)
     record = read_record(target)
-    assert (record["fingerprint"], record["encoder_fingerprint"]) == (fingerprint(copy), encoder_fingerprint(copy))
+    assert (record["fingerprint"], record["encoder_fingerprint"]) == (fingerprint(copy), copy.encoder_fingerprint())
     assert record["rounded_from"] == {
         "precision": "fp16",
         "fingerprint": fingerprint(original),
-        "encoder_fingerprint": encoder_fingerprint(original),
+        "encoder_fingerprint": original.encoder_fingerprint(),
     }
     assert fingerprint(copy) != fingerprint(original)
     assert record["initial"] == {"path": "first"}
@@ -72,7 +71,7 @@ def test_a_run_becomes_half_precision_with_its_records_and_none_of_the_machine(r
         {"step": 999, "alarm": "a sentence", "verdict": "grid"},
     ]
     image = torch.rand(1, 3, 64, 64) * 2 - 1
-    assert float(psnr(reconstruct(copy, image), reconstruct(original, image))) > 50
+    assert float(psnr(copy.reconstruct(image), original.reconstruct(image))) > 50
 
 
 def test_the_runs_that_it_started_from_travel_along_without_their_folders(run, tmp_path):
@@ -138,7 +137,7 @@ def test_a_pipeline_accepts_its_rounded_autoencoder_and_the_latents_of_the_origi
     assert len(list((tmp_path / "given" / "unet").glob("*.safetensors"))) > 1
     copy = LatentDiffusionPipeline.from_pretrained(tmp_path / "given", use_safetensors=True)
     record = json.loads((tmp_path / "given" / "conversion.json").read_text())
-    assert record["encoder_fingerprint"] == encoder_fingerprint(copy.autoencoder)
+    assert record["encoder_fingerprint"] == copy.autoencoder.encoder_fingerprint()
     assert copy.config["encoder_fingerprint"] == record["source"]["encoder_fingerprint"]
     assert record["encoder_fingerprint"] == copy.config["rounded_encoders"]["float16"]
     assert json.loads((tmp_path / "given" / "run.json").read_text())["command"] == [

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from ldm_vae.autoencoder import base
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.diffusion import editing
 from ldm_vae.diffusion import pipeline as diffusion_pipeline
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, image_generator
@@ -334,7 +334,7 @@ def test_image_to_image(pipeline: LatentDiffusionPipeline) -> None:
     def sample(**arguments: Any) -> Tensor:
         return pipeline("cat", num_inference_steps=10, output_type="latent", **arguments).images
 
-    kept = base.encode_moments(pipeline.autoencoder, 2 * PICTURE - 1)[0]
+    kept = pipeline.autoencoder.encode_moments(2 * PICTURE - 1)[0]
     weak, strong = (sample(image=PICTURE, strength=strength, seed=0) for strength in (0.1, 0.9))
     assert weak.shape == (1, 4, 6, 8)
     assert (weak - kept).abs().mean() < 0.5 * (strong - kept).abs().mean()
@@ -369,7 +369,7 @@ def test_inpainting_knows_what_is_around() -> None:
     image, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     noise = torch.randn(1, 2, 16, 16)
-    clean = pipeline.normalizer.normalize(base.encode_moments(pipeline.autoencoder, 2 * image - 1)[0])
+    clean = pipeline.normalizer.normalize(pipeline.autoencoder.encode_moments(2 * image - 1)[0])
 
     def look(_: Any, index: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         time = 1 - (index + 1) / 4
@@ -388,8 +388,8 @@ def test_large_images_are_decoded_in_tiles(pipeline: LatentDiffusionPipeline, mo
     whole = pipeline("cat", output_type="pt", **arguments).images
     monkeypatch.setattr(editing, "TILE", 48)
     calls: list[int] = []
-    decode = base.decode
-    monkeypatch.setattr(base, "decode", lambda model, z: calls.append(z.shape[-2]) or decode(model, z))
+    decode = Autoencoder.decode_images
+    monkeypatch.setattr(Autoencoder, "decode_images", lambda model, z: calls.append(z.shape[-2]) or decode(model, z))
     tiled = pipeline("cat", output_type="pt", **arguments).images
     assert len(calls) > 1
     assert max(calls) < 60

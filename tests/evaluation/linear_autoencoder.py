@@ -6,18 +6,17 @@ Its faults are injected by the tests. Images are smooth Gaussian random fields.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from ldm_vae import runtime
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import fit_klt
 
 runtime.repair_torchvision()
 
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from torch import Tensor, nn
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 BLOCK = 8
@@ -37,12 +36,13 @@ def random_fields(count: int = 48, side: int = 64, seed: int = 0) -> Tensor:
     return torch.einsum("nkhw,kc->nchw", fields, grey_and_two_hues).clamp(-1, 1)
 
 
-class LinearAutoencoder(nn.Module):
+class LinearAutoencoder(Autoencoder):
     """The block KLT that gives flat blocks back exactly, its first coefficients, each scaled to variance 1."""
+
+    config, dtype = SimpleNamespace(latent_channels=CHANNELS), torch.float32
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.config = SimpleNamespace(latent_channels=CHANNELS)
         blocks = pixel_unshuffle(images, BLOCK).transpose(0, 1).flatten(1)
         basis = fit_klt([images], BLOCK, flat=True).components[:CHANNELS].float()
         coefficients = basis @ blocks
@@ -50,10 +50,6 @@ class LinearAutoencoder(nn.Module):
         self.register_buffer("mean", coefficients.mean(dim=1))
         self.register_buffer("deviation", coefficients.std(dim=1))
         self.logvar = -2 * RATE_NATS
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.einsum("kd,ndhw->nkhw", self.basis, pixel_unshuffle(images, BLOCK))
@@ -64,8 +60,5 @@ class LinearAutoencoder(nn.Module):
         z = z * self.deviation.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1)
         return pixel_shuffle(torch.einsum("kd,nkhw->ndhw", self.basis, z), BLOCK)
 
-    def encode(self, images: Tensor) -> Any:
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat(self.moments(images), dim=1)))
-
-    def decode(self, z: Tensor) -> Any:
-        return DecoderOutput(sample=self.image(z))
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+        return DiagonalGaussianDistribution(torch.cat(self.moments(x), dim=1))

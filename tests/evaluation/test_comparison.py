@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
@@ -19,34 +22,28 @@ from ldm_vae.evaluation.comparison import CompareConfig, Kind, compare
 from tests.evaluation.test_sweep import EVALUATE, RECIPE, InProcess
 
 
-class Blocks(nn.Module):
+class Blocks(Autoencoder):
     """A lossless autoencoder without training: the latent is the 2x2 pixel-unshuffled image, exactly known."""
+
+    config, dtype = SimpleNamespace(latent_channels=12, block_out_channels=(1, 1)), torch.float32
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        from types import SimpleNamespace
-
         self.gain = gain
-        self.config = SimpleNamespace(latent_channels=12, block_out_channels=(1, 1), deterministic=False)
-        self.dtype = torch.float32
 
-    def encode(self, x: Tensor) -> Any:
-        from types import SimpleNamespace
-
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         mean = self.gain * nn.functional.pixel_unshuffle(x, 2)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.full_like(mean, -20.0)))
+        return DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, -20.0)], dim=1))
 
-    def decode(self, z: Tensor) -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(sample=nn.functional.pixel_shuffle(z / self.gain, 2))
+    def image(self, z: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(z / self.gain, 2)
 
 
 class Jumping(Blocks):
     """Decodes the nearer end only: the path stands still, jumps once, stands still."""
 
-    def decode(self, z: Tensor) -> Any:
-        return super().decode(torch.where(z < 0, -0.6 * torch.ones_like(z), 0.6 * torch.ones_like(z)))
+    def image(self, z: Tensor) -> Tensor:
+        return super().image(torch.where(z < 0, -0.6 * torch.ones_like(z), 0.6 * torch.ones_like(z)))
 
 
 @pytest.fixture(scope="module")

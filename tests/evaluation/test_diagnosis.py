@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae import cli
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.health import RULES, Verdict
 from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.models import WAVELET_PRESETS, AutoencoderConfig, build_autoencoder
@@ -36,7 +37,7 @@ def images() -> Tensor:
     return random_fields()
 
 
-def examine(autoencoder: Any, images: Tensor) -> Measured:
+def examine(autoencoder: Autoencoder, images: Tensor) -> Measured:
     return measure(autoencoder, images.split(16), len(images), 16, 0, CPU)
 
 
@@ -203,10 +204,12 @@ def test_too_few_blocks_are_not_compared_with_their_own_linear_code(images: Tens
     assert examine(LinearAutoencoder(images), few).figures["decoder"]["linear_margin_db"] is None
 
 
-@pytest.mark.parametrize(("setting", "value"), [("num_vq_embeddings", 1024), ("block_out_channels", (1,) * 7)])
-def test_codes_and_very_large_blocks_have_no_linear_counterpart(setting: str, value: object, images: Tensor) -> None:
+@pytest.mark.parametrize(("name", "value"), [("codebook_size", 1024), ("downsampling", 64)])
+def test_codes_and_very_large_blocks_have_no_linear_counterpart(
+    name: str, value: int, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     autoencoder = LinearAutoencoder(images)
-    setattr(autoencoder.config, setting, value)
+    monkeypatch.setattr(LinearAutoencoder, name, value, raising=False)
     collector = health_metrics._Collector(autoencoder, len(images), 0, CPU)
     collector.add(images)
     assert collector.blocks is None

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.base import reconstruct
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
@@ -51,7 +50,7 @@ def test_the_picture_is_the_autoencoder_s_reconstruction(autoencoder: str, tmp_p
     path = save_picture(tmp_path / "one.png", 24, 16)
     reconstruct_pictures(autoencoder, [str(path)], str(tmp_path / "out"), device="cpu")
     image = transforms.from_uint8(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None])
-    expected = transforms.to_pil(reconstruct(load_autoencoder(autoencoder), image))[0]
+    expected = transforms.to_pil(load_autoencoder(autoencoder).reconstruct(image))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "one.png")), np.asarray(expected))
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from ldm_vae.autoencoder.base import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.samples import to_tensor
@@ -36,7 +35,7 @@ def images(image_folder) -> torch.Tensor:
 
 def test_samples_are_those_of_the_autoencoder(latents, flipped, images, autoencoder_directory, image_folder):
     source, autoencoder = FolderSource(image_folder), load_autoencoder(autoencoder_directory)
-    expected, _ = encode_moments(autoencoder, images)
+    expected, _ = autoencoder.encode_moments(images)
     for path, tolerance in ((flipped, 1e-5), (latents, 2e-3)):
         dataset = LatentDataset(path, posterior="mean", flip=False)
         assert len(dataset) == len(source) == 24
@@ -53,7 +52,7 @@ def test_posterior_samples_have_the_stored_moments(flipped, images, autoencoder_
     dataset = LatentDataset(flipped)
     autoencoder = load_autoencoder(autoencoder_directory)
     samples = torch.stack([dataset.sample(5, position)["latent"] for position in range(2000)])
-    sides = [encode_moments(autoencoder, x[5:6]) for x in (images, images.flip(-1))]
+    sides = [autoencoder.encode_moments(x[5:6]) for x in (images, images.flip(-1))]
     mean = sum(mean[0] for mean, _ in sides) / 2
     second = sum((mean.square() + logvar.exp())[0] for mean, logvar in sides) / 2
     torch.testing.assert_close(samples.mean(0), mean, atol=0.06, rtol=0)

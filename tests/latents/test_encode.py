@@ -14,9 +14,7 @@ import torch
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.base import encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.quantized import token_indices
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.transforms import from_uint8, resize_center_crop
@@ -191,7 +189,7 @@ def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     source = FolderSource(image_folder)
     images = from_uint8(torch.stack([to_tensor(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
-    finite = encode_moments(autoencoder, images)[0].half().isfinite().flatten(1).all(1).tolist()
+    finite = autoencoder.encode_moments(images)[0].half().isfinite().flatten(1).all(1).tolist()
     assert finite[0]
     first = source.id(finite.index(False))
     with pytest.raises(UserError, match=f"^{first}: its latent is not finite in float16"):
@@ -297,7 +295,7 @@ def test_codes_are_stored_as_the_smallest_integers(encode, token_autoencoder, im
     images = from_uint8(
         torch.stack([to_tensor(resize_center_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)])
     )
-    expected = token_indices(load_autoencoder(token_autoencoder), images)
+    expected = load_autoencoder(token_autoencoder).token_indices(images)
     assert torch.equal(torch.stack([dataset[i]["indices"] for i in range(24)]), expected)
     assert expected.unique().numel() > 1
     assert dataset[3]["label"] == 0

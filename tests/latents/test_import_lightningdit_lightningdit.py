@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
@@ -78,7 +77,7 @@ def test_every_row_is_a_sample(source, settings, autoencoder_directory, capsys):
     assert (manifest.count, manifest.shards, manifest.label_names) == (26, 4, ("0", "1", "2"))
     (record,) = manifest.datasets
     assert (record["source"], len(record["fingerprint"])) == ("lightningdit", 64)
-    read_manifest(settings.output).check_autoencoder(encoder_fingerprint(autoencoder), "here")
+    read_manifest(settings.output).check_autoencoder(autoencoder.encoder_fingerprint(), "here")
     files = [load_file(source / NAME.format(*key)) for key in FILES]
     whole = {name: torch.cat([file[name] for file in files]) for name in files[0]}
     dataset = LatentDataset(settings.output, flip=False)

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.folder import FolderSource
@@ -44,8 +43,8 @@ def test_a_sample_is_decoded_as_its_image_would_be(flipped_set, autoencoder_dire
     assert [sample.label for sample in found] == ["b", "a"]
     for sample in found:
         image = picture(image_folder, sample.number)
-        mean = encode_moments(autoencoder, image.flip(-1) if mirrored else image)[0]
-        expected = np.asarray(transforms.to_pil(decode(autoencoder, mean))[0]).astype(int)
+        mean = autoencoder.encode_moments(image.flip(-1) if mirrored else image)[0]
+        expected = np.asarray(transforms.to_pil(autoencoder.decode_images(mean))[0]).astype(int)
         assert np.abs(np.asarray(sample.image).astype(int) - expected).max() <= 1
 
 

@@ -299,7 +299,7 @@ def _check_count(count: int) -> None:
 def identity(networks: Networks) -> dict[str, Any]:
     """What a detector is bound to: the fingerprints of its networks."""
     return {
-        "autoencoder": fingerprint(networks.autoencoder),
+        "autoencoder": networks.autoencoder.fingerprint(),
         "flow_network": None if networks.pipeline is None else fingerprint(networks.pipeline.unet),
         "perceptual_network": None if networks.lpips is None else _tensors_digest(networks.lpips.state_dict()),
     }

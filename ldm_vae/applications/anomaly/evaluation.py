@@ -38,7 +38,6 @@ from ldm_vae.applications.anomaly.images import (
 from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_correlation, rank_correlation
 from ldm_vae.applications.anomaly.scores import PEAK, SCORES, Networks, load_networks, measure, quantity, title
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
@@ -168,7 +167,7 @@ class DetectorEvaluation(Study):
         }
         if self.config.baseline is not None:
             recorded = results["baseline"]["autoencoder"]["fingerprint"]
-            parts["another baseline"] = recorded, fingerprint(load_autoencoder(self.config.baseline))
+            parts["another baseline"] = recorded, load_autoencoder(self.config.baseline).fingerprint()
         return parts
 
     def measure(self) -> Results:

@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
-from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.diffusion import flow
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
@@ -45,7 +44,7 @@ SMALLEST_VARIANCE = 1e-6
 class Networks:
     """What images are measured with. `regret_steps`: of likelihood regret; 0 leaves it out."""
 
-    autoencoder: Any
+    autoencoder: Autoencoder
     device: torch.device
     lpips: LPIPS | None = None
     pipeline: Any = None
@@ -53,7 +52,7 @@ class Networks:
 
     @property
     def deterministic(self) -> bool:
-        return is_deterministic(self.autoencoder)
+        return self.autoencoder.deterministic
 
     @property
     def score_names(self) -> list[str]:
@@ -78,17 +77,17 @@ def load_networks(
         from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 
         found = LatentDiffusionPipeline.from_pretrained(pipeline_directory(pipeline), use_safetensors=True)
-        if found.config["encoder_fingerprint"] != encoder_fingerprint(model):
+        if found.config["encoder_fingerprint"] != model.encoder_fingerprint():
             raise UserError(f"pipeline: {pipeline} was trained on latents of another autoencoder; give {autoencoder}'s")
         found.unet.to(device)
-    return Networks(model, device, lpips, found, 0 if is_deterministic(model) else regret_steps)
+    return Networks(model, device, lpips, found, 0 if model.deterministic else regret_steps)
 
 
 def check_pipeline_size(networks: Networks, resolution: int) -> None:
     """Raises: UserError where the U-Net has learnt latents of images of another size."""
     if networks.pipeline is None:
         return
-    factor = downsampling(networks.autoencoder)
+    factor = networks.autoencoder.downsampling
     trained = [side * factor for side in networks.pipeline.config["latent_size"]]
     if trained != [resolution, resolution]:
         raise UserError(
@@ -116,7 +115,7 @@ class Batch:
     def __init__(self, networks: Networks, images: Tensor, ids: Sequence[str]) -> None:
         self.networks, self.images = networks, images.to(networks.device)
         self.size = (images.shape[-2] // STRIDE, images.shape[-1] // STRIDE)
-        self.mean, self.logvar = encode_moments(networks.autoencoder, self.images)
+        self.mean, self.logvar = networks.autoencoder.encode_moments(self.images)
         finite = (self.mean.isfinite() & self.logvar.isfinite()).flatten(1).all(dim=1)
         if not bool(finite.all()):
             name = ids[int(finite.logical_not().nonzero()[0])]
@@ -153,7 +152,7 @@ class Batch:
         return torch.randn(1, *self.mean.shape[1:], generator=generator(0, "anomaly", purpose)).to(self.mean.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return decode(self.networks.autoencoder, latents)[..., : self.images.shape[-2], : self.images.shape[-1]]
+        return self.networks.autoencoder.decode_images(latents)[..., : self.images.shape[-2], : self.images.shape[-1]]
 
 
 Compute = Callable[[Batch, NormalStatistics], Tensor]
@@ -457,7 +456,7 @@ def negative_elbo(images: Tensor, decoded: Tensor, kl: Tensor, variance: float) 
 
 
 def likelihood_regret(
-    autoencoder: Any, images: Tensor, mean: Tensor, logvar: Tensor, noise: Tensor, variance: float, steps: int
+    autoencoder: Autoencoder, images: Tensor, mean: Tensor, logvar: Tensor, noise: Tensor, variance: float, steps: int
 ) -> Tensor:
     """(n,) >= 0: the negative ELBO of the encoder's posterior less the lowest within `steps` steps on that posterior.
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import transforms
@@ -281,9 +280,9 @@ def _measure_latent(
     measured: Measurements, config: CodecBenchConfig, codec: Codec, compare: Comparison, name: str
 ) -> None:
     """Without a file: decode(mean), and where there is a posterior what a code as long as the KL would decode to."""
-    mean, logvar = encode_moments(codec.autoencoder, compare.original)
+    mean, logvar = codec.autoencoder.encode_moments(compare.original)
     rows: dict[str, tuple[Tensor, float | None]] = {"decode(mean)": (mean, None)}
-    if not is_deterministic(codec.autoencoder):
+    if not codec.autoencoder.deterministic:
         noise = torch.randn(mean.shape, generator=generator(config.seed, "codec-bench", name)).to(mean.device)
         nats = float(kl_divergence(mean, logvar).mean())
         rows["decode(sample)"] = (
@@ -291,7 +290,7 @@ def _measure_latent(
             bits_per_pixel(nats, codec.channels, codec.factor),
         )
     for row, (latents, rate) in rows.items():
-        decoded = transforms.to_uint8(decode(codec.autoencoder, latents))[0].permute(1, 2, 0).cpu().numpy()
+        decoded = transforms.to_uint8(codec.autoencoder.decode_images(latents))[0].permute(1, 2, 0).cpu().numpy()
         values = compare(decoded) | ({} if rate is None else {"kl_bits_per_pixel": rate})
         for metric, value in values.items():
             measured.latent.setdefault(row, {}).setdefault(metric, []).append(value)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ from ldm_vae.applications.codec.entropy_models import (
     step_of,
 )
 from ldm_vae.applications.codec.format import FittedModel, load_model, short_fingerprint
-from ldm_vae.autoencoder.base import decode, encode_moments, is_deterministic
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.autoencoder.weights import encoder_fingerprint, token_fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.errors import UserError
@@ -256,22 +254,21 @@ class Compressed:
         return entropy_models.ideal_bits(self.model, self.levels)
 
 
-def identity(autoencoder: Any) -> str:
+def identity(autoencoder: Autoencoder) -> str:
     """What the latents of a file belong to: the encoder's fingerprint, for codes that of the quantizer as well.
 
     A decoder that was trained further (encoder frozen) keeps it, so that old files get better with it.
     """
-    quantized = isinstance(autoencoder, AutoencoderQuantized)
-    return token_fingerprint(autoencoder) if quantized else encoder_fingerprint(autoencoder)
+    return autoencoder.token_fingerprint() if autoencoder.has_codes else autoencoder.encoder_fingerprint()
 
 
 def open_codec(autoencoder: str, entropy: str | None = None, device: torch.device | None = None) -> Codec:
     """Load both. Raises: UserError, also when the entropy model was fitted to latents of another autoencoder."""
     model = load_autoencoder(autoencoder).to(device or torch.device("cpu"))
-    channels = latent_channels(model)
+    channels = model.latent_channels
     if channels > format.MOST_CHANNELS:
         raise UserError(f"{autoencoder}: has {channels} latent channels; the codec is for {format.MOST_CHANNELS}")
-    codec = Codec(model, None, identity(model), channels, downsampling(model), autoencoder)
+    codec = Codec(model, None, identity(model), channels, model.downsampling, autoencoder)
     return codec if entropy is None else codec.with_model(entropy)
 
 
@@ -279,7 +276,7 @@ def open_codec(autoencoder: str, entropy: str | None = None, device: torch.devic
 class Codec:
     """An autoencoder on its device, and the fitted entropy model if there is one. `where` names it in errors."""
 
-    autoencoder: Any
+    autoencoder: Autoencoder
     model: FittedModel | None
     identity: str
     channels: int
@@ -301,10 +298,10 @@ class Codec:
         height, width = image.shape[:2]
         if max(height, width) > format.LARGEST_SIDE or height * width > format.MOST_PIXELS:
             raise UserError(f"{name}: {width} x {height} is too large to compress; reduce or cut the picture")
-        mean, logvar = encode_moments(self.autoencoder, transforms.to_batch(image).to(self.autoencoder.device))
+        mean, logvar = self.autoencoder.encode_moments(transforms.to_batch(image).to(self.autoencoder.device))
         if not bool(torch.isfinite(mean).all()):
             raise UserError(f"{name}: the autoencoder gives latents that are not finite; it is damaged or diverged")
-        known = None if is_deterministic(self.autoencoder) else logvar
+        known = None if self.autoencoder.deterministic else logvar
         latents = mean[0].double().cpu().numpy()
         return Analyzed(latents, channel_means(mean), channel_units(mean, known), height, width, name)
 
@@ -416,5 +413,5 @@ class Codec:
     def picture_of(self, latents: np.ndarray, height: int, width: int) -> np.ndarray:
         """What latents (c, h/f, w/f) decode to, cropped to uint8 (height, width, 3)."""
         tensor = torch.from_numpy(latents)[None].to(self.autoencoder.device)
-        image = decode(self.autoencoder, tensor)[0, :, :height, :width]
+        image = self.autoencoder.decode_images(tensor)[0, :, :height, :width]
         return transforms.to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy()

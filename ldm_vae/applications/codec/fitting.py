@@ -36,7 +36,7 @@ from ldm_vae.applications.codec.entropy_models import (
     step_of,
 )
 from ldm_vae.applications.codec.format import LARGEST_INTEGER, FittedModel, Kind
-from ldm_vae.autoencoder.base import is_deterministic
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
@@ -118,7 +118,7 @@ def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel
     return model
 
 
-def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any) -> None:
+def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Autoencoder) -> None:
     content, channels = dataset.manifest.content, dataset.manifest.latent_shape[0]
     if content not in ("moments", "mean"):
         raise UserError(
@@ -164,10 +164,10 @@ def moments(dataset: LatentDataset, indices: Any) -> tuple[Tensor, Tensor | None
 
 
 def _statistics(
-    config: CodecFitConfig, dataset: LatentDataset, autoencoder: Any, indices: np.ndarray
+    config: CodecFitConfig, dataset: LatentDataset, autoencoder: Autoencoder, indices: np.ndarray
 ) -> FittedModel:  # fmt: skip
     mean, logvar = moments(dataset, indices[evenly(len(indices), STATISTICS_SAMPLES)])
-    units = channel_units(mean, None if is_deterministic(autoencoder) else logvar)
+    units = channel_units(mean, None if autoencoder.deterministic else logvar)
     center = mean.double().mean(dim=(0, 2, 3)).numpy()
     deviation = mean.double().std(dim=(0, 2, 3), correction=0).clamp_min(1e-6).numpy()
     normal = (mean.double().numpy() - center[:, None, None]) / deviation[:, None, None]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from ldm_vae import provenance
 from ldm_vae.applications.directions.fitting import check_continuous, load_directions, pool, posterior_means
-from ldm_vae.autoencoder.base import decode, encode_moments
-from ldm_vae.autoencoder.models import downsampling, load_autoencoder
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.samples import Rejected
@@ -127,9 +126,9 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         system_errors_explained(folder, "free some space and try again"),
     ):
         for name, latent, (height, width) in pictures:
-            mask = read_mask(config, height, width, downsampling(autoencoder))
+            mask = read_mask(config, height, width, autoencoder.downsampling)
             moved = edited(latent, direction.vector, config.strengths, mask)
-            decoded = torch.cat([decode(autoencoder, one[None]).cpu() for one in moved])[..., :height, :width]
+            decoded = torch.cat([autoencoder.decode_images(one[None]).cpu() for one in moved])[..., :height, :width]
             row = transforms.to_pil(decoded)
             for strength, picture in zip(config.strengths, row):
                 write_png(folder / f"{name}_{file_mark(strength)}.png", picture)
@@ -162,7 +161,7 @@ Encoded = tuple[str, Tensor, tuple[int, int]]
 """Name, latent (1, c, h, w), height and width of the image in pixels."""
 
 
-def _encoded(config: ApplyDirectionConfig, autoencoder: Any, rejected: Rejected) -> Iterator[Encoded]:
+def _encoded(config: ApplyDirectionConfig, autoencoder: Autoencoder, rejected: Rejected) -> Iterator[Encoded]:
     for name, path in find_pictures(config.images):
         try:
             image = read_image(path)
@@ -171,14 +170,14 @@ def _encoded(config: ApplyDirectionConfig, autoencoder: Any, rejected: Rejected)
             continue
         if config.size is not None:
             image = resize_center_crop(image, config.size)
-        latent, _ = encode_moments(autoencoder, transforms.to_batch(image).to(autoencoder.device))
+        latent, _ = autoencoder.encode_moments(transforms.to_batch(image).to(autoencoder.device))
         pool(latent, name)  # refuses what is not finite
         yield name, latent, (image.shape[0], image.shape[1])
 
 
-def _stored(config: ApplyDirectionConfig, autoencoder: Any) -> Iterator[Encoded]:
+def _stored(config: ApplyDirectionConfig, autoencoder: Autoencoder) -> Iterator[Encoded]:
     dataset = posterior_means(str(config.latents), autoencoder)
-    factor = downsampling(autoencoder)
+    factor = autoencoder.downsampling
     for number in choose(dataset.manifest, STORED_SAMPLES, config.samples):
         latent = dataset[number]["latent"][None].to(autoencoder.device)
         pool(latent, dataset.id(number))

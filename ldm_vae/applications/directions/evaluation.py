@@ -37,7 +37,6 @@ from ldm_vae.applications.directions.fitting import (
     scaled,
     select,
 )
-from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, read_crops
@@ -174,7 +173,7 @@ class DirectionsEvaluation(Study):
                 f"data: {pluralize(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
             )
         device = self.autoencoder.device
-        self.latents = [encode_moments(self.autoencoder, image[None].to(device))[0] for image in images]
+        self.latents = [self.autoencoder.encode_moments(image[None].to(device))[0] for image in images]
         pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(self.latents, indices)])
         unedited = self._decode(self.latents)[..., : images.shape[-2], : images.shape[-1]]
         self.measurer, readable = make_measurer(config, source, indices, unedited)
@@ -206,7 +205,7 @@ class DirectionsEvaluation(Study):
 
     def _decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Latents (1, c, h, w), one by one, on the CPU."""
-        return torch.cat([decode(self.autoencoder, latent).cpu() for latent in latents])
+        return torch.cat([self.autoencoder.decode_images(latent).cpu() for latent in latents])
 
     def _moved(self, latent: Tensor, direction: Direction, strengths: Sequence[float]) -> Tensor:
         """The pictures (s, 3, h, w) of a latent moved by each strength."""

@@ -26,10 +26,8 @@ from ldm_vae import provenance
 from ldm_vae.applications.anomaly.metrics import auroc
 from ldm_vae.applications.directions import attributes
 from ldm_vae.applications.directions.attributes import LABELS, PIXELS, Attribute
-from ldm_vae.autoencoder.base import decode, encode_moments
-from ldm_vae.autoencoder.models import latent_channels, load_autoencoder
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.autoencoder.weights import encoder_fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -116,9 +114,9 @@ class Directions:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known[:12])}"
         raise UserError(f"direction: {name!r} is unknown; {hint}")
 
-    def check_autoencoder(self, autoencoder: Any, where: str) -> None:
+    def check_autoencoder(self, autoencoder: Autoencoder, where: str) -> None:
         """Raises: UserError for an autoencoder with another encoder."""
-        found = encoder_fingerprint(autoencoder)
+        found = autoencoder.encoder_fingerprint()
         if found != self.encoder_fingerprint:
             raise UserError(
                 f"{where}: its encoder_fingerprint is {short(found)}, but the directions were fitted to "
@@ -191,7 +189,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
     with alone_in(output):
         samples = gather(config, autoencoder)
         directions, left_out = find_directions(config, samples, autoencoder)
-        found = Directions(directions, encoder_fingerprint(autoencoder), samples.record, left_out)
+        found = Directions(directions, autoencoder.encoder_fingerprint(), samples.record, left_out)
         with publishing(output):
             save_directions(found, output)
             write_text(output / "results.md", markdown(found))
@@ -202,7 +200,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
 
 
 def find_directions(
-    config: FitDirectionsConfig, samples: Samples, autoencoder: Any
+    config: FitDirectionsConfig, samples: Samples, autoencoder: Autoencoder
 ) -> tuple[list[Direction], dict[str, str]]:
     """The directions, and why attributes have none. Raises: UserError."""
     chosen = {attribute.name: attribute for attribute in samples.attributes}
@@ -258,16 +256,16 @@ class Samples:
     record: dict[str, Any]
 
 
-def check_continuous(autoencoder: Any, where: str) -> None:
+def check_continuous(autoencoder: Autoencoder, where: str) -> None:
     """Raises: UserError for an autoencoder that rounds latents, which swallows small edits."""
-    if isinstance(autoencoder, AutoencoderQuantized):
+    if autoencoder.has_codes:
         raise UserError(
             f"{where}: rounds its latents to codes, so that a small edit is lost and a larger one jumps; use one of "
             "kind kl or ae"
         )
 
 
-def gather(config: FitDirectionsConfig, autoencoder: Any) -> Samples:
+def gather(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Samples:
     """Read, encode and average; one image at a time.
 
     Raises:
@@ -285,7 +283,7 @@ def gather(config: FitDirectionsConfig, autoencoder: Any) -> Samples:
             continue
         found += read
         image = image.to(autoencoder.device)
-        mean, _ = encode_moments(autoencoder, image)
+        mean, _ = autoencoder.encode_moments(image)
         pooled.append(pool(mean, source.id(index)))
         pixels.append(attributes.measure(image))
     ids = [source.id(index) for index in found]
@@ -304,7 +302,7 @@ def gather(config: FitDirectionsConfig, autoencoder: Any) -> Samples:
     return Samples(np.concatenate(pooled), known, record)
 
 
-def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Any) -> Samples:
+def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoencoder) -> Samples:
     """Posterior means of a set; what pixels tell is measured on the decoded images."""
     dataset = posterior_means(latents, autoencoder)
     manifest = dataset.manifest
@@ -316,7 +314,7 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Any) -
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
         if PIXELS in config.attributes_from:
-            pixels.append(attributes.measure(decode(autoencoder, latent.to(autoencoder.device))))
+            pixels.append(attributes.measure(autoencoder.decode_images(latent.to(autoencoder.device))))
     labels = read_labels(manifest)[numbers] if LABELS in config.attributes_from else np.empty(0, np.int64)
     known = attributes.collect(
         config.attributes_from, None, numbers, ids, labels, manifest.label_names, pixels, config.circles
@@ -331,12 +329,12 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Any) -
     return Samples(np.concatenate(pooled), known, record)
 
 
-def posterior_means(latents: str, autoencoder: Any) -> LatentDataset:
+def posterior_means(latents: str, autoencoder: Autoencoder) -> LatentDataset:
     """A set of latents, read without noise and mirror images. Raises: UserError for codes or another autoencoder."""
     open_set_folder(latents)
     manifest = LatentDataset(latents).manifest
     manifest.normalizer  # noqa: B018 - codes have none
-    manifest.check_autoencoder(encoder_fingerprint(autoencoder), "autoencoder")
+    manifest.check_autoencoder(autoencoder.encoder_fingerprint(), "autoencoder")
     return LatentDataset(latents, posterior="mean" if manifest.content == "moments" else None, flip=False)
 
 
@@ -391,7 +389,7 @@ def labeled(pooled: np.ndarray, attribute: Attribute, methods: Sequence[str]) ->
     ]  # fmt: skip
 
 
-def unlabeled(name: str, autoencoder: Any, pooled: np.ndarray, count: int) -> list[Direction]:
+def unlabeled(name: str, autoencoder: Autoencoder, pooled: np.ndarray, count: int) -> list[Direction]:
     """The first `count` eigenvectors of a method's matrix, with their share of the eigenvalues; latents (n, c)."""
     values, vectors = np.linalg.eigh(METHODS[name].fit(autoencoder, pooled))
     values, vectors = values[::-1], vectors[:, ::-1]
@@ -447,25 +445,25 @@ def cross_validated(features: np.ndarray, y: np.ndarray, binary: bool) -> float:
     return float(1 - np.square(y - scores).sum() / np.square(y - y.mean()).sum())
 
 
-def covariance(autoencoder: Any, pooled: np.ndarray) -> np.ndarray:
+def covariance(autoencoder: Autoencoder, pooled: np.ndarray) -> np.ndarray:
     """Of pooled latents (n, c), for their principal directions."""
     return np.cov(pooled, rowvar=False).reshape(pooled.shape[1], -1)
 
 
-def first_gram(autoencoder: Any, pooled: np.ndarray) -> np.ndarray:
+def first_gram(autoencoder: Autoencoder, pooled: np.ndarray) -> np.ndarray:
     """W^T W of the decoder's first convolution, whose eigenvectors it amplifies most (SeFa, arXiv:2007.06600)."""
     response = first_response(autoencoder)
     return response.T @ response
 
 
-def first_response(autoencoder: Any) -> np.ndarray:
+def first_response(autoencoder: Autoencoder) -> np.ndarray:
     """(m, c) float64: what a unit in channel k adds to the first convolution that widens the latent. What comes before
     it, as Stable Diffusion's `post_quant_conv`, is linear and included.
 
     Raises:
         UserError: the decoder has no such convolution.
     """
-    channels = latent_channels(autoencoder)
+    channels = autoencoder.latent_channels
     first: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -477,7 +475,7 @@ def first_response(autoencoder: Any) -> np.ndarray:
     widening = [m for m in autoencoder.modules() if isinstance(m, nn.Conv2d) and m.out_channels > channels]
     hooks = [module.register_forward_hook(keep) for module in widening]
     try:
-        decode(autoencoder, impulses)
+        autoencoder.decode_images(impulses)
     finally:
         for hook in hooks:
             hook.remove()

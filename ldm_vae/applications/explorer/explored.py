@@ -21,12 +21,8 @@ from torch import Tensor
 
 from ldm_vae.applications.directions.fitting import Directions, check_continuous, load_directions
 from ldm_vae.applications.explorer.images import ImageSet, Place, choose_images, read_images
-from ldm_vae.autoencoder import base
-from ldm_vae.autoencoder.deterministic import VQModel
-from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.models import downsampling, latent_channels, load_autoencoder, model_directory, only_side
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
@@ -89,7 +85,7 @@ class Explored:
     Attributes:
         name: of its folder, for people.
         path: as it was given.
-        kind: kl, ae, vq, fsq, frozen or other.
+        kind: kl, ae, vq, fsq or frozen.
         deterministic: whether latents are points; `logvar` then means nothing.
         images: uint8 (n, 3, h, w), what was encoded.
         labels: int64 (n,), indices into `label_names`; -1 for none.
@@ -104,7 +100,7 @@ class Explored:
 
     name: str
     path: str
-    autoencoder: Any
+    autoencoder: Autoencoder
     kind: str
     deterministic: bool
     images: Tensor
@@ -132,7 +128,7 @@ class Explored:
         found = []
         for part in latents.split(self.batch):
             with self.lock:
-                found.append(transforms.to_uint8(base.decode(self.autoencoder, part.to(self.autoencoder.device))))
+                found.append(transforms.to_uint8(self.autoencoder.decode_images(part.to(self.autoencoder.device))))
         return torch.cat(found).cpu()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,21 +199,6 @@ def run_directory(path: str | Path) -> Path | None:
     return None
 
 
-def kind_of(autoencoder: Any) -> str:
-    """kl, ae, vq, fsq, frozen, or other."""
-    if isinstance(autoencoder, AutoencoderQuantized):
-        return str(autoencoder.config.kind)
-    if isinstance(autoencoder, VQModel):
-        return "vq"
-    if isinstance(autoencoder, AutoencoderFrozenEncoder):
-        return "frozen"
-    if base.is_deterministic(autoencoder):
-        return "ae"
-    return (
-        "kl" if type(autoencoder).__name__ in ("AutoencoderWavelet", "AutoencoderVector", "AutoencoderKL") else "other"
-    )
-
-
 def _name_of(place: str) -> str:
     folder = Path(place).resolve()
     if not folder.exists():
@@ -225,16 +206,16 @@ def _name_of(place: str) -> str:
     return folder.parent.name if folder.name == "autoencoder" else folder.name
 
 
-def _read_directions(place: str, autoencoder: Any, where: str) -> Directions:
+def _read_directions(place: str, autoencoder: Autoencoder, where: str) -> Directions:
     check_continuous(autoencoder, where)
     found = load_directions(Path(place).parent if Path(place).is_file() else place)
     found.check_autoencoder(autoencoder, where)
     return found
 
 
-def _fixed_side(autoencoders: Sequence[Any], names: Sequence[str]) -> int | None:
+def _fixed_side(autoencoders: Sequence[Autoencoder], names: Sequence[str]) -> int | None:
     """The one image size that an autoencoder knows; None for any. Raises: UserError when two know different ones."""
-    sides = {side for one in autoencoders if (side := only_side(one)) is not None}
+    sides = {side for one in autoencoders if (side := one.only_side) is not None}
     if len(sides) > 1:
         raise UserError(
             f"{names[1]}: knows images of another size than {names[0]} ({min(sides)} and {max(sides)} pixels), so that "
@@ -243,14 +224,14 @@ def _fixed_side(autoencoders: Sequence[Any], names: Sequence[str]) -> int | None
     return sides.pop() if sides else None
 
 
-def _check_size(count: int, side: int, autoencoders: Sequence[Any]) -> None:
+def _check_size(count: int, side: int, autoencoders: Sequence[Autoencoder]) -> None:
     """Raises: UserError before `count` images of a side are read that do not fit the autoencoders or the memory."""
-    factor = math.lcm(*(downsampling(one) for one in autoencoders))
+    factor = math.lcm(*(one.downsampling for one in autoencoders))
     if side % factor:
         raise UserError(f"size: {side} is no multiple of {factor}; use --size {max(1, round(side / factor)) * factor}")
     needed = count * 3 * side**2
     for one in autoencoders:
-        needed += count * 8 * latent_channels(one) * (side // downsampling(one)) ** 2
+        needed += count * 8 * one.latent_channels * (side // one.downsampling) ** 2
     if needed > MAXIMUM_BYTES:
         raise UserError(
             f"count, size: {count} images of {side} x {side} pixels and their latents take {needed / 1e9:.1f} GB, more "
@@ -262,16 +243,16 @@ def _batch(images: Tensor) -> int:
     return max(1, BATCH_PIXELS // (images.shape[-2] * images.shape[-1]))
 
 
-def _moments(autoencoder: Any, images: Tensor) -> Tensor:
+def _moments(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """Images uint8 (m, 3, H, W) -> mean and log-variance (2, m, c, H/f, W/f)."""
     scaled = transforms.from_uint8(images.to(autoencoder.device))
-    return torch.stack(base.encode_moments(autoencoder, scaled)).cpu()
+    return torch.stack(autoencoder.encode_moments(scaled)).cpu()
 
 
-def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directions | None) -> Explored:
+def _encoded(autoencoder: Autoencoder, path: str, images: ImageSet, directions: Directions | None) -> Explored:
     from tqdm import tqdm
 
-    if directions is not None and encoder_fingerprint(autoencoder) != directions.encoder_fingerprint:
+    if directions is not None and autoencoder.encoder_fingerprint() != directions.encoder_fingerprint:
         directions = None
     name = _name_of(path)
     parts = images.pixels.split(_batch(images.pixels))
@@ -283,8 +264,8 @@ def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directio
         name=name,
         path=path,
         autoencoder=autoencoder,
-        kind=kind_of(autoencoder),
-        deterministic=base.is_deterministic(autoencoder),
+        kind=autoencoder.kind,
+        deterministic=autoencoder.deterministic,
         images=images.pixels,
         labels=images.labels,
         label_names=images.label_names,
@@ -293,9 +274,9 @@ def _encoded(autoencoder: Any, path: str, images: ImageSet, directions: Directio
         rejected=images.rejected,
         mean=mean,
         logvar=logvar,
-        fingerprint=fingerprint(autoencoder),
+        fingerprint=autoencoder.fingerprint(),
         parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
-        downsampling=downsampling(autoencoder),
+        downsampling=autoencoder.downsampling,
         run_directory=run_directory(path),
         directions=directions,
     )

@@ -26,7 +26,8 @@ from ldm_vae.applications.explorer import answers
 from ldm_vae.applications.explorer.answers import Model, Models
 from ldm_vae.applications.explorer.limits import Question, finite_json
 from ldm_vae.applications.explorer.plane import measure_round_trip
-from ldm_vae.autoencoder.vector import SMALLEST_SIDE, AutoencoderVector
+from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.vector import SMALLEST_SIDE, VectorDecoder
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import WEBP_QUALITY
@@ -85,9 +86,9 @@ def export_page(
     return len(page)
 
 
-def check_exportable(autoencoder: Any, path: str) -> None:
+def check_exportable(autoencoder: Autoencoder, path: str) -> None:
     """To be called before images are encoded. Raises: UserError for an autoencoder whose decoder a page cannot run."""
-    if not isinstance(autoencoder, AutoencoderVector):
+    if not isinstance(autoencoder.decoder, VectorDecoder):
         raise UserError(
             f"export: {path} is of class {type(autoencoder).__name__}, and a page can run only the "
             "small decoder of an AutoencoderVector (architecture=vector); leave out --export and explore it with the "

@@ -25,11 +25,7 @@ from diffusers.models.autoencoders.vae import Decoder as SdDecoder
 from diffusers.models.autoencoders.vae import Encoder as SdEncoder
 
 from ldm_vae.applications.explorer.explored import Explored
-from ldm_vae.autoencoder import base
-from ldm_vae.autoencoder.base import is_deterministic
-from ldm_vae.autoencoder.deterministic import VQModel
-from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.vector import SMALLEST_SIDE, VectorDecoder, VectorEncoder
 from ldm_vae.autoencoder.wavelet import BLOCK, Decoder, Encoder, Stage
 from ldm_vae.data import transforms
@@ -89,8 +85,8 @@ def stages_of(explored: Explored) -> tuple[NetworkStage, ...]:
     encoder, decoder = encoder_parts(explored.autoencoder), decoder_parts(explored.autoencoder)
     picture, shape = tuple(image.shape[1:]), tuple(latent.shape[1:])
     with explored.lock:
-        encoding = _measured(encoder, picture, lambda: base.encode_moments(explored.autoencoder, image))
-        decoding = _measured(decoder, shape, lambda: base.decode(explored.autoencoder, latent))
+        encoding = _measured(encoder, picture, lambda: explored.autoencoder.encode_moments(image))
+        decoding = _measured(decoder, shape, lambda: explored.autoencoder.decode_images(latent))
     return (
         NetworkStage(INPUT, "Input", "The image, its red, green and blue scaled to -1 to 1.", picture, picture, 0, 0.0),
         *encoding,
@@ -155,10 +151,9 @@ def activation(
         return _described(stage, sigma, mosaic(sigma / _largest_sigma(explored)))
     latent = explored.latent(index, noise, sample, seed)
     if stage == SAMPLE:
-        if isinstance(explored.autoencoder, (AutoencoderQuantized, VQModel)):
+        if explored.autoencoder.codebook_size is not None:
             with explored.lock, torch.no_grad():
-                found = explored.autoencoder.quantize(latent.to(explored.autoencoder.device))
-            codes = (found[0] if isinstance(explored.autoencoder, VQModel) else found.latents)[0].cpu()
+                codes = explored.autoencoder.quantized(latent.to(explored.autoencoder.device))[0].cpu()
             return _described(stage, codes, mosaic(_stretched(codes)))
         return _described(stage, latent[0], _on_scale(explored, latent[0]))
     if stage == OUTPUT:
@@ -302,9 +297,9 @@ class Part:
         return output
 
 
-def encoder_parts(autoencoder: Any) -> list[Part]:
+def encoder_parts(autoencoder: Autoencoder) -> list[Part]:
     """From the image to the moments."""
-    if isinstance(autoencoder, AutoencoderFrozenEncoder):
+    if autoencoder.kind == "frozen":
         learnt = [] if autoencoder.residual is None else [("A small learnt encoder beside it.", autoencoder.residual)]
         return _numbered("encoder", "Encoder", [("A frozen vision transformer.", autoencoder.vision), *learnt])
     encoder = getattr(autoencoder, "encoder", None)
@@ -320,7 +315,7 @@ def encoder_parts(autoencoder: Any) -> list[Part]:
     return _numbered("encoder", "Encoder", [("The whole encoder.", encoder)] if isinstance(encoder, nn.Module) else [])
 
 
-def decoder_parts(autoencoder: Any) -> list[Part]:
+def decoder_parts(autoencoder: Autoencoder) -> list[Part]:
     """From the latent to the image."""
     decoder = getattr(autoencoder, "decoder", None)
     title = "The last layer: red, green and blue."
@@ -352,8 +347,8 @@ def _numbered(name: str, title: str, inside: Inside, sides: dict[int, int] | Non
     ]  # fmt: skip
 
 
-def _moments(autoencoder: Any, *modules: Any) -> Part:
-    title, what = ("Latent", LATENT) if is_deterministic(autoencoder) else ("Moments", MOMENTS)
+def _moments(autoencoder: Autoencoder, *modules: Any) -> Part:
+    title, what = ("Latent", LATENT) if autoencoder.deterministic else ("Moments", MOMENTS)
     return Part("moments", title, what, tuple(module for module in modules if module is not None))
 
 

@@ -24,9 +24,10 @@ runtime.repair_torchvision()
 from diffusers import AutoencoderKL
 
 from ldm_vae import config as configuration
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.interop.architecture import Architecture, from_diffusers, from_shapes, is_projection
-from ldm_vae.autoencoder.models import load_autoencoder, model_directory
+from ldm_vae.autoencoder.models import adapted, load_autoencoder, model_directory
 from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, count_numbers
@@ -47,7 +48,7 @@ class CompVisSettings:
     resolution: int | None = None
 
 
-def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Any, list[str]]:
+def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Autoencoder, list[str]]:
     """A checkpoint file -> a diffusers `AutoencoderKL` or `VQModel` (float32, eval, frozen) and notes in words.
 
     Args:
@@ -77,7 +78,7 @@ def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[An
     return model, notes
 
 
-def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | None = None) -> Any:
+def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | None = None) -> Autoencoder:
     """CompVis tensors (names without prefix) -> a diffusers model in float32. Raises: UserError."""
     settings = settings or CompVisSettings()
     architecture = from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -106,7 +107,7 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
         shapes = " ".join(str(error).split())
         raise UserError(f"shapes do not fit the architecture that the others describe: {shapes[:300]}") from error
     check_finite(state, "the model")
-    return model.eval().requires_grad_(False)
+    return adapted(model.eval().requires_grad_(False))
 
 
 def tensors_from_model(model: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -278,7 +279,7 @@ def _first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> AutoencoderKL:
+def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> Autoencoder:
     """A new `AutoencoderKL` (float32, eval, frozen) that encodes to, and decodes from, normalised latents.
 
     decode(folded, (z - m) / s) = decode(model, z); the posterior of the folded model has mean (mu - m) / s and
@@ -292,7 +293,7 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
     Raises:
         UserError: another class, which has no such convolutions, or another number of channels.
     """
-    if type(model) is not AutoencoderKL:
+    if type(model).__name__ != AutoencoderKL.__name__:
         raise UserError(
             f"{type(model).__name__}: statistics fold into the 1x1 convolutions of diffusers' AutoencoderKL only; "
             "train with autoencoder.architecture=sd, or use --to onnx, which records them beside the model"
@@ -312,7 +313,7 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
     weight, bias = _layer(model.post_quant_conv, channels)
     state |= _named("post_quant_conv", weight * width, bias + weight @ centre)
     folded.load_state_dict(state, strict=True)
-    return folded.eval().requires_grad_(False)
+    return adapted(folded.eval().requires_grad_(False))
 
 
 def _layer(layer: nn.Conv2d | None, channels: int) -> tuple[Tensor, Tensor]:
@@ -334,7 +335,7 @@ def _named(name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
 class Opened:
     """A model (float32, eval, frozen), notes about its opening, and its local directory where it has one."""
 
-    model: Any
+    model: Autoencoder
     notes: list[str] = field(default_factory=list)
     directory: Path | None = None
 

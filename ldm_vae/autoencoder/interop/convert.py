@@ -23,6 +23,7 @@ runtime.repair_torchvision()
 import diffusers
 
 from ldm_vae import provenance
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.interop.compvis import (
     UNKNOWN_SAMPLE_SIZE,
     Opened,
@@ -31,9 +32,7 @@ from ldm_vae.autoencoder.interop.compvis import (
     open_autoencoder,
     tensors_from_model,
 )
-from ldm_vae.autoencoder.models import downsampling, latent_channels
-from ldm_vae.autoencoder.wavelet import narrow_channels
-from ldm_vae.autoencoder.weights import architecture, encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import architecture
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_atomically, write_json, write_text
 
@@ -101,9 +100,9 @@ def convert(
     opened = open_autoencoder(conversion.source, conversion.config)
     if conversion.channels is not None:
         note = f"the first {conversion.channels} latent channels of the source, whose fingerprint is another one"
-        opened = Opened(narrow_channels(opened.model, conversion.channels), [*opened.notes, note])
-    identity = fingerprint(opened.model)
-    statistics = statistics_for(encoder_fingerprint(opened.model)) if statistics_for else None
+        opened = Opened(opened.model.narrow(conversion.channels), [*opened.notes, note])
+    identity = opened.model.fingerprint()
+    statistics = statistics_for(opened.model.encoder_fingerprint()) if statistics_for else None
     if statistics is not None and conversion.to == "compvis":
         raise UserError("--latents: has no effect with --to compvis; use --to diffusers, onnx or torchscript")
     if statistics is not None and conversion.to == "diffusers":
@@ -165,7 +164,7 @@ def check_target(target: Path, source: str, overwrite: bool, is_file: bool = Fal
 def _write_diffusers(opened: Opened, folder: Path, conversion: Conversion, record: dict[str, Any]) -> None:
     model = torch.nn.Module.to(opened.model, DTYPES[conversion.precision])  # diffusers' own `to` warns of nothing
     model.save_pretrained(folder, safe_serialization=True)
-    record["fingerprint"] = fingerprint(model)
+    record["fingerprint"] = model.fingerprint()
     name = type(model).__name__
     if not hasattr(diffusers, name):
         record["notes"].append(
@@ -219,7 +218,7 @@ Graph = Callable[[Tensor], tuple[Tensor, ...]]
 class EncoderGraph(nn.Module):
     """Images (n, 3, h, w) in [-1, 1] -> mean and log-variance, each (n, c, h/f, w/f); float32 in and out."""
 
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
@@ -231,7 +230,7 @@ class EncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """Latents (n, c, h, w), not normalised -> images (n, 3, f h, f w), about [-1, 1], not clamped; float32."""
 
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
@@ -240,7 +239,7 @@ class DecoderGraph(nn.Module):
 
 
 def export_runtime(
-    autoencoder: Any,
+    autoencoder: Autoencoder,
     directory: Path,
     format: Format,
     *,
@@ -259,7 +258,7 @@ def export_runtime(
     Raises:
         UserError: missing packages, an unsuitable size, or a model without a latent distribution.
     """
-    factor = downsampling(autoencoder)
+    factor = autoencoder.downsampling
     _check_exportable(autoencoder)
     if size < 2 * factor or size % factor:
         raise UserError(
@@ -267,7 +266,7 @@ def export_runtime(
         )
     if format == "onnx":
         _require_onnx(precision)
-    identity = {"fingerprint": fingerprint(autoencoder), "encoder_fingerprint": encoder_fingerprint(autoencoder)}
+    identity = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autoencoder = autoencoder.to(memory_format=torch.contiguous_format)
     model = nn.Module.to(autoencoder, dtype)  # the one of diffusers warns of nothing
@@ -285,9 +284,9 @@ def export_runtime(
     return record
 
 
-def _check_exportable(autoencoder: Any) -> None:
+def _check_exportable(autoencoder: Autoencoder) -> None:
     """The search of a learnt codebook goes through the positions in parts, whose number a graph would freeze."""
-    if type(autoencoder).__name__ == "AutoencoderQuantized" and autoencoder.config.kind == "vq":
+    if autoencoder.has_codes and autoencoder.kind == "vq":
         raise UserError(
             "AutoencoderQuantized: the codebook search of kind=vq depends on the image's size, which an exported graph "
             "cannot hold; kinds kl, ae and fsq can be exported, this one goes to --to diffusers"
@@ -312,9 +311,13 @@ def _moments(graph: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _description(
-    autoencoder: Any, identity: dict[str, str], format: Format, precision: str, statistics: dict[str, Any] | None
+    autoencoder: Autoencoder,
+    identity: dict[str, str],
+    format: Format,
+    precision: str,
+    statistics: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    factor, channels = downsampling(autoencoder), latent_channels(autoencoder)
+    factor, channels = autoencoder.downsampling, autoencoder.latent_channels
     image = {"dtype": "float32", "shape": ["n", 3, f"{factor}h", f"{factor}w"]}
     latent = {"dtype": "float32", "shape": ["n", channels, "h", "w"]}
     return {

@@ -7,7 +7,6 @@ import torch
 
 from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.scores import Batch, Networks, check_pipeline_size, learn, load_networks, measure
-from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
 from ldm_vae.diffusion import flow
@@ -55,21 +54,21 @@ def test_a_score_depends_on_its_image_alone(networks, learnt, images, measured):
 
 
 def test_the_scores_are_what_their_names_say(networks, learnt, images, measured):
-    mean, logvar = encode_moments(networks.autoencoder, images)
+    mean, logvar = networks.autoencoder.encode_moments(images)
     kl = kl_divergence(mean, logvar)
     inner = slice(4, -4)  # windows at the border weigh its pixels more
-    difference = (images - decode(networks.autoencoder, mean)).abs().mean(dim=1)
+    difference = (images - networks.autoencoder.decode_images(mean)).abs().mean(dim=1)
     assert float(measured.maps["l1"][..., inner, inner].mean()) == pytest.approx(float(difference.mean()), rel=0.05)
     assert float(measured.maps["kl"].mean()) == pytest.approx(float(kl.sum(dim=1).mean()), rel=0.05)
     noise = torch.randn(1, *mean.shape[1:], generator=generator(0, "anomaly", "posterior"))
-    decoded = decode(networks.autoencoder, mean + torch.exp(0.5 * logvar) * noise)
+    decoded = networks.autoencoder.decode_images(mean + torch.exp(0.5 * logvar) * noise)
     elbo = scores.negative_elbo(images, decoded, kl, learnt.variance).double()
     torch.testing.assert_close(measured.values["elbo"], elbo, atol=0.02, rtol=0.02)
     assert learnt.variance == pytest.approx(float((images - decoded).square().mean()), rel=1e-4)
 
 
 def test_the_flow_loss_is_that_of_fixed_noise_at_a_fixed_time(networks, images, measured):
-    clean = networks.pipeline.normalizer.normalize(encode_moments(networks.autoencoder, images)[0])
+    clean = networks.pipeline.normalizer.normalize(networks.autoencoder.encode_moments(images)[0])
     losses = []
     for draw in range(2):
         noise = torch.randn(1, *clean.shape[1:], generator=generator(0, "anomaly", f"flow {draw}")).expand_as(clean)

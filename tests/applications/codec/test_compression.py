@@ -13,9 +13,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.applications.codec import compression, format
 from ldm_vae.applications.codec.entropy_models import STEP_DENOMINATOR, Grid, channel_units, step_of
-from ldm_vae.autoencoder.base import decode, encode_moments
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.autoencoder.wavelet import narrow_channels
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from tests.applications.codec.conftest import random_model, smooth_picture
@@ -38,8 +36,8 @@ def test_any_size_comes_back(plain, fitted, size):
 def test_a_fine_step_gives_what_the_autoencoder_gives(plain):
     image = smooth_picture(40, 48)
     tensor = transforms.from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
-    mean, _ = encode_moments(plain.autoencoder, tensor)
-    exact = transforms.to_uint8(decode(plain.autoencoder, mean))[0].permute(1, 2, 0).numpy()
+    mean, _ = plain.autoencoder.encode_moments(tensor)
+    exact = transforms.to_uint8(plain.autoencoder.decode_images(mean))[0].permute(1, 2, 0).numpy()
     errors = [np.abs(through(plain, image, quality)[1].astype(int) - exact).mean() for quality in (1.0, 50.0, 100.0)]
     sizes = [len(through(plain, image, quality)[0]) for quality in (1.0, 50.0, 100.0)]
     assert errors[2] < 1.0
@@ -149,8 +147,8 @@ def test_a_preview_is_what_the_narrow_autoencoder_decodes(plain):
     levels = plain.compress(picture, step_of(60.0)).levels
     own = format.SelfFitted.rounded(picture.mean, picture.unit, (0, 0, 0))
     latents = Grid(own.mean, own.unit, step_of(60.0)).restore(levels[:2])
-    narrow = narrow_channels(plain.autoencoder, 2)
-    expected = transforms.to_uint8(decode(narrow, torch.from_numpy(latents)[None]))[0].permute(1, 2, 0).numpy()
+    narrow = plain.autoencoder.narrow(2)
+    expected = transforms.to_uint8(narrow.decode_images(torch.from_numpy(latents)[None]))[0].permute(1, 2, 0).numpy()
     assert np.abs(preview.astype(int) - expected).max() <= 1
 
 

@@ -11,7 +11,6 @@ import torch
 
 from ldm_vae.applications.directions.fitting import Direction, Directions, load_directions, save_directions
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint
 from ldm_vae.errors import UserError
 from ldm_vae.files import write_checksums
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
@@ -25,7 +24,7 @@ def folder(tmp_path: Path, autoencoder_directory: Path) -> Path:
         Direction("brightness/probe", np.array([1.0, 0.0, 0.0]), "brightness", told),
         Direction("pca/1", np.array([0.0, 0.0, 1.0]), None, told),
     ]
-    fingerprint = encoder_fingerprint(load_autoencoder(autoencoder_directory))
+    fingerprint = load_autoencoder(autoencoder_directory).encoder_fingerprint()
     save_directions(Directions(directions, fingerprint, {"count": 20}, {"x": "is the same"}), tmp_path)
     return tmp_path
 

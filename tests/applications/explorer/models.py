@@ -13,6 +13,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, open_models
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 
 SIDE = 8
@@ -42,7 +43,7 @@ class Toy(nn.Module):
         return DecoderOutput(sample=halves[:, None, None].expand(-1, 3, SIDE, -1))
 
 
-def made_of(mean: Tensor, autoencoder: Any = None, images: Tensor | None = None, **others: Any) -> Explored:
+def made_of(mean: Tensor, autoencoder: Autoencoder = None, images: Tensor | None = None, **others: Any) -> Explored:
     """An `Explored` of given latents (n, c, h, w), without loading anything."""
     count = len(mean)
     values: dict[str, Any] = {

@@ -24,7 +24,6 @@ from ldm_vae.applications.explorer.limits import Worker
 from ldm_vae.applications.explorer.server import make_application, running
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.autoencoder.weights import encoder_fingerprint
 from tests.applications.explorer.models import open_two
 
 DIRECTION = "bright, and b/probe"
@@ -79,7 +78,7 @@ def small_explored(folder: Path, images: Path, size: int = 32) -> tuple[Explored
     """A KL autoencoder with a run directory and a direction, and a plain one, on the images of a folder."""
     run, plain = small_run(folder / "digits <i>&\"'"), small_run(folder / "plain", deterministic=True)
     found = Direction(DIRECTION, np.array([0.6, 0.0, -0.8]), None, {})
-    save_directions(Directions([found], encoder_fingerprint(load_autoencoder(run)), {}, {}), folder)
+    save_directions(Directions([found], load_autoencoder(run).encoder_fingerprint(), {}, {}), folder)
     config = ExploreConfig(data=str(images), count=24, size=size, directions=str(folder), device="cpu")
     return open_two(run, plain / "autoencoder", config)
 

@@ -16,11 +16,10 @@ from ldm_vae.applications.explorer import explored
 from ldm_vae.applications.explorer import explored as module
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, kind_of
 from ldm_vae.applications.explorer.images import Bundled, write_bundled
-from ldm_vae.autoencoder import base
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.vector import AutoencoderVector
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
@@ -61,7 +60,7 @@ def test_every_image_went_through_the_encoder(synthetic: Explored) -> None:
     assert synthetic.label_names[synthetic.labels[2]] == source.label_names[source.label(2)]
     picture = torch.from_numpy(source.read(4)).permute(2, 0, 1)
     assert torch.equal(synthetic.images[4], picture)
-    mean, logvar = base.encode_moments(synthetic.autoencoder, transforms.from_uint8(picture[None]))
+    mean, logvar = synthetic.autoencoder.encode_moments(transforms.from_uint8(picture[None]))
     assert synthetic.mean.shape == synthetic.logvar.shape == (6, 4, 4, 4)
     assert torch.allclose(synthetic.mean[4:5], mean, atol=1e-5)
     assert torch.allclose(synthetic.logvar[4:5], logvar, atol=1e-5)
@@ -69,7 +68,7 @@ def test_every_image_went_through_the_encoder(synthetic: Explored) -> None:
 
 def test_both_ways_are_those_of_the_package(synthetic: Explored) -> None:
     latent = synthetic.mean[:1]
-    decoded = transforms.to_uint8(base.decode(synthetic.autoencoder, latent))
+    decoded = transforms.to_uint8(synthetic.autoencoder.decode_images(latent))
     assert torch.equal(synthetic.decode(latent), decoded)
     mean, _ = synthetic.encode(synthetic.images)
     assert torch.allclose(mean, synthetic.mean, atol=1e-5)
@@ -183,7 +182,7 @@ def test_a_run_without_its_images_shows_the_synthetic_set(tmp_path: Path, caplog
 def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = saved(tmp_path / "other", seed=1)
     found = Directions(
-        [], encoder_fingerprint(open_explored(kl, ExploreConfig(data="synthetic", **SMALL)).autoencoder), {}, {}
+        [], open_explored(kl, ExploreConfig(data="synthetic", **SMALL)).autoencoder.encoder_fingerprint(), {}, {}
     )
     monkeypatch.setattr(explored, "load_directions", lambda place: found)
     config = ExploreConfig(data="synthetic", directions=str(tmp_path), **SMALL)

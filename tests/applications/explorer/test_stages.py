@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from ldm_vae.applications.explorer.answers import edited_reconstruction
-from ldm_vae.applications.explorer.explored import Explored, kind_of
+from ldm_vae.applications.explorer.explored import Explored
 from ldm_vae.applications.explorer.stages import activation, mosaic, stages_of
-from ldm_vae.autoencoder import base
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
@@ -41,17 +40,17 @@ def opened(name: str) -> Explored:
     return around(build_autoencoder(AutoencoderConfig(**SETTINGS[name])))  # type: ignore[arg-type]
 
 
-def around(autoencoder: Any) -> Explored:
+def around(autoencoder: Autoencoder) -> Explored:
     autoencoder.eval().requires_grad_(False)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    mean, logvar = base.encode_moments(autoencoder, transforms.from_uint8(images))
+    mean, logvar = autoencoder.encode_moments(transforms.from_uint8(images))
     return made_of(
         mean,
         autoencoder,
         images,
         logvar=logvar,
-        kind=kind_of(autoencoder),
-        deterministic=base.is_deterministic(autoencoder),
+        kind=autoencoder.kind,
+        deterministic=autoencoder.deterministic,
         parameters=sum(parameter.numel() for parameter in autoencoder.parameters()),
     )
 
@@ -121,7 +120,7 @@ def test_an_activation_is_that_of_the_module(kl: Explored) -> None:
     image = transforms.from_uint8(kl.images[2:3])
     expected = []
     hook = kl.autoencoder.encoder.stages[1].register_forward_hook(lambda *call: expected.append(call[2]))
-    base.encode_moments(kl.autoencoder, image)
+    kl.autoencoder.encode_moments(image)
     hook.remove()
     found = activation(kl, 2, "encoder-2")
     assert found.mean == pytest.approx(float(expected[0].mean()), abs=1e-6)

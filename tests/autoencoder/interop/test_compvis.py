@@ -249,8 +249,8 @@ def test_stock_diffusers_loads_the_directory_where_this_package_is_absent(tmp_pa
     save_file({"images": images, "moments": reference.moments(images)}, tmp_path / "expected.safetensors")
     code = (
         "import sys\n"
-        "from ldm_vae import compat\n"
-        "compat.repair_torchvision()\n"  # some installations of torchvision are broken for diffusers itself
+        "from ldm_vae import runtime\n"
+        "runtime.repair_torchvision()\n"  # some installations of torchvision are broken for diffusers itself
         "for name in [name for name in sys.modules if name.startswith('ldm_vae')]:\n"
         "    del sys.modules[name]\n"
         "sys.modules['ldm_vae'] = None\n"  # importing it raises ImportError from here on

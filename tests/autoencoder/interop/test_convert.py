@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ldm_vae import cli
 from ldm_vae.autoencoder.interop.convert import Conversion, convert
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.format import Manifest, write_manifest
 from ldm_vae.storage import open_folder
@@ -127,7 +127,7 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
         write_manifest(open_folder(folder), manifest)
         return folder
 
-    ours = latents("ours", encoder_fingerprint(load_autoencoder(wavelet_run)))
+    ours = latents("ours", load_autoencoder(wavelet_run).encoder_fingerprint())
     arguments = ["convert", str(wavelet_run), str(tmp_path / "out"), "--to", "torchscript", "--size", "32", "--latents"]
     assert cli.main([*arguments, str(latents("theirs", "sha256:" + "0" * 64))]) == EXIT_USER_ERROR
     assert "the latents were made by sha256:000000000000..." in capsys.readouterr().err

@@ -13,7 +13,7 @@ from ldm_vae.autoencoder.interop.compvis import model_from_tensors
 from ldm_vae.autoencoder.interop.convert import Conversion, convert
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-from ldm_vae.autoencoder.weights import encoder_fingerprint, fingerprint
+from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
 from tests.autoencoder.interop.reference import CompVisVQ, config, randomized
 
@@ -96,7 +96,7 @@ def test_onnx_equals_the_model_at_other_sizes_and_says_what_it_is(architecture, 
     model = tiny(architecture)
     model.save_pretrained(tmp_path / "model")
     statistics = {"mean": [0.0] * 4, "std": [1.0] * 4, "count": 7}
-    known = {encoder_fingerprint(model): statistics}
+    known = {model.encoder_fingerprint(): statistics}
     convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "onnx", size=48), known.__getitem__)
     check_parity(tmp_path / "out", model)
     said = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -42,7 +42,7 @@ explorer.model = (key) => explorer.state.description.models.find((model) => mode
 
 explorer.isPlain = (model) => model.kind === "ae" || model.deterministic;
 
-const KINDS = { kl: "VAE", ae: "plain AE", vq: "VQ", fsq: "FSQ", frozen: "frozen encoder", other: "autoencoder" };
+const KINDS = { kl: "VAE", ae: "plain AE", vq: "VQ", fsq: "FSQ", frozen: "frozen encoder" };
 explorer.kindName = (kind) => KINDS[kind] || kind;
 
 explorer.labelName = function (label) {
