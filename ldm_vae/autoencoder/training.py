@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.base import Autoencoder
-from ldm_vae.autoencoder.deterministic import VQModel
 from ldm_vae.autoencoder.fast_layers import use_blocked_group_norm
 from ldm_vae.autoencoder.gan import AdversarialLoss
 from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
@@ -24,7 +23,7 @@ from ldm_vae.autoencoder.models import (
     build_autoencoder,
     load_autoencoder,
 )
-from ldm_vae.autoencoder.quantized import AutoencoderQuantized, codebook_usage
+from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
 from ldm_vae.autoencoder.train_config import (
     HeldOut,
@@ -33,7 +32,6 @@ from ldm_vae.autoencoder.train_config import (
     measured_batches,
     training_samples,
 )
-from ldm_vae.autoencoder.weights import DECODER_PARTS
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_checksums
@@ -45,8 +43,6 @@ from ldm_vae.training.trainer import dry_run as dry_run_of
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
-QUANTIZER_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
-"""van den Oord et al., arXiv:1711.00937, eq. 3."""
 ALARMS_FROM = 0.2
 """Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
 BEFORE_GAME = "autoencoder-before-game"
@@ -118,7 +114,7 @@ class VaeModel:
         use_blocked_group_norm(autoencoder)
         if config.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
-        self.autoencoder: Autoencoder = autoencoder
+        self.autoencoder = autoencoder
         self.channels, self.factor = autoencoder.latent_channels, autoencoder.downsampling
         self.check_sizes()
         trained = ReparameterizedAutoencoder(autoencoder.train(), encoder_is_frozen(autoencoder))
@@ -143,6 +139,7 @@ class VaeModel:
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         phase, draws, sums = self.config.phase_at(step), self.draws(step, batch, engine.device), Sums(len(batch.parts))
         game = self.game if self.game and draws.latent_side is None else None
+        weights = self.autoencoder.loss_weights
         if self.game and step == self.game.engage:
             self.before_game = {name: value.clone() for name, value in self.averaged(engine).state_dict().items()}
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -157,7 +154,7 @@ class VaeModel:
             targets = shrink(images, side)
             perceptual = phase.perceptual if side >= SMALLEST_PERCEPTUAL_SIDE else 0.0
             reconstruction_loss, terms = self.loss(made.reconstruction, targets, step, perceptual)
-            total = reconstruction_loss + sum(QUANTIZER_WEIGHTS[name] * term for name, term in made.losses.items())
+            total = reconstruction_loss + sum(weights[name] * term for name, term in made.losses.items())
             if self.has_rate:
                 kl = kl_divergence(made.mean, made.logvar).mean(dim=(0, 2, 3))
                 total = total + self.rate.penalty(step, kl)
@@ -232,6 +229,7 @@ class VaeModel:
     def health(self, made: ForwardOutput) -> dict[str, Tensor]:
         """The cheap part of the health report, from the last micro-batch of this process."""
         if made.indices is not None:
+            assert self.autoencoder.codebook_size is not None
             usage = codebook_usage(made.indices, self.autoencoder.codebook_size)
             return {f"codebook/{name}": torch.tensor(value, device=made.mean.device) for name, value in usage.items()}
         return batch_health(made.mean, made.logvar) if self.has_rate else {}
@@ -276,8 +274,7 @@ class VaeModel:
     @property
     def measures_before_training(self) -> bool:
         """Those with statistics of the images inside, where they are new."""
-        chosen = self.config.autoencoder
-        return self.config.initial is None and (chosen.kind == "frozen" or chosen.linear_path)
+        return self.config.initial is None and self.autoencoder.needs_statistics
 
     def averaged(self, engine: Engine) -> Any:
         """The autoencoder with EMA weights."""
@@ -409,7 +406,7 @@ class ReparameterizedAutoencoder(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder, encoder_frozen: bool = False) -> None:
         super().__init__()
-        self.autoencoder: Autoencoder = autoencoder
+        self.autoencoder = autoencoder
         self.encoder_frozen = encoder_frozen
         self.deterministic = autoencoder.deterministic
 
@@ -436,18 +433,11 @@ class ReparameterizedAutoencoder(nn.Module):
         latents = mean if self.deterministic else mean + torch.exp(0.5 * logvar) * noise
         if disturbance is not None:
             latents = latents + disturbance
-        losses: dict[str, Tensor] = {}
-        indices = None
         if kept is not None:
             latents = latents * kept
         if latent_side is not None:
             latents = shrink(latents, latent_side)
-        if isinstance(self.autoencoder, AutoencoderQuantized):
-            quantized = self.autoencoder.quantize(latents)
-            latents, losses, indices = quantized.latents, dict(quantized.losses), quantized.indices
-            reconstruction = self.autoencoder.decode(latents, force_not_quantize=True).sample
-        else:
-            reconstruction = self.autoencoder.decode(latents).sample
+        reconstruction, losses, indices = self.autoencoder.decode_with_losses(latents)
         return ForwardOutput(reconstruction, mean, logvar, losses, indices)
 
 
@@ -471,13 +461,13 @@ def channel_masks(counts: list[int], channels: int, chance: Tensor) -> Tensor:
 # Starting from an autoencoder that exists, and training only a part of it.
 
 
-def start_from(path: str) -> Any:
+def start_from(path: str) -> Autoencoder:
     """The autoencoder at `path`, every parameter trainable, float32.
 
     Raises: UserError for diffusers' VQModel, whose codebook loss is of another shape.
     """
     autoencoder = load_autoencoder(path)
-    if isinstance(autoencoder, VQModel):
+    if not autoencoder.trainable:
         raise UserError(
             f"initial={path}: diffusers' VQModel can be evaluated and encoded with, not trained here; "
             "train one with autoencoder.kind=vq"
@@ -492,7 +482,7 @@ def select_trained(autoencoder: Autoencoder, names: list[str] | None) -> None:
     """
     if names is None:
         return
-    prefixes = [*names, *(DECODER_PARTS if "decoder" in names else ())]
+    prefixes = [*names, *(autoencoder.decoder_parts if "decoder" in names else ())]
     found = [name for name, _ in autoencoder.named_parameters()]
     for name in names:
         if not any(parameter.startswith(name) for parameter in found):
@@ -505,7 +495,7 @@ def select_trained(autoencoder: Autoencoder, names: list[str] | None) -> None:
 def encoder_is_frozen(autoencoder: Autoencoder) -> bool:
     """Nothing that makes the latents is trained."""
     parameters = autoencoder.named_parameters()
-    return not any(p.requires_grad for name, p in parameters if name.split(".")[0] not in DECODER_PARTS)
+    return not any(p.requires_grad for name, p in parameters if name.split(".")[0] not in autoencoder.decoder_parts)
 
 
 # The picture of how a training goes: held-out images, what became of them, where they differ, what the judge says.

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from torch import Tensor, nn
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
 
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, open_models
 from ldm_vae.autoencoder.base import Autoencoder
@@ -21,29 +20,31 @@ REACH = 4.0
 """Of the latents that a `Toy` can draw."""
 
 
-class Toy(nn.Module):
+class Toy(Autoencoder):
     """Two numbers drawn as the gray of the left and the right half of 8 x 8 pixels, and read from there.
 
     With `shown` 0 every latent is drawn as the same picture.
     """
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, config = torch.float32, torch.device("cpu"), SimpleNamespace(latent_channels=2)
 
     def __init__(self, shown: float = 1.0) -> None:
         super().__init__()
-        self.shown, self.config = shown, SimpleNamespace(latent_channels=2)
+        self.shown = shown
 
-    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         halves = x.mean(dim=(1, 2)).unflatten(1, (2, SIDE // 2)).mean(dim=2) * REACH
         mean = halves[:, :, None, None]
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, mean * 0 - 2], dim=1)))
+        return DiagonalGaussianDistribution(torch.cat([mean, mean * 0 - 2], dim=1))
 
-    def decode(self, z: Tensor) -> DecoderOutput:
+    def image(self, z: Tensor) -> Tensor:
         halves = (self.shown * z / REACH).repeat_interleave(SIDE // 2, dim=1).flatten(1)
-        return DecoderOutput(sample=halves[:, None, None].expand(-1, 3, SIDE, -1))
+        return halves[:, None, None].expand(-1, 3, SIDE, -1)
 
 
-def made_of(mean: Tensor, autoencoder: Autoencoder = None, images: Tensor | None = None, **others: Any) -> Explored:
+def made_of(
+    mean: Tensor, autoencoder: Autoencoder | None = None, images: Tensor | None = None, **others: Any
+) -> Explored:
     """An `Explored` of given latents (n, c, h, w), without loading anything."""
     count = len(mean)
     values: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ldm_vae import config as configuration
 from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored
 from ldm_vae.applications.explorer import explored as module
-from ldm_vae.applications.explorer.explored import ExploreConfig, Explored, kind_of
+from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
 from ldm_vae.applications.explorer.images import Bundled, write_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
@@ -223,5 +223,5 @@ def test_latents_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_kinds() -> None:
-    assert kind_of(build_autoencoder(AutoencoderConfig(preset="pico", kind="ae"))) == "ae"
-    assert kind_of(build_autoencoder(AutoencoderConfig(architecture="sd", preset="tiny"))) == "kl"
+    assert build_autoencoder(AutoencoderConfig(preset="pico", kind="ae")).kind == "ae"
+    assert build_autoencoder(AutoencoderConfig(architecture="sd", preset="tiny")).kind == "kl"
