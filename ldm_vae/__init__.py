@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm_vae import flow, metrics
-    from ldm_vae.applications.codec.compression import compress, decompress
+    from ldm_vae.applications.codec.compression import CompressConfig, DecompressConfig, compress, decompress
     from ldm_vae.autoencoder.models import load_autoencoder
     from ldm_vae.autoencoder.train_config import TrainVaeConfig
     from ldm_vae.autoencoder.training import train_vae
@@ -38,6 +38,8 @@ __version__ = "0.1.0"
 _MODULES = ("flow", "metrics")
 _HOMES = {
     "AutoencoderWavelet": "autoencoder.wavelet",
+    "CompressConfig": "applications.codec.compression",
+    "DecompressConfig": "applications.codec.compression",
     "EncodeConfig": "latents.encode",
     "EvaluateConfig": "evaluation.measurement",
     "LatentDataset": "latents.dataset",
@@ -59,6 +61,8 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderWavelet",
+    "CompressConfig",
+    "DecompressConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "LatentDataset",

@@ -41,7 +41,7 @@ from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
 from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import PAPER, labelled_sheet
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
 """The names of the models in `checkpoints/`."""
@@ -222,12 +222,10 @@ def reconstruct_all(
     codec: Codec, images: Sequence[tuple[str, Path]], size: int
 ) -> tuple[list[Reconstructed], Rejected]:
     """Every image that can be read, synthetic ones where there are none. Raises: UserError where none can be read."""
-    from tqdm import tqdm
-
     rejected, shown = Rejected(), []
     bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
     bundled_names = [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
-    for name, place in tqdm(images or bundled_names, desc="reconstructing", unit="image", dynamic_ncols=True):
+    for name, place in progress(images or bundled_names, "reconstructing"):
         try:
             image = bundled.read(place) if isinstance(place, int) else read_image(place)
         except ImageRejected as error:

@@ -44,7 +44,7 @@ from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import labelled_sheet, side_by_side
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
 SHOWN_PAIRS = 4
@@ -159,11 +159,9 @@ class Interpolation(Study):
         self.ways = ways_of(self.config, self.autoencoder, self.other, self.pipeline)
 
     def measure(self) -> Results:
-        from tqdm import tqdm
-
         found: dict[str, list[WayMetrics]] = {way.key: [] for way in self.ways}
         self.shown: list[tuple[Pair, dict[str, list[Image.Image]]]] = []
-        for pair in tqdm(self.pairs, desc="interpolating", unit="pair", dynamic_ncols=True, leave=False):
+        for pair in progress(self.pairs, "interpolating", "pair"):
             made = {way.key: way.frames(pair.images) for way in self.ways}
             for key, frames in made.items():
                 found[key].append(measure_way(frames, pair.images))

@@ -1,6 +1,18 @@
-"""Numbers and sizes as sentences have them."""
+"""What a person reads while something works: numbers and sizes in sentences, and the progress bar."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], task: str, unit: str = "image", total: int | None = None) -> Iterator[Item]:
+    """The items, with a progress bar on standard error that disappears at the end."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=task, unit=unit, total=total, dynamic_ncols=True, leave=False))
 
 
 def pluralize(number: int, thing: str) -> str:

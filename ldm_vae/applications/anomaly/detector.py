@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -47,10 +46,9 @@ from ldm_vae.files import (
     MANIFEST,
     checksum,
     parsing,
-    publish_directory,
+    published_directory,
     read_described_folder,
     system_errors_explained,
-    temporary_directory,
     write_checksums,
     write_json,
 )
@@ -332,16 +330,12 @@ def save_detector(detector: Detector, output: Path, started: float) -> None:
     for name in GAUSSIANS:
         gaussian: Gaussian = getattr(detector.statistics, name)
         tensors |= {f"{name}/{field.name}": getattr(gaussian, field.name).contiguous() for field in fields(gaussian)}
-    with system_errors_explained(output, "free some space or make it writable, and run the same command again"):
-        temporary = temporary_directory(output.absolute())
-        try:
-            save_file(tensors, temporary / TENSORS)
-            write_json(temporary / DESCRIPTION, detector.description)
-            provenance.write_run_record(temporary, None, started, time.time() - started, images=len(detector.seen))
-            write_checksums(temporary)
-            publish_directory(temporary, output.absolute())
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    advice = "free some space or make it writable, and run the same command again"
+    with system_errors_explained(output, advice), published_directory(output.absolute()) as temporary:
+        save_file(tensors, temporary / TENSORS)
+        write_json(temporary / DESCRIPTION, detector.description)
+        provenance.write_run_record(temporary, None, started, time.time() - started, images=len(detector.seen))
+        write_checksums(temporary)
 
 
 def load_detector(folder: str | Path) -> Detector:

@@ -23,14 +23,13 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed_image
 from ldm_vae.files import checksum_bytes
+from ldm_vae.utils.text import progress
 
 
 def batches(crops: Iterator[Crop], size: int, total: int, task: str) -> Iterator[list[Crop]]:
     """Lists of up to `size` crops, with a progress bar of `total` images."""
-    from tqdm import tqdm
-
     waiting: list[Crop] = []
-    for crop in tqdm(crops, total=total, desc=task, unit="image", dynamic_ncols=True, leave=False):
+    for crop in progress(crops, task, total=total):
         waiting.append(crop)
         if len(waiting) == size:
             yield waiting

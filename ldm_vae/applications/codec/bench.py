@@ -40,7 +40,7 @@ from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import labelled_sheet
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 OURS = "ldm-vae"
 SELF_FITTED = f"{OURS}, self-fitted"
@@ -228,14 +228,12 @@ class CodecBench(Study):
 @torch.no_grad()
 def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSource) -> Measurements:
     """Every codec at every quality on every image. Raises: UserError when none can be read."""
-    from tqdm import tqdm
-
     plain = codecs[SELF_FITTED]
     device = plain.autoencoder.device
     lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device) if config.perceptual_net else None
     measured, chosen = Measurements(), evenly_spaced(len(source), config.count)
     shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
-    for index in tqdm(chosen, desc="coding", unit="image", dynamic_ncols=True):
+    for index in progress(chosen, "coding"):
         _, crop = read_crops(source, [index], config.resolution, measured.rejected)
         if crop is None:
             continue

@@ -28,7 +28,7 @@ from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.synthetic.render import TEXTURES
 from ldm_vae.data.synthetic.source import SyntheticSource
 from ldm_vae.errors import UserError
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 PIXELS, LABELS, SCENE = "pixels", "labels", "scene"
 """Where attributes come from, besides tables."""
@@ -321,8 +321,6 @@ class AttributeReader(nn.Module):
 
 def train_reader(images: Tensor, attributes: Sequence[Attribute], epochs: int, seed: int = 0) -> AttributeReader:
     """A reader of images (n, 3, 64, 64) in [-1, 1]; values that are not known do not count. The same each time."""
-    from tqdm import tqdm
-
     values = torch.from_numpy(np.stack([attribute.values for attribute in attributes], axis=1)).float()
     known = torch.isfinite(values)
     with torch.random.fork_rng(devices=[]):
@@ -335,7 +333,7 @@ def train_reader(images: Tensor, attributes: Sequence[Attribute], epochs: int, s
         steps = math.ceil(len(images) / BATCH) * epochs
         optimizer = torch.optim.AdamW(reader.parameters(), LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        for _ in tqdm(range(epochs), desc="training the reader", unit="epoch", dynamic_ncols=True, leave=False):
+        for _ in progress(range(epochs), "training the reader", "epoch"):
             for rows in torch.randperm(len(images)).split(BATCH):
                 errors = (reader(images[rows]) - values[rows]) / reader.scale
                 loss = (errors.square() * known[rows]).sum() / known[rows].sum().clamp_min(1)

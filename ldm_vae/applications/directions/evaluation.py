@@ -52,7 +52,7 @@ from ldm_vae.evaluation.sweep import Drawing, Table, markdown_table, render
 from ldm_vae.random import numpy_rng
 from ldm_vae.training.distributed import compute_device
 from ldm_vae.utils.image_grid import side_by_side
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 READABLE = 0.7
 """Correlation of reading and truth on reconstructions of images that the reader never saw."""
@@ -181,7 +181,7 @@ class DirectionsEvaluation(Study):
         deviations, correlations = spread_of(self.measurer.measure(images))
         self.rows: list[Row] = []
         changes: dict[str, list[float]] = {}
-        for direction in _progress(self.chosen):
+        for direction in progress(self.chosen, "editing", "direction"):
             values = self._values(direction, len(images), config.strengths)
             self.rows.append(assess(direction, self.measurer.names, values, config.strengths, deviations, correlations))
             changes[direction.name] = slopes(values, config.strengths, deviations).mean(axis=0).tolist()
@@ -258,12 +258,6 @@ class DirectionsEvaluation(Study):
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"images": results["protocol"]["images"]["count"], "directions": len(results["rows"])}
-
-
-def _progress(directions: Sequence[Direction]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(directions, desc="editing", unit="direction", dynamic_ncols=True, leave=False)
 
 
 def make_measurer(

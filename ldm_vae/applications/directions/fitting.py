@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.files import (
     checksum_bytes,
     parsing,
-    publish_directory,
+    published_directory,
     read_described_folder,
-    temporary_directory,
     write_checksums,
     write_json,
     write_text,
@@ -50,7 +49,7 @@ from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
 from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 FORMAT_VERSION = 1
 FOLDER = "directions"
@@ -277,7 +276,7 @@ def gather(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Samples:
     check_resolution(config.resolution, autoencoder)
     rejected: Rejected = []
     found, pooled, pixels = [], [], []
-    for index in _progress(indices):
+    for index in progress(indices, "encoding"):
         read, image = read_crops(source, [index], config.resolution, rejected)
         if image is None:
             continue
@@ -310,7 +309,7 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoen
     ids = [dataset.id(number) for number in numbers]
     _check_count(ids, latents)
     pooled, pixels = [], []
-    for number, id in zip(_progress(numbers), ids):
+    for number, id in zip(progress(numbers, "encoding"), ids):
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
         if PIXELS in config.attributes_from:
@@ -361,12 +360,6 @@ def _check_count(ids: list[str], where: str) -> None:
         raise UserError(
             f"{where}: {pluralize(len(ids), 'image')} left, {LEAST_SAMPLES} are the least for a direction; give more"
         )
-
-
-def _progress(indices: Sequence[int]) -> Iterator[int]:
-    from tqdm import tqdm
-
-    yield from tqdm(indices, desc="encoding", unit="image", dynamic_ncols=True, leave=False)
 
 
 # From pooled latents to directions: pure functions of arrays.
@@ -522,9 +515,7 @@ METHODS: dict[str, Method] = {
 
 def save_directions(found: Directions, output: Path) -> None:
     """Publish `output/directions`, complete or not at all."""
-    temporary = temporary_directory(output / FOLDER)
     vectors = torch.from_numpy(np.stack([direction.vector for direction in found.directions])).float()
-    save_file({"vectors": vectors.contiguous()}, temporary / TENSORS)
     description = {
         "format_version": FORMAT_VERSION,
         "encoder_fingerprint": found.encoder_fingerprint,
@@ -532,9 +523,10 @@ def save_directions(found: Directions, output: Path) -> None:
         "directions": [{"name": d.name, "attribute": d.attribute, "told": d.told} for d in found.directions],
         "left_out": found.left_out,
     }
-    write_json(temporary / DESCRIPTION, description)
-    write_checksums(temporary)
-    publish_directory(temporary, output / FOLDER)
+    with published_directory(output / FOLDER) as temporary:
+        save_file({"vectors": vectors.contiguous()}, temporary / TENSORS)
+        write_json(temporary / DESCRIPTION, description)
+        write_checksums(temporary)
 
 
 def load_directions(path: str | Path) -> Directions:

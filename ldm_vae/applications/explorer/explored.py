@@ -27,7 +27,7 @@ from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 logger = logging.getLogger(__name__)
 
@@ -250,13 +250,11 @@ def _moments(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 
 
 def _encoded(autoencoder: Autoencoder, path: str, images: ImageSet, directions: Directions | None) -> Explored:
-    from tqdm import tqdm
-
     if directions is not None and autoencoder.encoder_fingerprint() != directions.encoder_fingerprint:
         directions = None
     name = _name_of(path)
     parts = images.pixels.split(_batch(images.pixels))
-    shown = tqdm(parts, desc=f"encoding with {name}", unit="batch", dynamic_ncols=True, leave=False)
+    shown = progress(parts, f"encoding with {name}", "batch")
     mean, logvar = torch.cat([_moments(autoencoder, part) for part in shown], dim=1)
     if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
         raise UserError(f"{path}: makes latents that are not finite; see `ldm-vae diagnose {path}`")

@@ -28,13 +28,12 @@ from ldm_vae.files import (
     check_checksums,
     checksum_bytes,
     parsing,
-    publish_directory,
+    published_directory,
     read_described_file,
-    temporary_directory,
     write_checksums,
 )
 from ldm_vae.redaction import redacted
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import pluralize, progress
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +118,11 @@ def choose_images(data: str | None, places: Sequence[Place], count: int, size: i
 
 def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
     """`count` images, evenly spread, scaled and cropped to squares of `side` pixels, without unreadable ones."""
-    from tqdm import tqdm
-
     source, rejected = chosen.source, Rejected()
     indices = evenly_spaced(len(source), count)
     images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
-    shown = tqdm(indices, desc="reading", unit="image", dynamic_ncols=True, leave=False)
+    shown = progress(indices, "reading")
     for crop in iterate_crops(source, shown, side, rejected):
         images[len(kept)] = torch.from_numpy(crop.pixels).permute(2, 0, 1)
         kept.append(crop.index)
@@ -247,15 +244,11 @@ def write_bundled(folder: Path, bundled: Bundled) -> None:
     check_checksums(folder)
     record = {"format_version": FORMAT_VERSION, "label_names": bundled.label_names, "origin": redacted(bundled.origin)}
     tensors = {"images": bundled.images.contiguous(), "labels": bundled.labels.contiguous()}
-    temporary = temporary_directory(folder)
-    try:
+    with published_directory(folder) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         save_file(tensors, temporary / FILE, {METADATA: canonical_json(record)})
         if (folder / MANIFEST).exists():
             write_checksums(temporary)
-        publish_directory(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_bundled(folder: Path) -> Bundled | None:
