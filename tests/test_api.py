@@ -10,7 +10,8 @@ import ldm_vae
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "AutoencoderWavelet", "CompressConfig", "DecompressConfig", "EncodeConfig", "EvaluateConfig", "LatentDataset", "LatentDiffusionPipeline",
+    "CompressConfig", "DecompressConfig",
+    "AutoencoderWavelet", "EncodeConfig", "EvaluateConfig", "LatentDataset", "LatentDiffusionPipeline",
     "TrainDiffusionConfig", "TrainVaeConfig", "UserError", "compress", "decompress", "diagnose", "encode_dataset",
     "evaluate", "flow", "generate", "load_autoencoder", "metrics", "train_diffusion", "train_vae",
 }  # fmt: skip
