@@ -224,8 +224,9 @@ def reconstruct_all(
     """Every image that can be read, synthetic ones where there are none. Raises: UserError where none can be read."""
     rejected, shown = Rejected(), []
     bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
-    bundled_names = [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
-    for name, place in progress(images or bundled_names, "reconstructing"):
+    places: list[tuple[str, Path | int]] = [*images]
+    places = places or [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
+    for name, place in progress(places, "reconstructing"):
         try:
             image = bundled.read(place) if isinstance(place, int) else read_image(place)
         except ImageRejected as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ class Crop:
 
 
 def iterate_crops(
-    source: ImageSource, indices: Sequence[int], resolution: int | tuple[int, int], rejected: Rejected
+    source: ImageSource, indices: Iterable[int], resolution: int | tuple[int, int], rejected: Rejected
 ) -> Iterator[Crop]:
     """Center crops of a side or of (h, w), in the order of `indices`.
 

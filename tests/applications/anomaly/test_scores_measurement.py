@@ -47,6 +47,16 @@ def test_every_score_is_measured_and_every_local_one_has_a_map(networks, measure
         torch.testing.assert_close(measured.values[f"{name}_peak"], heat.flatten(1).amax(dim=1).double())
 
 
+def test_a_new_score_is_one_line(networks, learnt, images, monkeypatch):
+    darkness = scores.Score(
+        "darkness", "reconstruction", lambda batch, normal: -batch.images.mean(dim=(1, 2, 3)), False
+    )
+    monkeypatch.setitem(scores.SCORES, "darkness", darkness)
+    found = measure(networks, learnt, images, IDS)
+    torch.testing.assert_close(found.values["darkness"], -images.mean(dim=(1, 2, 3)).double())
+    assert (scores.title("darkness"), "darkness" in found.maps) == ("darkness", False)
+
+
 def test_a_score_depends_on_its_image_alone(networks, learnt, images, measured):
     alone = measure(networks, learnt, images[4:5], IDS[4:5]).values
     for name, values in measured.values.items():

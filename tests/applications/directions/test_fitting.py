@@ -71,6 +71,13 @@ def test_unknown_values_do_not_count(confounded: tuple[np.ndarray, np.ndarray]) 
     assert fitting.labeled(wrong, Attribute("y", values, False), LABELED)[1].vector[0] > 0
 
 
+def test_a_new_method_is_one_line(confounded: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled, y = confounded
+    monkeypatch.setitem(fitting.METHODS, "first", fitting.Method(lambda features, y, binary: np.eye(3)[0]))
+    (found,) = fitting.labeled(pooled, Attribute("y", y, False), ["first"])
+    assert (found.name, found.attribute, found.vector[1:].tolist()) == ("y/first", "y", [0, 0])
+
+
 def test_principal_directions_are_ordered_and_share_the_variance() -> None:
     pooled = np.random.default_rng(0).standard_normal((500, 3)) * [1, 3, 2]
     first, second = fitting.unlabeled("pca", None, pooled, 2)
