@@ -22,7 +22,7 @@ from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import EmaConfig, EmaSnapshots
+from ldm_vae.diffusion.power_function_ema import EmaConfig, EmaSnapshots
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.diffusion.unet import LatentUNet

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import EmaConfig, EmaSnapshots, read_average, snapshot_name, stored_averages
+from ldm_vae.diffusion.posthoc_ema import read_average, stored_averages
+from ldm_vae.diffusion.power_function_ema import EmaConfig, EmaSnapshots, snapshot_name
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST, checksum, verify_checksums, write_checksums
 from ldm_vae.latents.dataset import LatentDataset
@@ -306,7 +307,7 @@ def test_a_shard_that_is_whole_and_of_another_set_is_refused(tmp_path):
 def test_the_weights_of_an_average_in_another_file_are_refused(tmp_path):
     folder = small_snapshots(tmp_path)
     shutil.copy(folder / snapshot_name(2), folder / snapshot_name(4))
-    with pytest.raises(UserError, match=r"is no snapshot \(is of step 2"):
+    with pytest.raises(UserError, match=r"is not a snapshot \(is of step 2"):
         stored_averages(folder)
     with safe_open(folder / snapshot_name(2), "pt") as file:
         assert json.loads(file.metadata()["snapshot"])["format_version"] == 1

@@ -214,9 +214,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     real_read = reader.read(real)
     errors = reading_errors(real_read, truth)
     check_reader(errors)
-    request, folder = GenerateConfig(args.pipeline, **settings), args.output / "images"
-    generate(request, folder)
-    paths = [picture.path for picture in plan(request, pipeline.labels, folder)]
+    request = GenerateConfig(args.pipeline, str(args.output / "images"), **settings)
+    generate(request)
+    paths = [image.path for image in plan(request, pipeline.labels)]
     asked = np.arange(args.count) % len(pipeline.labels)  # as `plan` takes the classes: all in turn
     images, latents = look(pipeline, (np.asarray(Image.open(path).convert("RGB")) for path in paths), args.side)
     read = reader.read(images)

@@ -144,11 +144,15 @@ class Demo(Study):
         """Fill `samples/`; returns images per second, of the call that made them."""
         config, folder = self.config, self.output / SAMPLES
         generation = GenerateConfig(
-            model=str(self.pipeline), count=config.count, seed=config.seed, steps=config.steps,
-            precision=config.precision,
+            model=str(self.pipeline), output=str(folder), count=config.count, seed=config.seed, steps=config.steps,
+            precision=config.precision, device=config.device,
         )  # fmt: skip
-        made, speed = generate(generation, folder, device=config.device, overwrite=self.overwrite)
-        return speed if made else read_json(folder / provenance.RUN_RECORD).get("images_per_second", 0.0)
+        result = generate(generation, overwrite=self.overwrite)
+        return (
+            result.images_per_second
+            if result.made
+            else read_json(folder / provenance.RUN_RECORD).get("images_per_second", 0.0)
+        )
 
     def files(self, results: Results) -> dict[str, Content]:
         found: dict[str, Content] = {}

@@ -230,9 +230,9 @@ class Interpolation(Study):
 
 
 def _load_pipeline(model: str, device: torch.device) -> Any:
-    from ldm_vae.diffusion.generation import GenerateConfig, load_pipeline
+    from ldm_vae.diffusion.generation import load_pipeline
 
-    return load_pipeline(GenerateConfig(model=model), device)
+    return load_pipeline(model, device)
 
 
 # The ways from one image to another.

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.diffusion.export import has_pipeline
+    from ldm_vae.diffusion.generation import has_pipeline
     from ldm_vae.evaluation.model_card import CardConfig, push, write_card, write_pipeline_card
 
     config = CardConfig(

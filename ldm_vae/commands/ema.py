@@ -12,8 +12,6 @@ weaker U-Net that autoguidance needs. With --kid they are compared by the KID of
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 SUMMARY = "choose the length of the U-Net's average after training"
 
@@ -36,60 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.errors import UserError
+    from ldm_vae.diffusion.posthoc_ema import PosthocEmaConfig, posthoc_ema
 
-    if args.out and len(args.length) > 1:
-        raise UserError(f"--out: {len(args.length)} lengths were given; give the one whose pipeline shall be written")
-    if not args.kid and (args.images or args.inception_weights):
-        raise UserError("--images, --inception-weights: have no effect without --kid; leave them out")
-
-    import torch
-
-    from ldm_vae.diffusion.posthoc_ema import copy_to, synthesize
-    from ldm_vae.diffusion.training import HeldOutLoss, finished_pipeline, write_pipeline
-
-    pipeline = finished_pipeline(args.run)
-    if args.out:
-        average = synthesize(args.run, args.length[0], args.step)
-        write_pipeline(pipeline, average, args.out)
-        print(f"{args.out}: the pipeline, length {average.length} after step {average.step}{missing(average.left)}")
-        return 0
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    judge = kid_judge(args) if args.kid else None
-    held_out = HeldOutLoss(args.run, pipeline, torch.device(name))
-
-    def figures() -> str:
-        words = f"held-out flow loss {held_out.loss(pipeline.unet):.4f}"
-        if judge is not None:
-            found = judge(pipeline.to(name)).items()
-            words += "".join(f", {key.removeprefix('samples/')} {value:.5f}" for key, value in found)
-        return words
-
-    print(f"the run's own average (training.ema_decay): {figures()}")
-    for length in args.length:
-        average = synthesize(args.run, length, args.step)
-        copy_to(pipeline.unet, average)
-        print(f"length {length:g} after step {average.step}: {figures()}{missing(average.left)}")
+    posthoc_ema(
+        PosthocEmaConfig(
+            model=args.run,
+            lengths=tuple(args.length),
+            output=args.out,
+            step=args.step,
+            kid=args.kid,
+            images=args.images,
+            inception_weights=args.inception_weights,
+            device=args.device,
+        )
+    )
     return 0
-
-
-def kid_judge(args: argparse.Namespace) -> Callable[[Any], dict[str, float]]:
-    """What compares samples with the images that the run held out."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    from ldm_vae import config as configuration
-    from ldm_vae.data.sources import DataConfig
-    from ldm_vae.diffusion.fid import make_sample_kid
-    from ldm_vae.diffusion.training import TrainDiffusionConfig
-
-    config = configuration.load(TrainDiffusionConfig, Path(args.run) / "config.yaml")
-    data = DataConfig(source="folder", path=args.images) if args.images else config.kid.data
-    weights = args.inception_weights or config.kid.inception_weights
-    kid = replace(config.kid, samples=args.kid, data=data, inception_weights=weights)
-    return make_sample_kid(kid, config.held_out)
-
-
-def missing(left: float) -> str:
-    """A word of warning where the snapshots do not make up the wanted average."""
-    return f"; {left:.0%} of its profile cannot be made from these snapshots" if left > 0.05 else ""

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="0 to 1, against the strong colours of strong guidance (default 0; 0.7 is usual)",
+        help="0 to 1, against the strong colors of strong guidance (default 0; 0.7 is usual)",
     )
     parser.add_argument(
         "--autoguidance",
@@ -70,14 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from accelerate import PartialState
-
     from ldm_vae.diffusion.generation import GenerateConfig, generate
-    from ldm_vae.utils.text import pluralize
 
-    height, width = parse_size(args.size)
     config = GenerateConfig(
         model=args.model,
+        output=args.out,
         labels=tuple(args.label),
         count=args.count,
         seed=args.seed,
@@ -92,28 +89,11 @@ def run(args: argparse.Namespace) -> int:
         init=args.init,
         strength=args.strength,
         mask=args.mask,
-        height=height,
-        width=width,
+        size=args.size,
         precision=args.precision,
+        batch=args.batch,
+        device=args.device,
+        neighbours=args.neighbours,
     )
-    made, speed = generate(
-        config, args.out, batch=args.batch, device=args.device, overwrite=args.overwrite, neighbours=args.neighbours
-    )
-    say = PartialState().print  # on the main process only
-    if made:
-        say(f"{args.out}: {pluralize(made, 'image')} and sheet.png, {speed:.2f} images/s ({1 / speed:.2f} s each)")
-    else:
-        say(f"{args.out}: these images are there already; nothing to do")
+    generate(config, overwrite=args.overwrite)
     return 0
-
-
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """`512` or `512x768` (height x width) -> (height, width)."""
-    from ldm_vae.errors import UserError
-
-    if text is None:
-        return None, None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise UserError(f"--size: {text!r} is no size; give 512, or height x width as 512x768")
-    return int(sides[0]), int(sides[-1])

@@ -1,7 +1,7 @@
-"""Images that go in: what image-to-image and inpainting start from, and what they keep.
+"""Images and latents around sampling: images that go in, latents that are decoded in tiles, and ways between two.
 
-Owns the reading of images and masks, and the two rules of inpainting. Pixels are floats in [0, 1] here, as in the
-outputs `np` and `pt` of the pipeline.
+Owns the reading of images and masks, the two rules of inpainting, the blending of tiles, and the two interpolations.
+Pixels are floats in [0, 1] here, as in the outputs `np` and `pt` of the pipeline.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
+# Images that go in: what image-to-image and inpainting start from, and what they keep.
+
 ImageInput = Any
 """A PIL image, an array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or (n, 3, h, w), or a list of these."""
 
@@ -30,16 +32,11 @@ class InitImage:
 
     Attributes:
         images: (n, 3, h, w) in [0, 1].
-        mask: (n, 1, h, w), true where a pixel is to be painted anew; None: everywhere.
+        mask: (n, 1, h, w), true where a pixel is painted anew; None: everywhere.
     """
 
     images: Tensor
     mask: Tensor | None
-
-    @property
-    def default_strength(self) -> float:
-        """What is painted anew starts from nothing; a whole image keeps its composition."""
-        return 0.6 if self.mask is None else 1.0
 
     def latent_mask(self, factor: int) -> Tensor:
         """(n, 1, h/f, w/f): true where the latent may change, which is where any of its pixels may."""
@@ -47,21 +44,26 @@ class InitImage:
         return F.max_pool2d(self.mask.float(), factor) > 0
 
     def paste(self, images: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [0, 1] with the pixels that were not to change exactly as they were."""
+        """Images (n, 3, h, w) in [0, 1] with the pixels outside the mask exactly as they were."""
         return images if self.mask is None else torch.where(self.mask, images, self.images)
+
+
+def default_strength(masked: bool) -> float:
+    """With a mask, what is painted anew starts from noise; a whole image keeps its composition."""
+    return 1.0 if masked else 0.6
 
 
 def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, factor: int) -> InitImage:
     """Images and masks for `count` results; a single one serves all of them.
 
     Args:
-        image: In [0, 1], or 8-bit.
-        mask: One value per pixel; above one half means: paint anew.
-        count: Results.
-        factor: Pixels per latent position, which must divide both sides.
+        image: In [0, 1], or 8-bit; its sides are multiples of `factor`.
+        mask: One value per pixel; those above one half are painted anew.
+        count: Number of results.
+        factor: Pixels per latent position along a side.
 
     Raises:
-        UserError: sizes or numbers that do not fit, each with what would.
+        UserError: sizes or numbers that do not fit.
     """
     images = to_tensor(image, 3, "image")
     height, width = images.shape[-2:]
@@ -91,13 +93,13 @@ def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
 
 
 def to_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
-    """Any picture -> float32 (n, channels, h, w) in [0, 1]. Raises: UserError for another shape."""
+    """Any image -> float32 (n, channels, h, w) in [0, 1]. Raises: UserError for another shape."""
     if isinstance(image, Sequence):
         return torch.cat([to_tensor(one, channels, name) for one in image])
     if isinstance(image, Image.Image):
         array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
         return to_tensor(array, channels, name)
-    whole = image.dtype in (torch.uint8, np.uint8)
+    eight_bit = image.dtype in (torch.uint8, np.uint8)
     if isinstance(image, Tensor):
         tensor = image.cpu().float()
         if channels == 1 and tensor.ndim == 2:
@@ -111,7 +113,7 @@ def to_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
     if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.numel():
         shapes = "(h, w, 3) arrays, (3, h, w) tensors" if channels == 3 else "(h, w) arrays, (1, h, w) tensors"
         raise UserError(f"{name}: its shape is {tuple(image.shape)}; give PIL images, {shapes} or batches of these")
-    return tensor / 255 if whole else tensor
+    return tensor / 255 if eight_bit else tensor
 
 
 # Decoding latents that are too large for one pass: overlapping tiles, blended.
@@ -131,7 +133,7 @@ def decode_in_tiles(
         decode: Latents (n, c, h', w') -> images (n, 3, factor h', factor w').
         latents: In the autoencoder's own units.
         factor: Pixels per latent position along a side.
-        context: Positions beside a cut at which a tile does not count.
+        context: Positions beside a cut at which a tile has no weight.
         tile: Largest side of a tile, above 2 (context + blending).
     """
     tile = max(tile, 2 * (context + BLEND) + 1)
@@ -152,7 +154,7 @@ def decode_in_tiles(
 
 
 def tile_bounds(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """(first, end) of tiles that cover 0..length with at least `overlap` in common, all of the same length."""
+    """(first, end) of tiles of equal length that cover 0..length; neighbors have at least `overlap` in common."""
     if length <= tile:
         return [(0, length)]
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -172,13 +174,13 @@ def tile_weights(first: int, end: int, length: int, context: int, factor: int) -
 # Between two images: along a great circle in noise space, along a straight line in the autoencoder's latent space.
 
 
-def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Noise of the same shape at `share` of the way: spherical, so that two standard normals give a standard normal.
+def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation of two noises: between two standard normals lies a standard normal.
 
-    The norm goes linearly from the one to the other. `share` 0 and 1 give the two themselves.
+    The norm goes linearly from the one to the other. Weights 0 and 1 return the two themselves.
     """
-    if share in (0, 1):
-        return (second if share else first).clone()
+    if weight in (0, 1):
+        return (second if weight else first).clone()
     a, b = first.double(), second.double()
     a_norm, b_norm = a.norm(), b.norm()
     a, b = a / a_norm, b / b_norm
@@ -186,15 +188,15 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     if angle < 1e-6:  # the same direction
         direction = a
     else:
-        direction = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-    return ((a_norm + share * (b_norm - a_norm)) * direction).to(first.dtype)
+        direction = (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+    return ((a_norm + weight * (b_norm - a_norm)) * direction).to(first.dtype)
 
 
-def lerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Latents of the same shape at `share` of the straight way: a cross-fade that the decoder draws sharply."""
-    return (1 - share) * first + share * second
+def lerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """Linear interpolation of two latents: a cross-fade that the decoder draws sharply."""
+    return (1 - weight) * first + weight * second
 
 
 def interpolation_weights(count: int) -> list[float]:
-    """`count` places from 0 to 1, both included; [0] for one."""
+    """`count` weights from 0 to 1, both included; [0] for one."""
     return torch.linspace(0, 1, count, dtype=torch.float64).tolist()

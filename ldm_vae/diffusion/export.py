@@ -33,10 +33,9 @@ from ldm_vae.autoencoder.lineage import RECORD as TRAINING
 from ldm_vae.autoencoder.lineage import thin
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.autoencoder.weights import check_finite
-from ldm_vae.diffusion.generation import pipeline_directory
+from ldm_vae.diffusion.generation import has_pipeline, pipeline_directory
 from ldm_vae.diffusion.pipeline import DEFAULT_GUIDANCE, LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import scheduler_shift
-from ldm_vae.diffusion.saving import INDEX
 from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
@@ -294,12 +293,6 @@ def pack(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return record, _notes(record)
-
-
-def has_pipeline(source: str) -> bool:
-    """Whether it is a pipeline, or a run of `train-diffusion`."""
-    directory = Path(source).expanduser()
-    return any((one / INDEX).is_file() for one in (directory, directory / "pipeline"))
 
 
 def _write_autoencoder(source: str, folder: Path, precision: Precision) -> dict[str, dict[str, str]]:

@@ -1,13 +1,13 @@
-"""KID and FID: how far the set of reconstructions lies from the set of originals, in Inception features.
+"""KID and FID: how far one set of images lies from another, in Inception features; and the KID of samples.
 
-Owns the network, the two estimators and the rules for when they may be printed. The features are those of the
-TensorFlow Inception of 2015 in torch-fidelity's port, with TensorFlow's resizing, as in the literature.
+Owns the network, the two estimators and the rules for when they may be printed. Reconstructions are measured with the
+same functions. The features are those of the TensorFlow Inception of 2015 in torch-fidelity's port, with TensorFlow's
+resizing, as in the literature.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
-from ldm_vae.diffusion.pipeline import image_generator
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, image_generator
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file
 from ldm_vae.random import numpy_rng
@@ -174,7 +174,7 @@ def frechet_distance(
 def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
     """`frechet_distance` of the sample means and (unbiased) covariances of features (n, d) and (m, d): FID.
 
-    With fewer samples than dimensions the root's trace is the sum of the singular values of X Y^T (centred, scaled),
+    With fewer samples than dimensions the root's trace is the sum of the singular values of X Y^T (centered, scaled),
     since C_x C_y and (X Y^T)(X Y^T)^T have the same eigenvalues: the same number from smaller matrices.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -182,10 +182,10 @@ def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
         return frechet_distance(
             x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), y.mean(0), np.atleast_2d(np.cov(y, rowvar=False))
         )
-    centred_x = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    centred_y = (y - y.mean(0)) / np.sqrt(len(y) - 1)
-    cross = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
-    spread = np.square(centred_x).sum() + np.square(centred_y).sum()
+    centered_x = (x - x.mean(0)) / np.sqrt(len(x) - 1)
+    centered_y = (y - y.mean(0)) / np.sqrt(len(y) - 1)
+    cross = np.linalg.svd(centered_x @ centered_y.T, compute_uv=False).sum()
+    spread = np.square(centered_x).sum() + np.square(centered_y).sum()
     return float(max(np.square(x.mean(0) - y.mean(0)).sum() + spread - 2 * cross, 0.0))
 
 
@@ -212,7 +212,7 @@ def compare_sets(
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """The figures in words, each with its N and its floor."""
+    """The metrics in words, each with its N and its floor."""
     measured, floor = found["kid"], found["kid_floor"]
     lines = [
         f"KID of decode(mean) to the originals, N = {found['images']}: {1e3 * measured['mean']:.3f} +- "
@@ -230,101 +230,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-# KID of a pipeline's samples to images that its training never saw.
+# KID of a pipeline's samples to images that its training never saw: on request while training, and for `ldm-vae ema`.
 
 BATCH = 16
-
-
-class SampleKid:
-    """Figures of a pipeline. The features of the held-out images are computed once, at the first call."""
-
-    def __init__(self, config: KidConfig, images: ImageSource, network: Any) -> None:
-        """
-        Args:
-            config: How many samples, and how they are compared.
-            images: What they are compared with.
-            network: 8-bit images (n, 3, h, w) -> (features (n, d),), such as `load_inception()`.
-
-        Raises:
-            UserError: too few images.
-        """
-        self.config, self.images, self.network = config, images, network
-        check_kid_count(len(images), "are held out")
-        self.real: np.ndarray | None = None
-
-    @torch.no_grad()
-    def __call__(self, pipeline: Any) -> dict[str, float]:
-        """`samples/kid@N` of N samples with its standard deviation over subsets, and `samples/kid_floor`: one half of
-        the images against the other, which is what cannot be told from no difference."""
-        self.network.to(pipeline.device)
-        if self.real is None:
-            self.real = self._real(pipeline.image_size(), pipeline.device)
-        found = compare_sets(self.real, self._generated(pipeline), "kid", self.config.subset, seed=0)
-        name = f"samples/kid@{self.config.samples}"
-        return {
-            name: found["kid"]["mean"],
-            f"{name}_std": found["kid"]["std"],
-            "samples/kid_floor": found["kid_floor"]["mean"],
-        }
-
-    def _real(self, size: tuple[int, int], device: torch.device) -> np.ndarray:
-        features = []
-        for first in range(0, len(self.images), BATCH):
-            indices = list(range(first, min(first + BATCH, len(self.images))))
-            _, images = read_crops(self.images, indices, size, [])
-            if images is not None:
-                features.append(self._features(images.to(device)))
-        check_kid_count(sum(map(len, features)), "of those held out can be read")
-        return np.concatenate(features)
-
-    def _generated(self, pipeline: Any) -> np.ndarray:
-        """Sample i has class i in turn and the noise of (0, i)."""
-        from tqdm import tqdm
-
-        names, count = pipeline.labels, self.config.samples
-        features = []
-        for first in tqdm(range(0, count, BATCH), desc="samples for KID", dynamic_ncols=True, leave=False):
-            numbers = range(first, min(first + BATCH, count))
-            images = pipeline(
-                [names[number % len(names)] for number in numbers] if names else None,
-                num_images=len(numbers),
-                num_inference_steps=self.config.steps,
-                generator=[image_generator(0, number) for number in numbers],
-                output_type="pt",
-            ).images
-            features.append(self._features(2 * images.to(pipeline.device) - 1))
-        return np.concatenate(features)
-
-    def _features(self, images: torch.Tensor) -> np.ndarray:
-        """In float32 whatever the precision of the training around it, which may stand still for long meanwhile."""
-        watchdog.advance()
-        with torch.autocast(images.device.type, enabled=False):
-            return inception_features(self.network, images.float())
-
-
-def check_kid_count(count: int, what: str) -> None:
-    """Raises: UserError for fewer images than a KID needs."""
-    if count < MINIMUM_FOR_KID:
-        raise UserError(
-            f"kid: {count} images {what}, and a KID to fewer than {MINIMUM_FOR_KID} would be noise; hold more "
-            "out, or set kid.samples=0"
-        )
-
-
-def make_sample_kid(config: KidConfig, held_out: float) -> SampleKid:
-    """The judge of a run that holds this fraction of the ids out. Raises: UserError for missing images or weights."""
-    images = subset(open_source(config.data), "held_out", held_out)
-    check_kid_count(len(images), "are held out")
-    return SampleKid(config, images, load_inception(config.inception_weights))
-
-
-# KID of generated images, on request while training: its settings, and when it is due.
-
 MINIMUM_FOR_KID = 100
-"""Images on either side; below, the spread over subsets is as large as what one looks for."""
-
-Judge = Callable[[Any], dict[str, float]]
-"""A pipeline -> figures."""
+"""Images on either side; with fewer, the spread over subsets is as large as the differences to be seen."""
 
 
 @dataclass(frozen=True)
@@ -360,14 +270,98 @@ class KidConfig:
             raise UserError(f"kid.{name}: {value} is too few")
 
     def check(self, held_out: float, validate_every: int) -> None:
-        """Raises: UserError for a measurement that never comes about in a run of such settings."""
+        """Raises: UserError for a measurement that would never happen in a run with these settings."""
         if self.samples and held_out == 0:
             raise UserError("kid.samples: needs held-out images, and held_out=0; hold some out, or set kid.samples=0")
         if self.samples and self.every and self.every % validate_every:
             raise UserError(
-                f"kid.every: {self.every} is no multiple of training.validate_every={validate_every}; give one"
+                f"kid.every: {self.every} is not a multiple of training.validate_every={validate_every}; give one"
             )
 
     def due(self, finished: int, steps: int) -> bool:
         """Whether to measure after `finished` of `steps` steps."""
         return finished == steps or (self.every is not None and finished % self.every == 0)
+
+
+class SampleKid:
+    """Measures pipelines. The features of the held-out images are computed once, at the first call."""
+
+    def __init__(self, config: KidConfig, images: ImageSource, network: Any) -> None:
+        """
+        Args:
+            config: How many samples, and how they are compared.
+            images: What they are compared with.
+            network: 8-bit images (n, 3, h, w) -> (features (n, d),), such as `load_inception()`.
+
+        Raises:
+            UserError: too few images.
+        """
+        self.config, self.images, self.network = config, images, network
+        check_kid_count(len(images), "are held out")
+        self.real: np.ndarray | None = None
+
+    @torch.no_grad()
+    def __call__(self, pipeline: LatentDiffusionPipeline) -> dict[str, float]:
+        """`samples/kid@N` of N samples with its standard deviation over subsets, and `samples/kid_floor`: one half of
+        the images against the other, the value of no difference."""
+        self.network.to(pipeline.device)
+        if self.real is None:
+            self.real = self._real(pipeline.image_size(), pipeline.device)
+        found = compare_sets(self.real, self._generated(pipeline), "kid", self.config.subset, seed=0)
+        name = f"samples/kid@{self.config.samples}"
+        return {
+            name: found["kid"]["mean"],
+            f"{name}_std": found["kid"]["std"],
+            "samples/kid_floor": found["kid_floor"]["mean"],
+        }
+
+    def _real(self, size: tuple[int, int], device: torch.device) -> np.ndarray:
+        features = []
+        for first in range(0, len(self.images), BATCH):
+            indices = list(range(first, min(first + BATCH, len(self.images))))
+            _, images = read_crops(self.images, indices, size, [])
+            if images is not None:
+                features.append(self._features(images.to(device)))
+        check_kid_count(sum(map(len, features)), "of those held out can be read")
+        return np.concatenate(features)
+
+    def _generated(self, pipeline: LatentDiffusionPipeline) -> np.ndarray:
+        """Sample i has class i in turn and the noise of (0, i)."""
+        from tqdm import tqdm
+
+        names, count = pipeline.labels, self.config.samples
+        features = []
+        for first in tqdm(range(0, count, BATCH), desc="samples for KID", dynamic_ncols=True, leave=False):
+            numbers = range(first, min(first + BATCH, count))
+            (images,) = pipeline(
+                [names[number % len(names)] for number in numbers] if names else None,
+                num_images=len(numbers),
+                num_inference_steps=self.config.steps,
+                generator=[image_generator(0, number) for number in numbers],
+                output_type="pt",
+                return_dict=False,
+            )
+            features.append(self._features(2 * images.to(pipeline.device) - 1))
+        return np.concatenate(features)
+
+    def _features(self, images: torch.Tensor) -> np.ndarray:
+        """In float32 whatever the precision of the training around it, whose watchdog waits meanwhile."""
+        watchdog.advance()
+        with torch.autocast(images.device.type, enabled=False):
+            return inception_features(self.network, images.float())
+
+
+def check_kid_count(count: int, what: str) -> None:
+    """Raises: UserError for fewer images than a KID needs."""
+    if count < MINIMUM_FOR_KID:
+        raise UserError(
+            f"kid: {count} images {what}, and a KID to fewer than {MINIMUM_FOR_KID} would be noise; hold more "
+            "out, or set kid.samples=0"
+        )
+
+
+def make_sample_kid(config: KidConfig, held_out: float) -> SampleKid:
+    """For a run that holds this fraction of the ids out. Raises: UserError for missing images or weights."""
+    images = subset(open_source(config.data), "held_out", held_out)
+    check_kid_count(len(images), "are held out")
+    return SampleKid(config, images, load_inception(config.inception_weights))

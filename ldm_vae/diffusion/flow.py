@@ -1,7 +1,16 @@
-"""The mathematics of rectified flow: times, interpolation, velocity, loss. Pure functions, no model, no loop.
+"""The mathematics of rectified flow: times, interpolation, velocity, loss. Pure functions without a model.
 
-Symbols: x0 a clean normalised latent, eps standard normal noise, t in [0, 1] (0 clean, 1 noise),
-x_t = (1 - t) x0 + t eps, velocity v = dx_t/dt = eps - x0 (Liu et al. 2022, arXiv:2209.03003).
+Symbols, as in Liu et al. 2022 (arXiv:2209.03003) with time reversed: x0 a clean normalized latent, eps standard normal
+noise, t in [0, 1] (0 clean, 1 noise), the path x_t = (1 - t) x0 + t eps, and its velocity v = dx_t/dt = eps - x0.
+
+    clean, noise = latents, torch.randn_like(latents)                  # (n, c, h, w)
+    times = sample_times(len(latents), generator, shift=resolution_shift(4, 64, 64))   # (n,)
+    loss = velocity_loss(unet(interpolate(clean, noise, times), times), velocity_target(clean, noise)).mean()
+
+>>> x0, eps, t = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 6.0), torch.tensor([0.25])
+>>> x_t, v = interpolate(x0, eps, t), velocity_target(x0, eps)
+>>> x_t.item(), v.item(), clean_from_velocity(x_t, v, t).item()
+(3.0, 4.0, 2.0)
 """
 
 from __future__ import annotations
@@ -12,28 +21,37 @@ import torch
 from torch import Tensor
 
 UNIFORM_SHARE = 0.1
-"""Share of training times drawn uniformly, so that both ends of [0, 1] are seen; the others are logit-normal."""
+"""Share of training times drawn uniformly, so that both ends of [0, 1] occur; the others are logit-normal."""
 
 SMALLEST_DIVISOR = 0.05
 """Of the velocity of a predicted clean latent, which would grow without bound as t goes to 0."""
 
 
 def resolution_shift(channels: int, height: int, width: int) -> float:
-    """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690). 2 at 4x64x64."""
+    """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690).
+
+    >>> resolution_shift(4, 64, 64)
+    2.0
+    """
     return math.sqrt(channels * height * width / 4096)
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): monotone on [0, 1], both ends fixed (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    """s t / (1 + (s - 1) t): monotone on [0, 1], both ends fixed (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+
+    >>> shift_times(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist()
+    [0.0, 0.75, 1.0]
+    """
     return shift * times / (1 + (shift - 1) * times)
 
 
 def sample_times(
     count: int, generator: torch.Generator, shift: float = 1.0, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Training times (count,) in (0, 1), float32: logit-normal(0, 1) with a uniform tenth, then shifted.
+    """Training times (count,) in (0, 1), float32: logit-normal(0, 1) (arXiv:2403.03206, section 3.1) with a uniform
+    tenth, then shifted.
 
-    Drawn on the generator's device, so that the same generator gives the same times whatever computes with them.
+    Drawn on the generator's device, so that the same generator gives the same times on every device that computes.
     """
     source = generator.device
     logit_normal = torch.sigmoid(torch.randn(count, generator=generator, device=source))
@@ -43,18 +61,18 @@ def sample_times(
 
 
 def as_column(times: Tensor, like: Tensor) -> Tensor:
-    """Times (n,) shaped to multiply a batch (n, ...)."""
+    """Times (n,) shaped (n, 1, ...) to multiply a batch (n, ...), in its precision."""
     return times.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
 
 
 def interpolate(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """x_t of shape (n, c, h, w) from x0, eps and times (n,)."""
+    """x_t = (1 - t) x0 + t eps of shape (n, c, h, w), from x0, eps and times (n,)."""
     t = as_column(times, clean)
     return (1 - t) * clean + t * noise
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """v = eps - x0, what the network's velocity is compared with."""
+    """v = eps - x0, which the network's velocity is compared with."""
     return noise - clean
 
 
@@ -66,7 +84,7 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tenso
 def velocity_from_clean(noisy: Tensor, clean: Tensor, times: Tensor) -> Tensor:
     """v = (x_t - x0) / max(t, 0.05) of a network that predicts the clean latent (Li and He 2025, arXiv:2511.13720).
 
-    Its loss stays that of the velocity. Below t = 0.05 the velocity is that much too small.
+    Its loss is still that of the velocity. Below t = 0.05 the velocity is too small by the factor t / 0.05.
     """
     return (noisy - clean) / as_column(times, noisy).clamp(min=SMALLEST_DIVISOR)
 

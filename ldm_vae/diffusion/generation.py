@@ -1,4 +1,10 @@
-"""Which images a call of `generate` makes: for each one its class, its noise and its file."""
+"""`ldm-vae generate`: from a trained pipeline to a folder of images.
+
+    GenerateConfig -> plan: class, noise and file of each image -> LatentDiffusionPipeline, batch by batch
+                   -> PNG files that carry their parameters, a contact sheet and `run.json`
+
+A folder is complete, or the same call completes it. It is never overwritten unless asked for.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ from ldm_vae import __version__, provenance
 from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.transforms import resize_center_crop
-from ldm_vae.diffusion.editing import interpolation_weights, slerp
+from ldm_vae.diffusion.editing import default_strength, interpolation_weights, slerp
 from ldm_vae.diffusion.pipeline import (
     DEFAULT_GUIDANCE,
     ClassMixture,
@@ -32,7 +38,8 @@ from ldm_vae.diffusion.pipeline import (
     make_guidance,
 )
 from ldm_vae.diffusion.samplers import FULL_INTERVAL, evaluations, first_step, flow_scheduler, sampler_name
-from ldm_vae.diffusion.validation import compare_with_training
+from ldm_vae.diffusion.saving import INDEX
+from ldm_vae.diffusion.validation import Copies, compare_with_training
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     canonical_json,
@@ -50,32 +57,48 @@ from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labelled_sheet
 from ldm_vae.utils.text import pluralize
 
+logger = logging.getLogger(__name__)
+
+SHEET = "sheet.png"
+PAIRS = "neighbours.png"
+SHEET_IMAGES = 120
+COMPARED_LATENTS = 2048
+PNG_KEY = "parameters"
+HOW_ONLY = ("model", "output", "size", "batch", "device", "neighbours")
+"""Settings that do not decide the pixels, or that the parameters of an image hold in another form."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What decides the images.
+    """`ldm-vae generate`: which images to make, and where.
 
     Attributes:
         model: A pipeline directory, or the run directory of `train-diffusion`.
+        output: Folder for the images: new, or with some of the same images.
         labels: Names or ids, taken in turn; none: every class of the model in turn.
         count: Images; with `grid` rows of them, of one image per label.
         seed: Image i starts from the noise of (seed, i).
         steps: Steps of the sampler.
         sampler: euler, heun, dpm++ or unipc; None: the pipeline's scheduler.
         guidance: Strength of classifier-free guidance; None: 3 for a model with classes.
-        guidance_interval: Lowest and highest t in [0, 1] at which guidance acts.
-        guidance_rescale: 0 to 1, against the strong colours of strong guidance.
-        autoguidance: Strength of autoguidance, for a pipeline with a second U-Net.
-        grid: Every label from the same noise: what the label changes.
+        guidance_interval: Lowest and highest t in [0, 1] at which guidance acts, 1 being pure noise.
+        guidance_rescale: 0 to 1, against the strong colors of strong guidance; 0.7 is usual.
+        autoguidance: Strength of autoguidance, for a pipeline with a second U-Net; 1 is off.
+        grid: Every label from the same noise, which shows what the label changes.
         interpolate: Two seeds, or two labels; `count` images from the one to the other.
-        init: File of an image to start from.
+        init: File of an image to start from, scaled and cropped to the size.
         strength: Share of the steps that it goes through; None: 0.6, or 1 with a mask.
-        mask: File of a picture of its size, white where it is to be painted anew.
-        height, width: Pixels; None: the size of the training images.
-        precision: Of the networks. Sampling itself is float32.
+        mask: File of an image of its size, white where it is painted anew.
+        size: Pixels: 512, or height x width as 512x768; None: the size of the training images.
+        precision: Of the networks: fp32 or bf16. Sampling itself is float32.
+        batch: Images per pass; changes memory and speed.
+        device: auto, cpu, cuda, cuda:1, ...; under a launcher each process takes its own part of the images.
+        neighbours: The latents that the model was trained on: `neighbours.png` shows the nearest to each image of the
+            sheet, and the copy rate is printed and recorded.
     """
 
-    model: str
+    model: str = "???"
+    output: str = "???"
     labels: tuple[str, ...] = ()
     count: int = 16
     seed: int = 0
@@ -90,24 +113,142 @@ class GenerateConfig:
     init: str | None = None
     strength: float | None = None
     mask: str | None = None
-    height: int | None = None
-    width: int | None = None
+    size: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    batch: int = 8
+    device: str = "auto"
+    neighbours: str | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count: {self.count} is below 1")
+        for name in ("count", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is below 1")
         if self.count < len(self.labels) and not self.grid:
             raise UserError(
                 f"count: {pluralize(self.count, 'image')} for {len(self.labels)} labels; give at least one per label"
             )
-        if self.steps < 1:
-            raise UserError(f"steps: {self.steps} is below 1")
         if self.grid and self.interpolate:
             raise UserError("grid: and interpolate ask for different images; give one of them")
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.init is None:
                 raise UserError(f"{name}: has no effect without an image; give init, or leave it out")
+        self.sides()
+
+    def sides(self) -> tuple[int | None, int | None]:
+        """(height, width) in pixels of `size`, each None where it is the training size. Raises: UserError."""
+        if self.size is None:
+            return None, None
+        sides = str(self.size).lower().split("x")
+        if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+            raise UserError(f"size: {self.size!r} is not a size; give 512, or height x width as 512x768")
+        return int(sides[0]), int(sides[-1])
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What `generate` did.
+
+    Attributes:
+        folder: Where the images are.
+        images: How many are there.
+        made: How many this process made now; 0 when all were there.
+        images_per_second: Of this process; 0 when it made none.
+        copies: How many repeat a training latent; None without `neighbours`, and in all but the main process.
+    """
+
+    folder: Path
+    images: int
+    made: int
+    images_per_second: float
+    copies: Copies | None
+
+
+def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationResult:
+    """Write `0000_label.png` ..., `sheet.png` and `run.json` into `config.output`; only what is missing.
+
+    Args:
+        config: What to generate.
+        overwrite: Replace the images of another call in that folder.
+
+    Raises:
+        UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
+    """
+    from accelerate import PartialState
+
+    started = time.time()
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder")
+    state = PartialState(cpu=config.device == "cpu")
+    device = state.device if config.device in ("auto", state.device.type) else compute_device(config.device)
+    pipeline = load_pipeline(config.model, device, config.precision)
+    parameters = resolve_parameters(config, pipeline)
+    size = parameters["height"], parameters["width"]
+    training = open_training_latents(config.neighbours, pipeline, *size)
+    inputs = read_input_images(config, *size)
+    images = plan(config, pipeline.labels)
+    finished = check_folder(folder, parameters, images, overwrite)
+    finished = finished and (training is None or (folder / PAIRS).exists())
+    if state.is_main_process:
+        warn_of_unused_labels(parameters["guidance"])
+    state.wait_for_everyone()  # before the first one changes the folder
+    copies = None
+    advice = "finished images stay, and the same command makes the others"
+    with contextlib.ExitStack() as stack, system_errors_explained(folder, advice):
+        if state.is_main_process and not finished:
+            stack.enter_context(open_folder(folder).lock(provenance.RUN_LOCK))
+            check_folder(folder, parameters, images, overwrite)  # another call may have been here meanwhile
+            prepare_folder(folder, overwrite)
+            provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)
+        state.wait_for_everyone()
+        missing = [image for image in images if not image.path.exists()]
+        mine = missing[state.process_index :: state.num_processes]
+        sampling = time.time()
+        make_images(pipeline, mine, config, parameters, inputs, show=state.is_main_process)
+        speed = len(mine) / (time.time() - sampling) if mine else 0.0
+        state.wait_for_everyone()
+        if state.is_main_process and not finished:
+            record: dict[str, Any] = {"images": len(images)}
+            if mine:
+                record["images_per_second"] = round(speed * state.num_processes, 3)
+            copies = write_sheets(folder, images[:SHEET_IMAGES], pipeline, training)
+            if copies is not None:
+                record |= {"copies": copies.copies, "compared_images": copies.samples}
+                record["compared_latents"] = copies.compared
+            provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **record)
+    result = GenerationResult(folder, len(images), len(mine), speed, copies)
+    state.print(summary(result))
+    return result
+
+
+def summary(result: GenerationResult) -> str:
+    """What was made, for the terminal."""
+    lines = []
+    if result.copies is not None:
+        lines.append(
+            f"{result.folder / PAIRS}: {result.copies.copies} of {result.copies.samples} images are copies of one of "
+            f"{result.copies.compared} training latents"
+        )
+    if result.made:
+        speed = result.images_per_second
+        lines.append(
+            f"{result.folder}: {pluralize(result.made, 'image')} and {SHEET}, {speed:.2f} images/s "
+            f"({1 / speed:.2f} s each)"
+        )
+    else:
+        lines.append(f"{result.folder}: these images are there already; nothing to do")
+    return "\n".join(lines)
+
+
+def warn_of_unused_labels(guidance: float) -> None:
+    if guidance <= 0:
+        logger.warning(
+            "guidance: at %g the label is %s, though the images are named after it; 1 is the label alone, %g is usual",
+            guidance, "not used" if guidance == 0 else "avoided", DEFAULT_GUIDANCE,
+        )  # fmt: skip
+
+
+# The plan: for each image its class, its noise and its file.
 
 
 @dataclass(frozen=True)
@@ -128,13 +269,9 @@ class Noise:
         return slerp(noise, other, self.share)
 
 
-Row = tuple[ClassMixture | None, str | None, Noise]
-"""Classes, caption and noise of an image."""
-
-
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image to make; `classes` is None for a model without them, `caption` what the sheet says."""
+    """One image to make; `classes` is None for a model without them, `caption` stands in the sheet."""
 
     index: int
     classes: ClassMixture | None
@@ -143,50 +280,54 @@ class PlannedImage:
     path: Path
 
 
-def plan(config: GenerateConfig, names: Sequence[str], folder: Path) -> list[PlannedImage]:
-    """Every image, in the order of the sheet.
+Row = tuple[ClassMixture | None, str | None, Noise]
+"""Classes, caption and noise of an image."""
+
+
+def plan(config: GenerateConfig, names: Sequence[str]) -> list[PlannedImage]:
+    """Every image of a model with classes of these `names`, in the order of the sheet.
 
     Raises:
         UserError: an unknown label, or seeds and labels that do not go together.
     """
-    wanted = [names[find_label(label, names)] for label in config.labels] or list(names)
+    labels = [names[find_label(label, names)] for label in config.labels] or list(names)
     rows: list[Row]
     if config.interpolate:
         rows = _interpolation(config, config.interpolate, names)
     elif config.grid:
-        if len(wanted) < 2:
-            raise UserError(f"grid: {len(wanted)} classes to compare; give two labels or more")
-        rows = [({label: 1.0}, label, Noise(config.seed, n)) for n in range(config.count) for label in wanted]
-    elif wanted:
-        turn = [wanted[index % len(wanted)] for index in range(config.count)]
+        if len(labels) < 2:
+            raise UserError(f"grid: {len(labels)} classes to compare; give two labels or more")
+        rows = [({label: 1.0}, label, Noise(config.seed, n)) for n in range(config.count) for label in labels]
+    elif labels:
+        turn = [labels[index % len(labels)] for index in range(config.count)]
         rows = [({label: 1.0}, label, Noise(config.seed, index)) for index, label in enumerate(turn)]
     else:
         rows = [(None, None, Noise(config.seed, index)) for index in range(config.count)]
     return [
-        PlannedImage(index, classes, caption, noise, folder / image_name(index, caption))
+        PlannedImage(index, classes, caption, noise, Path(config.output) / image_name(index, caption))
         for index, (classes, caption, noise) in enumerate(rows)
     ]
 
 
 def _interpolation(config: GenerateConfig, ends: tuple[str, str], names: Sequence[str]) -> list[Row]:
     """Whole numbers are seeds, anything else is a label."""
-    places = interpolation_weights(config.count)
+    weights = interpolation_weights(config.count)
     if all(end.isdecimal() for end in ends):
         if names and len(config.labels) != 1:
             raise UserError("interpolate: between two seeds the label stays the same; give one label")
         label = names[find_label(config.labels[0], names)] if names else None
         classes = None if label is None else {label: 1.0}
         first, last = (int(end) for end in ends)
-        return [(classes, label, Noise(first, 0, last, share)) for share in places]
+        return [(classes, label, Noise(first, 0, last, weight)) for weight in weights]
     if config.labels:
         raise UserError("interpolate: its two labels are all labels there are; leave out the others")
     first_label, last_label = (names[find_label(end, names)] for end in ends)
     if first_label == last_label:
         raise UserError(f"interpolate: {first_label!r} twice; give two labels, or two seeds")
     rows: list[Row] = []
-    for share in places:
-        caption = f"{first_label} {round(100 * (1 - share))} %"
-        rows.append(({first_label: 1 - share, last_label: share}, caption, Noise(config.seed, 0)))
+    for weight in weights:
+        caption = f"{first_label} {round(100 * (1 - weight))} %"
+        rows.append(({first_label: 1 - weight, last_label: weight}, caption, Noise(config.seed, 0)))
     return rows
 
 
@@ -196,87 +337,98 @@ def image_name(index: int, caption: str | None) -> str:
     return f"{index:04d}_{word}.png" if word else f"{index:04d}.png"
 
 
-# A folder of generated images: PNG files that carry their own parameters, a contact sheet and `run.json`.
-
-logger = logging.getLogger(__name__)
-
-SHEET = "sheet.png"
-PAIRS = "neighbours.png"
-SHEET_IMAGES = 120
-NEIGHBOURS = 2048
-PNG_KEY = "parameters"
+# What goes in: the pipeline, the images to start from, the latents to compare with.
 
 
-def generate(
-    config: GenerateConfig,
-    output: str | Path,
-    *,
-    batch: int = 8,
-    device: str = "auto",
-    overwrite: bool = False,
-    neighbours: str | None = None,
-) -> tuple[int, float]:
-    """Write `0000_label.png` ..., `sheet.png` and `run.json` into `output`; only what is missing.
+def load_pipeline(model: str, device: torch.device, precision: str = "fp32") -> LatentDiffusionPipeline:
+    """The pipeline on its device and in its precision, without a progress bar of its own."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(model), use_safetensors=True)
+    pipeline.to(device)
+    if precision == "bf16":
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of an empty list
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
-    Args:
-        config: What to generate.
-        output: A folder that is new, or holds the same images, or (with `overwrite`) any other ones.
-        batch: Images per pass; changes memory and speed.
-        device: auto, cpu, cuda, ... ; under a launcher each process takes its own part of the images.
-        overwrite: Replace the images of another call.
-        neighbours: The latents that the model was trained on: `neighbours.png` shows the nearest to each image of the
-            sheet, and `run.json` has the copy rate.
 
-    Returns:
-        The number of images that this process made now, and its images per second.
+def pipeline_directory(model: str) -> Path:
+    """The directory with `model_index.json`: `model` itself, or its `pipeline/`. Raises: UserError."""
+    directory = Path(model).expanduser()
+    for candidate in (directory, directory / "pipeline"):
+        if (candidate / INDEX).is_file():
+            return candidate
+    what = f"holds no {INDEX}" if directory.is_dir() else "no such directory"
+    raise UserError(f"{model}: {what}; give the directory of a pipeline, `train-diffusion` writes RUN/pipeline")
+
+
+def has_pipeline(model: str) -> bool:
+    """Whether it is a pipeline directory, or a run of `train-diffusion`."""
+    directory = Path(model).expanduser()
+    return any((candidate / INDEX).is_file() for candidate in (directory, directory / "pipeline"))
+
+
+def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """The settings that decide the images, every default filled in, and checksums of the weights and files.
+
+    Equal parameters give equal images.
+    """
+    if not pipeline.labels and config.guidance not in (None, 1.0):
+        raise UserError(f"guidance: {config.guidance} has no effect on a model without classes; leave it out")
+    settings = {name: value for name, value in asdict(config).items() if name not in HOW_ONLY}
+    settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
+    if config.guidance is None:
+        settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
+    make_guidance(
+        settings["guidance"], config.autoguidance, config.guidance_interval, config.guidance_rescale,
+        labeled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
+    )  # fmt: skip
+    settings["height"], settings["width"] = pipeline.image_size(*config.sides())
+    settings["guidance_interval"] = list(config.guidance_interval)
+    settings["interpolate"] = list(config.interpolate) if config.interpolate else None
+    scheduler = flow_scheduler(1.0, config.sampler) if config.sampler else pipeline.scheduler
+    settings["sampler"] = sampler_name(scheduler)
+    first = 0
+    if config.init is not None:
+        if config.strength is None:
+            settings["strength"] = default_strength(masked=config.mask is not None)
+        first = first_step(config.steps, settings["strength"])
+        for name in ("init", "mask"):
+            settings[name] = None if settings[name] is None else checksum(existing_file(settings[name], name))
+    settings["evaluations"] = evaluations(settings["sampler"], config.steps, first)
+    directory = pipeline_directory(config.model)
+    networks = ["unet", "autoencoder"] + ["autoguidance_unet"] * (config.autoguidance != 1)
+    weights = {name: [checksum(path) for path in sorted(directory.glob(f"{name}/*.safetensors"))] for name in networks}
+    return settings | weights
+
+
+def existing_file(path: str, name: str) -> Path:
+    """Raises: UserError when it is not a file."""
+    if not Path(path).is_file():
+        raise UserError(f"{name}: {path} is not a file; give the file of an image")
+    return Path(path)
+
+
+def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[str, np.ndarray]:
+    """`image` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped at the center.
 
     Raises:
-        UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
+        UserError: a file that is not an image, or a mask of another size.
     """
-    from accelerate import PartialState
-
-    if batch < 1:
-        raise UserError(f"batch: {batch} is below 1")
-    started = time.time()
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
-    state = PartialState(cpu=device == "cpu")
-    pipeline = load_pipeline(config, state.device if device in ("auto", state.device.type) else compute_device(device))
-    parameters = resolve_parameters(config, pipeline)
-    training = open_training_latents(neighbours, pipeline, parameters["height"], parameters["width"])
-    pictures_in = read_input_images(config, parameters["height"], parameters["width"])
-    pictures = plan(config, pipeline.labels, folder)
-    finished = check_folder(folder, parameters, pictures, overwrite)
-    finished = finished and (training is None or (folder / PAIRS).exists())
-    if state.is_main_process and parameters["guidance"] <= 0:
-        what = "not used" if parameters["guidance"] == 0 else "avoided"
-        logger.warning(
-            "guidance: at %g the label is %s, though the images are named after it; 1 is the label alone, %g is usual",
-            parameters["guidance"], what, DEFAULT_GUIDANCE,
-        )  # fmt: skip
-    state.wait_for_everyone()  # every process has seen the folder as it was
-    advice = "finished images stay, and the same command makes the others"
-    with contextlib.ExitStack() as held, system_errors_explained(folder, advice):
-        if state.is_main_process and not finished:
-            held.enter_context(open_folder(folder).lock(provenance.RUN_LOCK))
-            check_folder(folder, parameters, pictures, overwrite)  # by now another call may have been here
-            prepare_folder(folder, pictures, overwrite)
-            provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)
-        state.wait_for_everyone()
-        missing = [picture for picture in pictures if not picture.path.exists()]
-        mine = missing[state.process_index :: state.num_processes]
-        sampling = time.time()
-        make(pipeline, mine, config, parameters, pictures_in, batch, show=state.is_main_process)
-        speed = len(mine) / (time.time() - sampling) if mine else 0.0
-        state.wait_for_everyone()
-        if state.is_main_process and not finished:
-            figures: dict[str, Any] = {"images": len(pictures)}
-            if mine:
-                figures["images_per_second"] = round(speed * state.num_processes, 3)
-            figures |= make_sheets(folder, pictures[:SHEET_IMAGES], pipeline, training, state)
-            provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **figures)
-    return len(mine), speed
+    found: dict[str, np.ndarray] = {}
+    for name, setting, path in (("image", "init", config.init), ("mask", "mask", config.mask)):
+        if path is not None:
+            try:
+                found[name] = decode_image(existing_file(path, setting).read_bytes())
+            except ImageRejected as error:
+                raise UserError(f"{setting}: {path} cannot be read ({error}); give the file of an image") from error
+    if "mask" in found and found["mask"].shape != found["image"].shape:
+        sizes = [" x ".join(map(str, found[name].shape[:2])) for name in ("mask", "image")]
+        raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
+    return {
+        name: resize_center_crop(pixels, (height, width))[..., : 1 if name == "mask" else 3]
+        for name, pixels in found.items()
+    }
 
 
 def open_training_latents(
@@ -299,116 +451,14 @@ def open_training_latents(
     return training
 
 
-def make_sheets(
-    folder: Path,
-    shown: Sequence[PlannedImage],
-    pipeline: LatentDiffusionPipeline,
-    training: LatentDataset | None,
-    state: Any,
-) -> dict[str, int]:
-    """Write the sheet of the images and, with the latents of the training, that of their neighbours: its figures."""
-    images, captions = [Image.open(p.path) for p in shown], [p.caption for p in shown if p.caption]
-    write_png(folder / SHEET, labelled_sheet(images, captions))
-    if training is None:
-        return {}
-    pairs, copies = compare_with_training(pipeline, images, captions, training, NEIGHBOURS)
-    write_png(folder / PAIRS, pairs)
-    state.print(
-        f"{folder / PAIRS}: {copies.copies} of {copies.samples} images are copies of one of {copies.compared} "
-        "training latents"
-    )
-    return {"copies": copies.copies, "compared_images": copies.samples, "compared_latents": copies.compared}
+# The folder: what may be in it, and what is written.
 
 
-def load_pipeline(config: GenerateConfig, device: torch.device) -> LatentDiffusionPipeline:
-    """The pipeline on its device and in its precision, without a progress bar of its own."""
-    pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
-    pipeline.to(device)
-    if config.precision == "bf16":
-        for module in pipeline.components.values():
-            if not isinstance(module, torch.nn.Module):
-                continue
-            torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of an empty list
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def pipeline_directory(model: str) -> Path:
-    """The directory with `model_index.json`: the one given, or its `pipeline/`."""
-    directory = Path(model).expanduser()
-    for candidate in (directory, directory / "pipeline"):
-        if (candidate / "model_index.json").is_file():
-            return candidate
-    what = "holds no model_index.json" if directory.is_dir() else "no such directory"
-    raise UserError(f"{model}: {what}; give the directory of a pipeline, `train-diffusion` writes RUN/pipeline")
-
-
-def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
-    """The settings with every default filled in, and what weights and files hold: equal ones give equal images."""
-    if not pipeline.labels and config.guidance not in (None, 1.0):
-        raise UserError(f"guidance: {config.guidance} has no effect on a model without classes; leave it out")
-    settings = asdict(config)
-    del settings["model"]  # the checksums say which one it was, wherever it lies
-    settings["labels"] = [pipeline.labels[find_label(label, pipeline.labels)] for label in config.labels]
-    if config.guidance is None:
-        settings["guidance"] = DEFAULT_GUIDANCE if pipeline.labels else 1.0
-    make_guidance(
-        settings["guidance"], config.autoguidance, config.guidance_interval, config.guidance_rescale,
-        labelled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
-    )  # fmt: skip
-    settings["height"], settings["width"] = pipeline.image_size(config.height, config.width)
-    settings["guidance_interval"] = list(config.guidance_interval)
-    settings["interpolate"] = list(config.interpolate) if config.interpolate else None
-    scheduler = flow_scheduler(1.0, config.sampler) if config.sampler else pipeline.scheduler
-    settings["sampler"] = sampler_name(scheduler)
-    first = 0
-    if config.init is not None:
-        if config.strength is None:
-            settings["strength"] = 0.6 if config.mask is None else 1.0
-        first = first_step(config.steps, settings["strength"])
-        for name in ("init", "mask"):
-            settings[name] = None if settings[name] is None else checksum(existing_file(settings[name], name))
-    settings["evaluations"] = evaluations(settings["sampler"], config.steps, first)
-    directory = pipeline_directory(config.model)
-    parts = ["unet", "autoencoder"] + ["autoguidance_unet"] * (config.autoguidance != 1)
-    weights = {part: [checksum(path) for path in sorted(directory.glob(f"{part}/*.safetensors"))] for part in parts}
-    return settings | weights
-
-
-def existing_file(path: str, name: str) -> Path:
-    """Raises: UserError when it is no file."""
-    if not Path(path).is_file():
-        raise UserError(f"{name}: {path} is no file; give the file of an image")
-    return Path(path)
-
-
-def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[str, np.ndarray]:
-    """`init` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped around the centre.
-
-    Raises:
-        UserError: a file that is no image, or a mask of another size.
-    """
-    found: dict[str, np.ndarray] = {}
-    for name, path in (("init", config.init), ("mask", config.mask)):
-        if path is not None:
-            try:
-                found[name] = decode_image(existing_file(path, name).read_bytes())
-            except ImageRejected as error:
-                raise UserError(f"{name}: {path} cannot be read ({error}); give the file of an image") from error
-    if "mask" in found and found["mask"].shape != found["init"].shape:
-        sizes = [" x ".join(map(str, found[name].shape[:2])) for name in ("mask", "init")]
-        raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
-    return {
-        name: resize_center_crop(pixels, (height, width))[..., : 1 if name == "mask" else 3]
-        for name, pixels in found.items()
-    }
-
-
-def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[PlannedImage], overwrite: bool) -> bool:
+def check_folder(folder: Path, parameters: Mapping[str, Any], images: Sequence[PlannedImage], overwrite: bool) -> bool:
     """True when the folder already holds exactly these images, finished.
 
     Raises:
-        UserError: it holds something else, and nobody said that it may be overwritten.
+        UserError: it holds something else, and `overwrite` is not set.
     """
     passing = (provenance.RUN_LOCK, ".tmp-")
     if overwrite or not folder.exists() or all(path.name.startswith(passing) for path in folder.iterdir()):
@@ -419,15 +469,15 @@ def check_folder(folder: Path, parameters: dict[str, Any], pictures: Sequence[Pl
     except ValueError:
         record = {}
     if "parameters" not in record:
-        raise UserError(f"{folder}: is not empty and no result of `generate`; give another --out, or --overwrite")
+        raise UserError(f"{folder}: is not empty and not a result of `generate`; give another output, or --overwrite")
     changes = changed_keys(record["parameters"], parameters)
     if changes:
         words = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
-        raise UserError(f"{folder}: holds other images ({words}); give another --out, or --overwrite")
-    return bool(record.get("finished")) and all(picture.path.exists() for picture in pictures)
+        raise UserError(f"{folder}: holds other images ({words}); give another output, or --overwrite")
+    return bool(record.get("finished")) and all(image.path.exists() for image in images)
 
 
-def prepare_folder(folder: Path, pictures: Sequence[PlannedImage], overwrite: bool) -> None:
+def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
     remove_leftovers(folder)
     if overwrite:
@@ -435,31 +485,30 @@ def prepare_folder(folder: Path, pictures: Sequence[PlannedImage], overwrite: bo
             path.unlink(missing_ok=True)
 
 
-def make(
+def make_images(
     pipeline: LatentDiffusionPipeline,
-    pictures: Sequence[PlannedImage],
+    images: Sequence[PlannedImage],
     config: GenerateConfig,
-    parameters: dict[str, Any],
-    pictures_in: Mapping[str, np.ndarray],
-    batch: int,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, np.ndarray],
     show: bool,
 ) -> None:
     """Generate and save, batch by batch, under a progress bar."""
     from tqdm import tqdm
 
-    height, width = parameters["height"], parameters["width"]
-    quiet = not show or not pictures
-    with tqdm(total=len(pictures), desc="generating", unit="image", dynamic_ncols=True, disable=quiet) as bar:
+    shape = pipeline.latent_shape(parameters["height"], parameters["width"])
+    quiet = not show or not images
+    with tqdm(total=len(images), desc="generating", unit="image", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(_: Any, index: int, *__: Any) -> None:
             bar.set_postfix_str(f"step {index + 1}")
 
-        for first in range(0, len(pictures), batch):
-            part = pictures[first : first + batch]
-            (images,) = pipeline(
-                labels=[picture.classes for picture in part if picture.classes] or None,
-                num_images=len(part),
-                latents=torch.stack([picture.noise.draw(pipeline.latent_shape(height, width)) for picture in part]),
+        for first in range(0, len(images), config.batch):
+            batch = images[first : first + config.batch]
+            (made,) = pipeline(
+                labels=[image.classes for image in batch if image.classes] or None,
+                num_images=len(batch),
+                latents=torch.stack([image.noise.draw(shape) for image in batch]),
                 num_inference_steps=config.steps,
                 guidance_scale=parameters["guidance"],
                 guidance_interval=config.guidance_interval,
@@ -469,21 +518,34 @@ def make(
                 strength=parameters["strength"],
                 return_dict=False,
                 callback_on_step_end=progress,
-                image=pictures_in.get("init"),
-                mask=pictures_in.get("mask"),
+                image=inputs.get("image"),
+                mask=inputs.get("mask"),
             )
-            if not (part[0].path.parent / provenance.RUN_RECORD).exists():
+            if not (batch[0].path.parent / provenance.RUN_RECORD).exists():
                 raise vanished()
-            for picture, image in zip(part, images):
-                save_png(image, picture, parameters)
-            bar.update(len(part))
+            for planned, image in zip(batch, made):
+                save_png(image, planned, parameters)
+            bar.update(len(batch))
 
 
-def save_png(image: Image.Image, picture: PlannedImage, parameters: dict[str, Any]) -> None:
+def save_png(image: Image.Image, planned: PlannedImage, parameters: Mapping[str, Any]) -> None:
     """Write atomically, with everything needed to make the image again as JSON in the text chunk `parameters`."""
     info = PngInfo()
     own = {key: value for key, value in parameters.items() if key not in ("labels", "count")}
-    own |= {"index": picture.index, "label": picture.caption, "noise": asdict(picture.noise)}
-    info.add_itxt(PNG_KEY, canonical_json(own | {"classes": picture.classes}))
+    own |= {"index": planned.index, "label": planned.caption, "noise": asdict(planned.noise)}
+    info.add_itxt(PNG_KEY, canonical_json(own | {"classes": planned.classes}))
     info.add_text("Software", f"ldm_vae {__version__}")
-    write_atomically(picture.path, lambda path: image.save(path, format="PNG", pnginfo=info))
+    write_atomically(planned.path, lambda path: image.save(path, format="PNG", pnginfo=info))
+
+
+def write_sheets(
+    folder: Path, shown: Sequence[PlannedImage], pipeline: LatentDiffusionPipeline, training: LatentDataset | None
+) -> Copies | None:
+    """Write the contact sheet and, with the latents of the training, the nearest of them to each image."""
+    images, captions = [Image.open(one.path) for one in shown], [one.caption for one in shown if one.caption]
+    write_png(folder / SHEET, labelled_sheet(images, captions))
+    if training is None:
+        return None
+    pairs, copies = compare_with_training(pipeline, images, captions, training, COMPARED_LATENTS)
+    write_png(folder / PAIRS, pairs)
+    return copies

@@ -1,157 +1,188 @@
-"""Power-function averages of the U-Net's weights, stored now and then, so that the length is chosen after training.
+"""`ldm-vae ema`: post-hoc EMA, the length of the U-Net's average chosen after training (EDM2, arXiv:2312.02696, 3.2).
 
-Owns the folder `snapshots/` of a run: one safetensors file each 5 % of it, which holds the averages of every length in
-half precision, and in its metadata the format version, step, lengths and a checksum for each length. The mathematics is
-`training.ema`'s; running averages are float32 and part of the checkpoint.
+    snapshots of a run -> solve_posthoc_coefficients -> synthesize: weights of any length
+                       -> copy_to a U-Net -> validation loss and KID, or a pipeline
+
+`power_function_ema` keeps and stores the averages while training.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm_vae import config as configuration
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.diffusion import flow
+from ldm_vae.diffusion.fid import SampleKid, make_sample_kid
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.power_function_ema import (
+    FOLDER,
+    FORMAT_VERSION,
+    METADATA,
+    check_sigma_rel,
+    snapshot_name,
+    std_to_exp,
+    tensors_checksum,
+)
+from ldm_vae.diffusion.saving import INDEX
+from ldm_vae.diffusion.training import HELD_OUT_LATENTS, TrainDiffusionConfig, open_latents, stack_samples
+from ldm_vae.diffusion.validation import validation_losses
 from ldm_vae.errors import UserError
-from ldm_vae.files import canonical_json, check_tensor_file, write_atomically
-from ldm_vae.training.trainer import Engine
+from ldm_vae.files import check_tensor_file, publish_directory, temporary_directory
+from ldm_vae.runtime import compute_device
 
-FOLDER = "snapshots"
-METADATA = "snapshot"
-FORMAT_VERSION = 1
 NEGLIGIBLE = 1e-6
 """A coefficient below this is not worth reading a file for."""
+LARGE_RESIDUAL = 0.05
+"""A larger share of the profile that the snapshots cannot make up is reported."""
 
 
 @dataclass(frozen=True)
-class EmaConfig:
-    """Power-function averages beside the exponential one that previews and the exported pipeline use.
+class PosthocEmaConfig:
+    """`ldm-vae ema`: lengths to compare, or one to write the pipeline with.
+
+    The length is the width of the average as a share of the run: 0.05 forgets quickly, 0.15 smooths much.
 
     Attributes:
-        lengths: sigma_rel of each, the width of its profile as a share of the run so far. Two make any other one.
-        snapshots: files over the whole run, each of two bytes per parameter and length; 0: no such averages.
+        model: A finished run of `train-diffusion`.
+        lengths: 0.01 to 0.28, one or more.
+        output: Folder for the pipeline with this average; one length only. None: compare.
+        step: The average after this step; None: the last one. An early one makes the weak U-Net of autoguidance.
+        kid: Compare by the KID of so many samples as well; 0: by the validation loss alone.
+        images: Folder of the encoded images, for `kid`; None: kid.data of the run.
+        inception_weights: File for `kid`; None: that of the run, or a download.
+        device: auto, cpu, cuda, cuda:1, ...
     """
 
-    lengths: tuple[float, ...] = (0.05, 0.10)
-    snapshots: int = 20
+    model: str = "???"
+    lengths: tuple[float, ...] = ()
+    output: str | None = None
+    step: int | None = None
+    kid: int = 0
+    images: str | None = None
+    inception_weights: str | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.snapshots < 0:
-            raise UserError(f"ema.snapshots: {self.snapshots} is below 0; 0 stores none")
-        if self.snapshots and (not self.lengths or len(set(self.lengths)) < len(self.lengths)):
-            raise UserError(f"ema.lengths: {list(self.lengths)} must be different lengths, at least one")
+        if not self.lengths:
+            raise UserError("lengths: none is given; give one or more, 0.01 to 0.28")
         for length in self.lengths:
-            check_sigma_rel(length, "ema.lengths")
+            check_sigma_rel(length, "lengths")
+        if self.output and len(self.lengths) > 1:
+            raise UserError(f"output: {len(self.lengths)} lengths were given; give the one of the pipeline to write")
+        if not self.kid and (self.images or self.inception_weights):
+            raise UserError("images, inception_weights: have no effect without kid; leave them out")
 
 
-def check_sigma_rel(length: float, where: str) -> None:
-    """Raises: UserError for a length that no power-function average has."""
-    try:
-        std_to_exp(length)
-    except ValueError:
-        raise UserError(
-            f"{where}: {length} is no length of an average; give a share of the run, 0.01 to 0.28"
-        ) from None
+@dataclass(frozen=True)
+class EmaMeasurement:
+    """One average of the U-Net, measured on images that its training never saw.
+
+    Attributes:
+        length: sigma_rel; None: the run's own exponential average (training.ema_decay).
+        step: After how many steps.
+        metrics: `held_out/flow`, the validation loss, and the metrics of `SampleKid` where asked for.
+        residual: Share of the profile that the snapshots cannot make up.
+    """
+
+    length: float | None
+    step: int | None
+    metrics: dict[str, float]
+    residual: float = 0.0
+
+    def sentence(self) -> str:
+        name = (
+            "the run's own average (training.ema_decay)"
+            if self.length is None
+            else f"length {self.length:g} after step {self.step}"
+        )
+        values = [f"held-out flow loss {self.metrics['held_out/flow']:.4f}"]
+        values += [f"{key.removeprefix('samples/')} {value:.5f}"
+                   for key, value in self.metrics.items() if key.startswith("samples/")]  # fmt: skip
+        return f"{name}: {', '.join(values)}{residual_warning(self.residual)}"
 
 
-class EmaSnapshots:
-    """The averages of a run that goes on, and which files it has written."""
+def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
+    """Compare the lengths, printing a line each, and return the measurements; or write the pipeline of one length.
 
-    def __init__(self, config: EmaConfig, module: nn.Module, folder: Path | None) -> None:
-        """`folder`: where the files go; None writes none, as in a dry run."""
-        self.config = config
-        self.emas = [PowerFunctionEma(module, length) for length in config.lengths] if config.snapshots else []
-        self.folder = folder
-        self.written: list[int] = []
+    Raises:
+        UserError: no snapshots, a damaged one, an impossible length, nothing to compare by, or an output that exists.
+    """
+    pipeline = finished_pipeline(config.model)
+    if config.output is not None:
+        average = synthesize(config.model, config.lengths[0], config.step)
+        write_pipeline(pipeline, average, config.output)
+        warning = residual_warning(average.residual)
+        print(f"{config.output}: the pipeline, length {average.sigma_rel} after step {average.step}{warning}")
+        return []
+    device = compute_device(config.device)
+    sample_kid = _sample_kid(config) if config.kid else None
+    held_out = HeldOutLoss(config.model, pipeline, device)
 
-    def update(self, step: int, engine: Engine) -> None:
-        """After the optimizer's step number `step`, counted from 0; writes a file when one is due."""
-        for ema in self.emas:
-            ema.update(step)
-        finished, count = step + 1, self.config.snapshots
-        if self.emas and finished * count // engine.steps > step * count // engine.steps:
-            self.written.append(finished)
-            if self.folder is not None and engine.accelerator.is_main_process:
-                self._write(self.folder, finished)
+    def measure() -> dict[str, float]:
+        metrics = {"held_out/flow": held_out.loss(pipeline.unet)}
+        return metrics if sample_kid is None else metrics | sample_kid(pipeline.to(device))
 
-    def _write(self, folder: Path, step: int) -> None:
-        """Publish the file of `step`; remove what an attempt left that was broken off and continued otherwise."""
-        values: dict[str, Tensor] = {}
-        record: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "checksums": {}}
-        for ema in self.emas:
-            halves = {name: tensor.half().cpu().contiguous() for name, tensor in ema.tensors.items()}
-            values |= {f"{ema.length}/{name}": tensor for name, tensor in halves.items()}
-            record["checksums"][str(ema.length)] = tensors_checksum(halves)
-        metadata = {METADATA: canonical_json(record)}
-        try:
-            write_atomically(folder / snapshot_name(step), lambda path: save_file(values, path, metadata))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{folder}: a snapshot cannot be written ({error}); make room, or set ema.snapshots=0 in a new run"
-            ) from error
-        for path in set(folder.glob("*.safetensors")) - {folder / snapshot_name(number) for number in self.written}:
-            path.unlink()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"written": self.written}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {f"unet-power-{ema.length}": ema.tensors for ema in self.emas}
-
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """Averages that the checkpoint does not have begin with the weights that it has."""
-        self.written = list(state.get("written", []))
-        for ema in self.emas:
-            saved = tensors.get(f"unet-power-{ema.length}")
-            if saved is not None:
-                ema.load(saved)
+    measured = [EmaMeasurement(None, None, measure())]
+    print(measured[-1].sentence())
+    for length in config.lengths:
+        average = synthesize(config.model, length, config.step)
+        copy_to(pipeline.unet, average)
+        measured.append(EmaMeasurement(length, average.step, measure(), average.residual))
+        print(measured[-1].sentence())
+    return measured
 
 
-def snapshot_name(step: int) -> str:
-    return f"step-{step:09d}.safetensors"
+def residual_warning(residual: float) -> str:
+    if residual <= LARGE_RESIDUAL:
+        return ""
+    return f"; {residual:.0%} of its profile cannot be made from these snapshots"
 
 
-def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3_128, 32 hex digits, of names, shapes and half-precision bytes in the order of the names."""
-    import xxhash
+def _sample_kid(config: PosthocEmaConfig) -> SampleKid:
+    """Compares samples with the images that the run held out."""
+    run = read_run_config(config.model)
+    data = DataConfig(source="folder", path=config.images) if config.images else run.kid.data
+    weights = config.inception_weights or run.kid.inception_weights
+    kid = replace(run.kid, samples=config.kid, data=data, inception_weights=weights)
+    return make_sample_kid(kid, run.held_out)
 
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+
+# The average of any length from the stored ones.
 
 
 @dataclass(frozen=True)
 class PosthocEma:
-    """A synthesised average: its weights by parameter name, float32, and what is left of its profile (0: exact)."""
+    """A synthesized average: its weights by parameter name, float32, and the `residual` of its profile (0: exact)."""
 
     step: int
-    length: float
+    sigma_rel: float
     weights: dict[str, Tensor]
-    left: float
+    residual: float
 
 
-def synthesize(run: str | Path, length: float, step: int | None = None) -> PosthocEma:
+def synthesize(run: str | Path, sigma_rel: float, step: int | None = None) -> PosthocEma:
     """The power-function average of any length after `step` steps, from what a run has stored.
 
     Args:
         run: A run directory of `train-diffusion`.
-        length: sigma_rel; between and near the stored lengths it is nearly exact.
+        sigma_rel: The length; between and near the stored lengths it is nearly exact.
         step: Of a snapshot; None: the last one.
 
     Raises:
         UserError: no snapshots, a damaged one, an impossible length, or a step without a snapshot.
     """
-    check_sigma_rel(length, "length")
+    check_sigma_rel(sigma_rel, "length")
     stored = stored_averages(Path(run) / FOLDER)
     steps = sorted({number for number, _ in stored})
     step = steps[-1] if step is None else step
@@ -159,35 +190,66 @@ def synthesize(run: str | Path, length: float, step: int | None = None) -> Posth
         near = min(steps, key=lambda number: abs(number - step))
         raise UserError(f"{run}: no snapshot of step {step}; {near} is the nearest of {len(steps)}")
     stored = {key: path for key, path in stored.items() if key[0] <= step}
-    coefficients, left = solve_posthoc_coefficients(list(stored), (step, length))
+    coefficients, residual = solve_posthoc_coefficients(list(stored), (step, sigma_rel))
     weights: dict[str, Tensor] = {}
-    for coefficient, (_, source), path in zip(coefficients, stored, stored.values()):
+    for coefficient, (_, length), path in zip(coefficients, stored, stored.values()):
         if abs(coefficient) < NEGLIGIBLE:
             continue
-        for name, tensor in read_average(path, source).items():
+        for name, tensor in read_average(path, length).items():
             values = tensor.float() * coefficient
             weights[name] = weights[name].add_(values) if name in weights else values
-    return PosthocEma(step, length, weights, left)
+    return PosthocEma(step, sigma_rel, weights, residual)
 
 
-def read_average(path: Path, length: float) -> dict[str, Tensor]:
+def solve_posthoc_coefficients(
+    stored: Sequence[tuple[int, float]], target: tuple[int, float]
+) -> tuple[list[float], float]:
+    """How stored averages make up another one: least squares on their profiles (EDM2, algorithm 3).
+
+    Args:
+        stored: (step, sigma_rel) of each stored average, steps from 1.
+        target: (step, sigma_rel) of the one to make; between two stored steps nothing fits well.
+
+    Returns:
+        The coefficient of each stored average; here they add up to 1. And what is left of the target's profile, as a
+        share of its norm: 0 where it is met exactly.
+    """
+    steps = np.array([step for step, _ in [*stored, target]], np.float64)
+    gammas = np.array([std_to_exp(sigma_rel) for _, sigma_rel in [*stored, target]])
+    products = power_function_correlations(steps, gammas)
+    inner, right = products[:-1, :-1], products[:-1, -1]
+    solved = np.linalg.lstsq(inner, np.stack([right, np.ones(len(right))], axis=1), rcond=1e-13)[0]
+    plain, unit = solved.T
+    found = plain + unit * (1 - plain.sum()) / unit.sum()  # the Lagrange multiplier of "adds up to 1"
+    left = products[-1, -1] - 2 * found @ right + found @ inner @ found
+    return found.tolist(), math.sqrt(max(0.0, left) / products[-1, -1])
+
+
+def power_function_correlations(steps: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+    """Integrals of the products of all pairs of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t], eq. 151."""
+    t, u, g, h = steps[:, None], steps[None], gammas[:, None], gammas[None]
+    ratio = np.where(t < u, (t / u) ** h, (u / t) ** g)
+    return (g + 1) * (h + 1) * ratio / ((g + h + 1) * np.maximum(t, u))
+
+
+def read_average(path: Path, sigma_rel: float) -> dict[str, Tensor]:
     """The average of one of a file's lengths, by parameter name, float16. Raises: UserError when it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            names = [key for key in file.keys() if key.startswith(f"{length}/")]  # noqa: SIM118 - no mapping
+            names = [key for key in file.keys() if key.startswith(f"{sigma_rel}/")]  # noqa: SIM118 - no mapping
             tensors = {name.split("/", 1)[1]: file.get_tensor(name) for name in names}
-            expected = _record(file)["checksums"][str(length)]
+            expected = _record(file)["checksums"][str(sigma_rel)]
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
-        raise _no_snapshot(path, str(error)) from error
+        raise _not_a_snapshot(path, str(error)) from error
     if tensors_checksum(tensors) != expected:
-        raise _no_snapshot(path, "its checksum is another one")
+        raise _not_a_snapshot(path, "its checksum is another one")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise _no_snapshot(path, "it is not finite in half precision")
+        raise _not_a_snapshot(path, "it is not finite in half precision")
     return tensors
 
 
 def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
-    """(step, length) -> file of each stored average, in the order of steps. Raises: UserError where there are none."""
+    """(step, sigma_rel) -> file of each stored average, in the order of steps. Raises: UserError without any."""
     found: dict[tuple[int, float], Path] = {}
     for path in sorted(folder.glob("step-*.safetensors")):
         check_tensor_file(path)
@@ -204,19 +266,22 @@ def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
         except UserError:
             raise
         except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
-            raise _no_snapshot(path, str(error)) from error
+            raise _not_a_snapshot(path, str(error)) from error
     if not found:
         raise UserError(f"{folder}: holds no snapshots; train with ema.snapshots above 0")
     return found
 
 
 def _record(file: Any) -> dict[str, Any]:
-    """What `_write` says about a file."""
+    """What `EmaSnapshots` says about a file."""
     return dict(json.loads(file.metadata()[METADATA]))
 
 
-def _no_snapshot(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: is no snapshot ({reason}); remove it, the others do without it")
+def _not_a_snapshot(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: is not a snapshot ({reason}); remove it, the others do without it")
+
+
+# What is done with it.
 
 
 @torch.no_grad()
@@ -229,71 +294,46 @@ def copy_to(module: nn.Module, average: PosthocEma) -> None:
         parameter.copy_(average.weights[name])
 
 
-class PowerFunctionEma:
-    """The power-function average of a module's parameters at one length. After t steps its profile is tau^gamma."""
-
-    def __init__(self, module: nn.Module, length: float) -> None:
-        self.length = length
-        self.gamma = std_to_exp(length)
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._module = module
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the present weights; `step` counts finished optimizer steps from 0, at which it is a copy."""
-        if not self.tensors:  # also of a checkpoint that has no such average: it begins with the weights there
-            self.load({name: parameter.detach() for name, parameter in self._module.named_parameters()})
-        weights = [parameter.detach() for parameter in self._module.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - power_function_beta(step, self.gamma))
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over `tensors`, copied to the parameters' device and memory format."""
-        parameters = self._module.named_parameters()
-        self.tensors = {name: torch.empty_like(p, requires_grad=False).copy_(tensors[name]) for name, p in parameters}
+def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, output: str | Path) -> None:
+    """Write the pipeline with the averaged U-Net to `output`. Raises: UserError when something is there."""
+    final = Path(output)
+    if final.exists():
+        raise UserError(f"{output}: exists; give a new folder")
+    copy_to(pipeline.unet, average)
+    temporary = temporary_directory(final)
+    pipeline.to("cpu").save_pretrained(temporary)
+    publish_directory(temporary, final)
 
 
-def power_function_beta(step: int, gamma: float) -> float:
-    """beta = (1 - 1 / t)^(gamma + 1) of update t = step + 1: what of the average stays."""
-    return (1 - 1 / (step + 1)) ** (gamma + 1)
+def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
+    """The pipeline of a run directory, on the CPU. Raises: UserError when the run has not written it yet."""
+    directory = Path(run) / "pipeline"
+    if not (directory / INDEX).is_file():
+        raise UserError(f"{run}: holds no pipeline; give the directory of a finished run of `train-diffusion`")
+    return LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
 
 
-def std_to_exp(length: float) -> float:
-    """The exponent whose profile has the standard deviation `length`, in units of the run so far.
-
-    Raises: ValueError for a length outside (0, 0.28]: that of the plain mean is 0.289.
-    """
-    if not 0 < length <= 0.28:
-        raise ValueError(f"EMA length {length} is outside 0 to 0.28")
-    precision = length**-2  # (gamma + 2)^2 (gamma + 3) / (gamma + 1)
-    return float(np.roots([1, 7, 16 - precision, 12 - precision]).real.max())
+def read_run_config(run: str | Path) -> TrainDiffusionConfig:
+    return configuration.load(TrainDiffusionConfig, Path(run) / "config.yaml")
 
 
-def solve_posthoc_coefficients(
-    stored: Sequence[tuple[int, float]], target: tuple[int, float]
-) -> tuple[list[float], float]:
-    """How stored averages make up another one: least squares on their profiles.
+class HeldOutLoss:
+    """The validation loss of a run's held-out latents, which are read once."""
 
-    Args:
-        stored: (step, length) of each stored average, steps from 1.
-        target: (step, length) that is wanted; between two stored steps nothing fits well.
+    def __init__(self, run: str | Path, pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
+        """Raises: UserError when the run held nothing out, or its latents are gone."""
+        config = read_run_config(run)
+        _, held_out = open_latents(config)
+        if held_out is None:
+            raise UserError(f"{run}: held no latents out, so nothing can be compared; give one length and an output")
+        samples = stack_samples(held_out, HELD_OUT_LATENTS)
+        self.latents: Tensor = pipeline.normalizer.normalize(samples["latent"].to(device))
+        null = len(pipeline.labels)
+        labels = torch.where(samples["label"] < 0, null, samples["label"]).to(device)
+        self.labels = labels if null else None
+        self.shift = config.shift or flow.resolution_shift(*self.latents.shape[1:])
 
-    Returns:
-        The coefficient of each stored average; they add up to 1. And what is left of the wanted profile, as a share of
-        its norm: 0 where it is met exactly.
-    """
-    steps = np.array([step for step, _ in [*stored, target]], np.float64)
-    gammas = np.array([std_to_exp(length) for _, length in [*stored, target]])
-    products = power_function_correlations(steps, gammas)
-    inner, wanted = products[:-1, :-1], products[:-1, -1]
-    solved = np.linalg.lstsq(inner, np.stack([wanted, np.ones(len(wanted))], axis=1), rcond=1e-13)[0]
-    plain, unit = solved.T
-    found = plain + unit * (1 - plain.sum()) / unit.sum()  # the Lagrange multiplier of "adds up to 1"
-    left = products[-1, -1] - 2 * found @ wanted + found @ inner @ found
-    return found.tolist(), math.sqrt(max(0.0, left) / products[-1, -1])
-
-
-def power_function_correlations(steps: np.ndarray, gammas: np.ndarray) -> np.ndarray:
-    """Integrals of the products of all pairs of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
-    t, u, g, h = steps[:, None], steps[None], gammas[:, None], gammas[None]
-    ratio = np.where(t < u, (t / u) ** h, (u / t) ** g)
-    return (g + 1) * (h + 1) * ratio / ((g + h + 1) * np.maximum(t, u))
+    def loss(self, unet: nn.Module) -> float:
+        """Mean over times and latents, as `train-diffusion` logs it."""
+        losses = validation_losses(unet.to(self.latents.device), self.latents, self.labels, self.shift)
+        return sum(losses.values()) / len(losses)

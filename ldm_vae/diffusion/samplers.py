@@ -1,15 +1,17 @@
-"""Solving the flow: steps of a velocity field from noise (t = 1) to data (t = 0). Pure functions, no network, no files.
+"""Samplers: the guided velocity of a U-Net, and the solvers that take noise (t = 1) along it to data (t = 0).
 
-A velocity field is `velocity(x_t, t) -> dx/dt` with t a scalar tensor; `guidance.py` makes one of a U-Net. A solver
-takes it through the times that it was made with; `schedulers.py` makes solvers of diffusers' schedulers.
+    U-Net -> GuidedVelocity -> Solver.step, once for each interval of Solver.times -> clean latents
+
+A velocity field is `velocity(x_t, t) -> dx/dt` with a scalar tensor t. `SAMPLERS` lists all samplers. To add one, add a
+row there; it needs a solver class unless a multistep scheduler of diffusers takes its steps.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -33,8 +35,11 @@ from ldm_vae.errors import UserError
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
+# Solvers: steps of any velocity field, without a network.
+
+
 class Solver(Protocol):
-    """Takes latents from `times[i]` to `times[i + 1]`; steps are taken in order, and it may remember the last ones."""
+    """Takes latents from `times[i]` to `times[i + 1]`, step by step in order; it may keep earlier estimates."""
 
     @property
     def times(self) -> Sequence[float]:
@@ -44,32 +49,21 @@ class Solver(Protocol):
         """(latents at the next time, estimate of the clean latents at this one), each of the shape of `noisy`."""
 
 
-def flow_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """steps + 1 times from 1 down to 0, evenly spaced before the shift (`flow.shift_times`)."""
-    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return tuple(flow.shift_times(even, shift).tolist())
-
-
-def exact(time: float) -> Tensor:
-    """A time as a scalar tensor that is not rounded: it is compared with the bounds of intervals."""
-    return torch.tensor(time, dtype=torch.float64)
-
-
 @dataclass(frozen=True)
 class Euler:
-    """x + (s - t) v(x, t): first order, one evaluation a step."""
+    """x + (s - t) v(x, t): first order, one evaluation per step."""
 
     times: Sequence[float]
 
     def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
         time, following = self.times[index], self.times[index + 1]
-        slope = velocity(noisy, exact(time))
+        slope = velocity(noisy, _scalar(time))
         return noisy + (following - time) * slope, noisy - time * slope
 
 
 @dataclass(frozen=True)
 class Heun:
-    """Euler, then again with the mean of the slopes at both ends: second order, two evaluations a step.
+    """Euler, then again with the mean of the slopes at both ends: second order, two evaluations per step.
 
     The last step too: in a flow the slope at t = 0 is finite, and with times that are shifted towards noise the last
     step is the longest. Leaving it to Euler makes the solution of a Gaussian 4 to 6 times worse (shift 2).
@@ -79,17 +73,36 @@ class Heun:
 
     def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
         time, following = self.times[index], self.times[index + 1]
-        slope = velocity(noisy, exact(time))
+        slope = velocity(noisy, _scalar(time))
         ahead = noisy + (following - time) * slope
-        mean_slope = (slope + velocity(ahead, exact(following))) / 2
+        mean_slope = (slope + velocity(ahead, _scalar(following))) / 2
         return noisy + (following - time) * mean_slope, noisy - time * slope
 
 
-def solve(velocity: Velocity, noise: Tensor, solver: Solver) -> Tensor:
-    """All steps of a solver, from noise to data, in the shape of `noise`."""
-    for index in range(len(solver.times) - 1):
-        noise, _ = solver.step(velocity, noise, index)
-    return noise
+class Multistep:
+    """Steps of a diffusers scheduler that keeps its last estimates: one evaluation per step, second order or above."""
+
+    def __init__(self, scheduler: Any, steps: int, first: int) -> None:
+        self._scheduler = scheduler
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(first)  # it would search for a time, and rounded times can occur twice
+
+    @property
+    def times(self) -> Sequence[float]:
+        # `timesteps` are rounded to thousandths; the formulas take the sigmas
+        return self._scheduler.sigmas.tolist()
+
+    def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        time = self._scheduler.sigmas[index]
+        slope = velocity(noisy, time)
+        following = self._scheduler.step(slope, self._scheduler.timesteps[index], noisy, return_dict=False)[0]
+        return following, noisy - time.to(noisy) * slope
+
+
+def flow_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """steps + 1 times from 1 down to 0, evenly spaced before the shift (`flow.shift_times`)."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return tuple(flow.shift_times(even, shift).tolist())
 
 
 def first_step(steps: int, strength: float) -> int:
@@ -99,25 +112,37 @@ def first_step(steps: int, strength: float) -> int:
         UserError: a strength outside (0, 1].
     """
     if not 0 < strength <= 1:
-        raise UserError(f"strength: {strength} is no share above 0; give up to 1, which keeps nothing of the image")
+        raise UserError(f"strength: {strength} is not a share above 0; give up to 1, which keeps nothing of the image")
     return steps - max(1, round(steps * strength))
 
 
-# The velocity that is sampled: the U-Net's, for classes or mixtures of them, pushed away from a worse one.
+def solve(velocity: Velocity, noise: Tensor, solver: Solver) -> Tensor:
+    """All steps of a solver, from noise to data, in the shape of `noise`."""
+    for index in range(len(solver.times) - 1):
+        noise, _ = solver.step(velocity, noise, index)
+    return noise
+
+
+def _scalar(time: float) -> Tensor:
+    """Unrounded, because it is compared with the bounds of intervals."""
+    return torch.tensor(time, dtype=torch.float64)
+
+
+# The velocity that is sampled: the U-Net's, for classes or mixtures of classes, with guidance.
 
 FULL_INTERVAL = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, and at which times.
+    """How strongly to guide, and at which times.
 
     Attributes:
-        scale: Of classifier-free guidance; 1 is none.
-        autoguidance: Of autoguidance; 1 is none.
+        scale: Of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is none.
+        autoguidance: Of autoguidance by a worse network (Karras et al. 2024, arXiv:2406.02507); 1 is none.
         interval: Lowest and highest t at which guidance acts (Kynkäänniemi et al. 2024, arXiv:2404.07724).
-        rescale: 0 to 1, how far the clean latents that a guided velocity leads to get the spread of unguided ones back,
-            which strong guidance raises: oversaturated images (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+        rescale: 0 to 1, how far the clean latents of a guided velocity get the standard deviation of unguided ones
+            back; strong guidance raises it and oversaturates (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
 
     scale: float = 1.0
@@ -129,26 +154,26 @@ class Guidance:
         low, high = self.interval
         for name, value in (("guidance_scale", self.scale), ("autoguidance_scale", self.autoguidance)):
             if not math.isfinite(value):
-                raise UserError(f"{name}: {value} is no number; 1 is no guidance, 2 to 5 is usual")
+                raise UserError(f"{name}: {value} is not a finite number; 1 is no guidance, 2 to 5 is usual")
         if not 0 <= self.rescale <= 1:
-            raise UserError(f"guidance_rescale: {self.rescale} is no share; give 0 to 1")
+            raise UserError(f"guidance_rescale: {self.rescale} is not between 0 and 1")
         if not 0 <= low < high <= 1:
             raise UserError(
-                f"guidance_interval: {low} to {high} is no part of 0 to 1; give the lower time first, as (0.1, 0.8)"
+                f"guidance_interval: {low} to {high} is not a part of 0 to 1; give the lower time first, as (0.1, 0.8)"
             )
 
 
 @dataclass(frozen=True)
 class ClassWeights:
-    """Of n images: class ids (n, k), and the share of each (n, k), which add up to 1 for each image."""
+    """The classes of n images: ids (n, k) and the weight of each (n, k); the weights of an image add up to 1."""
 
     ids: Tensor
-    shares: Tensor
+    weights: Tensor
 
     def __getitem__(self, rows: slice) -> ClassWeights:
-        """Of some of the images, without columns that only others need: what is computed is theirs alone."""
-        used = (self.shares[rows] > 0).any(0)
-        return ClassWeights(self.ids[rows][:, used], self.shares[rows][:, used])
+        """Some of the images, without columns that only others use: they cost nothing."""
+        used = (self.weights[rows] > 0).any(0)
+        return ClassWeights(self.ids[rows][:, used], self.weights[rows][:, used])
 
 
 @dataclass(frozen=True)
@@ -157,7 +182,7 @@ class GuidedVelocity:
 
     Attributes:
         unet: A `LatentUNet`, or a module of the same interface.
-        weak_unet: The worse network of autoguidance; None where that is not asked for.
+        weak_unet: The worse network of autoguidance; None without autoguidance.
         classes: Of the n images; None for any class.
         guidance: How strongly.
     """
@@ -186,14 +211,14 @@ class GuidedVelocity:
             return velocity
         t = float(time)
         clean, unguided = noisy - t * velocity, noisy - t * plain
-        spread, wanted = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (clean, unguided))
-        factor = 1 + self.guidance.rescale * (wanted / spread.clamp(min=1e-6) - 1)
+        std, unguided_std = (x.flatten(1).std(1).view(-1, 1, 1, 1) for x in (clean, unguided))
+        factor = 1 + self.guidance.rescale * (unguided_std / std.clamp(min=1e-6) - 1)
         return velocity + (1 - factor) * clean / max(t, SMALLEST_DIVISOR)
 
     def _velocities(
         self, unet: Any, noisy: Tensor, time: Tensor, with_null: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """With the labels and, if asked for, without them; one pass of the network for both."""
+        """With the labels and, if `with_null`, without them; one pass of the network for both."""
         if self.classes is None:
             return unet(noisy, time, None), None
         columns = list(self.classes.ids.unbind(1))
@@ -201,36 +226,58 @@ class GuidedVelocity:
             columns.append(torch.full_like(columns[0], int(unet.config["num_classes"])))
         passes = unet(torch.cat([noisy] * len(columns)), time, torch.cat(columns).to(noisy.device)).chunk(len(columns))
         null = passes[-1] if with_null else None
-        shares = self.classes.shares.to(noisy)
-        if shares.shape[1] == 1:
+        weights = self.classes.weights.to(noisy)
+        if weights.shape[1] == 1:
             return passes[0], null
-        return sum(share.view(-1, 1, 1, 1) * v for share, v in zip(shares.unbind(1), passes)), null  # type: ignore[return-value]
+        return sum(weight.view(-1, 1, 1, 1) * v for weight, v in zip(weights.unbind(1), passes)), null  # type: ignore[return-value]
 
 
-# Which schedulers of diffusers sample a rectified flow here, and the solver that each one stands for.
+# The table of samplers. A saved pipeline names a scheduler of diffusers; each stands for one sampler.
 
-SAMPLERS: dict[str, Any] = {
-    "euler": FlowMatchEulerDiscreteScheduler,
-    "heun": FlowMatchHeunDiscreteScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 DETERMINISTIC = ("dpmsolver++", "bh1", "bh2")
-"""Values of `algorithm_type` and `solver_type` that draw no noise and hold at t = 1, where no signal is left."""
+"""Algorithms of multistep schedulers that draw no noise and are finite at t = 1, where no signal is left."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of `SAMPLERS`.
+
+    Attributes:
+        scheduler: The class of diffusers that a saved pipeline names.
+        solver: Made of the times; None: the scheduler takes its own steps (`Multistep`).
+        evaluations: Evaluations of the velocity per step.
+        shift: Key of the time shift in the scheduler's config.
+        settings: Of the scheduler's config, which a flow needs.
+        algorithm: Key of the scheduler's config whose value has to be in `DETERMINISTIC`.
+    """
+
+    scheduler: Any
+    solver: Callable[[Sequence[float]], Solver] | None = None
+    evaluations: int = 1
+    shift: str = "shift"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: str | None = None
+
+
+SAMPLERS = {
+    "euler": Sampler(FlowMatchEulerDiscreteScheduler, Euler),
+    "heun": Sampler(FlowMatchHeunDiscreteScheduler, Heun, evaluations=2),
+    "dpm++": Sampler(DPMSolverMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="algorithm_type"),
+    "unipc": Sampler(UniPCMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="solver_type"),
+}
 
 
 def flow_scheduler(shift: float, sampler: str = "euler") -> Any:
     """A scheduler of diffusers for flow times with the shift of the training times (`flow.resolution_shift`).
 
     Raises:
-        UserError: a sampler that is not one of `SAMPLERS`.
+        UserError: a sampler that is not in `SAMPLERS`.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler: {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if sampler in ("euler", "heun"):
-        return SAMPLERS[sampler](shift=shift)
-    return SAMPLERS[sampler](flow_shift=shift, **FLOW)
+    row = SAMPLERS[sampler]
+    return row.scheduler(**{row.shift: shift}, **row.settings)
 
 
 def sampler_name(scheduler: Any) -> str:
@@ -239,23 +286,23 @@ def sampler_name(scheduler: Any) -> str:
     Raises:
         UserError: one that would not sample a flow, or not the same from the same noise.
     """
-    name = next((name for name, kind in SAMPLERS.items() if type(scheduler) is kind), None)
-    what = type(scheduler).__name__
+    kind, settings = type(scheduler).__name__, scheduler.config
+    name = next((name for name, row in SAMPLERS.items() if type(scheduler) is row.scheduler), None)
     if name is None:
+        known = ", ".join(row.scheduler.__name__ for row in SAMPLERS.values())
         raise UserError(
-            f"scheduler: {what} does not sample a rectified flow here; "
-            f"take {', '.join(kind.__name__ for kind in SAMPLERS.values())}, or sampler={'|'.join(SAMPLERS)}"
+            f"scheduler: {kind} does not sample a rectified flow here; take {known}, or sampler={'|'.join(SAMPLERS)}"
         )
-    settings = scheduler.config
-    if name in ("dpm++", "unipc"):
-        if any(settings[key] != value for key, value in FLOW.items()):
-            wanted = ", ".join(f"{key}={value!r}" for key, value in FLOW.items())
-            raise UserError(f"scheduler: {what} is not set to a flow; make it with {wanted}")
-        kind = settings["algorithm_type" if name == "dpm++" else "solver_type"]
-        if kind not in DETERMINISTIC:
-            raise UserError(f"scheduler: {what} with {kind} draws noise or fails at t = 1; make it with dpmsolver++")
-    elif settings.get("stochastic_sampling"):
-        raise UserError(f"scheduler: {what} with stochastic_sampling draws noise; make it without")
+    row = SAMPLERS[name]
+    if any(settings[key] != value for key, value in row.settings.items()):
+        needed = ", ".join(f"{key}={value!r}" for key, value in row.settings.items())
+        raise UserError(f"scheduler: {kind} is not set to a flow; make it with {needed}")
+    if row.algorithm is not None and settings[row.algorithm] not in DETERMINISTIC:
+        raise UserError(
+            f"scheduler: {kind} with {settings[row.algorithm]} draws noise or fails at t = 1; make it with dpmsolver++"
+        )
+    if settings.get("stochastic_sampling"):
+        raise UserError(f"scheduler: {kind} with stochastic_sampling draws noise; make it without")
     return name
 
 
@@ -269,39 +316,19 @@ def make_solver(scheduler: Any, steps: int, shift: float, first: int = 0) -> Sol
     """A new solver, without memory of other images.
 
     Args:
-        scheduler: One that `sampler_of` accepts; it stays as it is.
+        scheduler: One that `sampler_name` accepts; it is not changed.
         steps: From noise to data.
         shift: Of the times, instead of the scheduler's own.
         first: The step that is taken first.
     """
-    name = sampler_name(scheduler)
-    if name in ("euler", "heun"):
-        return (Euler if name == "euler" else Heun)(flow_times(steps, shift))
+    row = SAMPLERS[sampler_name(scheduler)]
+    if row.solver is not None:
+        return row.solver(flow_times(steps, shift))
     own = copy.deepcopy(scheduler)
-    own.register_to_config(flow_shift=shift)
+    own.register_to_config(**{row.shift: shift})
     return Multistep(own, steps, first)
-
-
-class Multistep:
-    """A solver of diffusers that keeps the last estimates: one evaluation a step, second order or above."""
-
-    def __init__(self, scheduler: Any, steps: int, first: int) -> None:
-        self._scheduler = scheduler
-        scheduler.set_timesteps(steps)
-        scheduler.set_begin_index(first)  # or it would look for a time, which may be there twice in whole thousandths
-
-    @property
-    def times(self) -> Sequence[float]:
-        # its `timesteps` are whole thousandths; a solver's times are what its formulas take
-        return self._scheduler.sigmas.tolist()
-
-    def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        time = self._scheduler.sigmas[index]
-        slope = velocity(noisy, time)
-        following = self._scheduler.step(slope, self._scheduler.timesteps[index], noisy, return_dict=False)[0]
-        return following, noisy - time.to(noisy) * slope
 
 
 def evaluations(sampler: str, steps: int, first: int = 0) -> int:
     """How often the velocity is computed for an image that enters at step `first`."""
-    return (2 if sampler == "heun" else 1) * (steps - first)
+    return SAMPLERS[sampler].evaluations * (steps - first)

@@ -1,4 +1,10 @@
-"""How the latent U-Net is trained: its configuration and its `update()`. The autoencoder serves previews and export."""
+"""`ldm-vae train-diffusion`: the settings of the latent U-Net's training, its `update()`, and what it watches.
+
+    LatentDataset -> normalizer -> crops, noise and times (`StepNoise`) -> LatentUNet -> flow.velocity_loss
+                                                      every so often: validation loss, previews, copies, KID, snapshots
+
+The autoencoder serves previews and the exported pipeline only.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +17,34 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_vae import config as configuration
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import changed_keys
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow, validation
-from ldm_vae.diffusion.fid import Judge, KidConfig, make_sample_kid
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import FOLDER, EmaConfig, EmaSnapshots, PosthocEma, copy_to
+from ldm_vae.diffusion.fid import KidConfig, SampleKid, make_sample_kid
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, fit_latent_rgb
+from ldm_vae.diffusion.power_function_ema import FOLDER, EmaConfig, EmaSnapshots
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import Crops, CropsConfig, UNetConfig, build_unet, draw_crops
-from ldm_vae.diffusion.validation import Copies, StopSuggestion, fit_latent_rgb, validation_losses
+from ldm_vae.diffusion.validation import Copies, StopSuggestion, stack_samples
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory
 from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
 from ldm_vae.latents.format import Manifest, check_same, short
 from ldm_vae.random import generator
+from ldm_vae.training import trainer
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
 from ldm_vae.training.run_directory import ModelKeys, RunDirectory
-from ldm_vae.training.trainer import Engine, TrainingConfig, fit, make_accelerator
-from ldm_vae.training.trainer import dry_run as dry_run_of
+from ldm_vae.training.trainer import Engine, TrainingConfig
 from ldm_vae.utils.image_grid import labelled_sheet
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
 HELD_OUT_LATENTS = 64
 MEASURED_LATENTS = 256
-COLOUR_LATENTS = 16
-"""Latents whose decoded images fit the colours of half-finished ones: thousands of positions each."""
+COLOR_LATENTS = 16
+"""Latents whose decoded images fit the colors of previews: thousands of positions each."""
 
 
 def default_training() -> TrainingConfig:
@@ -61,7 +67,7 @@ class TrainDiffusionConfig:
         shift: of training and sampling times towards noise; null: sqrt(c h w / 4096). Smaller for crops.
         crops: training on crops of latents on a share of the steps.
         ema: power-function averages, from which `ldm-vae ema` makes one of any length afterwards.
-        neighbours: training latents among which the nearest to each preview sample is looked for; 0 looks for none.
+        neighbours: training latents among which the nearest to each preview sample is searched; 0 searches none.
         patience: share of the run without a better held-out loss after which an alarm suggests to stop.
         kid: KID of samples to held-out images, on request.
     """
@@ -92,7 +98,7 @@ class TrainDiffusionConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout: {self.label_dropout} is no share; give 0 to 1")
+            raise UserError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
         if self.shuffle_shards is not None and self.shuffle_shards < 1:
             raise UserError(
                 f"shuffle_shards: {self.shuffle_shards} is below 1; give a number of shards, or null for the whole set"
@@ -105,7 +111,7 @@ class TrainDiffusionConfig:
             )
         if self.patience <= 0:
             raise UserError(
-                f"patience: {self.patience} is not above 0; give a share of the run, 1 or more never suggests"
+                f"patience: {self.patience} is not above 0; give a share of the run, 1 or more never suggests to stop"
             )
         if self.crops.size is not None and not self.unet.coordinates:
             raise UserError("crops.size: a U-Net cannot tell crops from images; set unet.coordinates=true as well")
@@ -113,6 +119,33 @@ class TrainDiffusionConfig:
 
     def plan(self, processes: int) -> Plan:
         return Plan((Span(self.steps, self.batch, self.micro_batch or max(1, self.batch // processes)),))
+
+
+def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> int:
+    """Train the latent U-Net in `config.output`, or continue there; ends with a pipeline that generates images.
+
+    Args:
+        config: Everything that the run depends on.
+        dry_run: Build everything, do one step on random data, print parameters, GMACs, shapes and memory.
+
+    Returns:
+        0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
+
+    Raises:
+        UserError: a setting, the latents, the autoencoder or the output folder are not usable.
+    """
+    samples, held_out = open_latents(config)
+    output = None if dry_run else Path(config.output)
+    accelerator = trainer.make_accelerator(config.training, output)
+    plan = config.plan(accelerator.num_processes)
+    if output is None:
+        model = DiffusionModel(config, samples, held_out)
+        accelerator.print(trainer.dry_run(model, plan, config.training, accelerator))
+        return 0
+    sample_kid = make_sample_kid(config.kid, config.held_out) if config.kid.samples else None
+    model = DiffusionModel(config, samples, held_out, output / FOLDER, sample_kid)
+    run = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    return trainer.fit(model, ordered_samples(config, samples), plan, config.training, run, accelerator)
 
 
 @dataclass(frozen=True)
@@ -126,7 +159,7 @@ class StepNoise:
 
 
 class DiffusionModel:
-    """Stage 3 for `fit()`: rectified flow on normalised latents, minimise |v - (eps - x0)|^2."""
+    """Stage 3 for `fit()`: rectified flow on normalized latents, minimize |v - (eps - x0)|^2."""
 
     def __init__(
         self,
@@ -134,25 +167,29 @@ class DiffusionModel:
         samples: LatentDataset,
         held_out: LatentDataset | None,
         snapshots: Path | None = None,
-        judge: Judge | None = None,
+        sample_kid: SampleKid | None = None,
     ) -> None:
         """
         Args:
             config: The run's settings.
-            samples: What it is trained on.
-            held_out: What it is judged by; None for nothing.
+            samples: Latents to train on.
+            held_out: Latents for the validation loss; None for none.
             snapshots: Folder for the averages; None writes none.
-            judge: What measures samples when `kid` says so; None measures none.
+            sample_kid: Measures samples when `config.kid` says so; None measures none.
         """
-        self.config, self.judge = config, judge
+        self.config, self.sample_kid = config, sample_kid
         self.samples = samples
         self.manifest = manifest = samples.manifest
         self.normalizer = manifest.normalizer
         self.latent_shape = tuple(manifest.latent_shape)
         self.label_names = tuple(manifest.label_names)
         self.shift = config.shift or flow.resolution_shift(*self.latent_shape)
-        parts = {"held_out": held_out, "train": samples} if held_out is not None else {}
-        self.judges = {name: stack_samples(part, HELD_OUT_LATENTS) for name, part in parts.items() if part is not None}
+        self.watched: dict[str, dict[str, Tensor]] = {}  # the same count of held-out and of training latents
+        if held_out is not None:
+            self.watched = {
+                "held_out": stack_samples(held_out, HELD_OUT_LATENTS),
+                "train": stack_samples(samples, HELD_OUT_LATENTS),
+            }
         self.autoencoder = load_matching_autoencoder(config.autoencoder, manifest)
         torch.manual_seed(config.training.seed)
         unet = build_unet(config.unet, self.latent_shape[0], num_classes=len(self.label_names))
@@ -209,7 +246,7 @@ class DiffusionModel:
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Any]:
         """The suggestion to stop, and copies among the samples of the preview before."""
         if "loss/flow" in metrics:
-            self.suggestion.see_training(metrics["loss/flow"])
+            self.suggestion.update_training(metrics["loss/flow"])
         copies, self.copies = self.copies, None
         found = [self.suggestion.alarm(step, self.steps), copies if copies and copies.copies else None]
         return [alarm for alarm in found if alarm is not None]
@@ -217,22 +254,22 @@ class DiffusionModel:
     def validate(self, engine: Engine) -> dict[str, float]:
         """Epochs so far, the flow loss of the EMA weights on held-out latents and how much lower it is on training
         latents, the copy rate of the preview just made, and KID when it is due."""
-        figures = {"train/epochs": self.finished * self.config.batch / len(self.samples)}
+        metrics = {"train/epochs": self.finished * self.config.batch / len(self.samples)}
         if self.copies is not None:
-            figures["samples/copy_rate"] = self.copies.copies / self.copies.samples
+            metrics["samples/copy_rate"] = self.copies.copies / self.copies.samples
         losses: dict[str, dict[float, float]] = {}
-        for part, samples in self.judges.items():
+        for name, samples in self.watched.items():
             latents = self.normalizer.normalize(samples["latent"].to(engine.device))
             labels = self.labels(samples["label"].to(engine.device))
             with engine.accelerator.autocast():
-                losses[part] = validation.validation_losses(engine.emas["unet"].module, latents, labels, self.shift)
+                losses[name] = validation.validation_losses(engine.emas["unet"].module, latents, labels, self.shift)
         if losses:
-            figures |= validation.validation_metrics(losses["held_out"], losses["train"])
-            self.suggestion.see_held_out(self.finished, figures["held_out/flow"])
-        if self.judge is not None and self.config.kid.due(self.finished, engine.steps):
+            metrics |= validation.validation_metrics(losses["held_out"], losses["train"])
+            self.suggestion.update_held_out(self.finished, metrics["held_out/flow"])
+        if self.sample_kid is not None and self.config.kid.due(self.finished, engine.steps):
             with engine.accelerator.autocast():
-                figures |= self.judge(self.sampler(engine))
-        return figures
+                metrics |= self.sample_kid(self.pipeline(engine))
+        return metrics
 
     @torch.no_grad()
     def preview(self, engine: Engine) -> Image.Image | None:
@@ -240,7 +277,7 @@ class DiffusionModel:
         training latent, decoded."""
         labels = list(range(min(len(self.label_names), PREVIEW_IMAGES))) or None
         names = [self.label_names[label] for label in labels or []]
-        pipeline = self.sampler(engine)
+        pipeline = self.pipeline(engine)
         with engine.accelerator.autocast():
             (latents,) = pipeline(
                 labels=labels,
@@ -251,7 +288,7 @@ class DiffusionModel:
                 output_type="latent",
                 return_dict=False,
             )
-            images = transforms.to_pil(self.decode(latents))
+            images = transforms.to_pil(pipeline.decode(latents))
         if min(self.config.neighbours, len(self.samples)) < 2:
             return labelled_sheet(images, names)
         training = self.known_latents()
@@ -259,28 +296,18 @@ class DiffusionModel:
         self.copies = Copies(found.copies, len(images), len(training))
         nearest = self.normalizer.denormalize(training[found.nearest].float()).to(engine.device)
         with engine.accelerator.autocast():
-            below = transforms.to_pil(self.decode(nearest))
-        return validation.panel(images, below, found.ratios, names)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [-1, 1] of the autoencoder's own latents, on the CPU; one at a time through it."""
-        return torch.cat([self.autoencoder.decode_images(latent[None]).float().cpu() for latent in latents])
+            below = transforms.to_pil(pipeline.decode(nearest))
+        return validation.neighbor_sheet(images, below, found.ratios, names)
 
     def known_latents(self) -> Tensor:
-        """Normalised training latents for comparison, half precision, evenly spread over the set; read once."""
+        """Normalized training latents for comparison, half precision, evenly spread over the set; read once."""
         if self.training_latents is None:
             latents = stack_samples(self.samples, self.config.neighbours)["latent"]
             self.training_latents = self.normalizer.normalize(latents).half()
         return self.training_latents
 
-    def sampler(self, engine: Engine) -> LatentDiffusionPipeline:
-        """The pipeline on the device of the training, without a progress bar."""
-        pipeline = self.pipeline(engine).to(engine.device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def pipeline(self, engine: Engine, **recorded: Any) -> LatentDiffusionPipeline:
-        """Of the EMA weights. `recorded`: its `latent_rgb` and `training`."""
+    def pipeline(self, engine: Engine) -> LatentDiffusionPipeline:
+        """Of the EMA weights, on the device of the training, without a progress bar."""
         pipeline = LatentDiffusionPipeline(
             autoencoder=self.autoencoder,
             unet=engine.emas["unet"].module,
@@ -291,27 +318,26 @@ class DiffusionModel:
             latent_size=list(self.latent_shape[1:]),
             preprocessing=self.manifest.preprocessing,
             rounded_encoders=self.rounded_encoders,
-            **recorded,
         )
         self.rounded_encoders = pipeline.config["rounded_encoders"]  # computed once
-        return pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(engine.device)
 
     @torch.no_grad()
-    def colours(self, engine: Engine) -> dict[str, Any]:
-        """The linear map from latents to RGB that shows half-finished images."""
-        latents = stack_samples(self.samples, COLOUR_LATENTS)["latent"]
-        self.autoencoder.to(engine.device)
-        return fit_latent_rgb(self.normalizer.normalize(latents), self.decode(latents.to(engine.device)))
-
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
-        """Write `pipeline/`: autoencoder, U-Net with EMA weights, scheduler, normaliser, labels and a model card."""
+        """Write `pipeline/`: autoencoder, U-Net with EMA weights, scheduler, normalizer, labels and a model card."""
+        pipeline = self.pipeline(engine)
+        latents = stack_samples(self.samples, COLOR_LATENTS)["latent"]
+        pipeline.register_to_config(
+            latent_rgb=fit_latent_rgb(self.normalizer.normalize(latents), pipeline.decode(latents.to(engine.device))),
+            training={"steps": engine.steps, "batch": self.config.batch, "latents": len(self.samples), **metrics},
+        )
         final = directory / "pipeline"
         temporary = temporary_directory(final)
-        training = {"steps": engine.steps, "batch": self.config.batch, "latents": len(self.samples), **metrics}
-        self.pipeline(engine, latent_rgb=self.colours(engine), training=training).save_pretrained(temporary)
+        pipeline.save_pretrained(temporary)
         publish_directory(temporary, final)
         epochs = f"{metrics['train/epochs']:.1f} epochs of {len(self.samples)} latents"
-        print(f"{directory}: {epochs}; {self.suggestion.last_word(engine.steps, self.snapshots.written)}")
+        print(f"{directory}: {epochs}; {self.suggestion.summary(engine.steps, self.snapshots.written)}")
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         count = rows.stop - rows.start
@@ -345,6 +371,9 @@ class DiffusionModel:
         self.copies = Copies(**state["copies"]) if state.get("copies") else None
 
 
+# What a run depends on, checked before it starts or continues.
+
+
 def encoding_record(manifest: Manifest) -> dict[str, Any]:
     """How the latents were made, which must stay the same under a run that continues."""
     values = manifest.to_dict()
@@ -354,7 +383,7 @@ def encoding_record(manifest: Manifest) -> dict[str, Any]:
 
 
 def contents_record(manifest: Manifest) -> dict[str, Any]:
-    """Which latents there are: the order of the samples and their normalisation follow from it."""
+    """Which latents there are: the order of the samples and their normalization follow from it."""
     plans = [dataset["plan"] for dataset in manifest.datasets]
     return {"count": manifest.count, "plans": plans, "statistics": manifest.statistics}
 
@@ -368,7 +397,7 @@ def check_contents(began: dict[str, Any], now: dict[str, Any], where: str) -> No
         )
 
 
-def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
+def load_matching_autoencoder(path: str, manifest: Manifest) -> Autoencoder:
     """The autoencoder that made the latents. Raises: UserError when it is another one, or cannot have made them."""
     autoencoder = load_autoencoder(path)
     manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where=f"autoencoder={path}")
@@ -389,42 +418,6 @@ def load_matching_autoencoder(path: str, manifest: Manifest) -> Any:
     return autoencoder
 
 
-def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:
-    """At most `count` samples as tensors, evenly spread: a folder is often sorted by class."""
-    count = min(count, len(dataset))
-    samples = [dataset.sample(index * len(dataset) // count, index) for index in range(count)]
-    return {
-        "latent": torch.stack([sample["latent"] for sample in samples]),
-        "label": torch.tensor([sample["label"] for sample in samples]),
-    }
-
-
-def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> int:
-    """`ldm-vae train-diffusion`: train the latent U-Net in `config.output`, or continue there; ends with a pipeline.
-
-    Args:
-        dry_run: build everything, do one step on random data, print parameters, GMACs, shapes and memory.
-
-    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
-
-    Raises:
-        UserError: a setting, the latents, the autoencoder or the output folder are not usable.
-    """
-    samples, held_out = open_latents(config)
-    accelerator = make_accelerator(config.training, None if dry_run else Path(config.output))
-    plan = config.plan(accelerator.num_processes)
-    snapshots = None if dry_run else Path(config.output) / FOLDER
-    judge = None
-    if config.kid.samples and not dry_run:
-        judge = make_sample_kid(config.kid, config.held_out)
-    model = DiffusionModel(config, samples, held_out, snapshots, judge)
-    if dry_run:
-        accelerator.print(dry_run_of(model, plan, config.training, accelerator))
-        return 0
-    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    return fit(model, ordered_samples(config, samples), plan, config.training, run_directory, accelerator)
-
-
 def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDataset | None]:
     """The training part and the held-out part (None when nothing is held out)."""
     seed = config.training.seed
@@ -439,47 +432,3 @@ def ordered_samples(config: TrainDiffusionConfig, samples: LatentDataset) -> Sam
     if config.shuffle_shards is None:
         return samples
     return InOrder(samples, ShardBlockOrder(config.training.seed, samples.shard_counts, config.shuffle_shards))
-
-
-# After training: an average of another length, its held-out loss, and the pipeline with it. `ldm-vae ema`'s work.
-
-
-def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
-    """The pipeline of a run directory, on the CPU. Raises: UserError when the run has not written it yet."""
-    directory = Path(run) / "pipeline"
-    if not (directory / "model_index.json").is_file():
-        raise UserError(f"{run}: holds no pipeline; give the directory of a finished run of `train-diffusion`")
-    return LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
-
-
-class HeldOutLoss:
-    """The held-out latents of a run, read once, to compare averages by."""
-
-    def __init__(self, run: str | Path, pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
-        """Raises: UserError when the run held nothing out, or its latents are gone."""
-        config = configuration.load(TrainDiffusionConfig, Path(run) / "config.yaml")
-        _, held_out = open_latents(config)
-        if held_out is None:
-            raise UserError(f"{run}: held no latents out, so there is nothing to compare by; give one length and --out")
-        samples = stack_samples(held_out, HELD_OUT_LATENTS)
-        self.latents: Tensor = pipeline.normalizer.normalize(samples["latent"].to(device))
-        null = len(pipeline.labels)
-        labels = torch.where(samples["label"] < 0, null, samples["label"]).to(device)
-        self.labels = labels if null else None
-        self.shift = config.shift or flow.resolution_shift(*self.latents.shape[1:])
-
-    def loss(self, unet: nn.Module) -> float:
-        """Mean over times and latents, as `train-diffusion` logs it."""
-        losses = validation_losses(unet.to(self.latents.device), self.latents, self.labels, self.shift)
-        return sum(losses.values()) / len(losses)
-
-
-def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, output: str | Path) -> None:
-    """Write the pipeline with the averaged U-Net to `output`. Raises: UserError when something is there."""
-    final = Path(output)
-    if final.exists():
-        raise UserError(f"{output}: exists; give a new folder")
-    copy_to(pipeline.unet, average)
-    temporary = temporary_directory(final)
-    pipeline.to("cpu").save_pretrained(temporary)
-    publish_directory(temporary, final)

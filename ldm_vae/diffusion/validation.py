@@ -1,30 +1,31 @@
-"""The flow loss on latents that training never sees, always at the same times with the same noise; when to stop.
+"""What a training is watched by: the flow loss on held-out latents, and whether samples repeat training latents.
 
-Owns the measurement and the suggestion in words. Nothing here stops a run.
+The loss is always measured at the same times with the same noise. Both measurements lead to alarms in words; nothing
+here stops a run. `fid` measures samples against held-out images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.random import generator
 from ldm_vae.utils.image_grid import GAP, PAPER, labelled_sheet
 
 TIMES = 8
 SMOOTHING = 0.1
-"""Weight of a new log step in the training loss that the suggestion looks at."""
+"""Weight of a new log step in the running training loss."""
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, s
 
     Args:
         unet: Latents, times and labels -> velocity.
-        latents: Normalised, (n, c, h, w); the noise follows from their number and shape.
+        latents: Normalized, (n, c, h, w); the noise follows from their number and shape.
         labels: (n,), or None for an unconditional network.
         shift: Of the times towards noise.
     """
@@ -49,7 +50,7 @@ def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, s
 
 
 def validation_metrics(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
-    """What is logged: the mean over the times, the loss at each of them, and by how much the mean is above that of
+    """The logged metrics: the mean over the times, the loss at each of them, and by how much the mean is above that of
     training latents, measured in the same way."""
     by_time = {f"held_out/flow_t{time:.3g}": loss for time, loss in losses.items()}
     mean, trained = (sum(values.values()) / len(values) for values in (losses, of_training))
@@ -69,7 +70,7 @@ class Overfitting:
         return (
             f"overfitting: the held-out loss was best at step {self.step} ({self.held_out[0]:.4g}, now "
             f"{self.held_out[1]:.4g}) while the training loss fell from {self.train[0]:.4g} to {self.train[1]:.4g}; "
-            "from here on the network learns its images by heart: stop, use more images, or raise unet.dropout"
+            "from here on the network memorizes its images: stop, use more images, or raise unet.dropout"
         )
 
 
@@ -83,29 +84,29 @@ class StopSuggestion:
         self.train_then = math.inf
         self.best = self.last = math.inf
         self.best_step = 0
-        self.said = False
+        self.reported = False
 
-    def see_training(self, loss: float) -> None:
+    def update_training(self, loss: float) -> None:
         """At each log step."""
         known = math.isfinite(self.train)
         self.train = self.train + SMOOTHING * (loss - self.train) if known else loss
 
-    def see_held_out(self, step: int, loss: float) -> None:
+    def update_held_out(self, step: int, loss: float) -> None:
         """At each validation after `step` finished steps."""
         self.last = loss
         if loss < self.best:
-            self.best, self.best_step, self.train_then, self.said = loss, step, self.train, False
+            self.best, self.best_step, self.train_then, self.reported = loss, step, self.train, False
 
     def alarm(self, step: int, steps: int) -> Overfitting | None:
         """Once, until the held-out loss improves again."""
         waited = step - self.best_step >= self.patience * steps
-        if self.said or not math.isfinite(self.best) or not waited or self.train >= self.train_then:
+        if self.reported or not math.isfinite(self.best) or not waited or self.train >= self.train_then:
             return None
-        self.said = True
+        self.reported = True
         return Overfitting(self.best_step, (self.best, self.last), (self.train_then, self.train))
 
-    def last_word(self, step: int, snapshots: Sequence[int]) -> str:
-        """What a finished run says: which step was best for latents that it has not seen, and how to get it."""
+    def summary(self, step: int, snapshots: Sequence[int]) -> str:
+        """For a finished run: which step was best for held-out latents, and how to get its weights."""
         if not math.isfinite(self.best):
             return "no latents were held out"
         if self.best_step == step:
@@ -117,16 +118,18 @@ class StopSuggestion:
         return f"{words}: `ldm-vae ema RUN --length 0.05 --step {near} --out DIR` writes the pipeline of that time"
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact; floats in hexadecimal, since JSON has no infinity."""
-        values = {name: value for name, value in vars(self).items() if name != "patience"}
-        return {name: value.hex() if isinstance(value, float) else value for name, value in values.items()}
+        """Exact; floats in hexadecimal, since JSON has no infinity. `reported` is saved as `said`."""
+        values = {name: value for name, value in vars(self).items() if name not in ("patience", "reported")}
+        values = {name: value.hex() if isinstance(value, float) else value for name, value in values.items()}
+        return values | {"said": self.reported}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        for key, value in state.items():
+            name = "reported" if key == "said" else key
             setattr(self, name, float.fromhex(value) if isinstance(value, str) else value)
 
 
-# Whether generated latents are copies of training latents: nearest neighbours, the copy rate, a panel of pairs.
+# Memorization: whether samples are copies of training latents; nearest neighbors, the copy rate, a sheet of pairs.
 
 COPY_RATIO = 1 / 3
 CHUNK = 256
@@ -146,7 +149,7 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Copies:
-    """The alarm: samples of a preview that are copies."""
+    """How many samples are copies of a training latent; the alarm of a preview."""
 
     copies: int
     samples: int
@@ -156,14 +159,14 @@ class Copies:
     def sentence(self) -> str:
         return (
             f"copies: {self.copies} of {self.samples} preview samples lie less than a third as far from one of "
-            f"{self.compared} training latents as from any other: the network repeats its images; see the preview, "
+            f"{self.compared} training latents as from any other: the network repeats its images; look at the preview, "
             "stop earlier, use more images, or raise unet.dropout"
         )
 
 
 def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
-    """Euclidean neighbours of normalised latents (n, c, h, w) among (m, c, h, w) of any precision, m at least 2."""
-    assert len(training) >= 2, "find_neighbours: fewer than two training latents"
+    """Euclidean neighbors of normalized latents (n, c, h, w) among (m, c, h, w) of any precision, m at least 2."""
+    assert len(training) >= 2, "find_neighbors: fewer than two training latents"
     flat = samples.float().flatten(1).cpu()
     distances = [
         torch.cdist(flat, chunk.float().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
@@ -175,36 +178,39 @@ def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
 
 @torch.no_grad()
 def compare_with_training(
-    pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], training: LatentDataset, compared: int
+    pipeline: LatentDiffusionPipeline,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    training: LatentDataset,
+    compared: int,
 ) -> tuple[Image.Image, Copies]:
-    """The panel of finished pictures, encoded again, and how many of them are copies.
+    """The sheet of finished images, encoded again, beside their neighbors, and how many of them are copies.
 
     Args:
-        pipeline: Made them.
+        pipeline: The one that made them.
         images: Of the size of the training images.
         captions: One per image, or none.
         training: What the pipeline was trained on.
         compared: At most so many of its latents, evenly spread.
     """
-    count = min(compared, len(training))
-    known = torch.stack([training.sample(number * len(training) // count, 0)["latent"] for number in range(count)])
-    found = torch.cat([_encoded(pipeline, image) for image in images])
-    neighbours = find_neighbors(found, pipeline.normalizer.normalize(known))
+    known = stack_samples(training, compared)["latent"]
+    found = torch.cat([_encode(pipeline, image) for image in images])
+    neighbors = find_neighbors(found, pipeline.normalizer.normalize(known))
     below = [transforms.to_pil(pipeline.decode(known[number : number + 1].to(pipeline.device)))[0]
-             for number in neighbours.nearest.tolist()]  # fmt: skip
-    return panel(images, below, neighbours.ratios, captions), Copies(neighbours.copies, len(images), count)
+             for number in neighbors.nearest.tolist()]  # fmt: skip
+    return neighbor_sheet(images, below, neighbors.ratios, captions), Copies(neighbors.copies, len(images), len(known))
 
 
-def _encoded(pipeline: Any, image: Image.Image) -> Tensor:
-    """Normalised posterior mean (1, c, h, w), on the CPU."""
+def _encode(pipeline: LatentDiffusionPipeline, image: Image.Image) -> Tensor:
+    """Normalized posterior mean (1, c, h, w), on the CPU."""
     tensor = transforms.from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None])
     return pipeline.normalizer.normalize(pipeline.autoencoder.encode_moments(tensor.to(pipeline.device))[0]).cpu()
 
 
-def panel(
+def neighbor_sheet(
     samples: Sequence[Image.Image], nearest: Sequence[Image.Image], ratios: Tensor, labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A sheet of pairs: the generated picture above, its nearest training latent decoded below, the ratio in words."""
+    """A sheet of pairs: the generated image above, its nearest training latent decoded below, the ratio in words."""
     pairs, captions = [], []
     names = labels or [f"sample {number}" for number in range(1, len(samples) + 1)]
     for above, below, name, ratio in zip(samples, nearest, names, ratios.tolist(), strict=True):
@@ -216,31 +222,11 @@ def panel(
     return labelled_sheet(pairs, captions, side=2 * 192 + GAP)
 
 
-# Pictures of latents without the decoder: a linear map of each position to one RGB pixel.
-
-
-def fit_latent_rgb(latents: Tensor, images: Tensor) -> dict[str, Any]:
-    """The `latent_rgb` of a pipeline: least squares from latents to images reduced to one pixel per position.
-
-    A hundred pairs are plenty: each has thousands of positions.
-
-    Args:
-        latents: Normalised, (n, c, h, w).
-        images: Theirs, (n, 3, fh, fw) in [-1, 1].
-
-    Returns:
-        `weights`, 3 lists of c numbers, and `bias`, 3 numbers (JSON-able).
-    """
-    small = F.interpolate(images.float(), size=latents.shape[-2:], mode="area")
-    positions = latents.double().movedim(1, -1).flatten(0, -2)
-    colours = small.double().movedim(1, -1).flatten(0, -2)
-    inputs = torch.cat([positions, torch.ones_like(positions[:, :1])], dim=1)
-    # gelsd is the driver that a dead channel does not disturb; it exists on CPU only
-    solution = torch.linalg.lstsq(inputs.cpu(), colours.cpu(), driver="gelsd").solution
-    return {"weights": solution[:-1].T.tolist(), "bias": solution[-1].tolist()}
-
-
-def latents_to_rgb(latents: Tensor, latent_rgb: Mapping[str, Any]) -> Tensor:
-    """Normalised latents (n, c, h, w) -> images (n, 3, h, w), float32, clamped to [-1, 1]."""
-    weights, bias = (torch.tensor(latent_rgb[key]).to(latents.device) for key in ("weights", "bias"))
-    return (torch.einsum("nchw,dc->ndhw", latents.float(), weights) + bias.view(1, 3, 1, 1)).clamp(-1, 1)
+def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:
+    """At most `count` samples as tensors, evenly spread: a folder is often sorted by class."""
+    count = min(count, len(dataset))
+    samples = [dataset.sample(index * len(dataset) // count, index) for index in range(count)]
+    return {
+        "latent": torch.stack([sample["latent"] for sample in samples]),
+        "label": torch.tensor([sample["label"] for sample in samples]),
+    }

@@ -26,9 +26,8 @@ import diffusers
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, thin
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
-from ldm_vae.diffusion import saving
 from ldm_vae.diffusion.generation import pipeline_directory
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, format_values, pipeline_card
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import model_card_facts as facts
 from ldm_vae.evaluation.metrics import METRIC_TITLES
@@ -336,7 +335,7 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
     directory = pipeline_directory(config.model)
     pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
     path = directory / CARD
-    generated = saving.card(pipeline, "DIRECTORY")
+    generated = pipeline_card(pipeline)
     check_replaceable(path, config.overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
     place = run_folder_of(directory)
     run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
@@ -374,7 +373,7 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "autoencoder": f"{type(pipeline.autoencoder).__name__}, {pipeline.autoencoder.downsampling}x, "
         f"{len(pipeline.normalizer.mean)} channels",
         "encoder_fingerprint": pipeline.config["encoder_fingerprint"],
-        "preprocessing": saving.format_values(pipeline.config["preprocessing"] or {}),
+        "preprocessing": format_values(pipeline.config["preprocessing"] or {}),
         "missing": missing,
         "not_recorded": NOT_RECORDED,
         "intended_use": config.intended_use,

@@ -16,7 +16,8 @@ from ldm_vae.autoencoder.interop.compvis import load_compvis, tensors_from_model
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import copy_to, snapshot_name, synthesize
+from ldm_vae.diffusion.posthoc_ema import copy_to, synthesize
+from ldm_vae.diffusion.power_function_ema import snapshot_name
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST
 from tests.diffusion.test_posthoc_ema_snapshots import network
@@ -104,7 +105,7 @@ def test_stored_averages(change, tmp_path, record_property):
     file = tmp_path / "snapshots" / snapshot_name(8)
     record = metadata_of(file)
     save_file(change(load_file(file), "0.05/weight"), file, {"snapshot": record})
-    with pytest.raises(UserError, match=r"is no snapshot|not those of this U-Net"):
+    with pytest.raises(UserError, match=r"is not a snapshot|not those of this U-Net"):
         copy_to(network(), synthesize(tmp_path, 0.05))
     record_property("figure", f"averages {change.__name__.replace('_', ' ')}: refused")
 

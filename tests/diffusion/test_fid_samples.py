@@ -51,7 +51,7 @@ class Uniform:
         self.asked += labels
         shades = [self.shade + 0.1 * torch.randn((), generator=one) for one in generator]
         images = torch.stack([torch.full((3, 8, 12), float(shade)).clamp(0, 1) for shade in shades])
-        return type("Output", (), {"images": images})
+        return (images,)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_long_measurement_is_no_standstill(folder: Path) -> None:
     [
         (["kid.samples=50"], "KID of 50 images would be noise; give 100 or more"),
         (["kid.samples=100", "held_out=0"], "needs held-out images"),
-        (["kid.samples=100", "kid.every=70"], "kid.every: 70 is no multiple of training.validate_every=500"),
+        (["kid.samples=100", "kid.every=70"], "kid.every: 70 is not a multiple of training.validate_every=500"),
         (["kid.every=0"], "kid.every: 0 is below 1"),
         (["kid.subset=1"], "kid.subset: 1 is too few"),
     ],
@@ -173,4 +173,4 @@ def test_training_measures_when_it_is_due(
 
 def test_averages_are_compared_by_it_after_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["ema", str(tmp_path), "--length", "0.1", "--images", "x"]) == EXIT_USER_ERROR
-    assert "have no effect without --kid" in capsys.readouterr().err
+    assert "have no effect without kid" in capsys.readouterr().err

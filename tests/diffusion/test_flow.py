@@ -1,5 +1,6 @@
 """Rectified flow: endpoints, derivatives, distributions and identities with known answers."""
 
+import doctest
 import math
 
 import pytest
@@ -130,3 +131,7 @@ def test_loss_is_a_mean_per_sample_in_float32() -> None:
     loss = flow.velocity_loss(predicted, target)
     assert loss.dtype == torch.float32
     assert loss.tolist() == [1.0, 4.0, 9.0]
+
+
+def test_the_examples_of_the_docstrings_hold():
+    assert doctest.testmod(flow).failed == 0

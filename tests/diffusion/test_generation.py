@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
-from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, generate
+from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, GenerationResult, generate
 from ldm_vae.errors import UserError
 from ldm_vae.utils.image_grid import label_cycle, labelled_sheet
 
@@ -24,14 +25,18 @@ def config(saved: Path, **changes: object) -> GenerateConfig:
     return GenerateConfig(**({"model": str(saved), "count": 4, "steps": 2} | changes))  # type: ignore[arg-type]
 
 
+def make(config: GenerateConfig, output: Path, *, overwrite: bool = False, **changes: Any) -> GenerationResult:
+    return generate(replace(config, output=str(output), **changes), overwrite=overwrite)
+
+
 def pixels(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in folder.glob("[0-9]*.png")}
 
 
 def test_every_class_in_turn(saved: Path, tmp_path: Path) -> None:
-    made, speed = generate(config(saved), tmp_path / "out", batch=3)
-    assert made == 4
-    assert speed > 0
+    result = make(config(saved), tmp_path / "out", batch=3)
+    assert (result.made, result.images, result.copies) == (4, 4, None)
+    assert result.images_per_second > 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["0000_cat.png", "0001_dog.png", "0002_red-ball.png", "0003_cat.png", "run.json", "sheet.png"]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -50,12 +55,12 @@ def test_every_class_in_turn(saved: Path, tmp_path: Path) -> None:
 
 def test_the_same_call_completes_a_folder(saved: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    generate(config(saved), whole)
-    generate(config(saved), broken, batch=1)
-    assert generate(config(saved), broken)[0] == 0
+    make(config(saved), whole)
+    make(config(saved), broken, batch=1)
+    assert make(config(saved), broken).made == 0
     (broken / "0001_dog.png").unlink()
     kept = (broken / "0000_cat.png").stat().st_mtime_ns
-    assert generate(config(saved), broken)[0] == 1
+    assert make(config(saved), broken).made == 1
     assert (broken / "0000_cat.png").stat().st_mtime_ns == kept
     expected, found = pixels(whole), pixels(broken)
     assert expected.keys() == found.keys()
@@ -67,7 +72,7 @@ def test_the_same_call_completes_a_folder(saved: Path, tmp_path: Path) -> None:
 def test_the_batch_changes_no_bit(saved: Path, tmp_path: Path, sampler: str) -> None:
     folders = [tmp_path / str(batch) for batch in (1, 2, 3, 7)]
     for folder, batch in zip(folders, (1, 2, 3, 7)):
-        generate(config(saved, count=7, sampler=sampler), folder, batch=batch)
+        make(config(saved, count=7, sampler=sampler), folder, batch=batch)
     first, *others = map(pixels, folders)
     assert len(first) == 7
     for other in others:
@@ -76,51 +81,51 @@ def test_the_batch_changes_no_bit(saved: Path, tmp_path: Path, sampler: str) -> 
 
 
 def test_chosen_labels_size_and_precision(saved: Path, tmp_path: Path) -> None:
-    chosen = config(saved, labels=("Cat", "2"), height=48, width=80, guidance=1.0, precision="bf16", count=3)
-    generate(chosen, tmp_path)
+    chosen = config(saved, labels=("Cat", "2"), size="48x80", guidance=1.0, precision="bf16", count=3)
+    make(chosen, tmp_path)
     assert sorted(pixels(tmp_path)) == ["0000_cat.png", "0001_red-ball.png", "0002_cat.png"]
     assert pixels(tmp_path)["0000_cat.png"].shape == (48, 80, 3)
 
 
 def test_other_results_are_not_overwritten_unasked(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    generate(config(saved), out)
+    make(config(saved), out)
     with pytest.raises(UserError, match=r"holds other images.*seed 0 -> 1"):
-        generate(config(saved, seed=1), out)
+        make(config(saved, seed=1), out)
     before = pixels(out)
-    generate(config(saved, seed=1, count=2), out, overwrite=True)
+    make(config(saved, seed=1, count=2), out, overwrite=True)
     assert len(pixels(out)) == 2
     assert np.abs(pixels(out)["0000_cat.png"] - before["0000_cat.png"]).max() > 1
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="no result of `generate`"):
-        generate(config(saved), foreign)
+    with pytest.raises(UserError, match="not a result of `generate`"):
+        make(config(saved), foreign)
 
 
 def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'dog'"):
-        generate(config(saved, labels=("dg",)), tmp_path)
+        make(config(saved, labels=("dg",)), tmp_path)
     with pytest.raises(UserError, match="height: 60"):
-        generate(config(saved, height=60), tmp_path)
+        make(config(saved, size="60"), tmp_path)
     with pytest.raises(UserError, match="1 image for 2 labels"):
         config(saved, labels=("cat", "dog"), count=1)
     with pytest.raises(UserError, match="no such directory"):
-        generate(config(saved, model="nowhere"), tmp_path)
+        make(config(saved, model="nowhere"), tmp_path)
     with pytest.raises(UserError, match=r"holds no model_index\.json"):
-        generate(config(tmp_path), tmp_path / "out")
+        make(config(tmp_path), tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_devices_and_folders_that_are_not_there_are_refused(saved: Path, tmp_path: Path) -> None:
     for name in ("foo", "meta:x") + (() if torch.cuda.is_available() else ("cuda", "cuda:1")):
         with pytest.raises(UserError, match=f"device: '{name}' is not here"):
-            generate(config(saved), tmp_path / "out", device=name)
+            make(config(saved), tmp_path / "out", device=name)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a folder"):
-        generate(config(saved), tmp_path / "file")
+        make(config(saved), tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
-        generate(config(saved, count=1), tmp_path / "file" / "out")
+        make(config(saved, count=1), tmp_path / "file" / "out")
     with pytest.raises(UserError, match="count: 0 is below 1"):
         config(saved, count=0)
 
@@ -130,10 +135,10 @@ def parameters(path: Path) -> dict[str, Any]:
 
 
 def test_a_grid_of_labels_from_equal_noise(saved: Path, tmp_path: Path) -> None:
-    generate(config(saved, grid=True, count=2, labels=("cat", "dog")), tmp_path / "grid")
+    make(config(saved, grid=True, count=2, labels=("cat", "dog")), tmp_path / "grid")
     found = pixels(tmp_path / "grid")
     assert sorted(found) == ["0000_cat.png", "0001_dog.png", "0002_cat.png", "0003_dog.png"]
-    generate(config(saved, count=2, labels=("dog",)), tmp_path / "dogs")
+    make(config(saved, count=2, labels=("dog",)), tmp_path / "dogs")
     dogs = pixels(tmp_path / "dogs")
     assert np.array_equal(found["0001_dog.png"], dogs["0000_dog.png"])
     assert np.array_equal(found["0003_dog.png"], dogs["0001_dog.png"])
@@ -141,21 +146,21 @@ def test_a_grid_of_labels_from_equal_noise(saved: Path, tmp_path: Path) -> None:
         "seed": 0, "number": 1, "towards": None, "share": 0,
     }  # fmt: skip
     with pytest.raises(UserError, match="give two labels or more"):
-        generate(config(saved, grid=True, labels=("cat",)), tmp_path / "one")
+        make(config(saved, grid=True, labels=("cat",)), tmp_path / "one")
 
 
 def test_interpolation_of_seeds_and_labels(saved: Path, tmp_path: Path) -> None:
     seeds, labels = tmp_path / "seeds", tmp_path / "labels"
-    generate(config(saved, interpolate=("3", "5"), labels=("dog",), count=3), seeds)
+    make(config(saved, interpolate=("3", "5"), labels=("dog",), count=3), seeds)
     between = pixels(seeds)
     for seed, name in ((3, "0000_dog.png"), (5, "0002_dog.png")):
-        generate(config(saved, labels=("dog",), count=1, seed=seed), tmp_path / str(seed))
+        make(config(saved, labels=("dog",), count=1, seed=seed), tmp_path / str(seed))
         assert np.array_equal(between[name], pixels(tmp_path / str(seed))["0000_dog.png"])
     assert not np.array_equal(between["0001_dog.png"], between["0000_dog.png"])
-    generate(config(saved, interpolate=("cat", "dog"), count=3), labels)
+    make(config(saved, interpolate=("cat", "dog"), count=3), labels)
     assert sorted(pixels(labels)) == ["0000_cat-100.png", "0001_cat-50.png", "0002_cat-0.png"]
     assert parameters(labels / "0001_cat-50.png")["classes"] == {"cat": 0.5, "dog": 0.5}
-    generate(config(saved, labels=("cat",), count=1), tmp_path / "cat")
+    make(config(saved, labels=("cat",), count=1), tmp_path / "cat")
     assert np.array_equal(pixels(labels)["0000_cat-100.png"], pixels(tmp_path / "cat")["0000_cat.png"])
 
 
@@ -170,18 +175,18 @@ def photo(tmp_path: Path) -> Path:
 def test_variations_of_an_image(saved: Path, photo: Path, tmp_path: Path) -> None:
     near, far = tmp_path / "near", tmp_path / "far"
     given = {"init": str(photo), "labels": ("cat",), "count": 2, "steps": 8}
-    generate(config(saved, **given, strength=0.1), near)
-    generate(config(saved, **given), far)
+    make(config(saved, **given, strength=0.1), near)
+    make(config(saved, **given), far)
     assert parameters(near / "0000_cat.png")["evaluations"] == 1
     assert parameters(far / "0000_cat.png")["evaluations"] == 5
     assert parameters(far / "0000_cat.png")["strength"] == 0.6
     assert "photo" not in json.dumps(parameters(far / "0000_cat.png"))
     found = pixels(near)
     assert not np.array_equal(found["0000_cat.png"], found["0001_cat.png"])
-    assert generate(config(saved, **given), far)[0] == 0
+    assert make(config(saved, **given), far).made == 0
     Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo)
     with pytest.raises(UserError, match=r"holds other images .*init"):
-        generate(config(saved, **given), far)
+        make(config(saved, **given), far)
 
 
 def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path
     mask[16:48, 40:80] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     given = {"init": str(photo), "mask": str(tmp_path / "mask.png"), "labels": ("cat",), "count": 1}
-    generate(config(saved, **given), tmp_path / "out")
+    make(config(saved, **given), tmp_path / "out")
     found = pixels(tmp_path / "out")["0000_cat.png"]
     original = np.asarray(Image.open(photo))[:, 32:96]  # the centre, 64 x 64
     kept = mask[:, 32:96] == 0
@@ -206,16 +211,16 @@ def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path
         ({"interpolate": ("1", "2")}, "give one label"),
         ({"interpolate": ("cat", "Cat")}, "'cat' twice"),
         ({"interpolate": ("cat", "dog"), "labels": ("cat",)}, "leave out the others"),
-        ({"init": "nowhere.png"}, r"init: nowhere\.png is no file"),
+        ({"init": "nowhere.png"}, r"init: nowhere\.png is not a file"),
         ({"init": __file__}, "cannot be read"),
-        ({"guidance": float("nan")}, "guidance_scale: nan is no number"),
+        ({"guidance": float("nan")}, "guidance_scale: nan is not a finite number"),
         ({"guidance": 1.0, "guidance_rescale": 0.7}, "guidance_rescale: 0.7 has no effect without guidance"),
-        ({"guidance_rescale": 1.5}, "guidance_rescale: 1.5 is no share"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale: 1.5 is not between 0 and 1"),
     ],
 )
 def test_impossible_wishes_leave_no_folder(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(config(saved, **changes), tmp_path / "out")
+        make(config(saved, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -238,15 +243,15 @@ def test_settings_that_contradict_each_other(saved: Path, changes: dict[str, Any
 def test_a_label_without_effect_in_the_names_is_said(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, guidance: float, words: str
 ) -> None:
-    generate(config(saved, guidance=guidance, count=1, steps=1), tmp_path / "out")
+    make(config(saved, guidance=guidance, count=1, steps=1), tmp_path / "out")
     assert f"guidance: {words} though the images are named after it; 1 is the label alone" in caplog.text
     caplog.clear()
-    generate(config(saved, guidance=0.5, count=1, steps=1), tmp_path / "other")
+    make(config(saved, guidance=0.5, count=1, steps=1), tmp_path / "other")
     assert not caplog.text
 
 
 def test_a_run_directory_stands_for_its_pipeline(saved: Path, tmp_path: Path) -> None:
-    generate(config(saved.parent, count=1), tmp_path)
+    make(config(saved.parent, count=1), tmp_path)
     assert (tmp_path / "0000_cat.png").exists()
 
 
@@ -260,7 +265,7 @@ def test_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(words) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert cli.main([*words[:-1], "big"]) == 2
-    assert "--size: 'big' is no size" in capsys.readouterr().err
+    assert "size: 'big' is not a size" in capsys.readouterr().err
 
 
 def test_command_with_everything(saved: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +286,7 @@ def test_the_nearest_training_latents_beside_a_sheet(
 ) -> None:
     """The model's own pictures, encoded by its own autoencoder, are the training set; one more is new."""
     out, encoded = tmp_path / "out", tmp_path / "encoded"
-    generate(config(saved, count=6), out)
+    make(config(saved, count=6), out)
     source = tmp_path / "source"
     source.mkdir()
     for path in sorted(out.glob("000[0-4]*.png")):
@@ -289,20 +294,20 @@ def test_the_nearest_training_latents_beside_a_sheet(
     words = [f"autoencoder={saved / 'autoencoder'}", f"output={encoded}", "data.source=folder", f"data.path={source}"]
     assert cli.main(["encode", *words, "resolution=64", "workers=0", "precision=fp32"]) == 0
     capsys.readouterr()
-    assert generate(config(saved, count=6), out, neighbours=str(encoded))[0] == 0
+    assert make(config(saved, count=6), out, neighbours=str(encoded)).made == 0
     assert "neighbours.png: 5 of 6 images are copies of one of 5 training latents" in capsys.readouterr().out
     record = json.loads((out / "run.json").read_text())
     assert (record["copies"], record["compared_images"], record["compared_latents"]) == (5, 6, 5)
     assert Image.open(out / "neighbours.png").height > Image.open(out / "sheet.png").height
     with pytest.raises(UserError, match="encoder_fingerprint"):
-        generate(config(saved, count=6), out, neighbours=str(latents))
+        make(config(saved, count=6), out, neighbours=str(latents))
     with pytest.raises(UserError, match="latents of 4 x 4 cannot be compared with 8 x 8; leave out the size"):
-        generate(config(saved, count=1, height=32, width=32), tmp_path / "small", neighbours=str(encoded))
+        make(config(saved, count=1, size="32x32"), tmp_path / "small", neighbours=str(encoded))
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None:
-    generate(config(saved), tmp_path / "one", device="cpu")
+    make(config(saved), tmp_path / "one", device="cpu")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ldm_vae.cli"]
     words = ["generate", str(saved), "--out", str(tmp_path / "two"), "--count", "4", "--steps", "2", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

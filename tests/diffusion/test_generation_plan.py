@@ -15,7 +15,7 @@ NAMES = ["cat", "red ball"]
 
 
 def planned(names: list[str] = NAMES, **settings: object) -> list[PlannedImage]:
-    return plan(GenerateConfig("model", **settings), names, Path("out"))  # type: ignore[arg-type]
+    return plan(GenerateConfig("model", "out", **settings), names)  # type: ignore[arg-type]
 
 
 def test_classes_in_turn_each_with_its_own_noise() -> None:

@@ -131,7 +131,7 @@ def test_parts_that_do_not_fit_are_refused(pipeline: LatentDiffusionPipeline) ->
         LatentDiffusionPipeline(**parts, normalizer={"mean": [0, 0], "std": [1, 1]}, label_names=NAMES)
     with pytest.raises(UserError, match="2 label names for a U-Net of 3 classes"):
         LatentDiffusionPipeline(**parts, normalizer=pipeline.config["normalizer"], label_names=["a", "b"])
-    with pytest.raises(UserError, match="no normaliser"):
+    with pytest.raises(UserError, match="no normalizer"):
         LatentDiffusionPipeline(**parts)
 
 
@@ -150,7 +150,7 @@ def test_parts_that_do_not_fit_are_refused(pipeline: LatentDiffusionPipeline) ->
         ({"std": [1.0, None, 2.0, 1.5]}, "must be a number for each channel"),
     ],
 )
-def test_a_damaged_normaliser_is_refused(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_damaged_normalizer_is_refused(saved: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     copy = shutil.copytree(saved, tmp_path / "pipeline")
     index = json.loads((copy / "model_index.json").read_text())
     index["normalizer"] |= changes
@@ -293,8 +293,8 @@ def test_unconditional(tmp_path: Path) -> None:
         ({"sampler": "ddim"}, "choose one of euler, heun"),
         ({"strength": 0.5}, "strength: has no effect without an image"),
         ({"mask": torch.ones(1, 64, 64)}, "mask: has no effect without an image"),
-        ({"image": torch.zeros(3, 64, 64), "strength": 2}, "strength: 2 is no share"),
-        ({"image": torch.zeros(3, 64, 64), "strength": 0}, "strength: 0 is no share"),
+        ({"image": torch.zeros(3, 64, 64), "strength": 2}, "strength: 2 is not a share"),
+        ({"image": torch.zeros(3, 64, 64), "strength": 0}, "strength: 0 is not a share"),
         ({"image": torch.zeros(3, 64, 64), "height": 72}, "image: of 64 x 64 pixels for 72 x 64"),
         ({"latents": torch.zeros(1, 4, 8, 8), "seed": 0}, "noise already"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"give \(n, 4, h, w\)"),

@@ -20,7 +20,7 @@ def test_labels_in_turn() -> None:
     found = class_weights(["cat", {"dog": 1, 2: 3}], 3, NAMES)
     assert found is not None
     assert found.ids.tolist() == [[0, 0], [1, 2], [0, 0]]
-    assert found.shares.tolist() == [[1, 0], [0.25, 0.75], [1, 0]]
+    assert found.weights.tolist() == [[1, 0], [0.25, 0.75], [1, 0]]
     assert class_weights(None, 3, NAMES) is None
     for wrong in ({"cat": 0}, {"cat": 2, "dog": -1}):
         with pytest.raises(UserError, match="must be positive"):

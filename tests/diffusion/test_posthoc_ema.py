@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae.diffusion.posthoc_ema import PowerFunctionEma, power_function_beta, solve_posthoc_coefficients, std_to_exp
+from ldm_vae.diffusion.posthoc_ema import solve_posthoc_coefficients
+from ldm_vae.diffusion.power_function_ema import PowerFunctionEma, power_function_beta, std_to_exp
 
 
 def walk(steps: int) -> torch.Tensor:
@@ -26,7 +27,7 @@ def averages(lengths: list[float], steps: int = 400, every: int = 20) -> dict[tu
         for ema in emas:
             ema.update(step)
             if (step + 1) % every == 0:
-                found[step + 1, ema.length] = float(ema.tensors["weight"])
+                found[step + 1, ema.sigma_rel] = float(ema.tensors["weight"])
     return found
 
 

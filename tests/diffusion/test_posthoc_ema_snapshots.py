@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae.diffusion.posthoc_ema import (
-    EmaConfig,
-    EmaSnapshots,
-    PowerFunctionEma,
-    copy_to,
-    stored_averages,
-    synthesize,
-)
+from ldm_vae.diffusion.posthoc_ema import copy_to, stored_averages, synthesize
+from ldm_vae.diffusion.power_function_ema import EmaConfig, EmaSnapshots, PowerFunctionEma
 from ldm_vae.errors import UserError
 
 
@@ -78,7 +72,7 @@ def test_any_length_afterwards(run: Path, length: float, tolerance: float) -> No
         along = PowerFunctionEma(module, length)
         train(module, EmaSnapshots(EmaConfig(snapshots=0), module, None), range(step), 200, (along,))
         average = synthesize(run, length, step)
-        assert average.left < 0.05
+        assert average.residual < 0.05
         for name, expected in along.tensors.items():
             torch.testing.assert_close(average.weights[name], expected, atol=tolerance, rtol=0)
         copy_to(module, average)
@@ -155,9 +149,9 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
     for make, message in (
         (lambda: EmaConfig(lengths=()), "at least one"),
         (lambda: EmaConfig(lengths=(0.1, 0.1)), "different lengths"),
-        (lambda: EmaConfig(lengths=(0.3,)), "ema.lengths: 0.3 is no length"),
+        (lambda: EmaConfig(lengths=(0.3,)), "ema.lengths: 0.3 is not the length"),
         (lambda: EmaConfig(snapshots=-1), "ema.snapshots: -1"),
-        (lambda: synthesize(run, 0.5), "length: 0.5 is no length"),
+        (lambda: synthesize(run, 0.5), "length: 0.5 is not the length"),
         (lambda: synthesize(run, 0.1, 57), "no snapshot of step 57; 60 is the nearest of 20"),
         (lambda: synthesize(tmp_path, 0.1), "holds no snapshots"),
         (lambda: copy_to(nn.Linear(2, 2), synthesize(run, 0.1)), "not those of this U-Net"),

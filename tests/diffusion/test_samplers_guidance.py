@@ -108,5 +108,5 @@ def test_guidance_that_is_no_number_is_refused(settings: dict[str, float]) -> No
 
 def test_classes_that_only_other_images_need_cost_nothing() -> None:
     alone = classes(3, {7: 1, 2: 1})[0:1]
-    assert (alone.ids.tolist(), alone.shares.tolist()) == ([[3]], [[1]])
+    assert (alone.ids.tolist(), alone.weights.tolist()) == ([[3]], [[1]])
     assert velocity(Guidance(), alone)[1] == 1

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from ldm_vae.diffusion import saving
-from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, pipeline_card
 from ldm_vae.errors import UserError
 from tests.diffusion import hub
 from tests.diffusion.conftest import NAMES, make_pipeline
@@ -70,7 +70,7 @@ def test_precision_and_place_change_as_usual(saved: Path) -> None:
     assert pipeline.to("cpu", torch.float16) is pipeline
     assert pipeline.unet.dtype == pipeline.autoencoder.dtype == pipeline.dtype == torch.float16
     assert (draw(pipeline) - draw(make_pipeline(NAMES))).abs().mean() < 0.01
-    with pytest.raises(UserError, match=r"torch_dtype: 'float16' is no torch\.dtype"):
+    with pytest.raises(UserError, match=r"torch_dtype: 'float16' is not a torch\.dtype"):
         LatentDiffusionPipeline.from_pretrained(saved, torch_dtype="float16")
 
 
@@ -113,7 +113,7 @@ def test_a_card_says_what_is_recorded_and_stays_when_it_is_edited(
     assert (tmp_path / "a" / saving.CARD).read_text() == "mine"
     loaded.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / saving.CARD).read_text() == text
-    assert "none" in saving.card(make_pipeline([]), "x")
+    assert "none" in pipeline_card(make_pipeline([]))
 
 
 @pytest.fixture

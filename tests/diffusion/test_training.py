@@ -188,7 +188,7 @@ def test_another_size_of_the_same_images_is_no_continuation(train, copy, encode)
 
 
 def test_a_run_does_not_continue_on_a_set_that_has_grown(train, copy, settings, image_folder, tmp_path):
-    """Every later position would be another sample, and the normaliser another one."""
+    """Every later position would be another sample, and the normalizer another one."""
     assert train(copy)[0] == 0
     shutil.copytree(image_folder, tmp_path / "images")
     shutil.copy(image_folder / "a" / "000.png", tmp_path / "images" / "a" / "new.png")
@@ -291,8 +291,8 @@ def test_copies_and_overfitting_are_said_once(autoencoder_directory, latents):
     model.load_state_dict(state, {})
     assert [alarm.name for alarm in model.alarms(1, {"loss/flow": 1.0})] == ["copies"]
     assert model.alarms(2, {"loss/flow": 0.9}) == []
-    model.suggestion.see_held_out(2, 1.0)
-    model.suggestion.see_held_out(4, 1.1)
+    model.suggestion.update_held_out(2, 1.0)
+    model.suggestion.update_held_out(4, 1.1)
     assert [alarm.name for alarm in model.alarms(5, {"loss/flow": 0.5})] == ["overfitting"]
     assert model.alarms(6, {"loss/flow": 0.4}) == []
 

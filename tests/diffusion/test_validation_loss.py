@@ -47,10 +47,10 @@ def run(suggestion: StopSuggestion, train: list[float], held_out: list[float]) -
     """The steps at which it speaks, of 100; one loss of each kind every 5 steps."""
     said = []
     for number, (a, b) in enumerate(zip(train, held_out), start=1):
-        suggestion.see_training(a)
+        suggestion.update_training(a)
         if suggestion.alarm(5 * number, 100) is not None:
             said.append(5 * number)
-        suggestion.see_held_out(5 * number, b)
+        suggestion.update_held_out(5 * number, b)
     return said
 
 
@@ -76,8 +76,8 @@ def test_it_speaks_again_after_an_improvement() -> None:
 def test_the_sentence_has_the_figures() -> None:
     suggestion = StopSuggestion(0.2)
     for number in range(12):
-        suggestion.see_training(FALLING[number])
-        suggestion.see_held_out(5 * (number + 1), TURNING[number])
+        suggestion.update_training(FALLING[number])
+        suggestion.update_held_out(5 * (number + 1), TURNING[number])
     alarm = suggestion.alarm(65, 100)
     assert alarm is not None
     for words in ("best at step 40 (0.72, now 0.75)", "fell from 0.9", "stop, use more images"):
@@ -86,17 +86,17 @@ def test_the_sentence_has_the_figures() -> None:
 
 def test_the_last_word_names_the_best_step_and_how_to_get_it() -> None:
     suggestion = StopSuggestion(0.2)
-    assert suggestion.last_word(100, []) == "no latents were held out"
+    assert suggestion.summary(100, []) == "no latents were held out"
     run(suggestion, FALLING[:8], TURNING[:8])
     assert (
-        suggestion.last_word(40, [20, 40]) == "the held-out loss was best at the end (0.72): a longer run may be better"
+        suggestion.summary(40, [20, 40]) == "the held-out loss was best at the end (0.72): a longer run may be better"
     )
-    suggestion.see_held_out(100, 0.9)
-    said = suggestion.last_word(100, [15, 30, 45, 60])
+    suggestion.update_held_out(100, 0.9)
+    said = suggestion.summary(100, [15, 30, 45, 60])
     assert said.startswith(
         "the held-out loss was best at step 40 (0.72, now 0.9): `ldm-vae ema RUN --length 0.05 --step 45 "
     )
-    assert suggestion.last_word(100, []) == "the held-out loss was best at step 40 (0.72, now 0.9)"
+    assert suggestion.summary(100, []) == "the held-out loss was best at step 40 (0.72, now 0.9)"
 
 
 def test_its_memory_survives_json_exactly() -> None:

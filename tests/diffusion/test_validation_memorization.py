@@ -1,4 +1,4 @@
-"""Nearest neighbours and the copy rate on sets where both are known; the panel of pairs."""
+"""Nearest neighbours and the copy rate on sets where both are known; the neighbor_sheet of pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm_vae.diffusion.validation import Copies, find_neighbors, panel
+from ldm_vae.diffusion.validation import Copies, find_neighbors, neighbor_sheet
 from ldm_vae.random import generator
 from ldm_vae.utils.image_grid import GAP, MARGIN
 
@@ -43,7 +43,7 @@ def test_each_pair_stands_one_above_the_other() -> None:
     above = [Image.new("RGB", (64, 64), (255, 0, 0))] * 3
     below = [Image.new("RGB", (64, 64), (0, 0, 255))] * 3
     for names in (["cat", "dog", "cow"], []):
-        sheet = np.asarray(panel(above, below, torch.tensor([0.1, 0.6, 0.9]), names))
+        sheet = np.asarray(neighbor_sheet(above, below, torch.tensor([0.1, 0.6, 0.9]), names))
         for column in range(2):
             x = MARGIN + 32 + column * (64 + GAP)
             red, blue = sheet[MARGIN + 32, x].tolist(), sheet[MARGIN + 64 + GAP + 32, x].tolist()

@@ -7,7 +7,7 @@ import json
 import torch
 import torch.nn.functional as F
 
-from ldm_vae.diffusion.validation import fit_latent_rgb, latents_to_rgb
+from ldm_vae.diffusion.pipeline import fit_latent_rgb, latents_to_rgb
 from ldm_vae.random import generator
 
 
