@@ -172,6 +172,14 @@ def _one_line(error: Exception) -> str:
     return f"{full_key}: {text}" if full_key and full_key not in text else text
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """For a configuration's `__post_init__`; None passes. Raises: UserError for a field that is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(name, f"{value} is not above 0")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain JSON-able containers of a config dataclass, tuples as lists, to be written down: see `privacy`."""
     return redacted(json.loads(json.dumps(dataclasses.asdict(config))))

@@ -32,6 +32,8 @@ from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.editing import interpolation_weights, lerp, slerp
+from ldm_vae.diffusion.generation import load_pipeline
+from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, scheduler_shift, solve
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
@@ -131,14 +133,17 @@ class Interpolation(Study):
         if not config.images:
             raise UserError("images: missing; give two image files, or a folder")
         self.paths, device = find_pairs(config.images, config.pairs), compute_device(config.device)
-        self.pipeline = None if config.pipeline is None else _load_pipeline(config.pipeline, device)
-        own = None if self.pipeline is None else self.pipeline.autoencoder
-        autoencoder: Any = own if config.autoencoder is None else load_autoencoder(config.autoencoder).to(device)
-        if own is not None and autoencoder.encoder_fingerprint() != own.encoder_fingerprint():
-            raise UserError(
-                f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it out, or "
-                "give it as compare"
-            )
+        self.pipeline = autoencoder = None
+        if config.pipeline is not None:
+            self.pipeline = load_pipeline(config.pipeline, device)
+            autoencoder = self.pipeline.autoencoder
+        if config.autoencoder is not None:
+            own, autoencoder = autoencoder, load_autoencoder(config.autoencoder).to(device)
+            if own is not None and autoencoder.encoder_fingerprint() != own.encoder_fingerprint():
+                raise UserError(
+                    f"autoencoder: {config.autoencoder} is not the one of the pipeline {config.pipeline}; leave it "
+                    "out, or give it as compare"
+                )
         self.other = None if config.compare is None else load_autoencoder(config.compare).to(device)
         self.networks = {
             "compare": None if self.other is None else self.other.fingerprint(),
@@ -229,12 +234,6 @@ class Interpolation(Study):
         return {"pairs": results["protocol"]["pairs"]}
 
 
-def _load_pipeline(model: str, device: torch.device) -> Any:
-    from ldm_vae.diffusion.generation import load_pipeline
-
-    return load_pipeline(model, device)
-
-
 # The ways from one image to another.
 
 Frames = Callable[[Tensor], Tensor]
@@ -250,7 +249,12 @@ class Way:
     frames: Frames
 
 
-def ways_of(config: InterpolateConfig, autoencoder: Autoencoder, other: Any, pipeline: Any) -> list[Way]:
+def ways_of(
+    config: InterpolateConfig,
+    autoencoder: Autoencoder,
+    other: Autoencoder | None,
+    pipeline: LatentDiffusionPipeline | None,
+) -> list[Way]:
     """Every way that the settings ask for, the cross-fade of the pixels first."""
     count, steps = config.frames, config.steps
     ways = [
@@ -285,7 +289,7 @@ def through_latents(autoencoder: Autoencoder, pair: Tensor, count: int) -> Tenso
     )
 
 
-def through_inversion(pipeline: Any, pair: Tensor, count: int, steps: int) -> Tensor:
+def through_inversion(pipeline: LatentDiffusionPipeline, pair: Tensor, count: int, steps: int) -> Tensor:
     """Both images followed back to the noise that the flow makes them of, a great circle there, and forward again."""
     ends = pipeline.normalizer.normalize(means_of(pipeline.autoencoder, pair))
     velocity, times = flow_of(pipeline, ends, steps)
@@ -296,7 +300,9 @@ def through_inversion(pipeline: Any, pair: Tensor, count: int, steps: int) -> Te
     return decode_cropped(pipeline.autoencoder, [pipeline.normalizer.denormalize(z) for z in found], pair)
 
 
-def through_noising(pipeline: Any, pair: Tensor, count: int, steps: int, strength: float, seed: int) -> Tensor:
+def through_noising(
+    pipeline: LatentDiffusionPipeline, pair: Tensor, count: int, steps: int, strength: float, seed: int
+) -> Tensor:
     """The straight line between normalized latents, noised by one noise for all frames and denoised by the model."""
     ends = pipeline.normalizer.normalize(means_of(pipeline.autoencoder, pair))
     velocity, times = flow_of(pipeline, ends, steps)
@@ -310,7 +316,7 @@ def through_noising(pipeline: Any, pair: Tensor, count: int, steps: int, strengt
     return decode_cropped(pipeline.autoencoder, [pipeline.normalizer.denormalize(z) for z in found], pair)
 
 
-def flow_of(pipeline: Any, latents: Tensor, steps: int) -> tuple[Any, tuple[float, ...]]:
+def flow_of(pipeline: LatentDiffusionPipeline, latents: Tensor, steps: int) -> tuple[Any, tuple[float, ...]]:
     """The velocity of any class, without guidance, and the times for latents of this size."""
     trained_height, trained_width = pipeline.config["latent_size"]
     height, width = latents.shape[-2:]
@@ -449,7 +455,7 @@ def draw_priors(autoencoder: Autoencoder, images: Tensor, count: int, seed: int)
     return drawn
 
 
-def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -> PriorDraws:
+def draw_model(pipeline: LatentDiffusionPipeline, like: Tensor, count: int, steps: int, seed: int) -> PriorDraws:
     """`count` images that the diffusion model generates, of any class, without guidance, in the size of `like`."""
     normalized = torch.empty(1, *means_of(pipeline.autoencoder, like[:1]).shape[1:])
     velocity, times = flow_of(pipeline, normalized, steps)
@@ -463,7 +469,11 @@ def draw_model(pipeline: Any, like: Tensor, count: int, steps: int, seed: int) -
 
 
 def draws_of(
-    config: InterpolateConfig, pairs: Sequence[Pair], autoencoder: Autoencoder, other: Any, pipeline: Any
+    config: InterpolateConfig,
+    pairs: Sequence[Pair],
+    autoencoder: Autoencoder,
+    other: Autoencoder | None,
+    pipeline: LatentDiffusionPipeline | None,
 ) -> list[PriorDraws]:
     """The decoded priors, of both autoencoders and of the diffusion model."""
     if not config.prior:

@@ -101,10 +101,7 @@ class FitDetectorConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "count", "held_out_count"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: {value} is not above 0")
+        configuration.check_positive(self, "batch", "count", "held_out_count")
         if not 0 < self.false_positive_rate < 1:
             raise UserError(f"false_positive_rate: {self.false_positive_rate} is not between 0 and 1; 0.05 is usual")
         if self.resolution < SMALLEST_RESOLUTION:

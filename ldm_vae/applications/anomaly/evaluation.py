@@ -38,6 +38,7 @@ from ldm_vae.applications.anomaly.images import (
 from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_correlation, rank_correlation
 from ldm_vae.applications.anomaly.scores import PEAK, SCORES, Networks, load_networks, measure, quantity, title
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
@@ -94,8 +95,7 @@ class EvaluateDetectorConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"batch: {self.batch} is not above 0")
+        check_positive(self, "batch")
         if self.count is not None and self.count < FEWEST_OF_A_CLASS:
             raise UserError(f"count: {self.count} is under {FEWEST_OF_A_CLASS} a class; leave it out for all images")
         if not 0 < self.prevalence < 1:

@@ -18,6 +18,7 @@ from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.detector import load_detector, p_values, percentiles
 from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, mark, stack
 from ldm_vae.applications.anomaly.scores import measure
+from ldm_vae.config import check_positive
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops, none_readable
 from ldm_vae.data.sources import DataConfig
@@ -61,10 +62,7 @@ class ScoreImagesConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "count"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: {value} is not above 0")
+        check_positive(self, "batch", "count")
         if self.shown < 0:
             raise UserError(f"shown: {self.shown} is negative; give 0 for no pictures")
 

@@ -38,6 +38,7 @@ from ldm_vae.applications.codec.entropy_models import (
 from ldm_vae.applications.codec.format import LARGEST_INTEGER, FittedModel, Kind
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
 from ldm_vae.latents.format import read_manifest
@@ -87,9 +88,7 @@ class CodecFitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        check_positive(self, "steps", "batch", "learning_rate")
 
 
 def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel:

@@ -38,6 +38,7 @@ from ldm_vae.applications.directions.fitting import (
     select,
 )
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -110,9 +111,7 @@ class EvaluateDirectionsConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "reader_images", "reader_epochs", "examples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        check_positive(self, "resolution", "reader_images", "reader_epochs", "examples")
         if self.count < LEAST_IMAGES:
             raise UserError(f"count: {self.count} is below {LEAST_IMAGES} images, the least that say anything")
         if len(set(self.strengths)) < 3 or 0.0 not in self.strengths:

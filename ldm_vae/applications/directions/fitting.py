@@ -28,6 +28,7 @@ from ldm_vae.applications.directions import attributes
 from ldm_vae.applications.directions.attributes import LABELS, PIXELS, Attribute
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -164,10 +165,7 @@ class FitDirectionsConfig:
                 raise UserError(f"methods: {method!r} is not a method; choose among {', '.join(METHODS)}")
         if not self.methods:
             raise UserError(f"methods: none; choose among {', '.join(METHODS)}")
-        if self.components < 1:
-            raise UserError(f"components: {self.components} is below 1")
-        if self.count is not None and self.count < 1:
-            raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
+        check_positive(self, "components", "count")
         if not self.attributes_from and all(METHODS[method].labeled for method in self.methods):
             raise UserError("attributes_from: none, and no method works without; add pixels, or the method pca")
 
