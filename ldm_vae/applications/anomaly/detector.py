@@ -21,18 +21,8 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
+from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.images import batches, mark, refuse_enlarged, stack
-from ldm_vae.applications.anomaly.scores import (
-    STRIDE,
-    Gaussian,
-    Networks,
-    NormalStatistics,
-    check_name,
-    check_pipeline_size,
-    learn,
-    load_networks,
-    measure,
-)
 from ldm_vae.autoencoder.losses import Backbone
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data.open import open_source
@@ -128,7 +118,7 @@ class Detector:
         folder: where it was read from.
     """
 
-    statistics: NormalStatistics
+    statistics: scores.NormalStatistics
     normal: dict[str, np.ndarray]
     seen: np.ndarray
     description: dict[str, Any]
@@ -158,7 +148,7 @@ class Detector:
 
     def networks(
         self, autoencoder: str, device: str, pipeline: str | None = None, perceptual_weights: str | None = None
-    ) -> Networks:
+    ) -> scores.Networks:
         """Load the networks that it was fitted with. Raises: UserError: one is missing, not needed, or another one."""
         settings, bound = self.description["config"], self.description["identity"]
         if bound["flow_network"] and pipeline is None:
@@ -167,7 +157,7 @@ class Detector:
             raise UserError(f"pipeline: has no effect, {self.folder} was fitted without one; leave it out")
         if perceptual_weights is not None and not bound["perceptual_network"]:
             raise UserError(f"perceptual_weights: has no effect, {self.folder} has no perceptual score; leave it out")
-        found = load_networks(
+        found = scores.load_networks(
             autoencoder, compute_device(device), pipeline, settings["perceptual_net"], perceptual_weights,
             settings["regret_steps"],
         )  # fmt: skip
@@ -197,7 +187,7 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
     started = time.time()
     output = Path(config.output)
     check_output(output)
-    networks = load_networks(
+    networks = scores.load_networks(
         config.autoencoder, compute_device(config.device), config.pipeline, config.perceptual_net,
         config.perceptual_weights, config.regret_steps,
     )  # fmt: skip
@@ -220,11 +210,11 @@ def summary(detector: Detector) -> str:
     )
 
 
-def learn_detector(config: FitDetectorConfig, networks: Networks) -> Detector:
+def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Detector:
     """The same without the folder. Raises: UserError."""
-    check_resolution(config.resolution, networks.autoencoder, STRIDE)
-    check_pipeline_size(networks, config.resolution)
-    check_name(config.by, networks.score_names)
+    check_resolution(config.resolution, networks.autoencoder, scores.STRIDE)
+    scores.check_pipeline_size(networks, config.resolution)
+    scores.check_name(config.by, networks.score_names)
     source = open_source(config.data)
     train, held_out = (subset(source, part, config.data.held_out) for part in ("train", "held_out"))  # type: ignore[arg-type]
     train_indices = evenly_spaced(len(train), config.count)
@@ -246,7 +236,7 @@ def learn_detector(config: FitDetectorConfig, networks: Networks) -> Detector:
             marks.update(found)
             yield [crop.id for crop in batch], stack(batch)
 
-    statistics = learn(networks, learning())
+    statistics = scores.learn(networks, learning())
     learned_from = len(train_indices) - len(rejected)
     _check_count(learned_from)
     values: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in networks.score_names}
@@ -257,7 +247,9 @@ def learn_detector(config: FitDetectorConfig, networks: Networks) -> Detector:
                 fresh.append(crop)
             marks.add(number)
         if fresh:
-            for name, of_score in measure(networks, statistics, stack(fresh), [c.id for c in fresh]).values.items():
+            for name, of_score in scores.measure(
+                networks, statistics, stack(fresh), [c.id for c in fresh]
+            ).values.items():
                 values[name].append(of_score.numpy())
     normal = {name: np.concatenate(parts) for name, parts in values.items()}
     count, rate = len(normal[config.by]), config.false_positive_rate
@@ -291,7 +283,7 @@ def _check_count(count: int) -> None:
         )
 
 
-def identity(networks: Networks) -> dict[str, Any]:
+def identity(networks: scores.Networks) -> dict[str, Any]:
     """What a detector is bound to: the fingerprints of its networks."""
     return {
         "autoencoder": networks.autoencoder.fingerprint(),
@@ -325,7 +317,7 @@ def save_detector(detector: Detector, output: Path, started: float) -> None:
     tensors = {"seen": torch.from_numpy(detector.seen)}
     tensors |= {f"normal/{name}": torch.from_numpy(values) for name, values in detector.normal.items()}
     for name in GAUSSIANS:
-        gaussian: Gaussian = getattr(detector.statistics, name)
+        gaussian: scores.Gaussian = getattr(detector.statistics, name)
         tensors |= {f"{name}/{field.name}": getattr(gaussian, field.name).contiguous() for field in fields(gaussian)}
     advice = "free some space or make it writable, and run the same command again"
     with system_errors_explained(output, advice), published_directory(output.absolute()) as temporary:
@@ -348,7 +340,10 @@ def load_detector(folder: str | Path) -> Detector:
 
 def _assembled(description: dict[str, Any], tensors: dict[str, Tensor], folder: str) -> Detector:
     """Raises: ValueError, KeyError or TypeError where the parts do not belong together."""
-    gaussians = {name: Gaussian(*(tensors[f"{name}/{field.name}"] for field in fields(Gaussian))) for name in GAUSSIANS}
+    gaussians = {
+        name: scores.Gaussian(*(tensors[f"{name}/{field.name}"] for field in fields(scores.Gaussian)))
+        for name in GAUSSIANS
+    }
     for name, gaussian in gaussians.items():
         size = len(gaussian.mean)
         if gaussian.deviation.shape != (size,) or gaussian.precision.shape != (size, size) or not size:
@@ -363,8 +358,8 @@ def _assembled(description: dict[str, Any], tensors: dict[str, Tensor], folder: 
     variance = float(description["decoder_variance"])
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"decoder_variance is {variance}")
-    check_name(str(description["by"]), normal)
-    statistics = NormalStatistics(variance, gaussians["positions"], gaussians["pooled"])
+    scores.check_name(str(description["by"]), normal)
+    statistics = scores.NormalStatistics(variance, gaussians["positions"], gaussians["pooled"])
     detector = Detector(statistics, normal, tensors["seen"].to(torch.int64).numpy(), description, folder)
     if not 0 < detector.rate < 1 or not 0 < detector.resolution < 1 << 16:
         raise ValueError(f"false_positive_rate is {detector.rate}, resolution {detector.resolution}")

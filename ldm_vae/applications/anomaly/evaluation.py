@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import metrics
@@ -46,6 +46,8 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environment
 from ldm_vae.evaluation.plots import page_svg
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
+from ldm_vae.evaluation.sweep import markdown_table
+from ldm_vae.utils.image_grid import PAPER, labelled_sheet
 from ldm_vae.utils.text import pluralize
 
 FEWEST_OF_A_CLASS = 10
@@ -476,26 +478,20 @@ COLUMNS = {
     "true_positive_rate": "found",
     "aupro": "AUPRO",
 }
-GRID_GAP = 6
-GRID_SIDE = 160
-GRID_CAPTION = 24
 
 
 def markdown(results: Results) -> str:
     """A table of all scores, what fails and why, the kinds of anomaly, the protocol."""
     baseline = results["baseline"]
     titles = ["score", *COLUMNS.values()] + (["AUROC of the baseline"] if baseline else [])
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = []
     for name, score in results["scores"].items():
-        row = [f"`{name}`", *(cell(score, key) for key in COLUMNS)]
-        if baseline:
-            row.append(cell(baseline["scores"].get(name, {}), "auroc"))
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", *(f"- {sentence}" for sentence in sentences(results))]
-    kinds = kind_rows(results)
-    if kinds:
-        lines += ["", f"| AUROC by kind | {' | '.join(kinds[0][1])} |", "|---" * (len(kinds[0][1]) + 1) + "|"]
-        lines += [f"| `{name}` | {' | '.join(number(value) for value in row.values())} |" for name, row in kinds]
+        others = [cell(baseline["scores"].get(name, {}), "auroc")] if baseline else []
+        rows.append([f"`{name}`", *(cell(score, key) for key in COLUMNS), *others])
+    lines = [*markdown_table(titles, rows), "", *(f"- {sentence}" for sentence in sentences(results))]
+    if kinds := kind_rows(results):
+        rows = [[f"`{name}`", *map(number, row.values())] for name, row in kinds]
+        lines += ["", *markdown_table(["AUROC by kind", *kinds[0][1]], rows)]
     return "\n".join([*lines, "", *protocol_lines(results)]) + "\n"
 
 
@@ -567,19 +563,12 @@ def pictures(results: Results, example: Example) -> list[tuple[str, Image.Image]
 
 
 def grid(results: Results, examples: Sequence[Example]) -> Image.Image:
-    """One row per image, its `pictures` side by side under their captions, on white."""
+    """One row per image, its `pictures` side by side, each with its caption."""
     rows = [pictures(results, example) for example in examples]
-    step = GRID_SIDE + GRID_GAP
-    size = (max(map(len, rows)) * step - GRID_GAP, GRID_CAPTION + len(rows) * step - GRID_GAP)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        for x, (caption, image) in enumerate(row):
-            if y == 0:
-                draw.text((x * step + 2, 3), caption, fill="black", font_size=15)
-            small = image.resize((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
-            sheet.paste(small, (x * step, GRID_CAPTION + y * step))
-    return sheet
+    columns = max(map(len, rows))
+    blank = ("", Image.new("RGB", rows[0][0][1].size, PAPER))
+    cells = [cell for row in rows for cell in [*row, *[blank] * (columns - len(row))]]
+    return labelled_sheet([image for _, image in cells], [caption for caption, _ in cells], 160, columns=columns)
 
 
 def auroc_plot(results: Results) -> str:

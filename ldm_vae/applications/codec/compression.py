@@ -22,16 +22,6 @@ import torch
 from PIL import Image
 
 from ldm_vae.applications.codec import entropy_models, format
-from ldm_vae.applications.codec.entropy_models import (
-    EntropyModel,
-    Grid,
-    StaticModel,
-    TooFine,
-    best_scale,
-    channel_means,
-    channel_units,
-    step_of,
-)
 from ldm_vae.applications.codec.format import FittedModel, load_model, short_fingerprint
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
@@ -76,7 +66,7 @@ class CompressConfig:
             raise UserError("quality: and target_bpp exclude each other; give one of them")
         if self.target_bpp is not None and not 0 < self.target_bpp < 100:
             raise UserError(f"target_bpp: {self.target_bpp:g} is not a number of bits per pixel; 0.1 to 1 is usual")
-        step_of(50.0 if self.quality is None else self.quality)
+        entropy_models.step_of(50.0 if self.quality is None else self.quality)
         if self.progressive != sorted(set(self.progressive)) or any(end < 1 for end in self.progressive):
             raise UserError(
                 f"progressive: {self.progressive} is not a rising list of channel counts; give for example 4,8"
@@ -163,7 +153,7 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
             data = codec.compress_within(picture, config.target_bpp, config.progressive).data
         else:
             quality = 50.0 if config.quality is None else config.quality
-            data = codec.compress(picture, step_of(quality), config.progressive).data
+            data = codec.compress(picture, entropy_models.step_of(quality), config.progressive).data
         write_bytes(goal, data)
         written.append(CompressedFile(goal, len(data), picture.width, picture.height))
         print(f"{goal}: {len(data)} bytes, {written[-1].bits_per_pixel:.3f} bits per pixel")
@@ -246,7 +236,7 @@ class Compressed:
 
     data: bytes
     levels: np.ndarray
-    model: EntropyModel
+    model: entropy_models.EntropyModel
     step: int
 
     @property
@@ -303,7 +293,9 @@ class Codec:
             raise UserError(f"{name}: the autoencoder gives latents that are not finite; it is damaged or diverged")
         known = None if self.autoencoder.deterministic else logvar
         latents = mean[0].double().cpu().numpy()
-        return Analyzed(latents, channel_means(mean), channel_units(mean, known), height, width, name)
+        return Analyzed(
+            latents, entropy_models.channel_means(mean), entropy_models.channel_units(mean, known), height, width, name
+        )
 
     def compress(self, picture: Analyzed, step: int, parts: Sequence[int] = ()) -> Compressed:
         """The file of a picture at a step in 1/1024 units.
@@ -314,13 +306,13 @@ class Codec:
         ends = (*(end for end in parts if end < self.channels), self.channels)
         if self.model is None:
             own = format.SelfFitted.rounded(picture.mean, picture.unit, (0,) * self.channels)
-            levels = Grid(own.mean, own.unit, step).quantize(picture.latents, picture.name)
-            scales = tuple(best_scale(plane) for plane in levels)
+            levels = entropy_models.Grid(own.mean, own.unit, step).quantize(picture.latents, picture.name)
+            scales = tuple(entropy_models.best_scale(plane) for plane in levels)
             entropy: format.SelfFitted | bytes = format.SelfFitted(own.mean, own.unit, scales)
-            model: EntropyModel = StaticModel(scales)
+            model: entropy_models.EntropyModel = entropy_models.StaticModel(scales)
         else:
             entropy, model = self.model.short_fingerprint, self.model.at(step)
-            levels = Grid(self.model.mean, self.model.unit, step).quantize(picture.latents, picture.name)
+            levels = entropy_models.Grid(self.model.mean, self.model.unit, step).quantize(picture.latents, picture.name)
         header = format.Header(
             short_fingerprint(self.identity), picture.width, picture.height, step, self.channels, entropy, ends
         )
@@ -335,14 +327,14 @@ class Codec:
         def size(level: int) -> int:
             if level not in found:
                 try:
-                    found[level] = self.compress(picture, step_of(level / LEVELS_PER_QUALITY), parts)
-                except TooFine:
+                    found[level] = self.compress(picture, entropy_models.step_of(level / LEVELS_PER_QUALITY), parts)
+                except entropy_models.TooFine:
                     return sys.maxsize
             return len(found[level].data)
 
         best = largest_within(size, LEVELS_PER_QUALITY, 100 * LEVELS_PER_QUALITY, bits_per_pixel * pixels / 8)
         if best is None:
-            least = 8 * len(self.compress(picture, step_of(1.0), parts).data) / pixels
+            least = 8 * len(self.compress(picture, entropy_models.step_of(1.0), parts).data) / pixels
             raise UserError(
                 f"{picture.name}: its smallest file has {least:.3f} bits per pixel, more than {bits_per_pixel:g}; give "
                 "a higher target_bpp, or leave it out and take quality 1"
@@ -374,17 +366,17 @@ class Codec:
         latents[: len(levels)] = grid.restore(levels)
         return self.picture_of(latents, header.height, header.width)
 
-    def levels_of(self, header: format.Header, data: list[bytes], name: str) -> tuple[Grid, np.ndarray]:
+    def levels_of(self, header: format.Header, data: list[bytes], name: str) -> tuple[entropy_models.Grid, np.ndarray]:
         """The grid and the levels of the channels in `data`. Raises: UserError."""
         self.check_origin(header, name)
         size = -(-header.height // self.factor), -(-header.width // self.factor)
         own, fitted = header.entropy, self.model
         if isinstance(own, format.SelfFitted):
-            model: EntropyModel = StaticModel(own.scales)
-            grid = Grid(own.mean, own.unit, header.step)
+            model: entropy_models.EntropyModel = entropy_models.StaticModel(own.scales)
+            grid = entropy_models.Grid(own.mean, own.unit, header.step)
         else:
             assert fitted is not None, "check_origin asks for it"
-            model, grid = fitted.at(header.step), Grid(fitted.mean, fitted.unit, header.step)
+            model, grid = fitted.at(header.step), entropy_models.Grid(fitted.mean, fitted.unit, header.step)
         return grid, entropy_models.decode(model, data, header.parts, size, name)
 
     def check_origin(self, header: format.Header, name: str) -> None:

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.applications.directions import attributes
+from ldm_vae.applications.directions import attributes, fitting
 from ldm_vae.applications.directions.apply import edited
 from ldm_vae.applications.directions.attributes import (
     LABELS,
@@ -28,14 +28,6 @@ from ldm_vae.applications.directions.attributes import (
     distinct,
     reduced,
     train_reader,
-)
-from ldm_vae.applications.directions.fitting import (
-    Direction,
-    check_continuous,
-    load_directions,
-    pool,
-    scaled,
-    select,
 )
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
@@ -152,9 +144,9 @@ class DirectionsEvaluation(Study):
 
     def __init__(self, config: EvaluateDirectionsConfig, overwrite: bool) -> None:
         autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
-        check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
+        fitting.check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
         check_resolution(config.resolution, autoencoder)
-        self.found = load_directions(config.directions)
+        self.found = fitting.load_directions(config.directions)
         self.found.check_autoencoder(autoencoder, f"autoencoder {config.autoencoder}")
         names = config.names
         self.chosen = self.found.directions if names is None else [self.found.find(name) for name in names]
@@ -165,7 +157,7 @@ class DirectionsEvaluation(Study):
 
     def measure(self) -> Results:
         config, rejected = self.config, Rejected()
-        source, indices = select(config.data, config.part, config.count)
+        source, indices = fitting.select(config.data, config.part, config.count)
         indices, images = read_crops(source, indices, config.resolution, rejected)
         if images is None or len(indices) < LEAST_IMAGES:
             raise UserError(
@@ -173,7 +165,7 @@ class DirectionsEvaluation(Study):
             )
         device = self.autoencoder.device
         self.latents = [self.autoencoder.encode_moments(image[None].to(device))[0] for image in images]
-        pooled = np.concatenate([pool(z, source.id(i)) for z, i in zip(self.latents, indices)])
+        pooled = np.concatenate([fitting.pool(z, source.id(i)) for z, i in zip(self.latents, indices)])
         unedited = self._decode(self.latents)[..., : images.shape[-2], : images.shape[-1]]
         self.measurer, readable = make_measurer(config, source, indices, unedited)
         self.base = self.measurer.measure(unedited)
@@ -206,11 +198,11 @@ class DirectionsEvaluation(Study):
         """Latents (1, c, h, w), one by one, on the CPU."""
         return torch.cat([self.autoencoder.decode_images(latent).cpu() for latent in latents])
 
-    def _moved(self, latent: Tensor, direction: Direction, strengths: Sequence[float]) -> Tensor:
+    def _moved(self, latent: Tensor, direction: fitting.Direction, strengths: Sequence[float]) -> Tensor:
         """The pictures (s, 3, h, w) of a latent moved by each strength."""
         return self._decode(edited(latent, direction.vector, strengths).split(1))
 
-    def _values(self, direction: Direction, count: int, strengths: Sequence[float]) -> np.ndarray:
+    def _values(self, direction: fitting.Direction, count: int, strengths: Sequence[float]) -> np.ndarray:
         """Attributes (n, s, k) of the first `count` images at every strength."""
         moving = [s for s in strengths if s != 0]
         found = np.empty((count, len(strengths), self.base.shape[1]))
@@ -224,8 +216,10 @@ class DirectionsEvaluation(Study):
         rng = numpy_rng(self.config.seed, "random directions")
         squares = []
         for number in range(CONTROLS):
-            vector = scaled(rng.standard_normal(pooled.shape[1]) * pooled.std(axis=0), pooled)
-            values = self._values(Direction(f"random/{number}", vector, None, {}), LEAST_IMAGES, [-1.0, 0.0, 1.0])
+            vector = fitting.scaled(rng.standard_normal(pooled.shape[1]) * pooled.std(axis=0), pooled)
+            values = self._values(
+                fitting.Direction(f"random/{number}", vector, None, {}), LEAST_IMAGES, [-1.0, 0.0, 1.0]
+            )
             squares.append(np.square(slopes(values, [-1.0, 0.0, 1.0], deviations)).mean(axis=0))
         return np.sqrt(np.mean(squares, axis=0))
 
@@ -265,7 +259,7 @@ def make_measurer(
     """And for every attribute that is read: the correlation of reading and truth on reconstructions."""
     if not config.attributes_from:
         return AttributeMeasurer(list(attributes.MEASURED), None, []), {}
-    _, training = select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
+    _, training = fitting.select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
     overlap = set(indices)
     training, pictures = read_small(source, [i for i in training if i not in overlap], config.resolution)
     varied_attributes = [a for a in attributes_of(config, source, training) if a.problem() is None]
@@ -391,7 +385,7 @@ def monotonicity(values: np.ndarray, strengths: Sequence[float]) -> float:
 
 
 def assess(
-    direction: Direction,
+    direction: fitting.Direction,
     names: Sequence[str],
     values: np.ndarray,
     strengths: Sequence[float],
