@@ -1,7 +1,7 @@
 """The errors that a user can cause, and the exit codes of the commands. Programmers' mistakes stay `assert`s.
 
 Code that has to know what went wrong catches a subclass of `UserError`; no code reads a sentence. The classes here are
-the general ones. Those of one room stand there, as `storage.connection.AccessDenied`.
+the general ones. Those of one room stand there, as `storage.remote.AccessDenied`.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ def draw(paths: Sequence[Path], asked: np.ndarray, read: np.ndarray, names: Sequ
     """`sheet.png`: ten images of each class, framed where not recognised; `wrong.png`: all that were not."""
     from PIL import Image, ImageOps
 
-    from ldm_vae.utils.image_grid import labelled_sheet
+    from ldm_vae.utils.image_grid import labeled_sheet
 
     def small(index: int) -> Image.Image:
         picture = Image.open(paths[index]).convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
@@ -245,12 +245,12 @@ def draw(paths: Sequence[Path], asked: np.ndarray, read: np.ndarray, names: Sequ
         return ImageOps.expand(ImageOps.crop(picture, FRAME), FRAME, RED) if wrong else picture
 
     shown = range(min(len(paths), 10 * len(names)))
-    sheet = labelled_sheet([small(index) for index in shown], [names[asked[index]] for index in shown])
+    sheet = labeled_sheet([small(index) for index in shown], [names[asked[index]] for index in shown])
     sheet.save(folder / "sheet.png")
     wrong = [index for index in range(len(paths)) if asked[index] != read[index]]
     if wrong:
         words = [f"{names[asked[index]]}\nread {names[read[index]]}" for index in wrong]
-        labelled_sheet([small(index) for index in wrong], words).save(folder / "wrong.png")
+        labeled_sheet([small(index) for index in wrong], words).save(folder / "wrong.png")
 
 
 def kept(found: dict[str, Any]) -> bool:

@@ -39,8 +39,8 @@ from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.evaluation.report import label_of
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
 from ldm_vae.files import checksum, checksum_bytes
-from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.image_grid import PAPER, labelled_sheet
+from ldm_vae.runtime import compute_device
+from ldm_vae.utils.image_grid import PAPER, labeled_sheet
 from ldm_vae.utils.text import pluralize, progress
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
@@ -322,7 +322,7 @@ def contact_sheet(shown: Sequence[Reconstructed], samples: Sequence[Image.Image]
             *[""] * empty,
         ]
     captions += [label or "generated" for label in labels]
-    return labelled_sheet([*cells, *samples], captions, columns=COLUMNS)
+    return labeled_sheet([*cells, *samples], captions, columns=COLUMNS)
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:

@@ -44,8 +44,8 @@ from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencod
 from ldm_vae.evaluation.sweep import Table, markdown_table, render
 from ldm_vae.files import checksum
 from ldm_vae.random import generator
-from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.image_grid import labelled_sheet, side_by_side
+from ldm_vae.runtime import compute_device
+from ldm_vae.utils.image_grid import labeled_sheet, side_by_side
 from ldm_vae.utils.text import pluralize, progress
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
@@ -207,7 +207,7 @@ class Interpolation(Study):
                 chosen = evenly_spaced(len(frames), SHEET_FRAMES)
                 cells += [frames[k] for k in chosen]
                 captions += [f"{way.title}" if k == 0 else f"{k / (len(frames) - 1):.0%}" for k in chosen]
-        self.sheet = labelled_sheet(cells, captions, columns=min(SHEET_FRAMES, self.config.frames))
+        self.sheet = labeled_sheet(cells, captions, columns=min(SHEET_FRAMES, self.config.frames))
         found["sheet.png"] = self.sheet
         return found | ({"prior.png": prior_sheet(self.drawn)} if self.drawn else {})
 
@@ -574,7 +574,7 @@ def prior_sheet(drawn: Sequence[PriorDraws]) -> Image.Image:
     for draws in drawn:
         cells += transforms.to_pil(draws.images)
         captions += [draws.title, *[""] * (len(draws.images) - 1)]
-    return labelled_sheet(cells, captions, columns=len(drawn[0].images))
+    return labeled_sheet(cells, captions, columns=len(drawn[0].images))
 
 
 def tables(results: Results) -> list[Table]:

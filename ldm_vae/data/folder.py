@@ -23,7 +23,7 @@ from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_
 from ldm_vae.data.sources import hash_items, number_labels
 from ldm_vae.errors import UserError
 from ldm_vae.storage.base import is_url, local_path
-from ldm_vae.storage.connection import AccessDenied, Connection
+from ldm_vae.storage.remote import AccessDenied, Connection
 
 logger = logging.getLogger(__name__)
 

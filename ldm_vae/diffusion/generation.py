@@ -54,7 +54,7 @@ from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.text import pluralize
 
 logger = logging.getLogger(__name__)
@@ -543,7 +543,7 @@ def write_sheets(
 ) -> Copies | None:
     """Write the contact sheet and, with the latents of the training, the nearest of them to each image."""
     images, captions = [Image.open(one.path) for one in shown], [one.caption for one in shown if one.caption]
-    write_png(folder / SHEET, labelled_sheet(images, captions))
+    write_png(folder / SHEET, labeled_sheet(images, captions))
     if training is None:
         return None
     pairs, copies = compare_with_training(pipeline, images, captions, training, COMPARED_LATENTS)

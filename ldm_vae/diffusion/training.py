@@ -37,7 +37,7 @@ from ldm_vae.training import trainer
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
 from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import Engine, TrainingConfig
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.image_grid import labeled_sheet
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
@@ -290,7 +290,7 @@ class DiffusionModel:
             )
             images = transforms.to_pil(pipeline.decode(latents))
         if min(self.config.neighbours, len(self.samples)) < 2:
-            return labelled_sheet(images, names)
+            return labeled_sheet(images, names)
         training = self.known_latents()
         found = validation.find_neighbors(self.normalizer.normalize(latents), training)
         self.copies = Copies(found.copies, len(images), len(training))

@@ -21,7 +21,7 @@ from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.random import generator
-from ldm_vae.utils.image_grid import GAP, PAPER, labelled_sheet
+from ldm_vae.utils.image_grid import GAP, PAPER, labeled_sheet
 
 TIMES = 8
 SMOOTHING = 0.1
@@ -219,7 +219,7 @@ def neighbor_sheet(
         pair.paste(below.resize(above.size), (0, above.height + GAP))
         pairs.append(pair)
         captions.append(f"{name}\n" + ("copy " if ratio < COPY_RATIO else "nearest ") + f"{ratio:.2f}")
-    return labelled_sheet(pairs, captions, side=2 * 192 + GAP)
+    return labeled_sheet(pairs, captions, side=2 * 192 + GAP)
 
 
 def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:

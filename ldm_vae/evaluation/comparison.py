@@ -38,8 +38,8 @@ from ldm_vae.evaluation.study import read_json
 from ldm_vae.evaluation.sweep import Outcome, Point, Run
 from ldm_vae.files import write_json, write_text
 from ldm_vae.random import generator
-from ldm_vae.runtime import gigamacs
-from ldm_vae.training.distributed import Processes, compute_device
+from ldm_vae.runtime import compute_device, gigamacs
+from ldm_vae.training.distributed import Processes
 
 MAY_CHANGE = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
 """Settings that a rerun may change: kinds that they touch are trained on or measured again."""

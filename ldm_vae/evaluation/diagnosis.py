@@ -30,7 +30,7 @@ from ldm_vae.evaluation.measurement import DIFFERENCE_GAIN
 from ldm_vae.evaluation.pages import COLOURS, INK, Picture, embed_image, legend, new_figure, template_environment
 from ldm_vae.evaluation.plots import page_svg
 from ldm_vae.evaluation.study import Study, check_resolution, rejected_images
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 
 Report = dict[str, Any]
 

@@ -36,7 +36,7 @@ from ldm_vae.evaluation.pages import new_figure, save_svg
 from ldm_vae.evaluation.plots import Panel, autoencoder_panels, diffusion_panels, draw_panel, read_alarms, read_metrics
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.files import checksum, write_atomically, write_text
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.image_grid import labeled_sheet
 
 CARD = "README.md"
 NOT_RECORDED = "Not recorded, so not stated below: "
@@ -519,7 +519,7 @@ def _crops(evaluation: Path, results: dict[str, Any]) -> tuple[Image.Image, Show
         pair = [Image.open(evaluation / "examples" / example["files"][name]) for name in ("original", "decoded")]
         cells += [enlarged(part) for part in worst_window(*(picture.convert("RGB") for picture in pair))]
         captions += ["original", f"decoded, {quality[example['id']]:.1f} dB"]
-    sheet = labelled_sheet(cells, captions, side=2 * WINDOW, columns=2 * OF_EACH)
+    sheet = labeled_sheet(cells, captions, side=2 * WINDOW, columns=2 * OF_EACH)
     resolution = results["protocol"]["resolution"]
     window = f": in each the window of {WINDOW} pixels that is decoded worst" if resolution > WINDOW else ""
     return sheet, Shown(

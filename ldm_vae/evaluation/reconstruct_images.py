@@ -20,7 +20,7 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.random import generator
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 
 GAP = 8
 

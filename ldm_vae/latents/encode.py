@@ -38,13 +38,7 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.storage.base import join
 from ldm_vae.training import watchdog
-from ldm_vae.training.distributed import (
-    TIMEOUT_SECONDS,
-    check_timeout,
-    open_accelerator,
-    run_on_main,
-    wait_for_all,
-)
+from ldm_vae.training.distributed import TIMEOUT_SECONDS, check_timeout, open_accelerator, run_on_main, wait_for_all
 from ldm_vae.utils.concurrency import in_order
 from ldm_vae.utils.text import pluralize, size_text
 

@@ -42,7 +42,7 @@ from ldm_vae.latents.state import command_for
 from ldm_vae.latents.writer import QUARANTINE, SIDECAR_NAME
 from ldm_vae.random import generator
 from ldm_vae.storage.base import Folder
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.text import pluralize, size_text
 
 SHOWN_NAMES = 12
@@ -294,4 +294,4 @@ def contact_sheet(decoded: Sequence[Decoded]) -> Image.Image:
         size = (sample.image.width * factor, sample.image.height * factor)
         images.append(sample.image.resize(size, Image.Resampling.NEAREST))
     columns = math.ceil(math.sqrt(len(images)))  # near a square, not one long row
-    return labelled_sheet(images, [sample.caption for sample in decoded], maximum_columns=columns)
+    return labeled_sheet(images, [sample.caption for sample in decoded], maximum_columns=columns)

@@ -1,7 +1,7 @@
 """One flat folder of files, on a local disk or behind any fsspec URL: what latent shards are written to and read from.
 
-`base` is what both have in common; `local` and `remote` do the work, `connection` makes requests, `lease` is the lock
-of a remote folder, `cache` keeps copies of what was read from it. No module here knows what the files mean.
+`base` is what both have in common; `local` and `remote` do the work, `cache` keeps copies of what was read from a
+remote folder. No module here knows what the files mean.
 """
 
 from __future__ import annotations

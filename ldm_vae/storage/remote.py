@@ -1,26 +1,58 @@
-"""A folder behind an fsspec URL, as `s3://bucket/folder`.
+"""A folder behind an fsspec URL, as `s3://bucket/folder`: its files, its lock, and the requests to the store.
 
 A write to an object store is one request that succeeds or changes nothing. Other filesystems (sftp, smb ...) get the
 file under a temporary name, which is then renamed. An interrupted upload of more than 100 MB in parts stays invisible,
 but is paid for until a lifecycle rule of the bucket ends it.
+
+`RemoteFolder` is what `open_folder` returns, `Lease` its lock, `Connection` makes the requests of both.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import os
 import re
+import socket
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm_vae.errors import DISK_FULL, UserError
-from ldm_vae.storage.base import check_name
+from ldm_vae.redaction import check_no_password
+from ldm_vae.storage.base import check_name, locked_by
 from ldm_vae.storage.cache import cache_folder, cache_limit_bytes, open_cache
-from ldm_vae.storage.connection import Connection
-from ldm_vae.storage.lease import Lease
+
+logger = logging.getLogger(__name__)
 
 CHECKSUM = re.compile(r"^xxh3_128:([0-9a-f]{32})$")
+
+PAUSES_SECONDS = (1.0, 4.0, 16.0)
+"""Between attempts. The packages make some of their own in each of ours: an outage of about a minute is survived."""
+LONGEST_SECONDS = 90.0
+"""No further attempt after this time: data loaders wait no more than 300 s for a worker."""
+BLOCK_BYTES = 16 << 20
+
+UNREACHABLE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH)
+TRANSIENT = (*UNREACHABLE, errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE)
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "memory")
+DENIED_OBJECT = ("AccessDenied", "AllAccessDisabled", "InvalidObjectState", "403")
+PACKAGES = {"s3": 'pip install "ldm_vae[s3]"', "s3a": 'pip install "ldm_vae[s3]"'}
+
+RENEW_SECONDS = 60.0
+STALE_SECONDS = 300.0
+SETTLE_SECONDS = 2.0
+ATTEMPTS = 5
+MAXIMUM_BYTES = 4096
+
+T = TypeVar("T")
 
 
 class RemoteFolder:
@@ -153,3 +185,354 @@ class RemoteFolder:
         if f"xxh3_128:{digest.hexdigest()}" != checksum:
             advice = "run `ldm-vae latents verify`, then `repair`"
             raise UserError(f"{self.location}/{name}: is damaged (xxh3_128:{digest.hexdigest()}); {advice}")
+
+
+# The lock.
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The content of the object.
+
+    Attributes:
+        host, pid: the process that has the lock.
+        machine: equal for two processes only if the one can see whether the other lives.
+        token: another one for each time the lock is taken.
+        renewed: when, by the clock of the holder; for readers.
+        started: when the process began, by the machine's own count; "" where unknown. Numbers of processes come again.
+    """
+
+    host: str
+    pid: int
+    machine: str
+    token: str
+    renewed: str
+    started: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host}"
+
+    @property
+    def is_dead(self) -> bool:
+        """True where this machine knows that the process has ended."""
+        if self.machine != _machine():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        now = _start_of(self.pid)
+        return "" not in (now, self.started) and now != self.started
+
+
+KINDS = {"host": str, "pid": int, "machine": str, "token": str, "renewed": str}
+"""What every claim has."""
+UNKNOWN = Claim("unknown", 0, "", "", "")
+
+
+class Lease:
+    """The lock of a remote folder, taken once at most: an object that its holder renews.
+
+    It is created on the condition that it does not exist, where the store can do this (S3, GCS, Azure), and read back.
+    The lock of another process is refused, unless that process was on this machine and is dead, or its last renewal
+    lies STALE_SECONDS back by the clock of the store, which a probe is written for: no two clocks are compared. When
+    two processes take over the same stale lock at once, reading it again after SETTLE_SECONDS shows which of them has
+    it. A holder that was suspended for too long notices at its next renewal or write. What it wrote in between does no
+    harm where the contents of files follow from their names, as those of latent shards do.
+
+    Args:
+        connection: the folder.
+        name: of the object, and so of the lock.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection, self.name, self.path = connection, name, connection.path(name)
+        self.claim = Claim(socket.gethostname(), os.getpid(), _machine(), uuid.uuid4().hex, "", _start_of(os.getpid()))
+        self.lost_to: str | None = None
+        self._renewed_at = 0.0
+        self._ended = threading.Event()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Take the lock, renew it in the background, give it back. Raises: FolderLocked when another one has it."""
+        self._take()
+        thread = threading.Thread(target=self._keep_renewing, name=f"renew {self.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            if os.getpid() == self.claim.pid:  # not in a forked child
+                self._ended.set()
+                thread.join()
+                self._give_back()
+
+    def holder(self) -> str | None:
+        """Who has it now."""
+        found = self._read()
+        try:
+            return None if found is None or found.is_dead or self._is_stale() else str(found)
+        except AccessDenied:  # no right to write a probe
+            return str(found)
+
+    def check(self) -> None:
+        """Before each write. Raises: UserError when the lock is lost."""
+        if os.getpid() != self.claim.pid:
+            return
+        if self.lost_to is None and time.time() - self._renewed_at > STALE_SECONDS:  # this process was stopped
+            self._renew(retry=True)
+        if self.lost_to is not None:
+            raise UserError(
+                f"{self.connection.location}: the lock {self.name} went to {self.lost_to}, as this process did not "
+                "renew it in time; wait for the other one, then run the same command again"
+            )
+
+    def _take(self) -> None:
+        for _ in range(ATTEMPTS):
+            found = self._read()
+            if found is None:
+                self._create()
+                found = self._read()
+            if found is None:  # another one took it and gave it back
+                continue
+            if found.token == self.claim.token:
+                self._renewed_at = time.time()
+                return
+            if not (found.is_dead or self._is_stale()):
+                raise locked_by(self.connection.location, str(found), self.name)
+            logger.warning("%s: taking the lock %s over from %s", self.connection.location, self.name, found)
+            self._remove(found)
+            self._create()
+            time.sleep(SETTLE_SECONDS)
+        raise locked_by(self.connection.location, str(self._read() or UNKNOWN), self.name)
+
+    def _create(self) -> None:
+        """Write the object if there is none."""
+
+        def create(filesystem: Any) -> None:
+            if not self.connection.is_object_store:
+                filesystem.makedirs(self.connection.root, exist_ok=True)
+            filesystem.pipe_file(self.path, self._bytes(), mode="create")
+
+        try:
+            self.connection.request(create)
+        except FileExistsError:  # another's; or our own, where an answer was lost and the request repeated
+            pass
+        except FileNotFoundError as error:
+            raise self.connection.no_folder(error) from error
+
+    def _read(self, *, retry: bool = True) -> Claim | None:
+        """The claim that is there; `UNKNOWN` where it cannot be understood."""
+        try:
+            data = self.connection.request(lambda filesystem: filesystem.cat_file(self.path), retry=retry)
+        except FileNotFoundError:
+            return None
+        try:
+            values = json.loads(data[:MAXIMUM_BYTES])
+            known = {name: kind(values[name]) for name, kind in KINDS.items()}
+            return Claim(**known, started=str(values.get("started", "")))
+        except (ValueError, TypeError, KeyError):
+            return UNKNOWN
+
+    def _is_stale(self) -> bool:
+        """By the clock of the store: the times of the lock and of a probe written now."""
+        probe = self.connection.path(f".{self.name}-{self.claim.token}")
+
+        def age_seconds(filesystem: Any) -> float:
+            filesystem.pipe_file(probe, b"?")
+            try:
+                return (filesystem.modified(probe) - filesystem.modified(self.path)).total_seconds()
+            finally:
+                filesystem.rm_file(probe)
+
+        try:
+            return self.connection.request(age_seconds) > STALE_SECONDS
+        except FileNotFoundError:  # given back meanwhile
+            return True
+
+    def _remove(self, claim: Claim, *, retry: bool = True) -> None:
+        """Remove the object if it still is this claim."""
+        found = self._read(retry=retry)
+        if found is not None and found.token == claim.token:
+            with suppress(FileNotFoundError):
+                self.connection.request(lambda filesystem: filesystem.rm_file(self.path), retry=retry)
+
+    def _renew(self, *, retry: bool = False) -> None:
+        found = self._read(retry=retry)
+        if found is None or found.token != self.claim.token:
+            self.lost_to = str(found) if found else "no process (its file is gone)"
+            return
+        self.connection.request(lambda filesystem: filesystem.pipe_file(self.path, self._bytes()), retry=retry)
+        self._renewed_at = time.time()
+
+    def _keep_renewing(self) -> None:
+        while self.lost_to is None and not self._ended.wait(RENEW_SECONDS):
+            try:
+                self._renew()
+            except UserError as error:  # the next renewal may succeed
+                logger.warning("the lock %s was not renewed: %s", self.name, error)
+
+    def _give_back(self) -> None:
+        try:
+            self._remove(self.claim, retry=False)
+        except UserError as error:
+            logger.warning("the lock %s was not removed and ends in %.0f s: %s", self.name, STALE_SECONDS, error)
+
+    def _bytes(self) -> bytes:
+        renewed = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return json.dumps(asdict(self.claim) | {"renewed": renewed}).encode()
+
+
+def _machine() -> str:
+    """The running kernel and its process numbers: containers of one host may share its name, but not these."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _start_of(pid: int) -> str:
+    """When a living process of this machine began, in ticks since its boot; "" where that is not known."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]  # the name before it may hold spaces and brackets
+    except (OSError, IndexError):
+        return ""
+
+
+# Requests: which filesystem it is, what is tried again, what an error means.
+
+
+class AccessDenied(UserError):
+    """One file or folder may not be read or written, while the credentials as such are good."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A URL that fsspec knows.
+
+    No connection stays open: fsspec keeps one filesystem for each process (and thread, where needed), so this can be
+    pickled, and used after a fork. Listings are never cached, or a reader would not see what others write.
+
+    Raises:
+        UserError: the protocol is unknown, its package is not installed, or the URL holds a password.
+    """
+
+    location: str
+
+    def __post_init__(self) -> None:
+        check_no_password(self.location, "address")
+        self.request(lambda filesystem: None)
+
+    @property
+    def protocol(self) -> str:
+        return self.location.split("://")[0]
+
+    @property
+    def is_object_store(self) -> bool:
+        """True where a write is one request that succeeds or changes nothing, and folders need not be made."""
+        return self.protocol in OBJECT_STORES
+
+    @property
+    def root(self) -> str:
+        """The filesystem's path of this location."""
+        return self._open()[1]
+
+    def path(self, name: str) -> str:
+        """The filesystem's path of a file below this location."""
+        return f"{self.root}/{name}"
+
+    def request(self, action: Callable[[Any], T], *, retry: bool = True) -> T:
+        """`action(filesystem)`, with `retry` again after some pauses while the store cannot be reached.
+
+        Raises:
+            FileNotFoundError, FileExistsError: as the filesystem says.
+            OSError: with ENOSPC or EDQUOT.
+            UserError: anything else, `AccessDenied` where it concerns this file or folder only.
+        """
+        start = time.monotonic()
+        for pause in (*PAUSES_SECONDS, None) if retry else (None,):
+            try:
+                return action(self._open()[0])
+            except (FileNotFoundError, FileExistsError, UserError) as error:
+                if _code(error) == "NoSuchBucket":
+                    raise self.no_folder(error) from error
+                raise
+            except PermissionError as error:
+                advice = "give credentials that may read and write there"
+                kind = AccessDenied if _concerns_one_object(error) else UserError
+                raise kind(f"{self.location}: access denied ({_reason(error)}); {advice}") from error
+            except Exception as error:  # every package has its own kinds
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    raise
+                if pause is None or not _is_transient(error) or time.monotonic() - start > LONGEST_SECONDS:
+                    advice = "check the network, the credentials and the endpoint (for S3: AWS_ENDPOINT_URL)"
+                    raise UserError(f"{self.location}: {_reason(error)}; {advice}") from error
+                logger.warning("%s: %s; trying again in %.0f s", self.location, _reason(error), pause)
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def read(self, name: str, length: int | None = None) -> bytes:
+        """The first `length` bytes of a file in one request, or all. Raises: as `request`."""
+        path = self.path(name)
+        return self.request(lambda filesystem: _read_range(filesystem, path, 0, length))
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file's bytes in order, one request for each 16 MiB. Raises: as `request`."""
+        path = self.path(name)
+        size = self.request(lambda filesystem: filesystem.info(path)["size"])
+        for start in range(0, size, BLOCK_BYTES):
+            end = min(start + BLOCK_BYTES, size)
+            yield self.request(lambda filesystem: _read_range(filesystem, path, start, end))  # noqa: B023
+
+    def no_folder(self, error: Exception) -> UserError:
+        """What it means when even the place to write to is not there."""
+        return UserError(f"{self.location}: no such bucket or folder ({_reason(error)}); make it, or give another")
+
+    def _open(self) -> tuple[Any, str]:
+        """(filesystem, its path of this location)."""
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.location, use_listings_cache=False)
+        except ImportError as error:
+            cure = PACKAGES.get(self.protocol, f"install what fsspec needs for it ({error})")
+            raise UserError(f"{self.location}: the package for {self.protocol}:// is missing; {cure}") from error
+        except ValueError as error:
+            advice = "give a path, or a URL as s3://bucket/folder"
+            raise UserError(f"{self.location}: {_reason(error)}; {advice}") from error
+        return filesystem, path.rstrip("/")
+
+
+def _read_range(filesystem: Any, path: str, start: int, end: int | None) -> bytes:
+    try:
+        return filesystem.cat_file(path, start=start, end=end)
+    except OSError as error:
+        if error.errno == errno.EINVAL and filesystem.info(path)["size"] == 0:
+            return b""  # S3 refuses every range of an empty object
+        raise
+
+
+def _concerns_one_object(error: PermissionError) -> bool:
+    """False for expired or wrong credentials, which s3fs also reports as PermissionError."""
+    return _code(error) in (None, *DENIED_OBJECT)
+
+
+def _code(error: Exception) -> str | None:
+    """The error code of an S3 answer."""
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+
+
+def _is_transient(error: Exception) -> bool:
+    """Worth another attempt. Unknown errors are: one attempt too many costs less than a job."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in TRANSIENT
+    if isinstance(error, (ValueError, TypeError, NotImplementedError, IsADirectoryError, NotADirectoryError)):
+        return False
+    return not type(error).__name__.endswith(("CredentialsError", "ValidationError", "NotFound"))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -14,6 +14,7 @@ def update(self, step, batch, engine):
 from __future__ import annotations
 
 import contextlib
+import copy
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,6 @@ from ldm_vae.training.distributed import (
     wait_for_all,
     weights_checksum,
 )
-from ldm_vae.training.ema import Ema
 from ldm_vae.training.loader import (
     Batch,
     MicroBatch,
@@ -283,6 +283,31 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
     )
+
+
+class Ema:
+    """Exponential moving average: a copy of `module` (eval mode, no gradients), without host synchronization.
+
+    The decay grows as (t + 1) / (t + 50) up to `decay`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        # the parameters themselves, not `state_dict()`: DistributedDataParallel gives them other storage later
+        self._averages = floating_tensors(self.module)
+        self._sources = floating_tensors(module)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the module's present weights; `step` counts finished optimizer steps from 0."""
+        decay = min(self.decay, (step + 1) / (step + 50))
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+
+
+def floating_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of floating type, in a fixed order."""
+    return [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
 
 
 # The loop: resume, log, validate, preview, save, export.

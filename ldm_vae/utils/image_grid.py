@@ -13,7 +13,7 @@ PAPER = (250, 250, 248)
 INK = (40, 40, 44)
 
 
-def labelled_sheet(
+def labeled_sheet(
     images: Sequence[Image.Image],
     labels: Sequence[str] = (),
     side: int = 192,
@@ -32,8 +32,8 @@ def labelled_sheet(
         maximum_columns: Of the sheet.
         columns: Exactly so many, each picture with its label.
     """
-    assert images, "labelled_sheet: no images"
-    assert len(labels) in (0, len(images)), f"labelled_sheet: {len(labels)} labels for {len(images)} images"
+    assert images, "labeled_sheet: no images"
+    assert len(labels) in (0, len(images)), f"labeled_sheet: {len(labels)} labels for {len(images)} images"
     cycle = 0 if columns else label_cycle(labels, maximum_columns)
     columns = columns or cycle or min(maximum_columns, max(1, math.ceil(math.sqrt(len(images)))))
     rows = math.ceil(len(images) / columns)

@@ -14,7 +14,7 @@ from ldm_vae.autoencoder.frozen import RESIDUAL_BOUND, AutoencoderFrozenEncoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
-from ldm_vae.training.ema import Ema
+from ldm_vae.training.trainer import Ema
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
 

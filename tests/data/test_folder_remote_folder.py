@@ -19,8 +19,8 @@ from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.transforms import random_crop
 from ldm_vae.errors import UserError
-from ldm_vae.storage import connection
-from ldm_vae.storage.connection import Connection
+from ldm_vae.storage import remote as remote_module
+from ldm_vae.storage.remote import Connection
 from ldm_vae.training.loader import Plan, Span, batches
 from tests.data.encoded import encode, picture
 from tests.s3 import Server, requests
@@ -57,7 +57,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PAUSES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(remote_module, "PAUSES_SECONDS", (0.1, 0.1))
 
 
 def describe(source: FolderSource) -> list[object]:

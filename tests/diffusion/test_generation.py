@@ -18,7 +18,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, GenerationResult, generate
 from ldm_vae.errors import UserError
-from ldm_vae.utils.image_grid import label_cycle, labelled_sheet
+from ldm_vae.utils.image_grid import label_cycle, labeled_sheet
 
 
 def config(saved: Path, **changes: object) -> GenerateConfig:
@@ -320,12 +320,12 @@ def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None
 
 def test_sheets() -> None:
     pictures = [Image.new("RGB", (40, 20), (index * 20, 0, 0)) for index in range(6)]
-    columns = labelled_sheet(pictures, ["a", "b", "c"] * 2)
-    named = labelled_sheet(pictures, ["a", "a", "b", "b", "c", "c"])
-    plain = labelled_sheet(pictures)
+    columns = labeled_sheet(pictures, ["a", "b", "c"] * 2)
+    named = labeled_sheet(pictures, ["a", "a", "b", "b", "c", "c"])
+    plain = labeled_sheet(pictures)
     assert plain.width == named.width == columns.width
     assert plain.height < columns.height < named.height
-    assert labelled_sheet(pictures, side=20).width < plain.width
+    assert labeled_sheet(pictures, side=20).width < plain.width
 
 
 @pytest.mark.parametrize(

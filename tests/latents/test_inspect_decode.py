@@ -19,7 +19,7 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.inspect import Decoded, check_autoencoder, choose, contact_sheet, decode_samples
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.utils.image_grid import labeled_sheet
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_damaged_shard_is_not_shown(latents, autoencoder_directory, tmp_path):
 def test_small_pictures_are_enlarged_and_captions_have_two_lines():
     samples = [Decoded(number, "cat", f"cats/{number:03d}.png", Image.new("RGB", (16, 32))) for number in range(3)]
     assert samples[2].caption == "2 cat\n002.png"
-    one_line = labelled_sheet([Image.new("RGB", (64, 128))] * 3, ["0 cat", "1 cat", "2 cat"], maximum_columns=2)
+    one_line = labeled_sheet([Image.new("RGB", (64, 128))] * 3, ["0 cat", "1 cat", "2 cat"], maximum_columns=2)
     two_lines = contact_sheet(samples)
     assert two_lines.width == one_line.width
     assert two_lines.height > one_line.height

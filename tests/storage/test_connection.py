@@ -11,13 +11,13 @@ import time
 import pytest
 
 from ldm_vae.errors import UserError
-from ldm_vae.storage import connection, open_folder
-from ldm_vae.storage.connection import AccessDenied, Connection
+from ldm_vae.storage import open_folder, remote
+from ldm_vae.storage.remote import AccessDenied, Connection
 from tests.s3 import Server, forget_filesystems
 
 
 def test_an_outage_is_survived(s3_server: Server, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setattr(connection, "PAUSES_SECONDS", (0.1, *[0.3] * 10))
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.1, *[0.3] * 10))
     folder = open_folder(f"{s3_server.new_bucket()}/set")
     folder.write("a.bin", b"1")
     s3_server.stop()
@@ -30,7 +30,7 @@ def test_an_outage_is_survived(s3_server: Server, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_store_that_is_away_is_named(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PAUSES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(remote, "PAUSES_SECONDS", (0.1, 0.1))
     location = f"{s3_server.new_bucket()}/set"
     folder = open_folder(location)
     folder.write("a.bin", b"1")
@@ -66,7 +66,7 @@ def test_missing_credentials_are_named_at_once(s3_server: Server, monkeypatch: p
     start = time.monotonic()
     with pytest.raises(UserError, match="Unable to locate credentials"):
         open_folder("s3://bucket/set").sizes()
-    assert time.monotonic() - start < sum(connection.PAUSES_SECONDS) / 2  # it was not tried again
+    assert time.monotonic() - start < sum(remote.PAUSES_SECONDS) / 2  # it was not tried again
 
 
 def test_a_missing_bucket_is_named(s3_session: Server) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from ldm_vae import files
 from ldm_vae.errors import UserError
-from ldm_vae.storage import connection, open_folder
+from ldm_vae.storage import open_folder
+from ldm_vae.storage import remote as remote_module
 from ldm_vae.storage.base import Folder, join
 from ldm_vae.storage.local import LocalFolder
 from ldm_vae.storage.remote import RemoteFolder
@@ -26,7 +27,7 @@ def location_of(kind: str, request: pytest.FixtureRequest) -> str:
     if kind == "s3":
         return f"{request.getfixturevalue('bucket')}/some/set"
     if kind == "renaming":  # as sftp and others: a write is not one request
-        request.getfixturevalue("monkeypatch").setattr(connection, "OBJECT_STORES", ())
+        request.getfixturevalue("monkeypatch").setattr(remote_module, "OBJECT_STORES", ())
     urls = {"local": str(tmp_path / "set"), "file": f"file://{tmp_path}/set"}
     return urls.get(kind, f"memory:/{tmp_path}/set")
 
@@ -80,7 +81,7 @@ def test_leftovers_of_killed_writers_are_cleaned_up(folder: Folder) -> None:
 
 
 def test_checksums_do_not_depend_on_the_place(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(remote_module, "BLOCK_BYTES", 1000)
     data = os.urandom(3500)
     folder.write("a.bin", data)
     (tmp_path / "same").write_bytes(data)
@@ -138,7 +139,7 @@ def test_a_remote_file_is_copied_once_and_checked(remote: Folder, tmp_path: Path
         remote.local("a.bin", checksum[:-1] + ("0" if checksum[-1] != "0" else "1"))
     assert remote.local("a.bin", checksum) == copy  # by its content: nothing is asked
     assert os.listdir(tmp_path / "cache") == [copy.name]
-    with pytest.raises(UserError, match="no checksum"):
+    with pytest.raises(UserError, match="is not a checksum"):
         remote.local("a.bin", "xxh3_128:../../escape")
     with pytest.raises(FileNotFoundError):
         remote.local("gone.bin", "xxh3_128:" + "0" * 32)
@@ -196,8 +197,8 @@ def test_a_failed_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise OSError("rename failed")
 
-    monkeypatch.setattr(connection, "OBJECT_STORES", ())
-    monkeypatch.setattr(connection, "PAUSES_SECONDS", ())
+    monkeypatch.setattr(remote_module, "OBJECT_STORES", ())
+    monkeypatch.setattr(remote_module, "PAUSES_SECONDS", ())
     folder = open_folder(f"memory:/{tmp_path}")
     folder.write("a.bin", b"old")
     monkeypatch.setattr(MemoryFileSystem, "mv", fail)

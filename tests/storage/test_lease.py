@@ -18,17 +18,18 @@ from pathlib import Path
 import pytest
 
 from ldm_vae.errors import UserError
-from ldm_vae.storage import lease, open_folder
+from ldm_vae.storage import open_folder
+from ldm_vae.storage import remote as remote_module
 from ldm_vae.storage.base import Folder
-from ldm_vae.storage.lease import Claim
+from ldm_vae.storage.remote import Claim
 from tests.s3 import make_older
 from tests.waiting import wait_until
 
 NAME = "test.lock"
 HOLD = """
 import sys
-from ldm_vae.storage import lease, open_folder
-lease.RENEW_SECONDS = 0.2
+from ldm_vae.storage import open_folder, remote
+remote.RENEW_SECONDS = 0.2
 folder = open_folder(sys.argv[1])
 with folder.lock(sys.argv[2]):
     print("held", flush=True)
@@ -56,14 +57,14 @@ class Holder:
 
 @pytest.fixture(params=("local", "s3"))
 def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(remote_module, "SETTLE_SECONDS", 0.1)
     return str(tmp_path / "set") if request.param == "local" else f"{request.getfixturevalue('bucket')}/set"
 
 
 @pytest.fixture
 def remote(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(remote_module, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(remote_module, "RENEW_SECONDS", 0.1)
     return open_folder(f"{bucket}/set")
 
 
@@ -116,7 +117,7 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder
     with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.lock(NAME):
         pass
     assert remote.holder(NAME) == "process 1 on host elsewhere"
-    make_older(remote.location, NAME, lease.STALE_SECONDS - 30)
+    make_older(remote.location, NAME, remote_module.STALE_SECONDS - 30)
     assert remote.holder(NAME)
     make_older(remote.location, NAME, 60)
     assert remote.holder(NAME) is None
@@ -131,13 +132,13 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder
 def test_a_lock_is_made_only_where_there_is_none(remote: Folder) -> None:
     """By the store, not by looking first: between the two another process may come."""
     remote.write(NAME, claim())
-    lease.Lease(remote.connection, NAME)._create()
+    remote_module.Lease(remote.connection, NAME)._create()
     assert remote.read(NAME) == claim()
 
 
 def test_the_same_name_of_a_host_is_not_the_same_machine(remote: Folder) -> None:
     """Containers share host names; their process numbers mean nothing to each other."""
-    mine = lease.Lease(remote.connection, NAME).claim
+    mine = remote_module.Lease(remote.connection, NAME).claim
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     assert Claim(mine.host, dead.pid, mine.machine, "t", "").is_dead
@@ -148,7 +149,7 @@ def test_the_same_name_of_a_host_is_not_the_same_machine(remote: Folder) -> None
 @pytest.mark.promise(11)
 def test_another_process_with_the_number_of_a_dead_one_is_told_apart(remote: Folder) -> None:
     """Numbers come again, in containers soon: the same number that began at another time is another process."""
-    mine = lease.Lease(remote.connection, NAME).claim
+    mine = remote_module.Lease(remote.connection, NAME).claim
     if not mine.started:
         pytest.skip("no /proc here")
     assert replace(mine, started="1").is_dead
@@ -246,10 +247,10 @@ def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: py
 
 
 def test_a_process_that_slept_looks_before_it_writes(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 100.0)
+    monkeypatch.setattr(remote_module, "RENEW_SECONDS", 100.0)
     other = open_folder(remote.location)
     with remote.lock(NAME):
-        monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
+        monkeypatch.setattr(remote_module, "STALE_SECONDS", 0.0)
         remote.write("a.bin", b"1")  # nobody took it: renewed
         other.remove(NAME)
         with pytest.raises(UserError, match="its file is gone"):
@@ -259,7 +260,7 @@ def test_a_process_that_slept_looks_before_it_writes(remote: Folder, monkeypatch
 @pytest.mark.promise(11)
 @pytest.mark.parametrize("before", ["free", "stale", "unreadable"])
 def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(remote_module, "SETTLE_SECONDS", 0.5)
     if before != "free":
         remote.write(NAME, claim() if before == "stale" else b'{"host": 1')
         make_older(remote.location, NAME, 3600)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from ldm_vae.training.ema import Ema
+from ldm_vae.training.trainer import Ema
 
 
 def test_the_exponential_average_follows_its_decay():

@@ -42,7 +42,7 @@ from ldm_vae.files import (
     write_checksums,
     write_json,
 )
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 from ldm_vae.utils.text import pluralize
 
 FORMAT_VERSION = 1

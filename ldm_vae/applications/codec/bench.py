@@ -38,8 +38,8 @@ from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
 from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.random import generator, numpy_rng
-from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.image_grid import labelled_sheet
+from ldm_vae.runtime import compute_device
+from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.text import pluralize, progress
 
 OURS = "ldm-vae"
@@ -589,7 +589,7 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
             left, top = picture.width // 4, picture.height // 4
             images.append(picture.crop((left, top, picture.width - left, picture.height - top)))
             labels.append(name + "\n" + ("" if size is None else f"{size:,} bytes"))
-    return labelled_sheet(images, labels, side=SHEET_SIDE, columns=len(examples[0].pictures))
+    return labeled_sheet(images, labels, side=SHEET_SIDE, columns=len(examples[0].pictures))
 
 
 def _shown(one: Example) -> list[tuple[str, Picture]]:

@@ -31,7 +31,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.measurement import largest_within
 from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.files import write_bytes, write_png
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 
 LEVELS_PER_QUALITY = 16
 """Steps of the search for a file size."""

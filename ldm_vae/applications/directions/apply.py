@@ -26,9 +26,9 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.files import system_errors_explained, write_png
 from ldm_vae.latents.inspect import choose
+from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
-from ldm_vae.training.distributed import compute_device
-from ldm_vae.utils.image_grid import PAPER, labelled_sheet, side_by_side
+from ldm_vae.utils.image_grid import PAPER, labeled_sheet, side_by_side
 
 SHEET_IMAGES = 24
 CELL = 192
@@ -141,7 +141,7 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         side, columns = max(cells[0].size), len(config.strengths)
         captions = [f"{strength:+g}" for strength in config.strengths] * (len(cells) // columns)
         squares = [ImageOps.pad(cell, (side, side), color=PAPER) for cell in cells]
-        write_png(folder / "sheet.png", labelled_sheet(squares, captions, CELL, columns))
+        write_png(folder / "sheet.png", labeled_sheet(squares, captions, CELL, columns))
         provenance.write_run_record(
             folder, None, started, time.time() - started,
             images=len(strips), direction=direction.name, strengths=list(config.strengths),

@@ -43,7 +43,7 @@ from ldm_vae.evaluation.pages import embed_image
 from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
 from ldm_vae.evaluation.sweep import Drawing, Table, markdown_table, render
 from ldm_vae.random import numpy_rng
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import side_by_side
 from ldm_vae.utils.text import pluralize, progress
 

@@ -49,7 +49,7 @@ from ldm_vae.files import (
 from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 from ldm_vae.utils.text import pluralize, progress
 
 FORMAT_VERSION = 1

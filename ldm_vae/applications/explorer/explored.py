@@ -26,7 +26,7 @@ from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
-from ldm_vae.training.distributed import compute_device
+from ldm_vae.runtime import compute_device
 from ldm_vae.utils.text import pluralize, progress
 
 logger = logging.getLogger(__name__)

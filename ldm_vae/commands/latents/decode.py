@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.latents.dataset import LatentDataset
     from ldm_vae.latents.format import open_set_folder, refuse_inside
     from ldm_vae.latents.inspect import check_autoencoder, choose, contact_sheet, decode_samples
-    from ldm_vae.training.distributed import compute_device
+    from ldm_vae.runtime import compute_device
     from ldm_vae.utils.text import pluralize
 
     output = Path(args.output)
