@@ -47,7 +47,7 @@ from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environm
 from ldm_vae.evaluation.plots import page_svg
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
 from ldm_vae.evaluation.sweep import markdown_table
-from ldm_vae.utils.image_grid import PAPER, labelled_sheet
+from ldm_vae.utils.image_grid import PAPER, labeled_sheet
 from ldm_vae.utils.text import pluralize
 
 FEWEST_OF_A_CLASS = 10
@@ -568,7 +568,7 @@ def grid(results: Results, examples: Sequence[Example]) -> Image.Image:
     columns = max(map(len, rows))
     blank = ("", Image.new("RGB", rows[0][0][1].size, PAPER))
     cells = [cell for row in rows for cell in [*row, *[blank] * (columns - len(row))]]
-    return labelled_sheet([image for _, image in cells], [caption for caption, _ in cells], 160, columns=columns)
+    return labeled_sheet([image for _, image in cells], [caption for caption, _ in cells], 160, columns=columns)
 
 
 def auroc_plot(results: Results) -> str:
