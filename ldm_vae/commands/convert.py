@@ -25,12 +25,9 @@ machine. Measure that copy: its fingerprint is another one.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 SUMMARY = "convert a model: to give away, stock diffusers, CompVis checkpoint, ONNX, TorchScript"
 PIPELINE, CHECKPOINT = "diffusers-pipeline", "checkpoint"
-OF_AUTOENCODERS = {"size": 256, "latents": None, "config": None, "channels": None, "prefix": ""}
-"""Options of the other targets, with their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,69 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    precision: Any = args.dtype or ("fp16" if args.to == CHECKPOINT else "fp32")
-    if args.to in (PIPELINE, CHECKPOINT) or args.autoencoder:
-        return _run_whole(args, precision)
-    from ldm_vae.autoencoder.interop.convert import Conversion, convert
+    from ldm_vae.diffusion.export import ConvertConfig, convert
 
-    conversion = Conversion(
-        source=args.source,
-        target=args.target,
+    config = ConvertConfig(
+        model=args.source,
+        output=args.target,
         to=args.to,
-        precision=precision,
-        overwrite=args.overwrite,
+        precision=args.dtype,
+        autoencoder=args.autoencoder,
         size=args.size,
+        latents=args.latents,
         config=args.config,
         channels=args.channels,
         prefix=args.prefix,
     )
-    record, notes = convert(conversion, _statistics(args.latents, args.source) if args.latents else None)
-    for note in notes:
-        print(f"note: {note}")
-    source = record["source"]
-    print(f"{args.target}: {source['class']}, {args.to}, {precision}, from {source['fingerprint'][:19]}...")
+    convert(config, overwrite=args.overwrite)
     return 0
-
-
-def _run_whole(args: argparse.Namespace, precision: Any) -> int:
-    """To a directory that holds all of a run."""
-    from ldm_vae.errors import UserError
-
-    if args.autoencoder and args.to != CHECKPOINT:
-        raise UserError(f"--autoencoder: has no effect with --to {args.to}; leave it out")
-    for name, default in OF_AUTOENCODERS.items():
-        if getattr(args, name) != default:
-            raise UserError(f"--{name}: has no effect with --to {args.to}; leave it out")
-    if args.to == PIPELINE:
-        from ldm_vae.diffusion.export import export_standard
-
-        record = export_standard(args.source, args.target, precision=precision, overwrite=args.overwrite)
-        notes, what = record["notes"], f"{record['class']} of stock diffusers, {precision}; README.md there says how to"
-        what += " call it"
-    else:
-        from ldm_vae.diffusion.export import pack
-
-        record, notes = pack(
-            args.source,
-            args.target,
-            precision=precision,
-            overwrite=args.overwrite,
-            autoencoder=args.autoencoder,
-        )
-        what = f"{precision}, autoencoder {record['fingerprint'][:19]}...; `ldm-vae card {args.target}` describes it"
-    for note in notes:
-        print(f"note: {note}")
-    print(f"{args.target}: {what}")
-    return 0
-
-
-def _statistics(folder: str, source: str) -> Any:
-    """Encoder fingerprint -> statistics of the latents in `folder`, which that encoder must have made."""
-    from ldm_vae.latents.format import read_manifest
-
-    def statistics_for(encoder_fingerprint: str) -> dict[str, Any]:
-        manifest = read_manifest(folder)
-        manifest.check_autoencoder(encoder_fingerprint, source)
-        return manifest.statistics
-
-    return statistics_for

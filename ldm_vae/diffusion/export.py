@@ -1,16 +1,16 @@
-"""A `LatentDiffusionPipeline` as a directory that stock diffusers loads and runs where this package is not installed.
+"""`ldm-vae convert`: a trained model for other programs, or to give away.
 
-Owns which stock parts stand for ours: `AutoencoderKL` with the normaliser folded in, `UNet2DModel` in the place of the
-transformer of `DiTPipeline` (the only stock loop with classes, guidance and no text; it asks nothing of its network
-that a U-Net lacks), and `FlowMapEulerDiscreteScheduler`, whose times and steps are ours. `LDMPipeline` would need
-`init_noise_sigma` of its scheduler, which no flow scheduler with unrounded times has. What these parts cannot express
-is refused.
+ConvertConfig -> convert -> diffusers, compvis, onnx, torchscript    of an autoencoder: `autoencoder.interop`
+                         -> diffusers-pipeline                       `export_standard`: runs without this package
+                         -> checkpoint                               `pack`: half precision, small files, records
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from omegaconf import OmegaConf
 from ldm_vae import provenance, random
 from ldm_vae.autoencoder import lineage
 from ldm_vae.autoencoder.interop.compvis import fold_normalizer
-from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Precision, check_target
+from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Conversion, Precision, check_target
+from ldm_vae.autoencoder.interop.convert import convert as convert_autoencoder
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
 from ldm_vae.autoencoder.lineage import thin
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
@@ -46,7 +47,106 @@ from ldm_vae.files import (
     write_json,
     write_text,
 )
+from ldm_vae.latents.format import read_manifest
 from ldm_vae.redaction import without_folders
+
+PIPELINE, CHECKPOINT = "diffusers-pipeline", "checkpoint"
+TARGETS = ("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """`ldm-vae convert`: from which model, to what.
+
+    Attributes:
+        model: A run of `train-vae` or `train-diffusion`, a diffusers directory, a hub id, or a .ckpt or .safetensors
+            file in the CompVis layout (whole models too, of which the autoencoder is taken).
+        output: A new directory; for compvis a name that ends in .safetensors.
+        to: diffusers, compvis, onnx, torchscript, diffusers-pipeline or checkpoint.
+        precision: fp32, fp16 or bf16, of the weights; None: fp32, of a checkpoint to give away fp16.
+        autoencoder: In a checkpoint of a pipeline: another decoder of the same encoder.
+        size: Example side in pixels for onnx and torchscript.
+        latents: Latent shards whose statistics onnx and torchscript record and diffusers folds into the autoencoder.
+        config: LDM configuration of a CompVis file (scale_factor).
+        channels: Keep the first so many latent channels, after nested training.
+        prefix: Before the names in a compvis file, for example first_stage_model.
+    """
+
+    model: str = "???"
+    output: str = "???"
+    to: str = "???"
+    precision: str | None = None
+    autoencoder: str | None = None
+    size: int = 256
+    latents: str | None = None
+    config: str | None = None
+    channels: int | None = None
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.to not in TARGETS:
+            raise UserError(f"to: {self.to!r} is unknown; choose one of {', '.join(TARGETS)}")
+        if self.precision is not None and self.precision not in DTYPES:
+            raise UserError(f"precision: {self.precision!r} is unknown; choose one of {', '.join(DTYPES)}")
+        others = ("size", "latents", "config", "channels", "prefix") if self.to in (PIPELINE, CHECKPOINT) else ()
+        for name in (*others, *(["autoencoder"] if self.to != CHECKPOINT else [])):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{name}: has no effect with to={self.to}; leave it out")
+
+
+def convert(config: ConvertConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the converted model, completely or not at all; return what is in conversion.json.
+
+    Args:
+        config: From which model, to what.
+        overwrite: Replace what an earlier conversion wrote at `config.output`.
+
+    Raises:
+        UserError: the model cannot be read, the target cannot hold it, or something else stands there.
+    """
+    precision: Any = config.precision or ("fp16" if config.to == CHECKPOINT else "fp32")
+    if config.to == PIPELINE:
+        record = export_standard(config.model, config.output, precision=precision, overwrite=overwrite)
+        notes = record["notes"]
+        what = f"{record['class']} of stock diffusers, {precision}; README.md there shows how to call it"
+    elif config.to == CHECKPOINT:
+        record, notes = pack(
+            config.model, config.output, precision=precision, overwrite=overwrite, autoencoder=config.autoencoder
+        )
+        what = f"{precision}, autoencoder {record['fingerprint'][:19]}...; `ldm-vae card {config.output}` describes it"
+    else:
+        target: Any = config.to
+        conversion = Conversion(
+            config.model, config.output, target, precision, overwrite, config.size, config.config, config.channels,
+            config.prefix,
+        )  # fmt: skip
+        record, notes = convert_autoencoder(conversion, _statistics(config.latents, config.model))
+        source = record["source"]
+        what = f"{source['class']}, {config.to}, {precision}, from {source['fingerprint'][:19]}..."
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{config.output}: {what}")
+    return record
+
+
+def _statistics(latents: str | None, model: str) -> Callable[[str], dict[str, Any]] | None:
+    """Encoder fingerprint -> statistics of the latents in a folder, which that encoder must have made."""
+    if latents is None:
+        return None
+
+    def statistics_for(encoder_fingerprint: str) -> dict[str, Any]:
+        manifest = read_manifest(latents)
+        manifest.check_autoencoder(encoder_fingerprint, model)
+        return manifest.statistics
+
+    return statistics_for
+
+
+# A directory that stock diffusers loads and runs where this package is not installed: `AutoencoderKL` with the
+# normalizer folded in, `UNet2DModel` in the place of the transformer of `DiTPipeline` (the only stock loop with classes
+# and guidance but no text; it needs nothing of its network that a U-Net lacks), and `FlowMapEulerDiscreteScheduler`,
+# whose times and steps are ours. `LDMPipeline` would need `init_noise_sigma` of its scheduler, which no flow scheduler
+# with unrounded times has. What these classes cannot express is refused.
 
 NULL_CLASS = 1000
 """What `DiTPipeline` takes for "no label" under guidance, whatever the model."""
@@ -104,9 +204,9 @@ def export_standard(
     check_target(target, source, overwrite)
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_directory(source), use_safetensors=True)
     standard = standard_pipeline(pipeline)
-    for part in standard.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, dtype=DTYPES[precision])
+    for network in standard.components.values():
+        if isinstance(network, nn.Module):
+            nn.Module.to(network, dtype=DTYPES[precision])
     record: dict[str, Any] = {
         "format_version": 1,
         "source": {
@@ -140,8 +240,8 @@ def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
     """
     if type(pipeline.autoencoder).__name__ != AutoencoderKL.__name__:
         raise UserError(
-            f"autoencoder: {type(pipeline.autoencoder).__name__} is no class of stock diffusers that takes the "
-            "normaliser in; train on latents of one with autoencoder.architecture=sd"
+            f"autoencoder: {type(pipeline.autoencoder).__name__} is not a class of stock diffusers that takes "
+            "the normalizer in; train on latents of one with autoencoder.architecture=sd"
         )
     if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
         raise UserError(
@@ -194,8 +294,8 @@ def check_expressible(unet: LatentUNet, latent_size: tuple[int, int]) -> None:
         )
     if latent_size[0] != latent_size[1] or latent_size[0] % unet.multiple:
         raise UserError(
-            f"latents: {latent_size[0]}x{latent_size[1]} is no square with sides divisible by {unet.multiple}, which "
-            "the stock pipeline and this U-Net need; train at another size"
+            f"latents: {latent_size[0]}x{latent_size[1]} is not a square with sides divisible by {unet.multiple}, "
+            "which the stock pipeline and this U-Net need; train at another size"
         )
     if config["num_classes"] > NULL_CLASS:
         raise UserError(
@@ -239,7 +339,7 @@ def readme(pipeline: LatentDiffusionPipeline, name: str) -> str:
     )
 
 
-# A finished run as a directory to give away: rounded weights in small files, the records of its training, sealed.
+# A finished run as a directory to give away: rounded weights in small files, the records of its training, checksums.
 
 SHARD_SIZE = "15MB"
 LARGEST_FILE_BYTES = 16 << 20
@@ -317,13 +417,13 @@ def _write_pipeline(
     source: str, folder: Path, precision: Precision, autoencoder: str | None
 ) -> dict[str, dict[str, str]]:
     directory = pipeline_directory(source)
-    parts = {} if autoencoder is None else {"autoencoder": load_autoencoder(autoencoder)}
-    pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True, **parts)
+    replaced = {} if autoencoder is None else {"autoencoder": load_autoencoder(autoencoder)}
+    pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True, **replaced)
     before = _identities(pipeline.autoencoder)
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, DTYPES[precision])
-            check_finite(part.state_dict(), f"{source}, {name} in {precision}")
+    for name, network in pipeline.components.items():
+        if isinstance(network, nn.Module):
+            nn.Module.to(network, DTYPES[precision])
+            check_finite(network.state_dict(), f"{source}, {name} in {precision}")
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
     _copy_records(directory, folder)
     if autoencoder is None:  # of a copy those that came along

@@ -206,4 +206,4 @@ def test_the_runs_of_that_decoder_travel_along_and_the_card_tells_them(pipeline,
 def test_options_without_effect_are_refused(run, tmp_path, capsys):
     words = ["convert", str(run), str(tmp_path / "out"), "--to", "checkpoint", "--channels", "2"]
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "--channels: has no effect with --to checkpoint" in capsys.readouterr().err
+    assert "channels: has no effect with to=checkpoint" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_the_directory_says_how_it_is_called_and_what_it_was_made_from(tmp_path:
         ({"patch": 2}, "patch=2, prediction=velocity .* no U-Net for; train with unet.patch=1"),
         ({"prediction": "x"}, "patch=1, prediction=x .* no U-Net for; train with unet.patch=1"),
         ({"coordinates": True}, "takes 6 channels for latents of 4"),
-        ({"widths": (32, 32, 32, 32, 32)}, "latents: 8x8 is no square with sides divisible by 16"),
+        ({"widths": (32, 32, 32, 32, 32)}, "latents: 8x8 is not a square with sides divisible by 16"),
     ],
 )
 def test_a_network_that_stock_diffusers_lacks_is_refused(settings: dict, message: str) -> None:
@@ -148,7 +148,7 @@ def test_a_network_that_stock_diffusers_lacks_is_refused(settings: dict, message
 def test_an_autoencoder_of_this_package_is_refused() -> None:
     pipeline = make([])
     pipeline.autoencoder = build_autoencoder(AutoencoderConfig("wavelet", "pico"))
-    with pytest.raises(UserError, match="autoencoder: AutoencoderWavelet is no class of stock diffusers"):
+    with pytest.raises(UserError, match="autoencoder: AutoencoderWavelet is not a class of stock diffusers"):
         standard_pipeline(pipeline)
 
 
@@ -163,7 +163,7 @@ def test_a_network_that_does_something_else_with_its_output_is_found_out() -> No
 def test_options_for_autoencoders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", str(tmp_path), str(tmp_path / "stock"), "--to", "diffusers-pipeline", "--channels", "2"]
     assert cli.main(words) == EXIT_USER_ERROR
-    assert "--channels: has no effect with --to diffusers-pipeline" in capsys.readouterr().err
+    assert "channels: has no effect with to=diffusers-pipeline" in capsys.readouterr().err
     assert cli.main(words[:-2]) == EXIT_USER_ERROR
     assert "holds no model_index.json" in capsys.readouterr().err
     assert not (tmp_path / "stock").exists()
