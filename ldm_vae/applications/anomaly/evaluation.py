@@ -52,6 +52,7 @@ from ldm_vae.utils.text import pluralize
 
 FEWEST_OF_A_CLASS = 10
 SHOWN_OF_A_KIND = 2
+GRID_SIDE = 160
 PNG_SIZE = "png_size"
 """Reported as if it were a score: what complexity alone does."""
 STANDS_OUT = 1.5
@@ -565,10 +566,10 @@ def pictures(results: Results, example: Example) -> list[tuple[str, Image.Image]
 def grid(results: Results, examples: Sequence[Example]) -> Image.Image:
     """One row per image, its `pictures` side by side, each with its caption."""
     rows = [pictures(results, example) for example in examples]
-    columns = max(map(len, rows))
-    blank = ("", Image.new("RGB", rows[0][0][1].size, PAPER))
-    cells = [cell for row in rows for cell in [*row, *[blank] * (columns - len(row))]]
-    return labeled_sheet([image for _, image in cells], [caption for caption, _ in cells], 160, columns=columns)
+    columns, size = max(map(len, rows)), (GRID_SIDE, GRID_SIDE)
+    cells = [cell for row in rows for cell in [*row, *[("", Image.new("RGB", size, PAPER))] * (columns - len(row))]]
+    images = [image.resize(size, Image.Resampling.LANCZOS) for _, image in cells]
+    return labeled_sheet(images, [caption for caption, _ in cells], GRID_SIDE, columns=columns)
 
 
 def auroc_plot(results: Results) -> str:
