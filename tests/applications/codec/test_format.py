@@ -102,7 +102,7 @@ def with_fitting_checksums(data: bytes) -> bytes:
     try:
         reader = format.Reader(io.BytesIO(data[start:]), len(data) - start, "it")
         header = format._header(reader)
-        end = start + len(reader.seen) + header.lengths[0]
+        end = start + len(reader.consumed) + header.lengths[0]
     except (UserError, ValueError):
         end = len(data)
     return format.PREAMBLE.pack(format.MAGIC, format.FORMAT_VERSION, format.digest(data[start:end])) + data[start:]
