@@ -47,7 +47,7 @@ import ldm_vae
 from ldm_vae import EvaluateConfig, LatentDataset, TrainVaeConfig, UserError, flow, load_autoencoder, train_vae
 
 config = TrainVaeConfig(output="runs/vae")
-status: int = train_vae(config, dry_run=True)
+status: int = train_vae(config)
 dataset = LatentDataset("runs/latents", seed=0)
 dataset.set_epoch(1)
 length: int = len(dataset)

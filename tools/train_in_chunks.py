@@ -17,7 +17,6 @@ import io
 import json
 import lzma
 import os
-import re
 import resource
 import shlex
 import shutil
@@ -31,11 +30,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_vae import cli
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.files import checksum, publish_directory, temporary_directory, write_bytes, write_json, write_text
+
+if TYPE_CHECKING:
+    from ldm_vae.training.trainer import DryRun
 
 PART_BYTES = 15 << 20
 RETURNED_BYTES = 56 << 20
@@ -48,7 +50,6 @@ KEPT = frozenset([*KEPT_IMAGES, ".csv", ".json", ".jsonl", ".yaml", ".safetensor
 """With labels, sets of latents, models."""
 UNREADABLE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 """What a damaged, encrypted or unknown archive raises."""
-SPAN = re.compile(r"steps (\d+) to (\d+):.*?\n\s+([\d.]+) GMAC per sample", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             restore(options.state, run)
         rest = [word.replace("{packs}", str(options.work / "packs")) for word in options.rest]
         words = [options.command, *rest, f"output={run}"]
-        spans = arithmetic(words, options.work / "dry_run.txt") if options.peak_tflops else []
+        spans = arithmetic(words, options.work / "dry_run.json") if options.peak_tflops else []
         first, started = steps_done(run), time.monotonic()
         code = train_until(deadline, words)
         chunk = {
@@ -159,14 +160,30 @@ def members(pack: Path) -> Iterator[tuple[str, int, Any]]:
 
 def arithmetic(words: Sequence[str], note: Path) -> list[tuple[int, int, float]]:
     """(first step, last step, GMAC a sample forward and backward) of each part of the run, counted once a command."""
-    command = shlex.join(words) + "\n"
-    if not note.is_file() or not note.read_text().startswith(command):
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            if cli.main([*words, "--dry-run"]):
-                return []
-        write_bytes(note, (command + text.getvalue()).encode())
-    return [(int(first), int(last), float(cost)) for first, last, cost in SPAN.findall(note.read_text())]
+    kept = json.loads(note.read_text()) if note.is_file() else {}
+    if kept.get("command") != shlex.join(words):
+        spans = [(span.first_step, span.last_step, span.gigamacs) for span in dry_run(words).spans]
+        kept = {"command": shlex.join(words), "spans": spans}
+        write_json(note, kept)
+    return [(first, last, cost) for first, last, cost in kept["spans"]]
+
+
+def dry_run(words: Sequence[str]) -> DryRun:
+    """That of a command."""
+    from ldm_vae import config as configuration
+    from ldm_vae.autoencoder.train_config import TrainVaeConfig
+    from ldm_vae.autoencoder.training import train_vae
+    from ldm_vae.diffusion.training import TrainDiffusionConfig, train_diffusion
+
+    command, *rest = words
+    recipe, settings = (rest[0], rest[1:]) if "=" not in rest[0] else (None, rest)
+    with contextlib.redirect_stdout(None):
+        if command == "train-vae":
+            costs = train_vae(configuration.load(TrainVaeConfig, recipe, settings), dry_run=True)
+        else:
+            costs = train_diffusion(configuration.load(TrainDiffusionConfig, recipe, settings), dry_run=True)
+    assert not isinstance(costs, int), "a dry run returns its costs"
+    return costs
 
 
 def train_until(deadline: float, words: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from ldm_vae.files import publish_directory, temporary_directory, write_checksum
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory
-from ldm_vae.training.trainer import Engine, fit, make_accelerator
+from ldm_vae.training.trainer import DryRun, Engine, fit, make_accelerator
 from ldm_vae.training.trainer import dry_run as dry_run_of
 
 SMALLEST_PERCEPTUAL_SIDE = 48
@@ -48,13 +48,18 @@ ALARMS_FROM = 0.2
 BEFORE_GAME = "autoencoder-before-game"
 
 
-def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int:
+@overload
+def train_vae(config: TrainVaeConfig, *, dry_run: Literal[False] = ...) -> int: ...
+@overload
+def train_vae(config: TrainVaeConfig, *, dry_run: bool) -> int | DryRun: ...
+def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     """`ldm-vae train-vae`: train the autoencoder in `config.output`, or continue there.
 
     Args:
         dry_run: build everything, do one step on random data, print parameters, GMACs, shapes and memory.
 
-    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
+    Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues); with
+        `dry_run` what was printed.
 
     Raises:
         UserError: a setting, the images or the output folder are not usable.
@@ -62,8 +67,9 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)
-        accelerator.print(dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator))
-        return 0
+        costs = dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator)
+        accelerator.print(costs)
+        return costs
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)

@@ -29,4 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.diffusion.training import TrainDiffusionConfig, train_diffusion
 
     config = config_arguments.load(args, TrainDiffusionConfig)
-    return 0 if config is None else train_diffusion(config, dry_run=args.dry_run)
+    result = 0 if config is None else train_diffusion(config, dry_run=args.dry_run)
+    return result if isinstance(result, int) else 0

@@ -32,4 +32,5 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm_vae.autoencoder.training import train_vae
 
-    return train_vae(config, dry_run=args.dry_run)
+    result = train_vae(config, dry_run=args.dry_run)
+    return result if isinstance(result, int) else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ from ldm_vae.random import generator
 from ldm_vae.training import trainer
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
 from ldm_vae.training.run_directory import ModelKeys, RunDirectory
-from ldm_vae.training.trainer import Engine, TrainingConfig
+from ldm_vae.training.trainer import DryRun, Engine, TrainingConfig
 from ldm_vae.utils.image_grid import labeled_sheet
 
 PREVIEW_STEPS = 20
@@ -121,7 +121,11 @@ class TrainDiffusionConfig:
         return Plan((Span(self.steps, self.batch, self.micro_batch or max(1, self.batch // processes)),))
 
 
-def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> int:
+@overload
+def train_diffusion(config: TrainDiffusionConfig, *, dry_run: Literal[False] = ...) -> int: ...
+@overload
+def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool) -> int | DryRun: ...
+def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> int | DryRun:
     """Train the latent U-Net in `config.output`, or continue there; ends with a pipeline that generates images.
 
     Args:
@@ -129,7 +133,8 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
         dry_run: Build everything, do one step on random data, print parameters, GMACs, shapes and memory.
 
     Returns:
-        0 when the run is finished, 75 when a signal stopped it after saving (the same call continues).
+        0 when the run is finished, 75 when a signal stopped it after saving (the same call continues); with
+        `dry_run` what was printed.
 
     Raises:
         UserError: a setting, the latents, the autoencoder or the output folder are not usable.
@@ -140,8 +145,9 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
     plan = config.plan(accelerator.num_processes)
     if output is None:
         model = DiffusionModel(config, samples, held_out)
-        accelerator.print(trainer.dry_run(model, plan, config.training, accelerator))
-        return 0
+        costs = trainer.dry_run(model, plan, config.training, accelerator)
+        accelerator.print(costs)
+        return costs
     sample_kid = make_sample_kid(config.kid, config.held_out) if config.kid.samples else None
     model = DiffusionModel(config, samples, held_out, output / FOLDER, sample_kid)
     run = RunDirectory(config.output, config, main_process=accelerator.is_main_process)

@@ -195,7 +195,7 @@ def test_a_mapped_copy_survives_its_removal(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["much", "-1", "inf", "nan"])
 def test_a_limit_is_a_number(text: str, remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDM_VAE_CACHE_GB", text)
-    with pytest.raises(UserError, match=f"LDM_VAE_CACHE_GB={text}: is no number"):
+    with pytest.raises(UserError, match=f"LDM_VAE_CACHE_GB={text}: is not a number"):
         local(remote, 0)
 
 
