@@ -15,7 +15,7 @@ import pytest
 
 from ldm_vae.applications.explorer.images import read_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.sources import DataConfig, DatasetsConfig
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "digits.py"

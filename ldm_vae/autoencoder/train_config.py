@@ -16,9 +16,8 @@ from ldm_vae.autoencoder.gan import AdversarialConfig
 from ldm_vae.autoencoder.losses import LossConfig
 from ldm_vae.autoencoder.models import AutoencoderConfig
 from ldm_vae.autoencoder.rate import RateConfig
-from ldm_vae.data import transforms
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import ImageSamples, to_tensor, too_many_rejected
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part, repeated, subset

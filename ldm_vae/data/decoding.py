@@ -4,9 +4,9 @@ Never trusts the file: a short list of formats, caps on bytes and pixels checked
 goes wrong inside a decoder becomes an `ImageRejected` with a reason. The rules:
 
 - the picture stands as its EXIF orientation says;
-- an embedded colour profile is converted to sRGB; one that does not parse is ignored;
+- an embedded color profile is converted to sRGB; one that does not parse is ignored;
 - transparency lies on white;
-- 16-bit grey keeps its high byte, as PIL does for 16-bit RGB; palettes, CMYK, YCbCr and LAB become RGB;
+- 16-bit gray keeps its high byte, as PIL does for 16-bit RGB; palettes, CMYK, YCbCr and LAB become RGB;
 - float and 32-bit pixels have no defined range and are rejected;
 - of an animation or a multi-page file, the first frame counts.
 """
@@ -186,9 +186,9 @@ def _to_rgb(image: Image.Image, format: str | None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        colour = _to_srgb(image.convert("RGB"), profile)
+        color = _to_srgb(image.convert("RGB"), profile)
         white = Image.new("RGB", image.size, "white")
-        return Image.composite(colour, white, image.getchannel("A"))
+        return Image.composite(color, white, image.getchannel("A"))
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("RGB")
     return _to_srgb(image, profile)
@@ -207,7 +207,7 @@ def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The conversion of a profile's colours to sRGB; None where they are sRGB already."""
+    """The conversion of a profile's colors to sRGB; None where they are sRGB already."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if (source.profile.profile_description or "").startswith("sRGB"):
         return None

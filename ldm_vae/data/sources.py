@@ -27,7 +27,7 @@ class ImageSource(Protocol):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes; empty when the collection is unlabelled."""
+        """Names of the classes; empty when the collection is unlabeled."""
         ...
 
     def __len__(self) -> int: ...
@@ -59,7 +59,7 @@ class DatasetsConfig:
         subset: configuration of the hub dataset, where it has several.
         split: for example train, or train[:1000].
         image_column: the column that holds the images.
-        label_column: the column that holds the classes; null: unlabelled.
+        label_column: the column that holds the classes; null: unlabeled.
         label_names: names of integer labels where the dataset does not carry them (needed for streams only).
         streaming: read from start to end instead of downloading first.
         revision: commit, tag or branch of a hub dataset.

@@ -1,7 +1,7 @@
-"""Crops: random scale and place for training, a centred cover crop for encoding and evaluation.
+"""Crops: random scale and place for training, a centered cover crop for encoding and evaluation.
 
 Every change of scale is antialiased (Lanczos), and only the source region that a crop needs is touched.
-Colour, orientation and bit depth are `decoding`'s business.
+Color, orientation and bit depth are `decoding`'s business.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CropConfig:
         short_side_min: pixels; a smaller picture or a larger crop takes precedence.
         short_side_max: pixels; a larger crop takes precedence.
         flip: mirror half of the crops left to right.
-        flat: fraction of crops replaced by a smooth gradient between two colours of the picture; these keep
+        flat: fraction of crops replaced by a smooth gradient between two colors of the picture; these keep
             plain surfaces free of patterns.
     """
 
@@ -78,7 +78,7 @@ def random_crop(
 
 
 def resize_center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """Scale until the picture just covers `size` (a side, or (height, width)), then keep the centre.
+    """Scale until the picture just covers `size` (a side, or (height, width)), then keep the center.
 
     uint8 (h, w, 3) -> uint8 (height, width, 3). Smaller pictures are enlarged.
     """
@@ -105,7 +105,7 @@ def preprocessing_record(size: int | tuple[int, int]) -> dict[str, Any]:
         "version": 1,
         "height": height,
         "width": width,
-        "fit": "cover, centre crop",
+        "fit": "cover, center crop",
         "filter": "lanczos, antialiased, 8-bit",
         "colour": "sRGB",
         "alpha": "on white",
@@ -130,7 +130,7 @@ def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: tup
 
 
 def _gradient(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A linear gradient in a random direction between the colours of two pixels; one in four is constant."""
+    """A linear gradient in a random direction between the colors of two pixels; one in four is constant."""
     rows, columns = rng.integers(image.shape[0], size=2), rng.integers(image.shape[1], size=2)
     start, end = image[rows, columns].astype(np.float32)
     if rng.random() < 0.25:

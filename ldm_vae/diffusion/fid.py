@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ldm_vae import runtime
 from ldm_vae.autoencoder.weights import check_finite
-from ldm_vae.data import transforms
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset

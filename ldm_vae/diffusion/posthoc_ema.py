@@ -35,8 +35,8 @@ from ldm_vae.diffusion.power_function_ema import (
     tensors_checksum,
 )
 from ldm_vae.diffusion.saving import INDEX
-from ldm_vae.diffusion.training import HELD_OUT_LATENTS, TrainDiffusionConfig, open_latents, stack_samples
-from ldm_vae.diffusion.validation import validation_losses
+from ldm_vae.diffusion.training import HELD_OUT_LATENTS, TrainDiffusionConfig, open_latents
+from ldm_vae.diffusion.validation import stack_samples, validation_losses
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, publish_directory, temporary_directory
 from ldm_vae.runtime import compute_device

@@ -25,8 +25,7 @@ from ldm_vae.autoencoder.klt import BlockKLT, block_moments
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.quantized import codebook_usage
-from ldm_vae.data import transforms
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import crops, evenly_spaced
 from ldm_vae.data.split import subset
 from ldm_vae.diffusion.fid import frechet_distance

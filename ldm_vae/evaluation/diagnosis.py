@@ -18,8 +18,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.health import RULES, Severity, Verdict, in_order, judge
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.data import transforms
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset

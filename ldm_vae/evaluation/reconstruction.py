@@ -19,7 +19,7 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import evenly_spaced, none_readable
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.split import subset

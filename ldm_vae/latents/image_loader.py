@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
 from ldm_vae.data.split import Part, part_of, subset

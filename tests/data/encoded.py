@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 
 def picture(height: int = 48, width: int = 64) -> np.ndarray:
-    """A smooth colour picture without symmetry, uint8 (height, width, 3)."""
+    """A smooth color picture without symmetry, uint8 (height, width, 3)."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [255 * x / (width - 1), 255 * y / (height - 1), 127 + 100 * np.sin(x / 9 + y / 17)]
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -28,9 +28,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def raw_png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes) -> bytes:
+def raw_png(width: int, height: int, depth: int, color_type: int, rows: bytes, *extra: bytes) -> bytes:
     """A PNG from already filtered rows; `extra` chunks go before the pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(rows, 9))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
 

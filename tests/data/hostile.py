@@ -54,7 +54,7 @@ class Hostile:
 @lru_cache(maxsize=1)
 def corpus() -> tuple[Hostile, ...]:
     """All of them; names are different and sorted."""
-    found = sorted([*formats(), *turned(), *colours(), *depths(), *frames(), *odd(), *broken(), *bombs()],
+    found = sorted([*formats(), *turned(), *colors(), *depths(), *frames(), *odd(), *broken(), *bombs()],
                    key=lambda file: file.name)  # fmt: skip
     assert len({file.name for file in found}) == len(found)
     return tuple(found)
@@ -101,8 +101,8 @@ def turned() -> Iterator[Hostile]:
     yield Hostile("exif-garbage.jpg", encode(picture(), "JPEG", exif=garbage, **HIGH_QUALITY), picture(), tolerance=2)
 
 
-def colours() -> Iterator[Hostile]:
-    """Colour spaces, profiles, palettes, transparency."""
+def colors() -> Iterator[Hostile]:
+    """Color spaces, profiles, palettes, transparency."""
     image = Image.fromarray(picture())
     cmyk = image.convert("CMYK")
     yield Hostile("colour-cmyk.jpg", encode(cmyk, "JPEG", **HIGH_QUALITY), picture(), tolerance=2)
@@ -119,9 +119,9 @@ def colours() -> Iterator[Hostile]:
     yield Hostile("icc-garbage.png", encode(image, icc_profile=b"garbage" * 99), picture())
     half = swapped_srgb_profile()[:300]
     yield Hostile("icc-truncated.png", encode(image, icc_profile=half), picture())
-    grey = image.convert("L")
+    gray = image.convert("L")
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    yield Hostile("icc-of-colour-on-grey.png", encode(grey, icc_profile=srgb), as_rgb(grey))
+    yield Hostile("icc-of-colour-on-grey.png", encode(gray, icc_profile=srgb), as_rgb(gray))
     quantized = image.quantize(64)
     yield Hostile("palette.png", encode(quantized), as_rgb(quantized))
     yield Hostile("palette.gif", encode(quantized, "GIF"), as_rgb(quantized))
@@ -151,9 +151,9 @@ def depths() -> Iterator[Hostile]:
     yield Hostile("depth-16-grey.png", encode(Image.fromarray(ramp)), high)
     yield Hostile("depth-16-grey.tif", encode(Image.fromarray(ramp), "TIFF"), high)
     yield Hostile("depth-16.pgm", b"P5 64 16 65535\n" + ramp.astype(">u2").tobytes(), high)
-    colour = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
-    yield Hostile("depth-16-colour.png", raw_png(64, 16, 16, 2, rows), (colour >> 8).astype(np.uint8))
+    color = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in color)
+    yield Hostile("depth-16-colour.png", raw_png(64, 16, 16, 2, rows), (color >> 8).astype(np.uint8))
     for mode in ("1", "L"):
         image = Image.fromarray(picture()).convert(mode)
         yield Hostile(f"depth-{mode}.png", encode(image), as_rgb(image))

@@ -55,7 +55,7 @@ def test_every_mode_becomes_three_channels(mode: str) -> None:
     np.testing.assert_array_equal(decode_image(encode(image)), np.asarray(image.convert("RGB")))
 
 
-def test_transparency_lies_on_white_and_hides_its_colour() -> None:
+def test_transparency_lies_on_white_and_hides_its_color() -> None:
     rgba = np.zeros((8, 16, 4), np.uint8)
     rgba[..., 0] = 255  # a hidden red
     rgba[:, 8:, 3] = 128
@@ -66,7 +66,7 @@ def test_transparency_lies_on_white_and_hides_its_colour() -> None:
         assert (pixels[:, 8:] == (255, 127, 127)).all()
 
 
-def test_transparent_palette_entry_and_transparent_colour_lie_on_white() -> None:
+def test_transparent_palette_entry_and_transparent_color_lie_on_white() -> None:
     palette = Image.fromarray(np.tile(np.array([0, 1], np.uint8), (8, 8)), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     pixels = decode_image(encode(palette, transparency=0))
@@ -106,14 +106,14 @@ def test_damaged_exif_changes_nothing() -> None:
 
 def test_sixteen_bits_keep_the_high_byte() -> None:
     ramp = np.linspace(0, 65535, 64 * 16).astype(np.uint16).reshape(16, 64)
-    grey = encode(Image.fromarray(ramp))
+    gray = encode(Image.fromarray(ramp))
     tiff = encode(Image.fromarray(ramp), "TIFF")
     pgm = b"P5 64 16 65535\n" + ramp.astype(">u2").tobytes()
-    for data in (grey, tiff, pgm):
+    for data in (gray, tiff, pgm):
         np.testing.assert_array_equal(decode_image(data), np.repeat((ramp >> 8)[..., None], 3, axis=-1))
-    colour = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
-    np.testing.assert_array_equal(decode_image(raw_png(64, 16, 16, 2, rows)), colour >> 8)
+    color = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in color)
+    np.testing.assert_array_equal(decode_image(raw_png(64, 16, 16, 2, rows)), color >> 8)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
@@ -122,7 +122,7 @@ def test_pixels_without_a_range_are_rejected(kind: type) -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LAB", "YCbCr"])
-def test_print_colours_come_back(mode: str) -> None:
+def test_print_colors_come_back(mode: str) -> None:
     image = Image.fromarray(picture())
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -135,16 +135,16 @@ def test_print_colours_come_back(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_colour_profile_is_converted_to_srgb(mode: str) -> None:
+def test_color_profile_is_converted_to_srgb(mode: str) -> None:
     image = Image.fromarray(picture()).convert(mode)
     pixels = decode_image(encode(image, icc_profile=swapped_srgb_profile()))
     assert difference(pixels, np.asarray(image.convert("RGB"))[..., [1, 0, 2]]) < 1.5
 
 
-def test_unusable_colour_profiles_are_ignored() -> None:
-    grey = Image.fromarray(picture()).convert("L")
+def test_unusable_color_profiles_are_ignored() -> None:
+    gray = Image.fromarray(picture()).convert("L")
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for image, profile in ((picture(), b"garbage" * 99), (picture(), srgb), (np.asarray(grey), srgb)):
+    for image, profile in ((picture(), b"garbage" * 99), (picture(), srgb), (np.asarray(gray), srgb)):
         expected = np.asarray(Image.fromarray(image).convert("RGB"))
         np.testing.assert_array_equal(decode_image(encode(image, icc_profile=profile)), expected)
 

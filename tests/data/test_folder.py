@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ldm_vae.config import load
+from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.open import open_source
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
@@ -187,10 +187,10 @@ def test_fingerprint_follows_the_content_not_the_place(folder: Path, tmp_path: P
     copy = FolderSource(tmp_path / "copy")
     assert copy.fingerprint() == pickle.loads(pickle.dumps(copy)).fingerprint() == original
     (tmp_path / "copy/labels.csv").write_text("file,label\na/1.PNG,x\n")
-    relabelled = FolderSource(tmp_path / "copy").fingerprint()
+    relabeled = FolderSource(tmp_path / "copy").fingerprint()
     (tmp_path / "copy/labels.csv").unlink()
     (tmp_path / "copy/c/4.webp").write_bytes(b"other size")
-    assert len({original, relabelled, FolderSource(tmp_path / "copy").fingerprint()}) == 3
+    assert len({original, relabeled, FolderSource(tmp_path / "copy").fingerprint()}) == 3
 
 
 def test_nothing_to_read_is_explained(folder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ldm_vae.config import load
+from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.transforms import random_crop

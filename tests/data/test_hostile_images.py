@@ -21,9 +21,9 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
+from ldm_vae.data import open_source
 from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.open import open_source
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.streaming import open_stream
 from tests.data import hostile
@@ -253,8 +253,8 @@ def test_the_largest_pictures_that_are_allowed_fit_into_a_gigabyte(tmp_path: Pat
     exif[0x0112] = 6
     shapes = {"turned.png": ("RGBA", (1, 2, 3, 128), {"exif": exif}), "picture.webp": ("RGB", (1, 2, 3), {"method": 0}),
               "print.jpg": ("CMYK", (1, 2, 3, 4), {"progressive": True})}  # fmt: skip
-    for name, (mode, colour, options) in shapes.items():
-        Image.new(mode, (8000, 8000), colour).save(tmp_path / name, **options)
+    for name, (mode, color, options) in shapes.items():
+        Image.new(mode, (8000, 8000), color).save(tmp_path / name, **options)
     found = decode_alone("folder", str(tmp_path))
     assert found["read"] == len(shapes)
     assert found["megabytes"] < MOST_MEGABYTES

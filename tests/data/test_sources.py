@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_vae.config import load, to_dict
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import CachedSource, DataConfig, number_labels
 from ldm_vae.data.split import part_of, repeated, subset

@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm_vae.config import load
+from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of, subset
@@ -123,8 +123,8 @@ def test_labels_from_strings_and_none_at_all(files: Path) -> None:
     source = open_source(config(files, "saved", "label_column=name"))
     assert source.label_names == ("8", "9", "10")
     assert [source.label(i) for i in range(4)] == [-1, 1, 0, 2]
-    unlabelled = open_source(config(files, "saved"))
-    assert (unlabelled.label_names, unlabelled.label(0)) == ((), -1)
+    unlabeled = open_source(config(files, "saved"))
+    assert (unlabeled.label_names, unlabeled.label(0)) == ((), -1)
 
 
 def test_fingerprint_follows_the_content_not_the_place(files: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_bands_leave_no_trace(monkeypatch: pytest.MonkeyPatch, pixels: int) -> N
 
 def test_attributes_tell_the_truth_about_the_pixels() -> None:
     s = source(count=200)
-    centres, sizes = [], []
+    centers, sizes = [], []
     for i in range(200):
         truth = s.attributes(i)
         assert all(isinstance(value, float) for value in truth.values())
@@ -80,7 +80,7 @@ def test_attributes_tell_the_truth_about_the_pixels() -> None:
             continue
         covered = paint_scene(scene, 64).coverage
         rows, columns = np.mgrid[:64, :64] / 64 + 0.5 / 64
-        centres.append(
+        centers.append(
             [
                 (covered * columns).sum() / covered.sum() - truth["x"],
                 (covered * rows).sum() / covered.sum() - truth["y"],
@@ -88,7 +88,7 @@ def test_attributes_tell_the_truth_about_the_pixels() -> None:
         )
         sizes.append(np.sqrt(covered.mean() / np.pi) - truth["size"])
     assert len(sizes) == 20
-    assert np.abs(centres).max() < 0.004
+    assert np.abs(centers).max() < 0.004
     assert np.abs(sizes).max() < 0.004
 
 

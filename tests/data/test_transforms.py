@@ -76,7 +76,7 @@ def test_flip_mirrors_half_of_the_crops() -> None:
 
 
 def test_reduction_is_antialiased() -> None:
-    """A one-pixel checkerboard reduced to a third is flat grey; without a filter it stays black and white."""
+    """A one-pixel checkerboard reduced to a third is flat gray; without a filter it stays black and white."""
     y, x = np.mgrid[0:768, 0:768]
     board = np.repeat((255 * ((x + y) % 2)).astype(np.uint8)[..., None], 3, axis=-1)
     crop = random_crop(board, rng(), 64, CropConfig(short_side_min=200, short_side_max=256, flat=0.0))
@@ -93,7 +93,7 @@ def test_scaling_the_region_equals_scaling_the_whole_picture() -> None:
     assert np.abs(crop.astype(int) - np.asarray(whole).astype(int)).max() <= 1
 
 
-def test_flat_crops_have_no_edges_and_the_colours_of_the_picture() -> None:
+def test_flat_crops_have_no_edges_and_the_colors_of_the_picture() -> None:
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, 32:] = (200, 100, 50)
     for seed in range(20):
@@ -102,7 +102,7 @@ def test_flat_crops_have_no_edges_and_the_colours_of_the_picture() -> None:
         assert (crop.max(axis=(0, 1)) <= (200, 100, 50)).all()
 
 
-def test_cover_crop_keeps_the_centre() -> None:
+def test_cover_crop_keeps_the_center() -> None:
     image = coordinates(100, 300)
     crop = resize_center_crop(image, 50).astype(float)
     assert crop.shape == (50, 50, 3)

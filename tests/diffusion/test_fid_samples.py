@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae import cli
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of, subset
 from ldm_vae.diffusion.fid import KidConfig, SampleKid, make_sample_kid

@@ -21,14 +21,8 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.training import (
-    DiffusionModel,
-    TrainDiffusionConfig,
-    open_latents,
-    ordered_samples,
-    stack_samples,
-)
-from ldm_vae.diffusion.validation import Copies
+from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents, ordered_samples
+from ldm_vae.diffusion.validation import Copies, stack_samples
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.format import MANIFEST, read_manifest, write_manifest
 from ldm_vae.training.loader import Batch, MicroBatch, batches

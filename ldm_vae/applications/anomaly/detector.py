@@ -25,7 +25,7 @@ from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.images import batches, mark, refuse_enlarged, stack
 from ldm_vae.autoencoder.losses import Backbone
 from ldm_vae.autoencoder.weights import fingerprint
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset

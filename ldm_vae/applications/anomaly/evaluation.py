@@ -39,7 +39,7 @@ from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_cor
 from ldm_vae.applications.anomaly.scores import PEAK, SCORES, Networks, load_networks, measure, quantity, title
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError

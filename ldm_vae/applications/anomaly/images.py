@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.applications.anomaly.scores import STRIDE
-from ldm_vae.data import transforms
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Crop
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.synthetic.render import DEFECTS

@@ -19,7 +19,7 @@ from ldm_vae.applications.anomaly.detector import load_detector, p_values, perce
 from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, mark, stack
 from ldm_vae.applications.anomaly.scores import measure
 from ldm_vae.config import check_positive
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops, none_readable
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError

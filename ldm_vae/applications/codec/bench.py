@@ -24,8 +24,7 @@ from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
-from ldm_vae.data import transforms
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset

@@ -29,7 +29,7 @@ from ldm_vae.applications.directions.attributes import LABELS, PIXELS, Attribute
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
-from ldm_vae.data.open import open_source
+from ldm_vae.data import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, part_of, subset

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.data import open_source
 from ldm_vae.data.folder import LABEL_COLUMNS
 from ldm_vae.data.hf_datasets import local_files
-from ldm_vae.data.open import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, DatasetsConfig, ImageSource
 from ldm_vae.data.split import subset

@@ -2,7 +2,7 @@
 
 Owns nothing but the two names that others use: the settings and the image source. A picture is made in the
 siblings: `scene` draws what is to be seen, `solids` and `figures` hold the shapes, `textures` and `palette` their
-colours, `render` the light and the pixels, `defects` the faults; `export` writes files.
+colors, `render` the light and the pixels, `defects` the faults; `export` writes files.
 """
 
 from __future__ import annotations

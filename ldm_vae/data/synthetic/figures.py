@@ -64,17 +64,17 @@ def moon(canvas: Canvas) -> None:
 def flower(canvas: Canvas) -> None:
     canvas.shadow(-1.0, 0.36)
     _stem_and_leaves(canvas)
-    centre, count = 0.26, 6
-    for patch in canvas.patches(-0.78, 0.78, centre - 0.78, centre + 0.78):
-        x, y = patch.x, patch.y - centre
+    center, count = 0.26, 6
+    for patch in canvas.patches(-0.78, 0.78, center - 0.78, center + 0.78):
+        x, y = patch.x, patch.y - center
         along, across, radius = sectors(x, y, count, (canvas.scene.spin - 0.5) * 2.0 * math.pi / count)
         field = 1.0 - ((along - 0.45) * (1.0 / 0.32)) ** 2 - (across * (1.0 / 0.26)) ** 2
         coverage, normal = puffed(patch, field, 0.16)
         between = along * math.sin(math.pi / count) - np.abs(across) * math.cos(math.pi / count)
         occlusion = (0.45 + 0.55 * smoothstep(0.0, 0.2, between)) * (0.5 + 0.5 * smoothstep(0.15, 0.45, radius))
         canvas.paint(patch, coverage, normal, own_material(canvas, 0.5), (patch.x, patch.y), occlusion)
-    for patch in canvas.patches(-0.25, 0.25, centre - 0.25, centre + 0.25):
-        coverage, normal = dome(patch, patch.x * (1.0 / 0.235), (patch.y - centre) * (1.0 / 0.235))
+    for patch in canvas.patches(-0.25, 0.25, center - 0.25, center + 0.25):
+        coverage, normal = dome(patch, patch.x * (1.0 / 0.235), (patch.y - center) * (1.0 / 0.235))
         canvas.paint(patch, coverage, normal, Material(oklch(0.83, 0.16, 0.24), None, 0.4))
 
 
@@ -284,9 +284,9 @@ def _icing_edge(cosine: Array, sine: Array, turn: float) -> Array:
 
 
 def _sprinkle(canvas: Canvas, ring: float, tube: float, ct: float, st: float) -> None:
-    """Sugar strands in five colours, evenly scattered (Roberts' R2 sequence), drawn where they face us."""
+    """Sugar strands in five colors, evenly scattered (Roberts' R2 sequence), drawn where they face us."""
     hue, length, width = canvas.scene.hue, 0.062, 0.024
-    colours = [oklch(0.97, 0.02, hue)] + [vivid(hue + turn, 0.13, -0.02) for turn in (0.2, 0.4, 0.6, 0.8)]
+    colors = [oklch(0.97, 0.02, hue)] + [vivid(hue + turn, 0.13, -0.02) for turn in (0.2, 0.4, 0.6, 0.8)]
     for k in range(34):
         around = 2.0 * math.pi * (0.7548777 * k + canvas.scene.spin)
         lean = 2.0 * (0.5698403 * k % 1.0 - 0.5)  # around the tube, 0 is its top
@@ -310,10 +310,10 @@ def _sprinkle(canvas: Canvas, ring: float, tube: float, ct: float, st: float) ->
             u, v = patch.x - px, patch.y - py
             t = ((u * dx + v * dy) * (1.0 / (dx * dx + dy * dy))).clip(-1.0, 1.0)
             distance = np.sqrt((u - t * dx) ** 2 + (v - t * dy) ** 2)
-            lx, ly, lz = canvas.towards_light
+            lx, ly, lz = canvas.toward_light
             light = 0.5 + 0.6 * max(0.0, nx * lx + ny * ly + facing * lz)
             canvas.tint(patch, 0.35 * edge(width * 1.5 - distance, 3.0, patch.pixel), np.zeros(3, np.float32))
-            canvas.lay(patch, edge(width - distance, 1.0, patch.pixel), colours[k % 5] * light)
+            canvas.lay(patch, edge(width - distance, 1.0, patch.pixel), colors[k % 5] * light)
 
 
 def heart(canvas: Canvas) -> None:
@@ -351,7 +351,7 @@ def gem(canvas: Canvas) -> None:
     canvas.shadow(-0.96, 0.42, 0.06, 0.9, 0.12 + 0.55 * vivid(hue, 0.08))
     for patch in canvas.patches(-1.0, 1.0, -1.0, 0.66):
         facets = _brilliant(spin, math.radians(17))
-        lx, ly, lz = canvas.towards_light
+        lx, ly, lz = canvas.toward_light
         front, back = _Facets(patch, 1.0), _Facets(patch, -1.0)
         for number, ((nx, ny, nz), distance, value) in enumerate(facets):
             facing = nx * lx + ny * ly + nz * lz
@@ -369,7 +369,7 @@ def gem(canvas: Canvas) -> None:
 
 
 def _brilliant(spin: float, tilt: float) -> list[tuple[Vector, float, float]]:
-    """Planes of the cut: (outward normal on the screen, distance from the centre, brightness)."""
+    """Planes of the cut: (outward normal on the screen, distance from the center, brightness)."""
     ct, st = math.cos(tilt), math.sin(tilt)
     step = 2.0 * math.pi / 8.0
     crown, star = math.radians(40), math.radians(25)
@@ -386,11 +386,11 @@ def _brilliant(spin: float, tilt: float) -> list[tuple[Vector, float, float]]:
             out = math.sin(slope)
             normal = (out * math.sin(around), up * math.cos(slope), out * math.cos(around))
             planes.append((normal, distance, value))
-    centre = 0.22
+    center = 0.22
     tilted = []
     for (nx, ny, nz), distance, value in planes:
         ny, nz = ct * ny - st * nz, st * ny + ct * nz
-        tilted.append(((nx, ny, nz), distance + centre * ny, value))
+        tilted.append(((nx, ny, nz), distance + center * ny, value))
     return tilted
 
 
@@ -430,7 +430,7 @@ def add_defect(canvas: Canvas, small: Canvas, rng: np.random.Generator) -> Array
     draw: dict[str, Callable[[Canvas, Place, np.random.Generator], tuple[Patch, Array]]]
     draw = {"scratch": _scratch, "spot": _spot, "missing": _missing, "blob": _blob}
     inside = _place_inside(small, rng)
-    place = _towards_outline(small, inside, rng) if kind == "missing" else inside
+    place = _toward_outline(small, inside, rng) if kind == "missing" else inside
     patch, touched = draw[kind](canvas, place, rng)
     mask = np.zeros(canvas.coverage.shape, bool)
     mask[patch.rows, patch.columns] = touched > 0.0
@@ -453,7 +453,7 @@ def _place_inside(small: Canvas, rng: np.random.Generator) -> Place:
     )
 
 
-def _towards_outline(small: Canvas, start: Place, rng: np.random.Generator) -> Place:
+def _toward_outline(small: Canvas, start: Place, rng: np.random.Generator) -> Place:
     """Where a walk from `start` in a random direction leaves the object."""
     angle = rng.uniform(0.0, 2.0 * math.pi)
     side, scene = small.resolution, small.scene
@@ -492,8 +492,8 @@ def _scratch(canvas: Canvas, place: Place, rng: np.random.Generator) -> tuple[Pa
     taper = np.sqrt((1.0 - (along * (1.0 / length)) ** 2).clip(0.0, None)) * width
     slope = 1.0 + abs(2.0 * bend) * length
     groove = edge(taper - np.abs(across), slope, patch.pixel) * (taper > 0.0)
-    towards = canvas.towards_light[1] * math.cos(heading) - canvas.towards_light[0] * math.sin(heading)
-    lip = edge(0.6 * taper - np.abs(across + math.copysign(1.2 * width, towards)), slope, patch.pixel)
+    toward = canvas.toward_light[1] * math.cos(heading) - canvas.toward_light[0] * math.sin(heading)
+    lip = edge(0.6 * taper - np.abs(across + math.copysign(1.2 * width, toward)), slope, patch.pixel)
     lip *= (taper > 0.0) * (1.0 - groove)
     canvas.tint(patch, groove * covered, np.array([0.30, 0.28, 0.28], np.float32))
     canvas.lay(patch, 0.55 * lip * covered, oklch(0.97, 0.01, 0.2))

@@ -1,6 +1,6 @@
-"""Colours of the synthetic set: equal steps of hue at equal lightness, in OKLCH (Ottosson 2020).
+"""Colors of the synthetic set: equal steps of hue at equal lightness, in OKLCH (Ottosson 2020).
 
-A colour here is a float32 triple of *light*: the square of the encoded sRGB value. Squaring stands in for the
+A color here is a float32 triple of *light*: the square of the encoded sRGB value. Squaring stands in for the
 sRGB curve, so that the renderer encodes with one square root.
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from ldm_vae.random import numpy_rng
 
-Colour = np.ndarray
+Color = np.ndarray
 """float32 (3,), red, green, blue, 0 to 1."""
 
 
-def oklch(lightness: float, chroma: float, hue: float) -> Colour:
-    """Light of an OKLCH colour, clipped into sRGB. `hue` in turns: 0.1 red, 0.3 yellow, 0.7 blue."""
+def oklch(lightness: float, chroma: float, hue: float) -> Color:
+    """Light of an OKLCH color, clipped into sRGB. `hue` in turns: 0.1 red, 0.3 yellow, 0.7 blue."""
     a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -36,13 +36,13 @@ def oklch(lightness: float, chroma: float, hue: float) -> Colour:
     return (encoded**2).astype(np.float32)
 
 
-def vivid(hue: float, lightness: float = 0.0, chroma: float = 0.0) -> Colour:
-    """An object's colour, lighter for yellow than for blue, as eyes expect; offsets make its relatives."""
+def vivid(hue: float, lightness: float = 0.0, chroma: float = 0.0) -> Color:
+    """An object's color, lighter for yellow than for blue, as eyes expect; offsets make its relatives."""
     base = 0.665 + 0.10 * math.cos(2 * math.pi * (hue - 0.29))
     return oklch(base + lightness, 0.165 + chroma, hue)
 
 
-# What is to be seen in image i: one object, where, how large, which colour, texture and light.
+# What is to be seen in image i: one object, where, how large, which color, texture and light.
 
 LABELS = ("ball", "cube", "donut", "star", "heart", "moon", "flower", "tree", "mushroom", "gem")
 TEXTURES = ("plain", "stripes", "dots", "marble", "wood")
@@ -59,7 +59,7 @@ class Scene:
 
     Attributes:
         label: Index into LABELS.
-        x, y: Centre of the object, from the left and the top edge.
+        x, y: Center of the object, from the left and the top edge.
         size: Half the object's extent.
         roll: Turn in the image plane, radians, counter-clockwise.
         spin: Turn about the object's own axis, in [0, 1) of the range that the shape allows.
@@ -128,13 +128,13 @@ COMPANIONS = ((0.0, 0.0), (0.20, -0.11), (0.24, -0.13), (0.22, -0.12), (-0.16, -
 
 
 def own_material(canvas: Canvas, gloss: float) -> Material:
-    """The scene's colour and, for its texture, a companion of the same hue."""
+    """The scene's color and, for its texture, a companion of the same hue."""
     hue = canvas.scene.hue
     return Material(vivid(hue), vivid(hue, *COMPANIONS[canvas.scene.texture]), gloss)
 
 
 def bulged(x: Array, y: Array, nz: Array) -> tuple[Array, Array]:
-    """Surface coordinates of a front that bulges: denser towards the outline."""
+    """Surface coordinates of a front that bulges: denser toward the outline."""
     scale = 1.0 / (0.5 + 0.5 * nz)
     return x * scale, y * scale
 
@@ -195,11 +195,11 @@ def sectors(x: Array, y: Array, count: int, turn: float = 0.0) -> tuple[Array, A
     return radius * np.cos(angle), radius * np.sin(angle), radius
 
 
-# Patterns on surfaces: how far, from 0 to 1, a point takes the second colour of its material.
+# Patterns on surfaces: how far, from 0 to 1, a point takes the second color of its material.
 
 
 def pattern(texture: int, x: Array, y: Array, phase: float, blur: float) -> Array | None:
-    """Amount of the second colour for an index of `scene.TEXTURES`; None for plain."""
+    """Amount of the second color for an index of `scene.TEXTURES`; None for plain."""
     if texture == 0:
         return None
     return (stripes, dots, marble, wood)[texture - 1](x, y, phase, blur)
@@ -214,7 +214,7 @@ def stripes(x: Array, y: Array, phase: float, blur: float) -> Array:
 
 
 def dots(x: Array, y: Array, phase: float, blur: float) -> Array:
-    """A hexagonal lattice of discs: two rectangular lattices, the nearer centre counts."""
+    """A hexagonal lattice of discs: two rectangular lattices, the nearer center counts."""
     pitch, ratio = 0.42, 1.7320508
     u, v = x * (1 / pitch) + phase, y * (1 / (pitch * ratio)) + phase
     nearest = None
@@ -270,10 +270,10 @@ FLOOR_TILT = 0.30  # depth of a circle on the floor over its width
 
 @dataclass(frozen=True)
 class Material:
-    """How a surface answers light: its colour, its pattern's other colour, its gloss (0 chalk, 1 glaze)."""
+    """How a surface answers light: its color, its pattern's other color, its gloss (0 chalk, 1 glaze)."""
 
-    colour: Colour
-    second: Colour | None = None
+    color: Color
+    second: Color | None = None
     gloss: float = 0.5
 
 
@@ -282,7 +282,7 @@ class Patch:
     """A box of pixels, or a band of one, with a row more above and below than is painted, for gradients.
 
     Attributes:
-        x, y: (h, w), centres of the pixels in the object's axes.
+        x, y: (h, w), centers of the pixels in the object's axes.
         rows, columns: Where the painted part lies in the picture.
         painted: Which of the h rows are painted.
         pixel: The width of a pixel.
@@ -333,7 +333,7 @@ class Canvas:
         self._ceiling = oklch(0.94, 0.03, scene.background_hue)
         self._floor = oklch(0.84, 0.06, scene.background_hue)
         azimuth = 0.95 * scene.light
-        self.towards_light = unit(0.85 * math.sin(azimuth), 0.75, 0.25 + 0.4 * math.cos(azimuth))
+        self.toward_light = unit(0.85 * math.sin(azimuth), 0.75, 0.25 + 0.4 * math.cos(azimuth))
 
     def patches(self, left: float, right: float, bottom: float, top: float, rolled: bool = True) -> Iterator[Patch]:
         """The pixels of a box, which turns with the object if `rolled`, in bands from the top."""
@@ -363,7 +363,7 @@ class Canvas:
         return (math.cos(self.scene.roll), math.sin(self.scene.roll)) if rolled else (1.0, 0.0)
 
     def _patch(self, rows: slice, box: slice, columns: slice, rolled: bool) -> Patch:
-        """The given rows of a box, with a neighbour on either side where the box has one."""
+        """The given rows of a box, with a neighbor on either side where the box has one."""
         side, size, scene = self.resolution, self.scene.size, self.scene
         cosine, sine = self._turn(rolled)
         first, last = max(rows.start - 1, box.start), min(rows.stop + 1, box.stop)
@@ -389,7 +389,7 @@ class Canvas:
         Args:
             coverage: (h, w), 0 to 1.
             normal: Three (h, w), of unit length, in the screen's axes.
-            material: Its colours.
+            material: Its colors.
             surface: Coordinates, each (h, w), for the scene's texture; None for none.
             occlusion: (h, w) or a number, 1 where nothing near blocks the light of the surroundings.
         """
@@ -401,25 +401,25 @@ class Canvas:
         if surface is not None and material.second is not None:
             u, v = surface[0][inner], surface[1][inner]
             blend = pattern(self.scene.texture, u, v, self.scene.phase, patch.pixel)
-        colours = []
+        colors = []
         for channel in range(3):
             bounce, ceiling = float(self._floor[channel]), float(self._ceiling[channel])
-            colour = sky * (0.62 * ceiling - 0.42 * bounce)
-            colour += 0.42 * bounce * (0.3 + 0.7 * occlusion)
-            colour += key * KEY[channel]
-            base = float(material.colour[channel])
+            color = sky * (0.62 * ceiling - 0.42 * bounce)
+            color += 0.42 * bounce * (0.3 + 0.7 * occlusion)
+            color += key * KEY[channel]
+            base = float(material.color[channel])
             if blend is None or material.second is None:
-                colour *= base
+                color *= base
             else:
-                colour *= base + (float(material.second[channel]) - base) * blend
-            colour += shine
-            colour += rim * (0.45 * ceiling)
-            colours.append(colour)
-        self._lay(patch, coverage, colours)
+                color *= base + (float(material.second[channel]) - base) * blend
+            color += shine
+            color += rim * (0.45 * ceiling)
+            colors.append(color)
+        self._lay(patch, coverage, colors)
 
     def _lit(self, normal: Normal, gloss: float, occlusion: Array | float) -> tuple[Array, Array, Array, Array]:
         """The key light, the sky's light, the highlight and the bright rim, each (h, w)."""
-        lx, ly, lz = self.towards_light
+        lx, ly, lz = self.toward_light
         key = _dot(normal, (lx, ly, lz))
         key += WRAP
         key *= 1.0 / (1.0 + WRAP)
@@ -440,41 +440,41 @@ class Canvas:
         rim *= sky
         return key, sky, shine, rim
 
-    def glaze(self, patch: Patch, coverage: Array, value: Array, colour: Colour, bright: Colour) -> None:
-        """Lay glass over the picture: `value` (h, w) 0 is dark, 0.5 `colour`, 1 `bright`, 2 white."""
+    def glaze(self, patch: Patch, coverage: Array, value: Array, color: Color, bright: Color) -> None:
+        """Lay glass over the picture: `value` (h, w) 0 is dark, 0.5 `color`, 1 `bright`, 2 white."""
         coverage, value = coverage[patch.painted], value[patch.painted]
         low, high = value.clip(0.0, 1.0), (value - 1.0).clip(0.0, 1.0)
         square = low * low
-        colours = []
+        colors = []
         for channel in range(3):
-            base, top = 1.1 * float(colour[channel]), float(bright[channel])
-            colours.append(low * base + square * (top - base) + high * (1.15 - top))
-        self._lay(patch, coverage, colours)
+            base, top = 1.1 * float(color[channel]), float(bright[channel])
+            colors.append(low * base + square * (top - base) + high * (1.15 - top))
+        self._lay(patch, coverage, colors)
 
-    def lay(self, patch: Patch, coverage: Array, colours: Array) -> None:
-        """Lay one flat colour (3,), or three planes (3, h, w), over the picture as part of the object."""
-        planes = list(colours) if colours.ndim == 1 else [plane[patch.painted] for plane in colours]
+    def lay(self, patch: Patch, coverage: Array, colors: Array) -> None:
+        """Lay one flat color (3,), or three planes (3, h, w), over the picture as part of the object."""
+        planes = list(colors) if colors.ndim == 1 else [plane[patch.painted] for plane in colors]
         self._lay(patch, coverage[patch.painted], planes)
 
-    def _lay(self, patch: Patch, coverage: Array, colours: list[Array]) -> None:
+    def _lay(self, patch: Patch, coverage: Array, colors: list[Array]) -> None:
         if self._keep_background and self.background is None:
             self.background = self.light.copy()
         target = self.light[:, patch.rows, patch.columns]
         for channel in range(3):
-            change = colours[channel] - target[channel]
+            change = colors[channel] - target[channel]
             change *= coverage
             target[channel] += change
         covered = self.coverage[patch.rows, patch.columns]
         covered += coverage * (1.0 - covered)
 
-    def tint(self, patch: Patch, amount: Array, colour: Colour) -> None:
-        """Multiply the picture by 1 where `amount` (h, w) is 0 and by `colour` where it is 1."""
+    def tint(self, patch: Patch, amount: Array, color: Color) -> None:
+        """Multiply the picture by 1 where `amount` (h, w) is 0 and by `color` where it is 1."""
         target, amount = self.light[:, patch.rows, patch.columns], amount[patch.painted]
         for channel in range(3):
-            target[channel] *= 1.0 - (1.0 - float(colour[channel])) * amount
+            target[channel] *= 1.0 - (1.0 - float(color[channel])) * amount
 
     def shadow(
-        self, bottom: float, width: float, lift: float = 0.0, middle: float = 0.8, glow: Colour | None = None
+        self, bottom: float, width: float, lift: float = 0.0, middle: float = 0.8, glow: Color | None = None
     ) -> None:
         """Soft shadows on the floor: one thrown away from the light, one close below the object.
 
@@ -483,10 +483,10 @@ class Canvas:
             width: Half the width of what stands or hovers there.
             lift: Height of the lowest point above the floor.
             middle: Height of the object's middle above that point; it sets how far the shadow is thrown.
-            glow: What the darkest part keeps of the floor's light; glass colours it.
+            glow: What the darkest part keeps of the floor's light; glass colors it.
         """
         keep = (self._floor / float(self._floor.max())) ** 2 * 0.40 if glow is None else glow
-        lx, ly, lz = self.towards_light
+        lx, ly, lz = self.toward_light
         floor, high = bottom - lift, middle + lift
         thrown = (
             -0.6 * lx / ly * high,
