@@ -111,7 +111,7 @@ def encode(autoencoder: Path, folder: Path, precision: Any, arguments: argparse.
     import shutil
 
     from ldm_vae.data.sources import DataConfig
-    from ldm_vae.latents.encode import EncodeConfig, encode_all_sizes, run_job
+    from ldm_vae.latents.encode import EncodeConfig, encode_dataset
 
     output = folder / "latents"
     shutil.rmtree(output, ignore_errors=True)
@@ -119,7 +119,7 @@ def encode(autoencoder: Path, folder: Path, precision: Any, arguments: argparse.
         autoencoder=str(autoencoder), output=str(output), resolution=str(arguments.size), precision=precision,
         data=DataConfig(source="folder", path=str(folder / "images")), workers=arguments.workers, device="cpu",
     )  # fmt: skip
-    run_job(config, encode_all_sizes)
+    encode_dataset(config)
     record: dict[str, Any] = json.loads((output / "run.json").read_text())
     return record
 

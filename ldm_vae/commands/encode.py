@@ -25,4 +25,6 @@ def run(args: argparse.Namespace) -> int:
     from ldm_vae.latents.encode import EncodeConfig, encode_dataset
 
     config = config_arguments.load(args, EncodeConfig)
-    return 0 if config is None else encode_dataset(config, dry_run=args.dry_run)
+    if config is not None:
+        encode_dataset(config, dry_run=args.dry_run)
+    return 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.encode import EncodeConfig, Job, encode_batch, encode_segment, prepare
+from ldm_vae.latents.encode import EncodeConfig, EncodeResult, Job, encode_batch, encode_segment, prepare, run_job
 from ldm_vae.latents.format import (
     Manifest,
     Origin,
@@ -73,27 +73,27 @@ class NewSegment:
     known_names: tuple[str, ...]
 
 
-def append_images(config: AppendConfig, accelerator: Any) -> int:
-    """Add the images that are not in the set yet, for each size asked for. An interrupted run is continued.
+def append_images(config: AppendConfig) -> EncodeResult:
+    """Add the images that are not in the set yet, for each size. An interrupted run is continued.
 
-    Returns: 0, also when there is nothing new.
+    Returns: the sets as they are now.
 
     Raises:
         UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
     """
-    job = None
+    return run_job(config, append_all_sizes)
+
+
+def append_all_sizes(config: AppendConfig, accelerator: Any) -> EncodeResult:
+    """`append_images` with an accelerator that is open. For all processes."""
+    job, made = None, []
     for size, one in config.of_each_size():
-        run_on_main(accelerator, partial(_check_finished, one.output))  # before anything that takes time
+        manifest = run_on_main(accelerator, partial(read_manifest, one.output))  # before anything that takes time
         job = prepare(one, accelerator, size, job)
         folder = open_folder(one.output)
         segment = run_on_main(accelerator, partial(next_segment, job, folder, config.id_prefix))
-        if segment is not None:
-            encode_segment(*open_segment(job, folder, segment))
-    return 0
-
-
-def _check_finished(output: str) -> None:
-    read_manifest(output)
+        made.append(encode_segment(*open_segment(job, folder, segment)) if segment is not None else manifest)
+    return EncodeResult(tuple(made))
 
 
 def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment: int) -> tuple[Job, Output]:

@@ -1,8 +1,10 @@
-"""Encoding a dataset: every image once through the autoencoder, into shards, on any number of processes.
+"""`ldm-vae encode`: every image of a dataset once through the autoencoder, into shards, on any number of processes.
+
+    image_loader         encode_batch               OpenShard, Writer            Output
+    images -> batches -> moments, mean, codes ... -> shard-N.safetensors, .jsonl -> index, manifest
 
 A work unit is a fixed range of source indices and becomes one shard, so the processes share the units and never talk
-while they work; a rerun makes only the shards that are missing. Owns the job; settings, formats, the folder and the
-filling of shards live beside it.
+while they work; a rerun makes only the shards that are missing.
 """
 
 from __future__ import annotations
@@ -38,301 +40,27 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.storage.base import join
 from ldm_vae.training import watchdog
-from ldm_vae.training.distributed import TIMEOUT_SECONDS, check_timeout, open_accelerator, run_on_main, wait_for_all
+from ldm_vae.training.distributed import (
+    TIMEOUT_SECONDS,
+    check_timeout,
+    close_accelerator,
+    open_accelerator,
+    run_on_main,
+    wait_for_all,
+)
+from ldm_vae.training.loader import lost_worker
+from ldm_vae.training.watchdog import StopRequest, Watchdog
 from ldm_vae.utils.concurrency import in_order
 from ldm_vae.utils.text import pluralize, size_text
 
 MOST_THREADS = 8
 """Unless more are asked for: each thread holds a batch and its activations."""
 
-JUDGED_IMAGES = 1000
+LEAST_IMAGES = 1000
 """Of a stream, whose length is unknown, before `maximum_rejected` can stop the job on the way."""
 
-
-def make_accelerator(config: EncodeConfig) -> Any:
-    """An Accelerator on the device asked for. Raises: UserError when the device or the processes are not there."""
-    if config.threads and compute_device(config.device).type != "cpu":
-        raise UserError("threads: has no effect on a GPU; leave it out, or set device=cpu")
-    return open_accelerator(config)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every process holds of a job: one size of one set."""
-
-    config: EncodeConfig
-    accelerator: Any
-    autoencoder: Autoencoder
-    images: Images
-    size: tuple[int, int]
-    origin: Origin
-
-
-def prepare(
-    config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None = None, like: Job | None = None
-) -> Job:
-    """Open the autoencoder and the images, for the first size unless another one is given. `like`: a job of another
-    size with the same settings, whose autoencoder and images are taken.
-
-    Raises:
-        UserError: for whatever cannot work, before anything is written.
-    """
-    size = size or parse_sizes(config.resolution)[0]
-    autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
-    factor = autoencoder.downsampling
-    for side in size:
-        autoencoder.check_side("resolution:", side)
-        if side % factor:
-            below = side // factor * factor
-            raise UserError(
-                f"resolution: {side} is not a multiple of {factor}, by which the autoencoder divides it; "
-                f"take {below or factor} or {below + factor}"
-            )
-    images = like.images if like else open_images(config.data, config.part, partial(run_on_main, accelerator))
-    origin = plan_origin(config, autoencoder, images, size)
-    return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
-
-
-def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, size: tuple[int, int]) -> Origin:
-    """The plan of a first segment. Raises: UserError when the autoencoder does not have what is to be stored."""
-    if config.store == "indices" and not autoencoder.has_codes:
-        raise UserError(
-            f"store: {type(autoencoder).__name__} has no codes; use store=moments, or an autoencoder of kind vq or fsq"
-        )
-    if config.store in ("moments", "sample") and autoencoder.deterministic:
-        raise UserError(
-            f"store: {type(autoencoder).__name__} is deterministic, its latents have no spread; use store=mean"
-        )
-    content = config.store if config.store != "auto" else "mean" if autoencoder.deterministic else "moments"
-    record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
-    encoding: dict[str, Any] = {
-        "batch": config.batch, "shard_size": config.shard_size, "precision": config.precision,
-    }  # fmt: skip
-    dtype: str = config.dtype or "float16"
-    if content == "indices":
-        record["token_fingerprint"] = autoencoder.token_fingerprint()
-        assert autoencoder.codebook_size is not None
-        encoding["codebook_size"] = autoencoder.codebook_size
-        dtype = index_dtype(autoencoder.codebook_size)
-    if content == "sample":
-        encoding["seed"] = config.seed
-    factor = autoencoder.downsampling
-    return Origin(
-        autoencoder=record | architecture(autoencoder),
-        preprocessing=preprocessing_record(size),
-        dataset={
-            "source": config.data.source,
-            "part": config.part,
-            "held_out": None if config.part == "all" else config.data.held_out,
-            "fingerprint": images.fingerprint(),
-            "label_names": list(images.label_names),
-            "count": images.count,
-        },
-        content=content,
-        dtype=dtype,
-        latent_shape=(autoencoder.latent_channels, size[0] // factor, size[1] // factor),
-        flipped=config.flip,
-        encoding=encoding,
-    )
-
-
-def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> int:
-    """Make every shard that is missing, then the manifest, for each size asked for. A finished set is left as it is.
-
-    Returns: 0.
-
-    Raises:
-        UserError: a setting, the images or the output are not usable, or a latent is not finite.
-    """
-    job = None
-    for size, one in config.of_each_size():
-        job = prepare(one, accelerator, size, job)
-        encode_segment(job, Output(one.output, job.origin))
-    return 0
-
-
-def encode_segment(job: Job, output: Output) -> None:
-    """Make the missing shards of the segment that `output` is open for, and then the set's manifest."""
-    config, accelerator, started = job.config, job.accelerator, time.time()
-    share = parse_share(config.share)
-    with contextlib.ExitStack() as stack:
-
-        def take() -> tuple[frozenset[int] | None, Origin]:
-            """The finished units, None when there is nothing left to do; and the plan as it stands."""
-            stack.enter_context(output.open(share))
-            manifest = output.finished_manifest()
-            if manifest:
-                print(f"{output.where}: finished already: {summary(manifest)}")
-            return None if manifest else output.finished_units(share), output.origin
-
-        finished, output.origin = run_on_main(accelerator, take)
-        if finished is None:
-            return
-        job = replace(job, origin=output.origin)
-        if accelerator.is_main_process:
-            announce(job, output, finished)
-        encoding_started = time.monotonic()
-        figures = encode_units(job, output, finished)
-        wait_for_all(accelerator)
-        encoded = int(accelerator.reduce(torch.tensor(figures["images"], device=accelerator.device), "sum"))
-        images_per_second = encoded / (time.monotonic() - encoding_started)
-
-        def complete() -> None:
-            if share != (0, 1):
-                print(f"{output.where}: share {config.share} is made; the same command without share completes the set")
-                return
-            planned = planned_shards(job.origin)
-            completed = output.complete(planned)
-            manifest = completed.manifest
-            rejected = completed.index.columns["rejected"][job.origin.first_shard :][:planned]
-            check_rejected(config, int(rejected.sum()), manifest.datasets[output.segment]["count"])
-            record = provenance.run_record(
-                None, started, time.time() - started, images=manifest.count, images_encoded=encoded,
-                images_per_second=round(images_per_second, 3), model_busy=round(figures["busy"], 3),
-                waited_for_images_seconds=round(figures["waited_seconds"], 3),
-                processes=accelerator.num_processes, device=accelerator.device.type, precision=config.precision,
-            )  # fmt: skip
-            completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
-            output.publish(completed)
-            speed = f"; {images_per_second:.1f} images/s" if encoded else ""
-            print(f"{output.where}: {summary(manifest)}{speed}")
-
-        run_on_main(accelerator, complete)
-
-
-def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
-    """Say what is there already, and whether the rest will fit on the disk."""
-    planned = planned_shards(job.origin)
-    if finished:
-        known = planned and not job.config.share
-        print(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
-    free_bytes, images = output.folder.free_bytes(), images_of_share(job)
-    if images is None or free_bytes is None:
-        return
-    needed = max(0, images - len(finished) * job.config.shard_size) * job.origin.layout.sample_bytes
-    if needed > free_bytes:
-        print(
-            f"{output.where}: the set still needs {needed / 1e9:.3g} GB and {free_bytes / 1e9:.3g} GB are free; "
-            "finished shards will stay, and the same command continues after space was made"
-        )
-
-
-def images_of_share(job: Job) -> int | None:
-    """Images in all units of this job's share; None for a stream of unknown length."""
-    count, size = job.images.count, job.config.shard_size
-    if count is None:
-        return None
-    place, shares = parse_share(job.config.share)
-    return sum(min(size, count - number * size) for number in range(place, -(-count // size), shares))
-
-
-def encode_units(job: Job, output: Output, finished: frozenset[int]) -> dict[str, Any]:
-    """Make this process's share of the missing shards.
-
-    Returns: `images` that it encoded, `waited_seconds` for decoded images, `busy`, the fraction of time the model
-        computed.
-    """
-    config, accelerator = job.config, job.accelerator
-    units = Units(finished, accelerator.process_index, accelerator.num_processes, parse_share(config.share))
-    batches = load_batches(
-        job.images, units, unit=config.shard_size, batch=config.batch, size=job.size, workers=config.workers,
-        pin=accelerator.device.type == "cuda", timeout_seconds=config.timeout_seconds,
-    )  # fmt: skip
-    busy = BusyTime(accelerator.device, lanes(job))
-    opened: dict[int, OpenShard] = {}
-    progress = Progress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
-    with contextlib.closing(batches), progress, Writer(output) as writer:
-        for batch, stored in encoded_batches(job, progress.timed(batches), busy):
-            shard = opened.setdefault(batch.unit, OpenShard(batch.unit, job.origin))
-            shard.add(batch, stored)
-            progress.advance(batch)
-            watchdog.advance(progress.encoded + progress.rejected)
-            total = job.images.count or max(JUDGED_IMAGES, progress.encoded + progress.rejected)
-            check_rejected(config, progress.rejected, total)
-            if batch.last:
-                writer.publish(opened.pop(batch.unit))
-    assert not opened, "every unit ends with a batch that says so"
-    return {"images": progress.encoded, "waited_seconds": progress.waited_seconds, "busy": busy.fraction()}
-
-
-def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
-    """Raises: UserError when more images than `maximum_rejected` allows were left out."""
-    if config.maximum_rejected is not None and rejected > config.maximum_rejected * images:
-        raise UserError(
-            f"data: {rejected} of {images} images cannot be read, more than maximum_rejected={config.maximum_rejected} "
-            "allows; allow more, or mend the images and encode them to another output"
-        )
-
-
-def lanes(job: Job) -> int:
-    """Batches computed at once. On CPU several, each by one thread: that is faster than several threads for one batch
-    (they wait for each other at every layer), and the last bits do not depend on the number of threads."""
-    if job.accelerator.device.type != "cpu":
-        return 1
-    return job.config.threads or min(torch.get_num_threads(), MOST_THREADS)
-
-
-def encoded_batches(
-    job: Job, batches: Iterable[ImageBatch], busy: BusyTime
-) -> Iterator[tuple[ImageBatch, dict[str, Tensor]]]:
-    """The batches in order, each with what `encode_batch` makes of it."""
-
-    def encode(batch: ImageBatch) -> dict[str, Tensor]:
-        with busy.measure():
-            return encode_batch(job, batch)
-
-    if job.accelerator.device.type != "cpu":
-        yield from ((batch, encode(batch)) for batch in batches)
-        return
-    threads, torch_threads = lanes(job), torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads take it over
-    try:
-        yield from in_order(encode, batches, threads=threads, ahead=threads)
-    finally:
-        torch.set_num_threads(torch_threads)
-
-
-def encode_batch(job: Job, batch: ImageBatch) -> dict[str, Tensor]:
-    """Tensor name -> rows (batch, ...) of the images and, where asked for, of their mirror images; on the device."""
-    images = transforms.from_uint8(batch.images.to(job.accelerator.device, non_blocking=True))
-    content = job.origin.content
-    stored = {content: encode_content(job, images, batch, "plain")}
-    if job.origin.flipped:
-        stored[content + FLIPPED] = encode_content(job, images.flip(-1), batch, "flipped")
-    return stored
-
-
-def encode_content(job: Job, images: Tensor, batch: ImageBatch, side: str) -> Tensor:
-    """What is stored of images (batch, 3, h, w) in [-1, 1]; in the stored precision, but for codes, which are int64."""
-    origin = job.origin
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.config.precision == "bf16"):
-        if origin.content == "indices":
-            return job.autoencoder.token_indices(images)
-        mean, logvar = job.autoencoder.encode_moments(images)
-    if origin.content == "moments":
-        mean = torch.cat([mean, logvar], dim=1)
-    if origin.content == "sample":
-        noise = torch.zeros(mean.shape)
-        for row, index in zip(batch.rows, batch.indices):
-            rng = generator(origin.encoding["seed"], "stored sample", side, origin.first_index + index)
-            noise[row] = torch.randn(origin.latent_shape, generator=rng)
-        mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
-    return mean.to(LATENT_DTYPES[origin.dtype])
-
-
-def summary(manifest: Manifest) -> str:
-    """For example `1998 latents of 4x64x64 in 8 shards, 131.0 MB, 2 images left out (see quarantine.jsonl)`."""
-    shape = "x".join(map(str, manifest.latent_shape))
-    kinds = {"moments": "latent", "mean": "mean latent", "sample": "latent sample", "indices": "token map"}
-    kind = kinds[manifest.content]
-    left_out = f", {pluralize(manifest.rejected, 'image')} left out (see quarantine.jsonl)" if manifest.rejected else ""
-    size = size_text(manifest.shard_index.size_bytes)
-    return f"{pluralize(manifest.count, kind)} of {shape} in {pluralize(manifest.shards, 'shard')}, {size}{left_out}"
-
-
-# The settings of an encoding job, and what they are on their own: the sizes of the images, the share of the work.
-
 Settings = TypeVar("Settings", bound="EncodeConfig")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -445,7 +173,349 @@ def parse_share(share: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-# What an encoding job shows while it runs: images, their rate, the time left, and how busy the model is.
+def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResult | list[EncodePreview]:
+    """Encode the images of `config.data` into a set of latent shards at `config.output`; of several sizes a set each.
+
+    A finished set is left as it is, an interrupted job is continued. On several processes, each calls this.
+
+        encode_dataset(EncodeConfig("runs/vae", "latents", data=DataConfig(source="folder", path="images")))
+        dataset = LatentDataset("latents")
+
+    Args:
+        dry_run: open everything and time a few batches of noise; write nothing.
+
+    Returns: the sets, or in a dry run what would be made for each size.
+
+    Raises:
+        UserError: a setting, the images or the output are not usable, or a latent is not finite.
+    """
+    if dry_run:
+        accelerator = make_accelerator(config)
+        previews = [preview(config, accelerator, size) for size in parse_sizes(config.resolution)]
+        for found in previews:
+            accelerator.print("\n".join(found.lines()))
+        return previews
+    return run_job(config, encode_all_sizes)
+
+
+def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> EncodeResult:
+    """`encode_dataset` with an accelerator that is open. For all processes."""
+    job, made = None, []
+    for size, one in config.of_each_size():
+        job = prepare(one, accelerator, size, job)
+        made.append(encode_segment(job, Output(one.output, job.origin)))
+    return EncodeResult(tuple(made))
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What an encoding job made: for each size the manifest of the set. None: only a share of the set is made."""
+
+    manifests: tuple[Manifest | None, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return 0
+
+
+def run_job(config: Settings, job: Callable[[Settings, Any], Result]) -> Result:
+    """`job(config, accelerator)` on the device and processes that the config says."""
+    with StopRequest(at_once=True):  # files are published whole: leaving is always safe
+        accelerator = make_accelerator(config)
+        with Watchdog(accelerator, config.timeout_seconds):
+            failure: BaseException | None = None
+            try:
+                return job(config, accelerator)
+            except BaseException as error:
+                failure = lost_worker(error) or error
+                if failure is error:
+                    raise
+                raise failure from error
+            finally:
+                close_accelerator(accelerator, failure)
+
+
+def make_accelerator(config: EncodeConfig) -> Any:
+    """An Accelerator on the device asked for. Raises: UserError when the device or the processes are not there."""
+    if config.threads and compute_device(config.device).type != "cpu":
+        raise UserError("threads: has no effect on a GPU; leave it out, or set device=cpu")
+    return open_accelerator(config)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An encoding job of one size, as every process has it."""
+
+    config: EncodeConfig
+    accelerator: Any
+    autoencoder: Autoencoder
+    images: Images
+    size: tuple[int, int]
+    origin: Origin
+
+
+def prepare(
+    config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None = None, like: Job | None = None
+) -> Job:
+    """Open the autoencoder and the images, for the first size unless another one is given. `like`: a job of another
+    size with the same settings, whose autoencoder and images are taken.
+
+    Raises:
+        UserError: for whatever cannot work, before anything is written.
+    """
+    size = size or parse_sizes(config.resolution)[0]
+    autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
+    factor = autoencoder.downsampling
+    for side in size:
+        autoencoder.check_side("resolution:", side)
+        if side % factor:
+            below = side // factor * factor
+            raise UserError(
+                f"resolution: {side} is not a multiple of {factor}, by which the autoencoder divides it; "
+                f"take {below or factor} or {below + factor}"
+            )
+    images = like.images if like else open_images(config.data, config.part, partial(run_on_main, accelerator))
+    origin = plan_origin(config, autoencoder, images, size)
+    return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
+
+
+def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, size: tuple[int, int]) -> Origin:
+    """The plan of a first segment. Raises: UserError when the autoencoder does not have what is to be stored."""
+    if config.store == "indices" and not autoencoder.has_codes:
+        raise UserError(
+            f"store: {type(autoencoder).__name__} has no codes; use store=moments, or an autoencoder of kind vq or fsq"
+        )
+    if config.store in ("moments", "sample") and autoencoder.deterministic:
+        raise UserError(
+            f"store: {type(autoencoder).__name__} is deterministic, its latents have no spread; use store=mean"
+        )
+    content = config.store if config.store != "auto" else "mean" if autoencoder.deterministic else "moments"
+    record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
+    encoding: dict[str, Any] = {
+        "batch": config.batch, "shard_size": config.shard_size, "precision": config.precision,
+    }  # fmt: skip
+    dtype: str = config.dtype or "float16"
+    if content == "indices":
+        record["token_fingerprint"] = autoencoder.token_fingerprint()
+        assert autoencoder.codebook_size is not None
+        encoding["codebook_size"] = autoencoder.codebook_size
+        dtype = index_dtype(autoencoder.codebook_size)
+    if content == "sample":
+        encoding["seed"] = config.seed
+    factor = autoencoder.downsampling
+    return Origin(
+        autoencoder=record | architecture(autoencoder),
+        preprocessing=preprocessing_record(size),
+        dataset={
+            "source": config.data.source,
+            "part": config.part,
+            "held_out": None if config.part == "all" else config.data.held_out,
+            "fingerprint": images.fingerprint(),
+            "label_names": list(images.label_names),
+            "count": images.count,
+        },
+        content=content,
+        dtype=dtype,
+        latent_shape=(autoencoder.latent_channels, size[0] // factor, size[1] // factor),
+        flipped=config.flip,
+        encoding=encoding,
+    )
+
+
+def encode_segment(job: Job, output: Output) -> Manifest | None:
+    """Make the missing shards of the segment that `output` is open for, and then the set's manifest.
+
+    Returns: the manifest; None where only a share of the shards is made.
+    """
+    config, accelerator, started = job.config, job.accelerator, time.time()
+    share = parse_share(config.share)
+    with contextlib.ExitStack() as stack:
+
+        def take() -> tuple[Manifest | frozenset[int], Origin]:
+            """The manifest of a finished set, else the finished units; and the plan as it stands."""
+            stack.enter_context(output.open(share))
+            manifest = output.finished_manifest()
+            if manifest:
+                print(f"{output.where}: finished already: {summary(manifest)}")
+            return replace(manifest) if manifest else output.finished_units(share), output.origin
+
+        found, output.origin = run_on_main(accelerator, take)
+        if isinstance(found, Manifest):
+            return found
+        job = replace(job, origin=output.origin)
+        if accelerator.is_main_process:
+            announce(job, output, found)
+        encoding_started = time.monotonic()
+        work = encode_units(job, output, found)
+        wait_for_all(accelerator)
+        encoded = int(accelerator.reduce(torch.tensor(work.images, device=accelerator.device), "sum"))
+        speed = encoded / (time.monotonic() - encoding_started)
+
+        def complete() -> Manifest | None:
+            if share == (0, 1):
+                return _complete(job, output, replace(work, images=encoded), speed, started)
+            print(f"{output.where}: share {config.share} is made; the same command without share completes the set")
+            return None
+
+        return run_on_main(accelerator, complete)
+
+
+def _complete(job: Job, output: Output, work: Work, images_per_second: float, started: float) -> Manifest:
+    """Publish the manifest of a set whose shards are all there, with the record of the job."""
+    config, accelerator, planned = job.config, job.accelerator, planned_shards(job.origin)
+    completed = output.complete(planned)
+    manifest = completed.manifest
+    rejected = completed.index.columns["rejected"][job.origin.first_shard :][:planned]
+    check_rejected(config, int(rejected.sum()), manifest.datasets[output.segment]["count"])
+    record = provenance.run_record(
+        None, started, time.time() - started, images=manifest.count, images_encoded=work.images,
+        images_per_second=round(images_per_second, 3), model_busy=round(work.busy, 3),
+        waited_for_images_seconds=round(work.waited_seconds, 3),
+        processes=accelerator.num_processes, device=accelerator.device.type, precision=config.precision,
+    )  # fmt: skip
+    completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
+    output.publish(completed)
+    speed = f"; {images_per_second:.1f} images/s" if work.images else ""
+    print(f"{output.where}: {summary(manifest)}{speed}")
+    return replace(manifest)  # without its index, which may be large: all processes get it
+
+
+def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
+    """Print what is there already, and whether the rest will fit on the disk."""
+    planned = planned_shards(job.origin)
+    if finished:
+        known = planned and not job.config.share
+        print(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
+    free_bytes, images = output.folder.free_bytes(), images_of_share(job)
+    if images is None or free_bytes is None:
+        return
+    needed = max(0, images - len(finished) * job.config.shard_size) * job.origin.layout.sample_bytes
+    if needed > free_bytes:
+        print(
+            f"{output.where}: the set still needs {needed / 1e9:.3g} GB and {free_bytes / 1e9:.3g} GB are free; "
+            "finished shards will stay, and the same command continues after space was made"
+        )
+
+
+def images_of_share(job: Job) -> int | None:
+    """Images in all units of this job's share; None for a stream of unknown length."""
+    count, size = job.images.count, job.config.shard_size
+    if count is None:
+        return None
+    place, shares = parse_share(job.config.share)
+    return sum(min(size, count - number * size) for number in range(place, -(-count // size), shares))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process did: images encoded, seconds it waited for decoded images, share of time the model was busy."""
+
+    images: int
+    waited_seconds: float
+    busy: float
+
+
+def encode_units(job: Job, output: Output, finished: frozenset[int]) -> Work:
+    """Make this process's share of the missing shards."""
+    config, accelerator = job.config, job.accelerator
+    units = Units(finished, accelerator.process_index, accelerator.num_processes, parse_share(config.share))
+    batches = load_batches(
+        job.images, units, unit=config.shard_size, batch=config.batch, size=job.size, workers=config.workers,
+        pin=accelerator.device.type == "cuda", timeout_seconds=config.timeout_seconds,
+    )  # fmt: skip
+    busy = BusyTime(accelerator.device, lanes(job))
+    opened: dict[int, OpenShard] = {}
+    progress = Progress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
+    with contextlib.closing(batches), progress, Writer(output) as writer:
+        for batch, stored in encoded_batches(job, progress.timed(batches), busy):
+            shard = opened.setdefault(batch.unit, OpenShard(batch.unit, job.origin))
+            shard.add(batch, stored)
+            progress.advance(batch)
+            watchdog.advance(progress.encoded + progress.rejected)
+            total = job.images.count or max(LEAST_IMAGES, progress.encoded + progress.rejected)
+            check_rejected(config, progress.rejected, total)
+            if batch.last:
+                writer.publish(opened.pop(batch.unit))
+    assert not opened, "every unit ends with a batch that says so"
+    return Work(progress.encoded, progress.waited_seconds, busy.fraction())
+
+
+def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
+    """Raises: UserError when more images than `maximum_rejected` allows were left out."""
+    if config.maximum_rejected is not None and rejected > config.maximum_rejected * images:
+        raise UserError(
+            f"data: {rejected} of {images} images cannot be read, more than maximum_rejected={config.maximum_rejected} "
+            "allows; allow more, or mend the images and encode them to another output"
+        )
+
+
+def lanes(job: Job) -> int:
+    """Batches computed at once. On CPU several, each by one thread: that is faster than several threads for one batch
+    (they wait for each other at every layer), and the last bits do not depend on the number of threads."""
+    if job.accelerator.device.type != "cpu":
+        return 1
+    return job.config.threads or min(torch.get_num_threads(), MOST_THREADS)
+
+
+def encoded_batches(
+    job: Job, batches: Iterable[ImageBatch], busy: BusyTime
+) -> Iterator[tuple[ImageBatch, dict[str, Tensor]]]:
+    """The batches in order, each with what `encode_batch` makes of it."""
+
+    def encode(batch: ImageBatch) -> dict[str, Tensor]:
+        with busy.measure():
+            return encode_batch(job, batch)
+
+    if job.accelerator.device.type != "cpu":
+        yield from ((batch, encode(batch)) for batch in batches)
+        return
+    threads, torch_threads = lanes(job), torch.get_num_threads()
+    torch.set_num_threads(1)  # new threads take it over
+    try:
+        yield from in_order(encode, batches, threads=threads, ahead=threads)
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def encode_batch(job: Job, batch: ImageBatch) -> dict[str, Tensor]:
+    """Tensor name -> rows (batch, ...) of the images and, where asked for, of their mirror images; on the device."""
+    images = transforms.from_uint8(batch.images.to(job.accelerator.device, non_blocking=True))
+    content = job.origin.content
+    stored = {content: encode_content(job, images, batch, "plain")}
+    if job.origin.flipped:
+        stored[content + FLIPPED] = encode_content(job, images.flip(-1), batch, "flipped")
+    return stored
+
+
+def encode_content(job: Job, images: Tensor, batch: ImageBatch, side: str) -> Tensor:
+    """What is stored of images (batch, 3, h, w) in [-1, 1]; in the stored precision, but for codes, which are int64."""
+    origin = job.origin
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=job.config.precision == "bf16"):
+        if origin.content == "indices":
+            return job.autoencoder.token_indices(images)
+        mean, logvar = job.autoencoder.encode_moments(images)
+    if origin.content == "moments":
+        mean = torch.cat([mean, logvar], dim=1)
+    if origin.content == "sample":
+        noise = torch.zeros(mean.shape)
+        for row, index in zip(batch.rows, batch.indices):
+            rng = generator(origin.encoding["seed"], "stored sample", side, origin.first_index + index)
+            noise[row] = torch.randn(origin.latent_shape, generator=rng)
+        mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+    return mean.to(LATENT_DTYPES[origin.dtype])
+
+
+def summary(manifest: Manifest) -> str:
+    """For example `1998 latents of 4x64x64 in 8 shards, 131.0 MB, 2 images left out (see quarantine.jsonl)`."""
+    shape = "x".join(map(str, manifest.latent_shape))
+    kinds = {"moments": "latent", "mean": "mean latent", "sample": "latent sample", "indices": "token map"}
+    kind = kinds[manifest.content]
+    left_out = f", {pluralize(manifest.rejected, 'image')} left out (see quarantine.jsonl)" if manifest.rejected else ""
+    size = size_text(manifest.shard_index.size_bytes)
+    return f"{pluralize(manifest.count, kind)} of {shape} in {pluralize(manifest.shards, 'shard')}, {size}{left_out}"
+
+
+# The progress of a job: images, their rate, the time left, and for how much of the time the model was busy.
 
 SHOWN_REJECTIONS = 20
 
@@ -541,82 +611,62 @@ class Progress:
         self.bar.close()
 
 
-# What an encoding job would make, from its plan and a few batches of noise. Writes nothing.
+# A dry run: what an encoding job would make, from its plan and a few batches of noise.
 
-BATCHES = 8
-
-
-def describe_job(config: EncodeConfig, accelerator: Any) -> int:
-    """Open everything, encode noise, print the shapes, sizes and time. Returns: 0."""
-    for size in parse_sizes(config.resolution):
-        accelerator.print("\n".join(describe(config, accelerator, size)))
-    return 0
+TIMED_BATCHES = 8
 
 
-def describe(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> list[str]:
-    """The lines for one size."""
+@dataclass(frozen=True)
+class EncodePreview:
+    """What an encoding job would make for one size.
+
+    Attributes:
+        images: None for a stream of unknown length.
+        gigamacs: multiply-accumulates an image, in billions.
+        images_per_second: of one process, without decoding the images.
+        seconds: at least, of the whole job; None for a stream.
+    """
+
+    origin: Origin
+    size: tuple[int, int]
+    parameters: int
+    images: int | None
+    gigamacs: float
+    images_per_second: float
+    seconds: float | None
+    device: str
+
+    def lines(self) -> list[str]:
+        layout, shape = self.origin.layout, "x".join(map(str, self.origin.layout.sample_shape))
+        made = []
+        if self.images is not None:
+            size_bytes = self.images * layout.sample_bytes
+            made = [f"set          {planned_shards(self.origin)} shards, {size_bytes / 1e6:.1f} MB"]
+        speed = self.images_per_second
+        return [
+            f"autoencoder  {self.origin.autoencoder['class']}, {self.parameters / 1e6:.2f} M parameters",
+            f"             {self.origin.autoencoder['fingerprint']}",
+            f"images       {'a stream' if self.images is None else self.images} at {size_name(self.size)}",
+            f"stored       {layout.content}, {shape}, {layout.sample_bytes / 1024:.1f} KiB each in {layout.dtype}",
+            *made,
+            f"cost         {self.gigamacs:.2f} GMAC an image",
+            f"speed        {speed:.1f} images/s ({speed * self.gigamacs / 500:.2f} TFLOP/s) in batches of "
+            f"{self.origin.encoding['batch']} on {self.device}, decoding not counted",
+            *([] if self.seconds is None else [f"time         at least {self.seconds:.0f} s"]),
+        ]
+
+
+def preview(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
+    """Open everything and encode noise. Raises: UserError, see `prepare`."""
     job = prepare(config, accelerator, size)
     noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)
     batch = ImageBatch(0, noise, list(range(config.batch)), list(range(config.batch)), [], [], [], last=False)
     cost = gigamacs(lambda: encode_batch(job, batch)) / config.batch
-    for batches in (1, BATCHES):  # the first pass also prepares kernels
+    for batches in (1, TIMED_BATCHES):  # the first pass also prepares kernels
         started = time.monotonic()
         *_, (_, stored) = encoded_batches(job, [batch] * batches, BusyTime(accelerator.device, lanes(job)))
         stored[job.origin.content].cpu()  # waits for a GPU
-    rate = BATCHES * config.batch / (time.monotonic() - started)
-    count, layout = job.images.count, job.origin.layout
-    parameters = sum(parameter.numel() for parameter in job.autoencoder.parameters())
-    shape = "x".join(map(str, layout.sample_shape))
-    lines = [
-        f"autoencoder  {type(job.autoencoder).__name__}, {parameters / 1e6:.2f} M parameters",
-        f"             {job.origin.autoencoder['fingerprint']}",
-        f"images       {'a stream' if count is None else count} at {size_name(size)}",
-        f"stored       {layout.content}, {shape}, {layout.sample_bytes / 1024:.1f} KiB each in {layout.dtype}",
-        f"cost         {cost:.2f} GMAC an image",
-        f"speed        {rate:.1f} images/s ({rate * cost / 500:.2f} TFLOP/s) in batches of {config.batch} on "
-        f"{accelerator.device}, decoding not counted",
-    ]
-    if count is not None:
-        lines.insert(4, f"set          {planned_shards(job.origin)} shards, {count * layout.sample_bytes / 1e6:.1f} MB")
-        lines.append(f"time         at least {count / rate / accelerator.num_processes:.0f} s")
-    return lines
-
-
-# Running a job that encodes, and leaving it: shared by `encode`, `latents append` and `latents repair`.
-
-
-def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> int:
-    """`ldm-vae encode`: the latents of a dataset as shards in `config.output`; continues an interrupted job.
-
-    Args:
-        dry_run: open everything, time a few batches of noise and print the sizes; write nothing.
-
-    Returns: 0.
-
-    Raises:
-        UserError: a setting, the images or the output are not usable, or a latent is not finite.
-    """
-    if dry_run:
-        return describe_job(config, make_accelerator(config))
-    return run_job(config, encode_all_sizes)
-
-
-def run_job(config: Any, job: Callable[[Any, Any], int]) -> int:
-    """`job(config, accelerator)` on the device and processes that the config asks for. Returns: its exit code."""
-    from ldm_vae.training.distributed import close_accelerator
-    from ldm_vae.training.loader import lost_worker
-    from ldm_vae.training.watchdog import StopRequest, Watchdog
-
-    with StopRequest(at_once=True):  # files are published whole: leaving is always safe
-        accelerator = make_accelerator(config)
-        with Watchdog(accelerator, config.timeout_seconds):
-            failure: BaseException | None = None
-            try:
-                return job(config, accelerator)
-            except BaseException as error:
-                failure = lost_worker(error) or error
-                if failure is error:
-                    raise
-                raise failure from error
-            finally:
-                close_accelerator(accelerator, failure)
+    speed = TIMED_BATCHES * config.batch / (time.monotonic() - started)
+    count, parameters = job.images.count, sum(parameter.numel() for parameter in job.autoencoder.parameters())
+    seconds = None if count is None else count / speed / accelerator.num_processes
+    return EncodePreview(job.origin, size, parameters, count, cost, speed, seconds, str(accelerator.device))

@@ -1,14 +1,15 @@
-"""Mending a set: shards that are damaged or missing are encoded again, and what follows from others is derived again.
+"""`ldm-vae latents repair`: encode damaged and missing shards again, and derive the records again that follow from them.
 
-Everything that decides the bytes of a shard is compared with its plan before anything changes. Nothing is deleted to be
-made anew: each file is replaced when its successor is complete, and one that would become what it is stays untouched.
-Owns the order of this; what is wrong is `verify`'s, encoding is `encode`'s, the images of a later segment `append`'s.
+Everything that decides the bytes of a shard is compared with its plan before anything changes, and what was made is
+compared with the checksum that was recorded. Nothing is deleted first: each file is replaced when its successor is
+complete, and one that is right already stays untouched. `verify` says what is wrong; images of later segments are found
+as in `append`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
 from ldm_vae.latents.append import AppendConfig, NewSegment, first_segment, open_segment, segment_job
-from ldm_vae.latents.encode import EncodeConfig, Job, encode_units, prepare
+from ldm_vae.latents.encode import Job, encode_units, prepare, run_job
 from ldm_vae.latents.format import (
     Origin,
     check_same,
@@ -38,16 +39,38 @@ from ldm_vae.utils.text import pluralize
 
 
 @dataclass(frozen=True)
+class RepairConfig(AppendConfig):
+    """`ldm-vae latents repair`: the settings of the `ldm-vae encode` (or `append`) command that made the shards, and
+
+    Args:
+        remove_foreign: delete shards and plans of other sets.
+    """
+
+    remove_foreign: bool = False
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """`whole`: everything is as it was written now; else something is left, which was printed."""
+
+    whole: bool
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.whole else 1
+
+
+@dataclass(frozen=True)
 class Damage:
     """What is to be done, as every process must know it.
 
     Attributes:
-        shards: segment -> units of it that are made again.
+        shards: segment -> its units that are made again.
         segments: of the set, as they were planned.
-        checksums: shard number -> what its checksum was, where something still says so.
+        checksums: shard number -> the checksum that is recorded, if one is.
         plans: numbers of the segments whose plan is damaged.
         foreign: files that do not belong here.
-        hopeless: things that nothing here can mend.
+        hopeless: findings that cannot be mended here.
         manifest: it is whole.
         any: anything is wrong.
     """
@@ -62,78 +85,79 @@ class Damage:
     any: bool
 
 
-def repair(config: AppendConfig, accelerator: Any, remove_foreign: bool = False) -> int:
-    """Verify and mend the set of each size asked for. For all processes.
-
-    Args:
-        config: the settings with which the damaged shards were made.
-        remove_foreign: delete files that do not belong to the set.
-
-    Returns: 0 when everything is whole, 1 when something is left.
+def repair_latents(config: RepairConfig) -> RepairResult:
+    """Verify and mend the set of each size, on the device and processes that the config says.
 
     Raises:
         UserError: the settings, the autoencoder or the images are not those of the set; nothing was changed then.
     """
+    return run_job(config, repair_all_sizes)
+
+
+def repair_all_sizes(config: RepairConfig, accelerator: Any) -> RepairResult:
+    """`repair_latents` with an accelerator that is open. For all processes."""
     if config.share is not None:
         raise UserError("share: has no effect here, all that is damaged is made by one job; leave it out")
-    left = 0
-    for _, one in config.of_each_size():
-        left |= repair_set(one, accelerator, remove_foreign)
-    return left
+    whole = [_repair_set(one, accelerator) for _, one in config.of_each_size()]
+    return RepairResult(all(whole))
 
 
-def repair_set(config: EncodeConfig, accelerator: Any, remove_foreign: bool) -> int:
-    """Of one size. Returns and raises: as `repair`."""
+def _repair_set(config: RepairConfig, accelerator: Any) -> bool:
+    """The set of one size. Returns: whether it is whole now."""
     folder = cast(Folder, Sparing(open_folder(config.output)))
     damage = run_on_main(accelerator, partial(_examine, config.output))
     if not damage.any:
-        return 0
-    done: list[int] = []
-    first = damage.segments[0]
+        return True
     _refuse_imported(damage, config.output)
-    job = prepare(config, accelerator) if 0 in damage.shards or first.origin is None else None
+    job = prepare(config, accelerator) if 0 in damage.shards or damage.segments[0].origin is None else None
     if job is not None:
-        job = _fitting(job, folder, damage)
+        job = _first_segment_job(job, folder, damage)
     run_on_main(accelerator, partial(_restore_plans, folder, damage, job.origin if job else None))
+    done: list[int] = []
     if job is not None and 0 in damage.shards:
         _encode(job, Output(folder, job.origin), damage.segments[0], damage.shards[0])
         done.append(0)
-    later = sorted(number for number in damage.shards if number)
-    if later and not damage.manifest:  # the images of these are found with its help
-        run_on_main(accelerator, partial(_rebuild, folder, damage, later[0]))
+    done += _encode_later_segments(config, accelerator, folder, damage, done)
+    return run_on_main(accelerator, partial(_finish, folder, damage, done, config.remove_foreign))
+
+
+def _encode_later_segments(
+    config: RepairConfig, accelerator: Any, folder: Folder, damage: Damage, done: Sequence[int]
+) -> list[int]:
+    """Make the damaged shards of appended segments again, where the settings are theirs. Returns: their numbers."""
+    numbers, made = sorted(number for number in damage.shards if number), []
+    if numbers and not damage.manifest:  # the images of these are found with its help
+        run_on_main(accelerator, partial(_rebuild, folder, damage, numbers[0]))
     refusals: dict[int, UserError | SystemExit] = {}
-    for number in later:
+    for number in numbers:
         try:
             job, output = segment_job(config, accelerator, folder, number)
         except (UserError, SystemExit) as error:  # the latter where the main process has the former
             refusals[number] = error
             continue
         _encode(job, output, damage.segments[number], damage.shards[number])
-        done.append(number)
-    if refusals and not (done or damage.plans or not damage.manifest):
+        made.append(number)
+    if refusals and not (done or made or damage.plans or not damage.manifest):
         raise next(iter(refusals.values()))
     if accelerator.is_main_process:
         for number, refusal in refusals.items():
             print(f"{refusal} - so the damaged shards of segment {number} stay as they are now")
-    return run_on_main(accelerator, partial(_finish, folder, damage, done, remove_foreign))
+    return made
 
 
 def _refuse_imported(damage: Damage, where: str) -> None:
     """Raises: UserError when shards are damaged whose images are not there."""
     origin = damage.segments[0].origin
     if 0 in damage.shards and origin is not None and origin.dataset["source"] == IMPORTED:
-        raise UserError(
-            f"{where}: its latents were imported, there are no images to encode; run the same `ldm-vae latents import` "
-            "command again, which makes damaged shards again"
-        )
+        instead = "run the same `ldm-vae latents import` command again, which makes damaged shards again"
+        raise UserError(where, "its latents were imported, there are no images to encode", instead)
 
 
 def _examine(location: str) -> Damage:
     verification = verify(location, progress=True)
     if verification.whole and not verification.finished:
-        raise UserError(
-            f"{location}: is not damaged, but not finished; run the same `{verification.command}` command again"
-        )
+        instead = f"run the same `{verification.command}` command again"
+        raise UserError(location, "is not damaged, but not finished", instead)
     print("\n".join(verification.lines()[:-1] if verification.findings else verification.lines()))
     return _damage(verification, read_state(open_folder(location)))
 
@@ -162,7 +186,7 @@ def _damage(verification: Verification, state: SetState) -> Damage:
 
 
 def _recorded(state: SetState, segment: Segment, shard: int) -> str | None:
-    """The checksum that a shard had."""
+    """The checksum that a shard had, by the index or by its sidecar."""
     if state.index is not None and segment.listed and shard < len(state.index):
         return state.index[shard].checksum
     try:
@@ -172,30 +196,39 @@ def _recorded(state: SetState, segment: Segment, shard: int) -> str | None:
     return header.record.checksum if header.origin == segment.digest else None
 
 
-def _fitting(job: Job, folder: Folder, damage: Damage) -> Job | None:
+def _first_segment_job(job: Job, folder: Folder, damage: Damage) -> Job | None:
     """The job that makes the first segment again; None where the settings are those of another segment. For all
-    processes. Raises: UserError where they must be those of the first and are not."""
-    fits, grown = run_on_main(job.accelerator, partial(_judge, job, folder, damage))
+    processes. Raises: UserError where they must be those of the first segment and are not."""
+    fits, grown = run_on_main(job.accelerator, partial(_is_first_segment, job, folder, damage))
     if grown is not None:
         job, _ = open_segment(job, folder, grown)
     return job if fits else None
 
 
-def _judge(job: Job, folder: Folder, damage: Damage) -> tuple[bool, NewSegment | None]:
-    """(whether the settings are those of the first segment; it, where its source has grown since)."""
+def _is_first_segment(job: Job, folder: Folder, damage: Damage) -> tuple[bool, NewSegment | None]:
+    """(whether the settings are those of the first segment; the segment, where its source has grown since)."""
     segment = damage.segments[0]
     if segment.origin is None:
         if job.origin.digest != segment.digest:
             raise UserError(
-                f"{folder.location}/{plan_name(0)}: is damaged, and these settings make another one: its digest was "
-                f"{short(segment.digest)} and theirs is {short(job.origin.digest)}; give exactly the settings, the "
-                "autoencoder and the images of the first run"
+                f"{folder.location}/{plan_name(0)}",
+                f"is damaged, and these settings make another one: its digest was {short(segment.digest)} and theirs "
+                f"is {short(job.origin.digest)}",
+                "give exactly the settings, the autoencoder and the images of the first run",
             )
         return True, None
     try:
-        if len(damage.segments) > 1 and damage.manifest and _only_images_differ(job.origin, segment.origin):
-            return True, first_segment(job, folder)
-        _check_dataset(job.origin, segment.origin, folder.location)
+        if _only_images_differ(job.origin, segment.origin):
+            if len(damage.segments) > 1 and damage.manifest:
+                return True, first_segment(job, folder)
+            here, there = job.origin.dataset, segment.origin.dataset
+            raise UserError(
+                folder.location,
+                f"dataset.fingerprint is {short(there['fingerprint'])} there ({there['count']} images) and "
+                f"{short(here['fingerprint'])} here ({here['count']} images): images were added, removed or changed "
+                "since",
+                "give exactly those of the first run, for example a folder with links to them",
+            )
         check_same(to_dict(job.origin), to_dict(segment.origin), folder.location, OTHER_ORIGIN)
     except UserError as error:
         if set(damage.shards) == {0}:
@@ -203,17 +236,6 @@ def _judge(job: Job, folder: Folder, damage: Damage) -> tuple[bool, NewSegment |
         print(f"{error} - so only the shards of other segments are made again now")
         return False, None
     return True, None
-
-
-def _check_dataset(ours: Origin, theirs: Origin, where: str) -> None:
-    """Raises: UserError when everything else is the same, but the images are others."""
-    if _only_images_differ(ours, theirs):
-        here, there = ours.dataset, theirs.dataset
-        raise UserError(
-            f"{where}: dataset.fingerprint is {short(there['fingerprint'])} there ({there['count']} images) and "
-            f"{short(here['fingerprint'])} here ({here['count']} images): images were added, removed or changed since; "
-            "give exactly those of the first run, for example a folder with links to them"
-        )
 
 
 def _only_images_differ(ours: Origin, theirs: Origin) -> bool:
@@ -227,11 +249,9 @@ def _restore_plans(folder: Folder, damage: Damage, ours: Origin | None) -> None:
     """Write damaged plans as they were: from the manifest, that of the first segment else from the settings."""
     lost = [number for number in damage.plans if damage.segments[number].origin is None]
     if lost and not (lost == [0] and ours is not None):
-        raise UserError(
-            f"{folder.location}/{plan_name(lost[0])}: is damaged, and {'nothing else' if damage.manifest else 'so is'} "
-            f"{'holds what was in it' if damage.manifest else 'the manifest'}; restore one of them from a copy, or "
-            "encode to another output"
-        )
+        others = "nothing else holds what was in it" if damage.manifest else "so is the manifest"
+        instead = "restore one of them from a copy, or encode to another output"
+        raise UserError(f"{folder.location}/{plan_name(lost[0])}", f"is damaged, and {others}", instead)
     if damage.plans:
         with folder.lock(LOCK):
             for number in damage.plans:
@@ -273,40 +293,44 @@ def _rebuild(folder: Folder, damage: Damage, end: int | None = None) -> None:
         output.publish(output.complete(last.shards))
 
 
-def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign: bool) -> int:
-    """Publish what follows from the shards, and say what became of them. Returns: as `repair`."""
+def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign: bool) -> bool:
+    """Publish what follows from the shards, and say what became of them. Returns: whether the set is whole."""
+    where = folder.location
     for number in done:
         first = damage.segments[number].first_shard
         for shard in sorted(first + unit for unit in damage.shards[number]):
             before, now = damage.checksums.get(shard), read_header(folder, shard).record.checksum
-            other = (
-                "other bytes than before (another machine, or other versions)" if before else "not known what it was"
-            )
-            same = "the same bytes as before" if before == now else other
-            print(f"{folder.location}: {shard_name(shard)} is made again: {same}")
+            if before is None:
+                found = "no checksum of what it was is left"
+            elif before == now:
+                found = "the same bytes as before"
+            else:
+                found = "other bytes than before (another machine, or other versions)"
+            print(f"{where}: {shard_name(shard)} is made again: {found}")
     for name in damage.foreign:
         if remove_foreign:
             folder.remove(name)
         what = "is removed" if remove_foreign else "does not belong here and is left alone; --remove-foreign deletes it"
-        print(f"{folder.location}: {name} {what}")
+        print(f"{where}: {name} {what}")
     left = {number: units for number, units in damage.shards.items() if number not in set(done)}
     for number, units in left.items():
         things = pluralize(len(units), "damaged shard")
-        print(f"{folder.location}: {things} of segment {number} left; run this again with the settings that made it")
+        print(f"{where}: {things} of segment {number} left; run this again with the settings that made it")
     if left:
-        return 1
+        return False
     _rebuild(folder, damage)
-    verification = verify(folder.location, quick=True)
+    verification = verify(where, quick=True)
     print("\n".join(verification.lines()))
     if damage.hopeless:
-        print(f"{folder.location}: {damage.hopeless} of the things above cannot be mended here")
-    return int(not verification.whole or damage.hopeless > 0)
+        print(f"{where}: {damage.hopeless} of the things above cannot be mended here")
+    return verification.whole and not damage.hopeless
 
 
 class Sparing:
-    """A folder that leaves a file alone which has the content already that is to be written.
+    """A folder that does not write a file again that has the right content already.
 
-    `hidden`: files that are not listed. Everything else is the folder's.
+    Args:
+        hidden: files that are not listed.
     """
 
     def __init__(self, folder: Folder, hidden: frozenset[str] = frozenset()) -> None:

@@ -47,7 +47,7 @@ def encode(settings: list[str]) -> Encode:
 
     def run(output: Path | str, *overrides: str) -> int:
         config = configuration.load(EncodeConfig, None, [*settings, f"output={output}", *overrides])
-        return encode_all_sizes(config, make_accelerator(config))
+        return encode_all_sizes(config, make_accelerator(config)).exit_code
 
     return run
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_vae import config as configuration
-from ldm_vae.latents.append import AppendConfig, append_images
+from ldm_vae.latents.append import AppendConfig, append_all_sizes
 from ldm_vae.latents.encode import EncodeConfig, encode_all_sizes, make_accelerator
 
 SIDE_FILES = ("run.json", "encode.lock")
@@ -44,9 +44,9 @@ def make(folder: Path, images: Path, settings: list[str]) -> RichSet:
     encoded, appended = ([*words, f"data.path={folder / name}"] for name in ("first", "more"))
     appended.append("id_prefix=more/")
     config = configuration.load(EncodeConfig, None, [*encoded, f"output={folder / 'set'}"])
-    assert encode_all_sizes(config, make_accelerator(config)) == 0
+    assert encode_all_sizes(config, make_accelerator(config)).exit_code == 0
     more = configuration.load(AppendConfig, None, [*appended, f"output={folder / 'set'}"])
-    assert append_images(more, make_accelerator(more)) == 0
+    assert append_all_sizes(more, make_accelerator(more)).exit_code == 0
     return RichSet(folder / "set", encoded, appended)
 
 

@@ -20,7 +20,7 @@ from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.latents.append import AppendConfig, append_images, segment_job
+from ldm_vae.latents.append import AppendConfig, append_all_sizes, segment_job
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.encode import EncodeConfig, encode_units, make_accelerator
 from ldm_vae.latents.format import read_manifest, read_origin, shard_name, sidecar_name
@@ -61,7 +61,7 @@ def append(settings: list[str]) -> Append:
 
     def run(output: Path | str, *overrides: str) -> int:
         config = configuration.load(AppendConfig, None, [*settings, f"output={output}", *overrides])
-        return append_images(config, make_accelerator(config))
+        return append_all_sizes(config, make_accelerator(config)).exit_code
 
     return run
 

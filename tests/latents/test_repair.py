@@ -15,7 +15,6 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.errors import UserError
-from ldm_vae.latents.append import AppendConfig
 from ldm_vae.latents.encode import make_accelerator
 from ldm_vae.latents.format import (
     MANIFEST,
@@ -26,7 +25,7 @@ from ldm_vae.latents.format import (
     shard_name,
     sidecar_name,
 )
-from ldm_vae.latents.repair import repair
+from ldm_vae.latents.repair import RepairConfig, repair_all_sizes
 from ldm_vae.latents.shard import Shard, open_shard, write_shard
 from ldm_vae.latents.verify import verify
 from ldm_vae.latents.writer import QUARANTINE, Output
@@ -45,8 +44,9 @@ def copy(rich: RichSet, tmp_path: Path) -> Path:
 
 
 def run(output: Path | str, words: list[str], remove_foreign: bool = False) -> int:
-    config = configuration.load(AppendConfig, None, [*words, f"output={output}"])
-    return repair(config, make_accelerator(config), remove_foreign)
+    words = [*words, f"output={output}", f"remove_foreign={remove_foreign}"]
+    config = configuration.load(RepairConfig, None, words)
+    return repair_all_sizes(config, make_accelerator(config)).exit_code
 
 
 def words_for(rich: RichSet, name: str) -> list[str]:

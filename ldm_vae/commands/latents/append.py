@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.latents.append import AppendConfig, append_images
-    from ldm_vae.latents.encode import run_job
 
     config = config_arguments.load(args, AppendConfig)
-    return 0 if config is None else run_job(config, append_images)
+    if config is not None:
+        append_images(config)
+    return 0

@@ -25,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from functools import partial
+    from dataclasses import replace
 
-    from ldm_vae.latents.append import AppendConfig
-    from ldm_vae.latents.encode import run_job
-    from ldm_vae.latents.repair import repair
+    from ldm_vae.latents.repair import RepairConfig, repair_latents
 
-    config = config_arguments.load(args, AppendConfig)
-    return 0 if config is None else run_job(config, partial(repair, remove_foreign=args.remove_foreign))
+    config = config_arguments.load(args, RepairConfig)
+    return 0 if config is None else repair_latents(replace(config, remove_foreign=args.remove_foreign)).exit_code
