@@ -1,6 +1,6 @@
 """The page of `ldm-vae latents stats`: what a set of latents, codes and labels looks like, as one file.
 
-Owns plots, maps and captions; the numbers come from `latents.tools.stats`, only spectra are measured here. Words and
+Owns plots, maps and captions; the numbers come from `latents.stats`, only spectra are measured here. Words and
 look are in `templates/latent_set.html`.
 """
 
@@ -18,9 +18,19 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.health_metrics import power_spectrum
 from ldm_vae.evaluation.pages import COLOURS, INK, RULE, Picture, embed_image, legend, new_figure, template_environment
 from ldm_vae.evaluation.plots import number, page_svg
-from ldm_vae.files import write_json, write_text
+from ldm_vae.files import readable_json, write_json, write_text
 from ldm_vae.latents.dataset import LatentDataset, samples_per_shard
-from ldm_vae.latents.stats import COLUMNS, Statistics, batches, short_number, summary
+from ldm_vae.latents.stats import (
+    COLUMNS,
+    Statistics,
+    StatsConfig,
+    batches,
+    measure_set,
+    open_set,
+    short_number,
+    summary,
+    table,
+)
 
 Report = dict[str, Any]
 Plot = tuple[str, str, str, str]
@@ -37,11 +47,29 @@ LEAST_MAP_RANGE = 0.1
 """Deviations that black and white of a mean map are at least away from grey: less is noise of the sampling."""
 
 
+def show_statistics(config: StatsConfig) -> Statistics:
+    """`ldm-vae latents stats`: measure a set, print a table or JSON, and write the page.
+
+    Raises:
+        UserError: no finished set, damaged shards, or values that are not finite.
+        Disagreement: mean or std are others in the manifest than in the shards.
+    """
+    dataset = open_set(config.latents)
+    statistics = measure_set(dataset, config.samples)
+    if config.output:
+        write_page(statistics, dataset, config.output)
+    if config.json:
+        print(readable_json(statistics.report), end="")
+    else:
+        print(table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
+    return statistics
+
+
 def write_page(statistics: Statistics, dataset: LatentDataset, output: str | Path) -> None:
     """`index.html` and `stats.json` in the folder `output`; those of an earlier call are replaced.
 
     Args:
-        statistics: of `dataset`, which `latents.tools.stats.open_set` opened.
+        statistics: of `dataset`, which `latents.stats.open_set` opened.
 
     Raises:
         UserError: `output` is the set itself, or a file.

@@ -1,25 +1,25 @@
-"""Import of latents that LightningDiT's `extract_features.py` wrote, or a project that kept its layout.
+"""`ldm-vae latents import`: a set of latents that LightningDiT's `extract_features.py` wrote, or its layout.
 
     latents_rank00_shard000.safetensors   latents (n, c, h, w) float32, latents_flip the same of the mirrored images,
                                           labels (n) int64; about 10,000 rows a file, its ranks and shards counted
     latents_stats.pt                      {"mean", "std"} (1, c, 1, 1) float32, of up to 10,000 random rows of latents
 
-Latents are posterior samples, drawn once, unscaled: the trainer normalises them. Nothing there says which autoencoder
-made them, at which resolution, from which images; so the user says it, and the set records that it is the user's word.
-Owns reading and judging that folder, and the set made of it. Source: hustvl/LightningDiT on GitHub,
-extract_features.py and datasets/img_latent_dataset.py.
+Latents are posterior samples, drawn once, unscaled: the trainer normalizes them. These files do not say which
+autoencoder made them, at which resolution, from which images; the user says it, and the set records it as asserted.
+Source: hustvl/LightningDiT on GitHub, extract_features.py and datasets/img_latent_dataset.py.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,88 @@ random part, for which a few hundredths are usual."""
 
 
 @dataclass(frozen=True)
+class ImportConfig:
+    """`ldm-vae latents import`.
+
+    Args:
+        source: the local folder with the files.
+        output: a new folder for the set, or its URL.
+        autoencoder: directory of the autoencoder, or of the run, that made the latents. Nothing can check that.
+        resolution: pixels of the images: the side of square ones, or HEIGHTxWIDTH.
+        labels: a text file with the name of each class on a line; null: classes are called by their numbers.
+        dtype: of what is stored; null: as it is.
+        shard_size: rows in a shard.
+        layout: of the source; there is one so far.
+    """
+
+    source: str = "???"
+    output: str = "???"
+    autoencoder: str = "???"
+    resolution: str = "256"
+    labels: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    shard_size: int = 256
+    layout: Literal["lightningdit"] = "lightningdit"
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise UserError(f"shard_size: {self.shard_size} is below 1")
+        if len(parse_sizes(self.resolution)) > 1:
+            raise UserError(f"resolution: {self.resolution} are several sizes, a folder holds latents of one; give it")
+
+
+def import_latents(config: ImportConfig) -> Manifest:
+    """Make a set, see `import_set`, and print what it is and how to see it."""
+    manifest = import_set(config)
+    print(f"{config.output}: {summary(manifest)}")
+    words = [config.output, "--autoencoder", config.autoencoder, "--output", "sheet.png"]
+    print(f"no file says that {config.autoencoder} made them; see it with `ldm-vae latents decode {shlex.join(words)}`")
+    return manifest
+
+
+def import_set(config: ImportConfig) -> Manifest:
+    """Make a set of a folder in LightningDiT's layout, or finish or mend what is there; every row becomes a sample.
+
+    Raises:
+        UserError: the folder, the autoencoder or the output is not usable, a latent is not finite, or latents_stats.pt
+            is of other latents.
+    """
+    from tqdm import tqdm
+
+    started = time.time()
+    source = Source(config.source)
+    theirs = read_statistics(source.folder, source.files[0].latent_shape[0])
+    for note in source.notes():
+        print(f"note: {config.source}: {note}")
+    output = Output(config.output, plan(config, source))
+    _restore_plan(output)
+    with output.open():
+        verification = verify(output.where, progress=True)
+        finished = output.finished_manifest() if verification.whole else None
+        if finished:
+            print(f"{output.where}: finished already: {summary(finished)}")
+            return finished
+        for finding in verification.findings:
+            print(f"{output.where}/{finding}")
+        damaged = {finding.shard for finding in verification.findings if finding.cure == "encode"}
+        origin, there = output.origin, output.finished_units() - damaged
+        units = planned_shards(origin) or 0
+        with tqdm(total=source.count, unit=" rows", desc="import", dynamic_ncols=True) as bar:
+            for unit in range(units):
+                start, stop = unit * config.shard_size, min((unit + 1) * config.shard_size, source.count)
+                if unit not in there:
+                    write_shard(output.folder, unit, shard(source, origin, start, stop), origin.layout, origin.digest)
+                bar.update(stop - start)
+        completed = output.complete(units)
+        if theirs:
+            print(compare(completed.manifest, theirs, source.folder / STATISTICS))
+        record = provenance.run_record(None, started, time.time() - started, images=completed.manifest.count)
+        completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
+        output.publish(completed)
+    return completed.manifest
+
+
+@dataclass(frozen=True)
 class File:
     """One of the files, and what its header says."""
 
@@ -67,35 +149,6 @@ class File:
     flipped: bool
     others: tuple[str, ...]
     """Names of tensors that are not imported."""
-
-
-@dataclass(frozen=True)
-class Import:
-    """`ldm-vae latents import --from lightningdit`.
-
-    Attributes:
-        source: the local folder with the files.
-        output: folder or URL of the new set.
-        autoencoder: directory of the autoencoder, or of a run, that made the latents: nobody can check that.
-        resolution: pixels of the images, as in `encode`.
-        labels: text file with the name of each class on a line; None: classes are called by their numbers.
-        dtype: to store; None: as it is.
-        shard_size: rows a shard.
-    """
-
-    source: str
-    output: str
-    autoencoder: str
-    resolution: str = "256"
-    labels: str | None = None
-    dtype: str | None = None
-    shard_size: int = 256
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise UserError(f"shard_size: {self.shard_size} is below 1")
-        if len(parse_sizes(self.resolution)) > 1:
-            raise UserError(f"resolution: {self.resolution} are several sizes, a folder holds latents of one; give it")
 
 
 class Source:
@@ -233,15 +286,15 @@ def _described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(tensors.items())) or "nothing"
 
 
-def plan(settings: Import, source: Source) -> Origin:
+def plan(config: ImportConfig, source: Source) -> Origin:
     """The plan of the set. Raises: UserError when the autoencoder cannot have made latents of this shape."""
-    autoencoder = load_autoencoder(settings.autoencoder)
-    (height, width), factor = parse_sizes(settings.resolution)[0], autoencoder.downsampling
+    autoencoder = load_autoencoder(config.autoencoder)
+    (height, width), factor = parse_sizes(config.resolution)[0], autoencoder.downsampling
     expected = (autoencoder.latent_channels, height / factor, width / factor)
     shape = source.files[0].latent_shape
     if shape != expected:
         raise UserError(
-            f"{settings.source}: its latents are {_times(shape)}, {settings.autoencoder} makes {_times(expected)} of "
+            f"{config.source}: its latents are {_times(shape)}, {config.autoencoder} makes {_times(expected)} of "
             f"images of {height}x{width}; give the autoencoder that made them, and --resolution"
         )
     record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
@@ -252,14 +305,14 @@ def plan(settings: Import, source: Source) -> Origin:
             "source": IMPORTED,
             "part": "all",
             "fingerprint": source.fingerprint(),
-            "label_names": label_names(settings.labels, source.labels),
+            "label_names": label_names(config.labels, source.labels),
             "count": source.count,
         },
         content="mean" if autoencoder.deterministic else "sample",
-        dtype=settings.dtype or source.files[0].dtype,
+        dtype=config.dtype or source.files[0].dtype,
         latent_shape=(shape[0], shape[1], shape[2]),
         flipped=source.files[0].flipped,
-        encoding={"shard_size": settings.shard_size},
+        encoding={"shard_size": config.shard_size},
     )
 
 
@@ -299,50 +352,8 @@ def label_names(path: str | None, labels: Tensor) -> list[str]:
     return names
 
 
-def import_set(settings: Import) -> Manifest:
-    """Make a set of a folder in LightningDiT's layout, or finish or mend what is there; every row becomes a sample.
-
-    Raises:
-        UserError: the folder, the autoencoder or the output is not usable, a latent is not finite, or latents_stats.pt
-            is of other latents.
-    """
-    from tqdm import tqdm
-
-    started = time.time()
-    source = Source(settings.source)
-    theirs = read_statistics(source.folder, source.files[0].latent_shape[0])
-    for note in source.notes():
-        print(f"note: {settings.source}: {note}")
-    output = Output(settings.output, plan(settings, source))
-    _restore_plan(output)
-    with output.open():
-        verification = verify(output.where, progress=True)
-        finished = output.finished_manifest() if verification.whole else None
-        if finished:
-            print(f"{output.where}: finished already: {summary(finished)}")
-            return finished
-        for finding in verification.findings:
-            print(f"{output.where}/{finding}")
-        damaged = {finding.shard for finding in verification.findings if finding.cure == "encode"}
-        origin, there = output.origin, output.finished_units() - damaged
-        units = planned_shards(origin) or 0
-        with tqdm(total=source.count, unit=" rows", desc="import", dynamic_ncols=True) as bar:
-            for unit in range(units):
-                start, stop = unit * settings.shard_size, min((unit + 1) * settings.shard_size, source.count)
-                if unit not in there:
-                    write_shard(output.folder, unit, shard(source, origin, start, stop), origin.layout, origin.digest)
-                bar.update(stop - start)
-        completed = output.complete(units)
-        if theirs:
-            print(compare(completed.manifest, theirs, source.folder / STATISTICS))
-        record = provenance.run_record(None, started, time.time() - started, images=completed.manifest.count)
-        completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
-        output.publish(completed)
-    return completed.manifest
-
-
 def _restore_plan(output: Output) -> None:
-    """Write a damaged plan again, if it was the one of these settings: manifest and shards know its digest."""
+    """Write a damaged plan again, if it was the plan of these settings: manifest and shards know its digest."""
     if not output.folder.sizes("shard-"):
         return
     state = read_state(output.folder)

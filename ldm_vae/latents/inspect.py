@@ -1,6 +1,7 @@
-"""What a set is, in a screenful: from its manifest and index alone, whatever its size. Reads no shard.
+"""`ldm-vae latents info` and `decode`: what a set is, and some of its samples as images again.
 
-Of a set that is not finished it says how far it has come, and what continues it.
+`info` reads the manifest and the index only, so it takes a moment at any size. Of a set that is not finished it shows
+how far it has come, and what continues it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
+from ldm_vae.files import readable_json, write_atomically
 from ldm_vae.latents.dataset import LatentDataset, evenly, label_text, read_labels, samples_per_shard
 from ldm_vae.latents.format import (
     FLIPPED,
+    MAKE_AGAIN,
     MANIFEST,
     STORED_DTYPES,
     Manifest,
@@ -34,6 +38,7 @@ from ldm_vae.latents.format import (
     planned_shards,
     read_manifest,
     read_origin,
+    refuse_inside,
     shard_name,
     short,
 )
@@ -41,6 +46,7 @@ from ldm_vae.latents.shard import open_shard
 from ldm_vae.latents.state import command_for
 from ldm_vae.latents.writer import QUARANTINE, SIDECAR_NAME
 from ldm_vae.random import generator
+from ldm_vae.runtime import compute_device
 from ldm_vae.storage.base import Folder
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.text import pluralize, size_text
@@ -48,8 +54,28 @@ from ldm_vae.utils.text import pluralize, size_text
 SHOWN_NAMES = 12
 
 
+@dataclass(frozen=True)
+class InfoConfig:
+    """`ldm-vae latents info`.
+
+    Args:
+        latents: the folder of a set, or its URL.
+        json: print everything, as JSON.
+    """
+
+    latents: str = "???"
+    json: bool = False
+
+
+def show_info(config: InfoConfig) -> dict[str, Any]:
+    """Print what a set is. Returns and raises: see `describe`."""
+    values = describe(config.latents)
+    print(readable_json(values) if config.json else "\n".join(lines(values)), end="" if config.json else "\n")
+    return values
+
+
 def describe(location: str | Path) -> dict[str, Any]:
-    """What `--json` prints: the manifest's fields, and sizes, reasons and unfinished segments beside them.
+    """The fields of the manifest, and sizes, reasons of rejection and unfinished segments beside them.
 
     Raises: UserError where there is no set, or its records are damaged.
     """
@@ -78,21 +104,19 @@ def _made_by(autoencoder: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reasons(folder: Folder, manifest: Manifest) -> dict[str, int]:
-    """Reason -> images left out, the most frequent first. Raises: UserError when the list is damaged."""
+    """Reason -> number of images left out, the most frequent first. Raises: UserError when the list is damaged."""
     if not manifest.rejected:
         return {}
     try:
         lines = folder.read(QUARANTINE).splitlines()
         return dict(Counter(json.loads(line)["reason"] for line in lines).most_common())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder.location}/{QUARANTINE}: cannot be read ({type(error).__name__}); "
-            "`ldm-vae latents repair` makes it again"
-        ) from error
+        what = f"cannot be read ({type(error).__name__})"
+        raise UserError(f"{folder.location}/{QUARANTINE}", what, MAKE_AGAIN) from error
 
 
 def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
-    """The segment `number`, where it was begun: `segment`, `shards` that are there, of how many `planned`."""
+    """Of the segment `number`, if it was begun: `segment`, `shards` that are there, `planned`, and its `command`."""
     if not folder.exists(plan_name(number)):
         return None
     origin, sizes = read_origin(folder, number), folder.sizes("shard-")
@@ -103,7 +127,7 @@ def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
 
 
 def lines(values: dict[str, Any]) -> list[str]:
-    """For people; `values` of `describe`."""
+    """What `describe` found as text."""
     if not values["finished"]:
         layout, made_by = values["layout"], values["autoencoder"]
         shape = "x".join(map(str, layout["latent_shape"]))
@@ -177,15 +201,85 @@ def _progress(unfinished: dict[str, Any]) -> str:
     return f"{where}{unfinished['shards']:,}{of} shards; the same `{unfinished['command']}` command continues"
 
 
-# `ldm-vae latents decode`: samples of a set as pictures again, each named by its number, label and id.
+# Decoding samples into a contact sheet.
 
+SHEET_SAMPLES = 16
 LEAST_SIDE = 128
-"""Smaller pictures are enlarged to it on the sheet, so that there is room for their names."""
+"""Smaller images are enlarged to it on the sheet, so that there is room for their names."""
+SHEET_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """`ldm-vae latents decode`.
+
+    Args:
+        latents: the folder of a finished set, or its URL.
+        autoencoder: the autoencoder that made the latents; its decoder may have been trained further.
+        output: the contact sheet, a .png, .webp or .jpg file.
+        count: samples, evenly spread; null: 16.
+        samples: these samples instead, by their numbers in the set with commas: "3,17,99".
+        label: samples of this class only.
+        flipped: the stored mirror images.
+        posterior: of stored moments; null: the mean.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+
+    latents: str = "???"
+    autoencoder: str = "???"
+    output: str = "???"
+    count: int | None = None
+    samples: str | None = None
+    label: str | None = None
+    flipped: bool = False
+    posterior: Literal["mean", "sample"] | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix.lower() not in SHEET_SUFFIXES and self.output != "???":
+            raise UserError(f"output: {self.output} is not the name of an image; let it end in .png")
+        if self.samples and (self.label or self.count):
+            raise UserError("samples: names the samples, so that label and count have no effect; leave those out")
+        parse_numbers(self.samples)
+
+
+def parse_numbers(text: str | None) -> list[int]:
+    """`3,17,99` -> [3, 17, 99]; empty for None. Raises: UserError."""
+    words = [word.strip() for word in text.split(",")] if text else []
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"samples: {text!r} is not a list of numbers; give them as 3,17,99")
+    return [int(word) for word in words]
+
+
+def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[Decoded]:
+    """Decode samples of a set into a contact sheet. `overwrite`: replace an earlier sheet.
+
+    Raises:
+        UserError: no finished set, an autoencoder that did not make it, samples that are not there, or a damaged shard.
+    """
+    output = Path(config.output)
+    if output.exists() and not overwrite:
+        raise UserError(f"output: {output} is there already; give another name, or --overwrite")
+    refuse_inside(output, "output")
+    open_set_folder(config.latents)
+    dataset = LatentDataset(config.latents)
+    manifest = dataset.manifest
+    count = SHEET_SAMPLES if config.count is None else config.count
+    numbers = choose(manifest, count, parse_numbers(config.samples), config.label)
+    autoencoder = load_autoencoder(config.autoencoder)
+    check_autoencoder(manifest, autoencoder, f"autoencoder={config.autoencoder}")
+    autoencoder.to(compute_device(config.device))
+    decoded = decode_samples(dataset, autoencoder, numbers, flipped=config.flipped, posterior=config.posterior)
+    write_atomically(output, contact_sheet(decoded).save)
+    for sample in decoded:
+        print("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
+    print(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
+    return decoded
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A sample as a picture. `label` is empty for none."""
+    """A sample as an image. `label` is empty for none."""
 
     number: int
     label: str
@@ -205,10 +299,8 @@ def check_autoencoder(manifest: Manifest, autoencoder: Autoencoder, where: str) 
         return
     found, made_by = autoencoder.token_fingerprint(), manifest.autoencoder.get("token_fingerprint")
     if found != made_by:
-        raise UserError(
-            f"{where}: its token_fingerprint is {short(found)}, but the codes were made by {short(made_by)}; "
-            "give the autoencoder that made them, or encode again with this one"
-        )
+        what = f"its token_fingerprint is {short(found)}, but the codes were made by {short(made_by)}"
+        raise UserError(where, what, "give the autoencoder that made them, or encode again with this one")
 
 
 def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: str | None = None) -> list[int]:
@@ -220,10 +312,10 @@ def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: s
     if samples:
         for number in samples:
             if not 0 <= number < manifest.count:
-                raise UserError(f"--samples: there is no sample {number}; numbers go from 0 to {manifest.count - 1}")
+                raise UserError(f"samples: there is no sample {number}; numbers go from 0 to {manifest.count - 1}")
         return list(samples)
     if count < 1:
-        raise UserError(f"--count: {count} is below 1")
+        raise UserError(f"count: {count} is below 1")
     if label is None:
         return samples_per_shard(manifest.shard_index.counts, count)
     names = list(manifest.label_names)
@@ -231,10 +323,10 @@ def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: s
         near = difflib.get_close_matches(label, names, n=1, cutoff=0.5)
         known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {known}" if names else "it has no labels"
-        raise UserError(f"--label: {label!r} is no class of {manifest.where.location}; {hint}")
+        raise UserError(f"label: {label!r} is not a class of {manifest.where.location}; {hint}")
     members = np.flatnonzero(read_labels(manifest) == names.index(label))
     if not len(members):
-        raise UserError(f"--label: no sample of {manifest.where.location} is {label!r}; choose another class")
+        raise UserError(f"label: no sample of {manifest.where.location} is {label!r}; choose another class")
     return members[evenly(len(members), count)].tolist()
 
 
@@ -254,10 +346,10 @@ def decode_samples(
     """
     manifest, where = dataset.manifest, dataset.where
     if flipped and not manifest.flipped:
-        raise UserError(f"--flipped: {where} holds no mirror images; leave it out, or encode with flip=true")
+        raise UserError(f"flipped: {where} holds no mirror images; leave it out, or encode with flip=true")
     if posterior and manifest.content != "moments":
         raise UserError(
-            f"--posterior: {where} holds {manifest.content}, which leaves no choice; leave it out, or encode with "
+            f"posterior: {where} holds {manifest.content}, which leaves no choice; leave it out, or encode with "
             "store=moments"
         )
     found = []

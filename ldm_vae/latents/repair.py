@@ -1,4 +1,4 @@
-"""`ldm-vae latents repair`: encode damaged and missing shards again, and derive the records again that follow from them.
+"""`ldm-vae latents repair`: encode damaged and missing shards again, and derive the other records from them.
 
 Everything that decides the bytes of a shard is compared with its plan before anything changes, and what was made is
 compared with the checksum that was recorded. Nothing is deleted first: each file is replaced when its successor is

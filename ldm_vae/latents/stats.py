@@ -1,8 +1,8 @@
-"""`ldm-vae latents stats`: what the latents, codes and labels of a set look like as numbers.
+"""`ldm-vae latents stats`: the distribution of the latents, codes and labels of a set, as numbers.
 
-Exact figures come from the sums of all shards; the shape of the distribution from samples that are spread evenly over
-the set. Latents are seen as a trainer sees them: posterior samples where moments are stored, mirror images half of the
-time, normalised with the manifest's constants. Owns the measurement and its table; pictures are the page's.
+Mean and std are exact, from the sums of all shards. The shape of the distribution is measured on samples spread evenly
+over the set. Latents are taken as a trainer gets them: posterior samples where moments are stored, mirror images
+half of the time, normalized with the manifest's constants. `evaluation.latent_set_page` draws the plots.
 """
 
 from __future__ import annotations
@@ -71,8 +71,29 @@ LEGEND = {
 """What a title cannot say; below the table."""
 
 
+@dataclass(frozen=True)
+class StatsConfig:
+    """`ldm-vae latents stats`.
+
+    Args:
+        latents: the folder of a finished set, or its URL.
+        samples: samples on which the distribution is measured.
+        output: a folder for stats.json and index.html, a page of plots; earlier ones are replaced.
+        json: print everything as JSON instead of a table.
+    """
+
+    latents: str = "???"
+    samples: int = 4096
+    output: str | None = None
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples: {self.samples} is below 1; a few thousand show the distribution")
+
+
 class Disagreement(UserError):
-    """The values, the index and the manifest of a set do not agree: one sentence, with both values."""
+    """The values, the index and the manifest of a set do not agree. The command ends with exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +123,6 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
         UserError: damaged shards, a channel that cannot be normalised, or values that are not finite.
         Disagreement: mean or std are others in the manifest than in the shards.
     """
-    if samples < 1:
-        raise UserError(f"--samples: {samples} is below 1; a few thousand show the distribution")
     manifest = dataset.manifest
     numbers = samples_per_shard(manifest.shard_index.counts, samples)
     report: dict[str, Any] = {

@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, loa
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
-from ldm_vae.latents.import_lightningdit import Import, import_set, natural_key
+from ldm_vae.latents.import_lightningdit import ImportConfig, import_set, natural_key
 from ldm_vae.latents.verify import verify
 from tests.latents.damaged_sets import flip
 
@@ -59,8 +59,8 @@ def source(tmp_path) -> Path:
 
 
 @pytest.fixture
-def settings(source, tmp_path, autoencoder_directory) -> Import:
-    return Import(str(source), str(tmp_path / "set"), str(autoencoder_directory), resolution="32", shard_size=7)
+def settings(source, tmp_path, autoencoder_directory) -> ImportConfig:
+    return ImportConfig(str(source), str(tmp_path / "set"), str(autoencoder_directory), resolution="32", shard_size=7)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -331,7 +331,7 @@ def test_the_command(settings, source, tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--autoencoder", settings.autoencoder, "--resolution", "32"]) == 0
     said = capsys.readouterr().out
     assert "26 latent samples of 3x4x4 in 1 shard" in said
-    (shown,) = re.findall(r"is your word; see it with `ldm-vae (latents decode .*)`", said)
+    (shown,) = re.findall(r"made them; see it with `ldm-vae (latents decode .*)`", said)
     assert cli.main(shlex.split(shown)) == 0
     assert (tmp_path / "sheet.png").exists()
     record = json.loads((Path(settings.output) / "run.json").read_text())

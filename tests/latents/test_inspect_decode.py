@@ -60,10 +60,10 @@ def test_posterior_samples_differ_and_repeat(latents, autoencoder_directory):
 
 def test_what_is_not_stored_is_refused(latents, encode, autoencoder_directory, tmp_path):
     autoencoder = load_autoencoder(autoencoder_directory)
-    with pytest.raises(UserError, match=r"--flipped: .* holds no mirror images"):
+    with pytest.raises(UserError, match=r"flipped: .* holds no mirror images"):
         decode_samples(LatentDataset(latents), autoencoder, [0], flipped=True)
     encode(tmp_path / "set", "store=mean")
-    with pytest.raises(UserError, match=r"--posterior: .* holds mean, which leaves no choice"):
+    with pytest.raises(UserError, match=r"posterior: .* holds mean, which leaves no choice"):
         decode_samples(LatentDataset(tmp_path / "set"), autoencoder, [0], posterior="sample")
     assert len(decode_samples(LatentDataset(tmp_path / "set"), autoencoder, [0])) == 1
 
@@ -76,12 +76,12 @@ def test_choosing(latents):
     assert choose(manifest, 3, label="b") == [14, 18, 22]
     for arguments, message in (
         ({"samples": [24]}, "there is no sample 24; numbers go from 0 to 23"),
-        ({"label": "c"}, "'c' is no class of .*; there are: a, b"),
+        ({"label": "c"}, "'c' is not a class of .*; there are: a, b"),
         ({"label": "bb"}, "did you mean 'b'"),
     ):
         with pytest.raises(UserError, match=message):
             choose(manifest, 4, **arguments)
-    with pytest.raises(UserError, match="--count: 0 is below 1"):
+    with pytest.raises(UserError, match="count: 0 is below 1"):
         choose(manifest, 0)
 
 
@@ -114,10 +114,10 @@ def test_the_command_writes_a_sheet(latents, autoencoder_directory, tmp_path, ca
     assert Image.open(sheet).width > 2 * 128
     for more, message in (
         (["--output", str(sheet)], "is there already; give another name, or --overwrite"),
-        (["--output", "sheet.txt"], "sheet.txt is no name of a picture"),
+        (["--output", "sheet.txt"], "sheet.txt is not the name of an image"),
         (["--output", str(latents / "x.png")], "holds latents; give a place outside of it"),
-        (["--output", "x.png", "--samples", "3", "--count", "2"], "--label and --count have no effect"),
-        (["--output", "x.png", "--samples", "3,-1"], "'3,-1' is no list of numbers"),
+        (["--output", "x.png", "--samples", "3", "--count", "2"], "label and count have no effect"),
+        (["--output", "x.png", "--samples", "3,-1"], "'3,-1' is not a list of numbers"),
     ):
         assert cli.main([*words, *more]) == EXIT_USER_ERROR
         assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.applications.directions.apply import ApplyDirectionConfig, apply_direction
-    from ldm_vae.commands.latents.decode import parse_numbers
+    from ldm_vae.latents.inspect import parse_numbers
 
     settings = {key: value for key, value in vars(args).items() if key in ApplyDirectionConfig.__dataclass_fields__}
     settings["output"] = args.out

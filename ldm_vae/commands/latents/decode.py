@@ -29,46 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from ldm_vae.latents.inspect import DecodeConfig, decode_latents
 
-    from ldm_vae.autoencoder.models import load_autoencoder
-    from ldm_vae.errors import UserError
-    from ldm_vae.files import write_atomically
-    from ldm_vae.latents.dataset import LatentDataset
-    from ldm_vae.latents.format import open_set_folder, refuse_inside
-    from ldm_vae.latents.inspect import check_autoencoder, choose, contact_sheet, decode_samples
-    from ldm_vae.runtime import compute_device
-    from ldm_vae.utils.text import pluralize
-
-    output = Path(args.output)
-    if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-        raise UserError(f"--output: {output} is no name of a picture; let it end in .png")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"--output: {output} is there already; give another name, or --overwrite")
-    refuse_inside(output, "--output")
-    if args.samples and (args.label or args.count):
-        raise UserError("--samples: names the samples, so that --label and --count have no effect; leave those out")
-    open_set_folder(args.set)
-    dataset = LatentDataset(args.set)
-    manifest = dataset.manifest
-    numbers = choose(manifest, COUNT if args.count is None else args.count, parse_numbers(args.samples), args.label)
-    autoencoder = load_autoencoder(args.autoencoder)
-    check_autoencoder(manifest, autoencoder, f"--autoencoder {args.autoencoder}")
-    autoencoder.to(compute_device(args.device))
-    decoded = decode_samples(dataset, autoencoder, numbers, flipped=args.flipped, posterior=args.posterior)
-    sheet = contact_sheet(decoded)
-    write_atomically(output, sheet.save)
-    for sample in decoded:
-        print("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
-    print(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
+    config = DecodeConfig(
+        args.set, args.autoencoder, args.output, args.count, args.samples, args.label, args.flipped, args.posterior,
+        args.device,
+    )  # fmt: skip
+    decode_latents(config, overwrite=args.overwrite)
     return 0
-
-
-def parse_numbers(text: str | None) -> list[int]:
-    """`3,17,99` -> [3, 17, 99]; empty for None."""
-    from ldm_vae.errors import UserError
-
-    words = [word.strip() for word in text.split(",")] if text else []
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"--samples: {text!r} is no list of numbers; give them as 3,17,99")
-    return [int(word) for word in words]

@@ -31,23 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import shlex
+    from ldm_vae.latents.import_lightningdit import ImportConfig, import_latents
 
-    from ldm_vae.latents.encode import summary
-    from ldm_vae.latents.import_lightningdit import Import, import_set
-
-    manifest = import_set(
-        Import(
-            source=args.source,
-            output=args.output,
-            autoencoder=args.autoencoder,
-            resolution=args.resolution,
-            labels=args.labels,
-            dtype=args.dtype,
-            shard_size=args.shard_size,
+    import_latents(
+        ImportConfig(
+            args.source, args.output, args.autoencoder, args.resolution, args.labels, args.dtype, args.shard_size
         )
     )
-    print(f"{args.output}: {summary(manifest)}")
-    words = [args.output, "--autoencoder", args.autoencoder, "--output", "sheet.png"]
-    print(f"that {args.autoencoder} made them is your word; see it with `ldm-vae latents decode {shlex.join(words)}`")
     return 0

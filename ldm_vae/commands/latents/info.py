@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.files import readable_json
-    from ldm_vae.latents.inspect import describe, lines
+    from ldm_vae.latents.inspect import InfoConfig, show_info
 
-    values = describe(args.set)
-    print(readable_json(values) if args.json else "\n".join(lines(values)), end="" if args.json else "\n")
+    show_info(InfoConfig(args.set, args.json))
     return 0

@@ -25,22 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.files import readable_json
-    from ldm_vae.latents.stats import Disagreement, measure_set, open_set, table
+    from ldm_vae.evaluation.latent_set_page import show_statistics
+    from ldm_vae.latents.stats import Disagreement, StatsConfig
 
-    dataset = open_set(args.set)
     try:
-        statistics = measure_set(dataset, args.samples)
+        show_statistics(StatsConfig(args.set, args.samples, args.output, args.json))
     except Disagreement as error:
         print(f"ldm-vae latents stats: {error}", file=sys.stderr)
         return 1
-    if args.output:
-        from ldm_vae.evaluation.latent_set_page import write_page
-
-        write_page(statistics, dataset, args.output)
-    report = statistics.report
-    if args.json:
-        print(readable_json(report), end="")
-    else:
-        print(table(report) + (f"\n\n{args.output}/index.html shows it" if args.output else ""))
     return 0
