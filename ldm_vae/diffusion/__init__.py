@@ -1,1 +1,1 @@
-"""Stage 3: rectified flow on normalised latents: the mathematics, the U-Net, its training and the pipeline."""
+"""Stage 3: rectified flow on normalized latents: the mathematics, the U-Net, its training and the pipeline."""

@@ -8,7 +8,6 @@ ConvertConfig -> convert -> diffusers, compvis, onnx, torchscript    of an autoe
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +39,8 @@ from ldm_vae.diffusion.samplers import scheduler_shift
 from ldm_vae.diffusion.unet import TIME_SCALE, LatentUNet
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
-    publish_directory,
+    published_directory,
     readable_json,
-    temporary_directory,
     write_checksums,
     write_json,
     write_text,
@@ -149,7 +147,7 @@ def _statistics(latents: str | None, model: str) -> Callable[[str], dict[str, An
 # with unrounded times has. What these classes cannot express is refused.
 
 NULL_CLASS = 1000
-"""What `DiTPipeline` takes for "no label" under guidance, whatever the model."""
+"""What `DiTPipeline` takes for "no label" under guidance in every model."""
 ANY = "image"
 """The one label of an exported model without classes; it changes nothing."""
 
@@ -220,15 +218,10 @@ def export_standard(
         "normalizer": pipeline.normalizer.to_dict(),
         "notes": ["the statistics of the latents are folded into the autoencoder; its scaling_factor is 1"],
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_directory(target)
-    try:
+    with published_directory(target) as folder:
         standard.save_pretrained(folder, safe_serialization=True)
         write_text(folder / "README.md", readme(pipeline, target.name))
         write_json(folder / RECORD, record | {"versions": provenance.versions()})
-        publish_directory(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return record
 
 
@@ -370,9 +363,7 @@ def pack(
     """
     target = Path(target)
     check_target(target, source, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_directory(target)
-    try:
+    with published_directory(target) as folder:
         if has_pipeline(source):
             fingerprints = _write_pipeline(source, folder, precision, autoencoder)
         elif autoencoder is not None:
@@ -389,9 +380,6 @@ def pack(
         }
         write_json(folder / RECORD, record | {"versions": provenance.versions()})
         write_checksums(folder)
-        publish_directory(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return record, _notes(record)
 
 

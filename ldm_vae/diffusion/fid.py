@@ -102,7 +102,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
             check_tensor_file(path)
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign file makes the reader raise
+    except Exception as error:  # a foreign file can make the reader raise anything
         raise UserError(
             f"inception_weights={path}: cannot be read as tensors ({str(error).splitlines()[0]}); give a .pth or "
             "safetensors file of weights alone"
@@ -344,7 +344,7 @@ class SampleKid:
         return np.concatenate(features)
 
     def _features(self, images: torch.Tensor) -> np.ndarray:
-        """In float32 whatever the precision of the training around it, whose watchdog waits meanwhile."""
+        """In float32, in every precision of the training around it; the watchdog is advanced, as this takes long."""
         watchdog.advance()
         with torch.autocast(images.device.type, enabled=False):
             return inception_features(self.network, images.float())

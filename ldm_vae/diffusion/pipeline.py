@@ -75,7 +75,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ```
 
     `save_pretrained` and `from_pretrained` are exact, in half precision too (`variant="fp16"`): a directory records the
-    fingerprints of its encoder in each half precision. Sampling itself is float32 whatever the networks are.
+    fingerprints of its encoder in each half precision. Sampling itself is float32 in every precision of the networks.
     """
 
     model_cpu_offload_seq = "autoguidance_unet->unet->autoencoder"
@@ -273,7 +273,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate one batch. On CPU, an image is the same to the last bit whatever else is in the batch.
+        """Generate one batch. On CPU, an image does not depend on the rest of the batch, to the last bit.
 
         Args:
             labels (`str`, `int`, a mapping, or a list of these, *optional*): Class names or ids, repeated in turn until
@@ -299,7 +299,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 anew, all others stay exactly as they are.
             latents (`Tensor` (n, c, h / f, w / f), *optional*): Standard normal noise to start from.
             generator (`torch.Generator` or a list, *optional*): One for all images, or one per image.
-            seed (`int`, *optional*): Image i starts from the noise of (seed, i), whatever the batch; not together with
+            seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not together with
                 `generator`.
             output_type (`str`, defaults to "pil"): "pil", "np" (n, h, w, 3) or "pt" (n, 3, h, w) in [0, 1], or
                 "latent" (n, c, h / f, w / f): the autoencoder's own, unnormalized latents.
@@ -450,7 +450,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return self.latent_shape(*size)
 
 
-# `DiffusionPipeline.from_pretrained` looks for the class that a directory names among the names of diffusers.
+# `DiffusionPipeline.from_pretrained` searches the class that a directory names in diffusers.
 diffusers.LatentDiffusionPipeline = LatentDiffusionPipeline
 
 

@@ -38,7 +38,7 @@ from ldm_vae.diffusion.saving import INDEX
 from ldm_vae.diffusion.training import HELD_OUT_LATENTS, TrainDiffusionConfig, open_latents
 from ldm_vae.diffusion.validation import stack_samples, validation_losses
 from ldm_vae.errors import UserError
-from ldm_vae.files import check_tensor_file, publish_directory, temporary_directory
+from ldm_vae.files import check_tensor_file, published_directory
 from ldm_vae.runtime import compute_device
 
 NEGLIGIBLE = 1e-6
@@ -300,9 +300,8 @@ def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, outpu
     if final.exists():
         raise UserError(f"{output}: exists; give a new folder")
     copy_to(pipeline.unet, average)
-    temporary = temporary_directory(final)
-    pipeline.to("cpu").save_pretrained(temporary)
-    publish_directory(temporary, final)
+    with published_directory(final) as folder:
+        pipeline.to("cpu").save_pretrained(folder)
 
 
 def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:

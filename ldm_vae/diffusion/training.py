@@ -29,7 +29,7 @@ from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import Crops, CropsConfig, UNetConfig, build_unet, draw_crops
 from ldm_vae.diffusion.validation import Copies, StopSuggestion, stack_samples
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory
+from ldm_vae.files import published_directory
 from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
 from ldm_vae.latents.format import Manifest, check_same, short
 from ldm_vae.random import generator
@@ -338,10 +338,8 @@ class DiffusionModel:
             latent_rgb=fit_latent_rgb(self.normalizer.normalize(latents), pipeline.decode(latents.to(engine.device))),
             training={"steps": engine.steps, "batch": self.config.batch, "latents": len(self.samples), **metrics},
         )
-        final = directory / "pipeline"
-        temporary = temporary_directory(final)
-        pipeline.save_pretrained(temporary)
-        publish_directory(temporary, final)
+        with published_directory(directory / "pipeline") as folder:
+            pipeline.save_pretrained(folder)
         epochs = f"{metrics['train/epochs']:.1f} epochs of {len(self.samples)} latents"
         print(f"{directory}: {epochs}; {self.suggestion.summary(engine.steps, self.snapshots.written)}")
 

@@ -1,7 +1,10 @@
-"""Training on crops of latents: where each crop lies, and the coordinates that tell the U-Net (Patch Diffusion).
+"""`LatentUNet`: diffusers' `UNet2DModel` on pixel-unshuffled latents, from a noisy latent to its velocity.
 
-Wang et al. 2023, arXiv:2304.12526. Owns the settings, positions and coordinates; times and noise of a crop are
-`training`'s business. Coordinates are the centres of latent positions, from -1 to 1 over the whole image.
+    x_t (n, c, h, w) -> tokens (n, c patch^2, h / patch, w / patch), and the coordinates of a network that has them
+    -> UNet2DModel at 1000 t and the labels -> `prediction` -> velocity (n, c, h, w)
+
+Owns the network's settings and presets, and the crops that it can be trained on. Coordinates are the centers of latent
+positions, from -1 to 1 over the whole image.
 """
 
 from __future__ import annotations
@@ -26,83 +29,8 @@ from ldm_vae.diffusion import flow
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 
-
-@dataclass(frozen=True)
-class CropsConfig:
-    """Crops of latents on a share of the steps; needs `unet.coordinates=true`.
-
-    Attributes:
-        size: side of the crops in latent positions; None trains on whole latents alone.
-        share: of the steps that train on crops, the whole batch at once.
-    """
-
-    size: int | None = None
-    share: float = 0.6
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise UserError(f"crops.size: {self.size} is below 1; give latent positions, or null for whole latents")
-        if not 0 <= self.share <= 1:
-            raise UserError(f"crops.share: {self.share} is no share; give 0 to 1")
-
-    def check(self, latent_shape: tuple[int, ...], multiple: int) -> None:
-        """Raises: UserError where crops do not fit into latents (c, h, w) or a network that halves `multiple` sides."""
-        if self.size is None:
-            return
-        if self.size > min(latent_shape[1:]):
-            raise UserError(
-                f"crops.size: {self.size} is larger than the latents ({latent_shape[1]}x{latent_shape[2]}); "
-                f"give at most {min(latent_shape[1:])}, or null"
-            )
-        if self.size % multiple:
-            raise UserError(
-                f"crops.size: {self.size} is no multiple of {multiple}, which this U-Net needs; "
-                f"give {max(1, self.size // multiple) * multiple}, or null"
-            )
-
-
-@dataclass(frozen=True)
-class Crops:
-    """One crop per sample of a global batch, or (`size` None) the whole of each. `tops`, `lefts`: int64 (n,)."""
-
-    size: int | None
-    tops: Tensor
-    lefts: Tensor
-
-    def cut(self, latents: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Crops (n, c, size, size) of whole latents (n, c, h, w), which are `rows` of the batch; their coordinates."""
-        if self.size is None:
-            return latents, None
-        everywhere = whole_coordinates(*latents.shape[-2:]).to(latents.device)
-        cut, coordinates = [], []
-        for latent, top, left in zip(latents, self.tops[rows].tolist(), self.lefts[rows].tolist()):
-            place = (..., slice(top, top + self.size), slice(left, left + self.size))
-            cut.append(latent[place])
-            coordinates.append(everywhere[0][place])
-        return torch.stack(cut), torch.stack(coordinates)
-
-
-def draw_crops(config: CropsConfig, seed: int, step: int, count: int, height: int, width: int) -> Crops:
-    """The crops of a step: whether there are any follows from (seed, step), positions from (seed, step, row)."""
-    rng = generator(seed, "crops", step)
-    if config.size is None or torch.rand((), generator=rng) >= config.share:
-        nowhere = torch.zeros(count, dtype=torch.int64)
-        return Crops(None, nowhere, nowhere)
-    tops = torch.randint(0, height - config.size + 1, (count,), generator=rng)
-    lefts = torch.randint(0, width - config.size + 1, (count,), generator=rng)
-    return Crops(config.size, tops, lefts)
-
-
-def whole_coordinates(height: int, width: int) -> Tensor:
-    """Row and column of every position of a whole latent, (1, 2, h, w) in (-1, 1), float32."""
-    rows, columns = ((2 * torch.arange(side) + 1) / side - 1 for side in (height, width))
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
-
-
-# `LatentUNet`: diffusers' `UNet2DModel` on pixel-unshuffled latents, from a noisy latent to its velocity.
-
 GROUP_CHANNELS = 32
-"""Channels per normalisation group. On CPU, GroupNorm of a bfloat16 channels_last tensor takes 10 to 25 times as long
+"""Channels per normalization group. On CPU, GroupNorm of a bfloat16 channels_last tensor takes 10 to 25 times as long
 with 4 to 24 channels per group as with 32 (torch 2.13, AVX-512): longer than the convolution before it."""
 
 HEAD_CHANNELS = 32
@@ -121,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The network: a preset, and whatever shall differ from it (None keeps the preset's value).
+    """The network: a preset, and the settings that differ from it (None keeps the preset's value).
 
     Attributes:
         preset: tiny, small or base.
@@ -186,7 +114,7 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
 
 
 class LatentUNet(ModelMixin, ConfigMixin):
-    """Velocity of the flow at a noisy normalised latent of any size.
+    """Velocity of the flow at a noisy normalized latent of any size.
 
     A token is a patch of the latent. Whatever `prediction` is, the velocity comes out. With prediction `x`, the network
     corrects the best linear estimate of each clean token, which needs the tokens' principal directions: call
@@ -241,9 +169,9 @@ class LatentUNet(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def measure_tokens(self, latents: Tensor) -> None:
-        """Set the principal directions of tokens and the variance along each from normalised latents (n, c, h, w).
+        """Set the principal directions of tokens and the variance along each from normalized latents (n, c, h, w).
 
-        A hundred latents are plenty: each has hundreds of tokens. The same latents give the same directions.
+        A hundred latents are enough: each has hundreds of tokens. The same latents give the same directions.
         """
         tokens = F.pixel_unshuffle(latents.double(), self.config["patch"])
         tokens = tokens.movedim(1, -1).flatten(0, -2)
@@ -254,13 +182,13 @@ class LatentUNet(ModelMixin, ConfigMixin):
     def forward(
         self, noisy: Tensor, times: Tensor, labels: Tensor | None = None, coordinates: Tensor | None = None
     ) -> Tensor:
-        """Velocity (n, c, h, w), float32 whatever the precision inside and whatever the network predicts.
+        """Velocity (n, c, h, w), float32 for every precision and `prediction` of the network.
 
         Args:
             noisy: x_t (n, c, h, w), any h and w; sides that the network cannot halve are padded and cropped back.
             times: t (n,) or a scalar, in [0, 1], 1 being pure noise.
             labels: Class ids (n,) for a class-conditional network; None stands for the null label everywhere.
-            coordinates: Of a crop, (n, 2, h, w) as `crops` makes them; None: `noisy` is a whole image.
+            coordinates: Of a crop, (n, 2, h, w) as `Crops.cut` makes them; None: `noisy` is a whole image.
 
         Raises:
             ValueError: labels for a network without classes, coordinates for one that was built without them.
@@ -291,7 +219,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
         return F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
 
     def _with_coordinates(self, tokens: Tensor, noisy: Tensor, coordinates: Tensor | None) -> Tensor:
-        """The tokens and, in a network that was built with them, the coordinates of each token's centre."""
+        """The tokens and, in a network that was built with them, the coordinates of each token's center."""
         if not self.config["coordinates"]:
             if coordinates is not None:
                 raise ValueError("LatentUNet: coordinates given to a network without them; pass coordinates=None")
@@ -308,3 +236,78 @@ class LatentUNet(ModelMixin, ConfigMixin):
         if labels is None:
             return torch.full((len(like),), self.null_label, device=like.device)
         return labels
+
+
+# Patch Diffusion (Wang et al. 2023, arXiv:2304.12526): training on crops, and the coordinates that locate them.
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Crops of latents on a share of the steps; needs `unet.coordinates=true`.
+
+    Attributes:
+        size: side of the crops in latent positions; None trains on whole latents alone.
+        share: of the steps that train on crops, the whole batch at once.
+    """
+
+    size: int | None = None
+    share: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UserError(f"crops.size: {self.size} is below 1; give latent positions, or null for whole latents")
+        if not 0 <= self.share <= 1:
+            raise UserError(f"crops.share: {self.share} is not between 0 and 1")
+
+    def check(self, latent_shape: tuple[int, ...], multiple: int) -> None:
+        """Raises: UserError where crops do not fit into latents (c, h, w) or a network that halves `multiple` sides."""
+        if self.size is None:
+            return
+        if self.size > min(latent_shape[1:]):
+            raise UserError(
+                f"crops.size: {self.size} is larger than the latents ({latent_shape[1]}x{latent_shape[2]}); "
+                f"give at most {min(latent_shape[1:])}, or null"
+            )
+        if self.size % multiple:
+            raise UserError(
+                f"crops.size: {self.size} is not a multiple of {multiple}, which this U-Net needs; "
+                f"give {max(1, self.size // multiple) * multiple}, or null"
+            )
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One crop per sample of a global batch, or (`size` None) the whole of each. `tops`, `lefts`: int64 (n,)."""
+
+    size: int | None
+    tops: Tensor
+    lefts: Tensor
+
+    def cut(self, latents: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Crops (n, c, size, size) of whole latents (n, c, h, w), which are `rows` of the batch; their coordinates."""
+        if self.size is None:
+            return latents, None
+        everywhere = whole_coordinates(*latents.shape[-2:]).to(latents.device)
+        cut, coordinates = [], []
+        for latent, top, left in zip(latents, self.tops[rows].tolist(), self.lefts[rows].tolist()):
+            place = (..., slice(top, top + self.size), slice(left, left + self.size))
+            cut.append(latent[place])
+            coordinates.append(everywhere[0][place])
+        return torch.stack(cut), torch.stack(coordinates)
+
+
+def draw_crops(config: CropsConfig, seed: int, step: int, count: int, height: int, width: int) -> Crops:
+    """The crops of a step: whether there are any follows from (seed, step), positions from (seed, step, row)."""
+    rng = generator(seed, "crops", step)
+    if config.size is None or torch.rand((), generator=rng) >= config.share:
+        nowhere = torch.zeros(count, dtype=torch.int64)
+        return Crops(None, nowhere, nowhere)
+    tops = torch.randint(0, height - config.size + 1, (count,), generator=rng)
+    lefts = torch.randint(0, width - config.size + 1, (count,), generator=rng)
+    return Crops(config.size, tops, lefts)
+
+
+def whole_coordinates(height: int, width: int) -> Tensor:
+    """Row and column of every position of a whole latent, (1, 2, h, w) in (-1, 1), float32."""
+    rows, columns = ((2 * torch.arange(side) + 1) / side - 1 for side in (height, width))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]

@@ -57,7 +57,7 @@ def test_the_share_of_steps() -> None:
         (lambda: CropsConfig(0), "crops.size: 0 is below 1"),
         (lambda: CropsConfig(8, share=1.5), "crops.share: 1.5"),
         (lambda: CropsConfig(32).check((4, 16, 64), 4), "larger than the latents.*at most 16"),
-        (lambda: CropsConfig(30).check((4, 64, 64), 8), "no multiple of 8.*give 24"),
+        (lambda: CropsConfig(30).check((4, 64, 64), 8), "not a multiple of 8.*give 24"),
     ],
 )
 def test_settings_without_sense_are_refused(make, message) -> None:
