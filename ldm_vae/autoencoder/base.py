@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from ldm_vae.autoencoder import weights
 from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
@@ -71,6 +74,15 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init_subclass__(**kwargs)
         # diffusers looks for `ModelMixin` in the module that a saved pipeline names for its autoencoder
         vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+        """A new one with random weights; `sizes` are those of the preset, `logvar_floor` follows from the rate."""
+        return cls(latent_channels=settings.latent_channels, **sizes)
+
+    @classmethod
+    def check_settings(cls, settings: AutoencoderConfig) -> None:
+        """Raises: UserError for settings that this kind cannot have."""
 
     @property
     def kind(self) -> str:

@@ -8,9 +8,9 @@ statistics of its features; fitting them before training, and all losses, belong
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.autoencoder.weights import check_complete, check_finite
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_model_folder
+
+if TYPE_CHECKING:
+    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 DOWNSAMPLING = 16
 RESIDUAL_BOUND = 3.0
@@ -97,6 +100,35 @@ class AutoencoderFrozenEncoder(Autoencoder):
         self.register_buffer("statistics_positions", torch.zeros((), dtype=torch.int64))
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).reshape(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+        """The preset's layers and one more stage at h/16: as wide for the residual encoder, twice for the decoder."""
+        encoder, decoder = sizes["encoder_channels"], sizes["decoder_channels"]
+        return cls.from_encoder(
+            str(settings.encoder),
+            residual_channels=settings.residual_channels,
+            encoder_channels=(*encoder, encoder[-1]),
+            encoder_blocks=(*sizes["encoder_blocks"], sizes["encoder_blocks"][-1]),
+            decoder_channels=(2 * decoder[0], *decoder),
+            decoder_blocks=(sizes["decoder_blocks"][0], *sizes["decoder_blocks"]),
+        )
+
+    @classmethod
+    def check_settings(cls, settings: AutoencoderConfig) -> None:
+        """Raises: UserError without an encoder, and for channels that cannot be."""
+        if not settings.encoder:
+            raise UserError(
+                "autoencoder.encoder: kind=frozen needs one; give the directory or hub id of a DINOv2 or DINOv3 "
+                "vision transformer, such as facebook/dinov2-with-registers-small"
+            )
+        if not 0 <= settings.residual_channels <= 256:
+            raise UserError(f"autoencoder.residual_channels: {settings.residual_channels} is not between 0 and 256")
+        if settings.latent_channels != type(settings).latent_channels:
+            raise UserError(
+                "autoencoder.latent_channels: has no effect with autoencoder.kind=frozen, where the encoder sets it; "
+                "remove it, or set autoencoder.residual_channels"
+            )
 
     @classmethod
     def from_encoder(cls, encoder: str, **settings: Any) -> AutoencoderFrozenEncoder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from ldm_vae.autoencoder.base import Autoencoder, Decoded, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_vae.autoencoder.models import AutoencoderConfig
+
+MAXIMUM_CODES = 2**20
 
 SEARCHED_POSITIONS = 4096
 """Positions that are compared with the codebook at once; bounds the memory of the distances."""
@@ -107,6 +112,35 @@ class AutoencoderQuantized(Autoencoder):
         if kind == "fsq":
             with torch.no_grad():
                 self.encoder.head.weight.mul_(FSQ_INITIAL_GAIN)
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+        """Kind vq or fsq."""
+        return cls(
+            kind=settings.kind,  # type: ignore[arg-type]
+            latent_channels=settings.latent_channels,
+            codebook_size=settings.codebook_size or 1024,
+            codebook=settings.codebook or "rotation",
+            fsq_levels=settings.levels,
+            **sizes,
+        )
+
+    @classmethod
+    def check_settings(cls, settings: AutoencoderConfig) -> None:
+        """Raises: UserError for a codebook or levels that cannot be."""
+        size, levels = settings.codebook_size, settings.levels
+        if size is not None and not 2 <= size <= MAXIMUM_CODES:
+            raise UserError(f"autoencoder.codebook_size: {size} is not between 2 and {MAXIMUM_CODES}; try 1024")
+        if settings.kind == "fsq" and len(levels) != settings.latent_channels:
+            raise UserError(
+                f"autoencoder.fsq_levels: has {len(levels)} entries for {settings.latent_channels} latent channels; "
+                f"give one level a channel, or set autoencoder.latent_channels={len(levels)}"
+            )
+        if settings.kind == "fsq" and (min(levels) < 3 or math.prod(levels) > MAXIMUM_CODES):
+            raise UserError(
+                f"autoencoder.fsq_levels: {list(levels)} is not from 3 on with a product up to {MAXIMUM_CODES}; "
+                "try 8, 5, 5, 5"
+            )
 
     @property
     def kind(self) -> str:

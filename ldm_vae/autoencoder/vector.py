@@ -23,9 +23,9 @@ This file owns the network only. It is a diffusers model: `encode(x).latent_dist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, LOGVAR_CEILING, soft_clamp
 from ldm_vae.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_vae.autoencoder.models import AutoencoderConfig
+
+VECTOR_PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"encoder_channels": (16, 32, 64), "decoder_channels": (48, 32, 24, 16), "hidden_channels": 64},
+}
 
 SMALLEST_SIDE = 4
 """Of the feature maps between convolutions and linear layers."""
@@ -123,6 +130,12 @@ class AutoencoderVector(Autoencoder):
         self.decoder = VectorDecoder(decoder_channels, hidden_channels, latent_channels)
         with torch.no_grad():
             self.encoder.head.bias.data[latent_channels:] = INITIAL_LOGVAR
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+        """Kind kl or ae."""
+        plain = settings.kind == "ae"
+        return cls(latent_channels=settings.latent_channels, logvar_floor=logvar_floor, deterministic=plain, **sizes)
 
     @property
     def only_side(self) -> int:

@@ -14,8 +14,8 @@ This file owns the network only, and cutting it down to its first latent channel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from ldm_vae.autoencoder.fast_layers import only_values
 from ldm_vae.autoencoder.klt import BlockKLT, fit_klt
 from ldm_vae.errors import UserError
 
+if TYPE_CHECKING:
+    from ldm_vae.autoencoder.models import AutoencoderConfig
+
 Padding = Literal["zeros", "replicate"]
 
 LOGVAR_CEILING = 2.0
@@ -47,6 +50,37 @@ LINEAR_PATH_ROWS = (
 )
 LINEAR_PATH_COLUMNS = "decoder.synthesis.basis.weight"
 """Tensors with a row, or a column, for each latent channel."""
+
+
+WAVELET_PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
+    "pico": {
+        "encoder_channels": (48, 96),
+        "encoder_blocks": (1, 2),
+        "decoder_channels": (128, 64, 32, 16),
+        "decoder_blocks": (2, 2, 0, 0),
+    },
+    "nano": {
+        "encoder_channels": (64, 128),
+        "encoder_blocks": (2, 2),
+        "decoder_channels": (160, 80, 32, 16),
+        "decoder_blocks": (3, 3, 1, 0),
+    },
+    "small": {
+        "encoder_channels": (32, 96, 192),
+        "encoder_blocks": (1, 2, 3),
+        "decoder_channels": (256, 128, 48, 16),
+        "decoder_blocks": (4, 4, 2, 0),
+    },
+    "base": {
+        "encoder_channels": (64, 128, 256),
+        "encoder_blocks": (2, 3, 3),
+        "decoder_channels": (384, 192, 96, 32),
+        "decoder_blocks": (4, 4, 3, 0),
+    },
+}
+
+LINEAR_PATH_MARGIN = 3.0
+"""So much lower may log-variances fall: a block's brightness takes several times the nats of its finest pattern."""
 
 
 def convolution(
@@ -260,6 +294,29 @@ class AutoencoderWavelet(Autoencoder):
             encoder_channels, encoder_blocks, haar_levels, latent_channels, deterministic, linear_path
         )
         self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels, linear_path)
+
+    @classmethod
+    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+        """Kind kl or ae."""
+        floor = {}
+        if settings.kind == "kl":
+            floor["logvar_floor"] = logvar_floor - (LINEAR_PATH_MARGIN if settings.linear_path else 0.0)
+        return cls(
+            latent_channels=settings.latent_channels,
+            deterministic=settings.kind == "ae",
+            linear_path=settings.linear_path,
+            **floor,
+            **sizes,
+        )
+
+    @classmethod
+    def check_settings(cls, settings: AutoencoderConfig) -> None:
+        """Raises: UserError where a linear code would have more channels than a block has numbers."""
+        if settings.linear_path and settings.latent_channels > PIXELS:
+            raise UserError(
+                f"autoencoder.latent_channels: {settings.latent_channels} are more than the {PIXELS} numbers of a "
+                "block of pixels, which autoencoder.linear_path describes; lower it, or leave linear_path out"
+            )
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Tensor]) -> None:

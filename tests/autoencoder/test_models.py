@@ -10,22 +10,34 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder import deterministic
-from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
+from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR, Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.lineage import read_record
 from ldm_vae.autoencoder.models import (
+    KINDS,
     AutoencoderConfig,
+    Kind,
     build_autoencoder,
     load_autoencoder,
 )
+from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig
+from ldm_vae.autoencoder.training import train_vae
 from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import flow_scheduler
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose
 from ldm_vae.latents.normalizer import LatentNormalizer
+from ldm_vae.training.trainer import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,49 @@ def test_the_kinds_load_from_text():
     assert settings("kind=vq", "codebook_size=null").codebook_size is None
 
 
+class AutoencoderMeans(Autoencoder):
+    """Ten lines: the latents are scaled means of 4x4 blocks."""
+
+    downsampling, deterministic = 4, True
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 3, scale: float = 1.0) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, latent_channels, 4, 4), nn.ConvTranspose2d(latent_channels, 3, 4, 4)
+
+    def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+        return deterministic_posterior(self.encoder(self.config.scale * x))
+
+
+def test_a_new_kind_is_a_class_and_a_line_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, ("means", "ae"), Kind(AutoencoderMeans, {"double": {"scale": 2.0}}))
+    chosen = settings("architecture=means", "kind=ae", "preset=double", "latent_channels=5")
+    with pytest.raises(UserError, match="linear_path: has no effect with architecture=means and kind=ae"):
+        settings("architecture=means", "kind=ae", "preset=double", "linear_path=true")
+    config = TrainVaeConfig(
+        output=str(tmp_path / "run"),
+        autoencoder=chosen,
+        data=DataConfig(synthetic=SyntheticConfig(count=40, resolution=64)),
+        phases=[Phase(steps=2, crop=32, batch=4)],
+        training=TrainingConfig(device="cpu", workers=0, tracker="none", precision="fp32"),
+        held_out_resolution=32,
+        held_out_images=2,
+    )
+    assert train_vae(config) == 0
+    model = load_autoencoder(tmp_path / "run")
+    assert type(model) is AutoencoderMeans
+    assert (model.kind, model.downsampling, model.latent_channels, model.image_channels) == ("ae", 4, 5, 3)
+    assert (model.only_side, model.codebook_size, model.logvar_bounds) == (None, None, (-30.0, 20.0))
+    assert model.fingerprint() == read_record(tmp_path / "run")["fingerprint"] != model.encoder_fingerprint()
+    images = torch.rand(1, 3, 33, 40) * 2 - 1
+    mean, logvar = model.encode_moments(images)
+    assert (mean.shape, float(logvar.max())) == ((1, 5, 9, 10), DETERMINISTIC_LOGVAR)
+    assert model.reconstruct(images).shape == images.shape
+    places = {"autoencoder": str(tmp_path / "run"), "output": str(tmp_path / "health")}
+    report = diagnose(DiagnoseConfig(**places, data=config.data, part="all", resolution=64, device="cpu"))
+    assert report["rate"]["deterministic_by_design"]
+
+
 def test_settings_survive_yaml(tmp_path):
     for overrides in (["kind=fsq", "fsq_levels=[7,5,5,5]"], ["kind=vq", "codebook=ema"], []):
         config = Settings(settings(*overrides))
@@ -73,10 +128,13 @@ def test_settings_survive_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kind=vqq"], "expected one of"),
+        (["kind=vqq"], "autoencoder.kind: 'vqq' is unknown; choose one of kl, ae, vq, fsq, frozen"),
         (["kind=vq", "architecture=sd", "preset=sd"], "vq is built with architecture=wavelet only"),
-        (["kind=ae", "codebook_size=64"], r"autoencoder\.codebook_size: has no effect with autoencoder\.kind=ae"),
-        (["codebook=ema"], "has no effect with autoencoder.kind=kl; remove it, or set vq"),
+        (
+            ["kind=ae", "codebook_size=64"],
+            r"autoencoder\.codebook_size: has no effect with architecture=wavelet and kind=ae",
+        ),
+        (["codebook=ema"], "has no effect with .* kind=kl; remove it, or set architecture=wavelet and kind=vq"),
         (["kind=vq", "fsq_levels=[8,5,5,5]"], r"fsq_levels: has no effect .*kind=vq"),
         (["kind=fsq", "encoder=a/b"], r"encoder: has no effect .*kind=fsq"),
         (["residual_channels=4"], r"residual_channels: has no effect .*kind=kl"),

@@ -146,7 +146,7 @@ def test_the_decoder_is_what_its_docstring_tells_a_web_page(autoencoder, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "vector", "preset": "nano"}, "no preset of architecture 'vector'; choose one of digits"),
+        ({"architecture": "vector", "preset": "nano"}, "not a preset of architecture 'vector'; choose one of digits"),
         ({"architecture": "vector", "preset": "digits", "kind": "vq"}, "vq is built with architecture=wavelet only"),
     ],
 )

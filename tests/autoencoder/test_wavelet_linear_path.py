@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm_vae.autoencoder.klt import fit_klt
-from ldm_vae.autoencoder.models import LINEAR_PATH_MARGIN, AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
+from ldm_vae.autoencoder.wavelet import LINEAR_PATH_MARGIN, AutoencoderWavelet
 from ldm_vae.errors import UserError
 from tests.evaluation.linear_autoencoder import random_fields
 

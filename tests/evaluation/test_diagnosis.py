@@ -16,8 +16,8 @@ from ldm_vae import cli
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.health import RULES, Verdict
 from ldm_vae.autoencoder.klt import fit_klt
-from ldm_vae.autoencoder.models import WAVELET_PRESETS, AutoencoderConfig, build_autoencoder
-from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
+from ldm_vae.autoencoder.wavelet import WAVELET_PRESETS, AutoencoderWavelet
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import health_metrics
