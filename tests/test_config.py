@@ -39,7 +39,7 @@ def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("data.path=/tmp", "has no effect with data.source=synthetic"),
         ("phases=[{crop: 63}]", "not a multiple of 8"),
         ("phases=[{corp: 64}]", "Did you mean: 'crop'"),
-        ("autoencoder.preset=sd", "no preset of architecture 'wavelet'"),
+        ("autoencoder.preset=sd", "is not a preset of architecture 'wavelet'"),
         ("nonsense", "not of the form key=value"),
     ],
 )
