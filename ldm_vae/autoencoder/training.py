@@ -34,7 +34,7 @@ from ldm_vae.autoencoder.train_config import (
 )
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_checksums
+from ldm_vae.files import published_directory, write_checksums
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory
@@ -342,20 +342,18 @@ class VaeModel:
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write `autoencoder/`: a diffusers directory with the EMA weights, and how it was made in training.json."""
         autoencoder = self.averaged(engine)
-        final = directory / "autoencoder"
-        temporary = temporary_directory(final)
-        autoencoder.save_pretrained(temporary)
-        write_record(
-            temporary,
-            autoencoder,
-            self.config,
-            final_beta=float(self.rate.beta(engine.steps)),
-            pinned_share=float(self.rate.pinned_share),
-            metrics_file=directory / "metrics.jsonl",
-            held_out=metrics,
-        )
-        write_checksums(temporary)
-        publish_directory(temporary, final)
+        with published_directory(directory / "autoencoder") as temporary:
+            autoencoder.save_pretrained(temporary)
+            write_record(
+                temporary,
+                autoencoder,
+                self.config,
+                final_beta=float(self.rate.beta(engine.steps)),
+                pinned_share=float(self.rate.pinned_share),
+                metrics_file=directory / "metrics.jsonl",
+                held_out=metrics,
+            )
+            write_checksums(temporary)
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         assert size is not None

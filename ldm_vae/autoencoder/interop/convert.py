@@ -34,7 +34,7 @@ from ldm_vae.autoencoder.interop.compvis import (
 )
 from ldm_vae.autoencoder.weights import architecture
 from ldm_vae.errors import UserError
-from ldm_vae.files import publish_directory, temporary_directory, write_atomically, write_json, write_text
+from ldm_vae.files import published_directory, write_atomically, write_json, write_text
 
 Target = Literal["diffusers", "compvis", "onnx", "torchscript"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -118,8 +118,7 @@ def convert(
     if conversion.to == "compvis":
         _write_compvis(opened.model, target, conversion, record)
     else:
-        folder = temporary_directory(target)
-        try:
+        with published_directory(target) as folder:
             if conversion.to == "diffusers":
                 _write_diffusers(opened, folder, conversion, record)
             else:
@@ -132,9 +131,6 @@ def convert(
                     statistics=statistics,
                 )
             write_json(folder / RECORD, record | {"versions": provenance.versions()})
-            publish_directory(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     return record, record["notes"]
 
 
