@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_vae import cli
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.files import checksum, publish_directory, temporary_directory, write_bytes, write_json, write_text
+from ldm_vae.training.trainer import DryRun
 
 if TYPE_CHECKING:
     from ldm_vae.training.trainer import DryRun

@@ -118,7 +118,7 @@ class Demo(Study):
 
     def settings(self) -> dict[str, Any]:
         """Images count by what they hold."""
-        found = configuration.to_dict(self.config) | {"images": described(self.images)}
+        found = configuration.to_dict(self.config) | {"images": describe_files(self.images)}
         return {key: value for key, value in found.items() if key not in ("output", "device")}
 
     def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
@@ -161,7 +161,7 @@ class Demo(Study):
             found[f"reconstructions/{stem}.png"] = one.decoded
             found[f"compressed/{stem}{SUFFIX}"] = one.data
         samples, labels = self._samples()
-        sheet = contact_sheet(self.shown, [Image.open(path).convert("RGB") for path in samples], labels)
+        sheet = demo_sheet(self.shown, [Image.open(path).convert("RGB") for path in samples], labels)
         return found | {"demo.webp": lambda path: sheet.save(path, format="WEBP", quality=88, method=6)}
 
     def _samples(self) -> tuple[list[Path], list[str]]:
@@ -174,7 +174,7 @@ class Demo(Study):
         cards = {"autoencoder": Path(self.model), "pipeline": self.pipeline}
         context = {
             "results": results | {"seconds": time.time() - self.started},
-            "sentences": sentences(results),
+            "sentences": demo_sentences(results),
             "pairs": [
                 (one.metrics, embed_image(one.original, "original"), embed_image(one.decoded, "reconstruction"))
                 for one in self.shown
@@ -191,7 +191,7 @@ class Demo(Study):
         return {"images": len(results["images"])}
 
     def summary(self, results: Results) -> str:
-        return "\n".join([*sentences(results), f"{self.output / PAGE}: open it in a browser"])
+        return "\n".join([*demo_sentences(results), f"{self.output / PAGE}: open it in a browser"])
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def find_images(inputs: Sequence[str]) -> list[tuple[str, Path]]:
     return [found[number] for number in evenly_spaced(len(found), MOST_IMAGES)]
 
 
-def described(files: Sequence[tuple[str, Path]]) -> str:
+def describe_files(files: Sequence[tuple[str, Path]]) -> str:
     """How many files of the user's, and a checksum of what they hold; a pipe is not waited for."""
     if not files:
         return "synthetic"
@@ -307,7 +307,7 @@ def described(files: Sequence[tuple[str, Path]]) -> str:
     return f"{pluralize(len(files), 'file')}, {checksum_bytes(' '.join(identities).encode())}"
 
 
-def contact_sheet(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+def demo_sheet(shown: Sequence[Reconstructed], samples: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """A row of originals above their reconstructions, as often as it takes, then the samples."""
     cells, captions = [], []
     blank = Image.new("RGB", shown[0].original.size, PAPER)
@@ -325,7 +325,7 @@ def contact_sheet(shown: Sequence[Reconstructed], samples: Sequence[Image.Image]
     return labeled_sheet([*cells, *samples], captions, columns=COLUMNS)
 
 
-def sentences(results: Mapping[str, Any]) -> list[str]:
+def demo_sentences(results: Mapping[str, Any]) -> list[str]:
     """What was measured, in words."""
     images, config, autoencoder = results["images"], results["config"], results["autoencoder"]
     mean = {key: fmean(image[key] for image in images) for key in images[0] if key in MEANS}

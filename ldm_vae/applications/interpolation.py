@@ -120,10 +120,10 @@ def interpolate(config: InterpolateConfig, *, overwrite: bool = False, dry_run: 
     Raises:
         UserError: autoencoders, pipeline or images that do not go together, or a folder with something else.
     """
-    return Interpolation(config, overwrite).run(dry_run)
+    return InterpolationStudy(config, overwrite).run(dry_run)
 
 
-class Interpolation(Study):
+class InterpolationStudy(Study):
     """The study of `ldm-vae interpolate`."""
 
     replaced = ("frames/[0-9][0-9]_*/*_[0-9][0-9][0-9].png",)
@@ -228,7 +228,7 @@ class Interpolation(Study):
         if self.drawn:
             pictures.append(embed_image(prior_sheet(self.drawn), "Draws decoded, one row for each prior.", None))
         lead = f"What lies between two images, over {pluralize(len(self.pairs), 'pair')}."
-        return render("Interpolation", lead, verdicts(results), [], tables(results), pictures)
+        return render("Interpolation", lead, way_verdicts(results), [], tables(results), pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"pairs": results["protocol"]["pairs"]}
@@ -601,10 +601,10 @@ def way_table(results: dict[str, Any]) -> Table:
             interval = f" ({value['low']:.2f} to {value['high']:.2f})" if results["protocol"]["pairs"] > 1 else ""
             cells.append(f"{value['mean']:.2f}{interval}")
         rows.append(cells)
-    return Table(["way", *MEASURES.values()], rows, notes_of(results))
+    return Table(["way", *MEASURES.values()], rows, way_notes(results))
 
 
-def notes_of(results: dict[str, Any]) -> list[str]:
+def way_notes(results: dict[str, Any]) -> list[str]:
     """What has to be known to read the table."""
     protocol = results["protocol"]
     height, width = protocol["size"]
@@ -623,7 +623,7 @@ def notes_of(results: dict[str, Any]) -> list[str]:
     return found
 
 
-def verdicts(results: dict[str, Any]) -> list[str]:
+def way_verdicts(results: dict[str, Any]) -> list[str]:
     """What the figures say, in sentences."""
     ways = {way["key"]: way for way in results["ways"]}
     latents = ways["latents"]

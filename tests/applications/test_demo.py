@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.applications import demo
 from ldm_vae.applications.codec.compression import open_codec
-from ldm_vae.applications.demo import sentences
+from ldm_vae.applications.demo import demo_sentences
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.errors import EXIT_USER_ERROR
 from tests.diffusion.conftest import saved as saved  # a fixture
@@ -74,10 +74,10 @@ def test_interrupted_it_continues_and_another_pipeline_is_no_result_of_it(checkp
     results = json.loads((out / "results.json").read_text())
     assert (results["bundled"], results["rejected"], len(results["images"])) == (True, [], demo.BUNDLED)
     shown = [results["images"][0] | {"jpeg_psnr_db": number} for number in (20.0, 30.0, None)]
-    told = " ".join(sentences(results | {"images": shown[:2]}))
+    told = " ".join(demo_sentences(results | {"images": shown[:2]}))
     assert "JPEG files of at most as many bytes: 25.0 dB." in told
     assert "(1 step, fp32)" in told
-    assert "JPEG can be as small for 2 of the 3 images only." in " ".join(sentences(results | {"images": shown}))
+    assert "JPEG can be as small for 2 of the 3 images only." in " ".join(demo_sentences(results | {"images": shown}))
     kept, lost = out / "samples" / "0000_cat.png", out / "samples" / "0002_red-ball.png"
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
     for path in (out / "run.json", out / "results.json", lost):

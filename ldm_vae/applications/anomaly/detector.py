@@ -22,7 +22,7 @@ from torch import Tensor
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.images import batches, mark, refuse_enlarged, stack
+from ldm_vae.applications.anomaly.images import crop_batches, mark, refuse_enlarged, stack
 from ldm_vae.autoencoder.losses import Backbone
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import open_source
@@ -162,7 +162,7 @@ class Detector:
             settings["regret_steps"],
         )  # fmt: skip
         given = {"autoencoder": autoencoder, "flow_network": pipeline, "perceptual_network": perceptual_weights}
-        for name, present in identity(found).items():
+        for name, present in network_fingerprints(found).items():
             if present != bound[name]:
                 raise UserError(
                     f"detector: {self.folder} was fitted with another {name.replace('_', ' ')} than {given[name]} "
@@ -186,7 +186,7 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
     """
     started = time.time()
     output = Path(config.output)
-    check_output(output)
+    check_detector_folder(output)
     networks = scores.load_networks(
         config.autoencoder, compute_device(config.device), config.pipeline, config.perceptual_net,
         config.perceptual_weights, config.regret_steps,
@@ -194,11 +194,11 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
     if _FitDetector(config, networks.autoencoder, overwrite=overwrite).load() is None:
         save_detector(learn_detector(config, networks), output, started)
     detector = load_detector(output)
-    print(summary(detector))
+    print(describe_detector(detector))
     return detector
 
 
-def summary(detector: Detector) -> str:
+def describe_detector(detector: Detector) -> str:
     """What was fitted, in words."""
     found, (low, high) = detector.description, detector.description["false_positive_rate_interval"]
     smallest = rounded_up(found["smallest_false_positive_rate"])
@@ -214,7 +214,7 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
     """The same without the folder. Raises: UserError."""
     check_resolution(config.resolution, networks.autoencoder, scores.STRIDE)
     scores.check_pipeline_size(networks, config.resolution)
-    scores.check_name(config.by, networks.score_names)
+    scores.check_score(config.by, networks.score_names)
     source = open_source(config.data)
     train, held_out = (subset(source, part, config.data.held_out) for part in ("train", "held_out"))  # type: ignore[arg-type]
     train_indices = evenly_spaced(len(train), config.count)
@@ -227,7 +227,7 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
     def read(part: ImageSource, indices: list[int], task: str) -> Iterator[tuple[list[Crop], list[int]]]:
         """Batches of crops and their marks."""
         crops = iterate_crops(part, indices, config.resolution, rejected)
-        for batch in batches(crops, config.batch, len(indices), task):
+        for batch in crop_batches(crops, config.batch, len(indices), task):
             refuse_enlarged(batch, config.resolution)
             yield batch, [mark(crop) for crop in batch]
 
@@ -247,7 +247,7 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
                 fresh.append(crop)
             marks.add(number)
         if fresh:
-            for name, of_score in scores.measure(
+            for name, of_score in scores.measure_scores(
                 networks, statistics, stack(fresh), [c.id for c in fresh]
             ).values.items():
                 values[name].append(of_score.numpy())
@@ -257,7 +257,7 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
     description = {
         "format_version": FORMAT_VERSION,
         "autoencoder": describe_autoencoder(networks.autoencoder),
-        "identity": identity(networks),
+        "identity": network_fingerprints(networks),
         "preprocessing": preprocessing_record(config.resolution),
         "resolution": config.resolution,
         "decoder_variance": statistics.variance,
@@ -283,7 +283,7 @@ def _check_count(count: int) -> None:
         )
 
 
-def identity(networks: scores.Networks) -> dict[str, Any]:
+def network_fingerprints(networks: scores.Networks) -> dict[str, Any]:
     """What a detector is bound to: the fingerprints of its networks."""
     return {
         "autoencoder": networks.autoencoder.fingerprint(),
@@ -303,7 +303,7 @@ def _tensors_digest(tensors: dict[str, Tensor]) -> str:
 # The folder: detector.json, detector.safetensors, run.json and checksums.
 
 
-def check_output(output: Path) -> None:
+def check_detector_folder(output: Path) -> None:
     """Raises: UserError when something other than a detector is in the way, also beside one: it would be replaced."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if output.is_file() or (names and DESCRIPTION not in names) or names - OWN_FILES:
@@ -358,7 +358,7 @@ def _assembled(description: dict[str, Any], tensors: dict[str, Tensor], folder: 
     variance = float(description["decoder_variance"])
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"decoder_variance is {variance}")
-    scores.check_name(str(description["by"]), normal)
+    scores.check_score(str(description["by"]), normal)
     statistics = scores.NormalStatistics(variance, gaussians["positions"], gaussians["pooled"])
     detector = Detector(statistics, normal, tensors["seen"].to(torch.int64).numpy(), description, folder)
     if not 0 < detector.rate < 1 or not 0 < detector.resolution < 1 << 16:

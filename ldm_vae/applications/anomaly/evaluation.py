@@ -25,18 +25,26 @@ from ldm_vae.applications.anomaly.detector import (
 )
 from ldm_vae.applications.anomaly.images import (
     NORMAL,
-    batches,
-    cells,
+    crop_batches,
     embedded,
     heat_picture,
     mark,
+    mask_cells,
     open_labeled,
     outlined,
     refuse_enlarged,
     stack,
 )
 from ldm_vae.applications.anomaly.metrics import matched_auroc, partial_rank_correlation, rank_correlation
-from ldm_vae.applications.anomaly.scores import PEAK, SCORES, Networks, load_networks, measure, quantity, title
+from ldm_vae.applications.anomaly.scores import (
+    PEAK,
+    SCORES,
+    Networks,
+    load_networks,
+    measure_scores,
+    score_quantity,
+    title,
+)
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
@@ -106,7 +114,7 @@ class EvaluateDetectorConfig:
 
 
 @dataclass
-class Measurements:
+class ScoreMeasurements:
     """Everything measured of labeled images by one detector, one entry per image.
 
     Args:
@@ -131,7 +139,7 @@ class Measurements:
 
 
 @dataclass(frozen=True)
-class Example:
+class AnomalyExample:
     """An image to look at: its crop, kind, mask (h, w) where known, and heat maps by quantity."""
 
     crop: Crop
@@ -175,9 +183,9 @@ class DetectorEvaluation(Study):
 
     def measure(self) -> Results:
         config, detector, source = self.config, self.detector, self.labeled.source
-        measured = [(detector, self.networks, Measurements())]
+        measured = [(detector, self.networks, ScoreMeasurements())]
         if config.baseline is not None:
-            measured.append((*self._baseline(config.baseline), Measurements()))
+            measured.append((*self._baseline(config.baseline), ScoreMeasurements()))
         rejected: Rejected = []
         self.examples, seen = self._measure_all(measured, rejected)
         own = measured[0][2]
@@ -232,15 +240,15 @@ class DetectorEvaluation(Study):
         return learn_detector(settings, networks), networks
 
     def _measure_all(
-        self, measured: Sequence[tuple[Detector, Networks, Measurements]], rejected: Rejected
-    ) -> tuple[list[Example], int]:
+        self, measured: Sequence[tuple[Detector, Networks, ScoreMeasurements]], rejected: Rejected
+    ) -> tuple[list[AnomalyExample], int]:
         """Fill the measurements; the images to show, and how many were left out since they were fitted to."""
         labeled, resolution = self.labeled, self.detector.resolution
         chosen = _balanced(labeled.kinds, self.config.count)
-        examples: list[Example] = []
+        examples: list[AnomalyExample] = []
         known, seen = set(self.detector.seen.tolist()), 0
         crops = iterate_crops(labeled.source, chosen, resolution, rejected)
-        for batch in batches(crops, self.config.batch, len(chosen), "scoring"):
+        for batch in crop_batches(crops, self.config.batch, len(chosen), "scoring"):
             fresh = [crop for crop in batch if mark(crop) not in known]
             seen += len(batch) - len(fresh)
             if not fresh:
@@ -251,11 +259,13 @@ class DetectorEvaluation(Study):
             maps, *_ = [_append(*one, fresh, kinds, masks) for one in measured]
             for row, (crop, kind) in enumerate(zip(fresh, kinds)):
                 if sum(one.kind == kind for one in examples) < SHOWN_OF_A_KIND:
-                    examples.append(Example(crop, kind, masks[row], {key: found[row] for key, found in maps.items()}))
+                    examples.append(
+                        AnomalyExample(crop, kind, masks[row], {key: found[row] for key, found in maps.items()})
+                    )
         return sorted(examples, key=lambda one: (one.kind == NORMAL, one.kind)), seen
 
     def files(self, results: Results) -> dict[str, Content]:
-        return {"grid.png": grid(results, self.examples)} if self.examples else {}
+        return {"grid.png": example_grid(results, self.examples)} if self.examples else {}
 
     def markdown(self, results: Results) -> str:
         return markdown(results)
@@ -265,10 +275,10 @@ class DetectorEvaluation(Study):
 
         context = {
             "results": results,
-            "headline": headline(results),
+            "headline": detector_headline(results),
             "columns": COLUMNS,
             "cell": cell,
-            "number": number,
+            "number": two_digits,
             "png_size": PNG_SIZE,
             "kinds": kind_rows(results),
             "plots": [
@@ -307,11 +317,11 @@ def _balanced(kinds: Sequence[str], count: int | None) -> list[int]:
 
 
 def _append(
-    detector: Detector, networks: Networks, table: Measurements, crops: list[Crop], kinds: list[str],
+    detector: Detector, networks: Networks, table: ScoreMeasurements, crops: list[Crop], kinds: list[str],
     masks: list[np.ndarray | None],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Measure a batch into a table; returns its heat maps."""
-    measured = measure(networks, detector.statistics, stack(crops), [crop.id for crop in crops])
+    measured = measure_scores(networks, detector.statistics, stack(crops), [crop.id for crop in crops])
     maps = {name: found.numpy() for name, found in measured.maps.items()}
     table.ids += [crop.id for crop in crops]
     table.kinds += kinds
@@ -321,7 +331,7 @@ def _append(
     for row, mask in enumerate(masks):
         if mask is None:
             continue
-        covered = cells(mask)
+        covered = mask_cells(mask)
         table.masks.append(covered)
         for name, found in maps.items():
             table.maps.setdefault(name, []).append(found[row])
@@ -331,7 +341,7 @@ def _append(
     return maps
 
 
-def _check_classes(table: Measurements, seen: int) -> None:
+def _check_classes(table: ScoreMeasurements, seen: int) -> None:
     anomalous = int(table.anomalous.sum())
     for what, count in (("normal", len(table.ids) - anomalous), ("anomalous", anomalous)):
         if count < FEWEST_OF_A_CLASS:
@@ -342,7 +352,7 @@ def _check_classes(table: Measurements, seen: int) -> None:
             )
 
 
-def _described(detector: Detector, networks: Networks, table: Measurements, prevalence: float) -> dict[str, Any]:
+def _described(detector: Detector, networks: Networks, table: ScoreMeasurements, prevalence: float) -> dict[str, Any]:
     """An autoencoder and the metrics of its scores, each with a reason."""
     found = score_metrics(table, detector.thresholds(), prevalence)
     ratio = float(np.mean(table.inside) / np.mean(table.outside)) if table.inside else None
@@ -358,7 +368,9 @@ def _described(detector: Detector, networks: Networks, table: Measurements, prev
 # The metrics of one score on labeled images, and the reason where it fails.
 
 
-def score_metrics(table: Measurements, thresholds: dict[str, float], prevalence: float) -> dict[str, dict[str, Any]]:
+def score_metrics(
+    table: ScoreMeasurements, thresholds: dict[str, float], prevalence: float
+) -> dict[str, dict[str, Any]]:
     """Score -> its metrics; those of the size of the PNG are the last."""
     found = {name: _of_score(table, name, thresholds[name], prevalence) for name in table.values}
     size = np.log(np.array(table.png_bytes, np.float64))
@@ -366,7 +378,7 @@ def score_metrics(table: Measurements, thresholds: dict[str, float], prevalence:
     return found
 
 
-def _of_score(table: Measurements, name: str, threshold: float, prevalence: float) -> dict[str, Any]:
+def _of_score(table: ScoreMeasurements, name: str, threshold: float, prevalence: float) -> dict[str, Any]:
     values, anomalous = np.array(table.values[name]), table.anomalous
     size = np.array(table.png_bytes, np.float64)
     matched, share = matched_auroc(values[~anomalous], values[anomalous], size[~anomalous], size[anomalous])
@@ -447,7 +459,7 @@ def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | Non
             f"fails: the anomalies are too small for a mean over the image (AUROC {found[name]['auroc']:.2f}; its peak "
             f"has {peak['auroc']:.2f})"
         )
-    if quantity(name) in ("l1", "ms_ssim", "perceptual", "elbo"):
+    if score_quantity(name) in ("l1", "ms_ssim", "perceptual", "elbo"):
         if error_ratio is None:
             return "fails: the autoencoder reconstructs the anomalies as well as normal images"
         if error_ratio < STANDS_OUT:
@@ -461,7 +473,7 @@ def _blind(name: str, found: dict[str, dict[str, Any]], error_ratio: float | Non
         )
     if name == "regret":
         return "fails: the encoder serves the anomalies as well as normal images"
-    if quantity(name).startswith("flow"):
+    if score_quantity(name).startswith("flow"):
         return "fails: the diffusion model explains the latents of the anomalies as well as those of normal images"
     return "fails: the latents of the anomalies are as usual as those of normal images"
 
@@ -489,14 +501,14 @@ def markdown(results: Results) -> str:
     for name, score in results["scores"].items():
         others = [cell(baseline["scores"].get(name, {}), "auroc")] if baseline else []
         rows.append([f"`{name}`", *(cell(score, key) for key in COLUMNS), *others])
-    lines = [*markdown_table(titles, rows), "", *(f"- {sentence}" for sentence in sentences(results))]
+    lines = [*markdown_table(titles, rows), "", *(f"- {sentence}" for sentence in score_sentences(results))]
     if kinds := kind_rows(results):
-        rows = [[f"`{name}`", *map(number, row.values())] for name, row in kinds]
+        rows = [[f"`{name}`", *map(two_digits, row.values())] for name, row in kinds]
         lines += ["", *markdown_table(["AUROC by kind", *kinds[0][1]], rows)]
     return "\n".join([*lines, "", *protocol_lines(results)]) + "\n"
 
 
-def sentences(results: Results) -> list[str]:
+def score_sentences(results: Results) -> list[str]:
     """What became of the scores, those with the same reason together; the baseline's last."""
     found = _grouped(results["scores"])
     if results["baseline"]:
@@ -538,7 +550,7 @@ def protocol_lines(results: Results) -> list[str]:
     return lines
 
 
-def headline(results: Results) -> str:
+def detector_headline(results: Results) -> str:
     """What the page opens with."""
     scores = [score for name, score in results["scores"].items() if name != PNG_SIZE]
     working = [score for score in scores if score["auroc_low"] > 0.5]
@@ -549,7 +561,7 @@ def headline(results: Results) -> str:
     return f"{len(working)} of {len(scores)} scores separate"
 
 
-def pictures(results: Results, example: Example) -> list[tuple[str, Image.Image]]:
+def pictures(results: Results, example: AnomalyExample) -> list[tuple[str, Image.Image]]:
     """(caption, picture): the image, where its defect is, and every heat map."""
     side = len(example.crop.pixels)
     found = [("image", Image.fromarray(example.crop.pixels))]
@@ -563,7 +575,7 @@ def pictures(results: Results, example: Example) -> list[tuple[str, Image.Image]
     return found
 
 
-def grid(results: Results, examples: Sequence[Example]) -> Image.Image:
+def example_grid(results: Results, examples: Sequence[AnomalyExample]) -> Image.Image:
     """One row per image, its `pictures` side by side, each with its caption."""
     rows = [pictures(results, example) for example in examples]
     columns, size = max(map(len, rows)), (GRID_SIDE, GRID_SIDE)
@@ -600,9 +612,9 @@ def cell(score: dict[str, Any], key: str) -> str:
         return f"{value:.0%}"
     if key == "auroc":
         return f"{value:.2f} ({score['auroc_low']:.2f}–{score['auroc_high']:.2f})"
-    return number(value)
+    return two_digits(value)
 
 
-def number(value: float) -> str:
+def two_digits(value: float) -> str:
     """Two digits, a true minus sign."""
     return f"{value:.2f}".replace("-", "−")

@@ -25,7 +25,7 @@ from ldm_vae.files import checksum_bytes
 from ldm_vae.utils.text import progress
 
 
-def batches(crops: Iterator[Crop], size: int, total: int, task: str) -> Iterator[list[Crop]]:
+def crop_batches(crops: Iterator[Crop], size: int, total: int, task: str) -> Iterator[list[Crop]]:
     """Lists of up to `size` crops, with a progress bar of `total` images."""
     waiting: list[Crop] = []
     for crop in progress(crops, task, total=total):
@@ -141,7 +141,7 @@ def open_labeled(data: DataConfig, normal: list[str], masks: str | None) -> Labe
     return LabeledImages(source, kinds, folder)
 
 
-def cells(mask: np.ndarray) -> np.ndarray:
+def mask_cells(mask: np.ndarray) -> np.ndarray:
     """A mask on the grid of the heat maps: a cell counts when any of its pixels does."""
     side = len(mask) // STRIDE
     blocks = mask[: side * STRIDE, : side * STRIDE].reshape(side, STRIDE, side, STRIDE)

@@ -105,7 +105,7 @@ class NormalStatistics:
     pooled: Gaussian
 
 
-class Batch:
+class EncodedImages:
     """Images (n, 3, h, w) in [-1, 1] and what the networks make of them, each computed once and only where needed.
 
     Raises:
@@ -155,9 +155,9 @@ class Batch:
         return self.networks.autoencoder.decode_images(latents)[..., : self.images.shape[-2], : self.images.shape[-1]]
 
 
-Compute = Callable[[Batch, NormalStatistics], Tensor]
+Compute = Callable[[EncodedImages, NormalStatistics], Tensor]
 """A heat map (n, h/4, w/4), or for a score that is not `local` one value per image (n,)."""
-Kind = Literal["reconstruction", "posterior", "likelihood", "latent", "flow"]
+ScoreKind = Literal["reconstruction", "posterior", "likelihood", "latent", "flow"]
 POSTERIOR, REGRET, PERCEPTUAL, FLOW = "a posterior", "a posterior and regret_steps", "perceptual_net", "pipeline"
 
 
@@ -166,30 +166,30 @@ class Score:
     """A score. `kind`: what it looks at; `local`: whether it has a heat map; `needs`: besides an autoencoder."""
 
     title: str
-    kind: Kind
+    kind: ScoreKind
     compute: Compute
     local: bool = True
     needs: str = ""
 
 
-def _l1(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _l1(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return of_pixels((batch.images - batch.decoded).abs().mean(dim=1, keepdim=True))
 
 
-def _ms_ssim(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _ms_ssim(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return smooth(structural_dissimilarity(batch.images, batch.decoded))
 
 
-def _perceptual(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _perceptual(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     assert batch.networks.lpips is not None, "the score needs it"
     return smooth(perceptual_distance(batch.networks.lpips, batch.images, batch.decoded))
 
 
-def _kl(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _kl(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return of_positions(batch.kl, batch.size)
 
 
-def _elbo(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _elbo(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     """Negative ELBO in nats per value; the mean of the map is that of `negative_elbo`."""
     error = (batch.images - batch.decoded_sample).square().mean(dim=1, keepdim=True)
     constant = 0.5 * math.log(2 * math.pi * normal.variance)
@@ -197,22 +197,22 @@ def _elbo(batch: Batch, normal: NormalStatistics) -> Tensor:
     return of_pixels(error / (2 * normal.variance)) + constant + of_positions(batch.kl * per_value, batch.size)
 
 
-def _regret(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _regret(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return likelihood_regret(
         batch.networks.autoencoder, batch.images, batch.mean, batch.logvar, batch.noise("posterior"),
         normal.variance, batch.networks.regret_steps,
     )  # fmt: skip
 
 
-def _mahalanobis(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _mahalanobis(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return of_positions(normal.positions.distance(batch.mean.movedim(1, -1))[:, None], batch.size)
 
 
-def _mahalanobis_pooled(batch: Batch, normal: NormalStatistics) -> Tensor:
+def _mahalanobis_pooled(batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     return normal.pooled.distance(batch.pooled)
 
 
-def _flow(time: float, batch: Batch, normal: NormalStatistics) -> Tensor:
+def _flow(time: float, batch: EncodedImages, normal: NormalStatistics) -> Tensor:
     """Squared velocity error, mean over channels and the fixed noises, without class."""
     pipeline = batch.networks.pipeline
     clean = pipeline.normalizer.normalize(batch.mean)
@@ -254,17 +254,17 @@ def score_names(deterministic: bool, perceptual: bool, regret: bool, flow: bool)
     return found
 
 
-def quantity(name: str) -> str:
+def score_quantity(name: str) -> str:
     """The measured quantity of a score: itself, or the one whose peak it is."""
     return name.removesuffix(PEAK)
 
 
 def title(name: str) -> str:
     """In words."""
-    return f"{SCORES[quantity(name)].title}{', peak' if name.endswith(PEAK) else ''}"
+    return f"{SCORES[score_quantity(name)].title}{', peak' if name.endswith(PEAK) else ''}"
 
 
-def check_name(name: str, known: Iterable[str]) -> None:
+def check_score(name: str, known: Iterable[str]) -> None:
     """Raises: UserError for a score that is not among the `known`, saying what it needs or which was probably meant."""
     known = list(known)
     if name in known:
@@ -272,12 +272,12 @@ def check_name(name: str, known: Iterable[str]) -> None:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
     if name in score_names(False, True, True, True):
-        hint = f"it needs {SCORES[quantity(name)].needs} when a detector is fitted; there are: {', '.join(known)}"
+        hint = f"it needs {SCORES[score_quantity(name)].needs} when a detector is fitted; there are: {', '.join(known)}"
     raise UserError(f"by: {name!r} is not a score here; {hint}")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredScores:
     """`values`: score -> (n,) float64; `maps`: quantity -> (n, h/4, w/4); both on the CPU."""
 
     values: dict[str, Tensor]
@@ -288,7 +288,7 @@ def learn(networks: Networks, batches: Iterable[tuple[Sequence[str], Tensor]]) -
     """From batches (ids, images (n, 3, h, w) in [-1, 1]) of normal images."""
     errors, positions, pooled = [], [], []
     for ids, images in batches:
-        batch = Batch(networks, images, ids)
+        batch = EncodedImages(networks, images, ids)
         errors.append((batch.images - batch.decoded_sample).square().flatten(1).mean(dim=1).double().cpu())
         flat = batch.mean.flatten(2).transpose(1, 2)
         chosen = torch.linspace(0, flat.shape[1] - 1, min(POSITIONS, flat.shape[1])).round().long()
@@ -299,15 +299,15 @@ def learn(networks: Networks, batches: Iterable[tuple[Sequence[str], Tensor]]) -
 
 
 @torch.no_grad()
-def measure(networks: Networks, normal: NormalStatistics, images: Tensor, ids: Sequence[str]) -> Measured:
+def measure_scores(networks: Networks, normal: NormalStatistics, images: Tensor, ids: Sequence[str]) -> MeasuredScores:
     """Every score and heat map of images (n, 3, h, w) in [-1, 1].
 
     Raises:
         UserError: naming the image and the score, where a value is not finite.
     """
-    batch = Batch(networks, images, ids)
+    batch = EncodedImages(networks, images, ids)
     values, maps = dict[str, Tensor](), dict[str, Tensor]()
-    for name in dict.fromkeys(map(quantity, networks.score_names)):
+    for name in dict.fromkeys(map(score_quantity, networks.score_names)):
         found = SCORES[name].compute(batch, normal)
         if SCORES[name].local:
             maps[name] = found.float().cpu()
@@ -319,7 +319,7 @@ def measure(networks: Networks, normal: NormalStatistics, images: Tensor, ids: S
         if not bool(of_score.isfinite().all()):
             bad = ids[int(of_score.isfinite().logical_not().nonzero()[0])]
             raise UserError(f"{bad}: its {name} is not finite; check the models, or leave this image out")
-    return Measured(values, maps)
+    return MeasuredScores(values, maps)
 
 
 # Heat maps: one value every four pixels, averaged over a window, the same grid for every score.

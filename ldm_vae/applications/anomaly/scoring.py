@@ -16,8 +16,8 @@ from PIL import Image
 from ldm_vae import provenance
 from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.detector import load_detector, p_values, percentiles
-from ldm_vae.applications.anomaly.images import batches, embedded, heat_picture, mark, stack
-from ldm_vae.applications.anomaly.scores import measure
+from ldm_vae.applications.anomaly.images import crop_batches, embedded, heat_picture, mark, stack
+from ldm_vae.applications.anomaly.scores import measure_scores
 from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops, none_readable
@@ -27,7 +27,7 @@ from ldm_vae.evaluation.pages import template_environment
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, rejected_images
 from ldm_vae.utils.text import pluralize
 
-Row = dict[str, Any]
+ScoredImage = dict[str, Any]
 """One image in scores.json."""
 
 
@@ -85,7 +85,7 @@ class ImageScores(Study):
     def __init__(self, config: ScoreImagesConfig, overwrite: bool) -> None:
         self.detector = load_detector(config.detector)
         self.by = config.by or self.detector.by
-        scores.check_name(self.by, self.detector.normal)
+        scores.check_score(self.by, self.detector.normal)
         self.networks = self.detector.networks(
             config.autoencoder, config.device, config.pipeline, config.perceptual_weights
         )
@@ -114,16 +114,18 @@ class ImageScores(Study):
             "versions": provenance.versions(),
         }
 
-    def _rows(self, rejected: Rejected) -> list[Row]:
+    def _rows(self, rejected: Rejected) -> list[ScoredImage]:
         """One record an image, the most anomalous first."""
         detector, config = self.detector, self.config
         chosen = evenly_spaced(len(self.source), config.count)
         seen = set(detector.seen.tolist())
         normal, threshold = detector.normal[self.by], detector.thresholds()[self.by]
-        rows: list[Row] = []
+        rows: list[ScoredImage] = []
         crops = iterate_crops(self.source, chosen, detector.resolution, rejected)
-        for batch in batches(crops, config.batch, len(chosen), "scoring"):
-            measured = measure(self.networks, detector.statistics, stack(batch), [crop.id for crop in batch]).values
+        for batch in crop_batches(crops, config.batch, len(chosen), "scoring"):
+            measured = measure_scores(
+                self.networks, detector.statistics, stack(batch), [crop.id for crop in batch]
+            ).values
             by_score = measured[self.by].numpy()
             columns = zip(batch, by_score, percentiles(normal, by_score), p_values(normal, by_score))
             for number, (crop, value, percentile, p) in enumerate(columns):
@@ -138,16 +140,20 @@ class ImageScores(Study):
         return sorted(rows, key=lambda row: -row["score"])
 
     def files(self, results: Results) -> dict[str, Content]:
-        return {"scores.csv": table(results["images"])}
+        return {"scores.csv": scores_csv(results["images"])}
 
     def page(self, results: Results) -> str:
         """The heat maps on it are measured again, so that not all are kept."""
-        quantity = scores.quantity(self.by) if scores.SCORES[scores.quantity(self.by)].local else "l1"
+        quantity = scores.score_quantity(self.by) if scores.SCORES[scores.score_quantity(self.by)].local else "l1"
         peak = self.detector.thresholds()[quantity + scores.PEAK]
         examples = []
         shown = [row["index"] for row in results["images"][: self.config.shown]]
         for row, crop in zip(results["images"], iterate_crops(self.source, shown, self.detector.resolution, [])):
-            heat = measure(self.networks, self.detector.statistics, stack([crop]), [crop.id]).maps[quantity][0].numpy()
+            heat = (
+                measure_scores(self.networks, self.detector.statistics, stack([crop]), [crop.id])
+                .maps[quantity][0]
+                .numpy()
+            )
             picture = embedded(heat_picture(heat, peak, len(crop.pixels)), f"heat map, {quantity}")
             examples.append((row, embedded(Image.fromarray(crop.pixels), crop.id), picture))
         context = {
@@ -183,12 +189,12 @@ class ImageScores(Study):
         return "\n".join(lines)
 
 
-def count(rows: list[Row], what: str) -> int:
+def count(rows: list[ScoredImage], what: str) -> int:
     """Images that are `anomalous`, `enlarged` or `seen` by the detector before."""
     return sum(row["verdict"] == what if what == "anomalous" else row[what] for row in rows)
 
 
-def table(rows: list[Row]) -> str:
+def scores_csv(rows: list[ScoredImage]) -> str:
     """`scores.csv`: verdict and percentile, then every score."""
     names = list(rows[0]["scores"])
     first = ["id", "verdict", "score", "percentile", "p_value", "enlarged", "seen"]

@@ -115,7 +115,7 @@ class CodecBenchConfig:
 
 
 @dataclass
-class Measurements:
+class CodecMeasurements:
     """What was found: `rows[codec][quality]` holds lists over images of bytes, ideal bits and each metric.
 
     `latent[...]`: the KL in bits per pixel and the metrics of the decoded posterior sample and mean, over images.
@@ -125,7 +125,7 @@ class Measurements:
     rows: dict[str, dict[float, dict[str, list[float]]]] = field(default_factory=dict)
     latent: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    examples: list[Example] = field(default_factory=list)
+    examples: list[CodecExample] = field(default_factory=list)
     rejected: Rejected = field(default_factory=list)
 
     def add(self, codec: str, quality: float, values: dict[str, float]) -> None:
@@ -169,7 +169,7 @@ class CodecBench(Study):
         self.source = subset(open_source(self.config.data), self.config.part, self.config.data.held_out)
 
     def measure(self) -> Results:
-        config, measured = self.config, measure(self.config, self.codecs, self.source)
+        config, measured = self.config, measure_codecs(self.config, self.codecs, self.source)
         self.examples = measured.examples
         rows = {codec: {f"{q:g}": values for q, values in found.items()} for codec, found in measured.rows.items()}
         images = {"fingerprint": self.source.fingerprint(), "part": config.part, "count": len(measured.ids)}
@@ -185,7 +185,7 @@ class CodecBench(Study):
                 "codecs": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
                 "versions": {"pillow": PIL.__version__, **provenance.versions()},
             },
-            **summary(measured, config.resolution),
+            **summarize(measured, config.resolution),
             "rejected": rejected_images(measured.rejected),
             "images": {"ids": measured.ids, "rows": rows, "latent": measured.latent},
         }
@@ -215,7 +215,7 @@ class CodecBench(Study):
                 for name in names
             ],
             "differences": difference_rows(results),
-            "sentences": sentences(results),
+            "sentences": codec_sentences(results),
             "examples": [_shown(one) for one in self.examples],
         }
         return template_environment().get_template("codec.html").render(context)
@@ -225,12 +225,12 @@ class CodecBench(Study):
 
 
 @torch.no_grad()
-def measure(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSource) -> Measurements:
+def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: ImageSource) -> CodecMeasurements:
     """Every codec at every quality on every image. Raises: UserError when none can be read."""
     plain = codecs[SELF_FITTED]
     device = plain.autoencoder.device
     lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device) if config.perceptual_net else None
-    measured, chosen = Measurements(), evenly_spaced(len(source), config.count)
+    measured, chosen = CodecMeasurements(), evenly_spaced(len(source), config.count)
     shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
     for index in progress(chosen, "coding"):
         _, crop = read_crops(source, [index], config.resolution, measured.rejected)
@@ -274,7 +274,7 @@ class Comparison:
 
 
 def _measure_latent(
-    measured: Measurements, config: CodecBenchConfig, codec: Codec, compare: Comparison, name: str
+    measured: CodecMeasurements, config: CodecBenchConfig, codec: Codec, compare: Comparison, name: str
 ) -> None:
     """Without a file: decode(mean), and where there is a posterior what a code as long as the KL would decode to."""
     mean, logvar = codec.autoencoder.encode_moments(compare.original)
@@ -294,7 +294,7 @@ def _measure_latent(
 
 
 def _measure_ours(
-    measured: Measurements, config: CodecBenchConfig, codecs: dict[str, Codec], compare: Comparison, name: str
+    measured: CodecMeasurements, config: CodecBenchConfig, codecs: dict[str, Codec], compare: Comparison, name: str
 ) -> tuple[int, np.ndarray]:
     """Every entropy model at every quality, decoded from the file. Returns the size and picture to show."""
     original = np.array(compare.picture)
@@ -324,13 +324,13 @@ def _measure_ours(
 
 
 @dataclass(frozen=True)
-class Example:
+class CodecExample:
     """Pictures of one image, each with its name and bytes; the original has none."""
 
     pictures: list[tuple[str, int | None, Image.Image]]
 
 
-def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequence[str]) -> Example:
+def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequence[str]) -> CodecExample:
     """The original, this codec's picture, and each codec's largest file of at most as many bytes."""
     size_bytes, decoded = mine
     pictures: list[tuple[str, int | None, Image.Image]] = [
@@ -341,7 +341,7 @@ def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequenc
         coded = code_within(original, codec, size_bytes)
         name = codec if coded.fits else f"{codec}, its smallest file"
         pictures.append((name, coded.size_bytes, coded.picture))
-    return Example(pictures)
+    return CodecExample(pictures)
 
 
 # Curves of quality over rate, and how far one lies from another: the Bjøntegaard rate difference.
@@ -397,7 +397,7 @@ def rate_at(rates: Sequence[float], qualities: Sequence[float], quality: float) 
 # Curves, differences and words from what was measured.
 
 
-def summary(measured: Measurements, resolution: int) -> dict[str, Any]:
+def summarize(measured: CodecMeasurements, resolution: int) -> dict[str, Any]:
     """Mean curves, their differences of rate, the gap to the ideal code length, and seconds."""
     per_byte = 8 / resolution**2
     curves: dict[str, list[dict[str, float]]] = {}
@@ -426,7 +426,7 @@ def _signed(metric: str, values: Any) -> Any:
     return -np.asarray(values) if metric in LOWER_IS_BETTER else np.asarray(values)
 
 
-def _differences(measured: Measurements) -> list[dict[str, Any]]:
+def _differences(measured: CodecMeasurements) -> list[dict[str, Any]]:
     """BD-rates of this codec's curves to the others and to its own before, with 95 % bootstrap intervals."""
     names = list(measured.rows)
     found = []
@@ -442,7 +442,7 @@ def _differences(measured: Measurements) -> list[dict[str, Any]]:
     return found
 
 
-def _difference(measured: Measurements, test: str, anchor: str, metric: str) -> dict[str, float | None]:
+def _difference(measured: CodecMeasurements, test: str, anchor: str, metric: str) -> dict[str, float | None]:
     def table(codec: str, key: str) -> np.ndarray:
         return np.array([values[key] for values in measured.rows[codec].values()])  # (qualities, images)
 
@@ -500,7 +500,7 @@ def markdown(results: Results) -> str:
         "",
         *markdown_table(["codec", "quality", "bits/pixel", "ideal", *titles], points),
         "",
-        *sentences(results),
+        *codec_sentences(results),
     ]
     images = protocol["images"]
     lines += [
@@ -524,7 +524,7 @@ def difference_rows(results: Results) -> list[tuple[str, list[str]]]:
     return [(pair, list(row.values())) for pair, row in found.items()]
 
 
-def sentences(results: Results) -> list[str]:
+def codec_sentences(results: Results) -> list[str]:
     """What stands between a file and the ideal, and what a perfect file would be limited by."""
     lines, mean = [], results["latent"]["decode(mean)"]
     lines.append(f"Without quantization the autoencoder gives {mean['psnr']:.2f} dB: no quality goes beyond.")
@@ -580,7 +580,7 @@ def plot(results: Results, metric: str) -> str:
     return plots.page_svg(figure, f"{METRIC_TITLES[metric]} over bits per pixel")
 
 
-def sheet(examples: Sequence[Example]) -> Image.Image:
+def sheet(examples: Sequence[CodecExample]) -> Image.Image:
     """The middle of every example picture, a row an image, each with its name and bytes."""
     images, labels = [], []
     for one in examples:
@@ -591,7 +591,7 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
     return labeled_sheet(images, labels, side=SHEET_SIDE, columns=len(examples[0].pictures))
 
 
-def _shown(one: Example) -> list[tuple[str, Picture]]:
+def _shown(one: CodecExample) -> list[tuple[str, Picture]]:
     return [
         (name if size is None else f"{name}, {size:,} bytes", embed_image(picture, name))
         for name, size, picture in one.pictures

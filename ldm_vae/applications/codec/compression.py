@@ -244,7 +244,7 @@ class Compressed:
         return entropy_models.ideal_bits(self.model, self.levels)
 
 
-def identity(autoencoder: Autoencoder) -> str:
+def codec_identity(autoencoder: Autoencoder) -> str:
     """What the latents of a file belong to: the encoder's fingerprint, for codes that of the quantizer as well.
 
     A decoder that was trained further (encoder frozen) keeps it, so that old files get better with it.
@@ -258,7 +258,7 @@ def open_codec(autoencoder: str, entropy: str | None = None, device: torch.devic
     channels = model.latent_channels
     if channels > format.MOST_CHANNELS:
         raise UserError(f"{autoencoder}: has {channels} latent channels; the codec is for {format.MOST_CHANNELS}")
-    codec = Codec(model, None, identity(model), channels, model.downsampling, autoencoder)
+    codec = Codec(model, None, codec_identity(model), channels, model.downsampling, autoencoder)
     return codec if entropy is None else codec.with_model(entropy)
 
 
@@ -313,10 +313,10 @@ class Codec:
         else:
             entropy, model = self.model.short_fingerprint, self.model.at(step)
             levels = entropy_models.Grid(self.model.mean, self.model.unit, step).quantize(picture.latents, picture.name)
-        header = format.Header(
+        header = format.FileHeader(
             short_fingerprint(self.identity), picture.width, picture.height, step, self.channels, entropy, ends
         )
-        data = format.pack(header, entropy_models.encode(model, levels, ends))
+        data = format.pack_file(header, entropy_models.encode_levels(model, levels, ends))
         return Compressed(data, levels, model, step)
 
     def compress_within(self, picture: Analyzed, bits_per_pixel: float, parts: Sequence[int] = ()) -> Compressed:
@@ -366,7 +366,9 @@ class Codec:
         latents[: len(levels)] = grid.restore(levels)
         return self.picture_of(latents, header.height, header.width)
 
-    def levels_of(self, header: format.Header, data: list[bytes], name: str) -> tuple[entropy_models.Grid, np.ndarray]:
+    def levels_of(
+        self, header: format.FileHeader, data: list[bytes], name: str
+    ) -> tuple[entropy_models.Grid, np.ndarray]:
         """The grid and the levels of the channels in `data`. Raises: UserError."""
         self.check_origin(header, name)
         size = -(-header.height // self.factor), -(-header.width // self.factor)
@@ -377,9 +379,9 @@ class Codec:
         else:
             assert fitted is not None, "check_origin asks for it"
             model, grid = fitted.at(header.step), entropy_models.Grid(fitted.mean, fitted.unit, header.step)
-        return grid, entropy_models.decode(model, data, header.parts, size, name)
+        return grid, entropy_models.decode_levels(model, data, header.parts, size, name)
 
-    def check_origin(self, header: format.Header, name: str) -> None:
+    def check_origin(self, header: format.FileHeader, name: str) -> None:
         """Raises: UserError unless autoencoder and entropy model are those of the file."""
         own = short_fingerprint(self.identity)
         if header.autoencoder != own or header.channels != self.channels:

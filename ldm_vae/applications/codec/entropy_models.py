@@ -468,7 +468,7 @@ class ContextModel:
         return passes(height, width)
 
     def predict(self, known: np.ndarray, channel: int, part: Pass) -> Prediction:
-        inputs = gather(known, channel, part, self.steps)
+        inputs = context_inputs(known, channel, part, self.steps)
         mean, log_scale = self.networks[channel, part.role](inputs).T
         step = self.steps[channel]
         eighths = (mean << (STEP_BITS - VALUE_BITS + 3)) // step
@@ -485,7 +485,7 @@ def log2_value(step: int) -> int:
     return rounded_log2(step, 1 << STEP_BITS, 16) << (VALUE_BITS - 4)
 
 
-def gather(known: np.ndarray, channel: int, part: Pass, steps: Sequence[int]) -> np.ndarray:
+def context_inputs(known: np.ndarray, channel: int, part: Pass, steps: Sequence[int]) -> np.ndarray:
     """What the network of a pass sees, (n, inputs) int64 with 10 fractional bits, in standard deviations."""
     earlier = range(max(0, channel - EARLIER_CHANNELS), channel)
     places = [(channel, place) for place in part.neighbors] + [(other, place) for other in earlier for place in CROSS]
@@ -510,7 +510,7 @@ def static_model(step: int, ratios: Sequence[int], scales: Sequence[int]) -> Sta
     )
 
 
-def encode(model: EntropyModel, levels: np.ndarray, parts: Sequence[int]) -> list[bytes]:
+def encode_levels(model: EntropyModel, levels: np.ndarray, parts: Sequence[int]) -> list[bytes]:
     """Levels (c, h, w) -> the data of each part; `parts`: the channel that each ends before, the last one c."""
     known, whole = _empty(levels.shape), _with_margin(levels)
     data, encoder = [], ResidualEncoder()
@@ -526,7 +526,7 @@ def encode(model: EntropyModel, levels: np.ndarray, parts: Sequence[int]) -> lis
     return data
 
 
-def decode(
+def decode_levels(
     model: EntropyModel, data: Sequence[bytes], parts: Sequence[int], size: tuple[int, int], where: str
 ) -> np.ndarray:
     """The inverse for the first parts: levels (k, h, w) of the channels in them. Raises: UserError."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_vae.applications.codec import entropy_models
-from ldm_vae.applications.codec.compression import identity
+from ldm_vae.applications.codec.compression import codec_identity
 from ldm_vae.applications.codec.entropy_models import (
     CROSS,
     EARLIER_CHANNELS,
@@ -35,7 +35,7 @@ from ldm_vae.applications.codec.entropy_models import (
     passes,
     step_of,
 )
-from ldm_vae.applications.codec.format import LARGEST_INTEGER, FittedModel, Kind
+from ldm_vae.applications.codec.format import LARGEST_INTEGER, EntropyKind, FittedModel
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
@@ -59,7 +59,7 @@ QUALITIES = (5.0, 80.0)
 """Training draws the step of each batch from these."""
 LEAST_SAMPLES = 20
 
-Samples = tuple[LatentDataset, np.ndarray]
+LatentSamples = tuple[LatentDataset, np.ndarray]
 """A set and the numbers of some of its samples."""
 
 
@@ -81,7 +81,7 @@ class CodecFitConfig:
     autoencoder: str = "???"
     latents: str = "???"
     output: str = "???"
-    kind: Kind = "context"
+    kind: EntropyKind = "context"
     steps: int = 1500
     batch: int = 8
     learning_rate: float = 3e-3
@@ -134,7 +134,7 @@ def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Autoenco
         )
 
 
-def _split(config: CodecFitConfig) -> tuple[Samples, Samples]:
+def _split(config: CodecFitConfig) -> tuple[LatentSamples, LatentSamples]:
     """Samples to fit to, and those to report on."""
     content = read_manifest(config.latents).content
     posterior: Posterior | None = "moments" if content == "moments" else None
@@ -173,7 +173,7 @@ def _statistics(
     one = 1 << entropy_models.RATIO_BITS
     ratios = tuple(_integer(float(u / d) * one) for u, d in zip(units, deviation, strict=True))
     scales = tuple(_integer(_logistic_scale(normal[:, c]) * one) for c in range(len(center)))
-    return FittedModel("static", identity(autoencoder), center, units, ratios, scales)
+    return FittedModel("static", codec_identity(autoencoder), center, units, ratios, scales)
 
 
 def _integer(value: float) -> int:

@@ -70,7 +70,7 @@ class SelfFitted:
 
 
 @dataclass(frozen=True)
-class Header:
+class FileHeader:
     """Everything but the data.
 
     Args:
@@ -95,7 +95,7 @@ class Header:
     checksums: tuple[bytes, ...] = field(default=())
 
 
-def pack(header: Header, data: list[bytes]) -> bytes:
+def pack_file(header: FileHeader, data: list[bytes]) -> bytes:
     """The whole file."""
     self_fitted = isinstance(header.entropy, SelfFitted)
     body = FIXED.pack(
@@ -108,11 +108,11 @@ def pack(header: Header, data: list[bytes]) -> bytes:
     else:
         body += header.entropy
     for number, (end, piece) in enumerate(zip(header.parts, data, strict=True)):
-        body += PART.pack(end, len(piece)) + (digest(piece) if number else b"")
-    return PREAMBLE.pack(MAGIC, FORMAT_VERSION, digest(body + data[0])) + body + b"".join(data)
+        body += PART.pack(end, len(piece)) + (part_checksum(piece) if number else b"")
+    return PREAMBLE.pack(MAGIC, FORMAT_VERSION, part_checksum(body + data[0])) + body + b"".join(data)
 
 
-def digest(data: bytes) -> bytes:
+def part_checksum(data: bytes) -> bytes:
     """Eight bytes of xxh3_64."""
     import xxhash
 
@@ -140,7 +140,7 @@ class Reader:
         return UserError(f"{self.where}: is damaged ({what}); {ADVICE}")
 
 
-def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = None) -> tuple[Header, list[bytes]]:
+def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = None) -> tuple[FileHeader, list[bytes]]:
     """Header and data of all parts, or of those with the first `channels` channels, of which alone the file is read.
 
     Raises:
@@ -157,21 +157,21 @@ def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = Non
     checksum, reader.consumed = reader.take(CHECKSUM_BYTES), b""
     header = _header(reader)
     first = reader.take(header.lengths[0])
-    if digest(reader.consumed) != checksum:
+    if part_checksum(reader.consumed) != checksum:
         raise reader.wrong("its checksum differs")
     count = _part_count(header, channels, where)
     data = [first]
     for length, expected in zip(header.lengths[1:count], header.checksums):
         reader.consumed = b""
         data.append(reader.take(length))
-        if digest(data[-1]) != expected:
+        if part_checksum(data[-1]) != expected:
             raise reader.wrong("the checksum of a part differs")
     if count == len(header.parts) and reader.left_bytes:
         raise reader.wrong(f"{reader.left_bytes} bytes too many")
     return header, data
 
 
-def _header(reader: Reader) -> Header:
+def _header(reader: Reader) -> FileHeader:
     """What stands before the parts. Its sizes are plausible; that they are true, the checksum says."""
     autoencoder, width, height, step, channels, kind, count = FIXED.unpack(reader.take(FIXED.size))
     if not width or not height or not step:
@@ -200,7 +200,7 @@ def _header(reader: Reader) -> Header:
             checksums.append(reader.take(CHECKSUM_BYTES))
     if parts[-1] != channels:
         raise reader.wrong("its parts are not all channels")
-    return Header(
+    return FileHeader(
         autoencoder, width, height, step, channels, entropy, tuple(parts), tuple(lengths), tuple(checksums)
     )  # fmt: skip
 
@@ -213,7 +213,7 @@ def _self_fitted(reader: Reader, channels: int) -> SelfFitted:
     return SelfFitted(mean, unit, scales)
 
 
-def _part_count(header: Header, channels: int | None, where: str) -> int:
+def _part_count(header: FileHeader, channels: int | None, where: str) -> int:
     """How many parts hold the first `channels` channels."""
     if channels is None:
         return len(header.parts)
@@ -228,7 +228,7 @@ def _part_count(header: Header, channels: int | None, where: str) -> int:
 
 # An entropy model that was fitted to a set of latents: what it holds, and its safetensors file.
 
-Kind = Literal["static", "context"]
+EntropyKind = Literal["static", "context"]
 
 MODEL_FORMAT_VERSION = 1
 METADATA = "codec"
@@ -250,7 +250,7 @@ class FittedModel:
         weights: by (channel, role), int16; see `integer_network`.
     """
 
-    kind: Kind
+    kind: EntropyKind
     autoencoder: str
     mean: np.ndarray
     unit: np.ndarray

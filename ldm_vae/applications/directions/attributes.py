@@ -74,7 +74,7 @@ class Attribute:
         return None
 
 
-def collect(
+def collect_attributes(
     origins: Sequence[str],
     source: ImageSource | None,
     indices: Sequence[int],
@@ -255,7 +255,7 @@ def oklab(images: Tensor) -> Tensor:
     return torch.einsum("ij,njhw->nihw", torch.tensor(CONES_TO_OKLAB, device=images.device), cones ** (1 / 3))
 
 
-def measure(images: Tensor) -> dict[str, Tensor]:
+def measure_attributes(images: Tensor) -> dict[str, Tensor]:
     """The attributes of images (n, 3, h, w) in [-1, 1], each (n,).
 
     Returns:

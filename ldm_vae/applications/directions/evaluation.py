@@ -123,7 +123,7 @@ class AttributeMeasurer:
     def measure(self, images: Tensor) -> np.ndarray:
         """Images (n, 3, h, w) in [-1, 1] -> (n, k) float64, after an 8-bit round trip."""
         images = transforms.from_uint8(transforms.to_uint8(images))
-        found = [value.double()[:, None] for value in attributes.measure(images).values()]
+        found = [value.double()[:, None] for value in attributes.measure_attributes(images).values()]
         if self.reader is not None:
             found.append(self.reader(reduced(images).cpu())[:, self.columns].double())
         return torch.cat([one.cpu() for one in found], dim=1).numpy()
@@ -170,7 +170,7 @@ class DirectionsEvaluation(Study):
         self.measurer, readable = make_measurer(config, source, indices, unedited)
         self.base = self.measurer.measure(unedited)
         deviations, correlations = spread_of(self.measurer.measure(images))
-        self.rows: list[Row] = []
+        self.rows: list[DirectionRow] = []
         changes: dict[str, list[float]] = {}
         for direction in progress(self.chosen, "editing", "direction"):
             values = self._values(direction, len(images), config.strengths)
@@ -224,12 +224,12 @@ class DirectionsEvaluation(Study):
         return np.sqrt(np.mean(squares, axis=0))
 
     def markdown(self, results: Results) -> str:
-        table = markdown_table(HEADINGS, [cells(row) for row in self._rows(results)])
-        lines = ["# Directions", "", *table, "", *[f"{note}\n" for note in notes_of(results)]]
-        return "\n".join([*lines, *[f"- {sentence}" for sentence in sentences(self._rows(results))]]) + "\n"
+        table = markdown_table(HEADINGS, [row_cells(row) for row in self._rows(results)])
+        lines = ["# Directions", "", *table, "", *[f"{note}\n" for note in table_notes(results)]]
+        return "\n".join([*lines, *[f"- {sentence}" for sentence in verdict_sentences(self._rows(results))]]) + "\n"
 
-    def _rows(self, results: Results) -> list[Row]:
-        return [Row(**row) for row in results["rows"]]
+    def _rows(self, results: Results) -> list[DirectionRow]:
+        return [DirectionRow(**row) for row in results["rows"]]
 
     def page(self, results: Results) -> str:
         drawing = Drawing(
@@ -244,10 +244,10 @@ class DirectionsEvaluation(Study):
                 text = f"{row.name}: {row.verdict}" + (f", image {number + 1}" if len(examples) > 1 else "")
                 images = transforms.to_pil(self._moved(latent, direction, self.config.strengths))
                 pictures.append(embed_image(side_by_side(images), text, STRIP_SIDE))
-        table = Table(HEADINGS, [cells(row) for row in self.rows], notes_of(results))
+        table = Table(HEADINGS, [row_cells(row) for row in self.rows], table_notes(results))
         count = results["protocol"]["images"]["count"]
         lead = f"What each direction changes, on {count} images."
-        return render("Directions", lead, sentences(self.rows), [drawing], [table], pictures)
+        return render("Directions", lead, verdict_sentences(self.rows), [drawing], [table], pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"images": results["protocol"]["images"]["count"], "directions": len(results["rows"])}
@@ -291,7 +291,9 @@ def attributes_of(
     one_class = len(set(labels.tolist()) - {-1}) < 2
     origins = [name for name in config.attributes_from if least or name != LABELS or not one_class]
     ids = [source.id(index) for index in indices]
-    return attributes.collect(origins, source, indices, ids, labels, source.label_names, circles=config.circles)
+    return attributes.collect_attributes(
+        origins, source, indices, ids, labels, source.label_names, circles=config.circles
+    )
 
 
 def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> tuple[list[int], Tensor]:
@@ -321,7 +323,7 @@ def spread_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Row:
+class DirectionRow:
     """One direction.
 
     Attributes:
@@ -391,23 +393,23 @@ def assess(
     strengths: Sequence[float],
     deviations: np.ndarray,
     correlations: np.ndarray,
-) -> Row:
+) -> DirectionRow:
     """Values (n, s, k) of the attributes `names` at s strengths; `correlations` (k, k) over unedited images."""
     change = slopes(values, strengths, deviations)
     means, sizes = change.mean(axis=0), np.sqrt(np.square(change).mean(axis=0))
     if direction.attribute is not None and direction.attribute not in names:
-        return Row(direction.name, direction.attribute, direction.told, None, None, None, {}, [], "unread")
+        return DirectionRow(direction.name, direction.attribute, direction.told, None, None, None, {}, [], "unread")
     target = int(np.abs(means).argmax()) if direction.attribute is None else list(names).index(direction.attribute)
     along = [name for k, name in enumerate(names) if k != target and abs(correlations[target, k]) >= TOGETHER]
     drift = {name: float(sizes[k]) for k, name in enumerate(names) if k != target and name not in along}
-    row = Row(
+    row = DirectionRow(
         direction.name, names[target], direction.told, float(means[target]), bootstrap_interval(change[:, target]),
         monotonicity(values[:, :, target], strengths), drift, along, "",
     )  # fmt: skip
     return replace(row, verdict=_verdict(row, direction.attribute is not None))
 
 
-def _verdict(row: Row, labeled: bool) -> str:
+def _verdict(row: DirectionRow, labeled: bool) -> str:
     assert row.change is not None
     assert row.monotonicity is not None
     if not labeled:
@@ -426,7 +428,7 @@ HEADINGS = [
 ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
+def row_cells(row: DirectionRow) -> list[str]:
     """The row of a table, as text."""
     told = f"{row.told['measure']} {row.told['value']:.2f}"
     if row.change is None or row.interval is None:
@@ -437,7 +439,7 @@ def cells(row: Row) -> list[str]:
     return [row.name, row.target or "", told, change, f"{row.monotonicity:+.2f}", worst, row.verdict]
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
+def verdict_sentences(rows: Sequence[DirectionRow]) -> list[str]:
     """Each verdict that occurs, what it means, and the directions that have it."""
     found = []
     for verdict, meaning in VERDICTS.items():
@@ -447,7 +449,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def notes_of(results: dict[str, Any]) -> list[str]:
+def table_notes(results: dict[str, Any]) -> list[str]:
     """What has to be known to read the table."""
     config = results["config"]
     found = [

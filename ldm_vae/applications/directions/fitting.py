@@ -184,7 +184,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
     autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
     check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
     with alone_in(output):
-        samples = gather(config, autoencoder)
+        samples = gather_samples(config, autoencoder)
         directions, left_out = find_directions(config, samples, autoencoder)
         found = Directions(directions, autoencoder.encoder_fingerprint(), samples.record, left_out)
         with publishing(output):
@@ -197,7 +197,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
 
 
 def find_directions(
-    config: FitDirectionsConfig, samples: Samples, autoencoder: Autoencoder
+    config: FitDirectionsConfig, samples: PooledSamples, autoencoder: Autoencoder
 ) -> tuple[list[Direction], dict[str, str]]:
     """The directions, and why attributes have none. Raises: UserError."""
     chosen = {attribute.name: attribute for attribute in samples.attributes}
@@ -239,7 +239,7 @@ def markdown(found: Directions) -> str:
 
 
 @dataclass(frozen=True)
-class Samples:
+class PooledSamples:
     """n images.
 
     Attributes:
@@ -262,7 +262,7 @@ def check_continuous(autoencoder: Autoencoder, where: str) -> None:
         )
 
 
-def gather(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Samples:
+def gather_samples(config: FitDirectionsConfig, autoencoder: Autoencoder) -> PooledSamples:
     """Read, encode and average; one image at a time.
 
     Raises:
@@ -282,11 +282,11 @@ def gather(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Samples:
         image = image.to(autoencoder.device)
         mean, _ = autoencoder.encode_moments(image)
         pooled.append(pool(mean, source.id(index)))
-        pixels.append(attributes.measure(image))
+        pixels.append(attributes.measure_attributes(image))
     ids = [source.id(index) for index in found]
     _check_count(ids, f"{len(rejected)} of {len(indices)} images could not be read" if rejected else "data")
     labels = np.array([source.label(index) for index in found], np.int64)
-    known = attributes.collect(
+    known = attributes.collect_attributes(
         config.attributes_from, source, found, ids, labels, source.label_names, pixels, config.circles
     )
     record = {
@@ -296,10 +296,10 @@ def gather(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Samples:
         "preprocessing": preprocessing_record(config.resolution),
         "rejected": rejected_images(rejected),
     }
-    return Samples(np.concatenate(pooled), known, record)
+    return PooledSamples(np.concatenate(pooled), known, record)
 
 
-def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoencoder) -> Samples:
+def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoencoder) -> PooledSamples:
     """Posterior means of a set; what pixels tell is measured on the decoded images."""
     dataset = posterior_means(latents, autoencoder)
     manifest = dataset.manifest
@@ -311,9 +311,9 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoen
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
         if PIXELS in config.attributes_from:
-            pixels.append(attributes.measure(autoencoder.decode_images(latent.to(autoencoder.device))))
+            pixels.append(attributes.measure_attributes(autoencoder.decode_images(latent.to(autoencoder.device))))
     labels = read_labels(manifest)[numbers] if LABELS in config.attributes_from else np.empty(0, np.int64)
-    known = attributes.collect(
+    known = attributes.collect_attributes(
         config.attributes_from, None, numbers, ids, labels, manifest.label_names, pixels, config.circles
     )
     record = {
@@ -323,7 +323,7 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoen
         "preprocessing": manifest.preprocessing,
         "rejected": [],
     }
-    return Samples(np.concatenate(pooled), known, record)
+    return PooledSamples(np.concatenate(pooled), known, record)
 
 
 def posterior_means(latents: str, autoencoder: Autoencoder) -> LatentDataset:

@@ -43,17 +43,17 @@ MAXIMUM_PREVIEW_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
-class Answer:
+class ApiAnswer:
     content: bytes
     media_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Work = Callable[[], Answer]
+Work = Callable[[], ApiAnswer]
 
 
 @dataclass(eq=False)
-class Model:
+class PageModel:
     """One autoencoder of the page, under its key `a` or `b`. `round_trip` comes when it is measured."""
 
     key: str
@@ -80,14 +80,14 @@ class Model:
         return x0 - wide, x1 + wide, y0 - high, y1 + high
 
 
-def open_model(key: str, explored: Explored) -> Model:
-    return Model(key, explored, fit_plane(explored))
+def open_page_model(key: str, explored: Explored) -> PageModel:
+    return PageModel(key, explored, fit_plane(explored))
 
 
-class Models:
+class PageModels:
     """The one or two models of the page, on the same images."""
 
-    def __init__(self, *models: Model) -> None:
+    def __init__(self, *models: PageModel) -> None:
         self.all = models
         self._by_key = {model.key: model for model in models}
 
@@ -96,7 +96,7 @@ class Models:
         """Any of them: images, labels and ids are the same."""
         return self.all[0].explored
 
-    def select(self, question: Question) -> Model:
+    def select(self, question: Question) -> PageModel:
         return self._by_key[question.choice("model", tuple(self._by_key))]
 
     def index(self, question: Question) -> int:
@@ -108,8 +108,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def json_answer(value: Any) -> Answer:
-    return Answer(finite_json(value))
+def json_answer(value: Any) -> ApiAnswer:
+    return ApiAnswer(finite_json(value))
 
 
 def png(picture: Tensor) -> bytes:
@@ -121,16 +121,16 @@ def png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def png_answer(picture: Tensor, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(png(picture), "image/png", headers or {})
+def png_answer(picture: Tensor, headers: Mapping[str, str] | None = None) -> ApiAnswer:
+    return ApiAnswer(png(picture), "image/png", headers or {})
 
 
-def explorer(models: Models, question: Question) -> Work:
+def explorer(models: PageModels, question: Question) -> Work:
     images, first = models.images, models.all[0].explored
     directions = first.directions.directions if first.directions else []
     return lambda: json_answer(
         {
-            "models": [described(model) for model in models.all],
+            "models": [describe_model(model) for model in models.all],
             "images": {
                 "count": len(images.images),
                 "label_names": list(images.label_names),
@@ -143,7 +143,7 @@ def explorer(models: Models, question: Question) -> Work:
     )
 
 
-def described(model: Model) -> dict[str, Any]:
+def describe_model(model: PageModel) -> dict[str, Any]:
     explored, plane, found = model.explored, model.plane, model.round_trip
     return {
         "key": model.key,
@@ -178,12 +178,12 @@ def _shares(found: RoundTrip) -> dict[str, Any]:
     }
 
 
-def latent_map(models: Models, question: Question) -> Work:
+def latent_map(models: PageModels, question: Question) -> Work:
     model = models.select(question)
-    return lambda: Answer(model.map)
+    return lambda: ApiAnswer(model.map)
 
 
-def round_trip(models: Models, question: Question) -> Work:
+def round_trip(models: PageModels, question: Question) -> Work:
     model = models.select(question)
     found = model.round_trip
     if found is None:
@@ -194,13 +194,13 @@ def round_trip(models: Models, question: Question) -> Work:
     return lambda: json_answer({**_shares(found), **places})
 
 
-def decode(models: Models, question: Question) -> Work:
+def decode(models: PageModels, question: Question) -> Work:
     model = models.select(question)
     reach = model.reach
     x, y = question.number("x", *reach[:2]), question.number("y", *reach[2:])
     mode = question.choice("mode", ("inverse", "nearest"), "inverse")
 
-    def work() -> Answer:
+    def work() -> ApiAnswer:
         nearest, _ = model.plane.nearest(x, y)
         if mode == "nearest":
             point = tuple(model.plane.points[nearest].tolist())
@@ -214,12 +214,12 @@ def decode(models: Models, question: Question) -> Work:
     return work
 
 
-def original(models: Models, question: Question) -> Work:
+def original(models: PageModels, question: Question) -> Work:
     index = models.index(question)
     return lambda: png_answer(models.images.images[index])
 
 
-def reconstruction(models: Models, question: Question) -> Work:
+def reconstruction(models: PageModels, question: Question) -> Work:
     model, index = models.select(question), models.index(question)
     explored = model.explored
     channels = [str(channel) for channel in range(explored.mean.shape[1])]
@@ -243,28 +243,28 @@ def _noise(question: Question) -> tuple[float, bool, int]:
     )
 
 
-def path(models: Models, question: Question) -> Work:
+def path(models: PageModels, question: Question) -> Work:
     model = models.select(question)
     points = torch.tensor(question.points("points", MAXIMUM_POINTS, model.reach))
     frames = question.whole("frames", 2, MAXIMUM_FRAMES, 8)
     return lambda: png_answer(path_strip(model.explored, model.plane, points, frames))
 
 
-def architecture(models: Models, question: Question) -> Work:
+def architecture(models: PageModels, question: Question) -> Work:
     model = models.select(question)
     return lambda: json_answer({"stages": [asdict(stage) for stage in model.stages]})
 
 
-def activation(models: Models, question: Question) -> Work:
+def activation(models: PageModels, question: Question) -> Work:
     model, index = models.select(question), models.index(question)
     wanted = question.text("stage")
     noise, sample, seed = _noise(question)
 
-    def work() -> Answer:
+    def work() -> ApiAnswer:
         names = [stage.name for stage in model.stages]
         if wanted not in names:  # the stages are known once they were run
             raise Refusal(404, f"stage: {wanted[:40]!a} is not there; there are {', '.join(names)}")
-        found = stages.activation(model.explored, index, wanted, noise, seed, sample)
+        found = stages.measure_activation(model.explored, index, wanted, noise, seed, sample)
         facts = {key: value for key, value in vars(found).items() if key != "mosaic"}
         picture = base64.b64encode(png(torch.as_tensor(found.mosaic))).decode()
         return json_answer({**facts, "picture": f"data:image/png;base64,{picture}"})
@@ -272,10 +272,10 @@ def activation(models: Models, question: Question) -> Work:
     return work
 
 
-def training(models: Models, question: Question) -> Work:
+def training(models: PageModels, question: Question) -> Work:
     model = models.select(question)
 
-    def work() -> Answer:
+    def work() -> ApiAnswer:
         found = _training(model)
         panels = [
             {
@@ -295,11 +295,11 @@ def training(models: Models, question: Question) -> Work:
     return work
 
 
-def preview(models: Models, question: Question) -> Work:
+def preview(models: PageModels, question: Question) -> Work:
     model = models.select(question)
     step = question.whole("step", 0, LARGEST_WHOLE)
 
-    def work() -> Answer:
+    def work() -> ApiAnswer:
         file = dict(_training(model).previews).get(step)
         if file is None:
             raise Refusal(404, f"step: no preview of step {step}; /api/training lists those that are there")
@@ -309,12 +309,12 @@ def preview(models: Models, question: Question) -> Work:
             raise Refusal(404, f"step: the preview of step {step} cannot be read ({error.reason})") from error
         if len(content) > MAXIMUM_PREVIEW_BYTES:
             raise Refusal(404, f"step: the preview has more than {MAXIMUM_PREVIEW_BYTES} bytes; open it by itself")
-        return Answer(content, "image/webp" if file.suffix == ".webp" else "image/png")
+        return ApiAnswer(content, "image/webp" if file.suffix == ".webp" else "image/png")
 
     return work
 
 
-def _training(model: Model) -> Training:
+def _training(model: PageModel) -> Training:
     folder = model.explored.run_directory
     found = None if folder is None else training_of(folder)
     if found is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.applications.directions.fitting import Directions, check_continuous, load_directions
-from ldm_vae.applications.explorer.images import ImageSet, Place, choose_images, read_images
+from ldm_vae.applications.explorer.images import ImageSet, ModelPlace, choose_images, read_image_set
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.data import transforms
@@ -173,14 +173,14 @@ def open_models(config: ExploreConfig, check: Callable[[Any, str], None] | None 
             check(autoencoder, name)
     directions = None if config.directions is None else _read_directions(config.directions, autoencoders[0], names[0])
     fixed = _fixed_side(autoencoders, names)
-    places = [Place(model_directory(Path(name)), run_directory(name)) for name in names]
+    places = [ModelPlace(model_directory(Path(name)), run_directory(name)) for name in names]
     if fixed is not None and config.size not in (None, fixed):
         logger.warning("size: %d has no effect, an autoencoder here knows one size of images, %d", config.size, fixed)
     wanted = fixed or config.size
     chosen = choose_images(config.data, places, config.count, wanted or DEFAULT_SIZE)
     side = wanted or chosen.side or DEFAULT_SIZE
     _check_size(min(config.count, len(chosen.source)), side, autoencoders)
-    images = read_images(chosen, config.count, side)
+    images = read_image_set(chosen, config.count, side)
     if len(images.pixels) < LEAST_IMAGES:
         raise UserError(
             f"data: {pluralize(len(images.pixels), 'image')} of {images.origin} can be read, a map needs "

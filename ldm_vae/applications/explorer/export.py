@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm_vae.applications.explorer import answers
-from ldm_vae.applications.explorer.answers import Model, Models
+from ldm_vae.applications.explorer.answers import PageModel, PageModels
 from ldm_vae.applications.explorer.limits import Question, finite_json
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.autoencoder.base import Autoencoder
@@ -49,7 +49,7 @@ HEAD = '<meta charset="utf-8">\n'
 """What the policy follows: it holds for what comes after it."""
 
 
-def check_output(path: str | Path, overwrite: bool) -> None:
+def check_export_file(path: str | Path, overwrite: bool) -> None:
     """To be called before a model is opened. Raises: UserError for a folder, or a file that is there already."""
     if Path(path).is_dir():
         raise UserError(f"export: {path} is a folder; give the name of a file, as page.html")
@@ -58,7 +58,7 @@ def check_output(path: str | Path, overwrite: bool) -> None:
 
 
 def export_page(
-    models: Models, path: str | Path, overwrite: bool = False, advance: Callable[[int], None] | None = None
+    models: PageModels, path: str | Path, overwrite: bool = False, advance: Callable[[int], None] | None = None
 ) -> int:
     """Write the page of one or two vector autoencoders, atomically, and return its size in bytes.
 
@@ -69,7 +69,7 @@ def export_page(
         UserError: another architecture, a file that is there already, a page of more than `MAXIMUM_BYTES`, or what the
             system refuses to write.
     """
-    check_output(path, overwrite)
+    check_export_file(path, overwrite)
     for model in models.all:
         check_exportable(model.explored.autoencoder, model.explored.path)
     for model in models.all:
@@ -96,7 +96,7 @@ def check_exportable(autoencoder: Autoencoder, path: str) -> None:
         )
 
 
-def exported_data(models: Models) -> dict[str, Any]:
+def exported_data(models: PageModels) -> dict[str, Any]:
     """All that the page shows: the server's answers by their names, and for each model its decoder and latents."""
     images = models.images.images
     chosen = evenly_spaced(len(images), MAXIMUM_IMAGES)
@@ -116,13 +116,15 @@ def exported_data(models: Models) -> dict[str, Any]:
     }
 
 
-def _answer(function: Callable[[Models, Question], answers.Work], models: Models, model: Model | None = None) -> Any:
+def _answer(
+    function: Callable[[PageModels, Question], answers.Work], models: PageModels, model: PageModel | None = None
+) -> Any:
     """What the server would answer."""
     query = f"model={model.key}" if model else ""
     return json.loads(function(models, Question(query.encode(), ["model"]))().content)
 
 
-def _places(model: Model, chosen: Any) -> dict[str, Any]:
+def _places(model: PageModel, chosen: Any) -> dict[str, Any]:
     """The plane within the latents, `origin` + x * `axes`[0] + y * `axes`[1], and the latents of the images."""
     corners = model.plane.latent_at(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).flatten(1)
     return {
@@ -132,7 +134,7 @@ def _places(model: Model, chosen: Any) -> dict[str, Any]:
     }
 
 
-def described_decoder(model: Model) -> dict[str, Any]:
+def described_decoder(model: PageModel) -> dict[str, Any]:
     """The layers in order and their weights as `page/decoder.js` reads them."""
     decoder = model.explored.autoencoder.decoder
     layers, tensors = [], list[Tensor]()

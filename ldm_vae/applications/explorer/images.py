@@ -42,7 +42,7 @@ PARQUET = ".parquet"
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelPlace:
     """Where an autoencoder's own images may be: beside its config.json (`model`), or named by its training (`run`)."""
 
     model: Path | None
@@ -93,7 +93,7 @@ class BundledSource:
         return checksum_bytes(self.bundled.images.numpy().tobytes())
 
 
-def choose_images(data: str | None, places: Sequence[Place], count: int, size: int) -> Chosen:
+def choose_images(data: str | None, places: Sequence[ModelPlace], count: int, size: int) -> Chosen:
     """The given images; else what travels with the first autoencoder that brings some; else what the first was trained
     on, the held-out part where that has enough; else the synthetic set.
 
@@ -116,7 +116,7 @@ def choose_images(data: str | None, places: Sequence[Place], count: int, size: i
     return found or _synthetic(count, size)
 
 
-def read_images(chosen: Chosen, count: int, side: int) -> ImageSet:
+def read_image_set(chosen: Chosen, count: int, side: int) -> ImageSet:
     """`count` images, evenly spread, scaled and cropped to squares of `side` pixels, without unreadable ones."""
     source, rejected = chosen.source, Rejected()
     indices = evenly_spaced(len(source), count)

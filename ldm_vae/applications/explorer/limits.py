@@ -261,7 +261,7 @@ class Turn:
     sequence: int
 
 
-class Job:
+class PendingWork:
     """A piece of work and who waits for it. Only the event loop touches `answer`."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
@@ -287,11 +287,11 @@ class Worker:
     """Starts its thread at once; `close` ends it."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Job] = deque()
-        self._current: Job | None = None
+        self._waiting: deque[PendingWork] = deque()
+        self._current: PendingWork | None = None
         self._changed = threading.Condition()
         self._closed = False
-        self._newest: OrderedDict[tuple[str, ...], tuple[int, Job | None]] = OrderedDict()
+        self._newest: OrderedDict[tuple[str, ...], tuple[int, PendingWork | None]] = OrderedDict()
         self._thread = threading.Thread(target=self._compute, name="explorer-worker", daemon=True)
         self._thread.start()
 
@@ -303,7 +303,7 @@ class Worker:
                 raises.
         """
         self._check_turn(turn)
-        job = Job(work)
+        job = PendingWork(work)
         with self._changed:
             if self._closed:
                 raise _ending()
@@ -336,7 +336,7 @@ class Worker:
         if older is not None and self._take_back(older):
             older.settle(None, _overtaken())
 
-    def _take_back(self, job: Job) -> bool:
+    def _take_back(self, job: PendingWork) -> bool:
         """Whether it had not begun."""
         with self._changed, suppress(ValueError):
             self._waiting.remove(job)

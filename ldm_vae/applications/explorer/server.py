@@ -33,9 +33,9 @@ from starlette.types import ASGIApp, Receive
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ldm_vae.applications.explorer import answers
-from ldm_vae.applications.explorer.answers import Model, Models, Work, open_model
+from ldm_vae.applications.explorer.answers import PageModel, PageModels, Work, open_page_model
 from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
-from ldm_vae.applications.explorer.export import check_exportable, check_output, export_page
+from ldm_vae.applications.explorer.export import check_export_file, check_exportable, export_page
 from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Guard, Question, Refusal, Turn, Worker, refused
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.errors import UserError
@@ -64,7 +64,7 @@ class Endpoint:
     """
 
     names: tuple[str, ...]
-    ask: Callable[[Models, Question], Work]
+    ask: Callable[[PageModels, Question], Work]
     at_once: bool = False
     hovers: bool = False
 
@@ -118,7 +118,7 @@ def index_page(files: Mapping[str, PageFile], folder: Path = PAGE) -> bytes:
     return re.sub(r'"(/?static/)([\w.-]+)"', versioned, text).encode()
 
 
-def make_application(models: Models, worker: Worker) -> ASGIApp:
+def make_application(models: PageModels, worker: Worker) -> ASGIApp:
     """The ASGI application; `worker` is the caller's to close."""
     files = page_files()
     index = index_page(files)
@@ -308,10 +308,10 @@ def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
     if config.export is None and overwrite:
         raise UserError("--overwrite: has no effect without --export; leave it out")
     if config.export is not None:
-        check_output(config.export, overwrite)
+        check_export_file(config.export, overwrite)
     open_socket(config.port).close()  # refused before the models are read
     explored = open_models(config, None if config.export is None else check_exportable)
-    models = Models(*(open_model(key, one) for key, one in zip("ab", explored)))
+    models = PageModels(*(open_page_model(key, one) for key, one in zip("ab", explored)))
     if config.export is None:
         serve(models, config.port)
     else:
@@ -319,7 +319,7 @@ def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
         print(f"{config.export}: {written / 1e6:.1f} MB, opens in any browser")
 
 
-def serve(models: Models, port: int) -> None:
+def serve(models: PageModels, port: int) -> None:
     """Serve until KeyboardInterrupt; prints the URL once it answers. What is being computed then may go on for a while
     in threads that nothing waits for.
 
@@ -341,7 +341,7 @@ def serve(models: Models, port: int) -> None:
         worker.close(0)
 
 
-def measure_round_trips(models: Sequence[Model], stopped: threading.Event, worker: Worker) -> None:
+def measure_round_trips(models: Sequence[PageModel], stopped: threading.Event, worker: Worker) -> None:
     """For every model in turn, until `stopped`; the page shows each from then on. What the worker has to do goes
     first."""
     from tqdm import tqdm

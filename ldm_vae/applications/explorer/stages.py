@@ -111,7 +111,7 @@ def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator
     yield NetworkStage(SAMPLE, "Sample", sample, shape, shape, learnt, 0.0)
 
 
-def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[NetworkStage]:
+def _measured(parts: Sequence[StageModules], shape_in: Shape, run: Any) -> list[NetworkStage]:
     """Stages of one half of the network. What is computed outside of their modules belongs to the first."""
     modules = [module for part in parts for module in part.modules]
     with _recorded(modules) as calls:
@@ -132,7 +132,7 @@ def _measured(parts: Sequence[Part], shape_in: Shape, run: Any) -> list[NetworkS
     return found
 
 
-def activation(
+def measure_activation(
     explored: Explored, index: int, stage: str, noise: float = 1.0, seed: int = 0, sample: bool = True
 ) -> Activation:
     """What a stage gives for image `index`; `noise`, `seed` and `sample`, see `Explored.latent`, matter from the sample
@@ -274,7 +274,7 @@ LATENT = "The last layer of the encoder: the latent."
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class StageModules:
     """A stage that computes. `modules` in the order of their calls; the last one's output is what the stage gives.
 
     `side`: of the square feature maps that a flat output stands for; None: it is taken as it is.
@@ -297,7 +297,7 @@ class Part:
         return output
 
 
-def encoder_parts(autoencoder: Autoencoder) -> list[Part]:
+def encoder_parts(autoencoder: Autoencoder) -> list[StageModules]:
     """From the image to the moments."""
     if autoencoder.kind == "frozen":
         learnt = [] if autoencoder.residual is None else [("A small learnt encoder beside it.", autoencoder.residual)]
@@ -315,31 +315,33 @@ def encoder_parts(autoencoder: Autoencoder) -> list[Part]:
     return _numbered("encoder", "Encoder", [("The whole encoder.", encoder)] if isinstance(encoder, nn.Module) else [])
 
 
-def decoder_parts(autoencoder: Autoencoder) -> list[Part]:
+def decoder_parts(autoencoder: Autoencoder) -> list[StageModules]:
     """From the latent to the image."""
     decoder = getattr(autoencoder, "decoder", None)
     title = "The last layer: red, green and blue."
     if isinstance(decoder, Decoder):
         parts = _numbered("decoder", "Decoder", _wavelet_decoder(decoder))
-        return [*parts, Part("output", "Output", title, (decoder.head,))]
+        return [*parts, StageModules("output", "Output", title, (decoder.head,))]
     if isinstance(decoder, VectorDecoder):
         parts = _numbered("decoder", "Decoder", _vector_decoder(decoder), {2: SMALLEST_SIDE})
-        return [*parts, Part("output", "Output", "The last layer: gray.", (decoder.head,))]
+        return [*parts, StageModules("output", "Output", "The last layer: gray.", (decoder.head,))]
     if isinstance(decoder, SdDecoder):
         first = getattr(autoencoder, "post_quant_conv", None)
         parts = _numbered("decoder", "Decoder", _sd_decoder(decoder, first))
-        return [*parts, Part("output", "Output", title, (decoder.conv_norm_out, decoder.conv_out))]
-    return [Part("output", "Output", "The whole decoder.", (decoder,))] if isinstance(decoder, nn.Module) else []
+        return [*parts, StageModules("output", "Output", title, (decoder.conv_norm_out, decoder.conv_out))]
+    return (
+        [StageModules("output", "Output", "The whole decoder.", (decoder,))] if isinstance(decoder, nn.Module) else []
+    )
 
 
 Inside = Iterable[tuple[str, Any]]
 """What a stage does, in words, and its modules, one or several."""
 
 
-def _numbered(name: str, title: str, inside: Inside, sides: dict[int, int] | None = None) -> list[Part]:
+def _numbered(name: str, title: str, inside: Inside, sides: dict[int, int] | None = None) -> list[StageModules]:
     """`encoder-1`, `encoder-2` and so on. `sides`: number -> side of the feature maps of a flat output."""
     return [
-        Part(
+        StageModules(
             f"{name}-{number}", f"{title} {number}", what, modules if isinstance(modules, tuple) else (modules,),
             (sides or {}).get(number),
         )
@@ -347,9 +349,9 @@ def _numbered(name: str, title: str, inside: Inside, sides: dict[int, int] | Non
     ]  # fmt: skip
 
 
-def _moments(autoencoder: Autoencoder, *modules: Any) -> Part:
+def _moments(autoencoder: Autoencoder, *modules: Any) -> StageModules:
     title, what = ("Latent", LATENT) if autoencoder.deterministic else ("Moments", MOMENTS)
-    return Part("moments", title, what, tuple(module for module in modules if module is not None))
+    return StageModules("moments", title, what, tuple(module for module in modules if module is not None))
 
 
 def _blocks(stage: Stage, before: str) -> str:

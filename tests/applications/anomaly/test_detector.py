@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.applications.anomaly.detector import DESCRIPTION, TENSORS, check_output, load_detector
+from ldm_vae.applications.anomaly.detector import DESCRIPTION, TENSORS, check_detector_folder, load_detector
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST, write_checksums
 
@@ -125,4 +125,4 @@ def test_nothing_else_is_taken_for_a_detector_or_overwritten(tmp_path):
         load_detector(tmp_path)
     for output in (tmp_path, tmp_path / "holiday.jpg"):
         with pytest.raises(UserError, match="holds something else"):
-            check_output(output)
+            check_detector_folder(output)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.applications.anomaly.detector import FitDetectorConfig, check_output, fit_detector, load_detector
+from ldm_vae.applications.anomaly.detector import FitDetectorConfig, check_detector_folder, fit_detector, load_detector
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from tests.applications.anomaly.conftest import SYNTHETIC
@@ -50,10 +50,10 @@ def test_a_finished_detector_is_read_and_another_one_refused(plain, tmp_path, ca
 
 def test_what_lies_beside_a_detector_is_in_the_way(tmp_path):
     (tmp_path / "detector.json").write_text("{}")
-    check_output(tmp_path)
+    check_detector_folder(tmp_path)
     (tmp_path / "scores").mkdir()
     with pytest.raises(UserError, match="holds something else; give a new folder"):
-        check_output(tmp_path)
+        check_detector_folder(tmp_path)
 
 
 def test_the_command_says_what_so_few_images_support(plain, capsys):

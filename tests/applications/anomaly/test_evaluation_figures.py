@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm_vae.applications.anomaly.evaluation import PNG_SIZE, Measurements, reason, score_metrics
+from ldm_vae.applications.anomaly.evaluation import PNG_SIZE, ScoreMeasurements, reason, score_metrics
 
 COUNT = 60
 
 
-def table(values: dict[str, np.ndarray], png_bytes: np.ndarray | None = None) -> Measurements:
+def table(values: dict[str, np.ndarray], png_bytes: np.ndarray | None = None) -> ScoreMeasurements:
     """`values`: normal images first, as many anomalous ones after them."""
     sizes = np.full(2 * COUNT, 1000) if png_bytes is None else png_bytes
     kinds = ["normal"] * COUNT + ["blob", "scratch"] * (COUNT // 2)
-    return Measurements(
+    return ScoreMeasurements(
         [str(i) for i in range(2 * COUNT)], kinds, sizes.tolist(), {k: v.tolist() for k, v in values.items()}
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae.applications.anomaly.images import cells, open_labeled
+from ldm_vae.applications.anomaly.images import mask_cells, open_labeled
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.errors import UserError
@@ -45,13 +45,13 @@ def test_a_mask_is_cropped_as_its_image(parts):
     assert mask.shape == (32, 32)
     rows, columns = np.nonzero(mask)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 15, 8, 15)
-    assert np.argwhere(cells(mask)).tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+    assert np.argwhere(mask_cells(mask)).tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
 
 
 def test_a_cell_counts_when_any_of_its_pixels_does():
     mask = np.zeros((16, 16), bool)
     mask[5, 11] = True
-    assert np.argwhere(cells(mask)).tolist() == [[1, 2]]
+    assert np.argwhere(mask_cells(mask)).tolist() == [[1, 2]]
 
 
 def test_without_masks_nothing_is_known_of_the_place(parts):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from ldm_vae.applications.anomaly import scores
-from ldm_vae.applications.anomaly.scores import Batch, Networks, check_pipeline_size, learn, load_networks, measure
+from ldm_vae.applications.anomaly.scores import (
+    EncodedImages,
+    Networks,
+    check_pipeline_size,
+    learn,
+    load_networks,
+    measure_scores,
+)
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
 from ldm_vae.diffusion import flow
@@ -34,7 +41,7 @@ def learnt(networks, images):
 
 @pytest.fixture(scope="module")
 def measured(networks, learnt, images):
-    return measure(networks, learnt, images, IDS)
+    return measure_scores(networks, learnt, images, IDS)
 
 
 def test_every_score_is_measured_and_every_local_one_has_a_map(networks, measured):
@@ -52,13 +59,13 @@ def test_a_new_score_is_one_line(networks, learnt, images, monkeypatch):
         "darkness", "reconstruction", lambda batch, normal: -batch.images.mean(dim=(1, 2, 3)), False
     )
     monkeypatch.setitem(scores.SCORES, "darkness", darkness)
-    found = measure(networks, learnt, images, IDS)
+    found = measure_scores(networks, learnt, images, IDS)
     torch.testing.assert_close(found.values["darkness"], -images.mean(dim=(1, 2, 3)).double())
     assert (scores.title("darkness"), "darkness" in found.maps) == ("darkness", False)
 
 
 def test_a_score_depends_on_its_image_alone(networks, learnt, images, measured):
-    alone = measure(networks, learnt, images[4:5], IDS[4:5]).values
+    alone = measure_scores(networks, learnt, images[4:5], IDS[4:5]).values
     for name, values in measured.values.items():
         assert float(alone[name]) == pytest.approx(float(values[4]), rel=1e-3, abs=1e-6), name
 
@@ -92,15 +99,15 @@ def test_the_flow_loss_is_that_of_fixed_noise_at_a_fixed_time(networks, images, 
 def test_a_plain_autoencoder_has_no_posterior_scores(images):
     torch.manual_seed(0)
     models = Networks(build_autoencoder(AutoencoderConfig(preset="pico", kind="ae")).eval(), CPU)
-    found = measure(models, learn(models, [(IDS, images)]), images, IDS)
-    assert set(map(scores.quantity, found.values)) == {"l1", "ms_ssim", "mahalanobis", "mahalanobis_pooled"}
+    found = measure_scores(models, learn(models, [(IDS, images)]), images, IDS)
+    assert set(map(scores.score_quantity, found.values)) == {"l1", "ms_ssim", "mahalanobis", "mahalanobis_pooled"}
 
 
 def test_latents_that_are_not_finite_are_named(networks, images):
     broken = images.clone()
     broken[4, :, 8:16, 8:16] = torch.nan
     with pytest.raises(UserError, match="latents of image 4 are not finite"):
-        Batch(networks, broken, IDS)
+        EncodedImages(networks, broken, IDS)
     with pytest.raises(UserError, match="latents of image 4 are not finite"):
         learn(networks, [(IDS, broken)])
 
@@ -123,4 +130,4 @@ def test_a_pipeline_of_another_autoencoder_or_size_is_refused(saved, autoencoder
 )
 def test_an_unknown_score_says_what_is_there(name, message):
     with pytest.raises(UserError, match=message):
-        scores.check_name(name, scores.score_names(True, False, False, False))
+        scores.check_score(name, scores.score_names(True, False, False, False))

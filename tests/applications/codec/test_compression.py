@@ -127,12 +127,12 @@ def test_a_decoder_that_was_trained_further_reads_old_files(plain):
     again.load_state_dict(plain.autoencoder.state_dict())
     with torch.no_grad():
         again.decoder.head.bias += 0.2
-    codec = dataclasses.replace(plain, autoencoder=again.eval(), identity=compression.identity(again))
+    codec = dataclasses.replace(plain, autoencoder=again.eval(), identity=compression.codec_identity(again))
     assert codec.identity == plain.identity
     assert (codec.decompress(data, "it") != decoded).any()
     with torch.no_grad():
         again.encoder.head.bias += 0.2
-    assert compression.identity(again) != plain.identity
+    assert compression.codec_identity(again) != plain.identity
 
 
 def build_like(autoencoder):
@@ -158,7 +158,7 @@ def test_other_kinds_of_autoencoders_compress_too(kind):
         pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     model = build_autoencoder(AutoencoderConfig(kind=kind, preset="pico", latent_channels=4)).eval()
-    codec = compression.Codec(model, None, compression.identity(model), 4, 8, "it")
+    codec = compression.Codec(model, None, compression.codec_identity(model), 4, 8, "it")
     image = smooth_picture(16, 24)
     assert through(codec, image)[1].shape == image.shape
 

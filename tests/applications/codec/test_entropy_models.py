@@ -22,10 +22,10 @@ def test_levels_come_back_whole_and_in_parts(size, model):
     levels = levels_of(*size)
     levels[0, 0, 0] = 16000
     for parts in ((3,), (1, 2, 3)):
-        data = entropy_models.encode(model, levels, parts)
+        data = entropy_models.encode_levels(model, levels, parts)
         assert len(data) == len(parts)
-        assert (entropy_models.decode(model, data, parts, size, "here") == levels).all()
-    first = entropy_models.decode(model, data[:2], parts, size, "here")
+        assert (entropy_models.decode_levels(model, data, parts, size, "here") == levels).all()
+    first = entropy_models.decode_levels(model, data[:2], parts, size, "here")
     assert (first == levels[:2]).all()
 
 
@@ -34,15 +34,15 @@ def test_every_step_is_followed(step):
     levels = levels_of(9, 9, 30.0)
     for kind in ("static", "context"):
         model = random_model("x", 3, kind).at(step)
-        data = entropy_models.encode(model, levels, (3,))
-        assert (entropy_models.decode(model, data, (3,), (9, 9), "here") == levels).all()
+        data = entropy_models.encode_levels(model, levels, (3,))
+        assert (entropy_models.decode_levels(model, data, (3,), (9, 9), "here") == levels).all()
 
 
 def test_the_ideal_length_is_that_of_the_file():
     levels = levels_of(40, 40)
     levels[1, 3, 3] = 5000
     for model in (StaticModel((20, 20, 20)), MODEL.at(2048)):
-        coded = sum(map(len, entropy_models.encode(model, levels, (3,))))
+        coded = sum(map(len, entropy_models.encode_levels(model, levels, (3,))))
         assert coded == pytest.approx(entropy_models.ideal_bits(model, levels) / 8, abs=12, rel=2e-3)
 
 
@@ -55,6 +55,6 @@ def test_what_is_not_yet_known_does_not_matter():
             seen.append(known.copy())
             return super().predict(known, channel, part)
 
-    entropy_models.encode(Spy((8, 8, 8)), levels_of(4, 4), (3,))
+    entropy_models.encode_levels(Spy((8, 8, 8)), levels_of(4, 4), (3,))
     assert not seen[0].any()
     assert not seen[1][1:].any()

@@ -49,7 +49,7 @@ def test_a_file_says_what_it_was_given(files):
     for codec, data in files:
         header, parts = format.read(io.BytesIO(data), len(data), "it")
         assert (header.width, header.height, header.step, header.channels) == (30, 21, 700, 3)
-        assert format.pack(header, parts) == data
+        assert format.pack_file(header, parts) == data
         assert levels(codec, data).shape == (3, 3, 4)
 
 
@@ -105,7 +105,9 @@ def with_fitting_checksums(data: bytes) -> bytes:
         end = start + len(reader.consumed) + header.lengths[0]
     except (UserError, ValueError):
         end = len(data)
-    return format.PREAMBLE.pack(format.MAGIC, format.FORMAT_VERSION, format.digest(data[start:end])) + data[start:]
+    return (
+        format.PREAMBLE.pack(format.MAGIC, format.FORMAT_VERSION, format.part_checksum(data[start:end])) + data[start:]
+    )
 
 
 @pytest.mark.promise(6)

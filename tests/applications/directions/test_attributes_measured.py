@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.applications.directions.attributes import MEASURED, measure, oklab
+from ldm_vae.applications.directions.attributes import MEASURED, measure_attributes, oklab
 
 
 def plain(red: float, green: float, blue: float) -> Tensor:
@@ -23,7 +23,9 @@ def test_known_colors() -> None:
 
 
 def test_each_attribute_follows_its_name() -> None:
-    found = measure(torch.cat([plain(0.5, 0.5, 0.5), plain(0.8, 0.3, 0.3), plain(0.3, 0.3, 0.8), plain(0.9, 0.9, 0.9)]))
+    found = measure_attributes(
+        torch.cat([plain(0.5, 0.5, 0.5), plain(0.8, 0.3, 0.3), plain(0.3, 0.3, 0.8), plain(0.9, 0.9, 0.9)])
+    )
     assert tuple(found) == MEASURED
     gray, red, blue, bright = range(4)
     assert found["brightness"][bright] > found["brightness"][gray]
@@ -38,7 +40,7 @@ def test_sharpness_is_not_contrast() -> None:
     rng = torch.Generator().manual_seed(0)
     noise = 0.5 * torch.randn(1, 1, 64, 64, generator=rng).clamp(-1, 1).expand(1, 3, 64, 64)
     blurred = torch.nn.functional.avg_pool2d(noise, 5, 1, 2)
-    found = measure(torch.cat([noise, 0.5 * noise, blurred]))
+    found = measure_attributes(torch.cat([noise, 0.5 * noise, blurred]))
     assert found["contrast"][1] < 0.6 * found["contrast"][0]
     assert float(found["sharpness"][1]) == pytest.approx(float(found["sharpness"][0]), rel=0.1)
     assert found["sharpness"][2] < 0.6 * found["sharpness"][0]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm_vae.applications.directions.evaluation import Row, assess, cells, monotonicity, sentences, slopes
+from ldm_vae.applications.directions.evaluation import (
+    DirectionRow,
+    assess,
+    monotonicity,
+    row_cells,
+    slopes,
+    verdict_sentences,
+)
 from ldm_vae.applications.directions.fitting import Direction
 
 STRENGTHS = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -21,7 +28,7 @@ def values(*effects: float, images: int = 12, noise: float = 0.0) -> np.ndarray:
 
 def judged(
     *effects: float, told: float = 0.9, attribute: str | None = "brightness", noise: float = 0.0, together: float = 0.0
-) -> Row:
+) -> DirectionRow:
     correlations = np.eye(3)
     correlations[0, 1] = correlations[1, 0] = together
     direction = Direction(f"{attribute}/probe", np.ones(2), attribute, {"measure": "R2", "value": told})
@@ -51,10 +58,10 @@ def test_monotonicity_is_a_rank_correlation() -> None:
         (judged(0.1, -0.9, 0.2, attribute=None), "unnamed"),
     ],
 )
-def test_verdicts(row: Row, verdict: str) -> None:
+def test_verdicts(row: DirectionRow, verdict: str) -> None:
     assert row.verdict == verdict
-    assert cells(row)[-1] == verdict
-    assert sentences([row])[0].startswith(f"{verdict}: ")
+    assert row_cells(row)[-1] == verdict
+    assert verdict_sentences([row])[0].startswith(f"{verdict}: ")
 
 
 def test_without_labels_the_target_is_what_changes_most() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae.applications.directions.fitting import Direction, Directions, save_directions
-from ldm_vae.applications.explorer.answers import Models, open_model
+from ldm_vae.applications.explorer.answers import PageModels, open_page_model
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
 from ldm_vae.applications.explorer.limits import Worker
 from ldm_vae.applications.explorer.server import make_application, running
@@ -86,7 +86,7 @@ def small_explored(folder: Path, images: Path, size: int = 32) -> tuple[Explored
 class Server:
     """The server under test and what it serves."""
 
-    def __init__(self, url: str, models: Models, worker: Worker) -> None:
+    def __init__(self, url: str, models: PageModels, worker: Worker) -> None:
         self.url, self.models, self.worker = url, models, worker
 
     def __call__(self, path: str, **parameters: object) -> Reply:
@@ -100,7 +100,7 @@ class Server:
 @contextmanager
 def small_server(folder: Path, images: Path) -> Iterator[Server]:
     """Both autoencoders of `small_explored`, served."""
-    models = Models(*(open_model(key, one) for key, one in zip("ab", small_explored(folder, images))))
+    models = PageModels(*(open_page_model(key, one) for key, one in zip("ab", small_explored(folder, images))))
     worker = Worker()
     with running(make_application(models, worker)) as url:
         yield Server(url, models, worker)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ldm_vae.applications.explorer import answers, stages
-from ldm_vae.applications.explorer.answers import Models, open_model
+from ldm_vae.applications.explorer.answers import PageModels, open_page_model
 from ldm_vae.applications.explorer.explored import ExploreConfig
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.autoencoder.vector import AutoencoderVector
@@ -47,7 +47,7 @@ class Shown:
     """A server that is running, and the same models opened here."""
 
     address: str
-    models: Models
+    models: PageModels
 
     @property
     def first(self):
@@ -72,7 +72,7 @@ def shown(browser, tmp_path_factory, image_folder) -> Iterator[Shown]:
     AutoencoderVector(deterministic=True).save_pretrained(folder / "vector")
     config = ExploreConfig(data=str(image_folder), count=24, directions=str(folder), device="cpu")
     both = open_two(trained.path, folder / "vector", config)
-    models = Models(*(open_model(key, explored) for key, explored in zip("ab", both)))
+    models = PageModels(*(open_page_model(key, explored) for key, explored in zip("ab", both)))
     words = ["--compare", str(folder / "vector"), "--data", config.data, "--count", "24", "--directions", str(folder)]
     with exploring(trained.path, *words, "--device", "cpu") as address:
         yield Shown(address, models)
@@ -233,7 +233,7 @@ def test_a_stage_shows_its_activations(shown, page):
     assert names == [stage.name for stage in found]
     for stage in (found[0], found[1], found[-2]):
         page.click(f'#stages [data-stage="{stage.name}"]')
-        mosaic = torch.as_tensor(stages.activation(shown.first.explored, 0, stage.name, 0.0, 0).mosaic)
+        mosaic = torch.as_tensor(stages.measure_activation(shown.first.explored, 0, stage.name, 0.0, 0).mosaic)
         expected = mosaic.permute(2, 0, 1) if mosaic.ndim == 3 else mosaic.expand(3, -1, -1)
         page.wait_for_selector(f'#activation[data-stage="{stage.name}"]')
         wait_pixels(page, image_pixels, "#activation", expected)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm_vae.applications.explorer import export
-from ldm_vae.applications.explorer.answers import Models, open_model, path_strip
+from ldm_vae.applications.explorer.answers import PageModels, open_page_model, path_strip
 from ldm_vae.applications.explorer.explored import ExploreConfig
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.vector import AutoencoderVector
@@ -33,14 +33,14 @@ IMAGES = 40
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Models:
+def models(tmp_path_factory) -> PageModels:
     """A VAE and a plain autoencoder of random weights, on synthetic images."""
     folder = tmp_path_factory.mktemp("vectors")
     for seed, name in enumerate(("vae", "ae")):
         torch.manual_seed(seed)
         AutoencoderVector(deterministic=name == "ae").save_pretrained(folder / name)
     both = open_two(folder / "vae", folder / "ae", ExploreConfig(data="synthetic", count=IMAGES, device="cpu"))
-    return Models(*(open_model(key, explored) for key, explored in zip("ab", both)))
+    return PageModels(*(open_page_model(key, explored) for key, explored in zip("ab", both)))
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,9 @@ def test_one_model_whose_names_are_hostile(models, browser, tmp_path):
     name = "</script><script>document.title='broken'</script><!-- <b id=bold>"
     explored = models.all[0].explored
     named = replace(explored, name=name, ids=(name,) * IMAGES, label_names=(name,), labels=explored.labels * 0)
-    model = open_model("a", named)
+    model = open_page_model("a", named)
     model.round_trip = models.all[0].round_trip
-    export.export_page(Models(model), tmp_path / "page.html")
+    export.export_page(PageModels(model), tmp_path / "page.html")
     with opened(browser, (tmp_path / "page.html").as_uri(), offline=True) as page:
         wait_drawn(page, "#map-decoded")
         assert shown_tabs(page) == ["Map"]
@@ -210,5 +210,5 @@ def test_a_decoder_that_no_page_can_run_is_refused(tmp_path):
     build_autoencoder(AutoencoderConfig(preset="pico")).save_pretrained(tmp_path / "spatial")
     explored = open_explored(tmp_path / "spatial", ExploreConfig(data="synthetic", count=4, size=32, device="cpu"))
     with pytest.raises(UserError, match=r"AutoencoderWavelet, and a page .* leave out --export"):
-        export.export_page(Models(open_model("a", explored)), tmp_path / "page.html")
+        export.export_page(PageModels(open_page_model("a", explored)), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -17,7 +17,7 @@ import pytest
 from starlette.responses import Response
 
 from ldm_vae.applications.explorer import server
-from ldm_vae.applications.explorer.answers import Models, open_model
+from ldm_vae.applications.explorer.answers import PageModels, open_page_model
 from ldm_vae.applications.explorer.limits import Worker
 from ldm_vae.applications.explorer.server import PatientProtocol, measure_round_trips, open_socket, running, serve
 from ldm_vae.errors import UserError
@@ -29,9 +29,9 @@ LARGE = b"x" * 16_000_000
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Models:
+def models(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> PageModels:
     explored = small_explored(tmp_path_factory.mktemp("explored"), image_folder)
-    return Models(*(open_model(key, one) for key, one in zip("ab", explored)))
+    return PageModels(*(open_page_model(key, one) for key, one in zip("ab", explored)))
 
 
 @pytest.fixture

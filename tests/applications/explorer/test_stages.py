@@ -13,7 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ldm_vae.applications.explorer.answers import edited_reconstruction
 from ldm_vae.applications.explorer.explored import Explored
-from ldm_vae.applications.explorer.stages import activation, mosaic, stages_of
+from ldm_vae.applications.explorer.stages import measure_activation, mosaic, stages_of
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.data import transforms
@@ -86,7 +86,7 @@ def test_the_stages_are_the_whole_autoencoder(explored: Explored) -> None:
 
 def test_every_stage_shows_what_it_gave(explored: Explored) -> None:
     for stage in stages_of(explored):
-        found = activation(explored, 1, stage.name)
+        found = measure_activation(explored, 1, stage.name)
         assert found.stage == stage.name
         expected = (3, 32, 32) if stage.name == "output" else stage.shape_out
         assert found.shape == expected
@@ -122,7 +122,7 @@ def test_an_activation_is_that_of_the_module(kl: Explored) -> None:
     hook = kl.autoencoder.encoder.stages[1].register_forward_hook(lambda *call: expected.append(call[2]))
     kl.autoencoder.encode_moments(image)
     hook.remove()
-    found = activation(kl, 2, "encoder-2")
+    found = measure_activation(kl, 2, "encoder-2")
     assert found.mean == pytest.approx(float(expected[0].mean()), abs=1e-6)
     assert found.maximum == pytest.approx(float(expected[0].max()), abs=1e-5)
     tile = expected[0][0, 0]
@@ -135,7 +135,7 @@ def test_beside_a_linear_code_the_moments_are_still_what_the_latent_is() -> None
     linear = opened("linear")
     tile = linear.mean[1, 0]
     gray = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().numpy()
-    shown = activation(linear, 1, "moments").mosaic[:48:12, :48:12]  # 4 x 4, each 12 times as large
+    shown = measure_activation(linear, 1, "moments").mosaic[:48:12, :48:12]  # 4 x 4, each 12 times as large
     assert np.abs(shown.astype(int) - gray).max() <= 1
     texts = {stage.name: stage.what for stage in stages_of(linear)}
     for name in ("encoder-1", "decoder-1"):
@@ -144,13 +144,19 @@ def test_beside_a_linear_code_the_moments_are_still_what_the_latent_is() -> None
 
 def test_noise_matters_from_the_sample_on(kl: Explored) -> None:
     for stage in ("input", "encoder-1", "moments", "mu", "sigma"):
-        assert np.array_equal(activation(kl, 0, stage, 3.0, 1).mosaic, activation(kl, 0, stage, sample=False).mosaic)
+        assert np.array_equal(
+            measure_activation(kl, 0, stage, 3.0, 1).mosaic, measure_activation(kl, 0, stage, sample=False).mosaic
+        )
     for stage in ("sample", "decoder-1", "output"):
-        assert not np.array_equal(activation(kl, 0, stage, 3.0).mosaic, activation(kl, 0, stage, sample=False).mosaic)
-    assert np.array_equal(activation(kl, 0, "sample", sample=False).mosaic, activation(kl, 0, "mu").mosaic)
-    output = activation(kl, 0, "output", 2.0, 5).mosaic
+        assert not np.array_equal(
+            measure_activation(kl, 0, stage, 3.0).mosaic, measure_activation(kl, 0, stage, sample=False).mosaic
+        )
+    assert np.array_equal(
+        measure_activation(kl, 0, "sample", sample=False).mosaic, measure_activation(kl, 0, "mu").mosaic
+    )
+    output = measure_activation(kl, 0, "output", 2.0, 5).mosaic
     assert np.array_equal(output.transpose(2, 0, 1), edited_reconstruction(kl, 0, 2.0, seed=5))
-    assert np.array_equal(activation(kl, 0, "input").mosaic.transpose(2, 0, 1), kl.images[0])
+    assert np.array_equal(measure_activation(kl, 0, "input").mosaic.transpose(2, 0, 1), kl.images[0])
 
 
 def test_a_deterministic_autoencoder_says_that_it_has_no_sigma() -> None:
@@ -158,19 +164,21 @@ def test_a_deterministic_autoencoder_says_that_it_has_no_sigma() -> None:
     stages = {stage.name: stage for stage in stages_of(plain)}
     assert stages["sigma"].what.startswith("None: ")
     assert "mu itself" in stages["sample"].what
-    assert activation(plain, 0, "sigma").maximum == 0
-    assert np.array_equal(activation(plain, 0, "output", 3.0).mosaic, activation(plain, 0, "output", 0.0).mosaic)
+    assert measure_activation(plain, 0, "sigma").maximum == 0
+    assert np.array_equal(
+        measure_activation(plain, 0, "output", 3.0).mosaic, measure_activation(plain, 0, "output", 0.0).mosaic
+    )
 
 
 def test_numbers_without_positions_are_told_apart() -> None:
     vector = opened("vector")
     for stage in ("moments", "encoder-4", "decoder-1"):
-        assert len(np.unique(activation(vector, 0, stage).mosaic)) > 2
+        assert len(np.unique(measure_activation(vector, 0, stage).mosaic)) > 2
 
 
 def test_codes_are_what_the_decoder_sees() -> None:
     codes = opened("codes")
-    found = activation(codes, 0, "sample")
+    found = measure_activation(codes, 0, "sample")
     latents = codes.autoencoder.quantize(codes.mean[:1]).latents
     assert found.maximum == pytest.approx(float(latents.max()))
     assert {stage.name: stage for stage in stages_of(codes)}["sample"].what.startswith("mu rounded")
@@ -180,15 +188,15 @@ def test_codes_of_diffusers_are_what_the_decoder_sees(tmp_path: Path) -> None:
     torch.manual_seed(0)
     FOREIGN["VQModel"][0]().save_pretrained(tmp_path)
     codes = around(load_autoencoder(tmp_path))
-    found = activation(codes, 0, "sample")
+    found = measure_activation(codes, 0, "sample")
     book = codes.autoencoder.quantize.embedding.weight
     assert min(abs(float(value) - found.maximum) for value in book.flatten()) < 1e-6
-    assert found.maximum != pytest.approx(activation(codes, 0, "mu").maximum, abs=1e-6)
+    assert found.maximum != pytest.approx(measure_activation(codes, 0, "mu").maximum, abs=1e-6)
 
 
 def test_an_unknown_stage_is_refused(kl: Explored) -> None:
     with pytest.raises(UserError, match="stage: 'encoder-9' is none"):
-        activation(kl, 0, "encoder-9")
+        measure_activation(kl, 0, "encoder-9")
 
 
 def test_a_mosaic_shows_up_to_64_channels_side_by_side() -> None:
