@@ -94,7 +94,7 @@ def open_set(folder: str) -> dict[str, float]:
     for name, order in (("global", GlobalOrder(0, len(dataset))), ("blocks", blocks)):
         started = time.perf_counter()
         for position in positions:
-            dataset.place(order(position))
+            dataset.locate(order(position))
         found[f"{name}_lookup_microseconds"] = (time.perf_counter() - started) / LOOKUPS * 1e6
     return found | {"memory_with_orders_megabytes": peak_megabytes() - before}
 

@@ -187,7 +187,7 @@ def of_latents(root: Path) -> dict[str, Parser]:
         with contextlib.suppress(Exception):
             data = json.dumps(json.loads(first) | {"body": checksum_bytes(body)}).encode() + b"\n" + body
         (copy / "shard-000000.jsonl").write_bytes(data)
-        format.read_header(folder, 0)
+        format.read_sidecar_header(folder, 0)
         format.read_sidecar(folder, 0)
 
     def index(data: bytes) -> None:

@@ -118,7 +118,7 @@ def test_a_set_of_a_million_samples_opens_in_under_a_second(tmp_path, record_pro
         dataset = LatentDataset(tmp_path)
         seconds.append(time.perf_counter() - started)
     assert len(dataset) == 1_000_000
-    assert dataset.place(999_999) == (3906, 63)
+    assert dataset.locate(999_999) == (3906, 63)
     assert min(seconds) < 1
     record_property("figure", f"a set of 1,000,000 samples in 3,907 shards opens in {1000 * min(seconds):.0f} ms")
 

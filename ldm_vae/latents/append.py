@@ -199,7 +199,7 @@ def first_segment(job: Job, folder: Folder) -> NewSegment:
         try:
             sidecar = read_sidecar(folder, number)
         except UserError:
-            continue  # damaged; its ids are those between the ones of its neighbours
+            continue  # damaged; its ids are those between those of its neighbors
         ids = {line.index: line.id for line in sidecar.samples} | {line.index: line.id for line in sidecar.rejected}
         for index, expected in ids.items():
             if (id := images.id(int(keys[index]))) != expected:
@@ -302,7 +302,7 @@ COMPARED_ROWS, LAST_ROWS = 16, 4
 """Where ids are row numbers: evenly spread ones, and the last ones, which move with any row before them."""
 
 OTHER_IMAGE = 0.2
-"""Distance between latents, in units of their spread over the set, from which on they are of two images (two pictures
+"""Distance between latents, in units of their spread over the set, from which on they are of two images (two images
 taken at random have about 1.4; the same one 0.01, on another device); for codes the share that differs. The noise of
 stored samples counts as spread, so that of very noisy ones other images pass."""
 
@@ -358,7 +358,7 @@ def refuse_other_images(
     Raises: UserError when most of them are other images than those in the set; where ids are row numbers, when any is.
     """
     where, rows = str(manifest.where.location), job.origin.dataset["source"] == "datasets"
-    compared, others, relabelled = _compare(job, images, manifest, keys, shards, id_prefix)
+    compared, others, relabeled = _compare(job, images, manifest, keys, shards, id_prefix)
     if others and rows:
         raise UserError(
             f"{where}: {others[0]} is another image now ({len(others)} of {compared} compared differ), and ids are row "
@@ -372,9 +372,9 @@ def refuse_other_images(
         )
     for id in others:
         print(f"{where}: {id} has changed since it was encoded; its latent stays as it is")
-    if relabelled:
+    if relabeled:
         print(
-            f"{where}: {len(relabelled)} of {compared} compared images have another label now, as {relabelled[0]}; the "
+            f"{where}: {len(relabeled)} of {compared} compared images have another label now, as {relabeled[0]}; the "
             "labels in the set stay as they are"
         )
 
@@ -387,7 +387,7 @@ def _compare(
     mean = "mean" if manifest.content == "moments" else None
     location = str(manifest.where.location)
     dataset = LatentDataset(location, posterior=mean, flip=False, verify=False)  # type: ignore[arg-type]
-    spread, compared, others, relabelled = _spread(manifest), 0, [], []
+    spread, compared, others, relabeled = _spread(manifest), 0, [], []
     for start in range(0, len(known), job.config.batch):
         part = known[start : start + job.config.batch]
         items = images.items(image.key for image in part)
@@ -402,8 +402,8 @@ def _compare(
                 others.append(id_prefix + id)
             before, now = _name(manifest.label_names, stored["label"]), _name(images.label_names, label)
             if manifest.label_names and images.label_names and before != now:
-                relabelled.append(f"{id_prefix}{id} ({now or 'none'} and not {before or 'none'})")
-    return compared, others, relabelled
+                relabeled.append(f"{id_prefix}{id} ({now or 'none'} and not {before or 'none'})")
+    return compared, others, relabeled
 
 
 def _name(names: Sequence[str], label: int) -> str:

@@ -40,22 +40,33 @@ Posterior = Literal["sample", "mean", "moments"]
 
 
 class LatentDataset(Dataset):
-    """The samples of a set that `ldm-vae encode` wrote, *not* normalised: use `self.normalizer` before training.
+    """The latents of a finished set as a PyTorch dataset: memory-mapped, random access at memory speed.
 
-    Shards are opened, and compared with their checksums, when a sample of them is first asked for, in each process on
-    its own: safe in data loader workers. Shards behind a URL are fetched whole into a local cache at that moment.
+        dataset = LatentDataset("latents")
+        sample = dataset[0]                                # {"latent": (c, h, w) float32, "label": int, "index": int}
+        batch = dataset[[3, 17, 99]]                       # {"latent": (3, c, h, w), "label": (3,), "index": (3,)}
+        x = dataset.normalizer.normalize(batch["latent"])  # latents are *not* normalized
+
+    A shard is opened, and compared with its checksum, when one of its samples is first read, in each process on its
+    own: safe in data loader workers. A shard behind a URL is fetched whole into a local cache at that moment.
 
     Args:
         path: the folder with `manifest.json`, or its URL.
         seed: of the posterior noise and of the choice between an image and its mirror image.
         posterior: what is made of stored moments: `sample` draws from the posterior, `mean` and `moments` are as
-            stored. Sets that hold something else leave no choice; None: `sample` where there are moments.
-        flip: where mirror images are stored, take them one half of the time.
-        part: all samples, or the part that the hash of their ids puts them in, as `data.split` does. This reads every
-            id: encode large sets with `part=` instead.
+            stored. None: `sample`. Must be None for a set that holds something else.
+        flip: use the stored mirror images half of the time, if there are any.
+        part: all samples, or one part of the split by the hash of their ids, see `data.split`. This reads every id:
+            encode large sets with `part=` instead.
         held_out: fraction of ids that are held out; needed with `part`.
-        verify: compare each shard with its checksum (about 10 GB/s) before its first use; data loader workers share
-            what was compared.
+        verify: compare each shard with its checksum (about 10 GB/s) before its first use. Data loader workers share
+            the result.
+
+    Attributes:
+        manifest: what the set is, see `format.Manifest`: statistics, label names, autoencoder, preprocessing.
+        layout: what is stored of each image.
+        index: one record for each shard.
+        where: the folder or URL, as text.
 
     Raises:
         UserError: no finished set, a damaged manifest, or an empty part; on first use: a damaged shard.
@@ -97,7 +108,7 @@ class LatentDataset(Dataset):
         self._verified = torch.zeros(len(self.index), dtype=torch.bool).share_memory_()
 
     def _describe(self) -> None:
-        """What an item is: its name, shape and precision (bfloat16 as its bits)."""
+        """Set the name, shape and precision of an item (bfloat16 as its bits)."""
         content, dtype = self.manifest.content, self.manifest.dtype
         self._stored_kind: Any = np.uint16 if dtype == "bfloat16" else np.dtype(dtype).type
         self._kind: Any
@@ -147,7 +158,7 @@ class LatentDataset(Dataset):
     def sample(self, index: int, position: int, size: int | None = None) -> dict[str, Any]:
         """Sample `index` as the training sample at global `position`: the noise is a function of (seed, position).
 
-        What `training.loader` asks for. `size` has no meaning here.
+        For `training.loader`. `size` has no effect here.
         """
         return self._one(index, "position", position)
 
@@ -157,10 +168,10 @@ class LatentDataset(Dataset):
 
     def id(self, i: int) -> str:
         """The id of sample `i` in the image source; reads a sidecar."""
-        number, row = self.place(i)
+        number, row = self.locate(i)
         return self._ids(number)[row]
 
-    def place(self, i: int) -> tuple[int, int]:
+    def locate(self, i: int) -> tuple[int, int]:
         """(shard number, row in it) of sample `i`. Raises: IndexError."""
         if not -len(self._rows) <= i < len(self._rows):
             raise IndexError(f"{self.where}: sample {i} of {len(self)}")
@@ -198,7 +209,7 @@ class LatentDataset(Dataset):
     def _row(self, i: int, moment: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
         """(what is stored for sample `i` or its mirror image, not copied; label; source index; key of its noise).
         `moment`: ("position", p), or ("epoch", e), with which the noise depends on the source index too."""
-        number, row = self.place(i)
+        number, row = self.locate(i)
         shard = self._shard(number)
         index = shard["index"].item(row)
         key = (*moment, index) if self._draws and moment[0] == "epoch" else moment
@@ -381,7 +392,7 @@ class OrderedSampler(Sampler[list[int]]):
             yield [self.order(position) for position in range(first, first + share)]
 
 
-# Which samples of a set a tool looks at, and the labels of all of them, read without the latents.
+# Choosing samples, and the labels of all samples, read without the latents.
 
 HEADER_BYTES = 1 << 12
 """Read at first, with the indices and labels that follow; where they lie elsewhere, a second read finds them."""

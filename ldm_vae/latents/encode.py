@@ -124,7 +124,7 @@ class EncodeConfig:
                 "shard would be padded; change one of them"
             )
         if self.maximum_rejected is not None and not 0 <= self.maximum_rejected < 1:
-            raise UserError(f"maximum_rejected: {self.maximum_rejected} is no share; give 0 up to, but not, 1")
+            raise UserError(f"maximum_rejected: {self.maximum_rejected} is not a share; give 0 up to, but not, 1")
         if self.data.cache_megabytes:
             raise UserError("data.cache_megabytes: has no effect here, each image is read once; leave it out")
         if self.store == "indices" and self.dtype is not None:
@@ -150,7 +150,9 @@ def parse_sizes(resolution: str) -> tuple[tuple[int, int], ...]:
     for word in resolution.split(","):
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", word.strip())
         if not match or not int(match[1]) or match[2] == "0":
-            raise UserError(f"resolution: {word.strip()!r} is no size; give 512, 512x768 (height x width), or 256,512")
+            raise UserError(
+                f"resolution: {word.strip()!r} is not a size; give 512, 512x768 (height x width), or 256,512"
+            )
         sizes.append((int(match[1]), int(match[2] or match[1])))
     if len(set(sizes)) < len(sizes):
         raise UserError(f"resolution: {resolution} names a size twice; give each once")
@@ -169,7 +171,7 @@ def parse_share(share: str | None) -> tuple[int, int]:
         return 0, 1
     match = re.fullmatch(r"(\d+)/(\d+)", share)
     if not match or int(match[2]) < 2 or int(match[1]) >= int(match[2]):
-        raise UserError(f"share: {share!r} is no share; give 0/16 to 15/16 to sixteen jobs")
+        raise UserError(f"share: {share!r} is not a share; give 0/16 to 15/16 to sixteen jobs")
     return int(match[1]), int(match[2])
 
 

@@ -179,7 +179,7 @@ def sidecar_bytes(
     )
 
 
-def read_header(folder: Folder, number: int) -> Header:
+def read_sidecar_header(folder: Folder, number: int) -> Header:
     """The header of a shard's sidecar. Raises: UserError: missing or damaged; MisplacedSidecar; OtherFormat."""
     return _parse(folder, number, sidecar_name(number), whole=False)[0]
 
@@ -738,7 +738,7 @@ def open_set_folder(location: str | Path) -> Folder:
         if names:
             more = f" and {len(names) - SHOWN_SETS} more" if len(names) > SHOWN_SETS else ""
             raise UserError(
-                f"{location}: is no set, but holds {', '.join(names[:SHOWN_SETS])}{more}; give one of them, as "
+                f"{location}: is not a set, but holds {', '.join(names[:SHOWN_SETS])}{more}; give one of them, as "
                 f"{path / names[0]}"
             )
     return open_folder(location)

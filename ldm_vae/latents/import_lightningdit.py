@@ -167,7 +167,7 @@ class Source:
         paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: natural_key(path.name))
         if not paths:
             raise UserError(f"{location}: holds no .safetensors files; give the folder of `extract_features.py`")
-        self.files = [read_header(path) for path in paths]
+        self.files = [read_file(path) for path in paths]
         for file in self.files:
             for name in ("latent_shape", "dtype", "flipped"):
                 expected, found = getattr(self.files[0], name), getattr(file, name)
@@ -258,7 +258,7 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def read_header(path: Path) -> File:
+def read_file(path: Path) -> File:
     """Raises: UserError when it is damaged, or of another layout."""
     from safetensors import SafetensorError, safe_open
 
@@ -321,7 +321,7 @@ def _times(shape: Sequence[float]) -> str:
 
 
 def preprocessing_record(height: int, width: int) -> dict[str, Any]:
-    """What LightningDiT's transform does to a picture; not what `encode` does, and nobody's word but its code's."""
+    """What LightningDiT's transform does to an image, by its code. It is not what `encode` does."""
     return {
         "version": 1,
         "height": height,

@@ -354,7 +354,7 @@ def decode_samples(
         )
     found = []
     for number in numbers:
-        place, row = dataset.place(number)
+        place, row = dataset.locate(number)
         shard = open_shard(manifest.where, place, dataset.index[place], manifest.layout, verify=True)
         stored = torch.from_numpy(shard[manifest.content + (FLIPPED if flipped else "")][row].copy())
         label = label_text(manifest, int(shard["label"][row]))

@@ -1,4 +1,4 @@
-"""The one place where latents are normalised: per channel, with constants that were measured on the whole set."""
+"""The one place where latents are normalized: per channel, with constants that were measured on the whole set."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LatentNormalizer:
                 f"latent statistics: {len(self.mean)} means for {len(self.std)} standard deviations; "
                 "take both from one manifest"
             )
-        for channel, (centre, width) in enumerate(zip(self.mean, self.std)):
-            if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
+        for channel, (center, width) in enumerate(zip(self.mean, self.std)):
+            if not (math.isfinite(center) and math.isfinite(width) and width > 0):
                 raise UserError(
-                    f"latent statistics: channel {channel} has mean {centre} and std {width}, which must be finite and "
+                    f"latent statistics: channel {channel} has mean {center} and std {width}, which must be finite and "
                     "the std above 0: the channel is dead or the file damaged; restore it, or encode again with a "
                     "healthy autoencoder"
                 )
@@ -59,7 +59,7 @@ class LatentNormalizer:
     def _constant(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         if like.ndim < 3 or like.shape[-3] != len(values):
             raise UserError(
-                f"latents of shape {tuple(like.shape)}: the normaliser is for {len(values)} channels (..., c, h, w); "
+                f"latents of shape {tuple(like.shape)}: the normalizer is for {len(values)} channels (..., c, h, w); "
                 "use the latents and the autoencoder that it was measured with"
             )
         return torch.tensor(values, dtype=torch.float64).to(like)[:, None, None]

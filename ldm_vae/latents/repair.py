@@ -22,9 +22,9 @@ from ldm_vae.latents.format import (
     Origin,
     check_same,
     plan_name,
-    read_header,
     read_manifest,
     read_origin,
+    read_sidecar_header,
     shard_name,
     short,
     write_plan,
@@ -190,7 +190,7 @@ def _recorded(state: SetState, segment: Segment, shard: int) -> str | None:
     if state.index is not None and segment.listed and shard < len(state.index):
         return state.index[shard].checksum
     try:
-        header = read_header(state.folder, shard)
+        header = read_sidecar_header(state.folder, shard)
     except UserError:
         return None
     return header.record.checksum if header.origin == segment.digest else None
@@ -299,7 +299,7 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
     for number in done:
         first = damage.segments[number].first_shard
         for shard in sorted(first + unit for unit in damage.shards[number]):
-            before, now = damage.checksums.get(shard), read_header(folder, shard).record.checksum
+            before, now = damage.checksums.get(shard), read_sidecar_header(folder, shard).record.checksum
             if before is None:
                 found = "no checksum of what it was is left"
             elif before == now:

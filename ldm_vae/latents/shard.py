@@ -65,7 +65,7 @@ class Shard:
 
 
 OpenShard = Mapping[str, np.ndarray]
-"""Tensor name -> array, mapped into memory and not read yet. bfloat16 is seen as uint16."""
+"""Tensor name -> array, mapped into memory and not read yet. bfloat16 appears as uint16."""
 
 
 def write_shard(folder: Folder, number: int, shard: Shard, layout: Layout, origin: str) -> Header:

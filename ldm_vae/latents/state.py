@@ -32,10 +32,10 @@ from ldm_vae.latents.format import (
     merge_label_names,
     plan_name,
     planned_shards,
-    read_header,
     read_index,
     read_manifest,
     read_origin,
+    read_sidecar_header,
     short,
 )
 from ldm_vae.latents.writer import SIDECAR_NAME
@@ -307,7 +307,7 @@ def _digest_in_sidecars(state: SetState, first_shard: int) -> str | None:
     digests: Counter[str] = Counter()
     for number in sorted(number for number in state.sidecar_numbers() if number >= first_shard)[:ASKED_SIDECARS]:
         try:
-            digests[read_header(state.folder, number).origin] += 1
+            digests[read_sidecar_header(state.folder, number).origin] += 1
         except UserError:
             continue
     return digests.most_common(1)[0][0] if digests else None

@@ -65,8 +65,8 @@ LEGEND = {
     "posterior_deviation": "mean σ: posterior",
     "noise_share": "noise: E σ² / Var z",
     "nats": "KL nats: a position",
-    "neighbour_correlation": "next ρ: of neighbours",
-    "minimum": "from min on: normalised",
+    "neighbour_correlation": "next ρ: of neighbors",
+    "minimum": "from min on: normalized",
 }
 """What a title cannot say; below the table."""
 
@@ -102,7 +102,7 @@ class Statistics:
 
     Attributes:
         report: JSON-able.
-        mean_map, std_map: (c, h, w) over samples, normalised latents; None for codes.
+        mean_map, std_map: (c, h, w) over samples, normalized latents; None for codes.
     """
 
     report: dict[str, Any]
@@ -120,7 +120,7 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
     """Measure a set that `open_set` opened, the shape of its distribution on at most `samples` samples.
 
     Raises:
-        UserError: damaged shards, a channel that cannot be normalised, or values that are not finite.
+        UserError: damaged shards, a channel that cannot be normalized, or values that are not finite.
         Disagreement: mean or std are others in the manifest than in the shards.
     """
     manifest = dataset.manifest
@@ -151,7 +151,7 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
 
 
 def batches(dataset: LatentDataset, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(latents normalised (n, c, h, w), stored moments (n, 2c, h, w) or None), float32.
+    """(latents normalized (n, c, h, w), stored moments (n, 2c, h, w) or None), float32.
 
     Raises: UserError that names a sample with a value that is not finite.
     """
@@ -341,14 +341,14 @@ TAIL = 4.0
 
 
 class Shape:
-    """The distribution of normalised latents, batch by batch: sums in float64, so that memory stays bounded."""
+    """The distribution of normalized latents, batch by batch: sums in float64, so that memory stays bounded."""
 
     def __init__(self, latent_shape: tuple[int, int, int], has_moments: bool) -> None:
         channels, height, width = latent_shape
         self.count = 0
         self.powers = torch.zeros(4, channels, dtype=torch.float64)
         self.products = torch.zeros(channels, channels, dtype=torch.float64)
-        self.neighbours = torch.zeros(2, channels, dtype=torch.float64)
+        self.neighbors = torch.zeros(2, channels, dtype=torch.float64)
         self.pairs = torch.tensor([(height - 1) * width, height * (width - 1)])
         self.counts = torch.zeros(channels, HISTOGRAM_BINS, dtype=torch.float64)
         self.beyond = torch.zeros(channels, dtype=torch.int64)
@@ -367,8 +367,8 @@ class Shape:
             sums += power.sum(1)
             power = power * rows
         self.products += rows @ rows.T
-        self.neighbours[0] += (latents[:, :, 1:] * latents[:, :, :-1]).double().sum((0, 2, 3))
-        self.neighbours[1] += (latents[..., 1:] * latents[..., :-1]).double().sum((0, 2, 3))
+        self.neighbors[0] += (latents[:, :, 1:] * latents[:, :, :-1]).double().sum((0, 2, 3))
+        self.neighbors[1] += (latents[..., 1:] * latents[..., :-1]).double().sum((0, 2, 3))
         for channel, row in enumerate(rows):
             self.counts[channel] += torch.histc(row, HISTOGRAM_BINS, -HISTOGRAM_LIMIT, HISTOGRAM_LIMIT)
         self.beyond += (rows.abs() > TAIL).sum(1)
@@ -392,7 +392,7 @@ class Shape:
         skewness = (third - 3 * first * second + 2 * first**3) / variance**1.5
         kurtosis = (fourth - 4 * first * third + 6 * first.square() * second - 3 * first**4) / variance.square() - 3
         pairs = self.pairs[:, None] * self.count
-        neighbours = (self.neighbours.sum(0) / pairs.sum() - first.square()) / variance if pairs.sum() else None
+        neighbors = (self.neighbors.sum(0) / pairs.sum() - first.square()) / variance if pairs.sum() else None
         deviation, nats = self.posterior / self.values
         return [
             {
@@ -403,7 +403,7 @@ class Shape:
                 "skewness": float(skewness[channel]),
                 "excess_kurtosis": float(kurtosis[channel]),
                 "tail_share": float(self.beyond[channel]) / self.values,
-                "neighbour_correlation": float(neighbours[channel]) if neighbours is not None else None,
+                "neighbour_correlation": float(neighbors[channel]) if neighbors is not None else None,
             }
             for channel in range(len(first))
         ]

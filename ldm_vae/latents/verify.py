@@ -31,8 +31,8 @@ from ldm_vae.latents.format import (
     ShardIndex,
     ShardRecord,
     open_set_folder,
-    read_header,
     read_sidecar,
+    read_sidecar_header,
     refuse_inside,
     shard_name,
     short,
@@ -409,7 +409,7 @@ def _check_sidecar(folder: Folder, place: Place, sizes: dict[str, int], quick: b
         report.add(name, "missing", "is not there")
         return
     try:
-        header = read_header(folder, place.number)
+        header = read_sidecar_header(folder, place.number)
         if place.digest is not None and header.origin != place.digest:
             message = f"is of another plan ({short(header.origin)} and not {short(place.digest)})"
             report.add(name, "foreign", message)

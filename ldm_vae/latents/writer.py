@@ -32,8 +32,8 @@ from ldm_vae.latents.format import (
     build_manifest,
     index_files,
     plan_name,
-    read_header,
     read_sidecar,
+    read_sidecar_header,
     shard_name,
     sidecar_name,
 )
@@ -211,7 +211,7 @@ class Output:
             segment += 1
 
     def _refuse_loss(self, segment: int, missing: str) -> None:
-        """Raises: UserError when the manifest lists that segment. Without a manifest nobody knows: it is said."""
+        """Raises: UserError when the manifest lists that segment. Without a manifest it is not known: a line is printed."""
         if not self.folder.exists(MANIFEST):
             print(f"{self.where}: {plan_name(segment)} is left out: {missing} is not there; append its images again")
         elif len(manifests.read_manifest(self.folder).datasets) > segment:
@@ -245,7 +245,7 @@ class Output:
             if shard_name(number) not in sizes:
                 return None
             try:
-                found = read_header(self.folder, number)
+                found = read_sidecar_header(self.folder, number)
             except UserError:
                 return None
             return found if found.origin == digest and found.record.size_bytes == sizes[shard_name(number)] else None

@@ -149,7 +149,7 @@ def test_samples_of_each_shard_are_counted(latents):
     assert LatentDataset(latents).shard_counts.tolist() == [4] * 6
     part = LatentDataset(latents, part="train", held_out=0.3)
     assert part.shard_counts.sum() == len(part) < 24
-    assert [part.place(i)[0] for i in range(len(part))] == np.repeat(np.arange(6), part.shard_counts).tolist()
+    assert [part.locate(i)[0] for i in range(len(part))] == np.repeat(np.arange(6), part.shard_counts).tolist()
 
 
 def test_open_shards_hold_no_file_descriptors(latents):

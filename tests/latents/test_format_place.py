@@ -1,4 +1,4 @@
-"""A folder that is no set is named, with the sets inside it."""
+"""A folder that is not a set is named, with the sets inside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_of_several_sizes_one_is_to_be_given(sizes, tool, autoencoder_directory,
         "export": [str(tmp_path / "out"), "--to", "parquet"],
     }
     assert cli.main(["latents", tool, str(sizes), *more.get(tool, [])]) == EXIT_USER_ERROR
-    assert f"is no set, but holds 32, 32x48; give one of them, as {sizes}/32" in capsys.readouterr().err
+    assert f"is not a set, but holds 32, 32x48; give one of them, as {sizes}/32" in capsys.readouterr().err
     open_set_folder(sizes / "32")
 
 

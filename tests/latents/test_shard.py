@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ldm_vae.errors import UserError
-from ldm_vae.latents.format import STORED_DTYPES, Header, Layout, Rejection, read_header, read_sidecar
+from ldm_vae.latents.format import STORED_DTYPES, Header, Layout, Rejection, read_sidecar, read_sidecar_header
 from ldm_vae.latents.shard import Shard, open_shard, row_checksums, write_shard
 from ldm_vae.storage import open_folder
 
@@ -51,7 +51,7 @@ def test_round_trip(tmp_path, content, dtype, flipped):
     written = shard(layout=layout)
     header = write(tmp_path, 7, written, layout)
     sidecar = read_sidecar(open_folder(tmp_path), 7)
-    assert sidecar.header.record == header.record == read_header(open_folder(tmp_path), 7).record
+    assert sidecar.header.record == header.record == read_sidecar_header(open_folder(tmp_path), 7).record
     np.testing.assert_array_equal(sidecar.header.sums, header.sums)
     assert [(sample.index, sample.id) for sample in sidecar.samples] == list(zip(written.indices, written.ids))
     assert sidecar.rejected == written.rejected
