@@ -211,7 +211,7 @@ class Output:
             segment += 1
 
     def _refuse_loss(self, segment: int, missing: str) -> None:
-        """Raises: UserError when the manifest lists that segment. Without a manifest it is not known: a line is printed."""
+        """Raises: UserError when the manifest lists that segment. Without a manifest a line is printed."""
         if not self.folder.exists(MANIFEST):
             print(f"{self.where}: {plan_name(segment)} is left out: {missing} is not there; append its images again")
         elif len(manifests.read_manifest(self.folder).datasets) > segment:
