@@ -26,7 +26,7 @@ def only_values() -> bool:
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, c, h, w) -> (n, o, 2h, 2w): `conv2d(nearest-neighbour upsampling of x, weight, bias, padding=1)` with 4/9 of
+    """(n, c, h, w) -> (n, o, 2h, 2w): `conv2d(nearest-neighbor upsampling of x, weight, bias, padding=1)` with 4/9 of
     the multiplications. `weight` is (o, c, 3, 3).
 
     Each of the four output phases sees 2x2 different inputs: the rows and columns of the kernel that meet the same
@@ -50,9 +50,9 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def _phases(kernel: Tensor, dim: int) -> Tensor:
     """Stacked in front: the two taps along `dim` of the even outputs and of the odd ones."""
     dim = dim + kernel.ndim - 4
-    before, centre, after = kernel.unbind(dim)
-    even = torch.stack([before, centre + after], dim)
-    odd = torch.stack([before + centre, after], dim)
+    before, center, after = kernel.unbind(dim)
+    even = torch.stack([before, center + after], dim)
+    odd = torch.stack([before + center, after], dim)
     return torch.stack([even, odd])
 
 
@@ -68,7 +68,7 @@ class FoldedUpsample2D(Upsample2D):
 
 
 def can_be_folded(layer: nn.Module) -> bool:
-    """Nearest-neighbour upsampling by 2, then a plain 3x3 convolution that keeps the size, and nothing else."""
+    """Nearest-neighbor upsampling by 2, then a plain 3x3 convolution that keeps the size, and nothing else."""
     if type(layer) is not Upsample2D or layer.norm is not None or not layer.interpolate or layer.use_conv_transpose:
         return False
     convolution = getattr(layer, "conv", None)
@@ -87,7 +87,7 @@ def prepare_for_inference(autoencoder: Any) -> Any:
     return autoencoder.to(memory_format=torch.channels_last)
 
 
-# Group normalisation whose gradient is cheap on a CPU: the layers of an `AutoencoderKL` in training.
+# Group normalization whose gradient is cheap on a CPU: the layers of an `AutoencoderKL` in training.
 
 BLOCK_ELEMENTS = 1 << 17
 """Of a block of rows in float32, half a megabyte: it fits into a core's cache."""

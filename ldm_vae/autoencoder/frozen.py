@@ -1,7 +1,7 @@
-"""`AutoencoderFrozenEncoder`: latents are the features of a frozen vision transformer, and only a decoder is learnt.
+"""`AutoencoderFrozenEncoder`: latents are the features of a frozen vision transformer, and only a decoder is learned.
 
 A representation autoencoder (RAE, arXiv:2510.11690) with a convolutional decoder; with `residual_channels` a small
-learnt encoder adds what the features leave out (SVG, arXiv:2510.15301). The transformer is one of `transformers`',
+learned encoder adds what the features leave out (SVG, arXiv:2510.15301). The transformer is one of `transformers`',
 kept whole inside the saved model: nothing is fetched when that is loaded. This file owns the network and the
 statistics of its features; fitting them before training, and all losses, belong to the training.
 """
@@ -48,12 +48,12 @@ _BOOKKEEPING = ("transformers_version", "_name_or_path", "architectures", "dtype
 class AutoencoderFrozenEncoder(Autoencoder):
     """A deterministic autoencoder with 16x downsampling around a frozen vision transformer.
 
-    Latent channels: the transformer's features, standardised per channel by fixed statistics (`fit_statistics`), then
-    `residual_channels` learnt ones in [-3, 3], which have no statistics because training changes them.
+    Latent channels: the transformer's features, standardized per channel by fixed statistics (`fit_statistics`), then
+    `residual_channels` learned ones in [-3, 3], which have no statistics because training changes them.
 
     Args:
         vision_config: the transformer's configuration as a plain dictionary with `model_type`, one of `SUPPORTED`.
-        residual_channels: 0, or the channels that the learnt residual encoder adds.
+        residual_channels: 0, or the channels that the learned residual encoder adds.
         encoder_channels, encoder_blocks: width and residual blocks of that encoder at h/4, h/8 and h/16, or from h/2.
         decoder_channels, decoder_blocks: the same for the decoder at h/16, h/8, h/4, h/2 and h.
         latent_channels: left out, the sum of both parts; a saved model states it.
@@ -157,7 +157,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1], h and w multiples of 16 -> features (n, d, h/16, w/16), as the transformer
-        gives them after its last normalisation, without class and register tokens."""
+        gives them after its last normalization, without class and register tokens."""
         height, width = x.shape[-2] // DOWNSAMPLING, x.shape[-1] // DOWNSAMPLING
         if x.shape[-2] % DOWNSAMPLING or x.shape[-1] % DOWNSAMPLING or not height or not width:
             raise ValueError(

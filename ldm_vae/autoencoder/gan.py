@@ -1,9 +1,9 @@
-"""The game between decoder and discriminator: losses, when each side moves, how much it weighs, when it must hold.
+"""The adversarial loss: discriminator, losses, when each of the two networks acts, and how much the term weighs.
 
-The discriminator learns alone first, so that the decoder never follows an untrained judge. Then the decoder feels it
-at a weight that was measured: the ratio of the two gradients at the decoder's output, which is the same however a batch
-is split. Where reconstruction worsens too far the weight is held at zero, and past a second threshold the decoder's
-weights before the game come back. The networks are in `discriminator.py`; the order of a step is in `update()`.
+The discriminator learns alone first, so that the decoder never follows an untrained one. Then the decoder feels it at a
+weight that was measured: the ratio of the two gradients at the decoder's output, which is the same however a batch is
+split. While reconstruction is too much worse the weight is zero, and past a second threshold the decoder's weights from
+before come back. The order of a step is in `VaeModel.update`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 
 HELD_SHARE = 0.5
-"""Of the steps of a log interval, from which on the guard's holding is worth a sentence."""
+"""Share of the steps of a log interval with weight 0 from which on a verdict says so."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class AdversarialConfig:
         augment: differentiable augmentation of what the discriminator sees.
         width: channels of its first layer.
         learning_rate: its peak; the schedule is the run's.
-        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the game, and
+        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the stage, and
             each such step takes 1 % off the weight that comes back, so that it settles where it does no harm.
-        restore_above, restore_steps: above this for so many steps the weights before the game come back.
+        restore_above, restore_steps: above this for so many steps the weights from before the stage come back.
     """
 
     loss: Literal["off", "hinge", "relativistic"] = "off"
@@ -85,7 +85,7 @@ def in_steps(time: float, steps: int) -> int:
 
 
 def generator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor | None) -> Tensor:
-    """What the decoder minimises, from patch logits of reconstructions (and of the originals where paired). Scalar."""
+    """What the decoder minimizes, from patch logits of reconstructions (and of the originals where paired). Scalar."""
     if config.loss == "hinge":
         return -fake.mean()
     assert real is not None
@@ -93,7 +93,7 @@ def generator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor | None)
 
 
 def discriminator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor) -> Tensor:
-    """What the discriminator minimises, from patch logits. Scalar."""
+    """What the discriminator minimizes, from patch logits. Scalar."""
     if config.loss == "hinge":
         return 0.5 * (F.relu(1 + fake).mean() + F.relu(1 - real).mean())
     return F.softplus(fake - real).mean()
@@ -174,29 +174,29 @@ class AdversarialLoss:
         """(count, 7) for `augment`, drawn for the global batch."""
         return torch.rand(count, 7, generator=generator(self.seed, "diffaug", step, device=device), device=device)
 
-    def seen(self, images: Tensor, chance: Tensor) -> Tensor:
+    def augmented(self, images: Tensor, chance: Tensor) -> Tensor:
         return augment(images, chance) if self.config.augment else images
 
     def decoder_term(self, discriminator: nn.Module, fake: Tensor, real: Tensor, chance: Tensor) -> Tensor:
         """The decoder's loss on reconstructions `fake` (n, 3, h, w) of `real`. The discriminator gets no gradient."""
         frozen = {name: value.detach() for name, value in discriminator.state_dict().items()}
-        logits = functional_call(discriminator, frozen, (self.seen(fake, chance),)).float()
+        logits = functional_call(discriminator, frozen, (self.augmented(fake, chance),)).float()
         if self.config.loss == "hinge":
             return generator_loss(self.config, logits, None)
         with torch.no_grad():
-            real_logits = discriminator(self.seen(real, chance)).float()
+            real_logits = discriminator(self.augmented(real, chance)).float()
         return generator_loss(self.config, logits, real_logits)
 
     def discriminator_terms(
         self, discriminator: nn.Module, fake: Tensor, real: Tensor, chance: Tensor, step: int
     ) -> dict[str, Tensor]:
         """The discriminator's losses; `discriminator` is the wrapped module. No gradient reaches the decoder."""
-        penalised = self.config.r1 > 0 and step % self.config.r1_every == 0
-        real, fake = self.seen(real.detach(), chance), self.seen(fake.detach(), chance)
-        real = real.requires_grad_(penalised)
+        penalized = self.config.r1 > 0 and step % self.config.r1_every == 0
+        real, fake = self.augmented(real.detach(), chance), self.augmented(fake.detach(), chance)
+        real = real.requires_grad_(penalized)
         real_logits, fake_logits = discriminator(torch.cat([real, fake])).float().chunk(2)
         terms = {"discriminator": discriminator_loss(self.config, fake_logits, real_logits)}
-        if penalised:
+        if penalized:
             terms["r1"] = gradient_penalty(real_logits, real)
         terms["logit_gap"] = (real_logits - fake_logits).mean().detach()
         return terms
@@ -220,7 +220,7 @@ class AdversarialLoss:
 
     @torch.no_grad()
     def observe_loss(self, step: int, loss: Tensor) -> None:
-        """The step's reconstruction loss, equal on every rank: before the game the reference, then what is guarded."""
+        """Take the step's reconstruction loss, equal on all ranks: a reference until `engage`, then what is guarded."""
         if step < self.start:
             return
         state, loss = self._state, loss.double()
@@ -239,7 +239,7 @@ class AdversarialLoss:
         return float(self._state["bad_steps"]) >= self.config.restore_steps
 
     def restored(self) -> None:
-        """The weights before the game are back: play on at a quarter of the weight."""
+        """The weights from before are back: go on at a quarter of the weight."""
         self._state["factor"] *= self.WEIGHT_AFTER_RESTORE
         self._state["restores"] += 1
         self._state["bad_steps"].zero_()
@@ -250,17 +250,17 @@ class AdversarialLoss:
         knob = "a lower adversarial.strength, a longer adversarial.warmup, or a lower learning rate"
         found, restores = [], float(self._state["restores"])
         if restores > 0:
-            cause = "the reconstruction had worsened too far, so the decoder's weights before the game came back"
+            cause = "the reconstruction had worsened too far, so the decoder's weights from before came back"
             name = "adversarial_restored"
             found.append(Verdict(name, "fail", "times that they came back", restores, 0.0, None, cause, knob))
         held = metrics.get("adversarial/holding", 0.0)
         if held > HELD_SHARE:
-            cause = f"the reconstruction loss is more than {self.config.hold_above:g} times that before the game"
+            cause = f"the reconstruction loss is more than {self.config.hold_above:g} times that before this stage"
             name = "adversarial_held"
             found.append(Verdict(name, "warn", "share of steps at weight 0", held, HELD_SHARE, None, cause, knob))
         return found
 
-    def figures(self, step: int) -> dict[str, Tensor]:
+    def metrics(self, step: int) -> dict[str, Tensor]:
         return {"adversarial/weight": self.weight(step), "adversarial/holding": self.holding.float()}
 
     def state_dict(self) -> dict[str, str]:
@@ -271,14 +271,14 @@ class AdversarialLoss:
             value.fill_(float.fromhex(state[name]))
 
 
-# The patch discriminator and the augmentation of what it sees. Losses and schedules are in `game.py`.
+# The patch discriminator and the augmentation of its input.
 
 
 class PatchDiscriminator(nn.Module):
     """Images (n, 3, h, w) in [-1, 1] -> one logit per patch of 70 pixels, (n, 1, h/8 - 2, w/8 - 2).
 
-    PatchGAN (Isola et al., arXiv:1611.07004) without normalisation: batch statistics would tie the result to how a
-    batch is split. The three detail bands of a Haar level stand beside the colours, so that sharpness is easy to see.
+    PatchGAN (Isola et al., arXiv:1611.07004) without normalization: batch statistics would tie the result to how a
+    batch is split. The three detail bands of a Haar level stand beside the colors, so that sharpness is easy to see.
     """
 
     SMALLEST_SIDE = 32
@@ -316,8 +316,8 @@ def augment(images: Tensor, chance: Tensor) -> Tensor:
         :, :, None, None, None
     ].unbind(1)
     images = images + (brightness - 0.5) * 0.5
-    grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * (0.5 + saturation)
+    gray = images.mean(dim=1, keepdim=True)
+    images = gray + (images - gray) * (0.5 + saturation)
     level = images.mean(dim=(1, 2, 3), keepdim=True)
     images = level + (images - level) * (0.75 + 0.5 * contrast)
     return _cutout(_shift(images, shift_x, shift_y), hole_x, hole_y)
@@ -336,7 +336,7 @@ def _shift(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """A grey square of a quarter of the side."""
+    """A gray square of a quarter of the side."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=images.device).view(1, 1, 1, -1)

@@ -48,7 +48,7 @@ class PosteriorStatistics:
         def filled(value: float, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.float64, device=device)
 
-        names = ("nats", "noise", "passive", "clamped", "first", "second", "third", "fourth", "neighbours")
+        names = ("nats", "noise", "passive", "clamped", "first", "second", "third", "fourth", "neighbors")
         self._images = filled(0.0)
         self._sums = {name: filled(0.0, channels) for name in names}
         self._products = filled(0.0, channels, channels)
@@ -87,7 +87,7 @@ class PosteriorStatistics:
             self._sums[name] += value.sum(dim=(0, 2, 3), dtype=torch.float64)
         across = (mean[..., :-1] * mean[..., 1:]).sum(dim=(0, 2, 3))
         down = (mean[..., :-1, :] * mean[..., 1:, :]).sum(dim=(0, 2, 3))
-        self._sums["neighbours"] += across + down
+        self._sums["neighbors"] += across + down
         rows = mean.transpose(0, 1).flatten(1)
         self._products += rows @ rows.T
         self._position_sums += torch.stack([mean.sum(dim=0), squares.sum(dim=0)])
@@ -137,7 +137,7 @@ class PosteriorStatistics:
         by_position = self._position_sums / self._images
         image_variance = (by_position[1] - by_position[0].square()).clamp_min(0.0).mean(dim=(1, 2))
         pairs = self._images * (height * (width - 1) + (height - 1) * width)
-        neighbours = self._sums["neighbours"] / pairs.clamp_min(1) - m.square()
+        neighbors = self._sums["neighbors"] / pairs.clamp_min(1) - m.square()
         marginal = 0.5 * (m.square() + v + e - 1 - (v + e).clamp_min(1e-20).log())
         farthest = torch.maximum(self._highest - m, m - self._lowest)
         alive = v > 1e-12
@@ -157,7 +157,7 @@ class PosteriorStatistics:
             "hot_sigmas": torch.where(alive, farthest / safe.sqrt(), 0.0),
             "skewness": torch.where(alive, third / safe**1.5, 0.0),
             "kurtosis": torch.where(alive, fourth / safe.square() - 3, 0.0),
-            "neighbour_correlation": torch.where(alive, neighbours / safe, 0.0),
+            "neighbour_correlation": torch.where(alive, neighbors / safe, 0.0),
         }
         return {name: value.tolist() for name, value in found.items()}
 
@@ -257,21 +257,21 @@ def training_alarms(
     target = target_nats if rate_mode == "target" else None
     error = abs(nats - target) / target if target and nats is not None else None
     found = [
-        judge("rate_unreachable", {"pinned_share": pinned_share if target else None}, training=True),
-        judge("posterior_collapse", {"nats": nats}, training=True),
+        check_rule("rate_unreachable", {"pinned_share": pinned_share if target else None}, training=True),
+        check_rule("posterior_collapse", {"nats": nats}, training=True),
     ]
     if found[1] is None:
         if (_finite(metrics.get("health/dead_channels")) or 0.0) >= 0.5:  # an average over steps and processes
-            found.append(judge("dead_channel", {"nats": _finite(metrics.get("health/least_channel_nats"))}))
+            found.append(check_rule("dead_channel", {"nats": _finite(metrics.get("health/least_channel_nats"))}))
         met = error is not None and error < 0.15  # a rate that is steered is not inactive, however high it was chosen
         if beta != 0.0 and not met:
             logvar = _finite(metrics.get("health/median_logvar"))
-            found.append(judge("kl_inactive", {"median_logvar": logvar, "nats": nats}, training=True))
+            found.append(check_rule("kl_inactive", {"median_logvar": logvar, "nats": nats}, training=True))
         hottest = _finite(metrics.get("health/hottest_sigmas"))
-        found.append(judge("smuggling", {"hot_sigmas": hottest}, training=True))
+        found.append(check_rule("smuggling", {"hot_sigmas": hottest}, training=True))
         if locked and found[0] is None:
-            found.append(judge("rate_miss", {"relative_error": error}, training=True))
-    return in_order(verdict for verdict in found if verdict)
+            found.append(check_rule("rate_miss", {"relative_error": error}, training=True))
+    return by_severity(verdict for verdict in found if verdict)
 
 
 def _finite(value: float | None) -> float | None:
@@ -396,7 +396,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             clamp_share=Limit("share of log-variances within 0.1 of a bound", warn=0.01),
         ),
         "smuggling": _rule(
-            "single latent positions carry something global, as the gain of a normalisation layer (SD's black spot)",
+            "single latent positions carry something global, as the gain of a normalization layer (SD's black spot)",
             "use architecture=wavelet (no GroupNorm), clip gradients, or lower the learning rate",
             hot_sigmas=Limit("largest distance from the channel's mean in standard deviations", warn=8.0, fail=12.0),
             tail_share=Limit("share of the channel's energy in 0.1 % of the positions", warn=0.05, fail=0.10),
@@ -424,15 +424,15 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "non_gaussian": _rule(
             "the marginal distribution of this channel is skewed or heavy-tailed",
-            "standardise per channel (the latent shards do); an arcsinh before diffusion helps with heavy tails",
+            "standardize per channel (the latent shards do); an arcsinh before diffusion helps with heavy tails",
             skewness=Limit("size of the skewness", info=1.0),
             kurtosis=Limit("excess kurtosis", info=3.0),
         ),
         "grid": _rule(
-            "the decoder leaves a pattern on constant colour, as pixel-shuffle and strided heads do",
-            "use nearest-neighbour upsampling with convolutions (architecture=wavelet), or train longer",
+            "the decoder leaves a pattern on constant color, as pixel-shuffle and strided heads do",
+            "use nearest-neighbor upsampling with convolutions (architecture=wavelet), or train longer",
             flat_std=Limit("standard deviation on a constant image", warn=0.004),
-            harmonics=Limit("power at the harmonics of the stride, relative to their neighbours", warn=5.0),
+            harmonics=Limit("power at the harmonics of the stride, relative to their neighbors", warn=5.0),
         ),
         "border": _rule(
             "the outer pixels are reconstructed worse than the rest, as zero padding does",
@@ -453,7 +453,7 @@ TRAINING_LIMITS: Mapping[tuple[str, str], Limit] = MappingProxyType(
 """Where a limit for one training batch differs from that of the report."""
 
 
-def judge(
+def check_rule(
     name: str,
     values: Mapping[str, float | None],
     channel: int | None = None,
@@ -478,7 +478,7 @@ def judge(
     return min(found, key=lambda verdict: SEVERITIES.index(verdict.severity), default=None)
 
 
-def in_order(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def by_severity(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Failures first, then warnings, then information; the table's order within."""
     names = list(RULES)
 

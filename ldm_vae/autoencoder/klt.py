@@ -1,7 +1,7 @@
 """The linear baseline: principal components of pixel blocks, the best any linear code of the block can do.
 
 An f8 autoencoder with c latent channels keeps c numbers per 8x8x3 block; so does this with c components.
-Whatever a network gains over it on the same pixels is what training bought. Coefficients are not quantised; what they
+Whatever a network gains over it on the same pixels is what training bought. Coefficients are not quantized; what they
 would cost at best follows from the eigenvalues alone (`evaluation.water_filling`).
 """
 
@@ -74,8 +74,8 @@ def block_moments(images: Tensor, block: int = 8) -> Moments:
 def solve_klt(moments: Iterable[Moments], block: int = 8, flat: bool = False) -> BlockKLT:
     """The transform of all images whose moments are given, added in their order.
 
-    `flat`: the best among the transforms that describe a block's mean colour apart from its pattern: a flat block stays
-    flat, and has its colour from the number of components on that includes all three of them; the plain one bends it.
+    `flat`: the best among the transforms that describe a block's mean color apart from its pattern: a flat block stays
+    flat, and has its color from the number of components on that includes all three of them; the plain one bends it.
 
     Raises:
         ValueError: no image was given.
@@ -89,8 +89,8 @@ def solve_klt(moments: Iterable[Moments], block: int = 8, flat: bool = False) ->
     mean = whole.total / whole.count
     covariance = whole.products / whole.count - torch.outer(mean, mean)
     if flat:
-        colours = torch.eye(3, dtype=mean.dtype).repeat_interleave(block**2, 0) / block  # (d, 3), orthonormal
-        means = colours @ colours.T
+        colors = torch.eye(3, dtype=mean.dtype).repeat_interleave(block**2, 0) / block  # (d, 3), orthonormal
+        means = colors @ colors.T
         patterns = torch.eye(len(mean), dtype=mean.dtype) - means
         covariance = means @ covariance @ means + patterns @ covariance @ patterns
         mean = means @ mean

@@ -1,4 +1,4 @@
-"""`training.json` beside the weights: how an autoencoder was made, for everything that judges or describes it later."""
+"""`training.json` beside the weights: how an autoencoder was made, and the runs that it goes back to."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ OF_AUTOENCODER = "autoencoder_runs.json"
 FORMAT_VERSION = 1
 """Of both files."""
 KEPT = ("command", "started", "seconds", "steps", "device", "versions")
-NOT_TOLD = ("format_version", "output")
+LEFT_OUT = ("format_version", "output")
 
 
 def earlier_runs(folder: Path) -> list[dict[str, Any]]:
@@ -115,10 +115,10 @@ def earlier_runs(folder: Path) -> list[dict[str, Any]]:
     if (folder / FILE).is_file():
         return read_runs(folder / FILE)
     found: list[dict[str, Any]] = []
-    seen = {folder.resolve()}
-    while (place := _initial(folder)) is not None and place.resolve() not in seen:
-        seen.add(place.resolve())
-        found.insert(0, _told(place))
+    visited = {folder.resolve()}
+    while (place := _initial(folder)) is not None and place.resolve() not in visited:
+        visited.add(place.resolve())
+        found.insert(0, _record_of(place))
         if (place / FILE).is_file():
             return earlier_runs(place) + found
         folder = place
@@ -133,7 +133,7 @@ def runs_of(path: Path, identity: str) -> list[dict[str, Any]]:
         identity: the fingerprint of the autoencoder.
     """
     place = _place(path, identity)
-    return [] if place is None else [*earlier_runs(place), _told(place)]
+    return [] if place is None else [*earlier_runs(place), _record_of(place)]
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
@@ -169,16 +169,16 @@ def _place(path: Path, identity: str | None) -> Path | None:
     return place if same else None
 
 
-def _told(place: Path) -> dict[str, Any]:
+def _record_of(place: Path) -> dict[str, Any]:
     record = json.loads((place / provenance.RUN_RECORD).read_text())
-    told = {"name": place.name} | {name: record[name] for name in KEPT if name in record}
+    found_here = {"name": place.name} | {name: record[name] for name in KEPT if name in record}
     if (place / "config.yaml").is_file():
         settings = configuration.read_yaml(place / "config.yaml")
-        told["settings"] = _changed(
-            {name: value for name, value in settings.items() if name not in NOT_TOLD},
+        found_here["settings"] = _changed(
+            {name: value for name, value in settings.items() if name not in LEFT_OUT},
             configuration.to_dict(TrainVaeConfig()),
         )
-    return told
+    return found_here
 
 
 def _changed(settings: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a reconstruction is judged by: a weighted sum of terms, each a mean per element, each reported unweighted.
+"""The reconstruction loss: a weighted sum of terms, each a mean per element, each reported unweighted.
 
 Images are (n, 3, h, w) in [-1, 1], float32, outside autocast. The adversarial term is a training stage of its own.
 """
@@ -6,6 +6,7 @@ Images are (n, 3, h, w) in [-1, 1], float32, outside autocast. The adversarial t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class LossConfig:
         if any(weight < 0 for weight in self.weights().values()):
             raise UserError("loss: a weight is below 0; weights are >= 0")
         if not any(self.weights().values()):
-            raise UserError("loss: every weight is 0, so nothing would be learnt; set loss.l1=1")
+            raise UserError("loss: every weight is 0, so nothing would be learned; set loss.l1=1")
 
     def weights(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.type == "float"}
@@ -75,23 +76,10 @@ class ReconstructionLoss(nn.Module):
         return total, terms
 
     def _term(self, name: str, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        match name:
-            case "l1":
-                return F.l1_loss(images, targets)
-            case "mse":
-                return F.mse_loss(images, targets)
-            case "ms_ssim":
-                return 1 - ms_ssim(images, targets)
-            case "perceptual":
-                assert self.lpips is not None
-                return self.lpips(images, targets).mean()
-            case "random_perceptual":
-                return random_perceptual(images, targets, step)
-            case "high_frequency":
-                return high_frequency(images, targets)
-            case "texture_energy":
-                return texture_energy(images, targets)
-        raise AssertionError(f"no loss term is called {name!r}")
+        if name == "perceptual":
+            assert self.lpips is not None
+            return self.lpips(images, targets).mean()
+        return TERMS[name](images, targets, step)
 
 
 def ms_ssim(images: Tensor, targets: Tensor) -> Tensor:
@@ -145,6 +133,17 @@ def random_perceptual(images: Tensor, targets: Tensor, step: int) -> Tensor:
         contrast = y.detach().abs().mean(dim=(1, 2, 3), keepdim=True) + 1e-3
         total = total + ((x - y) / contrast).abs().mean() / 3
     return total
+
+
+TERMS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "l1": lambda images, targets, step: F.l1_loss(images, targets),
+    "mse": lambda images, targets, step: F.mse_loss(images, targets),
+    "ms_ssim": lambda images, targets, step: 1 - ms_ssim(images, targets),
+    "random_perceptual": random_perceptual,
+    "high_frequency": lambda images, targets, step: high_frequency(images, targets),
+    "texture_energy": lambda images, targets, step: texture_energy(images, targets),
+}
+"""Field of `LossConfig` -> the term of (images, targets, step); LPIPS holds weights, so `ReconstructionLoss` has it."""
 
 
 # LPIPS (Zhang et al., arXiv:1801.03924): backbone and linear heads from the `lpips` package, the distance ours.

@@ -38,7 +38,7 @@ SEARCHED_POSITIONS = 4096
 """Positions that are compared with the codebook at once; bounds the memory of the distances."""
 
 INITIAL_CODE_STD = 0.1
-"""Of a codebook learnt by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150 steps; on the
+"""Of a codebook learned by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150 steps; on the
 synthetic images 0.1 left 45 % of 1024 codes unused after these, the library's 0.02 left 80 %."""
 
 FSQ_INITIAL_GAIN = 20.0
@@ -65,11 +65,11 @@ class AutoencoderQuantized(Autoencoder):
     `encode` gives the latents before quantization, as diffusers' `VQModel` does, and `decode` quantizes first.
 
     Args:
-        kind: "vq", nearest vector of a learnt codebook; "fsq", each channel rounded to a few levels.
+        kind: "vq", nearest vector of a learned codebook; "fsq", each channel rounded to a few levels.
         latent_channels: channels c of the latent; for "fsq" the number of levels.
         encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: as in `AutoencoderWavelet`.
         codebook_size: number of codes, "vq" only.
-        codebook: "vq" only. "rotation": learnt by gradient, and the decoder's gradient reaches the encoder through the
+        codebook: "vq" only. "rotation": learned by gradient, and the decoder's gradient reaches the encoder through the
             rotation that takes latent to code: a micro-batch or a process more changes nothing. "ema": a moving
             average of the latents that chose the code, straight-through gradient, unused codes replaced; every
             training-mode `quantize` of a micro-batch moves it, in one step for all processes.
@@ -164,7 +164,7 @@ class AutoencoderQuantized(Autoencoder):
     def quantize(self, latents: Tensor) -> Quantized:
         """Latents (n, c, h, w) -> quantized latents, losses and indices, all computed in float32, outside autocast.
 
-        Losses of a codebook that is learnt by gradient: `codebook` moves the codes, `commitment` the encoder (equation
+        Losses of a codebook that is learned by gradient: `codebook` moves the codes, `commitment` the encoder (equation
         3 of arXiv:1711.00937, with weights 1 and 0.25 there); of "ema": `commitment`; of FSQ: none.
 
         In training mode this moves an averaged codebook ("ema"): call it once for every micro-batch.

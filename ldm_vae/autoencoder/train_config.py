@@ -168,7 +168,7 @@ class TrainVaeConfig:
         return self.phases[-1]
 
 
-# The images of a training run: random crops to learn from, and a fixed part to be judged by.
+# The images of a training run: random crops to learn from, and a fixed part to evaluate on.
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
 class HeldOut:
     """What the training never sees, in [-1, 1] on the CPU.
 
-    `images` (n, 3, r, r): centre crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
+    `images` (n, 3, r, r): center crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
     training are, in the size of the last phase: the rate is defined on what the training sees.
     """
 

@@ -19,19 +19,10 @@ from ldm_vae.autoencoder.gan import AdversarialLoss
 from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.losses import ReconstructionLoss
-from ldm_vae.autoencoder.models import (
-    build_autoencoder,
-    load_autoencoder,
-)
+from ldm_vae.autoencoder.models import build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
-from ldm_vae.autoencoder.train_config import (
-    HeldOut,
-    TrainVaeConfig,
-    held_out_part,
-    measured_batches,
-    training_samples,
-)
+from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_checksums
@@ -45,7 +36,7 @@ SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
 ALARMS_FROM = 0.2
 """Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
-BEFORE_GAME = "autoencoder-before-game"
+BEFORE_ADVERSARIAL = "autoencoder-before-game"
 
 
 @overload
@@ -123,17 +114,17 @@ class VaeModel:
         self.autoencoder = autoencoder
         self.channels, self.factor = autoencoder.latent_channels, autoencoder.downsampling
         self.check_sizes()
-        trained = ReparameterizedAutoencoder(autoencoder.train(), encoder_is_frozen(autoencoder))
+        trained = ForwardPass(autoencoder.train(), encoder_is_frozen(autoencoder))
         self.has_rate = not (trained.deterministic or trained.encoder_frozen)
         self.modules: dict[str, nn.Module] = {"autoencoder": trained}
         self.optimizer_settings: dict[str, dict[str, Any]] = {}
         self.loss = ReconstructionLoss(config.loss).to(device)
         self.rate = RateController(config.rate, steps, self.channels, device)
-        self.game: AdversarialLoss | None = None
-        self.before_game: dict[str, Tensor] = {}
+        self.adversarial_loss: AdversarialLoss | None = None
+        self.before_adversarial: dict[str, Tensor] = {}
         if config.adversarial.loss != "off":
-            self.game = AdversarialLoss(config.adversarial, steps, seed, device)
-            self.modules["discriminator"] = self.game.discriminator()
+            self.adversarial_loss = AdversarialLoss(config.adversarial, steps, seed, device)
+            self.modules["discriminator"] = self.adversarial_loss.discriminator()
             self.optimizer_settings["discriminator"] = {
                 "learning_rate": config.adversarial.learning_rate,
                 "betas": (0.0, 0.99),
@@ -144,10 +135,12 @@ class VaeModel:
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         phase, draws, sums = self.config.phase_at(step), self.draws(step, batch, engine.device), Sums(len(batch.parts))
-        game = self.game if self.game and draws.latent_side is None else None
+        adversarial_loss = self.adversarial_loss if self.adversarial_loss and draws.latent_side is None else None
         weights = self.autoencoder.loss_weights
-        if self.game and step == self.game.engage:
-            self.before_game = {name: value.clone() for name, value in self.averaged(engine).state_dict().items()}
+        if self.adversarial_loss and step == self.adversarial_loss.engage:
+            self.before_adversarial = {
+                name: value.clone() for name, value in self.averaged(engine).state_dict().items()
+            }
         pairs: list[tuple[Tensor, Tensor]] = []
         for part in engine.parts(batch):
             images = transforms.from_uint8(part["image"]).contiguous(memory_format=torch.channels_last)
@@ -165,15 +158,15 @@ class VaeModel:
                 kl = kl_divergence(made.mean, made.logvar).mean(dim=(0, 2, 3))
                 total = total + self.rate.penalty(step, kl)
                 sums.add({"kl": kl})
-            if game and game.acts(step):
+            if adversarial_loss and adversarial_loss.acts(step):
                 assert draws.chance is not None
                 with engine.accelerator.autocast():
-                    adversarial = game.decoder_term(
+                    adversarial = adversarial_loss.decoder_term(
                         engine.modules["discriminator"], made.reconstruction, targets, draws.chance[part.rows]
                     )
-                if game.measures(step):
+                if adversarial_loss.measures(step):
                     sums.add({"norms": squared_gradients(reconstruction_loss, adversarial, made.reconstruction)})
-                total = total + game.weight(step) * adversarial
+                total = total + adversarial_loss.weight(step) * adversarial
                 terms["adversarial"] = adversarial
             engine.backward(total)
             sums.add({f"loss/{name}": term for name, term in (terms | made.losses).items()})
@@ -182,9 +175,9 @@ class VaeModel:
         metrics = {"optim/grad_norm": engine.optimize("autoencoder", step)}
         if self.has_rate:
             metrics |= self.observe_rate(step, engine.mean(sums.values.pop("kl")))
-        if game:
-            metrics |= self.observe_game(step, sums.values, engine)
-            if game.learns(step):
+        if adversarial_loss:
+            metrics |= self.observe_adversarial(step, sums.values, engine)
+            if adversarial_loss.learns(step):
                 metrics |= self.update_discriminator(step, batch, pairs, draws, engine)
         sums.values.pop("reconstruction")
         if (step + 1) % engine.config.log_every == 0:
@@ -195,14 +188,14 @@ class VaeModel:
         self, step: int, batch: Batch, pairs: list[tuple[Tensor, Tensor]], draws: StepNoise, engine: Engine
     ) -> dict[str, Tensor]:
         """The discriminator's own step, on the reconstructions that the decoder's step made."""
-        assert self.game is not None
+        assert self.adversarial_loss is not None
         assert draws.chance is not None
         sums = Sums(len(batch.parts))
         for part, (fake, real) in zip(engine.parts(batch), pairs):
-            terms = self.game.discriminator_terms(
+            terms = self.adversarial_loss.discriminator_terms(
                 engine.models["discriminator"], fake, real, draws.chance[part.rows], step
             )
-            engine.backward(self.game.discriminator_total(terms))
+            engine.backward(self.adversarial_loss.discriminator_total(terms))
             sums.add({f"adversarial/{name}": term for name, term in terms.items()})
         return sums.values | {"optim/discriminator_grad_norm": engine.optimize("discriminator", step)}
 
@@ -219,18 +212,22 @@ class VaeModel:
             "rate/beta": beta,
         }
 
-    def observe_game(self, step: int, sums: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-        """Calibrate and guard; on log steps, bring the weights before the game back when it went too far."""
-        assert self.game is not None
+    def observe_adversarial(self, step: int, sums: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+        """Calibrate and guard; on log steps, bring back the weights from before when it went too far."""
+        assert self.adversarial_loss is not None
         if "norms" in sums:
-            self.game.observe_ratio(engine.mean(sums.pop("norms")))
-        self.game.observe_loss(step, engine.mean(sums["reconstruction"]))
-        if (step + 1) % engine.config.log_every == 0 and self.before_game and self.game.must_restore():
+            self.adversarial_loss.observe_ratio(engine.mean(sums.pop("norms")))
+        self.adversarial_loss.observe_loss(step, engine.mean(sums["reconstruction"]))
+        if (
+            (step + 1) % engine.config.log_every == 0
+            and self.before_adversarial
+            and self.adversarial_loss.must_restore()
+        ):
             for autoencoder in (self.autoencoder, self.averaged(engine)):
-                autoencoder.load_state_dict(self.before_game)
+                autoencoder.load_state_dict(self.before_adversarial)
             engine.forget_moments("autoencoder")
-            self.game.restored()
-        return self.game.figures(step)
+            self.adversarial_loss.restored()
+        return self.adversarial_loss.metrics(step)
 
     def health(self, made: ForwardOutput) -> dict[str, Tensor]:
         """The cheap part of the health report, from the last micro-batch of this process."""
@@ -241,7 +238,7 @@ class VaeModel:
         return batch_health(made.mean, made.logvar) if self.has_rate else {}
 
     def draws(self, step: int, batch: Batch, device: torch.device) -> StepNoise:
-        """Posterior noise, the disturbance, kept channels, the size after shrinking, the augmentation for the judge."""
+        """Posterior noise, the disturbance, kept channels, the size after shrinking, the augmentation."""
         seed, latents, count = self.config.training.seed, self.config.latents, batch.global_size
         side = self.config.phase_at(step).crop // self.factor
         rng = generator(seed, "posterior", step, device=device)
@@ -260,8 +257,8 @@ class VaeModel:
             if share < latents.scale_equivariance:
                 scale = latents.scales[int(choice * len(latents.scales))]
                 latent_side = max(SMALLEST_LATENT_SIDE, round(scale * side))
-        if self.game:
-            chance = self.game.chance(step, count, device)
+        if self.adversarial_loss:
+            chance = self.adversarial_loss.chance(step, count, device)
         return StepNoise(noise, disturbance, kept, latent_side, chance)
 
     def check_sizes(self) -> None:
@@ -289,7 +286,7 @@ class VaeModel:
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
         """What is wrong after `step` finished steps, from the metrics of a log step; each is raised once."""
         steps = self.config.plan(1).steps
-        found = self.game.alarms(metrics) if self.game else []
+        found = self.adversarial_loss.alarms(metrics) if self.adversarial_loss else []
         if step >= ALARMS_FROM * steps and self.has_rate:
             found += training_alarms(
                 dict(metrics),
@@ -330,13 +327,13 @@ class VaeModel:
 
     @torch.no_grad()
     def preview(self, engine: Engine) -> Image.Image | None:
-        """Held-out inputs, reconstructions, boosted differences, and what the discriminator says of them."""
+        """Held-out inputs, reconstructions, boosted differences, and the discriminator's logits of them."""
         if self.held_out is None:
             return None
         images = self.held_out.images[:PREVIEW_IMAGES].to(engine.device)
         with engine.accelerator.autocast():
             reconstructions = self.averaged(engine).reconstruct(images)
-            logits = engine.modules["discriminator"](reconstructions) if self.game else None
+            logits = engine.modules["discriminator"](reconstructions) if self.adversarial_loss else None
         return preview_sheet(images, reconstructions, logits)
 
     def export(self, engine: Engine, directory: Path, metrics: Mapping[str, float]) -> None:
@@ -360,18 +357,18 @@ class VaeModel:
         return {"image": torch.randint(0, 256, (rows.stop - rows.start, 3, size, size), dtype=torch.uint8)}
 
     def state_dict(self) -> dict[str, Any]:
-        game = self.game.state_dict() if self.game else None
-        return {"rate": self.rate.state_dict(), "game": game, "alarms": sorted(self._raised)}
+        adversarial = self.adversarial_loss.state_dict() if self.adversarial_loss else None
+        return {"rate": self.rate.state_dict(), "game": adversarial, "alarms": sorted(self._raised)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {BEFORE_GAME: self.before_game} if self.before_game else {}
+        return {BEFORE_ADVERSARIAL: self.before_adversarial} if self.before_adversarial else {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         self.rate.load_state_dict(state["rate"])
-        if self.game and state["game"]:
-            self.game.load_state_dict(state["game"])
+        if self.adversarial_loss and state["game"]:
+            self.adversarial_loss.load_state_dict(state["game"])
         self._raised = set(state["alarms"])
-        self.before_game = dict(tensors.get(BEFORE_GAME, {}))
+        self.before_adversarial = dict(tensors.get(BEFORE_ADVERSARIAL, {}))
 
 
 def squared_gradients(reconstruction: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:
@@ -400,7 +397,7 @@ class ForwardOutput(NamedTuple):
     indices: Tensor | None
 
 
-class ReparameterizedAutoencoder(nn.Module):
+class ForwardPass(nn.Module):
     """An autoencoder as it is trained.
 
     Args:
@@ -502,14 +499,14 @@ def encoder_is_frozen(autoencoder: Autoencoder) -> bool:
     return not any(p.requires_grad for name, p in parameters if name.split(".")[0] not in autoencoder.decoder_parts)
 
 
-# The picture of how a training goes: held-out images, what became of them, where they differ, what the judge says.
+# The preview: held-out images, their reconstructions, the differences, the discriminator's logits.
 
 PREVIEW_IMAGES = 6
 BOOST = 4.0
 
 
 def preview_sheet(images: Tensor, reconstructions: Tensor, logits: Tensor | None = None) -> Image.Image:
-    """Rows: inputs, reconstructions, their difference times 4 on grey, and the discriminator's logits as colours.
+    """Rows: inputs, reconstructions, their difference times 4 on gray, and the discriminator's logits as colors.
 
     Args:
         images, reconstructions: (n, 3, h, w) in [-1, 1].
@@ -526,5 +523,5 @@ def heat_map(logits: Tensor, side: int) -> Tensor:
     """(n, 1, h, w) -> (n, 3, side, side) in [-1, 1]: blue where a patch passes for real, orange where it does not."""
     strength = torch.tanh(F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False))
     real, fake = strength.clamp(min=0), (-strength).clamp(min=0)
-    grey = torch.full_like(strength, -0.6)
-    return torch.cat([grey + 1.5 * fake, grey + 0.6 * fake + 0.5 * real, grey + 1.5 * real], dim=1).clamp(-1, 1)
+    gray = torch.full_like(strength, -0.6)
+    return torch.cat([gray + 1.5 * fake, gray + 0.6 * fake + 0.5 * real, gray + 1.5 * real], dim=1).clamp(-1, 1)

@@ -1,7 +1,7 @@
-"""`AutoencoderVector`: one short vector for a whole small grey image, as two numbers for a digit.
+"""`AutoencoderVector`: one short vector for a whole small gray image, as two numbers for a digit.
 
 The latent has one position, so that with two channels the latent space is a plane one can look at. The network knows
-one image size, S = 4 * 2 ** stages (32 with three), and grey only: it takes the mean of red, green and blue and
+one image size, S = 4 * 2 ** stages (32 with three), and gray only: it takes the mean of red, green and blue and
 repeats what it decodes. It is plain on purpose, since a decoder in a web page runs from the same file of weights.
 
 The decoder, in order, with the names of its tensors (`weight` and `bias` each) in
@@ -11,9 +11,9 @@ hidden size 64:
     decoder.first             linear c -> 64                       weight (64, c)           then silu
     decoder.second            linear 64 -> w0 * 4 * 4              weight (w0 * 16, 64)     then silu
                               reshaped to (w0, 4, 4): output channel * 16 + row * 4 + column
-    decoder.convolutions.0    nearest-neighbour x2, 3x3 w0 -> w1   weight (w1, w0, 3, 3)    then silu; 8x8
-    decoder.convolutions.1    nearest-neighbour x2, 3x3 w1 -> w2   weight (w2, w1, 3, 3)    then silu; 16x16
-    decoder.convolutions.2    nearest-neighbour x2, 3x3 w2 -> w3   weight (w3, w2, 3, 3)    then silu; 32x32
+    decoder.convolutions.0    nearest-neighbor x2, 3x3 w0 -> w1   weight (w1, w0, 3, 3)    then silu; 8x8
+    decoder.convolutions.1    nearest-neighbor x2, 3x3 w1 -> w2   weight (w2, w1, 3, 3)    then silu; 16x16
+    decoder.convolutions.2    nearest-neighbor x2, 3x3 w2 -> w3   weight (w3, w2, 3, 3)    then silu; 32x32
     decoder.head              3x3 w3 -> 1                          weight (1, w3, 3, 3)     clamped to [-1, 1]
 
 Convolutions are torch's: a correlation, weights (outputs, inputs, row, column), one pixel of zeros around.
@@ -53,7 +53,7 @@ SMALLEST_SIDE = 4
 """Of the feature maps between convolutions and linear layers."""
 
 
-def initialised(layer: Any, gain: float = 1.4) -> Any:
+def initialized(layer: Any, gain: float = 1.4) -> Any:
     """The layer with weights of standard deviation gain / sqrt(fan-in) and zero bias."""
     nn.init.normal_(layer.weight, std=gain / layer.weight[0].numel() ** 0.5)
     nn.init.zeros_(layer.bias)
@@ -66,10 +66,10 @@ class VectorEncoder(nn.Module):
     def __init__(self, channels: Sequence[int], hidden: int, outputs: int) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(
-            initialised(nn.Conv2d(before, after, 3, stride=2, padding=1)) for before, after in pairwise((1, *channels))
+            initialized(nn.Conv2d(before, after, 3, stride=2, padding=1)) for before, after in pairwise((1, *channels))
         )
-        self.hidden = initialised(nn.Linear(channels[-1] * SMALLEST_SIDE**2, hidden))
-        self.head = initialised(nn.Linear(hidden, outputs), gain=0.3)
+        self.hidden = initialized(nn.Linear(channels[-1] * SMALLEST_SIDE**2, hidden))
+        self.head = initialized(nn.Linear(hidden, outputs), gain=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         for convolution in self.convolutions:
@@ -84,12 +84,12 @@ class VectorDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], hidden: int, latent_channels: int) -> None:
         super().__init__()
-        self.first = initialised(nn.Linear(latent_channels, hidden))
-        self.second = initialised(nn.Linear(hidden, channels[0] * SMALLEST_SIDE**2))
+        self.first = initialized(nn.Linear(latent_channels, hidden))
+        self.second = initialized(nn.Linear(hidden, channels[0] * SMALLEST_SIDE**2))
         self.convolutions = nn.ModuleList(
-            initialised(nn.Conv2d(before, after, 3, padding=1)) for before, after in pairwise(channels)
+            initialized(nn.Conv2d(before, after, 3, padding=1)) for before, after in pairwise(channels)
         )
-        self.head = initialised(nn.Conv2d(channels[-1], 1, 3, padding=1), gain=0.5)
+        self.head = initialized(nn.Conv2d(channels[-1], 1, 3, padding=1), gain=0.5)
 
     def forward(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
@@ -101,7 +101,7 @@ class VectorDecoder(nn.Module):
 
 
 class AutoencoderVector(Autoencoder):
-    """An autoencoder of one vector a grey image, KL-regularised or deterministic; of one image size.
+    """An autoencoder of one vector a gray image, KL-regularized or deterministic; of one image size.
 
     Args:
         latent_channels: numbers c in the vector.

@@ -2,10 +2,10 @@
 
 About 90 times fewer multiplications than the Stable Diffusion autoencoder at the same interface:
 * a Haar transform replaces the encoder's costly first stages (LiteVAE, arXiv:2405.14477);
-* plain residual blocks, no attention and no normalisation: nothing is global, so the network is
+* plain residual blocks, no attention and no normalization: nothing is global, so the network is
   translation-equivariant and cannot smuggle a gain through one hot latent pixel;
 * a light encoder and a heavier decoder (ViTok, arXiv:2501.09755);
-* every upsampling is nearest-neighbour + convolution with replicated borders: a constant latent gives a constant
+* every upsampling is nearest-neighbor + convolution with replicated borders: a constant latent gives a constant
   image, where pixel-shuffle and wavelet heads leave a grid. With many channels that is too little: `linear_path`.
 
 This file owns the network only, and cutting it down to its first latent channels. It is a diffusers model:
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderWavelet(Autoencoder):
-    """An autoencoder with 8x downsampling, KL-regularised or deterministic; any size divisible by 8.
+    """An autoencoder with 8x downsampling, KL-regularized or deterministic; any size divisible by 8.
 
     Args:
         latent_channels: channels c of the latent.
@@ -264,7 +264,7 @@ class AutoencoderWavelet(Autoencoder):
         decoder_channels, decoder_blocks: the same for the decoder at h/8, h/4, h/2 and h.
         logvar_floor: the log-variance is softly clamped to [logvar_floor, 2]; a rate of R nats per latent dimension
             needs a floor of about -2 (R + 1).
-        scaling_factor: 1; diffusers pipelines read it. Normalisation lives with the latents, not here.
+        scaling_factor: 1; diffusers pipelines read it. Normalization lives with the latents, not here.
         deterministic: a plain autoencoder: no log-variance head, `latent_dist.logvar` is -30 everywhere.
         linear_path: the network adds to a linear code of 8x8 blocks (`linear_path`), for many channels. Call
             `fit_statistics` before training.

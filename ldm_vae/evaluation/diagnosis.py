@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.health import RULES, Severity, Verdict, in_order, judge
+from ldm_vae.autoencoder.health import RULES, Severity, Verdict, by_severity, check_rule
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import open_source, transforms
@@ -190,27 +190,27 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
         training: the `rate` record of training.json (`mode`, `target_nats`, `final_beta`, `pinned_share`), or empty.
     """
     rate, decoder = figures["rate"], figures["decoder"]
-    unreachable = judge("rate_unreachable", {"pinned_share": _pinned_share(training)})
-    collapse = judge("posterior_collapse", {"nats": rate["nats_per_dim"], "permutation": decoder["permutation"]})
+    unreachable = check_rule("rate_unreachable", {"pinned_share": _pinned_share(training)})
+    collapse = check_rule("posterior_collapse", {"nats": rate["nats_per_dim"], "permutation": decoder["permutation"]})
     inactive = _kl_inactive(rate, training)
     if collapse:  # everything else that could be said about the latents or the picture follows from it
         statement = inactive if inactive and inactive.severity == "info" else None
-        return in_order(verdict for verdict in (unreachable, collapse, statement) if verdict)
+        return by_severity(verdict for verdict in (unreachable, collapse, statement) if verdict)
     found = [unreachable, inactive]
     if unreachable is None:
-        found.append(judge("rate_miss", {"relative_error": relative_error(rate["nats_per_dim"], training)}))
+        found.append(check_rule("rate_miss", {"relative_error": relative_error(rate["nats_per_dim"], training)}))
     plain = inactive is not None and inactive.severity == "info"  # then nothing keeps the log-variance off its bound
     found += [v for v in _channel_verdicts(figures) if v and not (plain and v.name == "clamped")]
-    found.append(judge("redundant", {key: figures["latents"][key] for key in ("effective_rank", "correlation")}))
-    found.append(judge("brittle_decoder", {key: decoder[key] for key in ("gap_db", "tolerance")}))
-    found.append(judge("prior_hole", {"cycle_ratio": decoder["cycle_ratio"]}))
+    found.append(check_rule("redundant", {key: figures["latents"][key] for key in ("effective_rank", "correlation")}))
+    found.append(check_rule("brittle_decoder", {key: decoder[key] for key in ("gap_db", "tolerance")}))
+    found.append(check_rule("prior_hole", {"cycle_ratio": decoder["cycle_ratio"]}))
     visible = decoder["flat_std"] is not None and decoder["flat_std"] > 0.001  # an eighth of one 8-bit level
     harmonics = decoder["harmonics"] if visible else None
-    found.append(judge("grid", {"flat_std": decoder["flat_std"], "harmonics": harmonics}))
-    found.append(judge("border", {"border_ratio": decoder["border_ratio"]}))
+    found.append(check_rule("grid", {"flat_std": decoder["flat_std"], "harmonics": harmonics}))
+    found.append(check_rule("border", {"border_ratio": decoder["border_ratio"]}))
     if not any(verdict and verdict.name in COSTS_FIDELITY and verdict.severity != "info" for verdict in found):
-        found.append(judge("worse_than_linear", {"linear_margin_db": decoder["linear_margin_db"]}))
-    return in_order(verdict for verdict in found if verdict)
+        found.append(check_rule("worse_than_linear", {"linear_margin_db": decoder["linear_margin_db"]}))
+    return by_severity(verdict for verdict in found if verdict)
 
 
 def relative_error(nats: float | None, training: Figures) -> float | None:
@@ -230,20 +230,20 @@ def _channel_verdicts(figures: Figures) -> list[Verdict | None]:
     for index, channel in enumerate(figures["channels"]):
         if index in dead:
             keys = ("nats", "image_variance", "passive_share")
-            found.append(judge("dead_channel", {key: channel[key] for key in keys}, index, severity))
+            found.append(check_rule("dead_channel", {key: channel[key] for key in keys}, index, severity))
             continue
         smuggling = _smuggling(channel, index)
-        static = judge("static_channel", {"static_share": channel["static_share"]}, index)
+        static = check_rule("static_channel", {"static_share": channel["static_share"]}, index)
         if smuggling:  # a hot position that never moves makes most of the variance the same for all images
             static = None
-        found += [smuggling, static, judge("clamped", {"clamp_share": channel["clamp_share"]}, index)]
+        found += [smuggling, static, check_rule("clamped", {"clamp_share": channel["clamp_share"]}, index)]
         capacity = RULES["ignored_channel"].limits["capacity_bits"]
         spends = channel["capacity_bits"] is None or capacity.crossed(channel["capacity_bits"])
         if spends and not static and not smuggling:  # exchanging what is the same for all images changes nothing
-            found.append(judge("ignored_channel", {"decoder_use": channel["decoder_use"]}, index))
+            found.append(check_rule("ignored_channel", {"decoder_use": channel["decoder_use"]}, index))
         if not smuggling and not static:
             shape = {"skewness": abs(channel["skewness"]), "kurtosis": channel["kurtosis"]}
-            found.append(judge("non_gaussian", shape, index))
+            found.append(check_rule("non_gaussian", shape, index))
     return found
 
 
@@ -252,7 +252,7 @@ def _smuggling(channel: Mapping[str, Any], index: int) -> Verdict | None:
     reach = channel["hot_reach"]
     if reach is not None and reach <= ELSEWHERE:
         return None
-    return judge("smuggling", {key: channel[key] for key in ("hot_sigmas", "tail_share")}, index)
+    return check_rule("smuggling", {key: channel[key] for key in ("hot_sigmas", "tail_share")}, index)
 
 
 def _kl_inactive(rate: Figures, training: Figures) -> Verdict | None:
@@ -264,7 +264,7 @@ def _kl_inactive(rate: Figures, training: Figures) -> Verdict | None:
         return Verdict(
             "kl_inactive", "info", limit.metric, rate["median_logvar"], limit.fail, None, DETERMINISTIC, knob
         )
-    found = judge("kl_inactive", {"median_logvar": rate["median_logvar"], "nats": rate["nats_per_dim"]})
+    found = check_rule("kl_inactive", {"median_logvar": rate["median_logvar"], "nats": rate["nats_per_dim"]})
     if training.get("mode") == "fixed" and training.get("final_beta") == 0:
         knob = "nothing, if it was meant to be; rate.mode=target gives a rate"
         return Verdict("kl_inactive", "info", limit.metric, rate["median_logvar"], limit.fail, None, PLAIN, knob)

@@ -370,17 +370,17 @@ def verdicts_of(point: Point, results: dict[str, Any]) -> list[dict[str, Any]]:
     weights, else from rate and training alone."""
     if is_diagnosed(point):
         return list(read_json(point.folder / "health" / "health.json")["verdicts"])
-    from ldm_vae.autoencoder.health import in_order, judge
+    from ldm_vae.autoencoder.health import by_severity, check_rule
 
     rate = read_json(point.autoencoder / "autoencoder" / "training.json").get("rate") or {}
     nats, target = results["rate"]["nats_per_dim"], rate.get("target_nats")
     if nats is None or results["rate"]["kind"] != "KL to N(0, 1)":
         return []
-    found = [judge("posterior_collapse", {"nats": nats})]
+    found = [check_rule("posterior_collapse", {"nats": nats})]
     if rate.get("mode") == "target" and target:
-        found.append(judge("rate_miss", {"relative_error": abs(nats - target) / target}))
-        found.append(judge("rate_unreachable", {"pinned_share": rate.get("pinned_share")}))
-    return [verdict.to_dict() for verdict in in_order(verdict for verdict in found if verdict is not None)]
+        found.append(check_rule("rate_miss", {"relative_error": abs(nats - target) / target}))
+        found.append(check_rule("rate_unreachable", {"pinned_share": rate.get("pinned_share")}))
+    return [verdict.to_dict() for verdict in by_severity(verdict for verdict in found if verdict is not None)]
 
 
 # Running `ldm-vae` commands as processes, several at once, and ending them so that they save first.

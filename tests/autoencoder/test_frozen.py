@@ -1,4 +1,4 @@
-"""The frozen vision transformer as an encoder: what stays fixed, what is learnt, and that a saved model is complete."""
+"""The frozen vision transformer as an encoder: what stays fixed, what is learned, a saved model is complete."""
 
 from pathlib import Path
 from typing import Any

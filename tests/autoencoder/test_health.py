@@ -14,9 +14,9 @@ from ldm_vae.autoencoder.health import (
     Limit,
     PosteriorStatistics,
     batch_health,
+    by_severity,
+    check_rule,
     effective_rank,
-    in_order,
-    judge,
     training_alarms,
 )
 from ldm_vae.autoencoder.rate import kl_divergence
@@ -61,7 +61,7 @@ def test_moments_beyond_the_second_of_an_exponential_distribution() -> None:
     assert found["hot_sigmas"][0] == pytest.approx(farthest, rel=1e-3)
 
 
-def test_what_is_the_same_in_all_images_is_static_and_smooth_maps_correlate_with_their_neighbours() -> None:
+def test_what_is_the_same_in_all_images_is_static_and_smooth_maps_correlate_with_their_neighbors() -> None:
     ramp = torch.linspace(-1, 1, 16).expand(8, 1, 16, 16)
     found = statistics(torch.cat([ramp, normal(8, 1, 16, 16)], dim=1), torch.zeros(8, 2, 16, 16)).result()
     assert found["static_share"][0] == pytest.approx(1.0)
@@ -178,7 +178,7 @@ def test_missing_metrics_raise_no_alarm() -> None:
 
 
 def test_a_verdict_is_one_sentence_with_value_threshold_cause_and_knob() -> None:
-    verdict = judge("dead_channel", {"nats": 0.001, "passive_share": 0.5}, channel=2)
+    verdict = check_rule("dead_channel", {"nats": 0.001, "passive_share": 0.5}, channel=2)
     assert verdict is not None
     sentence = verdict.sentence()
     assert sentence.startswith("dead_channel (fail): channel 2, KL in nats per dimension: 0.001, below 0.02. ")
@@ -188,12 +188,12 @@ def test_a_verdict_is_one_sentence_with_value_threshold_cause_and_knob() -> None
 
 
 def test_a_verdict_is_as_severe_as_its_worst_metric_and_failures_come_first() -> None:
-    smuggling = judge("smuggling", {"hot_sigmas": 9.0, "tail_share": 0.2})
+    smuggling = check_rule("smuggling", {"hot_sigmas": 9.0, "tail_share": 0.2})
     assert smuggling is not None
     assert (smuggling.severity, smuggling.value, smuggling.threshold) == ("fail", 0.2, 0.10)
-    border = judge("border", {"border_ratio": 2.0})
+    border = check_rule("border", {"border_ratio": 2.0})
     assert border is not None
-    assert in_order([border, smuggling]) == [smuggling, border]
+    assert by_severity([border, smuggling]) == [smuggling, border]
 
 
 def test_limits_pass_over_what_is_absent_or_no_number() -> None:

@@ -39,8 +39,8 @@ def test_no_other_linear_code_of_the_block_does_better(images: Tensor) -> None:
     for seed in range(5):
         tilt = 0.05 * torch.randn(192, 4, generator=torch.Generator().manual_seed(seed))
         basis, _ = torch.linalg.qr(klt.components[:4].T.float() + tilt)
-        centred = vectors - klt.mean.float()
-        assert (centred @ basis @ basis.T - centred).square().mean() > best
+        centerd = vectors - klt.mean.float()
+        assert (centerd @ basis @ basis.T - centerd).square().mean() > best
 
 
 def test_two_factors_of_variation_need_two_components() -> None:
@@ -85,12 +85,12 @@ def test_moments_add_up_to_the_whole(images: Tensor) -> None:
 def test_the_flat_transform_gives_flat_blocks_back_and_is_the_best_that_does(images: Tensor) -> None:
     klt = fit_klt([images], flat=True)
     torch.testing.assert_close(klt.components @ klt.components.T, torch.eye(192, dtype=torch.float64))
-    colours = torch.rand(5, 3, 1, 1).expand(5, 3, 16, 16) * 2 - 1
+    colors = torch.rand(5, 3, 1, 1).expand(5, 3, 16, 16) * 2 - 1
     kept = [index for index, row in enumerate(klt.components) if float(row.view(3, 64).sum(dim=1).abs().max()) > 1e-6]
     assert len(kept) == 3
-    torch.testing.assert_close(klt.reconstruct(colours, max(kept) + 1), colours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(klt.reconstruct(colors, max(kept) + 1), colors, atol=1e-5, rtol=0)
     plain = fit_klt([images])
-    assert float((plain.reconstruct(colours, max(kept) + 1) - colours).abs().max()) > 1e-4
+    assert float((plain.reconstruct(colors, max(kept) + 1) - colors).abs().max()) > 1e-4
     for components in (max(kept) + 1, 16, 64):
         assert klt.expected_psnr(components) == pytest.approx(plain.expected_psnr(components), abs=0.5)
         assert klt.expected_psnr(components) <= plain.expected_psnr(components)

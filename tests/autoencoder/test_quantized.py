@@ -46,7 +46,7 @@ def test_the_interface_of_a_posterior(name):
 
 @pytest.mark.parametrize("name", ["rotation", "ema"])
 @pytest.mark.parametrize("training", [False, True])
-def test_vector_quantization_is_the_nearest_neighbour(name, training):
+def test_vector_quantization_is_the_nearest_neighbor(name, training):
     model = build(name).train(training)
     side = math.isqrt(SEARCHED_POSITIONS) + 1  # more positions than are searched at once
     latents = 0.2 * torch.randn(1, 4, side, side)

@@ -71,7 +71,7 @@ FEATURES = [
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
-    """One process, the whole batch; the crop size changes on the way, then the adversarial game begins."""
+    """One process, the whole batch; the crop size changes on the way, then the adversarial loss begins."""
     output = tmp_path_factory.mktemp("reference") / "run"
     finish(start(output, "{steps: 3, crop: 32, batch: 4}, {steps: 9, crop: 48, batch: 4}", *FEATURES))
     return output

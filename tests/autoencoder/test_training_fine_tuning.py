@@ -74,15 +74,15 @@ def test_settings_that_would_have_no_effect_are_refused(directory):
         configuration.load(TrainVaeConfig, None, [*SETTINGS, "latents.decoder_noise=0.2"])
 
 
-def test_the_guard_brings_the_weights_before_the_game_back(directory):
+def test_the_guard_brings_the_weights_before_the_adversarial_loss_back(directory):
     words = [*SETTINGS, f"initial={directory}", "train=[decoder]", "adversarial.loss=hinge", "adversarial.warmup=4"]
     words += ["adversarial.width=4", "adversarial.weight=fixed", "adversarial.strength=1e3", "adversarial.r1=0"]
     words += ["adversarial.hold_above=1e6", "adversarial.restore_above=1e6", "adversarial.restore_steps=1"]
     model = VaeModel(configuration.load(TrainVaeConfig, None, words), held_out=None)
     engine = trained(model, 9)
-    before = {name: value.clone() for name, value in model.before_game.items()}
+    before = {name: value.clone() for name, value in model.before_adversarial.items()}
     assert not torch.equal(model.autoencoder.state_dict()["decoder.conv_out.weight"], before["decoder.conv_out.weight"])
-    model.game._state["reference"].fill_(1e-9)  # whatever the loss is now, it is far above
+    model.adversarial_loss._state["reference"].fill_(1e-9)  # whatever the loss is now, it is far above
     batch = Batch((MicroBatch(model.random_samples(slice(0, 2), 48), slice(0, 2)),), 2)
     model.update(9, batch, engine)  # the tenth step: a log step
     for autoencoder in (model.autoencoder, model.averaged(engine)):

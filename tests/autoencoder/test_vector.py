@@ -48,8 +48,8 @@ def test_an_image_becomes_one_vector_and_a_vector_one_grey_image(autoencoder):
     assert torch.equal(decoded[:, 0], decoded[:, 2])
     assert float(decoded.std()) > 0
     assert (autoencoder.downsampling, autoencoder.latent_channels, autoencoder.only_side) == (32, 2, 32)
-    grey = images.mean(1, keepdim=True).expand_as(images)
-    torch.testing.assert_close(autoencoder.encode_moments(grey)[0], mean)
+    gray = images.mean(1, keepdim=True).expand_as(images)
+    torch.testing.assert_close(autoencoder.encode_moments(gray)[0], mean)
 
 
 def test_it_is_small():

@@ -275,12 +275,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# The normalisation of latents, folded into the 1x1 convolutions of an `AutoencoderKL`: same images, unit latents.
+# The normalization of latents, folded into the 1x1 convolutions of an `AutoencoderKL`: same images, unit latents.
 
 
 @torch.no_grad()
 def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> Autoencoder:
-    """A new `AutoencoderKL` (float32, eval, frozen) that encodes to, and decodes from, normalised latents.
+    """A new `AutoencoderKL` (float32, eval, frozen) that encodes to, and decodes from, normalized latents.
 
     decode(folded, (z - m) / s) = decode(model, z); the posterior of the folded model has mean (mu - m) / s and
     log-variance logvar - 2 ln s. Equal up to rounding of float32; computed in float64. diffusers clamps log-variances
@@ -301,17 +301,17 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
     channels = int(model.config["latent_channels"])
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"latent statistics: {len(mean)} channels for an autoencoder of {channels}; use those of one")
-    centre, width = (torch.tensor(list(values), dtype=torch.float64) for values in (mean, std))
+    center, width = (torch.tensor(list(values), dtype=torch.float64) for values in (mean, std))
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     config |= {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0}
     folded = AutoencoderKL(**config | {"shift_factor": None, "latents_mean": None, "latents_std": None})
     state = {name: value.float().cpu() for name, value in model.state_dict().items()}
     weight, bias = _layer(model.quant_conv, 2 * channels)
     scale = torch.cat([1 / width, torch.ones(channels, dtype=torch.float64)])
-    shift = torch.cat([-centre / width, -2 * width.log()])
+    shift = torch.cat([-center / width, -2 * width.log()])
     state |= _named("quant_conv", weight * scale[:, None], bias * scale + shift)
     weight, bias = _layer(model.post_quant_conv, channels)
-    state |= _named("post_quant_conv", weight * width, bias + weight @ centre)
+    state |= _named("post_quant_conv", weight * width, bias + weight @ center)
     folded.load_state_dict(state, strict=True)
     return adapted(folded.eval().requires_grad_(False))
 

@@ -224,7 +224,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Latents (n, c, h, w), not normalised -> images (n, 3, f h, f w), about [-1, 1], not clamped; float32."""
+    """Latents (n, c, h, w), not normalized -> images (n, 3, f h, f w), about [-1, 1], not clamped; float32."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def export_runtime(
 
 
 def _check_exportable(autoencoder: Autoencoder) -> None:
-    """The search of a learnt codebook goes through the positions in parts, whose number a graph would freeze."""
+    """The search of a learned codebook goes through the positions in parts, whose number a graph would freeze."""
     if autoencoder.has_codes and autoencoder.kind == "vq":
         raise UserError(
             "AutoencoderQuantized: the codebook search of kind=vq depends on the image's size, which an exported graph "
@@ -333,7 +333,7 @@ def _description(
             },
         },
         "decoder": {
-            "inputs": {"latents": latent | {"meaning": "as the encoder gives them, not normalised"}},
+            "inputs": {"latents": latent | {"meaning": "as the encoder gives them, not normalized"}},
             "outputs": {"images": image | {"range": "about [-1, 1]; clamp before use"}},
         },
         "latent_statistics": statistics,

@@ -1,4 +1,4 @@
-"""Folding the normaliser into an AutoencoderKL: the same images, unit latents, with and without 1x1 convolutions."""
+"""Folding the normalizer into an AutoencoderKL: the same images, unit latents, with and without 1x1 convolutions."""
 
 from __future__ import annotations
 

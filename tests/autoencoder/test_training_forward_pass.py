@@ -7,7 +7,7 @@ import math
 import torch
 
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
-from ldm_vae.autoencoder.training import ReparameterizedAutoencoder, channel_masks, shrink
+from ldm_vae.autoencoder.training import ForwardPass, channel_masks, shrink
 
 
 def model(**settings):
@@ -18,7 +18,7 @@ def model(**settings):
 def test_without_noise_the_pass_is_encode_and_decode_and_the_noise_has_the_posteriors_width():
     autoencoder = model()
     images, zero = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 4, 4)
-    trained = ReparameterizedAutoencoder(autoencoder)
+    trained = ForwardPass(autoencoder)
     made = trained(images, zero)
     torch.testing.assert_close(made.reconstruction, autoencoder.decode(made.mean).sample)
     noisy = trained(images, zero + 1)
@@ -32,13 +32,13 @@ def test_a_disturbance_reaches_the_decoder_and_not_the_posterior():
     autoencoder = model()
     images, zero = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 4, 4)
     disturbance = torch.randn(2, 4, 4, 4)
-    made = ReparameterizedAutoencoder(autoencoder)(images, zero, disturbance=disturbance)
+    made = ForwardPass(autoencoder)(images, zero, disturbance=disturbance)
     torch.testing.assert_close(made.reconstruction, autoencoder.decode(made.mean + disturbance).sample)
     torch.testing.assert_close(made.mean, autoencoder.encode(images).latent_dist.mean)
 
 
 def test_shrunk_latents_are_compared_with_shrunk_images_and_shrinking_is_antialiased():
-    trained = ReparameterizedAutoencoder(model())
+    trained = ForwardPass(model())
     made = trained(torch.rand(2, 3, 64, 64) * 2 - 1, torch.zeros(2, 4, 8, 8), None, 4)
     assert made.reconstruction.shape == (2, 3, 32, 32)
     assert made.mean.shape == (2, 4, 8, 8)  # the rate is that of the whole latent
@@ -57,14 +57,14 @@ def test_a_masked_pass_is_that_of_the_narrow_autoencoder():
     autoencoder = model(latent_channels=8)
     images, zero = torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 8, 4, 4)
     mask = channel_masks([4], 8, torch.zeros(1))
-    made = ReparameterizedAutoencoder(autoencoder)(images, zero, mask)
+    made = ForwardPass(autoencoder)(images, zero, mask)
     narrow = autoencoder.narrow(4)
     torch.testing.assert_close(narrow.decode(narrow.encode(images).latent_dist.mean).sample, made.reconstruction)
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_a_free_one_does():
     for frozen in (True, False):
-        trained = ReparameterizedAutoencoder(model(), encoder_frozen=frozen)
+        trained = ForwardPass(model(), encoder_frozen=frozen)
         trained(torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, 4)).reconstruction.sum().backward()
         gradient = trained.autoencoder.encoder.head.weight.grad
         assert (gradient is None) == frozen

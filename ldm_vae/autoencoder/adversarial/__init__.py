@@ -1,1 +1,0 @@
-"""The adversarial stage: a patch discriminator, the game it plays with the decoder, and what keeps the game safe."""
