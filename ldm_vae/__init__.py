@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm_vae.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ldm_vae import flow, metrics
     from ldm_vae.applications.codec.compression import CompressConfig, DecompressConfig, compress, decompress
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from ldm_vae.evaluation.reconstruction import evaluate
     from ldm_vae.latents.dataset import LatentDataset
     from ldm_vae.latents.encode import EncodeConfig, encode_dataset
-
-__version__ = "0.1.0"
 
 _MODULES = ("flow", "metrics")
 _HOMES = {

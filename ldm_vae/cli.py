@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-from ldm_vae import __version__
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.runtime import reuse_freed_memory
+from ldm_vae.version import __version__
 
 COMMANDS = {
     "demo": "demo",

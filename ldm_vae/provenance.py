@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ldm_vae import __version__
 from ldm_vae.files import write_json
 from ldm_vae.redaction import redacted
+from ldm_vae.version import __version__
 
 RUN_RECORD = "run.json"
 RUN_LOCK = "run.lock"

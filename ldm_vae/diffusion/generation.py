@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm_vae import __version__, provenance
+from ldm_vae import provenance
 from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.transforms import resize_center_crop
@@ -56,6 +56,7 @@ from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.text import pluralize
+from ldm_vae.version import __version__
 
 logger = logging.getLogger(__name__)
 
