@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm_vae.autoencoder.train_config import TrainVaeConfig
     from ldm_vae.autoencoder.training import train_vae
     from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-    from ldm_vae.diffusion.generation import generate
+    from ldm_vae.diffusion.generation import GenerateConfig, generate
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
     from ldm_vae.diffusion.training import TrainDiffusionConfig, train_diffusion
     from ldm_vae.errors import UserError
@@ -42,6 +42,7 @@ _HOMES = {
     "DecompressConfig": "applications.codec.compression",
     "EncodeConfig": "latents.encode",
     "EvaluateConfig": "evaluation.measurement",
+    "GenerateConfig": "diffusion.generation",
     "LatentDataset": "latents.dataset",
     "LatentDiffusionPipeline": "diffusion.pipeline",
     "TrainDiffusionConfig": "diffusion.training",
@@ -65,6 +66,7 @@ __all__ = [
     "DecompressConfig",
     "EncodeConfig",
     "EvaluateConfig",
+    "GenerateConfig",
     "LatentDataset",
     "LatentDiffusionPipeline",
     "TrainDiffusionConfig",

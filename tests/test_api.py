@@ -10,7 +10,7 @@ import ldm_vae
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "CompressConfig", "DecompressConfig",
+    "CompressConfig", "DecompressConfig", "GenerateConfig",
     "AutoencoderWavelet", "EncodeConfig", "EvaluateConfig", "LatentDataset", "LatentDiffusionPipeline",
     "TrainDiffusionConfig", "TrainVaeConfig", "UserError", "compress", "decompress", "diagnose", "encode_dataset",
     "evaluate", "flow", "generate", "load_autoencoder", "metrics", "train_diffusion", "train_vae",

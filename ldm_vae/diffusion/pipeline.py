@@ -276,40 +276,33 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Generate one batch. On CPU, an image does not depend on the rest of the batch, to the last bit.
 
         Args:
-            labels (`str`, `int`, a mapping, or a list of these, *optional*): Class names or ids, repeated in turn until
-                there are `num_images`. A mapping such as `{"cat": 0.7, "dog": 0.3}` mixes classes. None: any class.
-            num_images (`int`, *optional*): Images in the batch; defaults to one per label, `image` or `latents`, or 1.
+            labels (`str`, `int`, mapping or list, *optional*): Class names or ids, repeated in turn until there are
+                `num_images`. A mapping such as `{"cat": 0.7, "dog": 0.3}` mixes classes. None: any class.
+            num_images (`int`, *optional*): Defaults to one per label, `image` or `latents`, or 1.
             height, width (`int`, *optional*): Pixels, multiples of the autoencoder's downsampling f; default to those
                 of `image` or `latents`, or the training size. Large images are decoded in tiles.
             num_inference_steps (`int`, defaults to 30): Steps from noise to image; `heun` runs the U-Net twice in each.
-            guidance_scale (`float`, *optional*, defaults to 3 with labels): Classifier-free guidance. 1 is the plain
-                conditional model; larger values follow the label more closely, at twice the cost.
-            guidance_interval (`tuple` of 2 `float`, defaults to (0, 1)): Lowest and highest t at which any guidance
-                acts; 1 is pure noise.
-            guidance_rescale (`float` in [0, 1], defaults to 0): Against the strong colors of strong guidance; 0.7 is
-                usual.
-            autoguidance_scale (`float`, defaults to 1): Guidance away from `autoguidance_unet`; 1 is none, 1.5 to 2 is
-                usual.
+            guidance_scale (`float`, defaults to 3 with labels): Classifier-free guidance at twice the cost; 1 is none.
+            guidance_interval (`tuple`, defaults to (0, 1)): Lowest and highest t of any guidance; 1 is pure noise.
+            guidance_rescale (`float` in [0, 1]): Against the strong colors of strong guidance; 0.7 is usual.
+            autoguidance_scale (`float`): Guidance away from `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
             sampler (`str`, *optional*): euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
-            image (PIL image, array (h, w, 3), tensor (3, h, w), batches or lists of these, *optional*): Image to start
-                from, in [0, 1] or 8-bit: one for all results, or one each.
+            image (*optional*): To start from, in [0, 1] or 8-bit, one for all or one each: PIL images, arrays
+                (h, w, 3), tensors (3, h, w), batches or lists of these.
             strength (`float` in (0, 1], *optional*): Share of the steps that `image` goes through; small values stay
                 close to it. Defaults to 1 with a mask and 0.6 without. Several seeds make variations.
-            mask (as `image`, with one channel, *optional*): Of the size of `image`. Pixels above one half are painted
-                anew, all others stay exactly as they are.
+            mask (as `image`, one channel, *optional*): Pixels above one half are painted anew, others stay exactly.
             latents (`Tensor` (n, c, h / f, w / f), *optional*): Standard normal noise to start from.
-            generator (`torch.Generator` or a list, *optional*): One for all images, or one per image.
-            seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not together with
-                `generator`.
-            output_type (`str`, defaults to "pil"): "pil", "np" (n, h, w, 3) or "pt" (n, 3, h, w) in [0, 1], or
-                "latent" (n, c, h / f, w / f): the autoencoder's own, unnormalized latents.
-            return_dict (`bool`, defaults to True): False returns the tuple (images,).
-            callback_on_step_end (`Callable`, *optional*): Called as (pipeline, index, timestep, tensors) with the
-                normalized `latents`, and in `clean` the estimate of the clean ones, which `preview` shows. `latents`
-                in the dict that it returns replace them.
+            generator (`torch.Generator` or list, *optional*): One for all images, or one per image.
+            seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not with `generator`.
+            output_type (`str`): "pil", "np" (n, h, w, 3) or "pt" (n, 3, h, w) in [0, 1], or "latent"
+                (n, c, h / f, w / f), the autoencoder's own, unnormalized latents.
+            return_dict (`bool`): False returns the tuple (images,).
+            callback_on_step_end (`Callable`, *optional*): Called as (pipeline, index, timestep, tensors): normalized
+                `latents`, and `clean`, their estimate for `preview`. `latents` in the returned dict replace them.
 
         Returns:
-            `ImagePipelineOutput` with `images`: a list of PIL images, an array or a tensor.
+            `ImagePipelineOutput` whose `images` are a list of PIL images, an array or a tensor.
 
         Raises:
             UserError: an unknown label (with the nearest known one), an impossible size, or settings without effect.
