@@ -38,14 +38,14 @@ from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_ste
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.comparison import measure_path, round_trip
-from ldm_vae.evaluation.pages import Picture, embed_image
+from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
 from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
-from ldm_vae.evaluation.sweep import Table, markdown_table, render
 from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet, side_by_side
+from ldm_vae.utils.markdown import Table, markdown_table
 from ldm_vae.utils.text import pluralize, progress
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
@@ -228,7 +228,7 @@ class InterpolationStudy(Study):
         if self.drawn:
             pictures.append(embed_image(prior_sheet(self.drawn), "Draws decoded, one row for each prior.", None))
         lead = f"What lies between two images, over {pluralize(len(self.pairs), 'pair')}."
-        return render("Interpolation", lead, way_verdicts(results), [], tables(results), pictures)
+        return plain_page("Interpolation", lead, way_verdicts(results), [], tables(results), pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"pairs": results["protocol"]["pairs"]}

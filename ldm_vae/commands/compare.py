@@ -22,13 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import signal
 
-    from ldm_vae.evaluation.comparison import CompareConfig, compare, table
-    from ldm_vae.evaluation.sweep import markdown_table
+    from ldm_vae.evaluation.comparison import CompareConfig, compare
 
     config = config_arguments.load(args, CompareConfig)
     if config is None:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainings save, then everything leaves
     found = compare(config)
-    print(f"{config.output}:\n\n" + "\n".join(markdown_table(*table(found))))
     return 1 if any(one["status"] == "failed" for one in found["missing"]) else 0

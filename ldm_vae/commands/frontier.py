@@ -24,12 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import signal
 
-    from ldm_vae.evaluation.rate_distortion import FrontierConfig, frontier, markdown
+    from ldm_vae.evaluation.rate_distortion import FrontierConfig, frontier
 
     config = config_arguments.load(args, FrontierConfig)
     if config is None:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainings save, then everything leaves
     found = frontier(config)
-    print(f"{config.output}:\n\n{markdown(found)}", end="")
     return 1 if any(one["status"] == "failed" for one in found["missing"]) else 0

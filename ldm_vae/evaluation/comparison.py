@@ -1,13 +1,12 @@
 """Several kinds of autoencoder on the same images with the same budget: one table, one picture grid.
 
-Owns the list of kinds and what is put side by side. Training and measuring each is `sweep.py`'s, interpolation, prior
-samples, codes and cost are `latent_quality.py`'s.
+A kind is a point of a `Sweep`, which trains and measures it. On top of that, the second half of this file measures what
+its latent space is like to work in: interpolation, prior samples, the use of codes, and the cost of its networks.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae import config as configuration
-from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import BlockKLT, block_moments
 from ldm_vae.autoencoder.losses import LPIPS
@@ -32,19 +30,17 @@ from ldm_vae.diffusion.fid import frechet_distance
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, sweep
 from ldm_vae.evaluation.measurement import fit_baseline
-from ldm_vae.evaluation.pages import embed_image
-from ldm_vae.evaluation.study import read_json
-from ldm_vae.evaluation.sweep import Outcome, Point, Run
-from ldm_vae.files import write_json, write_text
+from ldm_vae.evaluation.pages import embed_image, plain_page
+from ldm_vae.evaluation.study import Content, Results, read_json
+from ldm_vae.evaluation.sweep import Point, Run, Sweep
+from ldm_vae.files import write_json
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.training.distributed import Processes
-
-MAY_CHANGE = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
-"""Settings that a rerun may change: kinds that they touch are trained on or measured again."""
+from ldm_vae.utils.image_grid import plain_grid
+from ldm_vae.utils.markdown import Table
 
 GRID_IMAGES = 4
-GRID_GAP = 8
 
 PROTOCOL = (
     "Interpolation: straight lines between the latent means of pairs of held-out images, 8 steps; unevenness is the "
@@ -106,7 +102,7 @@ class CompareConfig:
             raise UserError(f"kinds: {names}; give at least one, each with a name of its own")
         for name in names:
             if not name or name.startswith(".") or not all(c.isalnum() or c in "-_." for c in name):
-                raise UserError(f"kinds: {name!r} is no name of a folder; use letters, digits, - and _")
+                raise UserError(f"kinds: {name!r} cannot be the name of a folder; use letters, digits, - and _")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: {self.steps} is below 1")
         if self.parallel < 1:
@@ -114,54 +110,65 @@ class CompareConfig:
         if self.latent_images < 2:
             raise UserError(f"latent_images: {self.latent_images} is below 2; an interpolation needs a pair")
         if self.macs_resolution < 64 or self.macs_resolution % 64:
-            raise UserError(f"macs_resolution: {self.macs_resolution} is no multiple of 64; 512 is usual")
+            raise UserError(f"macs_resolution: {self.macs_resolution} is not a multiple of 64; 512 is usual")
 
 
-def compare(config: CompareConfig, run: Run | None = None) -> dict[str, Any]:
+def compare(config: CompareConfig, run: Run | None = None, *, dry_run: bool = False) -> Results:
     """Make the kinds that are missing, measure their latents, write the comparison, return `comparison.json`.
 
     Raises:
         UserError: a setting is wrong, another sweep is in the folder, or no kind could be finished.
     """
-    started = time.time()
-    root = Path(config.output)
-    sweep.claim(root, "compare", config, may_change=MAY_CHANGE)
-    points = [
-        sweep.plan_point(
-            root, kind.name, config.vae, [*config.overrides, *kind.overrides], config.evaluate, config.steps
-        )
-        for kind in config.kinds
-    ]
-    outcomes = sweep.run_points(points, config.parallel, run)
-    found = gather(config, points, outcomes)
-    publish(root, found, points)
-    provenance.write_run_record(
-        root, None, started, time.time() - started, finished=not found["missing"], kinds=len(found["kinds"])
-    )
-    return found
+    return Comparison(config, run).run(dry_run)
 
 
-def gather(config: CompareConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What `comparison.json` holds, from the folders of the finished kinds."""
+class Comparison(Sweep):
+    """The study of `ldm-vae compare`."""
 
-    def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
-        described = {
-            name: results["autoencoder"][name] for name in ("class", "parameters", "latent_channels", "downsampling")
-        }
-        return sweep.common_record(point, results) | {
-            **described,
-            "images": results["protocol"]["images"],
-            "latents": measure_latents(point, config, results["autoencoder"]["fingerprint"]),
-        }
+    command, noun, marker = "compare", "kind", "compare.yaml"
+    results_file, markdown_file = "comparison.json", "comparison.md"
+    may_change = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
+    config: CompareConfig
 
-    records, missing = sweep.collect(points, outcomes, record_of, config.output, "kind")
-    return {
-        "format_version": 1,
-        "kinds": records,
-        "missing": missing,
-        "protocol": PROTOCOL,
-        "config": configuration.to_dict(config),
-    }
+    def plan(self) -> list[Point]:
+        config = self.config
+        return [
+            sweep.plan_point(
+                self.output, kind.name, config.vae, [*config.overrides, *kind.overrides], config.evaluate, config.steps
+            )
+            for kind in config.kinds
+        ]
+
+    def gather(self, finished: Sequence[tuple[Point, Results]], missing: list[dict[str, Any]]) -> Results:
+        names = ("class", "parameters", "latent_channels", "downsampling")
+        records = [
+            sweep.common_record(point, results)
+            | {name: results["autoencoder"][name] for name in names}
+            | {
+                "images": results["protocol"]["images"],
+                "latents": measure_latents(point, self.config, results["autoencoder"]["fingerprint"]),
+            }
+            for point, results in finished
+        ]
+        self.sheet, self.columns = picture_grid([point for point, _ in finished])
+        return {"kinds": records, "missing": missing, "protocol": PROTOCOL}
+
+    def files(self, results: Results) -> dict[str, Content]:
+        return {} if self.sheet is None else {"grid.png": self.sheet}
+
+    def markdown(self, results: Results) -> str:
+        return markdown(results, self.columns)
+
+    def page(self, results: Results) -> str:
+        pictures = []
+        if self.sheet is not None:
+            text = f"The same images through every kind: {', '.join(self.columns)}."
+            pictures.append(embed_image(self.sheet, text, maximum_side=None))
+        title = "Kinds of autoencoder side by side"
+        return plain_page(title, lead(results), [results["protocol"]], tables=[table(results)], pictures=pictures)
+
+    def summary(self, results: Results) -> str:
+        return f"{self.output}:\n\n" + "\n".join(table(results).markdown())
 
 
 def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> dict[str, Any]:
@@ -204,30 +211,6 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
     return found
 
 
-def publish(root: Path, found: dict[str, Any], points: Sequence[Point]) -> None:
-    """Write comparison.md, grid.png, index.html and, last, comparison.json."""
-    finished = {record["name"] for record in found["kinds"]}
-    sheet, columns = picture_grid([point for point in points if point.name in finished])
-    headings, rows = table(found)
-    write_text(root / "comparison.md", markdown(found, columns))
-    pictures = []
-    if sheet is not None:
-        sheet.save(root / "grid.png")
-        text = f"The same images through every kind: {', '.join(columns)}."
-        pictures.append(embed_image(sheet, text, maximum_side=None))
-    write_text(
-        root / "index.html",
-        sweep.render(
-            "Kinds of autoencoder side by side",
-            lead(found),
-            [found["protocol"]],
-            tables=[sweep.Table(headings, rows, notes(found))],
-            pictures=pictures,
-        ),
-    )
-    write_json(root / "comparison.json", found)
-
-
 def picture_grid(points: Sequence[Point]) -> tuple[Image.Image | None, list[str]]:
     """One row per image: the original, then each kind's decode(mean), from the evaluations' own pictures."""
     examples: list[dict[str, Path]] = []
@@ -244,19 +227,17 @@ def picture_grid(points: Sequence[Point]) -> tuple[Image.Image | None, list[str]
     if not shared:
         return None, []
     rows = [[originals[name], *(each[name] for each in examples)] for name in shared]
-    with Image.open(rows[0][0]) as first:
-        width, height = first.size
-    step_x, step_y = width + GRID_GAP, height + GRID_GAP
-    sheet = Image.new("RGB", (len(rows[0]) * step_x - GRID_GAP, len(rows) * step_y - GRID_GAP), "white")
-    for y, row in enumerate(rows):
-        for x, path in enumerate(row):
-            with Image.open(path) as picture:
-                sheet.paste(picture.convert("RGB"), (x * step_x, y * step_y))
+    sheet = plain_grid([[_opened(path) for path in row] for row in rows])
     return sheet, ["original", *(point.name for point in points)]
 
 
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells; what a kind does not have is a dash."""
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def table(found: dict[str, Any]) -> Table:
+    """A row for each kind; what it does not have is a dash."""
     with_lpips = all("lpips" in record["metrics"] for record in found["kinds"])
     names = ["psnr", "ssim", *(["lpips"] if with_lpips else [])]
     size = found["config"]["macs_resolution"]
@@ -271,7 +252,7 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 record["name"],
-                *(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values),
+                *(sweep.with_interval(value) for value in values),
                 "–" if rate is None else f"{rate:.3f}",
                 "–" if codes is None else f"{codes['perplexity']:.1f} of {codes['codes']:.0f}",
                 "–" if codes is None else f"{100 * codes['dead_share']:.1f} %",
@@ -282,10 +263,10 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{prior['frechet']:.3f} ({prior['frechet_reconstructions']:.3f})",
                 str(record["steps"]),
                 "–" if seconds is None else f"{seconds:.0f}",
-                ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none",
+                sweep.verdict_names(record),
             ]
         )
-    return headings, rows
+    return Table(headings, rows, notes(found))
 
 
 def lead(found: dict[str, Any]) -> str:
@@ -298,12 +279,9 @@ def lead(found: dict[str, Any]) -> str:
 
 def notes(found: dict[str, Any]) -> list[str]:
     """What else must be said: kinds that are missing, unequal steps, failing verdicts, what the rates are."""
-    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in found["missing"]]
-    undiagnosed = [record["name"] for record in found["kinds"] if not record["diagnosed"]]
-    if undiagnosed:
-        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    lines = sweep.remarks(found["kinds"], found["missing"])
     if len({record["steps"] for record in found["kinds"]}) > 1:
-        lines.append("The kinds were not trained for the same number of steps, so this is no fair comparison.")
+        lines.append("The kinds were not trained for the same number of steps, so this is not a fair comparison.")
     for kind in sorted({record["rate"]["kind"] for record in found["kinds"]}):
         names = ", ".join(record["name"] for record in found["kinds"] if record["rate"]["kind"] == kind)
         lines.append(f"Rate of {names}: {kind}.")
@@ -311,8 +289,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     for record in counted:
         codes = record["latents"]["codes"]
         lines.append(f"Codes of {record['name']} were counted over {codes['positions']:.0f} positions.")
-    for record in found["kinds"]:
-        lines += [f"{record['name']}: {v['sentence']}" for v in record["verdicts"] if v["severity"] == "fail"]
+    lines += sweep.failures(found["kinds"])
     distances = {record["latents"]["interpolation"]["distance"] for record in found["kinds"]}
     lines.append(f"Steps of an interpolation are measured by {', '.join(sorted(distances))}.")
     return lines
@@ -320,9 +297,9 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 def markdown(found: dict[str, Any], columns: Sequence[str]) -> str:
     """`comparison.md`."""
-    headings, rows = table(found)
-    lines = ["# Kinds of autoencoder side by side", "", lead(found), "", *sweep.markdown_table(headings, rows), ""]
-    lines += [found["protocol"], "", *notes(found)]
+    rows = table(found)
+    lines = ["# Kinds of autoencoder side by side", "", lead(found), "", *rows.markdown(), ""]
+    lines += [found["protocol"], "", *rows.notes]
     if columns:
         lines += ["", f"![The same images: {', '.join(columns)}](grid.png)"]
     return "\n".join(lines) + "\n"
@@ -427,11 +404,11 @@ def prior_samples(autoencoder: Autoencoder, images: Tensor, klt: BlockKLT, seed:
     prior of the KL term, not that of a diffusion model, so pictures are not expected; the figures say how far off."""
     means, logvars = zip(*(autoencoder.encode_moments(image[None]) for image in images), strict=True)
     mean, variance = torch.cat(means), torch.cat(logvars).exp()
-    centre = mean.mean(dim=(0, 2, 3), keepdim=True)
+    center = mean.mean(dim=(0, 2, 3), keepdim=True)
     spread = (mean.var(dim=(0, 2, 3), keepdim=True, correction=0) + variance.mean(dim=(0, 2, 3), keepdim=True)).sqrt()
     noise = torch.randn(mean.shape, generator=generator(seed, "prior samples")).to(mean.device)
     noise_real = torch.randn(mean.shape, generator=generator(seed, "posterior samples")).to(mean.device)
-    prior, real = centre + spread * noise, mean + variance.sqrt() * noise_real
+    prior, real = center + spread * noise, mean + variance.sqrt() * noise_real
     decoded, cycle = round_trip(autoencoder, prior, spread)
     reconstructed, cycle_real = round_trip(autoencoder, real, spread)
     return PriorSamples(
@@ -456,7 +433,7 @@ def round_trip(autoencoder: Autoencoder, latents: Tensor, spread: Tensor) -> tup
 
 def block_frechet(images: Tensor, references: Tensor, klt: BlockKLT) -> float:
     """Fréchet distance between the blocks of two sets of images as Gaussians in the first 16 KLT components, relative
-    to the references' variance there. 0: same colours and local structure on average; says nothing about objects."""
+    to the references' variance there. 0: same colors and local structure on average; says nothing about objects."""
     basis = klt.components[:FRECHET_COMPONENTS].double()
     statistics = []
     for each in (images, references):

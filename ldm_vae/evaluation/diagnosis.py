@@ -1,7 +1,7 @@
 """The health report of an autoencoder: its settings, the protocol, and the result folder.
 
-`health.json` holds every figure and verdict, `health.md` the same in words, `index.html` the page. Figures are measured
-in `health_figures.py`, judged in `judgement.py`, shown by `diagnosis_page.py`.
+`health.json` holds every figure and verdict, `health.md` the same in words, `index.html` the page.
+The figures are measured by `health_metrics.py`; `verdicts` compares them with the rules of `autoencoder/health.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ldm_vae.evaluation.pages import COLOURS, INK, Picture, embed_image, legend,
 from ldm_vae.evaluation.plots import page_svg
 from ldm_vae.evaluation.study import Study, check_resolution, rejected_images
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.markdown import markdown_table
 
 Report = dict[str, Any]
 
@@ -44,7 +45,7 @@ class DiagnoseConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the report.
         part: held_out (what training never saw), train or all.
-        resolution: side of the centre crop in pixels, a multiple of the downsampling, 64 or more; where an autoencoder
+        resolution: side of the center crop in pixels, a multiple of the downsampling, 64 or more; where an autoencoder
             knows one size only, that.
         count: at most so many images, evenly spread over the part; 256 make the figures comparable between runs.
         batch: images per forward pass.
@@ -69,7 +70,7 @@ class DiagnoseConfig:
 
 
 def diagnose(config: DiagnoseConfig, overwrite: bool = False, dry_run: bool = False) -> Report:
-    """Measure, judge, write the report, return the content of `health.json`.
+    """Measure, find verdicts, write the report, return the content of `health.json`.
 
     A folder that holds the finished report of these settings is read, not redone.
 
@@ -131,7 +132,7 @@ def failed(report: dict[str, Any]) -> bool:
 def read_images(
     source: ImageSource, indices: list[int], config: DiagnoseConfig, rejected: list[tuple[str, str]]
 ) -> Iterator[Tensor]:
-    """Centre crops (n, 3, resolution, resolution) in [-1, 1] in batches, with a progress bar.
+    """Center crops (n, 3, resolution, resolution) in [-1, 1] in batches, with a progress bar.
 
     Images that cannot be decoded are appended to `rejected` as (id, reason) and left out.
     """
@@ -153,7 +154,7 @@ def training_record(autoencoder: str) -> dict[str, Any]:
     try:
         return read_record(autoencoder)
     except ValueError as error:
-        raise UserError(f"{autoencoder}: its {RECORD} is no valid JSON ({error}); restore the folder") from error
+        raise UserError(f"{autoencoder}: its {RECORD} is not valid JSON ({error}); restore the folder") from error
 
 
 def _protocol(config: DiagnoseConfig, source: ImageSource, count: int) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def _channel_verdicts(figures: Figures) -> list[Verdict | None]:
 
 
 def _smuggling(channel: Mapping[str, Any], index: int) -> Verdict | None:
-    """Hot alone is no fault: a sharp edge is rare in the pixels too. It is one where it is about another place."""
+    """A hot position alone is not a fault: a sharp edge is rare in the pixels too. One that acts elsewhere is."""
     reach = channel["hot_reach"]
     if reach is not None and reach <= ELSEWHERE:
         return None
@@ -260,7 +261,7 @@ def _kl_inactive(rate: Figures, training: Figures) -> Verdict | None:
     limit = RULES["kl_inactive"].limits["median_logvar"]
     assert limit.fail is not None
     if rate["deterministic_by_design"]:
-        knob = "nothing, if it was meant to be; its latents take any scale, so normalise them before diffusion"
+        knob = "nothing, if it was meant to be; its latents take any scale, so normalize them before diffusion"
         return Verdict(
             "kl_inactive", "info", limit.metric, rate["median_logvar"], limit.fail, None, DETERMINISTIC, knob
         )
@@ -297,7 +298,7 @@ CHANNEL_COLUMNS = {
     "tail_share": "tail",
     "skewness": "skewness",
     "kurtosis": "kurtosis",
-    "neighbour_correlation": "neighbours",
+    "neighbour_correlation": "neighbors",
 }
 
 
@@ -312,7 +313,7 @@ def global_rows(report: Report) -> list[tuple[str, str]]:
         ("Noise share, E σ² / (Var μ + E σ²)", rate["noise_share"], ""),
         ("Effective rank per channel", latents["effective_rank"], ""),
         ("Largest correlation of two channels", latents["correlation"], ""),
-        ("MMD² of normalised latents to N(0, I)", latents["mmd2"], f"p = {_number(latents['mmd_p_value'])}"),
+        ("MMD² of normalized latents to N(0, I)", latents["mmd2"], f"p = {_number(latents['mmd_p_value'])}"),
         ("Spectral slope of the images", latents["image_slope"], "(power = f^-slope)"),
         ("Spectral slope of the latents", latents["latent_slope"], ""),
         ("Power above half of Nyquist, means", latents["high_frequency_share_mean"], ""),
@@ -326,8 +327,8 @@ def global_rows(report: Report) -> list[tuple[str, str]]:
         ("Error with another image's latents", decoder["permutation"], "times the own"),
         ("Round-trip error of prior samples", decoder["cycle_ratio"], "times that of posterior samples"),
         ("Loss over 10 round trips", decoder["round_trip_drift_db"], "dB"),
-        ("Deviation on constant colour", decoder["flat_std"], "of the range −1 to 1"),
-        ("Power at the stride's harmonics there", decoder["harmonics"], "times the neighbours"),
+        ("Deviation on constant color", decoder["flat_std"], "of the range −1 to 1"),
+        ("Power at the stride's harmonics there", decoder["harmonics"], "times the neighbors"),
         ("Error of the outer 8 pixels", decoder["border_ratio"], "times the inner"),
         ("Error of the corners", decoder["corner_ratio"], "times the inner"),
         ("Largest activation in the decoder", decoder["droplet_score"], "times the stage's median"),
@@ -338,11 +339,12 @@ def global_rows(report: Report) -> list[tuple[str, str]]:
 def markdown(report: Report) -> str:
     """`health.md`: verdicts, the table per channel, the other figures, the protocol."""
     lines = [f"- {verdict['sentence']}" for verdict in report["verdicts"]] or ["No verdict: nothing is wrong."]
-    lines += ["", "| channel | " + " | ".join(CHANNEL_COLUMNS.values()) + " |", "|---|" + "---|" * len(CHANNEL_COLUMNS)]
-    for index, channel in enumerate(report["channels"]):
-        lines.append(f"| {index} | " + " | ".join(_number(channel.get(key)) for key in CHANNEL_COLUMNS) + " |")
-    lines += ["", "| quantity | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in global_rows(report)]
+    channels = [
+        [str(index), *(_number(channel.get(key)) for key in CHANNEL_COLUMNS)]
+        for index, channel in enumerate(report["channels"])
+    ]
+    lines += ["", *markdown_table(["channel", *CHANNEL_COLUMNS.values()], channels)]
+    lines += ["", *markdown_table(["quantity", "value"], global_rows(report))]
     protocol, autoencoder = report["protocol"], report["autoencoder"]
     images = protocol["images"]
     lines += [
@@ -467,7 +469,7 @@ def _examples(measured: Measured) -> list[dict[str, Any]]:
         row["sample − mean"] = difference
         maps = [
             _picture(
-                _grey(probes.mean[index, c], channel["mean"], channel["variance"]), f"channel {c} of image {index}"
+                _gray(probes.mean[index, c], channel["mean"], channel["variance"]), f"channel {c} of image {index}"
             )
             for c, channel in enumerate(channels)
         ]
@@ -476,7 +478,7 @@ def _examples(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _flat(measured: Measured) -> list[tuple[str, Picture]]:
-    """Constant colours, decoded: the distance from their own mean, times 20, on grey."""
+    """Constant colors, decoded: the distance from their own mean, times 20, on gray."""
     found = []
     for name, image in measured.flat.decoded.items():
         boosted = (FLAT_GAIN * (image - image.mean(dim=(1, 2), keepdim=True))).clamp(-1, 1)
@@ -484,7 +486,7 @@ def _flat(measured: Measured) -> list[tuple[str, Picture]]:
     return found
 
 
-def _grey(latent: Tensor, mean: float, variance: float) -> Tensor:
+def _gray(latent: Tensor, mean: float, variance: float) -> Tensor:
     deviation = max(variance, 1e-12) ** 0.5
     return ((latent - mean) / (3 * deviation)).clamp(-1, 1).expand(3, *latent.shape)
 
@@ -508,7 +510,7 @@ def _number(value: float | None) -> str:
 # The plots of a health report, from the content of `health.json`: one SVG a quantity, in the look of `figures.py`.
 
 NAMED_CHANNELS = 8
-"""Up to so many channels have their own colour and a name in the legend."""
+"""Up to so many channels have their own color and a name in the legend."""
 
 
 def channel_bars(report: Report, key: str, title: str, threshold: float | None = None) -> str | None:

@@ -165,9 +165,9 @@ def spread_positions(latents: Tensor, count: int, per_image: int = 8, seed: int 
 BORDER = 8
 NEAR = 4
 NOISE_LEVELS = (0.05, 0.1, 0.2, 0.4)
-FLAT_COLOURS = {
+FLAT_COLORS = {
     "dark": (-0.8, -0.8, -0.8),
-    "grey": (0.0, 0.0, 0.0),
+    "gray": (0.0, 0.0, 0.0),
     "light": (0.8, 0.8, 0.8),
     "red": (0.6, -0.6, -0.6),
     "green": (-0.5, 0.4, -0.4),
@@ -305,8 +305,8 @@ class BorderError:
 
 @dataclass(frozen=True)
 class FlatField:
-    """Constant colours decoded: `std` the largest deviation over colours and channels inside, `harmonics` the power at
-    the stride's harmonics relative to their neighbours, `decoded` {colour: (3, h, w)}."""
+    """Constant colors decoded: `std` the largest deviation over colors and channels inside, `harmonics` the power at
+    the stride's harmonics relative to their neighbors, `decoded` {color: (3, h, w)}."""
 
     std: float
     harmonics: float
@@ -321,8 +321,8 @@ def flat_field(autoencoder: Autoencoder, resolution: int, stride: int, device: t
     decoded = {}
     worst, ratios = 0.0, []
     margin = resolution // 4 // stride * stride
-    for name, colour in FLAT_COLOURS.items():
-        image = torch.tensor(colour, device=device).view(1, 3, 1, 1).expand(1, 3, resolution, resolution)
+    for name, color in FLAT_COLORS.items():
+        image = torch.tensor(color, device=device).view(1, 3, 1, 1).expand(1, 3, resolution, resolution)
         result = autoencoder.decode_images(autoencoder.encode_moments(image)[0])[0].cpu()
         decoded[name] = result
         inner = result[:, margin : resolution - margin, margin : resolution - margin].double()
@@ -334,7 +334,7 @@ def flat_field(autoencoder: Autoencoder, resolution: int, stride: int, device: t
 def harmonic_ratio(field: Tensor, stride: int) -> float:
     """Mean power of (c, h, w) at multiples of 1 / stride (not 0), relative to the bins around them; flat: 0."""
     side = min(field.shape[-2:]) // stride * stride
-    if side < 4 * stride:  # harmonics and neighbours would touch
+    if side < 4 * stride:  # harmonics and neighbors would touch
         return 0.0
     field = field[:, :side, :side]
     window = torch.hann_window(side, dtype=field.dtype)  # else slow shading would leak along the axes
@@ -353,9 +353,9 @@ def harmonic_ratio(field: Tensor, stride: int) -> float:
 
 
 def droplet_score(autoencoder: Autoencoder, latents: Tensor) -> float | None:
-    """Largest max|activation| / median|activation| over the decoder's stages; None where no stage can be seen.
+    """Largest max|activation| / median|activation| over the decoder's stages; None where it has no stages.
 
-    Normalising decoders grow isolated spikes of this kind ("droplets", Karras et al., arXiv:1912.04958).
+    Normalizing decoders grow isolated spikes of this kind ("droplets", Karras et al., arXiv:1912.04958).
     """
     scores: list[float] = []
 
@@ -443,7 +443,7 @@ class _Collector:
         self.statistics = PosteriorStatistics(channels, device, autoencoder.logvar_bounds)
         self.border = BorderError()
         self.factor = autoencoder.downsampling
-        # codes of so many bits are no numbers, and one vector an image has no blocks
+        # codes are not numbers, and a vector for the whole image has no blocks
         mapped = has_positions(autoencoder) and autoencoder.codebook_size is None
         self.has_linear_counterpart = mapped and self.factor <= LARGEST_BLOCK
         self.blocks: Moments | None = None
@@ -535,7 +535,7 @@ def measure(
 
 
 def has_positions(autoencoder: Autoencoder) -> bool:
-    """Whether latents are maps. Of one vector an image, that a constant colour stays constant is not to be expected,
+    """Whether latents are maps. Of one vector an image, that a constant color stays constant is not to be expected,
     and no position stands out from others."""
     return autoencoder.only_side is None
 
@@ -582,7 +582,7 @@ def _rate(autoencoder: Autoencoder, statistics: PosteriorStatistics, determinist
 def _latents(
     figures: dict[str, Any], statistics: PosteriorStatistics, probes: Probes, sample: Tensor, seed: int
 ) -> dict[str, Any]:
-    """Structure over channels (dead ones left out) and positions, and how far normalised samples are from N(0, I)."""
+    """Structure over channels (dead ones left out) and positions, and how far normalized samples are from N(0, I)."""
     dead = dead_channels(figures)
     living = [index for index in range(statistics.channels) if index not in dead]
     rank = correlation = pair = None
@@ -657,7 +657,7 @@ def _linear_margin(blocks: Moments | None, figures: dict[str, Any], probes: Prob
 
     At a rate the best linear decoder shrinks each coefficient by 1 - water level / eigenvalue, since it reads noisy
     ones; it is asked for the mean here as the autoencoder is. The transform is fitted on the very images of the report,
-    which favours it; None where they are too few for that. In dB.
+    which favors it; None where they are too few for that. In dB.
     """
     if blocks is None or blocks.count < BLOCKS_PER_DIMENSION * len(blocks.total):
         return None

@@ -38,13 +38,13 @@ Plot = tuple[str, str, str, str]
 
 SPECTRUM_SAMPLES = 256
 NAMED_CHANNELS = 8
-"""Up to so many channels have their own colour and a name in the legend."""
+"""Up to so many channels have their own color and a name in the legend."""
 NAMED_CLASSES = 40
 """Up to so many classes have a named bar; more are drawn by rank."""
 NUMBERED_CHANNELS = 12
 """Up to so many channels the correlations are written into their matrix."""
 LEAST_MAP_RANGE = 0.1
-"""Deviations that black and white of a mean map are at least away from grey: less is noise of the sampling."""
+"""Deviations that black and white of a mean map are at least away from gray: less is noise of the sampling."""
 
 
 def show_statistics(config: StatsConfig) -> Statistics:
@@ -85,7 +85,7 @@ def write_page(statistics: Statistics, dataset: LatentDataset, output: str | Pat
 
 
 def measure_spectra(dataset: LatentDataset) -> dict[str, Any] | None:
-    """Mean radial power of each channel of the normalised latents over `frequency`, cycles per position; None for
+    """Mean radial power of each channel of the normalized latents over `frequency`, cycles per position; None for
     latents of a single position."""
     numbers = samples_per_shard(dataset.index.counts, SPECTRUM_SAMPLES)
     latents = torch.cat([latents for latents, _ in batches(dataset, numbers)])
@@ -147,14 +147,14 @@ def plots(report: Report) -> list[Plot]:
     found: list[Plot] = []
     if "channels" in report:
         found += [
-            ("Values", "density of normalised latents", "The dotted line is N(0, 1), where diffusion starts from.",
+            ("Values", "density of normalized latents", "The dotted line is N(0, 1), where diffusion starts from.",
              histograms(report, logarithmic=False)),
             ("Tails", "the same, logarithmic", "What lies far above the dotted line at the sides is rare and extreme.",
              histograms(report, logarithmic=True)),
         ]  # fmt: skip
         if "spectra" in report:
             found.append(
-                ("Power spectra", f"of normalised latents, {report['spectra']['samples']} samples",
+                ("Power spectra", f"of normalized latents, {report['spectra']['samples']} samples",
                  "Power at a spatial frequency; white noise would be the dotted line.", spectra(report))
             )  # fmt: skip
         if len(report["channels"]) > 1:
@@ -178,10 +178,10 @@ def histograms(report: Report, logarithmic: bool) -> str:
     edges, density = report["histograms"]["edges"], np.array(report["histograms"]["density"])
     figure, (axes,) = new_figure(height=2.6)
     few = len(density) <= NAMED_CHANNELS
-    centres = (np.array(edges[1:]) + edges[:-1]) / 2
+    centers = (np.array(edges[1:]) + edges[:-1]) / 2
     for channel, values in enumerate(density):
         axes.plot(
-            centres, np.where(values > 0, values, np.nan) if logarithmic else values, drawstyle="steps-mid",
+            centers, np.where(values > 0, values, np.nan) if logarithmic else values, drawstyle="steps-mid",
             linewidth=1.4 if few else 0.8, alpha=1.0 if few else 0.5, color=COLOURS[channel % len(COLOURS)],
             label=f"channel {channel}" if few else None,
         )  # fmt: skip
@@ -234,8 +234,8 @@ def correlations(report: Report) -> str:
     positive, negative = COLOURS[0], COLOURS[1]
     # transparent at 0: the page behind it is light or dark
     nodes = [(0.0, negative), (0.5, negative + "00"), (0.5, positive + "00"), (1.0, positive)]
-    colours = LinearSegmentedColormap.from_list("correlation", nodes)
-    axes.pcolormesh(matrix, cmap=colours, vmin=-1, vmax=1, edgecolor=RULE, linewidth=0.4)
+    colors = LinearSegmentedColormap.from_list("correlation", nodes)
+    axes.pcolormesh(matrix, cmap=colors, vmin=-1, vmax=1, edgecolor=RULE, linewidth=0.4)
     if count <= NUMBERED_CHANNELS:
         for (row, column), value in np.ndenumerate(matrix):
             text = "" if row == column else f"{round(value, 2) + 0.0:.2f}".replace("-", "−").replace("0.", ".")
@@ -293,18 +293,18 @@ def maps(statistics: Statistics) -> list[tuple[str, Sequence[tuple[Picture, str]
     if statistics.mean_map is None or statistics.std_map is None:
         return []
     found: list[tuple[str, Sequence[tuple[Picture, str]]]] = []
-    for title, values, centre in (("Mean", statistics.mean_map, 0.0), ("Deviation", statistics.std_map, 1.0)):
-        reach = max(LEAST_MAP_RANGE, float(np.abs(values - centre).max()))
-        pictures = [(_grey((channel - centre) / reach, f"{title.lower()} of channel {number} over positions"),
+    for title, values, center in (("Mean", statistics.mean_map, 0.0), ("Deviation", statistics.std_map, 1.0)):
+        reach = max(LEAST_MAP_RANGE, float(np.abs(values - center).max()))
+        pictures = [(_gray((channel - center) / reach, f"{title.lower()} of channel {number} over positions"),
                      f"channel {number}: {channel.min():.2f} to {channel.max():.2f}".replace("-", "−"))
                     for number, channel in enumerate(values)]  # fmt: skip
-        found.append((f"{title}, black {centre - reach:.2f} to white {centre + reach:.2f}".replace("-", "−"), pictures))
+        found.append((f"{title}, black {center - reach:.2f} to white {center + reach:.2f}".replace("-", "−"), pictures))
     return found
 
 
-def _grey(values: np.ndarray, text: str) -> Picture:
+def _gray(values: np.ndarray, text: str) -> Picture:
     """(h, w) in [-1, 1] as a picture from black to white."""
     from PIL import Image
 
-    grey = np.round((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-    return embed_image(Image.fromarray(grey).convert("RGB"), text)
+    gray = np.round((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    return embed_image(Image.fromarray(gray).convert("RGB"), text)

@@ -29,6 +29,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.random import generator
 from ldm_vae.training.distributed import Processes
+from ldm_vae.utils.image_grid import plain_grid
 
 BASELINE_UNIT = 8
 """Images whose block moments are summed before they travel."""
@@ -61,7 +62,7 @@ class Unit:
 class Measurer:
     """What every batch needs. `code_bits_per_pixel`: of a deterministic code, whose rate is not a divergence.
 
-    `rate_known` is False for a deterministic autoencoder: its KL is no rate and a sample is its mean. Without
+    `rate_known` is False for a deterministic autoencoder: its KL is not a rate and a sample is its mean. Without
     a codebook the codecs then have no budget.
     """
 
@@ -190,7 +191,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=generator(seed, "evaluation", name))
 
 
-# What anybody gets without training: image codecs at an equal number of bytes, and bicubic scaling.
+# Baselines without training: image codecs at an equal number of bytes, and bicubic scaling.
 
 CODEC_SETTINGS: dict[str, dict[str, Any]] = {
     "JPEG": {"format": "JPEG", "optimize": True, "subsampling": "4:2:0"},
@@ -200,7 +201,7 @@ CODEC_SETTINGS: dict[str, dict[str, Any]] = {
 QUALITIES = {"JPEG": (1, 95), "WebP": (0, 100), "AVIF": (0, 100)}
 """Lowest and highest; Pillow discourages JPEG above 95."""
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 """Sizes rise with the quality but for small exceptions: so many qualities above the answer are tried too."""
 
 
@@ -245,12 +246,12 @@ def code_within(picture: Image.Image, codec: str, budget_bytes: float) -> CodedI
 
 
 def largest_within(size: Callable[[int], int], lowest: int, highest: int, budget: float) -> int | None:
-    """The quality of the largest size within the budget, by bisection and a look at its upper neighbours."""
+    """The quality of the largest size within the budget, by bisection and a look at its upper neighbors."""
     low, high = lowest - 1, highest + 1  # low fits (or is below the lowest), high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= budget else (low, middle)
-    candidates = range(max(lowest, low), min(highest, low + NEIGHBOURS) + 1)
+    candidates = range(max(lowest, low), min(highest, low + NEIGHBORS) + 1)
     fitting = [quality for quality in candidates if size(quality) <= budget]
     return max(fitting, key=lambda quality: (size(quality), quality)) if fitting else None
 
@@ -300,12 +301,12 @@ def make_example(id: str, label: str, original: Tensor, decoded: Tensor, linear:
     difference = (DIFFERENCE_GAIN * (decoded - original)).clamp(-1, 1)
     images = {"original": original, "decoded": decoded, "linear": linear, "difference": difference}
     pictures = {name: transforms.to_pil(image[None].cpu())[0] for name, image in images.items()}
-    pictures["latent"] = transforms.to_pil(latent_colours(mean)[None].cpu())[0]
+    pictures["latent"] = transforms.to_pil(latent_colors(mean)[None].cpu())[0]
     return Example(id, label, pictures)
 
 
-def latent_colours(latent: Tensor) -> Tensor:
-    """A latent (c, h, w) as a false-colour image (3, h, w) in [-1, 1].
+def latent_colors(latent: Tensor) -> Tensor:
+    """A latent (c, h, w) as a false-color image (3, h, w) in [-1, 1].
 
     Red, green and blue are its three strongest directions over the channels, each stretched between its 2nd
     and 98th percentile. Fewer than three channels repeat the last one.
@@ -334,16 +335,9 @@ def example_records(found: list[Example]) -> list[dict[str, Any]]:
     ]
 
 
-def grid(found: list[Example], gap: int = 8) -> Image.Image:
-    """One row per example: original, reconstruction, difference times 8 on grey; a white gap between."""
-    rows = [[example.pictures[name] for name in GRID_COLUMNS] for example in found]
-    width, height = rows[0][0].size
-    size = (len(GRID_COLUMNS) * (width + gap) - gap, len(rows) * (height + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * (width + gap), y * (height + gap)))
-    return sheet
+def grid(found: list[Example]) -> Image.Image:
+    """One row per example: original, reconstruction, difference times 8 on gray."""
+    return plain_grid([[example.pictures[name] for name in GRID_COLUMNS] for example in found])
 
 
 @dataclass(frozen=True)
@@ -354,7 +348,7 @@ class EvaluateConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
         part: held_out (what training never saw), train or all.
-        resolution: side of the centre crop in pixels, a multiple of the downsampling.
+        resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread over the part; null: all.
         baseline_images: at most so many training images fit the linear baseline.
         codecs: image codecs at equal bytes: JPEG, WebP, AVIF; `[]` for none.

@@ -61,7 +61,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def ssim_luma(images: Tensor, references: Tensor) -> Tensor:
-    """`ssim` of the luma, (n,): the variant of the original paper, which had grey images (Wang 2004)."""
+    """`ssim` of the luma, (n,): the variant of the original paper, which had gray images (Wang 2004)."""
     _check_pair(images, references)
     return _similarity(luma(images), luma(references))[0]
 
@@ -100,7 +100,7 @@ def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _window_matrix(side: int, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """(side - window + 1, side): each row averages `window` neighbours with Gaussian weights."""
+    """(side - window + 1, side): each row averages `window` neighbors with Gaussian weights."""
     offsets = torch.arange(window) - window // 2
     weights = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
     matrix = torch.zeros(side - window + 1, side)

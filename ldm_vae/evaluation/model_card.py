@@ -75,7 +75,7 @@ class CardConfig:
 
     def __post_init__(self) -> None:
         if self.watts is not None and not 0 < self.watts < math.inf:  # nor is nan
-            raise UserError(f"--watts: {self.watts:g} is no power of a machine; give watts above 0, as 250")
+            raise UserError(f"--watts: {self.watts:g} is not the power of a machine; give watts above 0, as 250")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
-    """Raises: UserError for a README.md of somebody else."""
+    """Raises: UserError for a README.md of other origin."""
     if path.exists() and MARKER not in path.read_text(errors="replace") and not overwrite:
         raise UserError(f"{path}: was not written by this command; give --overwrite to replace it")
 
@@ -167,7 +167,9 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     if config.evaluation:
         evaluation = _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
         if not {"autoencoder", "protocol", "rows", "config"} <= evaluation.keys():
-            raise UserError(f"{config.evaluation}/{RESULTS}: is no result of `ldm-vae evaluate`; give a folder of that")
+            raise UserError(
+                f"{config.evaluation}/{RESULTS}: is not a result of `ldm-vae evaluate`; give a folder of that"
+            )
         facts.check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
     health = None
     folder = config.health or config.evaluation
@@ -407,7 +409,7 @@ def pipeline_front_matter(config: CardConfig) -> Any:
 
 
 def training_rows(config: dict[str, Any]) -> facts.Rows:
-    """Data, U-Net, schedule and optimiser, as far as they are recorded."""
+    """Data, U-Net, schedule and optimizer, as far as they are recorded."""
     rows: facts.Rows = []
     for name in ("latents", "autoencoder"):
         if config.get(name):
@@ -503,8 +505,8 @@ def write_crops(evaluation: Path, directory: Path, identity: str) -> Shown:
         sheet, shown = _crops(evaluation, results)
     except (AttributeError, LookupError, TypeError, OSError) as error:  # a foreign record may have any form
         raise UserError(
-            f"--pictures: {evaluation}/results.json is no result of this version's `ldm-vae evaluate`, or its pictures "
-            f"are damaged ({type(error).__name__}: {error}); give a new folder of {command}"
+            f"--pictures: {evaluation}/results.json is not a result of this version's `ldm-vae evaluate`, or its "
+            f"pictures are damaged ({type(error).__name__}: {error}); give a new folder of {command}"
         ) from error
     _write_webp(sheet, directory / CROPS)
     return shown

@@ -13,6 +13,7 @@ from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.diffusion.fid import sentences as distribution_sentences
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.reconstruction import codec_lines, table
+from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize
 
 Rows = list[tuple[str, str]]
@@ -71,14 +72,16 @@ def read_credits(path: str | None) -> str | None:
     try:
         sources = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--data-credits: {path} is no YAML ({' '.join(str(error).split())}); correct it") from error
-    lines = ["| images of | number | licence | credits |", "|---|---|---|---|"]
+        raise UserError(f"--data-credits: {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    rows = []
     for source in sources if isinstance(sources, list) else [None]:
         if not isinstance(source, dict) or not {*SOURCE_KEYS} <= source.keys() <= {*SOURCE_KEYS, "url"}:
-            raise UserError(f"--data-credits: {path} is no list of sources with {', '.join(SOURCE_KEYS)} and maybe url")
+            raise UserError(
+                f"--data-credits: {path} is not a list of sources with {', '.join(SOURCE_KEYS)} and maybe url"
+            )
         name, *cells = (str(source[key]).strip().replace("|", "/").replace("\n", " ") for key in SOURCE_KEYS)
-        lines.append("| " + " | ".join([f"[{name}]({source['url']})" if source.get("url") else name, *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([f"[{name}]({source['url']})" if source.get("url") else name, *cells])
+    return "\n".join(markdown_table(["images of", "number", "license", "credits"], rows))
 
 
 def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | None = None) -> str | None:
@@ -109,7 +112,7 @@ def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
     where = f" on {rows.get('machine', 'a machine not recorded')}, commit {rows.get('commit', 'not recorded')}."
     parts = [f"{str(record.get('started', ''))[:10]}: {steps}{took}{where}", energy_sentence(record, watts) or ""]
     words = [str(word) for word in record.get("command", [])]
-    settings = unsaid(record.get("settings") or {}, words)
+    settings = unnamed_settings(record.get("settings") or {}, words)
     return {
         "title": str(record.get("name")),
         "sentence": " ".join(parts).strip(),
@@ -118,13 +121,13 @@ def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
     }
 
 
-def unsaid(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def unnamed_settings(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """Those of the settings (dotted keys) that no `key=value` among the words of a command is about."""
-    said = [f"{word.partition('=')[0]}." for word in words if "=" in word]
+    named = [f"{word.partition('=')[0]}." for word in words if "=" in word]
     return {
         key: value
         for key, value in settings.items()
-        if not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in said)
+        if not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in named)
     }
 
 
@@ -161,12 +164,12 @@ def data_rows(config: dict[str, Any]) -> Rows:
 
 
 def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
-    """Architecture, phases, objective, optimiser, and what the run cost."""
+    """Architecture, phases, objective, optimizer, and what the run cost."""
     rows: Rows = []
     autoencoder = config.get("autoencoder") or {}
     if autoencoder and not config.get("initial"):  # whose architecture is taken
-        said = [f"{key} {value}" for key, value in autoencoder.items() if value not in (None, 0)]
-        rows.append(("autoencoder", ", ".join(said)))
+        named = [f"{key} {value}" for key, value in autoencoder.items() if value not in (None, 0)]
+        rows.append(("autoencoder", ", ".join(named)))
     if config.get("initial"):
         trained = config.get("train")
         rows.append(("started from", f"{config['initial']}; trained: {trained or 'everything'}"))
@@ -296,7 +299,7 @@ def limits(
         protocol = evaluation["protocol"]
         sentences.append(
             f"Measured on {pluralize(protocol['images']['count'], 'image')} at {protocol['resolution']} pixels; "
-            "nothing is recorded about other images, sizes or colour spaces."
+            "nothing is recorded about other images, sizes or color spaces."
         )
         if protocol["images"]["part"] != "held_out":
             sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")

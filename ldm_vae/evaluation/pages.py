@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_vae.files import write_text
+from ldm_vae.utils.markdown import Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,6 +35,14 @@ class Picture:
     text: str
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An `<svg>` element and its caption."""
+
+    svg: str
+    caption: str
 
 
 def template_environment() -> Environment:
@@ -69,6 +79,31 @@ def embed_image(image: Image, text: str, maximum_side: int | None = MAXIMUM_SIDE
     image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=small, method=4)
     data = base64.b64encode(buffer.getvalue()).decode()
     return Picture(f"data:image/webp;base64,{data}", text, *image.size)
+
+
+def plain_page(
+    title: str,
+    lead: str,
+    sentences: Sequence[str],
+    drawings: Sequence[Drawing] = (),
+    tables: Sequence[Table] = (),
+    pictures: Sequence[Picture] = (),
+) -> str:
+    """A page of sentences, drawings, tables and pictures; every text is escaped, the SVG is not."""
+    from markupsafe import Markup
+
+    return (
+        template_environment()
+        .get_template("sweep.html")
+        .render(
+            title=title,
+            lead=lead,
+            sentences=list(sentences),
+            drawings=[(Markup(drawing.svg), drawing.caption) for drawing in drawings],
+            tables=list(tables),
+            pictures=list(pictures),
+        )
+    )
 
 
 def duration(seconds: float) -> str:
@@ -113,7 +148,7 @@ def new_figure(width: float = 5.2, height: float = 3.0, columns: int = 1) -> tup
 
 
 def style(axes: Axes) -> None:
-    """No box, faint grid, stand-in colours for everything that is ink."""
+    """No box, faint grid, stand-in colors for everything that is ink."""
     axes.set_facecolor("none")
     axes.set_prop_cycle(color=list(COLOURS))
     axes.grid(True, color=RULE, linewidth=0.7)

@@ -317,7 +317,7 @@ def thin(curve: Curve) -> Curve:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve, narrower towards the ends; no lag."""
+    """Mean over a centerd window of a twentieth of the curve, narrower towards the ends; no lag."""
     reach = np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]).clip(max=len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -6,21 +6,19 @@ frontier.json, .md, .svg and .html. Training and measuring a point is `sweep.py`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldm_vae import config as configuration
-from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, pages, sweep
-from ldm_vae.evaluation.sweep import Outcome, Point, Run
-from ldm_vae.files import write_json, write_text
+from ldm_vae.evaluation.study import Content, Results
+from ldm_vae.evaluation.sweep import Point, Run, Sweep
+from ldm_vae.utils.markdown import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 
 KNEE_DB, KNEE_NATS = 0.1, 0.5
 """More rate is not worth its bits where it brings less than KNEE_DB for every KNEE_NATS nats per dimension."""
-
-MAY_CHANGE = ("output", "parallel", "targets_nats", "channels", "steps", "seconds", "evaluate")
-"""Settings that a rerun may change: points that they touch are trained on or measured again."""
 
 FEWEST_POINTS = 3
 LABEL = "PSNR and perceptual quality against bits per pixel"
@@ -90,71 +85,69 @@ class FrontierConfig:
             raise UserError(f"parallel: {self.parallel} is below 1")
 
 
-def plan(config: FrontierConfig, run: Run) -> list[Point]:
-    """The points of the grid, channels by channels, rising rate. Raises: UserError for what does not load."""
-    channels = config.channels or [_recipe_channels(config)]
-    points = []
-    for count in channels:
-        for target in sorted(config.targets_nats):
-            overrides = [
-                *config.overrides,
-                f"autoencoder.latent_channels={count}",
-                "rate.mode=target",
-                f"rate.target_nats={target}",
-            ]
-            name = f"c{count}-{target:g}-nats"
-            point = sweep.plan_point(Path(config.output), name, config.vae, overrides, config.evaluate, config.steps)
-            if config.seconds is not None:
-                steps = sweep.steps_for(point, config.seconds, run)
-                point = replace(
-                    point, train=replace(point.train, phases=sweep.scaled_phases(point.train.phases, steps))
-                )
-            points.append(point)
-    return points
-
-
-def _recipe_channels(config: FrontierConfig) -> int:
-    recipe = configuration.load(TrainVaeConfig, config.vae, [*config.overrides, "output=POINT"])
-    return int(recipe.autoencoder.latent_channels)
-
-
-def frontier(config: FrontierConfig, run: Run | None = None) -> dict[str, Any]:
+def frontier(config: FrontierConfig, run: Run | None = None, *, dry_run: bool = False) -> Results:
     """Make the points that are missing, write the frontier of those that are there, return `frontier.json`.
 
     Raises:
         UserError: a setting is wrong, another sweep is in the folder, or no point could be finished.
     """
-    started = time.time()
-    root = Path(config.output)
-    sweep.claim(root, "frontier", config, may_change=MAY_CHANGE)
-    commands = sweep.Commands(config.parallel)
-    points = plan(config, run or commands)
-    outcomes = sweep.run_points(points, config.parallel, run)
-    found = gather(config, points, outcomes)
-    publish(root, found)
-    provenance.write_run_record(
-        root, None, started, time.time() - started, finished=not found["missing"], points=len(found["points"])
-    )
-    return found
+    return Frontier(config, run).run(dry_run)
 
 
-def gather(config: FrontierConfig, points: Sequence[Point], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What `frontier.json` holds, from the folders of the finished points."""
-    linear: dict[str, Any] = {}  # of the images, so any point's will do
+class Frontier(Sweep):
+    """The study of `ldm-vae frontier`."""
 
-    def describe(point: Point, results: dict[str, Any]) -> dict[str, Any]:
-        linear.update(results["linear"])
-        return record_of(point, results)
+    command, marker = "frontier", "frontier.yaml"
+    results_file, markdown_file = "frontier.json", "frontier.md"
+    may_change = ("output", "parallel", "targets_nats", "channels", "steps", "seconds", "evaluate")
+    config: FrontierConfig
 
-    records, missing = sweep.collect(points, outcomes, describe, config.output, "point")
-    return {
-        "format_version": 1,
-        "points": records,
-        "missing": missing,
-        "linear": theory(linear["eigenvalues"], linear["block"], records),
-        "recommendation": recommend(records),
-        "config": configuration.to_dict(config),
-    }
+    def plan(self) -> list[Point]:
+        """The points of the grid, channels by channels, rising rate."""
+        config = self.config
+        recipe = configuration.load(TrainVaeConfig, config.vae, [*config.overrides, "output=POINT"])
+        points = []
+        for count in config.channels or [recipe.autoencoder.latent_channels]:
+            for target in sorted(config.targets_nats):
+                overrides = [
+                    *config.overrides,
+                    f"autoencoder.latent_channels={count}",
+                    "rate.mode=target",
+                    f"rate.target_nats={target}",
+                ]
+                name = f"c{count}-{target:g}-nats"
+                point = sweep.plan_point(self.output, name, config.vae, overrides, config.evaluate, config.steps)
+                if config.seconds is not None:
+                    steps = sweep.steps_for(point, config.seconds)
+                    phases = sweep.scaled_phases(point.train.phases, steps)
+                    point = replace(point, train=replace(point.train, phases=phases))
+                points.append(point)
+        return points
+
+    def gather(self, finished: Sequence[tuple[Point, Results]], missing: list[dict[str, Any]]) -> Results:
+        records = [record_of(point, results) for point, results in finished]
+        linear = finished[-1][1]["linear"]  # of the images, so any point's will do
+        return {
+            "points": records,
+            "missing": missing,
+            "linear": theory(linear["eigenvalues"], linear["block"], records),
+            "recommendation": recommend(records),
+        }
+
+    def files(self, results: Results) -> dict[str, Content]:
+        return {"frontier.svg": lambda path: pages.save_svg(draw(results), path, LABEL)}
+
+    def markdown(self, results: Results) -> str:
+        return markdown(results)
+
+    def page(self, results: Results) -> str:
+        return pages.plain_page(
+            "Rate-distortion frontier",
+            "Every point is one autoencoder, trained by ldm-vae train-vae and measured on images it never saw.",
+            [*results["recommendation"], RULE],
+            [pages.Drawing(pages.to_svg(draw(results), LABEL), caption(results))],
+            [table(results)],
+        )
 
 
 def record_of(point: Point, results: dict[str, Any]) -> dict[str, Any]:
@@ -240,26 +233,6 @@ def knee_of(nats: Sequence[float], psnr: Sequence[float]) -> int | None:
     return None
 
 
-def publish(root: Path, found: dict[str, Any]) -> None:
-    """Write frontier.json, .svg, .md and .html."""
-    drawn = draw(found)
-    pages.save_svg(drawn, root / "frontier.svg", LABEL)
-    write_text(root / "frontier.md", markdown(found))
-    lead = "Every point is one autoencoder, trained by ldm-vae train-vae and measured on images it never saw."
-    headings, rows = table(found)
-    write_text(
-        root / "index.html",
-        sweep.render(
-            "Rate-distortion frontier",
-            lead,
-            [*found["recommendation"], RULE],
-            [sweep.Drawing(pages.to_svg(drawn, LABEL), caption(found))],
-            [sweep.Table(headings, rows, notes(found))],
-        ),
-    )
-    write_json(root / "frontier.json", found)
-
-
 def quality_metric(found: dict[str, Any]) -> tuple[str, str]:
     """What stands beside PSNR: LPIPS, or SSIM where it was not measured."""
     measured = all("lpips" in record["metrics"] for record in found["points"])
@@ -273,12 +246,12 @@ def draw(found: dict[str, Any]) -> Figure:
     linear = np.array(found["linear"]["reverse_water_filling"])
     axes[0].plot(*linear.T, color=pages.INK, linestyle="--", linewidth=1, label="linear, reverse water-filling")
     for number, channels in enumerate(sorted({record["channels"] for record in found["points"]})):
-        colour = pages.COLOURS[number % len(pages.COLOURS)]
+        color = pages.COLOURS[number % len(pages.COLOURS)]
         limited = np.array(found["linear"]["limited_channels"][str(channels)])
-        axes[0].plot(*limited.T, color=colour, linestyle=":", linewidth=1.2, label=f"linear, {channels} components")
+        axes[0].plot(*limited.T, color=color, linestyle=":", linewidth=1.2, label=f"linear, {channels} components")
         records = [record for record in found["points"] if record["channels"] == channels]
         for each, name in zip(axes, ("psnr", metric), strict=True):
-            _draw_series(each, sorted(records, key=lambda r: r["rate"]["bits_per_pixel"]), name, colour, channels)
+            _draw_series(each, sorted(records, key=lambda r: r["rate"]["bits_per_pixel"]), name, color, channels)
     for each, name in zip(axes, ("PSNR (dB)", title), strict=True):
         each.set_title(name)
         each.set_xlabel("bits per pixel")
@@ -291,11 +264,11 @@ def draw(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_series(axes: Axes, records: Sequence[dict[str, Any]], metric: str, colour: str, channels: int) -> None:
+def _draw_series(axes: Axes, records: Sequence[dict[str, Any]], metric: str, color: str, channels: int) -> None:
     """Points with their intervals and labels; one that fails its verdicts has a cross."""
     x = [record["rate"]["bits_per_pixel"] for record in records]
     y = [record["metrics"][metric]["mean"] for record in records]
-    axes.plot(x, y, color=colour, marker="o", markersize=5, linewidth=1.5, label=f"{channels} channels, trained")
+    axes.plot(x, y, color=color, marker="o", markersize=5, linewidth=1.5, label=f"{channels} channels, trained")
     for a, b, record in zip(x, y, records, strict=True):
         axes.annotate(
             f"{record['target_nats']:g} nats, c{channels}", (a, b), textcoords="offset points", xytext=(1, 6),
@@ -315,45 +288,31 @@ def caption(found: dict[str, Any]) -> str:
     )
 
 
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells."""
+def table(found: dict[str, Any]) -> Table:
+    """A row for each point; the notes name those that are missing and what failed."""
     metric, title = quality_metric(found)
     headings = ["channels", "target nats", "measured nats", "bits/pixel", "PSNR (dB)", title.split(" ")[0]]
     headings += ["gain over linear (dB)", "linear would use", "seconds", "verdicts"]
-    rows = []
-    for record in found["points"]:
-        quality = [record["metrics"][name] for name in ("psnr", metric)]
-        rows.append(
-            [
-                str(record["channels"]),
-                f"{record['target_nats']:g}",
-                f"{record['rate']['nats_per_dim']:.3f}",
-                f"{record['rate']['bits_per_pixel']:.3f}",
-                *(f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in quality),
-                f"{record['gain_over_linear_db']['mean']:+.2f}",
-                f"{record['linear_components']} components",
-                "" if record["seconds"] is None else f"{record['seconds']:.0f}",
-                ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none",
-            ]
-        )
-    return headings, rows
-
-
-def notes(found: dict[str, Any]) -> list[str]:
-    """What else must be said: points that are missing, and each failing verdict in words."""
-    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in found["missing"]]
-    undiagnosed = [record["name"] for record in found["points"] if not record["diagnosed"]]
-    if undiagnosed:
-        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
-    for record in found["points"]:
-        lines += [f"{record['name']}: {v['sentence']}" for v in record["verdicts"] if v["severity"] == "fail"]
-    return lines
+    rows = [
+        [
+            str(record["channels"]),
+            f"{record['target_nats']:g}",
+            f"{record['rate']['nats_per_dim']:.3f}",
+            f"{record['rate']['bits_per_pixel']:.3f}",
+            *(sweep.with_interval(record["metrics"][name]) for name in ("psnr", metric)),
+            f"{record['gain_over_linear_db']['mean']:+.2f}",
+            f"{record['linear_components']} components",
+            "" if record["seconds"] is None else f"{record['seconds']:.0f}",
+            sweep.verdict_names(record),
+        ]
+        for record in found["points"]
+    ]
+    return Table(headings, rows, sweep.remarks(found["points"], found["missing"]) + sweep.failures(found["points"]))
 
 
 def markdown(found: dict[str, Any]) -> str:
     """`frontier.md`."""
-    headings, rows = table(found)
+    rows = table(found)
     lines = ["# Rate-distortion frontier", "", f"![{LABEL}](frontier.svg)", ""]
-    lines += [caption(found), "", *sweep.markdown_table(headings, rows), "", *found["recommendation"], "", RULE]
-    extra = notes(found)
-    return "\n".join([*lines, *(["", *extra] if extra else [])]) + "\n"
+    lines += [caption(found), "", *rows.markdown(), "", *found["recommendation"], "", RULE]
+    return "\n".join([*lines, *(["", *rows.notes] if rows.notes else [])]) + "\n"

@@ -21,8 +21,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
-
-GAP = 8
+from ldm_vae.utils.image_grid import side_by_side
 
 
 def reconstruct_pictures(
@@ -40,7 +39,7 @@ def reconstruct_pictures(
 
     Args:
         inputs: image files and folders; a folder is searched recursively and its structure is kept.
-        size: centre crop to size x size; None keeps the original size, whatever it is.
+        size: center crop to size x size; None keeps the original size, whatever it is.
         sample: decode a posterior sample, drawn by (seed, name), instead of the mean.
 
     Returns:
@@ -77,7 +76,7 @@ def reconstruct_pictures(
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         picture = transforms.to_pil(decoded.cpu())[0]
         picture.save(written[-1])
-        beside(Image.fromarray(image), picture).save(folder / f"{name}_beside.png")
+        side_by_side([Image.fromarray(image), picture]).save(folder / f"{name}_beside.png")
     if not written:
         raise UserError(f"{inputs[0]}: no image could be decoded ({rejected[0][1]}); give other files")
     figures: dict[str, Any] = {"images": len(written), "mean_psnr_db": round(float(np.mean(quality)), 3)}
@@ -110,11 +109,3 @@ def _files(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
             yield path, Path(printable(path.name))
         else:
             raise UserError(f"{text}: no such file or folder; give image files or folders")
-
-
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures of one size, a white gap between them."""
-    sheet = Image.new("RGB", (2 * left.width + GAP, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + GAP, 0))
-    return sheet

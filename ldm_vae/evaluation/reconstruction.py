@@ -38,6 +38,7 @@ from ldm_vae.evaluation.measurement import (
 )
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
 from ldm_vae.training.distributed import Processes, joined_processes
+from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
@@ -294,16 +295,14 @@ def markdown(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """Markdown: each row's rate, and its metrics with their intervals."""
     names = list(results["rows"][0]["metrics"])
-    lines = [
-        "| reconstruction | bits/pixel | " + " | ".join(metrics.METRIC_TITLES.get(name, name) for name in names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
+    rows = []
     for row in results["rows"]:
         rate, values = row.get("bits_per_pixel"), [row["metrics"].get(name) for name in names]
-        cells = ["not coded" if rate is None else f"{rate:.3f}"]
+        cells = [row_title(row, results), "not coded" if rate is None else f"{rate:.3f}"]
         cells += [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if v else "not measured" for v in values]
-        lines.append(f"| {row_title(row, results)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    titles = [metrics.METRIC_TITLES.get(name, name) for name in names]
+    return "\n".join(markdown_table(["reconstruction", "bits/pixel", *titles], rows))
 
 
 def row_title(row: dict[str, Any], results: dict[str, Any]) -> str:
@@ -343,7 +342,7 @@ def difference_lines(results: dict[str, Any]) -> list[str]:
 def codec_lines(results: dict[str, Any]) -> list[str]:
     if "equal_bytes" not in results:
         return []
-    lines = [f"Codecs: {results['equal_bytes']}; header bytes count; JPEG 4:2:0 and optimised."]
+    lines = [f"Codecs: {results['equal_bytes']}; header bytes count; JPEG 4:2:0 and optimized."]
     for row in results["rows"]:
         if row.get("over_budget"):
             lines.append(

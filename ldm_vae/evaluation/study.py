@@ -73,7 +73,7 @@ class Study:
     results_file: ClassVar[str] = "results.json"
     markdown_file: ClassVar[str] = "results.md"
     marker: ClassVar[str] = provenance.RUN_LOCK
-    """A file that is in the folder while this process works there; without it the disk is gone."""
+    """See `publishing`."""
     replaced: ClassVar[tuple[str, ...]] = ()
     """Patterns of files that an earlier result may have more of."""
 
@@ -191,11 +191,9 @@ class Study:
                 raise UserError(f"{self.output}: holds the result of {other}; give another output, or --overwrite")
         return results
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
-        with open_folder(self.output).lock(provenance.RUN_LOCK):
-            yield
+        return locked_folder(self.output)
 
     def commit(self, results: Results) -> None:
         """Write the result, under the `lock`; `run.json` goes first and comes last.
@@ -204,14 +202,9 @@ class Study:
             UserError: the system refuses to write, or the folder has vanished.
         """
         files = {**self.files(results), self.markdown_file: self.markdown(results), PAGE: self.page(results)}
-        advice = "free some space or make it writable, and run the same command again"
-        with system_errors_explained(self.output, advice):
-            if not (self.output / self.marker).exists():
-                raise vanished()
-            (self.output / provenance.RUN_RECORD).unlink(missing_ok=True)
-            for pattern in self.replaced:
-                for old in self.output.glob(pattern):
-                    old.unlink()
+        with publishing(self.output, self.marker):
+            for old in (file for pattern in self.replaced for file in self.output.glob(pattern)):
+                old.unlink()
             for name, content in files.items():
                 if content is not None:
                     _write(self.output / name, content)
@@ -259,70 +252,27 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=existing).close()
 
 
-def finished_result(file: Path, config: Any, identity: str, overwrite: bool) -> dict[str, Any] | None:
-    """The content of `file` if it is the finished result of these settings; None where there is none.
-
-    Args:
-        file: the JSON that the command writes, with `config` and `autoencoder.fingerprint`.
-        identity: the fingerprint of the autoencoder at hand.
-
-    Raises:
-        UserError: the folder holds something else, or a result of other settings or weights and not `overwrite`; or
-            there is work to do and no file can be written there.
-    """
-    output = file.parent
-    if not (output / provenance.RUN_RECORD).is_file():
-        check_writable(output)
-        return None
-    if not file.is_file():
-        raise UserError(f"{output}: holds another run; give another output")
-    if overwrite:
-        check_writable(output)
-        return None
-    result: dict[str, Any] = json.loads(file.read_text())
-    changes = configuration.changed_keys(result["config"], configuration.to_dict(config))
-    changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
-    if result["autoencoder"]["fingerprint"] != identity:
-        changes["autoencoder fingerprint"] = (result["autoencoder"]["fingerprint"][:15], identity[:15])
-    if changes:
-        listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
-        raise UserError(f"{output}: holds the result of {listed}; give another output, or --overwrite")
-    return result
-
-
-def check_made_of(output: str | Path, parts: Mapping[str, tuple[Any, Any]], place: str = "output") -> None:
-    """That a finished result was made of what is at hand now, where settings name it by a path that may hold another.
-
-    Args:
-        parts: what it would otherwise be the result of ("other images") -> what was recorded, what is at hand.
-        place: the setting of the output, for the advice.
-
-    Raises:
-        UserError: naming the first that differs.
-    """
-    for other, (recorded, present) in parts.items():
-        if recorded != present:
-            raise UserError(f"{output}: holds the result of {other}; give another {place}, or --overwrite")
-
-
 @contextlib.contextmanager
-def alone_in(output: str | Path) -> Iterator[None]:
-    """Nobody else measures into this folder or trains in it. Raises: UserError that names who does."""
+def locked_folder(output: str | Path) -> Iterator[None]:
+    """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
     with open_folder(Path(output)).lock(provenance.RUN_LOCK):
         yield
 
 
 @contextlib.contextmanager
-def publishing(output: str | Path) -> Iterator[None]:
-    """Inside, a result is written by who is `alone_in` the folder. `run.json` goes first and comes last: a folder that
-    has one is complete, also after a result was to be replaced.
+def publishing(output: str | Path, marker: str = provenance.RUN_LOCK) -> Iterator[None]:
+    """Inside, a result is written, under the lock. `run.json` goes first and comes last: a folder that has one is
+    complete, also after a result was to be replaced.
+
+    Args:
+        marker: a file that is in the folder while this process works there; without it the disk is gone.
 
     Raises:
-        UserError: the system refuses to write, in one sentence; or the folder has vanished.
+        UserError: the system refuses to write, or the folder has vanished.
     """
     folder = Path(output)
     with system_errors_explained(output, "free some space or make it writable, and run the same command again"):
-        if not (folder / provenance.RUN_LOCK).exists():
+        if not (folder / marker).exists():
             raise vanished()
         (folder / provenance.RUN_RECORD).unlink(missing_ok=True)
         yield
@@ -334,7 +284,7 @@ def check_resolution(resolution: int, autoencoder: Autoencoder, stride: int = 1)
     factor = math.lcm(autoencoder.downsampling, stride)
     if resolution % factor:
         nearest = max(1, round(resolution / factor)) * factor
-        raise UserError(f"resolution: {resolution} is no multiple of {factor}; use {nearest}")
+        raise UserError(f"resolution: {resolution} is not a multiple of {factor}; use {nearest}")
 
 
 def describe_autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
@@ -356,9 +306,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); restore it, or run its stage again") from error
+        raise UserError(f"{path}: is not valid JSON ({error}); restore it, or run its stage again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, no record; restore it, or run its stage again")
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a record; restore it, or run its stage again")
     return value
 
 

@@ -1,33 +1,33 @@
 """Training and measuring several autoencoders, each by the commands that a user would type, in a folder of its own.
 
-A point is one autoencoder: `train.yaml` and `evaluate.yaml` say how it is made, `vae/` and `evaluation/` hold what came
-of it. A rerun continues; several launches may share the folder, since a point is locked while somebody works on it.
-What the points are for belongs to `frontier.py` and `comparison.py`.
+A point is one autoencoder: `train.yaml` and `evaluate.yaml` say how it is made; `vae/`, `evaluation/` and `health/`
+hold the results. A rerun continues. Several launches may share the folder: a point is locked while one works on it.
+`Sweep` is the study of several points; `rate_distortion.py` and `comparison.py` say which points and what they show.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation.measurement import EvaluateConfig
-from ldm_vae.evaluation.pages import Picture, template_environment
 from ldm_vae.evaluation.reconstruction import RESULTS
-from ldm_vae.evaluation.study import MAY_CHANGE, read_json
+from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, read_json
 from ldm_vae.files import write_json, write_text
 
 DIAGNOSED_IMAGES = 256
@@ -63,6 +63,110 @@ class Outcome:
     detail: str = ""
 
 
+class Sweep(Study):
+    """A study of several points. A subclass plans them and says what is gathered from those that are finished.
+
+    Nothing is locked but each point, and the results are gathered anew in each run, which is cheap.
+
+    Args:
+        run: runs the commands; None: as processes.
+    """
+
+    command: ClassVar[str]
+    noun: ClassVar[str] = "point"
+    may_change: ClassVar[tuple[str, ...]]
+    """Settings that a rerun may change: points that they touch are trained on or measured again."""
+
+    def __init__(self, config: Any, run: Run | None = None) -> None:
+        super().__init__(config)
+        self.commands = Commands(config.parallel)
+        self.runner: Run = run or self.commands
+
+    def plan(self) -> list[Point]:
+        """The points. Raises: UserError for settings that do not load."""
+        raise NotImplementedError
+
+    def gather(self, finished: Sequence[tuple[Point, Results]], missing: list[dict[str, Any]]) -> Results:
+        """The sweep's results, from the finished points and their results.json; `missing`: outcomes of the others."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Nothing is taken as it is; points that are there stay valid for the same sweep.
+
+        Raises:
+            UserError: the folder holds something else, or this sweep with other settings that all points share.
+        """
+        settings = self.output / self.marker
+        if settings.is_file():
+            before = configuration.to_dict(configuration.load(type(self.config), settings))
+            changes = configuration.changed_keys(before, configuration.to_dict(self.config))
+            refused = {key: value for key, value in changes.items() if key.split(".")[0] not in self.may_change}
+            if refused:
+                listed = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in refused.items())
+                raise UserError(
+                    f"{self.output}: holds a {self.command} with other settings: {listed}; give another output"
+                )
+        elif self.output.is_dir() and any(not path.name.startswith(".tmp-") for path in self.output.iterdir()):
+            raise UserError(f"{self.output}: holds other files but no {self.command}; give another output, or empty it")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Note which sweep the folder holds."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_text(self.output / self.marker, configuration.to_yaml(self.config))
+        yield
+
+    def measure(self) -> Results:
+        """Make what is missing and gather it. Raises: UserError where no point is finished."""
+        self.points = self.plan()
+        outcomes = run_points(self.points, self.config.parallel, self.runner, self.commands)
+        finished: list[tuple[Point, Results]] = []
+        missing = []
+        for point, outcome in zip(self.points, outcomes, strict=True):
+            results = read_results(point) if outcome.status == "finished" else None
+            if results is None:
+                missing.append(asdict(outcome))
+            else:
+                finished.append((point, results))
+        if not finished:
+            reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
+            raise UserError(f"{self.output}: no {self.noun} is finished ({reasons})")
+        return self.gather(finished, missing)
+
+    def record(self, results: Results) -> dict[str, Any]:
+        key = f"{self.noun}s"
+        return {"finished": not results["missing"], key: len(results[key])}
+
+
+def remarks(records: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> list[str]:
+    """What every sweep says below its table: points that are missing, or that were judged by their rate alone."""
+    lines = [f"{one['name']} is missing ({one['status']}): {one['detail']}" for one in missing]
+    undiagnosed = [record["name"] for record in records if not record["diagnosed"]]
+    if undiagnosed:
+        lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    return lines
+
+
+def failures(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Each failing verdict in words."""
+    return [
+        f"{record['name']}: {verdict['sentence']}"
+        for record in records
+        for verdict in record["verdicts"]
+        if verdict["severity"] == "fail"
+    ]
+
+
+def verdict_names(record: dict[str, Any]) -> str:
+    """The cell of a table."""
+    return ", ".join(f"{verdict['name']} ({verdict['severity']})" for verdict in record["verdicts"]) or "none"
+
+
+def with_interval(value: dict[str, float]) -> str:
+    """The cell of a mean with its interval."""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
 def plan_point(
     root: Path,
     name: str,
@@ -82,7 +186,7 @@ def plan_point(
     try:
         train = configuration.load(TrainVaeConfig, vae, [*overrides, "output=POINT"])
         measure = configuration.load(EvaluateConfig, None, ["autoencoder=POINT", "output=POINT"])
-        measure = replace(measure, data=train.data, device=_evaluation_device(train))
+        measure = replace(measure, data=train.data, device=train.training.device)
         measure = _with_overrides(measure, evaluate)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
@@ -94,10 +198,6 @@ def plan_point(
         replace(train, output=str(folder / "vae")),
         replace(measure, autoencoder=str(folder / "vae"), output=str(folder / "evaluation")),
     )
-
-
-def _evaluation_device(train: TrainVaeConfig) -> str:
-    return str(train.training.device)
 
 
 def _with_overrides(config: EvaluateConfig, overrides: Sequence[str]) -> EvaluateConfig:
@@ -127,32 +227,14 @@ def scaled_phases(phases: Sequence[Any], steps: int) -> list[Any]:
     return [replace(phase, steps=length) for phase, length in zip(phases, lengths, strict=True)]
 
 
-def claim(root: Path, command: str, config: Any, may_change: Sequence[str]) -> None:
-    """Note in `ROOT/COMMAND.yaml` which sweep the folder holds; points that are there stay valid for the same one.
-
-    Raises:
-        UserError: the folder holds something else, or this sweep with other settings that all points share.
-    """
-    settings = root / f"{command}.yaml"
-    if settings.is_file():
-        before = configuration.to_dict(configuration.load(type(config), settings))
-        changes = configuration.changed_keys(before, configuration.to_dict(config))
-        refused = {key: value for key, value in changes.items() if key.split(".")[0] not in may_change}
-        if refused:
-            listed = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in refused.items())
-            raise UserError(f"{root}: holds a {command} with other settings: {listed}; give another output")
-    elif root.is_dir() and any(not path.name.startswith(".tmp-") for path in root.iterdir()):
-        raise UserError(f"{root}: holds other files but no {command}; give another output, or empty it")
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(settings, configuration.to_yaml(config))
-
-
-def run_points(points: Sequence[Point], parallel: int, run: Run | None = None) -> list[Outcome]:
+def run_points(
+    points: Sequence[Point], parallel: int, run: Run | None = None, commands: Commands | None = None
+) -> list[Outcome]:
     """Train and evaluate what is missing, `parallel` points at a time; outcomes in the order of the points.
 
     An interrupt is passed on to the commands, which save and leave; then it goes on to the caller.
     """
-    commands = Commands(parallel)
+    commands = commands or Commands(parallel)
     runner = run or commands
     if parallel == 1:
         try:
@@ -160,7 +242,7 @@ def run_points(points: Sequence[Point], parallel: int, run: Run | None = None) -
         except BaseException:
             commands.stop()
             raise
-    with ThreadPoolExecutor(max(1, parallel)) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_point, point, runner, commands.stopping) for point in points]
         try:
             return [future.result() for future in futures]
@@ -224,7 +306,7 @@ def _outcome(point: Point, code: int) -> Outcome | None:
     if code == EXIT_INTERRUPTED:
         return Outcome(point.name, "interrupted", "the same command continues")
     last = last_line(point.log)
-    if "is training here" in last:
+    if is_training(point.autoencoder):
         return Outcome(point.name, "busy", last)
     return Outcome(point.name, "failed", f"exit code {code}: {last or 'no output'}; see {point.log}")
 
@@ -251,31 +333,6 @@ def is_evaluated(point: Point) -> bool:
     record = read_json(point.autoencoder / "autoencoder" / "training.json")
     same_weights = record.get("fingerprint") in (None, results["autoencoder"]["fingerprint"])
     return same_weights and not changes.keys() - {*MAY_CHANGE, "autoencoder"}
-
-
-def collect(
-    points: Sequence[Point],
-    outcomes: Sequence[Outcome],
-    describe: Callable[[Point, dict[str, Any]], dict[str, Any]],
-    where: str,
-    what: str,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What `describe` says of each finished point and its results.json, and the outcomes of the others.
-
-    Raises:
-        UserError: nothing is finished; `where` is the sweep's folder, `what` its word for a point.
-    """
-    records, missing = [], []
-    for point, outcome in zip(points, outcomes, strict=True):
-        results = read_results(point) if outcome.status == "finished" else None
-        if results is None:
-            missing.append(asdict(outcome))
-        else:
-            records.append(describe(point, results))
-    if not records:
-        reasons = "; ".join(f"{one['name']}: {one['detail']}" for one in missing)
-        raise UserError(f"{where}: no {what} is finished ({reasons})")
-    return records, missing
 
 
 def common_record(point: Point, results: dict[str, Any]) -> dict[str, Any]:
@@ -327,11 +384,14 @@ def is_training(run: Path) -> bool:
     return False
 
 
-def steps_for(point: Point, seconds: float, run: Run) -> int:
-    """Steps that take about `seconds` here, from the speed of one step per phase (`train-vae --dry-run`).
+def steps_for(point: Point, seconds: float, speeds: Callable[[TrainVaeConfig], list[float]] | None = None) -> int:
+    """Steps that take about `seconds` here, from the measured speed of one step of each phase.
 
-    Measured once and kept in `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving, looking
-    at held-out images and the start of the program are not counted.
+    Measured once and kept in `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving,
+    validation and the start of the program are not counted.
+
+    Args:
+        speeds: the training's samples per second in each phase; None: `measured_speeds`.
 
     Raises:
         UserError: the dry run failed.
@@ -339,26 +399,36 @@ def steps_for(point: Point, seconds: float, run: Run) -> int:
     kept = read_json(point.folder / "budget.json")
     if kept.get("seconds") == seconds:
         return int(kept["steps"])
-    point.folder.mkdir(parents=True, exist_ok=True)
-    write_text(point.folder / "train.yaml", configuration.to_yaml(point.train))
-    log = point.folder / "dry-run.txt"
-    log.unlink(missing_ok=True)
-    code = run(["train-vae", str(point.folder / "train.yaml"), "--dry-run"], log)
-    text = log.read_text() if log.is_file() else ""
-    per_second = [float(number) for number in re.findall(r"\(([\d.]+) samples/s\)", text)]
-    if code or len(per_second) != len(point.train.phases) or not all(per_second):
-        raise UserError(f"{point.name}: its speed could not be measured ({last_line(log)}); give steps instead")
-    total = sum(phase.steps for phase in point.train.phases)
-    recipe_seconds = sum(
-        phase.steps * phase.batch / rate for phase, rate in zip(point.train.phases, per_second, strict=True)
-    )
-    steps = max(len(point.train.phases), round(total * seconds / recipe_seconds))
+    try:
+        per_second = (speeds or measured_speeds)(point.train)
+    except UserError as error:
+        raise UserError(f"{point.name}: its speed could not be measured ({error}); give steps instead") from error
+    phases = point.train.phases
+    total = sum(phase.steps for phase in phases)
+    recipe_seconds = sum(phase.steps * phase.batch / rate for phase, rate in zip(phases, per_second, strict=True))
+    steps = max(len(phases), round(total * seconds / recipe_seconds))
     write_json(point.folder / "budget.json", {"seconds": seconds, "steps": steps, "images_per_second": per_second})
     return steps
 
 
+def measured_speeds(config: TrainVaeConfig) -> list[float]:
+    """Samples per second in each phase, from a dry run in a process of its own, which takes its memory with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_dry_run, config).result()
+
+
+def _dry_run(config: TrainVaeConfig) -> list[float]:
+    from ldm_vae.autoencoder.training import VaeModel
+    from ldm_vae.training.trainer import dry_run, make_accelerator
+
+    accelerator = make_accelerator(config.training)
+    model = VaeModel(config, held_out=None, device=accelerator.device)
+    found = dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator)
+    return [span.samples_per_second for span in found.spans]
+
+
 def last_line(log: Path) -> str:
-    """The last line of a log that is no progress bar."""
+    """The last line of a log that is not a progress bar."""
     if not log.is_file():
         return ""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(errors="replace"))]
@@ -429,54 +499,3 @@ class Commands:
             self.stopping.set()
             for process in self._running:
                 process.terminate()
-
-
-# The page of a sweep: drawings, tables and pictures in one HTML file; words and look are in `templates/sweep.html`.
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """An `<svg>` element and its caption."""
-
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; `notes` stand below."""
-
-    headings: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-
-
-def render(
-    title: str,
-    lead: str,
-    sentences: Sequence[str],
-    drawings: Sequence[Drawing] = (),
-    tables: Sequence[Table] = (),
-    pictures: Sequence[Picture] = (),
-) -> str:
-    """The page as HTML; every text is escaped, the SVG is not."""
-    from markupsafe import Markup
-
-    environment = template_environment()
-    return environment.get_template("sweep.html").render(
-        title=title,
-        lead=lead,
-        sentences=list(sentences),
-        drawings=[(Markup(drawing.svg), drawing.caption) for drawing in drawings],
-        tables=list(tables),
-        pictures=list(pictures),
-    )
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [
-        "| " + " | ".join(headings) + " |",
-        "|" + "---|" * len(headings),
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
-    ]

@@ -64,13 +64,20 @@ def labeled_sheet(
     return sheet
 
 
+def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures of one size in rows and columns, white between."""
+    width, height = rows[0][0].size
+    size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
+    sheet = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * (width + GAP), y * (height + GAP)))
+    return sheet
+
+
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Pictures of one size in a row, white between."""
-    width, height = images[0].size
-    row = Image.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")
-    for number, image in enumerate(images):
-        row.paste(image, (number * (width + GAP), 0))
-    return row
+    return plain_grid([images])
 
 
 def label_cycle(labels: Sequence[str], longest: int) -> int:

@@ -25,15 +25,15 @@ RATE_NATS = 2.5
 
 
 def random_fields(count: int = 48, side: int = 64, seed: int = 0) -> Tensor:
-    """Smooth colour images (n, 3, side, side): white noise through a low pass of about two blocks, mostly grey."""
+    """Smooth color images (n, 3, side, side): white noise through a low pass of about two blocks, mostly gray."""
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, 3, side, side, generator=rng)
     frequency = torch.fft.fftfreq(side)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt()
     smooth = torch.fft.ifft2(torch.fft.fft2(noise) * torch.exp(-((radius * 14) ** 2))).real
     fields = smooth / smooth.std() * torch.tensor([0.28, 0.12, 0.09]).view(1, 3, 1, 1)
-    grey_and_two_hues = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-    return torch.einsum("nkhw,kc->nchw", fields, grey_and_two_hues).clamp(-1, 1)
+    gray_and_two_hues = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    return torch.einsum("nkhw,kc->nchw", fields, gray_and_two_hues).clamp(-1, 1)
 
 
 class LinearAutoencoder(Autoencoder):

@@ -99,7 +99,7 @@ def test_prior_samples_of_a_lossless_code_are_known() -> None:
     assert found == comparison.prior_samples(Blocks(), images, klt)
     smooth = nn.functional.interpolate(images[..., ::8, ::8], size=160, mode="bicubic").clamp(-1, 1)
     structured = comparison.prior_samples(Blocks(), smooth, fit_klt([smooth]))
-    assert structured.frechet > 0.3  # neighbouring pixels agree, independent draws do not
+    assert structured.frechet > 0.3  # neighboring pixels agree, independent draws do not
     scaled = comparison.prior_samples(Blocks(gain=50.0), images, klt)
     assert scaled.cycle_error == pytest.approx(found.cycle_error, abs=0.01)  # in units of the latent's deviation
 
@@ -207,9 +207,9 @@ def test_every_default_kind_goes_through(config: CompareConfig, tmp_path: Path) 
     [
         ({"kinds": []}, "give at least one"),
         ({"kinds": [Kind("a"), Kind("a")]}, "a name of its own"),
-        ({"kinds": [Kind("../a")]}, "no name of a folder"),
+        ({"kinds": [Kind("../a")]}, "cannot be the name of a folder"),
         ({"latent_images": 1}, "an interpolation needs a pair"),
-        ({"macs_resolution": 100}, "no multiple of 64"),
+        ({"macs_resolution": 100}, "not a multiple of 64"),
         ({"steps": 0}, "steps: 0"),
     ],
 )

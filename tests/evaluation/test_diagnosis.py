@@ -83,7 +83,7 @@ def hot_pixel(moments: Moments) -> Moments:
 
 
 def as_gain(z: Tensor) -> Tensor:
-    """What is left of the hot position brightens or darkens the whole image, as a normalisation layer lets it do."""
+    """What is left of the hot position brightens or darkens the whole image, as a normalization layer lets it do."""
     gain = z[:, 3:4, 1:2, 1:2] / 30
     z = z.clone()
     z[:, 3, 1, 1] = 0.0
@@ -406,14 +406,14 @@ def test_the_short_form_is_the_long_form(
 def test_a_damaged_training_record_is_named(tmp_path: Path) -> None:
     assert training_record(str(tmp_path)) == {}
     (tmp_path / "training.json").write_text('{"rate":')
-    with pytest.raises(UserError, match=r"its training.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"its training.json is not valid JSON"):
         training_record(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("resolution=100", "no multiple of 8; use 96"),
+        ("resolution=100", "not a multiple of 8; use 96"),
         ("resolution=32", "resolution: 32 is under 64"),
         ("count=0", "count: 0 is not above 0"),
         ("autoencoder=/nowhere/at/all", "no such directory"),

@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def coloured_noise(alpha: float, side: int = 128, count: int = 8) -> Tensor:
+def colored_noise(alpha: float, side: int = 128, count: int = 8) -> Tensor:
     """Power falls as frequency^-alpha."""
     frequency = torch.fft.fftfreq(side)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt()
@@ -32,8 +32,8 @@ def coloured_noise(alpha: float, side: int = 128, count: int = 8) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
-def test_the_slope_of_coloured_noise(alpha: float) -> None:
-    assert spectral_slope(*power_spectrum(coloured_noise(alpha))) == pytest.approx(alpha, abs=0.12)
+def test_the_slope_of_colored_noise(alpha: float) -> None:
+    assert spectral_slope(*power_spectrum(colored_noise(alpha))) == pytest.approx(alpha, abs=0.12)
 
 
 def test_a_slope_needs_three_bins() -> None:

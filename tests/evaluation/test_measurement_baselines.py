@@ -74,7 +74,7 @@ def test_more_bytes_give_a_better_image(images: Tensor) -> None:
         assert qualities == sorted(qualities)
 
 
-def test_bicubic_keeps_flat_colour_and_loses_detail(images: Tensor) -> None:
+def test_bicubic_keeps_flat_color_and_loses_detail(images: Tensor) -> None:
     flat = transforms.from_uint8(torch.full((1, 3, 64, 48), 77, dtype=torch.uint8))
     assert torch.equal(measurement.bicubic_round_trip(flat, 8), flat)
     picture = transforms.to_pil(images)[0]

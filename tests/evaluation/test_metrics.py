@@ -99,11 +99,11 @@ def test_bootstrap_interval_of_one_value_and_of_none() -> None:
         metrics.bootstrap_interval(np.array([]))
 
 
-def test_luma_ssim_is_ssim_of_grey_and_weighs_green_most(pair: tuple[Tensor, Tensor]) -> None:
+def test_luma_ssim_is_ssim_of_gray_and_weighs_green_most(pair: tuple[Tensor, Tensor]) -> None:
     images, references = pair
-    grey, grey_reference = (metrics.luma(x).expand(-1, 3, -1, -1) for x in pair)
+    gray, gray_reference = (metrics.luma(x).expand(-1, 3, -1, -1) for x in pair)
     torch.testing.assert_close(
-        metrics.ssim_luma(images, references), metrics.ssim(grey, grey_reference), atol=1e-6, rtol=0
+        metrics.ssim_luma(images, references), metrics.ssim(gray, gray_reference), atol=1e-6, rtol=0
     )
     white = torch.ones(1, 3, 4, 4)
     torch.testing.assert_close(metrics.luma(white), torch.ones(1, 1, 4, 4))

@@ -55,7 +55,7 @@ def evaluation(identity: str) -> dict:
         "autoencoder": {"fingerprint": identity},
         "protocol": {
             "images": {"fingerprint": "f00d", "part": "held_out", "count": 17},
-            "preprocessing": {"fit": "cover, centre crop", "filter": "lanczos"},
+            "preprocessing": {"fit": "cover, center crop", "filter": "lanczos"},
             "resolution": 256,
             "range": "8-bit round trip of every reconstruction",
             "average": "per image, then mean over images",
@@ -196,7 +196,7 @@ def test_what_is_missing_is_said_and_nothing_is_put_in_its_place(run, tmp_path, 
     text = (alone / "README.md").read_text()
     for expected in (
         "## Intended use\n\nNot stated.",
-        "## Data\n\nNot recorded.\n\nOrigin and licence of the training images: not stated.",
+        "## Data\n\nNot recorded.\n\nOrigin and license of the training images: not stated.",
         "## Training\n\nNot recorded.",
         "### Rate\n\nNot recorded.",
         "## Reconstruction\n\nNot measured.",
@@ -215,7 +215,7 @@ def test_records_of_other_weights_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"results.json: is about sha256:0+\.\.\., the model is sha256:"):
         write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
     results.write_text("{}")
-    with pytest.raises(UserError, match="is no result of `ldm-vae evaluate`"):
+    with pytest.raises(UserError, match="is not a result of `ldm-vae evaluate`"):
         write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
     (run / "autoencoder" / "training.json").write_text(json.dumps({"fingerprint": "sha256:" + "1" * 64}))
     with pytest.raises(UserError, match=r"training\.json: is about"):
@@ -318,7 +318,7 @@ def test_settings_that_the_command_does_not_name_can_be_typed_after_it():
     found = configuration.load(TrainVaeConfig, None, ["output=x", "data.path=y", *words])
     assert found.phases == [Phase(steps=7, crop=64)]
     assert (found.repeat, found.training.learning_rate, found.adversarial.loss) == ({"a/*.x": 2}, 1e-05, "hinge")
-    assert model_card_facts.unsaid({"data.path": "x", "loss.l1": 2.0}, ["data={path: x}", "loss.l=1"]) == {
+    assert model_card_facts.unnamed_settings({"data.path": "x", "loss.l1": 2.0}, ["data={path: x}", "loss.l=1"]) == {
         "loss.l1": 2.0
     }
     assert model_card_facts.earlier_run({"command": ["train-vae"]}, None)["settings"] == ""
@@ -339,7 +339,7 @@ def test_credits_as_a_list_become_a_table_and_what_lacks_a_licence_is_refused(tm
     ]
     for wrong in ("- {name: a, images: 1, credits: b}", "name: a", "[", "- 3", "- {name: a, images: 1, x: 2}"):
         path.write_text(wrong)
-        with pytest.raises(UserError, match=r"--data-credits: .*sources.yaml is no "):
+        with pytest.raises(UserError, match=r"--data-credits: .*sources.yaml is not "):
             model_card_facts.read_credits(str(path))
 
 
@@ -357,7 +357,7 @@ def test_energy_is_a_guess_that_says_how_and_of_an_accelerator_only_with_its_pow
 @pytest.mark.parametrize("watts", ["0", "-5", "nan", "inf"])
 def test_what_is_no_power_is_refused(watts, capsys, tmp_path):
     assert cli.main(["card", str(tmp_path), "--watts", watts]) == EXIT_USER_ERROR
-    assert f"--watts: {watts} is no power of a machine; give watts above 0" in capsys.readouterr().err
+    assert f"--watts: {watts} is not the power of a machine; give watts above 0" in capsys.readouterr().err
 
 
 def test_what_started_from_another_model_has_its_architecture_not_that_of_the_settings():
@@ -388,7 +388,7 @@ def test_an_earlier_run_is_told_with_its_command_time_and_energy():
 
 
 def shown_evaluation(folder, identity: str, count: int) -> None:
-    """Examples of 200 pixels; number k is wrong by k grey levels in a corner of its own."""
+    """Examples of 200 pixels; number k is wrong by k gray levels in a corner of its own."""
     (folder / "examples").mkdir(parents=True)
     examples, images = [], []
     for number in range(count):
@@ -425,7 +425,7 @@ def test_the_best_and_the_worst_of_the_examples_are_shown_where_they_are_worst(r
         found | {"examples": 8},
     ):
         results.write_text(json.dumps(foreign))
-        with pytest.raises(UserError, match=r"shown/results\.json is no result of .*; give a new folder of"):
+        with pytest.raises(UserError, match=r"shown/results\.json is not a result of .*; give a new folder of"):
             write_card(CardConfig(str(run), pictures=str(tmp_path / "shown")))
     results.write_text(json.dumps(found))
     (tmp_path / "shown" / "examples" / "07_decoded.png").unlink()

@@ -17,12 +17,11 @@ from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.rate_distortion import (
+    Frontier,
     FrontierConfig,
     frontier,
     knee_of,
     markdown,
-    plan,
-    publish,
     recommend,
     theory,
 )
@@ -104,7 +103,9 @@ def test_the_page_and_the_table_mark_what_failed_and_what_is_missing(tmp_path: P
         "linear": theory(EIGENVALUES, 8, points),
         "recommendation": recommend(points),
     }
-    publish(tmp_path, found)
+    study = Frontier(FrontierConfig(output=str(tmp_path), vae="vae.yaml"))
+    with study.lock():
+        study.commit(found)
     text = (tmp_path / "frontier.md").read_text()
     assert text == markdown(found)
     assert "| 4 | 1 | 1.000 | 0.090 | 24.000 [23.900, 24.100] |" in text
@@ -118,7 +119,7 @@ def test_the_page_and_the_table_mark_what_failed_and_what_is_missing(tmp_path: P
     assert "1 nats, c4" in svg
     assert "reverse water-filling" in svg
     healthy = [{**p, "verdicts": []} for p in points]
-    publish(tmp_path, {**found, "points": healthy})
+    study.commit({**found, "points": healthy})
     crosses = svg.count("#a8433e"), (tmp_path / "frontier.svg").read_text().count("#a8433e")
     assert crosses[0] > crosses[1]
 
@@ -129,13 +130,13 @@ def test_every_point_has_the_recipe_with_its_rate_and_channels(tmp_path: Path) -
         output=str(tmp_path / "out"), vae=str(tmp_path / "vae.yaml"), targets_nats=[3.0, 1.0], channels=[4, 8],
         overrides=["loss.mse=2"], steps=16, evaluate=EVALUATE,
     )  # fmt: skip
-    points = plan(config, InProcess())
+    points = Frontier(config, InProcess()).plan()
     assert [point.name for point in points] == ["c4-1-nats", "c4-3-nats", "c8-1-nats", "c8-3-nats"]
     assert [p.train.rate.target_nats for p in points] == [1.0, 3.0, 1.0, 3.0]
     assert {p.train.autoencoder.latent_channels for p in points[2:]} == {8}
     assert all(p.train.loss.mse == 2.0 and sum(x.steps for x in p.train.phases) == 16 for p in points)
     assert all(p.evaluate.data == p.train.data and p.evaluate.resolution == 64 for p in points)
-    assert [p.name for p in plan(replace(config, channels=[]), InProcess())] == ["c4-1-nats", "c4-3-nats"]
+    assert [p.name for p in Frontier(replace(config, channels=[]), InProcess()).plan()] == ["c4-1-nats", "c4-3-nats"]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_sample_follows_the_seed(autoencoder: str, tmp_path: Path) -> None:
     assert (made[0] != made[2]).any()
 
 
-def test_size_crops_the_centre(autoencoder: str, tmp_path: Path) -> None:
+def test_size_crops_the_center(autoencoder: str, tmp_path: Path) -> None:
     path = save_picture(tmp_path / "one.png", 50, 40)
     reconstruct_pictures(autoencoder, [str(path)], str(tmp_path / "out"), size=24)
     assert Image.open(tmp_path / "out" / "one.png").size == (24, 24)

@@ -21,7 +21,7 @@ from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import EvaluateConfig, latent_colours
+from ldm_vae.evaluation.measurement import EvaluateConfig, latent_colors
 from ldm_vae.evaluation.reconstruction import evaluate
 
 
@@ -283,7 +283,7 @@ def test_lpips_is_measured_with_local_weights(config: EvaluateConfig, random_bac
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"resolution": 66}, "resolution: 66 is no multiple of 8; use 64"),
+        ({"resolution": 66}, "resolution: 66 is not a multiple of 8; use 64"),
         ({"device": "toaster"}, "device: 'toaster' is not here"),
         ({"autoencoder": "./nowhere"}, "no such directory"),
     ],
@@ -332,10 +332,10 @@ def test_chosen_images_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 16])
-def test_latent_colours_show_any_number_of_channels(channels: int) -> None:
+def test_latent_colors_show_any_number_of_channels(channels: int) -> None:
     latent = torch.randn(channels, 12, 10, generator=torch.Generator().manual_seed(0))
-    colours = latent_colours(latent)
-    assert colours.shape == (3, 12, 10)
-    assert colours.abs().max() <= 1
-    assert colours.std() > 0.3
-    assert latent_colours(torch.zeros(channels, 4, 4)).isfinite().all()
+    colors = latent_colors(latent)
+    assert colors.shape == (3, 12, 10)
+    assert colors.abs().max() <= 1
+    assert colors.std() > 0.3
+    assert latent_colors(torch.zeros(channels, 4, 4)).isfinite().all()

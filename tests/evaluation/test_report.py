@@ -198,7 +198,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "run.json").write_text("{")
-    with pytest.raises(UserError, match="is no valid JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         write_report(tmp_path)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,8 +131,16 @@ def test_failures_and_interruptions_are_told_apart(tmp_path: Path, recipe: Path)
     assert outcome.status == "failed"
     assert "exit code 2: ldm-vae train-vae: data: something is wrong" in outcome.detail
     assert sweep.run_point(point, lambda words, log: EXIT_INTERRUPTED).status == "interrupted"
-    point.log.write_text("ldm-vae train-vae: vae: process 12 is training here; wait for it, or give another output\n")
-    assert sweep.run_point(point, lambda words, log: 2).status == "busy"
+
+    def locked(words: Sequence[str], log: Path) -> int:
+        point.autoencoder.mkdir()
+        descriptor = os.open(point.autoencoder / "run.lock", os.O_CREAT | os.O_RDWR)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return 2
+
+    with contextlib.ExitStack() as stack:
+        assert sweep.run_point(point, locked).status == "busy"
     stopped = threading.Event()
     stopped.set()
     assert sweep.run_point(point, failing, stopped).status == "interrupted"
@@ -170,36 +179,36 @@ def test_a_wrong_setting_names_the_point(tmp_path: Path, recipe: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, recipe: Path) -> None:
-    from ldm_vae.evaluation.rate_distortion import FrontierConfig
+    from ldm_vae.evaluation.comparison import CompareConfig, Comparison
+    from ldm_vae.evaluation.rate_distortion import Frontier, FrontierConfig
 
     config = FrontierConfig(output=str(tmp_path / "a"), vae=str(recipe))
-    sweep.claim(tmp_path / "a", "frontier", config, may_change=("parallel",))
-    sweep.claim(tmp_path / "a", "frontier", replace(config, parallel=2), may_change=("parallel",))
+    with Frontier(config).lock():
+        Frontier(config).load()
+    Frontier(replace(config, parallel=2)).load()
     with pytest.raises(UserError, match=r"holds a frontier with other settings: vae .*another output"):
-        sweep.claim(tmp_path / "a", "frontier", replace(config, vae="other.yaml"), may_change=("parallel",))
+        Frontier(replace(config, vae="other.yaml")).load()
     with pytest.raises(UserError, match="holds other files but no compare"):
-        sweep.claim(tmp_path / "a", "compare", config, may_change=())
+        Comparison(CompareConfig(output=config.output, vae=str(recipe))).load()
 
 
 def test_a_budget_in_seconds_becomes_steps_from_the_measured_speed(tmp_path: Path, recipe: Path) -> None:
     point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
 
-    def dry_run(words: Sequence[str], log: Path) -> int:
-        assert words[0] == "train-vae"
-        assert "--dry-run" in words
-        log.write_text("0.04 s a step (100.0 samples/s)\n0.2 s a step (10.0 samples/s)\n")
-        return 0
-
     # the recipe takes 6 * 4 / 100 + 2 * 2 / 10 = 0.64 s for 8 steps
-    assert sweep.steps_for(point, 6.4, dry_run) == 80
-    assert sweep.steps_for(point, 6.4, lambda words, log: 1) == 80  # kept: a rerun has the same plan
-    with pytest.raises(UserError, match="its speed could not be measured"):
-        sweep.steps_for(point, 7.0, lambda words, log: 1)
+    assert sweep.steps_for(point, 6.4, lambda train: [100.0, 10.0]) == 80
+
+    def failing(train: object) -> list[float]:
+        raise UserError("data: something is wrong")
+
+    assert sweep.steps_for(point, 6.4, failing) == 80  # kept: a rerun has the same plan
+    with pytest.raises(UserError, match=r"its speed could not be measured \(data: something is wrong\)"):
+        sweep.steps_for(point, 7.0, failing)
 
 
-def test_the_real_dry_run_can_be_read(tmp_path: Path, recipe: Path) -> None:
+def test_the_real_dry_run_gives_a_budget(tmp_path: Path, recipe: Path) -> None:
     point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
-    assert sweep.steps_for(point, 5.0, InProcess()) > 2
+    assert sweep.steps_for(point, 5.0) > 2
 
 
 def test_without_a_health_report_the_rate_is_judged(tmp_path: Path, recipe: Path) -> None:

@@ -54,8 +54,8 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environment
 from ldm_vae.evaluation.plots import page_svg
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
-from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
+from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize
 
 FEWEST_OF_A_CLASS = 10

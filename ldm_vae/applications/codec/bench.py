@@ -35,10 +35,10 @@ from ldm_vae.evaluation.measurement import code_within
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
-from ldm_vae.evaluation.sweep import markdown_table
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize, progress
 
 OURS = "ldm-vae"

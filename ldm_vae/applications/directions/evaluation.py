@@ -39,12 +39,12 @@ from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, pages
 from ldm_vae.evaluation.metrics import bootstrap_interval
-from ldm_vae.evaluation.pages import embed_image
+from ldm_vae.evaluation.pages import Drawing, embed_image, plain_page
 from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
-from ldm_vae.evaluation.sweep import Drawing, Table, markdown_table, render
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import side_by_side
+from ldm_vae.utils.markdown import Table, markdown_table
 from ldm_vae.utils.text import pluralize, progress
 
 READABLE = 0.7
@@ -247,7 +247,7 @@ class DirectionsEvaluation(Study):
         table = Table(HEADINGS, [row_cells(row) for row in self.rows], table_notes(results))
         count = results["protocol"]["images"]["count"]
         lead = f"What each direction changes, on {count} images."
-        return render("Directions", lead, verdict_sentences(self.rows), [drawing], [table], pictures)
+        return plain_page("Directions", lead, verdict_sentences(self.rows), [drawing], [table], pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"images": results["protocol"]["images"]["count"], "directions": len(results["rows"])}

@@ -35,8 +35,7 @@ from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.study import alone_in, check_resolution, publishing, rejected_images
-from ldm_vae.evaluation.sweep import markdown_table
+from ldm_vae.evaluation.study import check_resolution, locked_folder, publishing, rejected_images
 from ldm_vae.files import (
     checksum_bytes,
     parsing,
@@ -50,6 +49,7 @@ from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize, progress
 
 FORMAT_VERSION = 1
@@ -183,7 +183,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
         raise UserError(f"{output}: holds another result; give another output, or --overwrite")
     autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
     check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
-    with alone_in(output):
+    with locked_folder(output):
         samples = gather_samples(config, autoencoder)
         directions, left_out = find_directions(config, samples, autoencoder)
         found = Directions(directions, autoencoder.encoder_fingerprint(), samples.record, left_out)

@@ -75,7 +75,7 @@ def test_the_command_says_what_so_few_images_support(plain, capsys):
         (["false_positive_rate=1.5"], "is not between 0 and 1"),
         (["by=l1_peek"], "'l1_peek' is not a score here; did you mean l1_peak?"),
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
-        (["resolution=100"], "resolution: 100 is no multiple of 8; use 96"),
+        (["resolution=100"], "resolution: 100 is not a multiple of 8; use 96"),
         (["resolution=32"], "resolution: 32 is under 64"),
         (["resolution=128"], "has a short side of 64 pixels, fewer than 128"),
         (["perceptual_weights=file"], "has no effect without perceptual_net"),

@@ -97,7 +97,7 @@ def test_a_run_that_has_just_begun_is_empty(run: Path) -> None:
 
 def test_a_damaged_record_is_named(run: Path) -> None:
     write_text(run / "health" / "health.json", "{")
-    with pytest.raises(UserError, match=r"health\.json: is no valid JSON"):
+    with pytest.raises(UserError, match=r"health\.json: is not valid JSON"):
         training_of(run)
 
 
