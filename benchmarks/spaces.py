@@ -215,7 +215,7 @@ def draw(found: dict[str, Any], output: Path) -> None:
     """Cost over image size, a panel for each quantity and a line for each space."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from ldm_vae.evaluation.pages import legend, new_figure, save_svg
+    from ldm_vae.evaluation.plots import legend, new_figure, save_svg
 
     figure, panels = new_figure(width=3.1, height=2.9, columns=len(QUANTITIES))
     for axes, (key, title) in zip(panels, QUANTITIES.items()):

@@ -18,30 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_vae.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from ldm_vae import flow, metrics
-    from ldm_vae.applications.codec.compression import CompressConfig, DecompressConfig, compress, decompress
-    from ldm_vae.autoencoder.models import load_autoencoder
-    from ldm_vae.autoencoder.train_config import TrainVaeConfig
-    from ldm_vae.autoencoder.training import train_vae
-    from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
-    from ldm_vae.diffusion.generation import GenerateConfig, generate
-    from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-    from ldm_vae.diffusion.training import TrainDiffusionConfig, train_diffusion
-    from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.diagnosis import diagnose
-    from ldm_vae.evaluation.measurement import EvaluateConfig
-    from ldm_vae.evaluation.reconstruction import evaluate
-    from ldm_vae.latents.dataset import LatentDataset
-    from ldm_vae.latents.encode import EncodeConfig, encode_dataset
-
 _MODULES = ("flow", "metrics")
 _HOMES = {
     "AutoencoderWavelet": "autoencoder.wavelet",
     "CompressConfig": "applications.codec.compression",
     "DecompressConfig": "applications.codec.compression",
     "EncodeConfig": "latents.encode",
-    "EvaluateConfig": "evaluation.measurement",
+    "EvaluateConfig": "evaluation.reconstruction",
     "GenerateConfig": "diffusion.generation",
     "LatentDataset": "latents.dataset",
     "LatentDiffusionPipeline": "diffusion.pipeline",

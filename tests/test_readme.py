@@ -31,8 +31,8 @@ def schema_of(command: str) -> type | None:
     from ldm_vae.autoencoder.train_config import TrainVaeConfig
     from ldm_vae.diffusion.training import TrainDiffusionConfig
     from ldm_vae.evaluation.comparison import CompareConfig
-    from ldm_vae.evaluation.measurement import EvaluateConfig
     from ldm_vae.evaluation.rate_distortion import FrontierConfig
+    from ldm_vae.evaluation.reconstruction import EvaluateConfig
     from ldm_vae.latents.encode import EncodeConfig
 
     return {

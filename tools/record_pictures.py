@@ -25,7 +25,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
-from ldm_vae.evaluation.pages import legend, new_figure, save_svg
+from ldm_vae.evaluation.plots import legend, new_figure, save_svg
 from ldm_vae.random import generator
 
 ROWS, RESOLUTION, CROP, ZOOM = 4, 512, 96, 2

@@ -27,15 +27,15 @@ from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image, read_regular_file
+from ldm_vae.data.folder import find_pictures
 from ldm_vae.data.samples import Rejected, evenly_spaced
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import code_within
+from ldm_vae.evaluation.baselines import code_within
 from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.evaluation.pages import embed, embed_image, template_environment
-from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.evaluation.report import label_of
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
 from ldm_vae.files import checksum, checksum_bytes

@@ -27,7 +27,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
-from ldm_vae.data.folder import printable
+from ldm_vae.data.folder import find_pictures, printable
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion import flow
@@ -39,7 +39,6 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.comparison import measure_path, round_trip
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
-from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
 from ldm_vae.files import checksum
 from ldm_vae.random import generator

@@ -23,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm_vae.evaluation.measurement import EvaluateConfig
-    from ldm_vae.evaluation.reconstruction import evaluate
+    from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
 
     config = config_arguments.load(args, EvaluateConfig)
     if config is not None:

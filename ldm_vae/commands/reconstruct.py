@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ldm_vae.errors import UserError
-    from ldm_vae.evaluation.reconstruct_images import reconstruct_pictures
+    from ldm_vae.evaluation.reconstruction import reconstruct_pictures
     from ldm_vae.utils.text import pluralize
 
     if args.size is not None and args.size < 1:

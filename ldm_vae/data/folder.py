@@ -288,3 +288,30 @@ class RemoteFiles:
             raise ImageRejected("unreadable", "cannot be opened: it is not there any more") from error
         except AccessDenied as error:
             raise ImageRejected("unreadable", "cannot be opened: access denied") from error
+
+
+def find_pictures(inputs: Sequence[str]) -> list[tuple[str, Path]]:
+    """(output name without suffix, file) for files and folders. Equal names get the suffix, then a number."""
+    found: list[tuple[str, Path]] = []
+    taken: set[str] = set()
+    for path, relative in _named_files(inputs):
+        name = relative.with_suffix("").as_posix()
+        candidates = [name, f"{name}-{relative.suffix.removeprefix('.')}"]
+        candidates += [f"{name}-{number}" for number in range(2, len(taken) + 3)]
+        name = next(word for word in candidates if not taken & {word, f"{word}_beside"})
+        taken |= {name, f"{name}_beside"}
+        found.append((name, path))
+    return found
+
+
+def _named_files(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            source = FolderSource(path)
+            for index, name in enumerate(source.names):
+                yield path / name, Path(source.id(index))
+        elif path.is_file():
+            yield path, Path(printable(path.name))
+        else:
+            raise UserError(f"{text}: no such file or folder; give image files or folders")

@@ -29,8 +29,8 @@ from ldm_vae.data.split import subset
 from ldm_vae.diffusion.fid import frechet_distance
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, sweep
-from ldm_vae.evaluation.measurement import fit_baseline
 from ldm_vae.evaluation.pages import embed_image, plain_page
+from ldm_vae.evaluation.reconstruction import fit_baseline
 from ldm_vae.evaluation.study import Content, Results, read_json
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.files import write_json

@@ -25,9 +25,9 @@ from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.health_metrics import Figures, Measured, dead_channels, measure
-from ldm_vae.evaluation.measurement import DIFFERENCE_GAIN
-from ldm_vae.evaluation.pages import COLOURS, INK, Picture, embed_image, legend, new_figure, template_environment
-from ldm_vae.evaluation.plots import page_svg
+from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
+from ldm_vae.evaluation.plots import COLORS, INK, legend, new_figure, page_svg
+from ldm_vae.evaluation.reconstruction import DIFFERENCE_GAIN
 from ldm_vae.evaluation.study import Study, check_resolution, rejected_images
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.markdown import markdown_table
@@ -519,7 +519,7 @@ def channel_bars(report: Report, key: str, title: str, threshold: float | None =
     if all(value is None for value in values):
         return None
     figure, (axes,) = new_figure(height=2.6)
-    axes.bar(range(len(values)), [value or 0.0 for value in values], color=COLOURS[0], width=0.7)
+    axes.bar(range(len(values)), [value or 0.0 for value in values], color=COLORS[0], width=0.7)
     if threshold is not None:
         axes.axhline(threshold, color=INK, linewidth=1.0, linestyle=(0, (1, 3)))
     axes.set_xlabel("channel")
@@ -542,7 +542,7 @@ def histograms(report: Report, key: str, title: str, label: str) -> str:
             edges,
             linewidth=1.4 if few else 0.8,
             alpha=1.0 if few else 0.5,
-            color=COLOURS[channel % len(COLOURS)],
+            color=COLORS[channel % len(COLORS)],
             label=f"channel {channel}" if few else None,
         )
     axes.set_xlabel(label)
@@ -602,7 +602,7 @@ def beta_path(report: Report) -> str | None:
     if min(row[1] for row in path) > 0:
         axes.set_yscale("log")
     axes.set_title("weight β")
-    rate.plot(steps, [row[2] for row in path], color=COLOURS[1])
+    rate.plot(steps, [row[2] for row in path], color=COLORS[1])
     rate.set_title("nats per dimension")
     target = report["training"]["rate"].get("target_nats")
     if target and report["training"]["rate"].get("mode") == "target":

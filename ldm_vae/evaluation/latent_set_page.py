@@ -16,8 +16,8 @@ import torch
 
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.health_metrics import power_spectrum
-from ldm_vae.evaluation.pages import COLOURS, INK, RULE, Picture, embed_image, legend, new_figure, template_environment
-from ldm_vae.evaluation.plots import number, page_svg
+from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
+from ldm_vae.evaluation.plots import COLORS, INK, RULE, legend, new_figure, number, page_svg
 from ldm_vae.files import readable_json, write_json, write_text
 from ldm_vae.latents.dataset import LatentDataset, samples_per_shard
 from ldm_vae.latents.stats import (
@@ -182,7 +182,7 @@ def histograms(report: Report, logarithmic: bool) -> str:
     for channel, values in enumerate(density):
         axes.plot(
             centers, np.where(values > 0, values, np.nan) if logarithmic else values, drawstyle="steps-mid",
-            linewidth=1.4 if few else 0.8, alpha=1.0 if few else 0.5, color=COLOURS[channel % len(COLOURS)],
+            linewidth=1.4 if few else 0.8, alpha=1.0 if few else 0.5, color=COLORS[channel % len(COLORS)],
             label=f"channel {channel}" if few else None,
         )  # fmt: skip
     x = np.linspace(edges[0], edges[-1], 241)
@@ -208,7 +208,7 @@ def spectra(report: Report) -> str:
     frequency = 2 * np.array(found["frequency"])
     for channel, power in enumerate(found["power"]):
         axes.plot(
-            frequency, power, color=COLOURS[channel % len(COLOURS)], linewidth=1.4 if few else 0.8,
+            frequency, power, color=COLORS[channel % len(COLORS)], linewidth=1.4 if few else 0.8,
             alpha=1.0 if few else 0.5, label=f"channel {channel}" if few else None,
         )  # fmt: skip
     # latents are multiplied by a Hann window first, whose mean square is 3/8 (n + 1) / n along each side
@@ -231,7 +231,7 @@ def correlations(report: Report) -> str:
     matrix = np.array(report["correlation"]["matrix"])
     count = len(matrix)
     figure, (axes,) = new_figure(width=3.6, height=3.4)
-    positive, negative = COLOURS[0], COLOURS[1]
+    positive, negative = COLORS[0], COLORS[1]
     # transparent at 0: the page behind it is light or dark
     nodes = [(0.0, negative), (0.5, negative + "00"), (0.5, positive + "00"), (1.0, positive)]
     colors = LinearSegmentedColormap.from_list("correlation", nodes)
@@ -269,14 +269,14 @@ def class_counts(report: Report) -> str:
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
     if len(ordered) > NAMED_CLASSES:
         figure, (axes,) = new_figure(height=2.6)
-        axes.fill_between(range(1, len(ordered) + 1), [count for _, count in ordered], color=COLOURS[0], linewidth=0)
+        axes.fill_between(range(1, len(ordered) + 1), [count for _, count in ordered], color=COLORS[0], linewidth=0)
         axes.set_xlim(1, len(ordered))
         axes.set_ylim(0)
         axes.set_xlabel("classes, the largest first")
         return page_svg(figure, "Samples of each class")
     figure, (axes,) = new_figure(height=max(1.2, 0.45 + 0.24 * len(ordered)))
     places = range(len(ordered))
-    axes.barh(places, [count for _, count in ordered], color=COLOURS[0], height=0.7)
+    axes.barh(places, [count for _, count in ordered], color=COLORS[0], height=0.7)
     axes.set_yticks(places, [_shortened(name) for name, _ in ordered])
     axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -8,7 +8,7 @@ that uses it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,18 +85,24 @@ def ms_ssim(images: Tensor, references: Tensor) -> Tensor:
 def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM and its contrast factor, both (n,). The window is separable, so two banded matrix products do."""
     vertical, horizontal = (_window_matrix(side).to(x) for side in x.shape[-2:])
+    contrast, product, squares = ssim_terms(x, y, lambda z: vertical @ z @ horizontal.T)
+    return (product / squares * contrast).mean(dim=(1, 2, 3)), contrast.mean(dim=(1, 2, 3))
 
-    def local_mean(z: Tensor) -> Tensor:
-        return vertical @ z @ horizontal.T
 
+def ssim_terms(x: Tensor, y: Tensor, local_mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of SSIM at every position: contrast and structure, and luminance as numerator and denominator.
+
+    Args:
+        x, y: in [-1, 1].
+        local_mean: average over the window at every position.
+    """
     mean_x, mean_y = local_mean(x), local_mean(y)
     variance_x = local_mean(x * x) - mean_x.square()
     variance_y = local_mean(y * y) - mean_y.square()
     covariance = local_mean(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
     contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    return (luminance * contrast).mean(dim=(1, 2, 3)), contrast.mean(dim=(1, 2, 3))
+    return contrast, 2 * mean_x * mean_y + c1, mean_x.square() + mean_y.square() + c1
 
 
 def _window_matrix(side: int, window: int = 11, sigma: float = 1.5) -> Tensor:

@@ -1,16 +1,18 @@
-"""The model card of an autoencoder: README.md beside the weights, from recorded results only.
+"""The model card of an autoencoder or a pipeline: README.md beside the weights, from recorded results only.
 
-Owns the settings, gathering, the front matter and the upload; the words are in `templates/card.md`, the sentences about
-the records in `card_facts.py`, pictures in `card_pictures.py`, the card of a pipeline in `card_pipeline.py`. A record
-of other weights is refused, a missing one is said to be missing; nothing is measured here.
+The words are in `templates/card.md` and `card_pipeline.md`. A record of other weights is refused, a missing one is
+reported as missing; nothing is measured here. The sections: the card of an autoencoder, that of a pipeline, the
+pictures beside a card, and records in words.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,28 @@ import diffusers
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, thin
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
+from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
+from ldm_vae.diffusion.fid import sentences as distribution_sentences
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, format_values, pipeline_card
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import model_card_facts as facts
 from ldm_vae.evaluation.metrics import METRIC_TITLES
-from ldm_vae.evaluation.model_card_facts import check_identity, data_name
-from ldm_vae.evaluation.pages import new_figure, save_svg
-from ldm_vae.evaluation.plots import Panel, autoencoder_panels, diffusion_panels, draw_panel, read_alarms, read_metrics
+from ldm_vae.evaluation.plots import (
+    Panel,
+    autoencoder_panels,
+    diffusion_panels,
+    draw_panel,
+    new_figure,
+    read_alarms,
+    read_metrics,
+    save_svg,
+)
+from ldm_vae.evaluation.reconstruction import codec_lines, table
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.markdown import markdown_table
+from ldm_vae.utils.text import pluralize
 
 CARD = "README.md"
 NOT_RECORDED = "Not recorded, so not stated below: "
@@ -53,7 +66,7 @@ class CardConfig:
         evaluation: a folder with results.json.
         health: a folder with health.json; None: that of `evaluation`, where it has one.
         intended_use, not_for: the user's words.
-        data_credits: a text file, or a YAML list of sources, see `card_facts.read_credits`.
+        data_credits: a text file, or a YAML list of sources, see `read_credits`.
         pictures: a folder of `evaluate`, whose pictures are shown, or for a pipeline of `generate`.
         seen: a text file: what was seen in those pictures.
         watts: power of the machine while it trained, for the guess of energy; None: 10 a core, on a CPU.
@@ -100,7 +113,7 @@ class Records:
             "how it was trained": self.config.get("phases"),
             "command, time and machine of the training": self.run,
             "the code's commit": self.run.get("versions", {}).get("commit"),
-            "energy": facts.energy_sentence(self.run, config.watts),
+            "energy": energy_sentence(self.run, config.watts),
             "rate and beta": self.training.get("rate"),
             "an evaluation": self.evaluation,
             "a health report": self.health is not None,
@@ -157,7 +170,7 @@ def run_folder_of(directory: Path) -> Path:
 def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     """Everything recorded about the autoencoder with the fingerprint `identity`. Raises: UserError."""
     training = read_json(directory / "training.json")
-    facts.check_identity(training.get("fingerprint"), identity, directory / "training.json")
+    check_identity(training.get("fingerprint"), identity, directory / "training.json")
     run_folder = run_folder_of(directory)
     run = read_json(run_folder / "run.json")
     settings = read_yaml(run_folder / "config.yaml")
@@ -170,13 +183,13 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
             raise UserError(
                 f"{config.evaluation}/{RESULTS}: is not a result of `ldm-vae evaluate`; give a folder of that"
             )
-        facts.check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
+        check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
     health = None
     folder = config.health or config.evaluation
     if folder and (config.health or (Path(folder) / HEALTH).is_file()):
         health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
-        facts.check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
-    earlier, credits = earlier_runs(run_folder), facts.read_credits(config.data_credits)
+        check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
+    earlier, credits = earlier_runs(run_folder), read_credits(config.data_credits)
     return Records(training, run, settings, earlier, path, evaluation, health, credits)
 
 
@@ -186,7 +199,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
     stock = hasattr(diffusers, name)
     factor, channels = autoencoder.downsampling, autoencoder.latent_channels
     evaluation, only = records.evaluation, autoencoder.only_side
-    sides = facts.known_sides(factor, only)
+    sides = known_sides(factor, only)
     context: dict[str, Any] = {
         "card_data": front_matter(config, records, stock, title).to_yaml(),
         "marker": MARKER,
@@ -206,19 +219,19 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
         "not_recorded": NOT_RECORDED,
         "intended_use": config.intended_use,
         "not_for": config.not_for,
-        "seen": facts.read_text("--seen", config.seen),
-        "energy": facts.energy_sentence(records.run, config.watts, records.config.get("initial")),
-        "earlier": [facts.earlier_run(record, config.watts) for record in records.earlier],
-        "data": facts.data_rows(records.config),
+        "seen": read_text("--seen", config.seen),
+        "energy": energy_sentence(records.run, config.watts, records.config.get("initial")),
+        "earlier": [earlier_run(record, config.watts) for record in records.earlier],
+        "data": data_rows(records.config),
         "data_credits": records.credits,
-        "training": facts.training_rows(records.config, records.run),
+        "training": training_rows(records.config, records.run),
         "command": shlex.join(records.run.get("command", [])),
-        "rate": facts.rate_sentences(records.training, records.evaluation, factor, channels),
+        "rate": rate_sentences(records.training, records.evaluation, factor, channels),
         "beta_path": thin(records.beta_path, 8),
-        "evaluation": facts.evaluation_facts(evaluation) if evaluation else None,
+        "evaluation": evaluation_facts(evaluation) if evaluation else None,
         "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
-        "verdicts": None if records.health is None else facts.verdicts(records.health),
-        "limits": facts.limits(records.config, evaluation, records.health, sides, stock),
+        "verdicts": None if records.health is None else verdicts(records.health),
+        "limits": limits(records.config, evaluation, records.health, sides, stock),
     }
     return fill("card.md", context | pictures)
 
@@ -243,7 +256,7 @@ def front_matter(config: CardConfig, records: Records, stock: bool, title: str) 
     from huggingface_hub import ModelCardData
 
     results = eval_results(records.evaluation) if records.evaluation else []
-    dataset = facts.hub_dataset(records.config)
+    dataset = hub_dataset(records.config)
     try:
         return ModelCardData(
             library_name="diffusers" if stock else "ldm_vae",
@@ -262,13 +275,13 @@ def eval_results(evaluation: dict[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     row, protocol = evaluation["rows"][0], evaluation["protocol"]
-    dataset = facts.hub_dataset(evaluation["config"])
+    dataset = hub_dataset(evaluation["config"])
     return [
         EvalResult(
             task_type="image-reconstruction",
             task_name="Image reconstruction",
             dataset_type=dataset or evaluation["config"]["data"]["source"],
-            dataset_name=dataset or facts.data_name(evaluation["config"]),
+            dataset_name=dataset or data_name(evaluation["config"]),
             dataset_split=protocol["images"]["part"],
             dataset_args={
                 "images": protocol["images"]["count"],
@@ -341,8 +354,8 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
     check_replaceable(path, config.overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
     place = run_folder_of(directory)
     run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
-    credits, seen = facts.read_credits(config.data_credits), facts.read_text("--seen", config.seen)
-    energy = facts.energy_sentence(run, config.watts)
+    credits, seen = read_credits(config.data_credits), read_text("--seen", config.seen)
+    energy = energy_sentence(run, config.watts)
     present = {
         "the intended use": config.intended_use,
         "credits of the data": credits,
@@ -381,10 +394,10 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "intended_use": config.intended_use,
         "not_for": config.not_for,
         "credits": credits,
-        "training": training_rows(settings) + facts.run_rows(run),
+        "training": diffusion_training_rows(settings) + run_rows(run),
         "command": shlex.join(run.get("command", [])),
         "energy": energy,
-        "earlier": [facts.earlier_run(record, config.watts) for record in read_runs(directory / OF_AUTOENCODER)],
+        "earlier": [earlier_run(record, config.watts) for record in read_runs(directory / OF_AUTOENCODER)],
         "figures": figure_rows(run.get("metrics") or {}),
         "protocol": protocol_sentences(settings),
         "seen": seen,
@@ -408,9 +421,9 @@ def pipeline_front_matter(config: CardConfig) -> Any:
         raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
 
 
-def training_rows(config: dict[str, Any]) -> facts.Rows:
+def diffusion_training_rows(config: dict[str, Any]) -> Rows:
     """Data, U-Net, schedule and optimizer, as far as they are recorded."""
-    rows: facts.Rows = []
+    rows: Rows = []
     for name in ("latents", "autoencoder"):
         if config.get(name):
             rows.append((name, str(config[name])))
@@ -426,7 +439,7 @@ def training_rows(config: dict[str, Any]) -> facts.Rows:
     return rows
 
 
-def figure_rows(metrics: dict[str, Any]) -> facts.Rows:
+def figure_rows(metrics: dict[str, Any]) -> Rows:
     """What the training measured at its end."""
     return [(name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, (int, float))]
 
@@ -577,3 +590,299 @@ def write_samples(generated: Path, directory: Path) -> Shown:
 
 def _write_webp(picture: Image.Image, path: Path) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, format="WEBP", quality=88, method=6))
+
+
+# Records in words: tables and sentences of the model card. Each restates a file; what is not there is left out.
+
+Rows = list[tuple[str, str]]
+WATTS_PER_CORE = 10.0
+"""Of a server's processor under load, with its share of memory and cooling: an order of magnitude."""
+SOURCE_KEYS = ("name", "images", "licence", "credits")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_identity(recorded: str | None, identity: str, where: Path) -> None:
+    """Raises: UserError when a record names the fingerprint of other weights."""
+    if recorded is not None and recorded != identity:
+        raise UserError(
+            f"{where}: is about {recorded[:19]}..., the model is {identity[:19]}...; give the record of this model"
+        )
+
+
+def data_name(config: dict[str, Any]) -> str:
+    """The images in one word: a dataset's name, a folder's name, or `synthetic`."""
+    data = config.get("data") or {}
+    if data.get("source") == "datasets":
+        return str(data.get("datasets", {}).get("name") or "datasets")
+    return Path(str(data["path"])).name if data.get("path") else str(data.get("source", "not recorded"))
+
+
+def hub_dataset(config: dict[str, Any]) -> str | None:
+    """The hub id of the dataset, where the images came from one."""
+    data = config.get("data") or {}
+    name = str((data.get("datasets") or {}).get("name") or "")
+    return name if data.get("source") == "datasets" and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def read_text(option: str, path: str | None) -> str | None:
+    """A text that the user gave by a file. Raises: UserError."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} cannot be read as text ({error})") from error
+
+
+def read_credits(path: str | None) -> str | None:
+    """Origin and licences of the data in Markdown: a text as it is, of a YAML list of sources a table.
+
+    Each source has `name`, `images` (how many), `licence` and `credits`, and may have `url`.
+
+    Raises:
+        UserError: the file cannot be read, or a source lacks one of these.
+    """
+    text = read_text("--data-credits", path)
+    if text is None or Path(str(path)).suffix not in (".yaml", ".yml"):
+        return text
+    import yaml
+
+    try:
+        sources = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--data-credits: {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    rows = []
+    for source in sources if isinstance(sources, list) else [None]:
+        if not isinstance(source, dict) or not {*SOURCE_KEYS} <= source.keys() <= {*SOURCE_KEYS, "url"}:
+            raise UserError(
+                f"--data-credits: {path} is not a list of sources with {', '.join(SOURCE_KEYS)} and maybe url"
+            )
+        name, *cells = (str(source[key]).strip().replace("|", "/").replace("\n", " ") for key in SOURCE_KEYS)
+        rows.append([f"[{name}]({source['url']})" if source.get("url") else name, *cells])
+    return "\n".join(markdown_table(["images of", "number", "license", "credits"], rows))
+
+
+def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | None = None) -> str | None:
+    """A guess from hours and power; None where the time, or the power of an accelerator, is not known.
+
+    `initial`: what the run started from, whose own energy is not in it.
+    """
+    cores = re.search(r"(\d+) cores", str(run.get("versions", {}).get("machine")))
+    if "seconds" not in run or (watts is None and (cores is None or run.get("device") != "cpu")):
+        return None
+    hours = float(run["seconds"]) / 3600
+    if watts is None and cores is not None:
+        watts, words = WATTS_PER_CORE * int(cores[1]), f"{cores[1]} cores x {WATTS_PER_CORE:g} W"
+    else:
+        words = f"{watts:g} W"
+    kilowatt_hours = hours * float(watts or 0) / 1000
+    sentence = f"Energy, guessed and not measured: {hours:.2f} hours x {words} = {kilowatt_hours:.3f} kWh."
+    return sentence if initial is None else f"{sentence} That of {initial}, which it started from, comes on top."
+
+
+def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
+    """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`, and, as words
+    to be added to it, the `settings` beside the defaults that it does not name.
+    """
+    rows = dict(run_rows(record))
+    took = f", {rows['wall time']}" if "wall time" in rows else ""
+    steps = pluralize(record["steps"], "step") if "steps" in record else "steps not recorded"
+    where = f" on {rows.get('machine', 'a machine not recorded')}, commit {rows.get('commit', 'not recorded')}."
+    parts = [f"{str(record.get('started', ''))[:10]}: {steps}{took}{where}", energy_sentence(record, watts) or ""]
+    words = [str(word) for word in record.get("command", [])]
+    settings = unnamed_settings(record.get("settings") or {}, words)
+    return {
+        "title": str(record.get("name")),
+        "sentence": " ".join(parts).strip(),
+        "command": shlex.join(words),
+        "settings": shlex.join(f"{key}={_as_yaml(value)}" for key, value in settings.items()),
+    }
+
+
+def unnamed_settings(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Those of the settings (dotted keys) that no `key=value` among the words of a command is about."""
+    named = [f"{word.partition('=')[0]}." for word in words if "=" in word]
+    return {
+        key: value
+        for key, value in settings.items()
+        if not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in named)
+    }
+
+
+def _as_yaml(value: Any) -> str:
+    """On one line, as short as it may be: what it means after `key=`."""
+    import yaml
+
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def data_rows(config: dict[str, Any]) -> Rows:
+    """Where the images came from and how they were cropped."""
+    data, crop = config.get("data") or {}, config.get("crop") or {}
+    if not data:
+        return []
+    rows = [("source", str(data.get("source"))), ("images", data_name(config))]
+    datasets = data.get("datasets") or {}
+    for name in ("subset", "split", "revision"):
+        if data.get("source") == "datasets" and datasets.get(name):
+            rows.append((name, str(datasets[name])))
+    synthetic = data.get("synthetic") or {}
+    if data.get("source") == "synthetic":
+        rows += [(f"synthetic {name}", str(value)) for name, value in synthetic.items()]
+    rows.append(("share held out", f"{data.get('held_out'):g}"))
+    if config.get("repeat"):
+        rows.append(("seen more often", ", ".join(f"{name} x {times}" for name, times in config["repeat"].items())))
+    if crop:
+        rows.append(
+            ("short side before cropping", f"{crop.get('short_side_min')} to {crop.get('short_side_max')} pixels")
+        )
+        rows.append(("mirrored", "half of the crops" if crop.get("flip") else "no"))
+    return rows
+
+
+def training_rows(config: dict[str, Any], run: dict[str, Any]) -> Rows:
+    """Architecture, phases, objective, optimizer, and what the run cost."""
+    rows: Rows = []
+    autoencoder = config.get("autoencoder") or {}
+    if autoencoder and not config.get("initial"):  # whose architecture is taken
+        named = [f"{key} {value}" for key, value in autoencoder.items() if value not in (None, 0)]
+        rows.append(("autoencoder", ", ".join(named)))
+    if config.get("initial"):
+        trained = config.get("train")
+        rows.append(("started from", f"{config['initial']}; trained: {trained or 'everything'}"))
+    for number, phase in enumerate(config.get("phases") or [], start=1):
+        rows.append((f"phase {number}", f"{phase['steps']} steps, {phase['batch']} crops of {phase['crop']} pixels"))
+    weights = {key: value for key, value in (config.get("loss") or {}).items() if isinstance(value, float) and value}
+    if weights:
+        rows.append(("loss weights", ", ".join(f"{key} {value:g}" for key, value in weights.items())))
+    settings = config.get("training") or {}
+    for name in ("learning_rate", "weight_decay", "ema_decay", "seed"):
+        if settings.get(name) is not None:
+            rows.append((name.replace("_", " "), f"{settings[name]:g}"))
+    return rows + run_rows(run)
+
+
+def run_rows(run: dict[str, Any]) -> Rows:
+    """Steps, time, machine and versions, as far as they are recorded."""
+    versions = run.get("versions", {})
+    found = {
+        "steps done": run.get("steps"),
+        "precision": run.get("precision"),
+        "started": run.get("started"),
+        "wall time": f"{timedelta(seconds=round(run['seconds']))} (h:mm:ss)" if "seconds" in run else None,
+        "machine": versions.get("machine"),
+        "device, processes": f"{run['device']}, {run.get('processes')}" if "device" in run else None,
+        "commit": versions.get("commit"),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("machine", "commit")) or None,
+    }
+    return [(name, str(value)) for name, value in found.items() if value is not None]
+
+
+def known_sides(factor: int, only: int | None) -> str:
+    """What height and width of an image must be; `only`: of an autoencoder that knows one size."""
+    return f"{only} pixels, scale others" if only else f"multiples of {factor} pixels, pad others"
+
+
+def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor: int, channels: int) -> list[str]:
+    """Mode, target, beta in both conventions, and the rate that was measured."""
+    rate = training.get("rate") or {}
+    sentences = []
+    if training.get("kind") not in (None, "kl"):
+        sentences.append(f"Of kind {training['kind']}: beta weighs no divergence of a posterior.")
+        rate = {}
+    if rate and (training.get("initial") or {}).get("train") == ["decoder"]:  # see `autoencoder.record.write_record`
+        sentences.append("The last run trained the decoder alone; target, beta and steps are those of the encoder.")
+    if rate.get("mode") == "target":
+        sentences.append(f"Controlled towards {rate.get('target_nats')} nats per latent dimension.")
+    elif rate.get("mode"):
+        sentences.append(f"Mode: {rate['mode']}.")
+    if rate.get("final_beta") is not None:
+        weight = rate["final_beta"] * 3 * factor**2 / channels
+        sentences.append(
+            f"Final beta {rate['final_beta']:.3g} on means per element; a KL weight of {weight:.3g} in the convention "
+            f"of Stable Diffusion (sums over the image; beta = w c / {3 * factor**2})."
+        )
+    if rate.get("pinned_share"):
+        sentences.append(f"Beta was at a bound, the target missed, in {rate['pinned_share']:.1%} of the steps.")
+    measured = (evaluation.get("rate") or {}).get("nats_per_dim")
+    where = "in the evaluation"
+    if measured is None and training.get("kind") in (None, "kl"):  # of another kind the divergence is no rate
+        measured = (training.get("held_out") or {}).get("held_out/nats_per_dim")
+        where = "on the images that training validates on"
+    if measured is not None:
+        sentences.append(
+            f"Measured {where}: {measured:.3f} nats = {bits_per_dimension(measured):.3f} bits per latent dimension = "
+            f"{bits_per_pixel(measured, channels, factor):.3f} bits per pixel."
+        )
+    return sentences
+
+
+def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """`table` of all rows with intervals, and the protocol in `sentences`."""
+    protocol, gain = evaluation["protocol"], evaluation.get("gain_over_linear_db")
+    images, preprocessing = protocol["images"], protocol["preprocessing"]
+    name, side = data_name(evaluation["config"]), protocol["resolution"]
+    sentences = [
+        f"{pluralize(images['count'], 'image')} ({images['part']}) of {name}, set `{images['fingerprint']}`.",
+        f"{side} x {side} pixels: {preprocessing['fit']}, {preprocessing['filter']}.",
+        f"{protocol['range']}; {protocol['average']}.",
+        f"Precision {protocol['precision']}; LPIPS network: {protocol.get('lpips') or 'none'}.",
+    ]
+    if any("over_budget" in row for row in evaluation["rows"]):  # of codecs
+        sentences += codec_lines(evaluation)
+    if gain:
+        sentences.append(f"Gain over the linear baseline on the same pixels: {_signed(gain)} dB.")
+    if evaluation.get("distribution"):
+        sentences += distribution_sentences(evaluation["distribution"])
+    if evaluation.get("rejected"):
+        sentences.append(f"Left out: {pluralize(len(evaluation['rejected']), 'image')} that could not be read.")
+    return {"table": table(evaluation), "sentences": sentences}
+
+
+def _signed(value: dict[str, float]) -> str:
+    return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
+
+
+def verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
+    """Name, severity and sentence of each finding, the worst first; of one that many channels share, the first."""
+    order = {"fail": 0, "warn": 1}
+    shared: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for verdict in health.get("verdicts") or []:
+        name, severity = (str(verdict.get(key, "not recorded")) for key in ("name", "severity"))
+        shared.setdefault((name, severity), []).append(verdict)
+    found = []
+    for (name, severity), several in shared.items():
+        sentence = str(several[0].get("sentence", "not recorded")).removeprefix(f"{name} ({severity}): ")
+        if others := [str(verdict["channel"]) for verdict in several[1:] if verdict.get("channel") is not None]:
+            sentence += f" Likewise channel{'s' * (len(others) > 1)} {', '.join(others)}."
+        found.append({"name": name, "severity": severity, "sentence": sentence})
+    return sorted(found, key=lambda verdict: order.get(verdict["severity"], 2))
+
+
+def limits(
+    config: dict[str, Any], evaluation: dict[str, Any], health: dict[str, Any] | None, sides: str, stock: bool
+) -> list[str]:
+    """What follows from the records about where the model is known to work, and where nothing is known.
+
+    `sides`: what height and width must be, see `known_sides`.
+    """
+    sentences = [f"Reconstructions lose detail. Height and width must be {sides}."]
+    if not stock:
+        sentences.append("Stock diffusers cannot load this class; install ldm_vae, or export to ONNX or TorchScript.")
+    crops = [phase["crop"] for phase in config.get("phases") or []]
+    if crops:
+        sentences.append(f"Trained on crops of at most {max(crops)} pixels of the images named above, no others.")
+    if evaluation:
+        protocol = evaluation["protocol"]
+        sentences.append(
+            f"Measured on {pluralize(protocol['images']['count'], 'image')} at {protocol['resolution']} pixels; "
+            "nothing is recorded about other images, sizes or color spaces."
+        )
+        if protocol["images"]["part"] != "held_out":
+            sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")
+    else:
+        sentences.append("No evaluation is recorded: how well it reconstructs unseen images is not known.")
+    if health is not None and any(verdict["severity"] == "fail" for verdict in verdicts(health)):
+        sentences.append("The health report found at least one failure; see above before building on the latents.")
+    return sentences

@@ -15,7 +15,7 @@ import numpy as np
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics, pages, sweep
+from ldm_vae.evaluation import metrics, pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.utils.markdown import Table
@@ -135,7 +135,7 @@ class Frontier(Sweep):
         }
 
     def files(self, results: Results) -> dict[str, Content]:
-        return {"frontier.svg": lambda path: pages.save_svg(draw(results), path, LABEL)}
+        return {"frontier.svg": lambda path: plots.save_svg(draw(results), path, LABEL)}
 
     def markdown(self, results: Results) -> str:
         return markdown(results)
@@ -145,7 +145,7 @@ class Frontier(Sweep):
             "Rate-distortion frontier",
             "Every point is one autoencoder, trained by ldm-vae train-vae and measured on images it never saw.",
             [*results["recommendation"], RULE],
-            [pages.Drawing(pages.to_svg(draw(results), LABEL), caption(results))],
+            [pages.Drawing(plots.to_svg(draw(results), LABEL), caption(results))],
             [table(results)],
         )
 
@@ -241,12 +241,12 @@ def quality_metric(found: dict[str, Any]) -> tuple[str, str]:
 
 def draw(found: dict[str, Any]) -> Figure:
     """Two axes over bits per pixel: PSNR with the linear lines, and LPIPS (or SSIM)."""
-    figure, axes = pages.new_figure(5.4, 3.8, columns=2)
+    figure, axes = plots.new_figure(5.4, 3.8, columns=2)
     metric, title = quality_metric(found)
     linear = np.array(found["linear"]["reverse_water_filling"])
-    axes[0].plot(*linear.T, color=pages.INK, linestyle="--", linewidth=1, label="linear, reverse water-filling")
+    axes[0].plot(*linear.T, color=plots.INK, linestyle="--", linewidth=1, label="linear, reverse water-filling")
     for number, channels in enumerate(sorted({record["channels"] for record in found["points"]})):
-        color = pages.COLOURS[number % len(pages.COLOURS)]
+        color = plots.COLORS[number % len(plots.COLORS)]
         limited = np.array(found["linear"]["limited_channels"][str(channels)])
         axes[0].plot(*limited.T, color=color, linestyle=":", linewidth=1.2, label=f"linear, {channels} components")
         records = [record for record in found["points"] if record["channels"] == channels]
@@ -257,10 +257,10 @@ def draw(found: dict[str, Any]) -> Figure:
         each.set_xlabel("bits per pixel")
         each.set_xlim(left=0)
         each.margins(y=0.25)
-        pages.style(each)
+        plots.style(each)
     lowest = min(record["metrics"]["psnr"]["mean"] for record in found["points"])
     axes[0].set_ylim(bottom=lowest - PSNR_BELOW_DB)
-    pages.legend(axes[0])
+    plots.legend(axes[0])
     return figure
 
 
@@ -272,10 +272,10 @@ def _draw_series(axes: Axes, records: Sequence[dict[str, Any]], metric: str, col
     for a, b, record in zip(x, y, records, strict=True):
         axes.annotate(
             f"{record['target_nats']:g} nats, c{channels}", (a, b), textcoords="offset points", xytext=(1, 6),
-            rotation=60, rotation_mode="anchor", fontsize=7, color=pages.INK, alpha=0.8,
+            rotation=60, rotation_mode="anchor", fontsize=7, color=plots.INK, alpha=0.8,
         )  # fmt: skip
         if not is_healthy(record):
-            axes.plot([a], [b], marker="x", markersize=12, markeredgewidth=2, color=pages.COLOURS[5])
+            axes.plot([a], [b], marker="x", markersize=12, markeredgewidth=2, color=plots.COLORS[5])
 
 
 def caption(found: dict[str, Any]) -> str:

@@ -1,47 +1,131 @@
-"""How well an autoencoder reconstructs: the settings, the protocol and the result folder.
+"""How well an autoencoder reconstructs: `ldm-vae evaluate`, and `ldm-vae reconstruct` for single pictures.
 
-Every figure is of images after an 8-bit round trip, averaged over images, beside baselines on the same pixels.
-Measuring is `measurement`'s, means and tables are `summary`'s, the pictures to look at `examples`'.
+    images -> Measurer.measure: encode, decode, the baselines on the same pixels; one value per image and metric (Unit)
+           -> summary: means, intervals, paired differences, rate -> results.json -> markdown: results.md
+
+Every value is of images after an 8-bit round trip. A unit of work is one batch, a fixed part of the chosen images, so
+that nothing depends on the number of processes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import PIL
 import torch
-from PIL import features
+from PIL import Image, features
+from torch import Tensor
 
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
-from ldm_vae.autoencoder.losses import LPIPS
+from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
+from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
-from ldm_vae.data import open_source
-from ldm_vae.data.samples import evenly_spaced, none_readable
-from ldm_vae.data.sources import ImageSource
-from ldm_vae.data.split import subset
-from ldm_vae.data.transforms import preprocessing_record
+from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_divergence
+from ldm_vae.data import open_source, transforms
+from ldm_vae.data.decoding import ImageRejected, decode_image
+from ldm_vae.data.folder import find_pictures
+from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
+from ldm_vae.data.sources import DataConfig, ImageSource
+from ldm_vae.data.split import Part, subset
+from ldm_vae.data.transforms import preprocessing_record, resize_center_crop
 from ldm_vae.diffusion import fid
-from ldm_vae.diffusion.fid import KID_SUBSETS, check_distribution, compare_sets, load_inception
-from ldm_vae.evaluation import measurement, metrics
-from ldm_vae.evaluation.measurement import (
-    EvaluateConfig,
-    Measurer,
-    Unit,
-    example_records,
-    fit_baseline,
-    grid,
-    measure_images,
+from ldm_vae.diffusion.fid import (
+    KID_SUBSETS,
+    Distribution,
+    check_distribution,
+    compare_sets,
+    inception_features,
+    load_inception,
 )
+from ldm_vae.errors import UserError
+from ldm_vae.evaluation import baselines, metrics
+from ldm_vae.evaluation.baselines import available_codecs, bicubic_round_trip, code_images
+from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.random import generator
+from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
+from ldm_vae.utils.image_grid import plain_grid, side_by_side
 from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`ldm-vae evaluate`.
+
+    Args:
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        output: the folder for the results.
+        part: held_out (what training never saw), train or all.
+        resolution: side of the center crop in pixels, a multiple of the downsampling.
+        count: at most so many images, evenly spread over the part; null: all.
+        baseline_images: at most so many training images fit the linear baseline.
+        codecs: image codecs at equal bytes: JPEG, WebP, AVIF; `[]` for none.
+        equal_bytes_bits_per_pixel: the codecs' budget; null: the rate of the autoencoder, image by image.
+        perceptual_net: the LPIPS network; null: no LPIPS.
+        perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
+        distribution: kid or fid (with KID) of the reconstructions; none.
+        fid: `force` prints a FID of fewer than 5,000 images, which misleads.
+        inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
+        kid_subset: images in each of KID's subsets; a quarter of the images where that is less.
+        batch: images per forward pass.
+        examples: images kept to look at.
+        seed: of the posterior samples and of KID's subsets.
+        device: auto, cpu, cuda, cuda:1 ... Under torchrun, auto and cuda give each process its own GPU.
+        processes: how many processes must have been launched; null: any number.
+    """
+
+    autoencoder: str = "???"
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    part: Part = "held_out"
+    resolution: int = 512
+    count: int | None = None
+    baseline_images: int = 128
+    codecs: list[str] = field(default_factory=lambda: ["JPEG", "WebP"])
+    equal_bytes_bits_per_pixel: float | None = None
+    perceptual_net: Backbone | None = None
+    perceptual_weights: str | None = None
+    distribution: Distribution = "none"
+    fid: Literal["refuse", "force"] = "refuse"
+    inception_weights: str | None = None
+    kid_subset: int = 200
+    batch: int = 4
+    examples: int = 6
+    seed: int = 0
+    device: str = "auto"
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "batch", "baseline_images", "examples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        if self.count is not None and self.count < 1:
+            raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
+        if self.perceptual_weights is not None and self.perceptual_net is None:
+            raise UserError("perceptual_weights: has no effect without perceptual_net; set that too")
+        if self.kid_subset < 2:
+            raise UserError(f"kid_subset: {self.kid_subset} is below 2; 100 to 1000 is usual")
+        for codec in self.codecs:
+            if codec not in available_codecs():
+                available = ", ".join(available_codecs())
+                raise UserError(f"codecs: {codec!r} cannot be written here; choose among {available}")
+        bits = self.equal_bytes_bits_per_pixel
+        if bits is not None and bits <= 0:
+            raise UserError(f"equal_bytes_bits_per_pixel: {bits} is not above 0")
+        if bits is not None and not self.codecs:
+            raise UserError("equal_bytes_bits_per_pixel: has no effect without codecs; leave it out")
+        check_distribution(self.distribution, self.fid, self.inception_weights)
 
 
 def evaluate(config: EvaluateConfig, overwrite: bool = False, dry_run: bool = False) -> Results:
@@ -152,7 +236,7 @@ def _protocol(config: EvaluateConfig, evaluated: ImageSource, fitted: ImageSourc
             },
         },
         "codecs": {
-            "settings": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
+            "settings": {codec: baselines.CODEC_SETTINGS[codec] for codec in config.codecs},
             "versions": {"pillow": PIL.__version__, **{codec: _codec_version(codec) for codec in config.codecs}},
         },
         "kid": {"subset_size_at_most": config.kid_subset, "subsets": KID_SUBSETS, "kernel": "(x·y / 2048 + 1)^3"},
@@ -166,7 +250,169 @@ def _codec_version(codec: str) -> str | None:
     return features.version({"JPEG": "jpg", "WebP": "webp", "AVIF": "avif"}[codec])
 
 
-# From values per image to what they say together: means, intervals, paired differences, the rate, and the table.
+# Measuring: one value per image and metric.
+
+BASELINE_UNIT = 8
+"""Images whose block moments are summed before they travel."""
+
+
+@dataclass
+class Unit:
+    """One batch measured: one entry per image in `ids`, `nats`, each `rows[row][metric]` and each `files[row]`."""
+
+    ids: list[str] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    real_features: list[np.ndarray] = field(default_factory=list)
+    decoded_features: list[np.ndarray] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    rejected: Rejected = field(default_factory=list)
+
+    def extend(self, other: Unit) -> None:
+        for name in ("ids", "nats", "real_features", "decoded_features", "examples", "rejected"):
+            getattr(self, name).extend(getattr(other, name))
+        for row, named in other.rows.items():
+            for metric, values in named.items():
+                self.rows.setdefault(row, {}).setdefault(metric, []).extend(values)
+        for row, records in other.files.items():
+            self.files.setdefault(row, []).extend(records)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """What every batch needs. `code_bits_per_pixel`: of a deterministic code, whose rate is not a divergence.
+
+    `rate_known` is False for a deterministic autoencoder: its KL is not a rate and a sample is its mean. Without
+    a codebook the codecs then have no budget.
+    """
+
+    autoencoder: Autoencoder
+    klt: BlockKLT
+    lpips: LPIPS | None
+    inception: Any
+    config: EvaluateConfig
+    device: torch.device
+    code_bits_per_pixel: float | None = None
+    rate_known: bool = True
+
+    def budgets(self, nats: list[float]) -> list[float] | None:
+        """Bytes that a codec may use for each image; None where there is nothing to be equal to."""
+        pixel_count = self.config.resolution**2
+        given = self.config.equal_bytes_bits_per_pixel
+        if given is None and self.code_bits_per_pixel is not None:
+            given = self.code_bits_per_pixel
+        if given is not None:
+            return [given * pixel_count / 8] * len(nats)
+        if not self.rate_known:
+            return None
+        channels, factor = self.autoencoder.latent_channels, self.autoencoder.downsampling
+        return [bits_per_pixel(value, channels, factor) * pixel_count / 8 for value in nats]
+
+    @torch.no_grad()
+    def measure(self, source: ImageSource, indices: list[int], shown: set[int]) -> Unit:
+        """Reconstruct and measure the images at `indices`. The posterior noise of an image depends on its id only."""
+        unit = Unit()
+        found, batch = read_crops(source, indices, self.config.resolution, unit.rejected)
+        if batch is None:
+            return unit
+        images = batch.to(self.device)
+        unit.ids = [source.id(index) for index in found]
+        mean, logvar = self.autoencoder.encode_moments(images)
+        unit.nats = kl_divergence(mean, logvar).mean(dim=(1, 2, 3)).tolist()
+        noise = torch.stack([_noise(self.config.seed, name, mean.shape[1:]) for name in unit.ids]).to(self.device)
+        rows = {"decode(mean)": self.autoencoder.decode_images(mean)}
+        if self.rate_known:
+            rows["decode(sample)"] = self.autoencoder.decode_images(mean + torch.exp(0.5 * logvar) * noise)
+        rows |= self._untrained(images, unit)
+        rows = {name: transforms.from_uint8(transforms.to_uint8(row)) for name, row in rows.items()}
+        for name, row in rows.items():
+            measured = all_metrics(row, images, self.lpips)
+            unit.rows[name] = {metric: values.tolist() for metric, values in measured.items()}
+        decoded, *_, linear = rows.values()
+        if self.inception is not None:
+            unit.real_features = list(inception_features(self.inception, images))
+            unit.decoded_features = list(inception_features(self.inception, decoded))
+        for i, index in enumerate(found):
+            if index in shown:
+                label = source.label_names[source.label(index)] if source.label(index) >= 0 else ""
+                unit.examples.append(make_example(unit.ids[i], label, images[i], decoded[i], linear[i], mean[i]))
+        return unit
+
+    def _untrained(self, images: Tensor, unit: Unit) -> dict[str, Tensor]:
+        """The rows of the baselines; the linear one is the last."""
+        factor, components = self.klt.block, min(self.autoencoder.latent_channels, len(self.klt.eigenvalues))
+        rows = {f"bicubic {factor}x": bicubic_round_trip(images, factor)}
+        budgets = self.budgets(unit.nats)
+        for codec in self.config.codecs if budgets is not None else ():
+            name = f"{codec}, equal bytes"
+            rows[name], coded = code_images(images, codec, budgets or [])
+            unit.files[name] = [
+                {"bytes": one.size_bytes, "quality": one.quality, "within_budget": one.fits} for one in coded
+            ]
+        rows[f"block KLT, {components} components"] = self.klt.reconstruct(images, components).clamp(-1, 1)
+        return rows
+
+
+def measure_images(measurer: Measurer, source: ImageSource, indices: list[int], processes: Processes) -> Unit:
+    """All images at `indices` together, on every process, in their order."""
+    batch = measurer.config.batch
+    units = [indices[start : start + batch] for start in range(0, len(indices), batch)]
+    shown = {indices[i] for i in evenly_spaced(len(indices), measurer.config.examples)}
+    share = _progress(processes, units, "evaluating")
+    found = [(number, measurer.measure(source, unit, shown)) for number, unit in share]
+    whole = Unit()
+    for unit in processes.gather(found):
+        whole.extend(unit)
+    return whole
+
+
+def fit_baseline(
+    source: ImageSource, indices: list[int], resolution: int, block: int, processes: Processes
+) -> BlockKLT:
+    """The linear baseline, its images shared among the processes; the sums are added in a fixed order."""
+    units = [indices[start : start + BASELINE_UNIT] for start in range(0, len(indices), BASELINE_UNIT)]
+    found: list[tuple[int, Moments | None]] = []
+    for number, unit in _progress(processes, units, "linear baseline"):
+        _, images = read_crops(source, unit, resolution, [])
+        found.append((number, None if images is None else block_moments(images, block)))
+    return solve_klt((moments for moments in processes.gather(found) if moments is not None), block)
+
+
+def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:
+    """This process's share of the units with a progress bar on the main process."""
+    from tqdm import tqdm
+
+    return tqdm(
+        processes.share(units),
+        desc=task,
+        unit="batch",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not processes.is_main_process,
+    )
+
+
+@torch.no_grad()
+def all_metrics(images: Tensor, references: Tensor, lpips: LPIPS | None) -> dict[str, Tensor]:
+    """Every metric of images (n, 3, h, w) in [-1, 1], each (n,). MS-SSIM where the sides allow it."""
+    values = {
+        "psnr": metrics.psnr(images, references),
+        "ssim": metrics.ssim(images, references),
+        "ssim_luma": metrics.ssim_luma(images, references),
+    }
+    if min(images.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
+        values["ms_ssim"] = metrics.ms_ssim(images, references)
+    if lpips is not None:
+        values["lpips"] = lpips(images, references)
+    return values | {"sharpness": metrics.sharpness_ratio(images, references)}
+
+
+def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, "evaluation", name))
+
+
+# Means, intervals, paired differences, the rate, and the table of results.md.
 
 
 def summary(measured: Unit, measurer: Measurer) -> dict[str, Any]:
@@ -350,3 +596,125 @@ def codec_lines(results: dict[str, Any]) -> list[str]:
                 "budget even at the lowest quality, which was taken."
             )
     return lines
+
+
+# Example pictures: an image, its latent, its reconstructions and their difference.
+
+DIFFERENCE_GAIN = 8
+GRID_COLUMNS = ("original", "decoded", "difference")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One evaluated image; `pictures`: original, decoded, linear, difference and latent."""
+
+    id: str
+    label: str
+    pictures: dict[str, Image.Image]
+
+
+def make_example(id: str, label: str, original: Tensor, decoded: Tensor, linear: Tensor, mean: Tensor) -> Example:
+    """Images (3, h, w) in [-1, 1] and the latent mean (c, h/f, w/f) -> an example."""
+    difference = (DIFFERENCE_GAIN * (decoded - original)).clamp(-1, 1)
+    images = {"original": original, "decoded": decoded, "linear": linear, "difference": difference}
+    pictures = {name: transforms.to_pil(image[None].cpu())[0] for name, image in images.items()}
+    pictures["latent"] = transforms.to_pil(latent_colors(mean)[None].cpu())[0]
+    return Example(id, label, pictures)
+
+
+def latent_colors(latent: Tensor) -> Tensor:
+    """A latent (c, h, w) as a false-color image (3, h, w) in [-1, 1].
+
+    Red, green and blue are its three strongest directions over the channels, each stretched between its 2nd
+    and 98th percentile. Fewer than three channels repeat the last one.
+    """
+    channels = latent.float().flatten(1)
+    channels = channels - channels.mean(dim=1, keepdim=True)
+    _, vectors = torch.linalg.eigh(channels @ channels.T)
+    directions = vectors.flip(1).T[:3]
+    directions = torch.where(directions.sum(dim=1, keepdim=True) < 0, -directions, directions)
+    projected = directions @ channels
+    projected = projected[[min(row, len(projected) - 1) for row in range(3)]]
+    low, high = projected.quantile(torch.tensor([0.02, 0.98], device=latent.device), dim=1, keepdim=True)
+    stretched = (projected - low) / (high - low).clamp_min(1e-6) * 2 - 1
+    return stretched.clamp(-1, 1).view(3, *latent.shape[1:])
+
+
+def example_records(found: list[Example]) -> list[dict[str, Any]]:
+    """What results say of the examples; `files`: the picture's name -> its file."""
+    return [
+        {
+            "id": example.id,
+            "label": example.label,
+            "files": {name: f"{number:02d}_{name}.png" for name in example.pictures},
+        }
+        for number, example in enumerate(found)
+    ]
+
+
+def grid(found: list[Example]) -> Image.Image:
+    """One row per example: original, reconstruction, difference times 8 on gray."""
+    return plain_grid([[example.pictures[name] for name in GRID_COLUMNS] for example in found])
+
+
+# `ldm-vae reconstruct`: pictures of any size from files and folders; keeps names and sizes.
+
+
+def reconstruct_pictures(
+    autoencoder: str,
+    inputs: Sequence[str],
+    output: str,
+    *,
+    size: int | None = None,
+    sample: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Write NAME.png and NAME_beside.png for every picture, and `run.json`.
+
+    Args:
+        inputs: image files and folders; a folder is searched recursively and its structure is kept.
+        size: center crop to size x size; None keeps the original size, whatever it is.
+        sample: decode a posterior sample, drawn by (seed, name), instead of the mean.
+
+    Returns:
+        The reconstructions written, and (name, reason) of the images that could not be decoded.
+
+    Raises:
+        UserError: a missing file or folder, an `output` that is not empty and not `overwrite`, no image.
+    """
+    from tqdm import tqdm
+
+    started = time.time()
+    files = find_pictures(inputs)
+    target = compute_device(device)
+    model = load_autoencoder(autoencoder).to(target)
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder}: is not empty; give another --out, or --overwrite")
+    written: list[Path] = []
+    rejected: list[tuple[str, str]] = []
+    quality: list[float] = []
+    for name, path in tqdm(files, desc="reconstructing", unit="image", dynamic_ncols=True):
+        try:
+            image = decode_image(path.read_bytes())
+        except ImageRejected as error:
+            rejected.append((str(path), str(error)))
+            continue
+        if size is not None:
+            image = resize_center_crop(image, size)
+        original = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(target)
+        noise = generator(seed, "reconstruct", name, device=target) if sample else None
+        decoded = transforms.from_uint8(transforms.to_uint8(model.reconstruct(original, noise)))
+        quality.append(float(psnr(decoded, original)))
+        written.append(folder / f"{name}.png")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        picture = transforms.to_pil(decoded.cpu())[0]
+        picture.save(written[-1])
+        side_by_side([Image.fromarray(image), picture]).save(folder / f"{name}_beside.png")
+    if not written:
+        raise UserError(f"{inputs[0]}: no image could be decoded ({rejected[0][1]}); give other files")
+    figures: dict[str, Any] = {"images": len(written), "mean_psnr_db": round(float(np.mean(quality)), 3)}
+    provenance.write_run_record(folder, None, started, time.time() - started, **figures)
+    return written, rejected

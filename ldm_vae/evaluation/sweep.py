@@ -25,8 +25,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation.measurement import EvaluateConfig
-from ldm_vae.evaluation.reconstruction import RESULTS
+from ldm_vae.evaluation.reconstruction import RESULTS, EvaluateConfig
 from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, read_json
 from ldm_vae.files import write_json, write_text
 
@@ -418,12 +417,10 @@ def measured_speeds(config: TrainVaeConfig) -> list[float]:
 
 
 def _dry_run(config: TrainVaeConfig) -> list[float]:
-    from ldm_vae.autoencoder.training import VaeModel
-    from ldm_vae.training.trainer import dry_run, make_accelerator
+    from ldm_vae.autoencoder.training import train_vae
 
-    accelerator = make_accelerator(config.training)
-    model = VaeModel(config, held_out=None, device=accelerator.device)
-    found = dry_run(model, config.plan(accelerator.num_processes), config.training, accelerator)
+    found = train_vae(config, dry_run=True)
+    assert not isinstance(found, int)
     return [span.samples_per_second for span in found.spans]
 
 

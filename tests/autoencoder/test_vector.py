@@ -11,11 +11,7 @@ from safetensors.torch import load_file
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
-from ldm_vae.autoencoder.models import (
-    AutoencoderConfig,
-    build_autoencoder,
-    load_autoencoder,
-)
+from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.train_config import LatentConfig, Phase, TrainVaeConfig
 from ldm_vae.autoencoder.training import VaeModel
 from ldm_vae.autoencoder.weights import fingerprint
@@ -23,8 +19,7 @@ from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose
-from ldm_vae.evaluation.measurement import EvaluateConfig
-from ldm_vae.evaluation.reconstruction import evaluate
+from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
 from ldm_vae.latents.format import read_manifest
 
 KL = AutoencoderConfig(architecture="vector", preset="digits", latent_channels=2)

@@ -197,8 +197,7 @@ def test_encoding_takes_or_lists_every_file(
 def test_evaluation_measures_or_lists_every_file(
     folder: Path, autoencoder_directory: Path, tmp_path: Path, record_property: Any  # noqa: F811
 ) -> None:  # fmt: skip
-    from ldm_vae.evaluation.measurement import EvaluateConfig
-    from ldm_vae.evaluation.reconstruction import evaluate
+    from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
 
     results = evaluate(
         EvaluateConfig(

@@ -13,8 +13,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.diffusion import fid
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import EvaluateConfig
-from ldm_vae.evaluation.reconstruction import evaluate
+from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import EvaluateConfig, latent_colors
-from ldm_vae.evaluation.reconstruction import evaluate
+from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate, latent_colors
 
 
 def save_autoencoder(path: Path, seed: int = 0) -> Path:

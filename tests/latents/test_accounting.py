@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm_vae import __version__
 from ldm_vae.latents.format import read_manifest, read_sidecar
 from ldm_vae.storage import open_folder
+from ldm_vae.version import __version__
 from tests.data.encoded import encode as image_bytes
 from tests.data.encoded import picture
 from tests.latents.test_encode import contents

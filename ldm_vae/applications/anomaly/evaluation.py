@@ -51,8 +51,8 @@ from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.pages import COLOURS, INK, new_figure, template_environment
-from ldm_vae.evaluation.plots import page_svg
+from ldm_vae.evaluation.pages import template_environment
+from ldm_vae.evaluation.plots import COLORS, INK, new_figure, page_svg
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
 from ldm_vae.utils.markdown import markdown_table
@@ -590,12 +590,12 @@ def auroc_plot(results: Results) -> str:
     figure, (axes,) = new_figure(width=8.6, height=0.8 + 0.26 * len(scores))
     baseline = results["baseline"]["scores"] if results["baseline"] else {}
     for y, (name, score) in enumerate(reversed(scores.items())):
-        axes.plot([score["auroc_low"], score["auroc_high"]], [y, y], color=COLOURS[0], linewidth=2)
-        axes.plot(score["auroc"], y, "o", color=COLOURS[0], markersize=6)
+        axes.plot([score["auroc_low"], score["auroc_high"]], [y, y], color=COLORS[0], linewidth=2)
+        axes.plot(score["auroc"], y, "o", color=COLORS[0], markersize=6)
         if score.get("matched_auroc") is not None:
-            axes.plot(score["matched_auroc"], y, "o", markerfacecolor="none", color=COLOURS[0], markersize=9)
+            axes.plot(score["matched_auroc"], y, "o", markerfacecolor="none", color=COLORS[0], markersize=9)
         if name in baseline:
-            axes.plot(baseline[name]["auroc"], y - 0.25, "s", color=COLOURS[1], markersize=4)
+            axes.plot(baseline[name]["auroc"], y - 0.25, "s", color=COLORS[1], markersize=4)
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (1, 3)))
     axes.set_yticks(range(len(scores)), [score["title"] for score in reversed(scores.values())])
     axes.set_ylim(-0.7, len(scores) - 0.3)

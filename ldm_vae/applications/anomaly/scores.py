@@ -28,6 +28,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
 from ldm_vae.diffusion import flow
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.metrics import ssim_terms
 from ldm_vae.random import generator
 
 FLOW_TIMES = (0.3, 0.5)
@@ -329,9 +330,6 @@ STRIDE = 4
 WINDOW = 3
 """Values that are averaged along each side: 12 pixels, a little more than a latent position at f8."""
 SCALES = 3
-CONTRAST_FLOOR = 0.06**2
-LUMINANCE_FLOOR = 0.02**2
-"""C2 and C1 of SSIM (Wang 2004) for the range -1 to 1."""
 
 
 def of_pixels(values: Tensor) -> Tensor:
@@ -365,14 +363,8 @@ def structural_dissimilarity(images: Tensor, references: Tensor) -> Tensor:
 
 def _similarity(x: Tensor, y: Tensor, with_luminance: bool) -> Tensor:
     """SSIM at every pixel, Gaussian window of 11 pixels and sigma 1.5, borders replicated."""
-    mean_x, mean_y = _local_mean(x), _local_mean(y)
-    variance_x = _local_mean(x * x) - mean_x.square()
-    variance_y = _local_mean(y * y) - mean_y.square()
-    covariance = _local_mean(x * y) - mean_x * mean_y
-    found = (2 * covariance + CONTRAST_FLOOR) / (variance_x + variance_y + CONTRAST_FLOOR)
-    if with_luminance:
-        found = found * (2 * mean_x * mean_y + LUMINANCE_FLOOR) / (mean_x**2 + mean_y**2 + LUMINANCE_FLOOR)
-    return found.clamp(-1, 1)
+    contrast, product, squares = ssim_terms(x, y, _local_mean)
+    return (contrast * product / squares if with_luminance else contrast).clamp(-1, 1)
 
 
 def _local_mean(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import measurement, metrics, pages, plots
-from ldm_vae.evaluation.measurement import code_within
+from ldm_vae.evaluation import baselines, metrics, plots
+from ldm_vae.evaluation.baselines import code_within
 from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
@@ -84,7 +84,7 @@ class CodecBenchConfig:
     resolution: int = 512
     count: int | None = None
     qualities: list[float] = field(default_factory=lambda: [1.0, 10.0, 20.0, 30.0, 45.0, 65.0])
-    codecs: list[str] = field(default_factory=lambda: list(measurement.available_codecs()))
+    codecs: list[str] = field(default_factory=lambda: list(baselines.available_codecs()))
     codec_qualities: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 35, 55, 75, 90])
     perceptual_net: Backbone | None = None
     perceptual_weights: str | None = None
@@ -107,8 +107,8 @@ class CodecBenchConfig:
         if not all(1 <= quality <= 95 for quality in self.codec_qualities):
             raise UserError(f"codec_qualities: {list(self.codec_qualities)} are not all between 1 and 95")
         for codec in self.codecs:
-            if codec not in measurement.available_codecs():
-                available = ", ".join(measurement.available_codecs())
+            if codec not in baselines.available_codecs():
+                available = ", ".join(baselines.available_codecs())
                 raise UserError(f"codecs: {codec!r} cannot be written here; choose among {available}")
         if self.perceptual_weights is not None and self.perceptual_net is None:
             raise UserError("perceptual_weights: has no effect without perceptual_net; set that too")
@@ -182,7 +182,7 @@ class CodecBench(Study):
                 "bytes": "whole files, headers counted; entropy models and autoencoders not",
                 "average": "per image, then mean over images, rates and qualities alike",
                 "lpips": config.perceptual_net,
-                "codecs": {codec: measurement.CODEC_SETTINGS[codec] for codec in config.codecs},
+                "codecs": {codec: baselines.CODEC_SETTINGS[codec] for codec in config.codecs},
                 "versions": {"pillow": PIL.__version__, **provenance.versions()},
             },
             **summarize(measured, config.resolution),
@@ -242,7 +242,7 @@ def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: I
         ours = _measure_ours(measured, config, codecs, compare, name)
         for codec in config.codecs:
             for quality in config.codec_qualities:
-                data = measurement.encode_picture(compare.picture, codec, quality)
+                data = baselines.encode_picture(compare.picture, codec, quality)
                 with Image.open(io.BytesIO(data)) as file:
                     values = compare(np.array(file.convert("RGB")))
                 measured.add(codec, float(quality), {"bytes": float(len(data)), **values})
@@ -553,20 +553,20 @@ def plot(results: Results, metric: str) -> str:
     """The curves of one metric over the rate, as an `<svg>` element."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (axes,) = pages.new_figure(width=6.4, height=4.0)
+    figure, (axes,) = plots.new_figure(width=6.4, height=4.0)
     for number, (codec, points) in enumerate(results["curves"].items()):
         ordered = sorted(points, key=lambda point: point["bits_per_pixel"])
         ours = codec.startswith(OURS)
         axes.plot(
             [point["bits_per_pixel"] for point in ordered], [point[metric] for point in ordered],
-            color=pages.COLOURS[number % len(pages.COLOURS)], marker="o", markersize=3.5,
+            color=plots.COLORS[number % len(plots.COLORS)], marker="o", markersize=3.5,
             linewidth=1.9 if ours else 1.2, linestyle="-" if ours else (0, (4, 2)),
             label=codec.replace("$", r"\$"),  # no formula
         )  # fmt: skip
     sample = results["latent"].get(SAMPLE)
     if sample is not None:
         axes.plot(
-            [sample["kl_bits_per_pixel"]], [sample[metric]], color=pages.INK, marker="D", markersize=5,
+            [sample["kl_bits_per_pixel"]], [sample[metric]], color=plots.INK, marker="D", markersize=5,
             linestyle="none", label="KL, posterior sample",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -575,8 +575,8 @@ def plot(results: Results, metric: str) -> str:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel(METRIC_TITLES[metric])
-    pages.style(axes)
-    pages.legend(axes)
+    plots.style(axes)
+    plots.legend(axes)
     return plots.page_svg(figure, f"{METRIC_TITLES[metric]} over bits per pixel")
 
 

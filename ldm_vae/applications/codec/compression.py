@@ -27,9 +27,9 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
+from ldm_vae.data.folder import find_pictures
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import largest_within
-from ldm_vae.evaluation.reconstruct_images import find_pictures
+from ldm_vae.evaluation.baselines import largest_within
 from ldm_vae.files import write_bytes, write_png
 from ldm_vae.runtime import compute_device
 

@@ -20,10 +20,10 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
+from ldm_vae.data.folder import find_pictures
 from ldm_vae.data.samples import Rejected
 from ldm_vae.data.transforms import pad_to_multiple, resize_center_crop
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.reconstruct_images import find_pictures
 from ldm_vae.files import system_errors_explained, write_png
 from ldm_vae.latents.inspect import choose
 from ldm_vae.runtime import compute_device

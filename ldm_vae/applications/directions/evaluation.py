@@ -37,7 +37,7 @@ from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics, pages
+from ldm_vae.evaluation import metrics, plots
 from ldm_vae.evaluation.metrics import bootstrap_interval
 from ldm_vae.evaluation.pages import Drawing, embed_image, plain_page
 from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
@@ -473,12 +473,12 @@ def matrix_svg(results: dict[str, Any]) -> str:
 
     names, attributes = list(results["changes"]), results["attributes"]
     values = np.array([results["changes"][name] for name in names])
-    figure, (axes,) = pages.new_figure(width=2.6 + 0.42 * len(attributes), height=1.6 + 0.24 * len(names))
+    figure, (axes,) = plots.new_figure(width=2.6 + 0.42 * len(attributes), height=1.6 + 0.24 * len(names))
     axes.grid(False)
-    blue, orange = pages.COLOURS[2], pages.COLOURS[1]
+    blue, orange = plots.COLORS[2], plots.COLORS[1]
     colors = LinearSegmentedColormap.from_list("changes", [blue, "#ffffff", orange])
     axes.imshow(values, cmap=colors, vmin=-1, vmax=1, aspect="auto")
     across, down = ([name.replace("$", r"\$") for name in those] for those in (attributes, names))  # no formulas
     axes.set_xticks(range(len(attributes)), across, rotation=60, ha="right")
     axes.set_yticks(range(len(names)), down)
-    return pages.to_svg(figure, "Change of every attribute by every direction")
+    return plots.to_svg(figure, "Change of every attribute by every direction")

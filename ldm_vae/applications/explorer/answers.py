@@ -28,7 +28,7 @@ from ldm_vae.autoencoder.lineage import RECORD
 from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.data.decoding import ImageRejected, read_regular_file
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.model_card_facts import verdicts
+from ldm_vae.evaluation.model_card import verdicts
 from ldm_vae.evaluation.plots import Curve, autoencoder_panels, read_alarms, read_metrics, thin
 from ldm_vae.evaluation.study import read_json, read_yaml
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.applications.codec.bench import SELF_FITTED, CodecBenchConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.measurement import encode_picture
+from ldm_vae.evaluation.baselines import encode_picture
 
 
 @pytest.fixture(scope="module")

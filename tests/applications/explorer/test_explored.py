@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldm_vae import config as configuration
+from ldm_vae.applications.directions import fitting
 from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored as module
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
@@ -183,7 +184,7 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
     found = Directions(
         [], open_explored(kl, ExploreConfig(data="synthetic", **SMALL)).autoencoder.encoder_fingerprint(), {}, {}
     )
-    monkeypatch.setattr(module, "load_directions", lambda place: found)
+    monkeypatch.setattr(fitting, "load_directions", lambda place: found)
     config = ExploreConfig(data="synthetic", directions=str(tmp_path), **SMALL)
     first, second = open_two(kl, other, config)
     assert first.directions is found

@@ -12,8 +12,9 @@ from PIL import Image
 from ldm_vae import cli
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.data import transforms
+from ldm_vae.data.folder import find_pictures
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.reconstruct_images import find_pictures, reconstruct_pictures
+from ldm_vae.evaluation.reconstruction import reconstruct_pictures
 
 
 @pytest.fixture(scope="module")

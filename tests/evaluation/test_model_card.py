@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.evaluation import model_card_facts
+from ldm_vae.evaluation import model_card
 from ldm_vae.evaluation.model_card import CardConfig, push, worst_window, write_card
 
 CONFIG = """
@@ -170,7 +170,7 @@ def test_one_image_is_one_image():
     results = evaluation("sha256:0")
     results["protocol"]["images"]["count"] = 1
     results["rejected"] = [["torn.png", "truncated"]]
-    sentences = model_card_facts.evaluation_facts(results)["sentences"]
+    sentences = model_card.evaluation_facts(results)["sentences"]
     assert sentences[0].startswith("1 image (held_out) of flowers")
     assert sentences[-1] == "Left out: 1 image that could not be read."
 
@@ -248,9 +248,7 @@ def test_a_stock_class_gets_stock_instructions_and_a_codebook_no_false_rate(tmp_
     assert 'AutoencoderKL.from_pretrained("DIRECTORY")' in path.read_text()
     assert ModelCard(path.read_text()).data.library_name == "diffusers"
     record = {"kind": "vq", "rate": {"final_beta": 1.0}, "held_out": {"held_out/nats_per_dim": 400.0}}
-    assert model_card_facts.rate_sentences(record, {}, 8, 4) == [
-        "Of kind vq: beta weighs no divergence of a posterior."
-    ]
+    assert model_card.rate_sentences(record, {}, 8, 4) == ["Of kind vq: beta weighs no divergence of a posterior."]
 
 
 def test_a_model_of_one_size_is_told_so(tmp_path):
@@ -264,9 +262,9 @@ def test_a_model_of_one_size_is_told_so(tmp_path):
 
 def test_a_rate_of_an_earlier_run_is_said_to_be_one():
     record = {"rate": {"mode": "target", "target_nats": 2.5}, "initial": {"train": ["decoder"]}}
-    assert model_card_facts.rate_sentences(record, {}, 8, 4)[0].startswith("The last run trained the decoder alone")
+    assert model_card.rate_sentences(record, {}, 8, 4)[0].startswith("The last run trained the decoder alone")
     record["initial"] = {"train": ["encoder", "decoder"]}
-    assert model_card_facts.rate_sentences(record, {}, 8, 4)[0].startswith("Controlled towards 2.5")
+    assert model_card.rate_sentences(record, {}, 8, 4)[0].startswith("Controlled towards 2.5")
 
 
 def test_the_upload_is_the_directory_and_only_when_asked(run, monkeypatch, capsys):
@@ -299,29 +297,29 @@ def test_the_hub_dataset_is_named_only_where_there_is_one(tmp_path, monkeypatch)
     def config(source, name):
         return {"data": {"source": source, "datasets": {"name": name}}}
 
-    assert model_card_facts.hub_dataset(config("datasets", "nlphuji/flickr30k")) == "nlphuji/flickr30k"
-    assert model_card_facts.hub_dataset(config("datasets", "imagefolder")) is None
-    assert model_card_facts.hub_dataset(config("folder", "nlphuji/flickr30k")) is None
+    assert model_card.hub_dataset(config("datasets", "nlphuji/flickr30k")) == "nlphuji/flickr30k"
+    assert model_card.hub_dataset(config("datasets", "imagefolder")) is None
+    assert model_card.hub_dataset(config("folder", "nlphuji/flickr30k")) is None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local" / "set").mkdir(parents=True)
-    assert model_card_facts.hub_dataset(config("datasets", "local/set")) is None
+    assert model_card.hub_dataset(config("datasets", "local/set")) is None
 
 
 def test_settings_that_the_command_does_not_name_can_be_typed_after_it():
     settings = {"data.source": "folder", "loss.mse": 2.0, "adversarial.loss": "hinge", "repeat": {"a/*.x": 2}}
     settings |= {"phases": [{"steps": 7, "crop": 64}], "training.learning_rate": 1e-05, "data.include": ["a b/*"]}
     record = {"command": ["train-vae", "mine.yaml", "loss.mse=2", "data.include=[a b/*]"], "settings": settings}
-    words = shlex.split(model_card_facts.earlier_run(record, None)["settings"])
+    words = shlex.split(model_card.earlier_run(record, None)["settings"])
     assert [word.partition("=")[0] for word in words] == [
         "data.source", "adversarial.loss", "repeat", "phases", "training.learning_rate",
     ]  # fmt: skip
     found = configuration.load(TrainVaeConfig, None, ["output=x", "data.path=y", *words])
     assert found.phases == [Phase(steps=7, crop=64)]
     assert (found.repeat, found.training.learning_rate, found.adversarial.loss) == ({"a/*.x": 2}, 1e-05, "hinge")
-    assert model_card_facts.unnamed_settings({"data.path": "x", "loss.l1": 2.0}, ["data={path: x}", "loss.l=1"]) == {
+    assert model_card.unnamed_settings({"data.path": "x", "loss.l1": 2.0}, ["data={path: x}", "loss.l=1"]) == {
         "loss.l1": 2.0
     }
-    assert model_card_facts.earlier_run({"command": ["train-vae"]}, None)["settings"] == ""
+    assert model_card.earlier_run({"command": ["train-vae"]}, None)["settings"] == ""
 
 
 SOURCES = """
@@ -333,25 +331,25 @@ SOURCES = """
 def test_credits_as_a_list_become_a_table_and_what_lacks_a_licence_is_refused(tmp_path):
     path = tmp_path / "sources.yaml"
     path.write_text(SOURCES)
-    assert model_card_facts.read_credits(str(path)).splitlines()[2:] == [
+    assert model_card.read_credits(str(path)).splitlines()[2:] == [
         "| [meadow](https://example.org/meadow) | 120 | CC0 | A. Person |",
         "| hill | 7 | CC BY 4.0 | B. Person / C. Person |",
     ]
     for wrong in ("- {name: a, images: 1, credits: b}", "name: a", "[", "- 3", "- {name: a, images: 1, x: 2}"):
         path.write_text(wrong)
         with pytest.raises(UserError, match=r"--data-credits: .*sources.yaml is not "):
-            model_card_facts.read_credits(str(path))
+            model_card.read_credits(str(path))
 
 
 def test_energy_is_a_guess_that_says_how_and_of_an_accelerator_only_with_its_power():
     run = {"seconds": 7200, "device": "cuda:0", "versions": {"machine": "Abacus 1, 16 cores"}}
-    assert model_card_facts.energy_sentence(run, None) is None
-    assert model_card_facts.energy_sentence(run, 700).endswith("2.00 hours x 700 W = 1.400 kWh.")
-    assert model_card_facts.energy_sentence(run | {"device": "cpu"}, None).endswith("16 cores x 10 W = 0.320 kWh.")
-    assert model_card_facts.energy_sentence(run, 700, "runs/first").endswith(
+    assert model_card.energy_sentence(run, None) is None
+    assert model_card.energy_sentence(run, 700).endswith("2.00 hours x 700 W = 1.400 kWh.")
+    assert model_card.energy_sentence(run | {"device": "cpu"}, None).endswith("16 cores x 10 W = 0.320 kWh.")
+    assert model_card.energy_sentence(run, 700, "runs/first").endswith(
         "That of runs/first, which it started from, comes on top."
     )
-    assert model_card_facts.energy_sentence({}, 700) is None
+    assert model_card.energy_sentence({}, 700) is None
 
 
 @pytest.mark.parametrize("watts", ["0", "-5", "nan", "inf"])
@@ -362,7 +360,7 @@ def test_what_is_no_power_is_refused(watts, capsys, tmp_path):
 
 def test_what_started_from_another_model_has_its_architecture_not_that_of_the_settings():
     settings = {"autoencoder": {"preset": "nano"}, "initial": "runs/first", "train": ["decoder"]}
-    assert model_card_facts.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
+    assert model_card.training_rows(settings, {}) == [("started from", "runs/first; trained: ['decoder']")]
 
 
 def test_what_many_channels_share_is_said_once():
@@ -370,21 +368,19 @@ def test_what_many_channels_share_is_said_once():
         {"name": "non_gaussian", "severity": "info", "channel": c, "sentence": f"non_gaussian (info): channel {c}, x."}
         for c in (1, 4, 5)
     ]
-    told = model_card_facts.verdicts(
-        {"verdicts": [*several, {"name": "grid", "severity": "warn", "sentence": "A grid."}]}
-    )
+    told = model_card.verdicts({"verdicts": [*several, {"name": "grid", "severity": "warn", "sentence": "A grid."}]})
     assert [each["sentence"] for each in told] == ["A grid.", "channel 1, x. Likewise channels 4, 5."]
 
 
 def test_an_earlier_run_is_told_with_its_command_time_and_energy():
     versions = {"machine": "Abacus 1, 16 cores", "commit": "abc"}
     record = {"name": "first", "command": ["ldm-vae", "x=a b"], "started": "2026-11-21T23:00", "seconds": 7200}
-    told = model_card_facts.earlier_run(record | {"steps": 6400, "device": "cpu", "versions": versions}, None)
+    told = model_card.earlier_run(record | {"steps": 6400, "device": "cpu", "versions": versions}, None)
     assert told["title"] == "first"
     assert told["command"] == "ldm-vae 'x=a b'"
     assert told["sentence"].startswith("2026-11-21: 6,400 steps, 2:00:00 (h:mm:ss) on Abacus 1, 16 cores, commit abc.")
     assert told["sentence"].endswith("= 0.320 kWh.")
-    assert "not recorded" in model_card_facts.earlier_run({"name": "first"}, None)["sentence"]
+    assert "not recorded" in model_card.earlier_run({"name": "first"}, None)["sentence"]
 
 
 def shown_evaluation(folder, identity: str, count: int) -> None:
