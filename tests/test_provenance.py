@@ -50,7 +50,7 @@ def test_the_command_is_recorded_as_typed(argv: list[str], recorded: list[str]) 
 def test_the_commit_is_recorded_only_for_a_tracked_package(tmp_path: Path) -> None:
     package = tmp_path / "ldm_vae"
     package.mkdir()
-    for name in ("__init__.py", "errors.py", "files.py", "provenance.py", "redaction.py"):
+    for name in ("__init__.py", "errors.py", "files.py", "provenance.py", "redaction.py", "version.py"):
         shutil.copy(Path(ldm_vae.__file__).parent / name, package / name)
     ask = [sys.executable, "-c", "from ldm_vae import provenance; print(provenance.versions().get('commit'))"]
 
