@@ -27,8 +27,7 @@ from ldm_vae.latents.writer import READERS
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.storage.base import is_url
 from ldm_vae.training.loader import GlobalOrder as GlobalOrder
-from ldm_vae.training.loader import Order as Order
-from ldm_vae.training.loader import permuted, round_keys
+from ldm_vae.training.loader import Order, permuted, round_keys
 
 MOST_OPEN_SHARDS = 1 << 14
 """Mapped at once by a process; the kernel allows it about 65,000 mappings in all."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.config import to_dict
-from ldm_vae.errors import DISK_FULL, UserError
+from ldm_vae.errors import DISK_FULL, FolderLocked, UserError
 from ldm_vae.latents import format as manifests
 from ldm_vae.latents.format import (
     INDEX_NAME,
@@ -121,7 +121,7 @@ class Output:
                 try:
                     held.enter_context(self.folder.lock(PLAN_LOCK))
                     break
-                except UserError:
+                except FolderLocked:
                     if attempt == PLAN_ATTEMPTS - 1:
                         raise
                     time.sleep(PLAN_PAUSE_SECONDS)

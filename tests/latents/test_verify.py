@@ -297,7 +297,7 @@ def test_values_that_cannot_be_are_found_under_right_checksums(copy, monkeypatch
     write_again(copy, 1, label=shard["label"], index=indices)
     assert "source indices are out of order" in verify(copy).findings[0].message
     moments[3, 2, 1, 1] = np.nan
-    monkeypatch.setattr("ldm_vae.latents.normalizer.channel_sums", lambda *_: np.ones((3, 3)))
+    monkeypatch.setattr("ldm_vae.latents.shard.channel_sums", lambda *_: np.ones((3, 3)))
     write_again(copy, 1, index=shard["index"], moments=moments)
     monkeypatch.undo()
     finding = verify(copy).findings[0]
@@ -306,7 +306,7 @@ def test_values_that_cannot_be_are_found_under_right_checksums(copy, monkeypatch
 
 
 def test_wrong_sums_and_ids_that_are_there_twice(copy, monkeypatch):
-    monkeypatch.setattr("ldm_vae.latents.normalizer.channel_sums", lambda *_: np.ones((3, 3)))
+    monkeypatch.setattr("ldm_vae.latents.shard.channel_sums", lambda *_: np.ones((3, 3)))
     write_again(copy, 1)
     monkeypatch.undo()
     assert "its sums are not those" in only(verify(copy)).message
