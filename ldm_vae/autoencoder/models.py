@@ -161,14 +161,14 @@ def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> 
 
 
 def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, see `inference`.
+    """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, channels_last.
 
     A run directory of `train-vae` works too: its `autoencoder/` is taken. Weights come from safetensors only.
     diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
 
     Raises:
         UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1], or a damaged one:
-            see `seal` and `weights`.
+            see `files` and `weights`.
     """
     directory = Path(path)
     could_be_on_the_hub = str(path).count("/") == 1 and not str(path).startswith(".") and not directory.parent.is_dir()
@@ -178,7 +178,7 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Au
         found = model_directory(directory)
         if found is None:
             raise UserError(
-                f"{directory}: holds no config.json, so it is no autoencoder; "
+                f"{directory}: holds no config.json, so it is not an autoencoder; "
                 "a finished training run has one in RUN/autoencoder"
             )
         path = found
@@ -246,5 +246,7 @@ def _model_class(path: str | Path) -> Any:
         )
     model_class = getattr(diffusers, name, None)
     if not name.startswith("Autoencoder") or model_class is None:
-        raise UserError(f"{path}/config.json: _class_name {name!r} is no autoencoder of this package or of diffusers")
+        raise UserError(
+            f"{path}/config.json: _class_name {name!r} is not an autoencoder of this package or of diffusers"
+        )
     return model_class

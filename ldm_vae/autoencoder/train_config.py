@@ -78,13 +78,13 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale_equivariance <= 1:
-            raise UserError(f"latents.scale_equivariance: {self.scale_equivariance} is no share; 0.35 is usual")
+            raise UserError(f"latents.scale_equivariance: {self.scale_equivariance} is not a share; 0.35 is usual")
         if not self.scales or not all(0 < scale < 1 for scale in self.scales):
             raise UserError(f"latents.scales: {list(self.scales)} are not factors between 0 and 1")
         if not 0 <= self.decoder_noise <= 2:
             raise UserError(f"latents.decoder_noise: {self.decoder_noise} is not between 0 and 2; 0.2 is usual")
         if any(count < 1 for count in self.nested):
-            raise UserError(f"latents.nested: {list(self.nested)} are no channel counts")
+            raise UserError(f"latents.nested: {list(self.nested)} are not channel counts")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class TrainVaeConfig:
         if not self.phases:
             raise UserError("phases: at least one is needed")
         if any(times < 1 for times in self.repeat.values()):
-            raise UserError(f"repeat: {dict(self.repeat)} are no counts from 1 on; data.include leaves images out")
+            raise UserError(f"repeat: {dict(self.repeat)} are not counts from 1 on; data.include leaves images out")
         if self.repeat and self.data.streaming:
             raise UserError("repeat: has no effect on a stream; leave it out")
         if self.initial is not None and self.autoencoder != AutoencoderConfig():

@@ -265,7 +265,7 @@ class VaeModel:
         """Raises: UserError for sizes that the autoencoder cannot take, and for channel counts that it has not."""
         for phase in self.config.phases:
             if phase.crop % self.factor:
-                raise UserError(f"phases: crop {phase.crop} is no multiple of {self.factor}, the downsampling")
+                raise UserError(f"phases: crop {phase.crop} is not a multiple of {self.factor}, the downsampling")
         for phase in self.config.phases:
             self.autoencoder.check_side("phases: crop", phase.crop)
         self.autoencoder.check_side("held_out_resolution:", self.config.held_out_resolution)

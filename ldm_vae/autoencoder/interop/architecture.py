@@ -57,7 +57,7 @@ class Architecture:
         odd = [width for width in self.widths if width % NORM_GROUPS]
         if odd:
             raise UserError(
-                f"architecture: widths {', '.join(map(str, self.widths))} are no multiples of {NORM_GROUPS}, the "
+                f"architecture: widths {', '.join(map(str, self.widths))} are not multiples of {NORM_GROUPS}, the "
                 "GroupNorm groups of the CompVis layout; such a model cannot be expressed in it"
             )
         if not self.is_quantized and self.z_channels != self.embed_dim:
@@ -269,7 +269,7 @@ def from_diffusers(class_name: str, config: Mapping[str, Any]) -> Architecture:
     widths = tuple(config["block_out_channels"])
     if any(width % widths[0] for width in widths):
         raise UserError(
-            f"{class_name}.block_out_channels: {widths} are no multiples of the first, which CompVis demands"
+            f"{class_name}.block_out_channels: {widths} are not multiples of the first, which CompVis demands"
         )
     if [kind == ATTENTION_DOWN for kind in down] != [kind == ATTENTION_UP for kind in up]:
         raise UserError(

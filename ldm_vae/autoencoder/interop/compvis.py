@@ -137,14 +137,14 @@ def read_settings(path: Path) -> CompVisSettings:
     values = configuration.read_yaml(path)
     parameters = _mapping(_mapping(values, "model"), "params")
     if not parameters:
-        raise UserError(f"{path}: has no model.params, so it is no LDM configuration; leave --config out")
+        raise UserError(f"{path}: has no model.params, so it is not an LDM configuration; leave --config out")
     stage = _mapping(_mapping(parameters, "first_stage_config"), "params") or parameters
     scale = parameters.get("scale_factor", values.get("scale_factor"))
     resolution = _mapping(stage, "ddconfig").get("resolution")
     try:
         return CompVisSettings(None if scale is None else float(scale), None if resolution is None else int(resolution))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: scale_factor {scale!r} or resolution {resolution!r} is no number") from error
+        raise UserError(f"{path}: scale_factor {scale!r} or resolution {resolution!r} is not a number") from error
 
 
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         check_tensor_file(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is no readable safetensors file ({error}); fetch it again") from error
+        raise UserError(f"{path}: is not a readable safetensors file ({error}); fetch it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -240,12 +240,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path}: is a pickle with more than tensors in it ({what}which loading could run as code), so it "
                 "is not opened; get the .safetensors version of the model"
             ) from error
-        raise UserError(f"{path}: is no readable checkpoint ({_first_line(error)}); fetch it again") from error
+        raise UserError(f"{path}: is not a readable checkpoint ({_first_line(error)}); fetch it again") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, no dictionary of tensors; save its state_dict()")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors; save its state_dict()")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if not _has_all_its_numbers(tensor):
@@ -259,7 +259,7 @@ def _check_unpacked_size(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError):
-        return  # the format before torch 1.6 is no archive
+        return  # the format before torch 1.6 is not an archive
     if unpacked > path.stat().st_size:
         raise UserError(f"{path}: unpacks to {unpacked} bytes, more than it has; fetch it again")
 

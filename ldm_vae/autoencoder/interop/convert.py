@@ -32,6 +32,7 @@ from ldm_vae.autoencoder.interop.compvis import (
     open_autoencoder,
     tensors_from_model,
 )
+from ldm_vae.autoencoder.lineage import RECORD as TRAINING
 from ldm_vae.autoencoder.weights import architecture
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_atomically, write_json, write_text
@@ -40,7 +41,6 @@ Target = Literal["diffusers", "compvis", "onnx", "torchscript"]
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORD = "conversion.json"
-TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         if self.to not in get_args(Target) or self.precision not in get_args(Precision):
-            raise UserError(f"convert: {self.to}, {self.precision} is no known target and precision")
+            raise UserError(f"convert: {self.to}, {self.precision} is not a known target and precision")
         if self.prefix and self.to != "compvis":
             raise UserError("--prefix: has an effect with --to compvis only; leave it out")
         if self.prefix and not self.prefix.endswith("."):
@@ -135,7 +135,7 @@ def convert(
 
 
 def check_target(target: Path, source: str, overwrite: bool, is_file: bool = False) -> None:
-    """Raises: UserError where `target` may not be written: what stands there is no conversion, or not to be replaced.
+    """Raises: UserError where `target` may not be written: what stands there is not a conversion, or not to be replaced.
 
     `is_file`: the target is a file with a YAML of the same name, not a directory.
     """
@@ -258,14 +258,13 @@ def export_runtime(
     _check_exportable(autoencoder)
     if size < 2 * factor or size % factor:
         raise UserError(
-            f"--size: {size} is no multiple of {factor} from {2 * factor} on; use {max(2, size // factor) * factor}"
+            f"--size: {size} is not a multiple of {factor} from {2 * factor} on; use {max(2, size // factor) * factor}"
         )
     if format == "onnx":
         _require_onnx(precision)
     identity = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autoencoder = autoencoder.to(memory_format=torch.contiguous_format)
-    model = nn.Module.to(autoencoder, dtype)  # the one of diffusers warns of nothing
+    model = nn.Module.to(autoencoder, DTYPES[precision])  # the one of diffusers warns of nothing
     graphs: dict[str, nn.Module] = {"encoder": EncoderGraph(model).eval(), "decoder": DecoderGraph(model).eval()}
     sides = [(size, size), (size + factor, 2 * factor)]
     images = [_example(n, 3, *side) for n, side in zip((2, 1), sides)]

@@ -181,8 +181,8 @@ def test_files_that_are_no_compvis_autoencoder_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.ckpt")
     for name, message in {
         "none.ckpt": "no such file",
-        "text.ckpt": "no readable checkpoint|pickle",
-        "text.safetensors": "no readable safetensors file",
+        "text.ckpt": "not a readable checkpoint|pickle",
+        "text.safetensors": "cannot be read as a safetensors file",
         "unet.safetensors": "no CompVis autoencoder in it",
         "diffusers.safetensors": "names of a diffusers model; give its directory",
         "list.ckpt": "holds a list, no dictionary",
@@ -204,7 +204,7 @@ def test_the_scaling_factor_comes_from_a_configuration_that_states_it_and_from_n
     assert (model.config.scaling_factor, model.config.sample_size) == (0.18215, 512)
     assert not notes
     (tmp_path / "other.yaml").write_text("a: 1")
-    with pytest.raises(UserError, match="no LDM configuration"):
+    with pytest.raises(UserError, match="not an LDM configuration"):
         load_compvis(tmp_path / "model.safetensors", tmp_path / "other.yaml")
 
 
