@@ -242,10 +242,12 @@ def _load_backbone(network: Any, path: Path, net: Backbone) -> None:
     }  # "slice2.3.squeeze.weight" -> "3..."
     if wanted.keys() - tensors.keys():
         missing = sorted(wanted.keys() - tensors.keys())[0]
-        raise UserError(f"perceptual_weights={path}: lacks {missing!r}; it is not a {_BACKBONE_NAMES[net]} backbone")
+        raise UserError(
+            f"perceptual_weights={path}: lacks {missing!r}; it is not the backbone of {_BACKBONE_NAMES[net]}"
+        )
     try:
         network.net.load_state_dict({wanted[key]: tensors[key] for key in wanted})
     except RuntimeError as error:
         raise UserError(
-            f"perceptual_weights={path}: a tensor has another shape; it is not a {_BACKBONE_NAMES[net]}"
+            f"perceptual_weights={path}: a tensor has another shape; it is not the backbone of {_BACKBONE_NAMES[net]}"
         ) from error

@@ -265,5 +265,5 @@ def test_an_autoencoder_of_one_size_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"one image size only .* autoencoder\.kind=frozen"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "VQModell"}')
-    with pytest.raises(UserError, match="no autoencoder"):
+    with pytest.raises(UserError, match="not an autoencoder"):
         load_autoencoder(tmp_path)

@@ -147,7 +147,7 @@ def test_a_directory_without_a_model_is_refused_with_advice(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         load_autoencoder(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"_class_name": "os.system"}')
-    with pytest.raises(UserError, match="no autoencoder"):
+    with pytest.raises(UserError, match="not an autoencoder"):
         load_autoencoder(tmp_path)
 
 

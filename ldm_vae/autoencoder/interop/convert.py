@@ -135,7 +135,7 @@ def convert(
 
 
 def check_target(target: Path, source: str, overwrite: bool, is_file: bool = False) -> None:
-    """Raises: UserError where `target` may not be written: what stands there is not a conversion, or not to be replaced.
+    """Raises: UserError where `target` may not be written: it is not a conversion, or not to be replaced.
 
     `is_file`: the target is a file with a YAML of the same name, not a directory.
     """
