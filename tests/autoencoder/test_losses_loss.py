@@ -75,7 +75,7 @@ def test_lpips_is_finite_on_constant_images(random_backbone):
 def test_missing_or_wrong_backbone_weights_are_refused(tmp_path, random_backbone):
     with pytest.raises(UserError, match="no such file"):
         LPIPS("squeeze", str(tmp_path / "none.safetensors"))
-    with pytest.raises(UserError, match="not a backbone of alexnet"):
+    with pytest.raises(UserError, match="not the backbone of alexnet"):
         LPIPS("alex", str(random_backbone))
     (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
