@@ -8,7 +8,6 @@ hold the results. A rerun continues. Several launches may share the folder: a po
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import re
@@ -24,10 +23,11 @@ from typing import Any, ClassVar, Literal
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
-from ldm_vae.errors import EXIT_INTERRUPTED, UserError
+from ldm_vae.errors import EXIT_INTERRUPTED, FolderLocked, UserError
 from ldm_vae.evaluation.reconstruction import RESULTS, EvaluateConfig
 from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, read_json
 from ldm_vae.files import write_json, write_text
+from ldm_vae.storage import open_folder
 
 DIAGNOSED_IMAGES = 256
 
@@ -361,26 +361,19 @@ def _finished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def point_lock(folder: Path) -> Iterator[bool]:
-    """Whether this launch got the point; held until the block ends, released by the system if the process dies."""
-    with open(folder / "point.lock", "a+") as file:
+    """Whether this launch got the point: until the block ends no other one does."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(open_folder(folder).lock("point.lock"))
+        except FolderLocked:
             yield False
             return
         yield True
 
 
 def is_training(run: Path) -> bool:
-    """Whether some process holds the run's own lock."""
-    if not (run / "run.lock").is_file():
-        return False
-    with open(run / "run.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    """Whether a process has the run's own lock."""
+    return open_folder(run).holder(provenance.RUN_LOCK) is not None
 
 
 def steps_for(point: Point, seconds: float, speeds: Callable[[TrainVaeConfig], list[float]] | None = None) -> int:
