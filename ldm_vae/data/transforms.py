@@ -105,7 +105,7 @@ def preprocessing_record(size: int | tuple[int, int]) -> dict[str, Any]:
         "version": 1,
         "height": height,
         "width": width,
-        "fit": "cover, center crop",
+        "fit": "cover, centre crop",
         "filter": "lanczos, antialiased, 8-bit",
         "colour": "sRGB",
         "alpha": "on white",

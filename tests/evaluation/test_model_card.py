@@ -55,7 +55,7 @@ def evaluation(identity: str) -> dict:
         "autoencoder": {"fingerprint": identity},
         "protocol": {
             "images": {"fingerprint": "f00d", "part": "held_out", "count": 17},
-            "preprocessing": {"fit": "cover, center crop", "filter": "lanczos"},
+            "preprocessing": {"fit": "cover, centre crop", "filter": "lanczos"},
             "resolution": 256,
             "range": "8-bit round trip of every reconstruction",
             "average": "per image, then mean over images",
