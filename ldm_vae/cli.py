@@ -1,50 +1,269 @@
-"""`ldm-vae COMMAND ...`: finds the command, runs it, and turns a user's error into one line and exit code 2."""
+"""`ldm-vae COMMAND [recipe.yaml] [subject] [key=value ...]`: one grammar for every command, from one table.
+
+A command is a config dataclass and a function `f(config, *, overwrite=False, ...)`. Settings, their help and the check
+of their names come from the dataclass's source (see `schema`), so that a wrong word is refused before a model library
+is imported. A user's error becomes one line and exit code 2.
+"""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import importlib
 import io
+import os
+import re
+import signal
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from types import ModuleType
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ldm_vae.runtime import reuse_freed_memory
-from ldm_vae.version import __version__
+from ldm_vae import schema
 
-COMMANDS = {
-    "demo": "demo",
-    "train-vae": "train_vae",
-    "encode": "encode",
-    "latents": "latents",
-    "train-diffusion": "train_diffusion",
-    "ema": "ema",
-    "generate": "generate",
-    "reconstruct": "reconstruct",
-    "evaluate": "evaluate",
-    "frontier": "frontier",
-    "compare": "compare",
-    "diagnose": "diagnose",
-    "codec-fit": "codec_fit",
-    "compress": "compress",
-    "decompress": "decompress",
-    "codec-bench": "codec_bench",
-    "directions": "directions",
-    "interpolate": "interpolate",
-    "explore": "explore",
-    "anomaly": "anomaly",
-    "synth": "synth",
-    "report": "report",
-    "convert": "convert",
-    "card": "card",
+
+@dataclass(frozen=True)
+class Command:
+    """One command or tool.
+
+    Attributes:
+        line: what it does, for the overview.
+        config: `module:Class` of its settings.
+        function: `module:function` that does the work.
+        subjects: the settings that positional arguments are, the first being the subject; a last one that is a list
+            takes all that are left.
+        names: its word for a setting -> the setting, where saved files know that by another name.
+        output: the default of `output`, below the subject.
+        prints: the file of the output folder whose text is printed at the end.
+        failed: `module:function` that says of the result whether the exit code is 1; with `strict` only on --strict.
+        interruptible: SIGTERM is taken as Ctrl-C, so that what it has launched saves and leaves.
+    """
+
+    line: str
+    config: str
+    function: str
+    subjects: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    output: str | None = None
+    prints: str | None = None
+    failed: str | None = None
+    strict: bool = False
+    interruptible: bool = False
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Words without a value -> meaning."""
+        found = {
+            "overwrite": "replace a result of other settings",
+            "dry-run": "check everything and say what would be done; write nothing",
+            "print-config": "print the resolved settings and leave",
+        }
+        if self.strict:
+            found["strict"] = "exit code 1 when a verdict is of severity fail"
+        return found
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "see it work: your images through the shipped models, on one page",
+        "applications.demo:DemoConfig", "applications.demo:demo", ("images",),
+        {"model": "pipeline", "resolution": "size"},
+    ),
+    "train-vae": Command(
+        "train an autoencoder on images",
+        "autoencoder.train_config:TrainVaeConfig", "autoencoder.training:train_vae", ("data",),
+    ),
+    "encode": Command(
+        "encode images into latent shards",
+        "latents.encode:EncodeConfig", "latents.encode:encode_dataset", ("autoencoder",),
+    ),
+    "latents info": Command(
+        "show what a set is and where it comes from",
+        "latents.inspect:InfoConfig", "latents.inspect:show_info", ("latents",),
+    ),
+    "latents verify": Command(
+        "find damage in a set, and the samples that it affects",
+        "latents.verify:VerifyConfig", "latents.verify:verify_latents", ("latents",),
+    ),
+    "latents repair": Command(
+        "make damaged and missing shards again",
+        "latents.repair:RepairConfig", "latents.repair:repair_latents", ("autoencoder",),
+    ),
+    "latents append": Command(
+        "encode the images that a set does not hold yet",
+        "latents.append:AppendConfig", "latents.append:append_images", ("autoencoder",),
+    ),
+    "latents stats": Command(
+        "what the latents, codes and labels look like; plots",
+        "latents.stats:StatsConfig", "evaluation.latent_set_page:show_statistics", ("latents",),
+        {"count": "samples"},
+    ),
+    "latents decode": Command(
+        "decode samples into a contact sheet",
+        "latents.inspect:DecodeConfig", "latents.inspect:decode_latents", ("latents",),
+    ),
+    "latents export": Command(
+        "write them as parquet (datasets) or tar (webdataset)",
+        "latents.export:ExportConfig", "latents.export:export_latents", ("latents", "output"),
+    ),
+    "latents import": Command(
+        "make a set of another project's latents (LightningDiT)",
+        "latents.import_lightningdit:ImportConfig", "latents.import_lightningdit:import_latents", ("source", "output"),
+    ),
+    "train-diffusion": Command(
+        "train a latent U-Net on latent shards",
+        "diffusion.training:TrainDiffusionConfig", "diffusion.training:train_diffusion", ("latents",),
+    ),
+    "generate": Command(
+        "generate images with a trained latent diffusion model",
+        "diffusion.generation:GenerateConfig", "diffusion.generation:generate", ("model",),
+        {"resolution": "size", "latents": "neighbours"},
+    ),
+    "reconstruct": Command(
+        "encode and decode pictures, original beside reconstruction",
+        "evaluation.reconstruct_images:ReconstructConfig", "evaluation.reconstruct_images:reconstruct_images",
+        ("autoencoder", "images"),
+    ),
+    "evaluate": Command(
+        "measure reconstructions: PSNR, SSIM, LPIPS, rate; baselines, KID and FID",
+        "evaluation.measurement:EvaluateConfig", "evaluation.reconstruction:evaluate", ("autoencoder",),
+    ),
+    "frontier": Command(
+        "train at several rates and draw rate against distortion",
+        "evaluation.rate_distortion:FrontierConfig", "evaluation.rate_distortion:frontier",
+        prints="frontier.md", failed="evaluation.sweep:has_failed", interruptible=True,
+    ),
+    "compare": Command(
+        "train several kinds of autoencoder and compare them",
+        "evaluation.comparison:CompareConfig", "evaluation.comparison:compare",
+        prints="comparison.md", failed="evaluation.sweep:has_failed", interruptible=True,
+    ),
+    "diagnose": Command(
+        "the health report: collapse, dead channels, smuggling, grids; with causes and cures",
+        "evaluation.diagnosis:DiagnoseConfig", "evaluation.diagnosis:diagnose", ("autoencoder",),
+        output="health", failed="evaluation.diagnosis:failed", strict=True,
+    ),
+    "compress": Command(
+        "compress pictures into small files",
+        "applications.codec.compression:CompressConfig", "applications.codec.compression:compress", ("images",),
+    ),
+    "decompress": Command(
+        "decompress files of compress into pictures",
+        "applications.codec.compression:DecompressConfig", "applications.codec.compression:decompress", ("files",),
+    ),
+    "codec fit": Command(
+        "fit an entropy model to latents: smaller compressed pictures",
+        "applications.codec.fitting:CodecFitConfig", "applications.codec.fitting:fit_codec", ("autoencoder",),
+    ),
+    "codec compress": Command(
+        "compress pictures into small files",
+        "applications.codec.compression:CompressConfig", "applications.codec.compression:compress", ("images",),
+    ),
+    "codec decompress": Command(
+        "decompress files of compress into pictures",
+        "applications.codec.compression:DecompressConfig", "applications.codec.compression:decompress", ("files",),
+    ),
+    "codec bench": Command(
+        "measure the codec against JPEG, WebP and AVIF",
+        "applications.codec.bench:CodecBenchConfig", "applications.codec.bench:bench_codec", ("autoencoder",),
+    ),
+    "directions fit": Command(
+        "find directions, with attributes and without",
+        "applications.directions.fitting:FitDirectionsConfig", "applications.directions.fitting:fit_directions",
+        ("autoencoder",),
+    ),
+    "directions apply": Command(
+        "move pictures along one, everywhere or in a mask",
+        "applications.directions.apply:ApplyDirectionConfig", "applications.directions.apply:apply_direction",
+        ("directions", "direction", "images"), {"resolution": "size"},
+    ),
+    "directions evaluate": Command(
+        "measure what they change, and what else",
+        "applications.directions.evaluation:EvaluateDirectionsConfig",
+        "applications.directions.evaluation:evaluate_directions", ("directions",),
+    ),
+    "interpolate": Command(
+        "what lies between two images, in latents and through diffusion",
+        "applications.interpolation:InterpolateConfig", "applications.interpolation:interpolate", ("images",),
+        {"model": "pipeline", "resolution": "size"},
+    ),
+    "explore": Command(
+        "see and touch the latent space in a browser",
+        "applications.explorer.explored:ExploreConfig", "applications.explorer.server:explore_until_stopped",
+        ("autoencoder",), {"resolution": "size"},
+    ),
+    "anomaly fit": Command(
+        "learn from normal images, and set the thresholds",
+        "applications.anomaly.detector:FitDetectorConfig", "applications.anomaly.detector:fit_detector",
+        ("autoencoder",), {"model": "pipeline"},
+    ),
+    "anomaly score": Command(
+        "score images: percentile, verdict, heat maps",
+        "applications.anomaly.scoring:ScoreImagesConfig", "applications.anomaly.scoring:score_images", ("detector",),
+        {"model": "pipeline"},
+    ),
+    "anomaly evaluate": Command(
+        "measure on known anomalies which scores work",
+        "applications.anomaly.evaluation:EvaluateDetectorConfig", "applications.anomaly.evaluation:evaluate_detector",
+        ("detector",), {"model": "pipeline"},
+    ),
+    "synth": Command(
+        "write the synthetic set as labeled image files",
+        "data.synthetic.source:SynthConfig", "data.synthetic.source:synthesize", ("output",),
+    ),
+    "report": Command(
+        "one self-contained page about a whole run",
+        "evaluation.report:ReportConfig", "evaluation.report:report", ("run",),
+    ),
+    "model convert": Command(
+        "to give away, stock diffusers, CompVis checkpoint, ONNX, TorchScript",
+        "diffusion.export:ConvertConfig", "diffusion.export:convert", ("model", "output"), {"resolution": "size"},
+    ),
+    "model card": Command(
+        "write a model card from recorded results, and upload the model if asked",
+        "evaluation.model_card:CardCommand", "evaluation.model_card:make_card", ("model",),
+    ),
+    "model ema": Command(
+        "choose the length of the U-Net's average after training",
+        "diffusion.posthoc_ema:PosthocEmaConfig", "diffusion.posthoc_ema:posthoc_ema", ("model",),
+        {"count": "kid", "data": "images"},
+    ),
+}  # fmt: skip
+
+GROUPS = {
+    "latents": "look at, check, mend, extend and exchange latent shards",
+    "codec": "compressed pictures: fit an entropy model, compress, decompress, measure",
+    "directions": "controlled edits: fit directions in the latent space, apply and judge them",
+    "anomaly": "find unusual images: fit on normal ones, score others",
+    "model": "convert a model, write its card, choose its average",
 }
 
+OLD_COMMANDS = {
+    "codec-fit": "codec fit", "codec-bench": "codec bench", "convert": "model convert", "card": "model card",
+    "ema": "model ema",
+}  # fmt: skip
+OLD_SETTINGS = {
+    "": {"out": "output"},
+    "demo": {"size": "resolution", "pipeline": "model"},
+    "latents stats": {"samples": "count"},
+    "latents import": {"from": "layout"},
+    "generate": {"label": "labels", "size": "resolution", "neighbours": "latents"},
+    "reconstruct": {"size": "resolution"},
+    "directions apply": {"size": "resolution"},
+    "interpolate": {"size": "resolution", "pipeline": "model"},
+    "explore": {"size": "resolution"},
+    "anomaly fit": {"pipeline": "model"},
+    "anomaly score": {"pipeline": "model"},
+    "anomaly evaluate": {"pipeline": "model"},
+    "model convert": {"dtype": "precision", "size": "resolution"},
+    "model ema": {"length": "lengths", "kid": "count", "images": "data"},
+}
+"""Command ("": all) -> old setting -> new one. Old spellings work for one release, with a line of advice."""
 
-GROUPS = ("latents", "directions", "anomaly")
-"""Commands that have tools."""
+OF_TRAINING = ("seed", "device", "precision")
+"""Settings that stand in the group `training` of some commands, and can be given without it."""
 
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
@@ -52,50 +271,303 @@ REFUSALS = (
 """Errors of disks, not of programs: a folder is full, may not be written, or has gone."""
 
 
-def command_module(name: str) -> ModuleType:
-    return importlib.import_module(f"ldm_vae.commands.{COMMANDS[name]}")
+@dataclass
+class Words:
+    """A command line, understood.
+
+    Attributes:
+        recipe: the YAML file.
+        settings: `key=value` with the config's own keys, in order.
+        flags: those given, with underscores.
+        advice: old spellings that were used, `old -> new`.
+    """
+
+    recipe: Path | None = None
+    settings: list[str] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+    advice: list[str] = field(default_factory=list)
+
+    def value(self, key: str) -> str | None:
+        values = [word.partition("=")[2] for word in self.settings if word.partition("=")[0] == key]
+        return values[-1] if values else None
+
+
+class Reader:
+    """Reads the words of one command: `key=value`, `--key=value` and `--key value` are the same."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.command = name, COMMANDS[name]
+        self.settings = schema.read_schema(self.command.config)
+        self.words, self.positionals = Words(), list[str]()
+        self.texts: dict[str, list[str]] = {}
+
+    def read(self, words: Sequence[str]) -> Words:
+        """Raises: UserError for a word that is no setting, or a value that cannot be one of it."""
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                self.positionals += rest
+                break
+            if word.startswith("--"):
+                self._option(word[2:], rest)
+            elif re.match(r"[A-Za-z_][\w.-]*=", word) and not Path(word).exists():
+                key, _, value = word.partition("=")
+                self._set(key, value)
+            elif Path(word).suffix in (".yaml", ".yml") and self.words.recipe is None and not self.positionals:
+                self.words.recipe = Path(os.path.expanduser(word))
+            else:
+                self.positionals.append(word)
+        self._place_positionals()
+        for key, texts in self.texts.items():
+            self.words.settings.append(f"{key}={flow_list(texts)}")
+        return self.words
+
+    def _option(self, word: str, rest: list[str]) -> None:
+        """`--key=value`, `--key value`, `--flag`."""
+        key, equals, value = word.partition("=")
+        if not equals and key in self.command.flags:
+            self.words.flags.add(key.replace("-", "_"))
+            return
+        setting = schema.find(self.settings, self._key(key))
+        if equals:
+            self._set(key, value)
+        elif setting.kind == "true or false":
+            self._set(key, rest.pop(0) if rest and rest[0] in ("true", "false") else "true")
+        else:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key}: needs a value; give {key}=VALUE")
+            self._set(key, self._taken(setting, rest))
+
+    def _taken(self, setting: Setting, rest: list[str]) -> str:
+        """The value after `--key`: one word, but of a list of numbers all numbers, and of a pair two words."""
+        if setting.kind == "list" and setting.item[0] != "text" and is_number(rest[0]):
+            taken = [rest.pop(0)]
+            while rest and is_number(rest[0]):
+                taken.append(rest.pop(0))
+            return ",".join(taken)
+        if setting.kind == "pair" and not rest[0].startswith("[") and "," not in rest[0] and len(rest) > 1:
+            return flow_list([rest.pop(0) for _ in setting.item])
+        return rest.pop(0)
+
+    def _key(self, key: str) -> str:
+        """The config's own key; what is old is noted."""
+        key = key.replace("-", "_")
+        old = OLD_SETTINGS[""] | OLD_SETTINGS.get(self.name, {})
+        if key in old and old[key] != key and not any(setting.key == key for setting in self._own(old[key])):
+            self.words.advice.append(f"{key}= is now {old[key]}=")
+            key = old[key]
+        key = self.command.names.get(key, key)
+        names = {setting.key for setting in self.settings}
+        if key in OF_TRAINING and key not in names and "training" in names:
+            return f"training.{key}"
+        return key
+
+    def _own(self, new: str) -> tuple[Setting, ...]:
+        """The settings that keep an old word: none of those that a command has another word for."""
+        renamed = self.command.names.get(new)
+        return tuple(setting for setting in self.settings if setting.key != renamed)
+
+    def _set(self, key: str, value: str) -> None:
+        key = self._key(key)
+        setting = schema.find(self.settings, key)
+        if setting.kind == "list" and setting.item[0] == "text" and not value.startswith("["):
+            self.texts.setdefault(key, []).append(value)
+            return
+        if setting.kind in ("list", "pair") and not value.startswith("[") and value and value != "null":
+            value = f"[{value}]"
+        self.texts.pop(key, None)
+        schema.check_value(setting, value)
+        if setting.kind == "group" and not (setting.short_form or value.startswith("{")):
+            raise UserError(f"{key}: is a group of settings; give {setting.settings[0].key}=VALUE")
+        self.words.settings.append(f"{key}={value}")
+
+    def _place_positionals(self) -> None:
+        subjects = list(self.command.subjects)
+        for number, key in enumerate(subjects):
+            if not self.positionals:
+                return
+            setting = schema.find(self.settings, key)
+            if setting.kind == "list" and number == len(subjects) - 1:
+                self.texts[key] = self.positionals + self.texts.get(key, [])
+                self.positionals = []
+            else:
+                self.words.settings.insert(0, f"{key}={self.positionals.pop(0)}")
+        if self.positionals:
+            place = f"; a setting is key=value, and the subject is {subjects[0]}" if subjects else ""
+            raise UserError(f"{self.positionals[0]!r}: is not a setting or a YAML file{place}")
+
+
+def is_number(word: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(,.*)?", word) is not None
+
+
+def flow_list(texts: Iterable[str]) -> str:
+    """Texts as one YAML list, whatever is in them."""
+    return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
+
+
+# Running
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Read the words, check them, import the command and call it. Returns: the exit code. Raises: UserError."""
+    command = COMMANDS[name]
+    understood = Reader(name).read(words)
+    if understood.advice:
+        advice = "; ".join(dict.fromkeys(understood.advice))
+        print(f"ldm-vae {name}: {advice} (the old spelling works for one release)", file=sys.stderr)
+    settings = schema.read_schema(command.config)
+    if understood.recipe is not None:
+        check_recipe(settings, understood.recipe)
+    complete(command, settings, understood)
+    from ldm_vae import config as configuration
+
+    config = configuration.load(resolve(command.config), understood.recipe, understood.settings)
+    if "print_config" in understood.flags:
+        print(configuration.to_yaml(config), end="")
+        return 0
+    given = dict.fromkeys(understood.flags - {"strict"}, True)
+    known = schema.parameters(command.function)
+    if "dry_run" in given and "dry_run" not in known:
+        print(f"ldm-vae {name}: these settings are in order; nothing was done\n{configuration.to_yaml(config)}", end="")
+        return 0
+    if unknown := sorted(given.keys() - set(known)):
+        raise UserError(f"--{unknown[0].replace('_', '-')}: has no effect with {name}; leave it out")
+    reuse_freed_memory()
+    if command.interruptible:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result = resolve(command.function)(config, **given)
+    if command.prints and os.environ.get("RANK", "0") == "0":
+        text = (Path(config.output) / command.prints).read_text()
+        print(f"{config.output}/index.html:\n\n{text}", end="")
+    if command.failed and (not command.strict or "strict" in understood.flags):
+        return int(resolve(command.failed)(result))
+    return result if isinstance(result, int) else getattr(result, "exit_code", 0)
+
+
+def resolve(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"ldm_vae.{module}"), name)
+
+
+def check_recipe(settings: tuple[Setting, ...], path: Path) -> None:
+    """Raises: UserError for a key of the file that there is not, before anything heavy is imported."""
+    from ldm_vae.config import read_yaml
+
+    def check(values: dict[Any, Any], prefix: str) -> None:
+        for key, value in values.items():
+            setting = schema.find(settings, f"{prefix}{key}")
+            if isinstance(value, dict) and setting.kind == "group":
+                check(value, f"{prefix}{key}.")
+
+    try:
+        check({key: value for key, value in read_yaml(path).items() if key != "format_version"}, "")
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
+
+
+def complete(command: Command, settings: tuple[Setting, ...], words: Words) -> None:
+    """Add the default of `output`, and what stands for missing settings where nothing is written."""
+    if command.output and words.value("output") is None and words.recipe is None:
+        subject = words.value(command.subjects[0])
+        if subject and Path(subject).expanduser().is_dir():
+            words.settings.append(f"output={Path(subject).expanduser() / command.output}")
+    for setting in settings if words.recipe is None or words.flags & {"print_config", "dry_run"} else ():
+        if not setting.required or words.value(setting.key) is not None:
+            continue
+        if "print_config" in words.flags or ("dry_run" in words.flags and setting.key == "output"):
+            words.settings.insert(0, f"{setting.key}={setting.key.upper()}")
+        elif words.recipe is None:
+            raise UserError(f"settings: {setting.key} is required; give it as {setting.key}=VALUE")
+
+
+# Help
 
 
 def overview() -> str:
     """The top-level help."""
     lines = [
-        "usage: ldm-vae COMMAND [arguments]",
+        "usage: ldm-vae COMMAND [recipe.yaml] [subject] [key=value ...]",
         "",
         "Train a KL VAE on your own images, encode datasets into latent shards, generate with latent diffusion.",
         "",
         "commands, in the order of the journey of an image:",
-        *(f"  {name:<16} {command_module(name).SUMMARY}" for name in COMMANDS),
-        "",
-        "`ldm-vae COMMAND --help` explains one of them. On several GPUs: `torchrun --nproc_per_node N scripts/...`",
-        "or `accelerate launch scripts/...` with the same arguments.",
     ]
+    shown = []
+    for name, command in COMMANDS.items():
+        group = name.split()[0] if " " in name else None
+        if group is None:
+            lines.append(f"  {name:<16} {command.line}")
+        elif group not in shown:
+            shown.append(group)
+            lines.append(f"  {group:<16} {GROUPS[group]}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`ldm-vae COMMAND --help` lists its settings. On several GPUs: `torchrun --nproc_per_node N scripts/...`",
+            "or `accelerate launch scripts/...` with the same arguments.",
+        ]
+    )
+
+
+def tool_overview(group: str) -> str:
+    """The help of a group of tools."""
+    tools = {name.split()[1]: one.line for name, one in COMMANDS.items() if name.startswith(f"{group} ")}
+    lines = [f"usage: ldm-vae {group} TOOL [subject] [key=value ...]", "", f"{GROUPS[group].capitalize()}.", ""]
+    return "\n".join([*lines, "tools:", *(f"  {tool:<10} {line}" for tool, line in tools.items())])
+
+
+def help_of(name: str) -> str:
+    """Everything about one command: what it does, and every setting with its meaning, type and default."""
+    command = COMMANDS[name]
+    subjects = " ".join(f"[{subject.upper()}]" for subject in command.subjects)
+    about = re.split(r"\n\n?(?:Args|Attributes):\n", schema.docstring(command.config))[0]
+    about = re.sub(r"^`ldm-vae [\w -]+`[.:] ?", "", about).strip()
+    about = about[:1].upper() + about[1:]
+    lines = [f"usage: ldm-vae {name} [recipe.yaml] {subjects} [key=value ...]".replace("  ", " "), ""]
+    lines += [f"{command.line[0].upper()}{command.line[1:]}.", *(["", about] if about else []), "", "settings:"]
+    words = {own: word for word, own in command.names.items()}
+    for setting in schema.read_schema(command.config):
+        lines += help_lines(setting, words)
+    lines += ["", "flags:", *(f"  --{flag:<14} {meaning}" for flag, meaning in command.flags.items())]
     return "\n".join(lines)
 
 
-def tool_overview(name: str) -> str:
-    """The help of a command that has tools."""
-    module = command_module(name)
-    tools = (f"  {tool:<10} {tool_module(name, tool).SUMMARY}" for tool in module.TOOLS)
-    return "\n".join([f"usage: ldm-vae {name} TOOL [arguments]", "", str(module.__doc__), "tools:", *tools])
+def help_lines(setting: Setting, words: dict[str, str]) -> list[str]:
+    if setting.kind == "group":
+        short = [f"  {setting.key}=PATH | synthetic | hf:NAME"] if setting.short_form else []
+        meaning = textwrap.wrap(setting.meaning, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        inside = [line for one in setting.settings for line in help_lines(one, words)]
+        return [*short, *(meaning if short else []), *inside]
+    kind = " | ".join(setting.item) if setting.kind == "choice" else setting.kind
+    kind = f"list of {setting.item[0]}" if kind == "list" else kind
+    default = "required" if setting.required else f"default {setting.default}" if setting.default else "default empty"
+    meaning = textwrap.wrap(setting.meaning, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return [f"  {words.get(setting.key, setting.key)}  ({kind}; {default})", *meaning]
 
 
-def tool_module(name: str, tool: str) -> ModuleType:
-    module = command_module(name)
-    return importlib.import_module(f"{module.__name__}.{module.TOOLS[tool]}")
+# The program
 
 
-def find(words: Sequence[str]) -> tuple[ModuleType, str, list[str]]:
-    """The module of a command or tool, its name, and the words that are left. Raises: UserError."""
-    name, *rest = words
-    if name not in COMMANDS:
-        raise UserError(f"no command {name!r}; {suggestion(name, COMMANDS)}")
-    module = command_module(name)
-    if name not in GROUPS:
-        return module, name, rest
-    tool = rest[0] if rest else ""
-    if tool not in module.TOOLS:
-        raise UserError(f"{name} has no tool {tool!r}; {suggestion(tool, module.TOOLS)}")
-    return tool_module(name, tool), f"{name} {tool}", rest[1:]
+def find(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(the command's name, the words that are left, advice). Raises: UserError."""
+    first, *rest = words
+    advice = []
+    if first in OLD_COMMANDS:
+        advice = [f"`{first}` is now `{OLD_COMMANDS[first]}`"]
+        return OLD_COMMANDS[first], rest, advice
+    if first in GROUPS:
+        tools = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+        tool = rest[0] if rest else ""
+        if tool not in tools:
+            raise UserError(f"{first} has no tool {tool!r}; {suggestion(tool, tools)}")
+        return f"{first} {tool}", rest[1:], advice
+    if first not in COMMANDS:
+        known = [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+        raise UserError(f"no command {first!r}; {suggestion(first, known)}")
+    return first, rest, advice
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -105,6 +577,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -115,27 +589,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(tool_overview(arguments[0]))
         return 0
     try:
-        module, name, rest = find(arguments)
+        name, words, advice = find(arguments)
     except UserError as error:
         print(f"ldm-vae: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    parser = argparse.ArgumentParser(
-        prog=f"ldm-vae {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    options = words[: words.index("--")] if "--" in words else words
+    if "--help" in options or "-h" in options:
+        print(help_of(name))
+        return 0
+    for line in advice:
+        print(f"ldm-vae: {line} (the old spelling works for one release)", file=sys.stderr)
     try:
-        # Settings may stand before and after an option; but intermixed, names after `--` would be read as options.
-        parsed = parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest)
-        reuse_freed_memory()
-        return module.run(parsed)
+        return run(name, words)
     except UserError as error:
         print(f"ldm-vae {name}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return int(getattr(error, "exit_code", EXIT_USER_ERROR))
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
@@ -43,10 +45,12 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
     where = str(path)
     try:
         if path is not None:
-            merged = OmegaConf.merge(merged, _plain(_of_known_format(read_yaml(Path(path)), where), where))
+            values = _of_known_format(read_yaml(Path(path), schema), where)
+            merged = OmegaConf.merge(merged, _plain(_whole_form(values, schema), where))
         for override in overrides:
             where = f"override {without_password(override)!r}"
-            merged = OmegaConf.merge(merged, _plain(_read_override(override, where), where))
+            values = _whole_form(_read_override(override, schema, where), schema)
+            merged = OmegaConf.merge(merged, _plain(values, where))
         where = str(path) if path is not None else "settings"
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -60,8 +64,10 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
         raise UserError(f"{where}: {error}") from error
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     """A mapping from a YAML file, as plain containers; `${...}` stays as it is.
+
+    What `schema` says is text stays the text that is written there: a label `no` is not false, `1e3` not a number.
 
     Raises:
         UserError: no such file, or one that is no mapping, has tags or duplicate keys, or stands for more than
@@ -82,7 +88,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise UserError(f"{path}: larger than {MAXIMUM_YAML_BYTES} bytes; this is no configuration file")
     try:
         _check_extent(path.read_bytes(), str(path))
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = _with_quoted_texts(path.read_text(encoding="utf-8"), schema)
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except UserError:
         raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
@@ -92,20 +99,114 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _read_override(text: str, where: str) -> Any:
-    """What `key=value` says, as plain containers. Raises: UserError."""
+def _read_override(override: str, schema: type, where: str) -> Any:
+    """What `key=value` says, as plain containers; of a text setting, the text after `=`. Raises: UserError."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
-    if "=" not in text:
+    key, equals, text = override.partition("=")
+    if not equals:
         raise UserError(f"{where}: not of the form key=value")
+    kind, optional = _kind_at(schema, key.split("."))
+    if kind is str or (_has_short_form(kind) and not text.startswith("{")):
+        value: Any = None if optional and not text else text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        return value
     try:
-        _check_extent(text.partition("=")[2], where)
-        return OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+        _check_extent(text, where)
+        dotted = f"{key}={_with_quoted_texts(text, kind)}"
+        return OmegaConf.to_container(OmegaConf.from_dotlist([dotted]), resolve=False)
     except UserError:
         raise
     except (YAMLError, IndexError, ValueError) as error:  # IndexError: of keys such as `[`
         raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+# What a schema says of its values
+
+
+def _kind_of(hint: Any) -> tuple[Any, bool]:
+    """A type without `| None`, and whether that was there; a choice of words is a text."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    optional = type(None) in members
+    if optional and len(members) == 2:
+        hint = next(member for member in members if member is not type(None))
+    if get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint)):
+        # Its words are no file names, so that null can stay null on the command line as well.
+        hint = hint if optional else str
+    return hint, optional
+
+
+def _kind_at(schema: Any, parts: Sequence[str]) -> tuple[Any, bool]:
+    """The kind of the setting with this key; (None, False) where the schema has no such key."""
+    kind, optional = schema, False
+    for part in parts:
+        if dataclasses.is_dataclass(kind):
+            kind, optional = _kind_of(get_type_hints(kind).get(part))  # type: ignore[arg-type]
+        elif get_origin(kind) is dict:
+            kind, optional = _kind_of(get_args(kind)[1])
+        else:
+            return None, False
+    return kind, optional
+
+
+def _has_short_form(kind: Any) -> bool:
+    """Whether a text can stand for all settings of a group: the group's dataclass says what it means."""
+    return dataclasses.is_dataclass(kind) and hasattr(kind, "short_form")
+
+
+def _whole_form(values: Any, kind: Any) -> Any:
+    """The same values with every group that is given as one text written out."""
+    if _has_short_form(kind) and isinstance(values, str):
+        return kind.short_form(values)
+    if isinstance(values, dict) and dataclasses.is_dataclass(kind):
+        return {key: _whole_form(value, _kind_at(kind, [str(key)])[0]) for key, value in values.items()}
+    if isinstance(values, list) and get_origin(kind) is list:
+        return [_whole_form(value, get_args(kind)[0]) for value in values]
+    return values
+
+
+def _with_quoted_texts(text: str, kind: Any) -> str:
+    """The YAML `text` of a value of this kind, with quotes around what is a text."""
+    import yaml
+
+    if kind is None:
+        return text
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    for start, end, value in sorted(set(_bare_texts(document, kind)), reverse=True):
+        text = f"{text[:start]}{json.dumps(value, ensure_ascii=False)}{text[end:]}"
+    return text
+
+
+def _bare_texts(node: Any, hint: Any) -> Iterator[tuple[int, int, str]]:
+    """(start, end, value) of the unquoted scalars that are texts by their hint."""
+    import yaml
+
+    kind, optional = _kind_of(hint)
+    if isinstance(node, yaml.ScalarNode):
+        null = optional and node.tag.endswith(":null")
+        if (kind is str or get_origin(kind) is Literal or _has_short_form(kind)) and node.style is None and not null:
+            marked = node.start_mark.buffer is not None and node.start_mark.buffer[node.start_mark.pointer] in "&!"
+            if not marked:
+                yield node.start_mark.index, node.end_mark.index, node.value
+    elif isinstance(node, yaml.SequenceNode) and get_origin(kind) in (list, tuple):
+        hints = get_args(kind)
+        several = len(hints) == len(node.value) and Ellipsis not in hints
+        for number, item in enumerate(node.value):
+            yield from _bare_texts(item, hints[number] if several else hints[0])
+    elif isinstance(node, yaml.MappingNode) and dataclasses.is_dataclass(kind):
+        hints_of = get_type_hints(kind)
+        for key, item in node.value:
+            if key.value in hints_of:
+                yield from _bare_texts(item, hints_of[key.value])
+    elif isinstance(node, yaml.MappingNode) and get_origin(kind) is dict:
+        for key, item in node.value:
+            yield from _bare_texts(key, get_args(kind)[0])
+            yield from _bare_texts(item, get_args(kind)[1])
+
+
+# Safety
 
 
 def _of_known_format(values: dict[Any, Any], where: str) -> dict[Any, Any]:

@@ -62,6 +62,14 @@ MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
 class DemoConfig:
     """`ldm-vae demo`.
 
+    Takes files and folders; without any, eight synthetic images. Each is scaled and cropped to `resolution`. Writes
+    index.html, which is one file with everything in it, demo.webp, the reconstructions, the compressed files and the
+    samples. The same command continues an interrupted one.
+
+      ldm-vae demo
+      ldm-vae demo holiday.jpg portraits/ output=seen
+      ldm-vae demo autoencoder=runs/vae model=runs/diffusion output=mine
+
     Args:
         images: image files and folders; `[]`: synthetic ones.
         output: the folder for everything.

@@ -62,7 +62,15 @@ LARGEST_ANIMATION_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class InterpolateConfig:
-    """`ldm-vae interpolate`.
+    """`ldm-vae interpolate`: in pixels, in latents, through a diffusion model's noise.
+
+    Several pairs, or a folder, are measured together. Writes animations, frames, sheet.png, results.json, results.md
+    and index.html. `compare` puts another autoencoder beside it, a plain one for instance; `prior` decodes draws from
+    the prior.
+
+      ldm-vae interpolate a.jpg b.jpg autoencoder=runs/mine output=between
+      ldm-vae interpolate ~/images pairs=16 resolution=256 autoencoder=runs/vae compare=runs/plain output=between
+      ldm-vae interpolate a.jpg b.jpg model=runs/diffusion resolution=512 animation=gif output=between
 
     Args:
         images: A B, or A B C D ..., or folders.

@@ -25,7 +25,19 @@ from ldm_vae.random import generator
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 switches a term off. The KL is not here: `rate` owns it."""
+    """Weights of the terms; 0 switches a term off. The KL is not here: `rate` owns it.
+
+    Args:
+        l1: mean absolute difference.
+        mse: mean squared difference.
+        ms_ssim: 1 - MS-SSIM.
+        perceptual: LPIPS.
+        random_perceptual: distance in features of a network with random weights.
+        high_frequency: difference of high-pass images.
+        texture_energy: difference of local energies of high-pass images.
+        perceptual_net: backbone of LPIPS.
+        perceptual_weights: a local safetensors file of the backbone; null: torchvision's download.
+    """
 
     l1: float = 1.0
     mse: float = 0.0

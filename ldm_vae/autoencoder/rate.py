@@ -45,6 +45,12 @@ class RateConfig:
     arXiv:1606.04934, eq. 15, one group a channel).
 
     Args:
+        mode: what decides the weight, see above.
+        target_nats: of `target`, KL in nats per latent dimension.
+        beta: of `fixed` and `free_bits`, the weight.
+        free_nats: of `free_bits`, nats per dimension that are free.
+        proportional_gain: k_p of the controller.
+        lock_fraction: last share of the run in which beta stays as it is.
         integral_gain: k_i of the controller; null: 80 over the steps of the run, between 0.01 and 0.2.
     """
 

@@ -89,14 +89,23 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class TrainVaeConfig:
-    """`ldm-vae train-vae`: everything that a run depends on.
+    """`ldm-vae train-vae`: L1 + perceptual + KL at a rate that you choose, on one or many processes.
+
+    The same command resumes an interrupted run.
+
+      ldm-vae train-vae configs/vae_f8c4_nano.yaml data=~/images output=runs/mine
+      torchrun --nproc_per_node 4 scripts/train_vae.py configs/vae_f8c4_base.yaml output=runs/base
 
     Args:
+        output: the run directory.
         repeat: how often images of a pattern of ids count in an epoch, as `{photos/*: 6}`: for a few good images among
             many lesser ones. What is held out, and all evaluation, count each image once.
         initial: an autoencoder to start from: a run, a diffusers directory or a hub id. Its architecture is taken.
         train: names of what is trained, as the start of parameter names; null: everything. `[decoder]` leaves the
             encoder as it is: latents that were made with it stay valid.
+        phases: the stretches of the run: steps, crop, batch, micro_batch, perceptual of each.
+        held_out_resolution: side in pixels of the held-out images that are measured and shown.
+        held_out_images: so many of them.
     """
 
     output: str = "???"

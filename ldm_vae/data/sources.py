@@ -123,6 +123,15 @@ class DataConfig:
         if self.cache_megabytes < 0:
             raise UserError(f"data.cache_megabytes: {self.cache_megabytes} is negative; give 0 for no cache")
 
+    @staticmethod
+    def short_form(text: str) -> dict[str, object]:
+        """What data=TEXT means: `synthetic`, `hf:NAME`, files that the `datasets` library reads, or a folder."""
+        if text == "synthetic":
+            return {"source": "synthetic", "path": None}
+        if text.startswith("hf:") or text.endswith((".parquet", ".arrow", ".tar")):
+            return {"source": "datasets", "path": None, "datasets": {"name": text.removeprefix("hf:")}}
+        return {"source": "folder", "path": text, "datasets": {"name": ""}}
+
     @property
     def streaming(self) -> bool:
         """True where `stream.open_stream` takes the place of `open_source`."""

@@ -54,7 +54,27 @@ TARGETS = ("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """`ldm-vae convert`: from which model, to what.
+    """`ldm-vae model convert`.
+
+    A file in the CompVis layout is one of kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion or SDXL. A .ckpt with
+    anything but tensors in it is refused.
+
+      ldm-vae model convert vae-ft-mse-840000-ema-pruned.safetensors models/sd-vae to=diffusers
+      ldm-vae model convert runs/mine mine.safetensors to=compvis
+      ldm-vae model convert runs/mine exported/mine to=onnx latents=runs/latents
+
+    With to=diffusers-pipeline `model` is a run of `ldm-vae train-diffusion`, or its pipeline/; what is written runs in
+    stock diffusers, without this package. That takes an autoencoder of architecture sd and a U-Net of patch 1 and
+    prediction velocity.
+
+      ldm-vae model convert runs/diffusion exported/diffusion to=diffusers-pipeline
+
+    With to=checkpoint it is a run of `train-vae` or `train-diffusion`; what is written loads in every command. The
+    weights are in half precision in files below 16 MiB, the records of the training beside them without folders of
+    this machine. Measure that copy: its fingerprint is another one.
+
+      ldm-vae model convert runs/mine checkpoints/mine to=checkpoint
+      ldm-vae model convert runs/diffusion checkpoints/generator to=checkpoint autoencoder=runs/decoder
 
     Attributes:
         model: A run of `train-vae` or `train-diffusion`, a diffusers directory, a hub id, or a .ckpt or .safetensors

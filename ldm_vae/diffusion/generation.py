@@ -71,7 +71,16 @@ HOW_ONLY = ("model", "output", "size", "batch", "device", "neighbours")
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """`ldm-vae generate`: which images to make, and where.
+    """`ldm-vae generate`: by class label or without.
+
+    The same command completes an interrupted folder. Without labels a model with classes makes every class in turn.
+
+      ldm-vae generate runs/quickstart/diffusion count=40 output=samples
+      ldm-vae generate runs/mine labels=[cat,3] guidance=4 resolution=512x768 output=cats
+      ldm-vae generate runs/mine --grid count=4 sampler=heun steps=15 output=grid
+      ldm-vae generate runs/mine interpolate=[cat,dog] count=8 output=between
+      ldm-vae generate runs/mine labels=dog init=cat.jpg strength=0.5 count=4 output=variations
+      ldm-vae generate runs/mine labels=dog init=room.jpg mask=sofa.png output=room
 
     Attributes:
         model: A pipeline directory, or the run directory of `train-diffusion`.

@@ -49,9 +49,16 @@ LARGE_RESIDUAL = 0.05
 
 @dataclass(frozen=True)
 class PosthocEmaConfig:
-    """`ldm-vae ema`: lengths to compare, or one to write the pipeline with.
+    """`ldm-vae model ema`.
 
-    The length is the width of the average as a share of the run: 0.05 forgets quickly, 0.15 smooths much.
+    The length is the width of the average as a share of the run: 0.05 forgets quickly, 0.15 smooths much. Several
+    lengths are compared by their held-out flow loss; one length and `output` write the pipeline with it. An early
+    `step` gives the weaker U-Net that autoguidance needs. With `count` they are compared by the KID of samples to the
+    held-out images too.
+
+      ldm-vae model ema runs/diffusion lengths=0.03,0.05,0.07,0.1,0.15
+      ldm-vae model ema runs/diffusion lengths=0.05,0.1 count=1000 data=photos
+      ldm-vae model ema runs/diffusion lengths=0.07 output=runs/diffusion-0.07
 
     Attributes:
         model: A finished run of `train-diffusion`.

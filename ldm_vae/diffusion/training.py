@@ -53,7 +53,13 @@ def default_training() -> TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainDiffusionConfig:
-    """`ldm-vae train-diffusion`: everything that a run depends on.
+    """`ldm-vae train-diffusion`: ends with a pipeline that generates images.
+
+    The same command resumes an interrupted run; `ldm-vae model ema` chooses another length of its average afterwards.
+
+      ldm-vae train-diffusion configs/diffusion_small.yaml runs/latents autoencoder=runs/vae output=runs/diffusion
+
+    With kid.samples=1000 kid.data=IMAGES the KID of samples to the images held out is measured.
 
     Args:
         output: the run directory.

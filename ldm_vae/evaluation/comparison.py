@@ -72,7 +72,12 @@ def default_kinds() -> list[Kind]:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """`ldm-vae compare`.
+    """`ldm-vae compare`: KL, plain, VQ, FSQ ... on the same images and budget, side by side.
+
+    Every kind is `ldm-vae train-vae` and `ldm-vae evaluate` in its own folder. The same command continues; several
+    launches may share the folder. Writes comparison.json, comparison.md, grid.png and index.html.
+
+      ldm-vae compare configs/compare_kinds.yaml output=runs/compare overrides=data=~/images
 
     Args:
         output: the folder; every kind is in `points/` below it.

@@ -41,6 +41,13 @@ SMALLEST_RESOLUTION = 64
 class DiagnoseConfig:
     """`ldm-vae diagnose`.
 
+    Works on any diffusers autoencoder. Writes health.json, health.md and index.html into the output folder, by default
+    health/ in the autoencoder's directory; each verdict comes with its threshold, its likely cause and the knob to
+    turn. A finished report is not redone.
+
+      ldm-vae diagnose runs/mine data=~/images
+      ldm-vae diagnose runs/mine data=~/images output=runs/health
+
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the report.

@@ -7,6 +7,9 @@ pictures beside a card, and records in words.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from ldm_vae.diffusion.generation import has_pipeline
+
 import math
 import re
 import shlex
@@ -886,3 +889,53 @@ def limits(
     if health is not None and any(verdict["severity"] == "fail" for verdict in verdicts(health)):
         sentences.append("The health report found at least one failure; see above before building on the latents.")
     return sentences
+
+
+@dataclass(frozen=True)
+class CardCommand:
+    """`ldm-vae model card`.
+
+    `model` is a run of `train-vae` or `train-diffusion`, the model in it, or a directory that `ldm-vae model convert`
+    wrote. What the card says comes from its files and from the folders given here; what is not recorded is said to be
+    missing. The command that made the model is repeated as it was typed, with its paths.
+
+      ldm-vae model card runs/mine evaluation=runs/evaluation intended_use="Latents of flower photographs."
+      ldm-vae model card runs/diffusion pictures=runs/samples seen=seen.md data_credits=sources.yaml license=cc0-1.0
+
+    Args:
+        model: a run of `train-vae` or `train-diffusion`, or its model.
+        evaluation: a folder that `ldm-vae evaluate` wrote.
+        health: a folder with health.json; null: that of `evaluation`.
+        intended_use: what the model is for, in your words.
+        not_for: what it is not good for, in your words.
+        data_credits: origin and license of the training images: a text file, or a YAML list of name, images, licence,
+            credits, url.
+        pictures: show pictures of this folder of `evaluate`, for a pipeline of `generate`.
+        seen: a text file: what you saw in the pictures, good and bad.
+        watts: of the machine that trained, to guess energy; null: 10 a core, on a CPU.
+        license: of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0.
+        push_to_hub: then upload the directory to this hub id (OWNER/NAME).
+    """
+
+    model: str = "???"
+    evaluation: str | None = None
+    health: str | None = None
+    intended_use: str | None = None
+    not_for: str | None = None
+    data_credits: str | None = None
+    pictures: str | None = None
+    seen: str | None = None
+    watts: float | None = None
+    license: str | None = None
+    push_to_hub: str | None = None
+
+
+def make_card(config: CardCommand, *, overwrite: bool = False) -> int:
+    """Write the card, upload the model if asked, and print what is not recorded. Returns: 0. Raises: UserError."""
+    values = {name: value for name, value in vars(config).items() if name != "push_to_hub"}
+    write = write_pipeline_card if has_pipeline(config.model) else write_card
+    path, missing = write(CardConfig(**values, overwrite=overwrite))
+    print(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+    if config.push_to_hub:
+        print(f"uploaded: {push(path.parent, config.push_to_hub)}")
+    return 0

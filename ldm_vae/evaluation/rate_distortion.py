@@ -46,7 +46,14 @@ RULE = (
 
 @dataclass(frozen=True)
 class FrontierConfig:
-    """`ldm-vae frontier`.
+    """`ldm-vae frontier`: and channel counts; it says which rate is worth it.
+
+    Every point is `ldm-vae train-vae` and `ldm-vae evaluate` in its own folder. The same command continues; several
+    launches may share the folder, points that another one works on are left to it. Writes frontier.json, frontier.md,
+    frontier.svg and index.html.
+
+      ldm-vae frontier configs/frontier_nano.yaml output=runs/frontier overrides=data=~/images
+      ldm-vae frontier vae=configs/vae_quickstart.yaml output=runs/frontier targets_nats=1,2,3,4 steps=300
 
     Args:
         output: the folder; every point is in `points/` below it.

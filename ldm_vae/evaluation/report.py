@@ -216,3 +216,28 @@ def count_parameters(folder: Path) -> int:
 def _finished_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / provenance.RUN_RECORD)
     return record if record.get("finished") else {}
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """`ldm-vae report`.
+
+    The folder holds those of the stages: vae, latents, diffusion, evaluation, samples. Missing ones are left out. The
+    page needs no other file.
+
+      ldm-vae report runs/quickstart
+
+    Args:
+        run: the folder that holds the stages' folders.
+        output: the HTML file; null: report.html in that folder.
+    """
+
+    run: str = "???"
+    output: str | None = None
+
+
+def report(config: ReportConfig) -> int:
+    """Write the page and print its size. Returns: 0. Raises: UserError."""
+    page = write_report(config.run, config.output)
+    print(f"{page}: {page.stat().st_size / 2**20:.1f} MB, opens in any browser")
+    return 0

@@ -489,3 +489,8 @@ class Commands:
             self.stopping.set()
             for process in self._running:
                 process.terminate()
+
+
+def has_failed(found: dict[str, Any]) -> bool:
+    """Whether a point of a finished sweep has failed."""
+    return any(one["status"] == "failed" for one in found["missing"])

@@ -47,7 +47,17 @@ SHOWN_CLASSES = 10
 
 @dataclass(frozen=True)
 class AppendConfig(EncodeConfig):
-    """`ldm-vae latents append`: the settings of `ldm-vae encode`, `output` being the set, and
+    """`ldm-vae latents append`: its source has grown, or there is another one.
+
+    The settings are those of `ldm-vae encode`, with the autoencoder and everything else as they were; an image is new
+    when its id (path below the folder, row of the dataset) is not in the set. The new latents get shards of their own;
+    those that are there stay as they are, and the set is the old one until the new one is complete. The same command
+    continues an interrupted job, and says so when nothing is new. Rows are known by their numbers: new files of a
+    dataset that do not sort behind the old ones have to be appended alone, with id_prefix.
+
+      ldm-vae latents append runs/mine data=~/images output=latents/mine
+      ldm-vae latents append runs/mine data=~/more-images output=latents/mine id_prefix=more/
+      torchrun --nproc_per_node 4 -m ldm_vae.cli latents append runs/mine output=latents/mine ...
 
     Args:
         id_prefix: put before the ids of these images, where another source uses ids that the set has already.

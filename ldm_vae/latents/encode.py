@@ -65,7 +65,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """`ldm-vae encode`.
+    """`ldm-vae encode`: once, on one or many processes.
+
+    The same command continues an interrupted job, making only what is missing; a finished set is left as it is.
+
+      ldm-vae encode runs/mine data=~/images output=latents/mine
+      torchrun --nproc_per_node 4 scripts/encode_dataset.py runs/mine data=~/images output=latents/mine resolution=256
 
     Args:
         autoencoder: directory of a diffusers autoencoder, or of a finished `train-vae` run.
@@ -87,6 +92,7 @@ class EncodeConfig:
         workers: image decoding processes for each encoding process.
         threads: CPU only: batches computed at once, each on one core; null: one for each core, up to 8.
         precision: of the computation; bf16 is faster and errs by about 0.4 % of each activation.
+        device: auto is a GPU where there is one.
         processes: how many processes must have been launched; null: any number.
         timeout_seconds: the longest wait for a batch of images, for a sign of life of another process, for anything;
             what the first process does for all (counting files, publishing) may take twelve times as long.

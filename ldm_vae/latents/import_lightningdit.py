@@ -60,6 +60,14 @@ random part, for which a few hundredths are usual."""
 class ImportConfig:
     """`ldm-vae latents import`.
 
+    The source is a local folder in the layout of LightningDiT's extract_features.py
+    (latents_rank00_shard000.safetensors ...). Those files do not say which autoencoder made them: you do, and the set
+    records it as your word. What can be checked is checked: channels and size, and latents_stats.pt against the data.
+    The same command continues an interrupted import, and makes damaged shards again. Afterwards look at some of them
+    with `ldm-vae latents decode`: only pictures show whether it is the right autoencoder.
+
+      ldm-vae latents import vavae_f16d32/imagenet_train_256 latents/imagenet autoencoder=models/vavae
+
     Args:
         source: the local folder with the files.
         output: a new folder for the set, or its URL.

@@ -58,6 +58,12 @@ SHOWN_NAMES = 12
 class InfoConfig:
     """`ldm-vae latents info`.
 
+    Reads the manifest and the index only: a moment, whatever the size of the set. Of a set that is not finished it
+    shows how far it has come.
+
+      ldm-vae latents info latents/mine
+      ldm-vae latents info s3://bucket/latents/mine --json
+
     Args:
         latents: the folder of a set, or its URL.
         json: print everything, as JSON.
@@ -212,6 +218,12 @@ SHEET_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 @dataclass(frozen=True)
 class DecodeConfig:
     """`ldm-vae latents decode`.
+
+    Shows whether the latents are still the pictures they came from. The autoencoder must be the one that made them.
+
+      ldm-vae latents decode runs/latents autoencoder=runs/vae output=sheet.png
+      ldm-vae latents decode runs/latents autoencoder=runs/vae output=cats.png label=cat count=30
+      ldm-vae latents decode runs/latents autoencoder=runs/vae output=three.png samples=3,17,99 --flipped
 
     Args:
         latents: the folder of a finished set, or its URL.

@@ -40,7 +40,16 @@ from ldm_vae.utils.text import pluralize
 
 @dataclass(frozen=True)
 class RepairConfig(AppendConfig):
-    """`ldm-vae latents repair`: the settings of the `ldm-vae encode` (or `append`) command that made the shards, and
+    """`ldm-vae latents repair`: encode again what is damaged or missing, derive again what follows from the rest.
+
+    The settings are those of the `ldm-vae encode` command that made the set (for shards that were appended, those of
+    that `ldm-vae latents append`). Verifies first; a set that is whole is left as it is. Settings, autoencoder and
+    images are compared with the plan before anything is changed, and only damaged files are replaced. Exit code 0:
+    whole now; 1: something is left; 2: the settings do not fit, and nothing was changed.
+
+      ldm-vae latents repair runs/mine data=~/images output=latents/mine
+      ldm-vae latents repair runs/mine data=~/images output=latents/mine --remove-foreign
+      torchrun --nproc_per_node 4 -m ldm_vae.cli latents repair runs/mine output=latents/mine ...
 
     Args:
         remove_foreign: delete shards and plans of other sets.

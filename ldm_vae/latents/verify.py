@@ -72,6 +72,14 @@ SUMS_TOLERANCE = 1e-9
 class VerifyConfig:
     """`ldm-vae latents verify`.
 
+    Reads every file once and compares it with what the others say of it: flipped bits, cut, missing and foreign files,
+    statistics and counts that do not fit, values that are not finite. Changes nothing; needs no images, no autoencoder.
+    Exit code 0: whole; 1: something is wrong; 2: there is no set, none that is finished, or it cannot be reached.
+
+      ldm-vae latents verify latents/mine
+      ldm-vae latents verify s3://bucket/latents/mine --quick
+      ldm-vae latents verify latents/mine report=damage.json
+
     Args:
         latents: the folder of a set, or its URL.
         quick: compare sizes, headers, index and manifest only; no shard is read.

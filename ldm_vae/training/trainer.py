@@ -75,7 +75,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings that are the same for every model. Steps and batches belong to the model's own config."""
+    """Settings that are the same for every model. Steps and batches belong to the model's own config.
+
+    Args:
+        seed: of everything random: order, crops, noise, weights.
+        learning_rate: after the warmup; it falls along a cosine.
+        final_learning_rate_fraction: share of it at the end.
+        warmup_steps: in which it rises from 0.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        gradient_clip: largest norm of the gradient.
+        ema_decay: of the moving average of the weights, which is what is saved as the model.
+        precision: of the forward and backward pass; fp16 needs a GPU.
+        device: auto is a GPU where there is one.
+        processes: how many processes must have been launched; null: any number.
+        timeout_seconds: the longest wait for a batch or for another process.
+        gradient_checkpointing: less memory, more computing.
+        compile: torch.compile the networks.
+        workers: loading processes for each training process.
+        log_every, validate_every, preview_every, save_every: steps between two of them.
+        keep_checkpoints: the newest ones; older ones are removed.
+        tracker: where metrics go besides metrics.jsonl.
+    """
 
     seed: int = 0
     learning_rate: float = 1e-3

@@ -56,7 +56,15 @@ SMALLEST_RESOLUTION = 64
 
 @dataclass(frozen=True)
 class FitDetectorConfig:
-    """`ldm-vae anomaly fit`.
+    """`ldm-vae anomaly fit`: statistics of latents, and a threshold for every score.
+
+    Takes any autoencoder. The images are split by their ids as in training: the held-out part sets the thresholds, for
+    a false-positive rate that it can support (n images none below 1 / (n + 1)). The output becomes a small folder that
+    works with this autoencoder only.
+
+      ldm-vae anomaly fit runs/mine data=parts/good output=runs/detector
+      ldm-vae anomaly fit runs/mine model=runs/diffusion resolution=512 regret_steps=5 data.synthetic.seed=1 \\
+        data.synthetic.count=400 data.held_out=0.5 output=runs/detector
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; of any kind.

@@ -73,7 +73,16 @@ CLEARLY_BETTER = 0.05
 
 @dataclass(frozen=True)
 class EvaluateDetectorConfig:
-    """`ldm-vae anomaly evaluate`.
+    """`ldm-vae anomaly evaluate`: which scores find them, which fail, and why.
+
+    Normal images are those with a label in `normal`; of the synthetic set those without a defect. With masks, heat maps
+    are judged as well. `baseline=DIR` puts another autoencoder, fitted to the same images, beside it. Writes
+    results.json, results.md, index.html and grid.png.
+
+      ldm-vae anomaly evaluate runs/detector autoencoder=runs/mine data=parts/test normal=good masks=parts/masks \\
+        output=runs/anomaly
+      ldm-vae anomaly evaluate runs/detector autoencoder=runs/mine baseline=runs/plain data.synthetic.seed=2 \\
+        data.synthetic.count=400 data.synthetic.defects=0.5 output=runs/anomaly
 
     Args:
         detector: the folder that `anomaly fit` wrote.

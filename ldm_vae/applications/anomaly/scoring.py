@@ -33,7 +33,12 @@ ScoredImage = dict[str, Any]
 
 @dataclass(frozen=True)
 class ScoreImagesConfig:
-    """`ldm-vae anomaly score`.
+    """`ldm-vae anomaly score`: the percentile among the held-out normal images, and a verdict.
+
+    Writes scores.csv, scores.json and index.html with heat maps, the strangest first, into the output folder. Needs the
+    autoencoder (and, where they were used, the model and the perceptual weights) that the detector was fitted with.
+
+      ldm-vae anomaly score runs/detector autoencoder=runs/mine data=~/new output=runs/new
 
     Args:
         detector: the folder that `anomaly fit` wrote.

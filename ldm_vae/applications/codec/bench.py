@@ -57,7 +57,13 @@ LEAST_OVERLAP = 0.05
 
 @dataclass(frozen=True)
 class CodecBenchConfig:
-    """`ldm-vae codec-bench`.
+    """`ldm-vae codec bench`: bytes of whole files, PSNR, MS-SSIM, LPIPS, BD-rate, curves.
+
+    Writes results.json, results.md, index.html and the curves as SVG into the output folder. A finished result is not
+    redone. Give the entropy models that `codec fit` made for this autoencoder to see what they gain.
+
+      ldm-vae codec bench runs/mine data=~/images output=runs/mine/codec
+      ldm-vae codec bench runs/mine data=~/images entropy=runs/codec.safetensors output=runs/mine/codec
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.

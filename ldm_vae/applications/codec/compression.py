@@ -41,6 +41,12 @@ LEVELS_PER_QUALITY = 16
 class CompressConfig:
     """`ldm-vae compress`.
 
+    Takes files and folders, any size. Writes NAME.ldmz beside each picture, or into `output`. `decompress` needs the
+    same autoencoder, and the same entropy model where one is given here.
+
+      ldm-vae compress holiday.jpg portraits/ autoencoder=runs/mine output=small
+      ldm-vae compress holiday.jpg autoencoder=runs/mine entropy=runs/codec.safetensors target_bpp=0.3
+
     Args:
         images: image files and folders, pictures of any size.
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
@@ -77,7 +83,13 @@ class CompressConfig:
 
 @dataclass(frozen=True)
 class DecompressConfig:
-    """`ldm-vae decompress`.
+    """`ldm-vae decompress`: into PNG pictures.
+
+    Every file is checked first: one that is damaged, cut off or made with another autoencoder is refused, the others
+    are still decompressed, and the exit code is 2. `channels` shows a preview from the first channels of a file that
+    was compressed with `progressive`; only that part of it is read, so the rest may not have arrived yet.
+
+      ldm-vae decompress small/*.ldmz autoencoder=runs/mine output=pictures
 
     Args:
         files: what `compress` wrote.

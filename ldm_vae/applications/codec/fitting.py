@@ -65,7 +65,14 @@ LatentSamples = tuple[LatentDataset, np.ndarray]
 
 @dataclass(frozen=True)
 class CodecFitConfig:
-    """`ldm-vae codec-fit`.
+    """`ldm-vae codec fit`.
+
+    Compressed pictures get smaller than with `compress` alone. The model is a small file that belongs to the
+    autoencoder. Compressing and decompressing both need it, and a picture names the one it was compressed with.
+    `kind=context` trains small networks that predict each level from its decoded neighbors; `kind=static` keeps one
+    distribution a channel.
+
+      ldm-vae codec fit runs/mine latents=runs/latents output=runs/codec.safetensors
 
     Args:
         autoencoder: the directory of the autoencoder that made the latents.

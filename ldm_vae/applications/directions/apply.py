@@ -40,6 +40,14 @@ STORED_SAMPLES = 8
 class ApplyDirectionConfig:
     """`ldm-vae directions apply`.
 
+    Writes every strength as a picture, a strip for each image and one contact sheet. Images keep their size. A mask or
+    a box limits the edit, softly at its edge.
+
+      ldm-vae directions apply runs/directions brightness holiday.jpg autoencoder=runs/mine output=brighter
+      ldm-vae directions apply runs/directions cat/probe portraits/ autoencoder=runs/mine strengths=-3,0,3 output=cats
+      ldm-vae directions apply runs/directions red_green room.jpg autoencoder=runs/mine mask=sofa.png output=red
+      ldm-vae directions apply runs/directions pca/1 latents=runs/latents samples=3,17 autoencoder=runs/vae output=pca
+
     Args:
         directions: the folder that `directions fit` wrote.
         direction: a direction, or an attribute: then its difference of means.

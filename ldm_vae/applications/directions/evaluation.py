@@ -64,7 +64,13 @@ PREDICTABLE = {"AUROC": 0.75, "R2": 0.2}
 
 @dataclass(frozen=True)
 class EvaluateDirectionsConfig:
-    """`ldm-vae directions evaluate`.
+    """`ldm-vae directions evaluate`: on images that the fit never saw.
+
+    Writes results.json, results.md, index.html and run.json. Classes, tables and scenes are read off the edited
+    pictures by a small network that is trained first; what it cannot read is named.
+
+      ldm-vae directions evaluate runs/directions autoencoder=runs/mine data=~/images output=runs/directions-results
+      ldm-vae directions evaluate runs/directions autoencoder=runs/vae attributes_from=scene output=results
 
     Args:
         directions: the folder that `directions fit` wrote.

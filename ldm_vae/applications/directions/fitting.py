@@ -126,7 +126,15 @@ class Directions:
 
 @dataclass(frozen=True)
 class FitDirectionsConfig:
-    """`ldm-vae directions fit`.
+    """`ldm-vae directions fit`: difference of means, linear probe; PCA, SeFa.
+
+    Attributes come from the pixels, from labels, from a table or from the scenes of the synthetic set. Writes
+    directions/, results.md and run.json into the output folder.
+
+      ldm-vae directions fit runs/mine data=~/images output=runs/directions
+      ldm-vae directions fit runs/mine data=~/images attributes_from=[pixels,labels,~/images/attributes.csv] \\
+        output=runs/directions
+      ldm-vae directions fit runs/vae latents=runs/latents attributes_from=labels output=runs/directions
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.

@@ -46,7 +46,15 @@ NETWORKS = threading.RLock()
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """`ldm-vae explore`.
+    """`ldm-vae explore`: a local page, whose address is printed.
+
+    Shows a map of the latents that decodes the point under the mouse, two autoencoders side by side, every stage of the
+    network with its activations, sliders, and the training. Works offline; Ctrl-C ends it. `export` writes the map of a
+    vector model as one file that can be mailed, instead.
+
+      ldm-vae explore checkpoints/digits-vae-2d compare=checkpoints/digits-ae-2d
+      ldm-vae explore checkpoints/digits-vae-2d compare=checkpoints/digits-ae-2d export=digits.html
+      ldm-vae explore runs/mine data=~/images resolution=256 directions=runs/mine/directions
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.

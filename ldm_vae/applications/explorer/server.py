@@ -13,8 +13,10 @@ import contextlib
 import errno
 import http.client
 import importlib.util
+import os
 import re
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -40,7 +42,7 @@ from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Guard, Question,
 from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum_bytes
-from ldm_vae.training.watchdog import write_error
+from ldm_vae.training.watchdog import StopRequest, write_error
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
@@ -369,3 +371,13 @@ def measure_round_trips(models: Sequence[PageModel], stopped: threading.Event, w
 
 class _Stopped(Exception):
     """The server ends."""
+
+
+def explore_until_stopped(config: ExploreConfig, *, overwrite: bool = False) -> int:
+    """`ldm-vae explore`: as `explore`, but a signal ends the process at once. Returns: 0."""
+    with StopRequest(at_once=True):
+        explore(config, overwrite=overwrite)
+        if config.export is None:
+            sys.stdout.flush()
+            os._exit(0)  # nothing is left to do, and an interpreter that ends around a thread inside torch may abort
+    return 0
