@@ -347,7 +347,8 @@ class Reader:
                 taken.append(rest.pop(0))
             return ",".join(taken)
         if setting.kind == "pair" and not rest[0].startswith("[") and "," not in rest[0] and len(rest) > 1:
-            return flow_list([rest.pop(0) for _ in setting.item])
+            taken = [rest.pop(0) for _ in setting.item]
+            return flow_list(taken) if setting.item[0] == "text" else ",".join(taken)
         return rest.pop(0)
 
     def _key(self, key: str) -> str:

@@ -21,8 +21,8 @@ step "Encode the images to latents" encode configs/encode_quickstart.yaml \
   autoencoder=$run/vae/autoencoder output=$run/latents
 step "Train the latent U-Net" train-diffusion configs/diffusion_quickstart.yaml \
   latents=$run/latents autoencoder=$run/vae/autoencoder output=$run/diffusion
-step "Generate images" generate $run/diffusion/pipeline --count 40 --seed 0 --steps 20 --guidance 2 \
-  --precision bf16 --out $run/samples
+step "Generate images" generate $run/diffusion/pipeline count=40 seed=0 steps=20 guidance=2 \
+  precision=bf16 output=$run/samples
 step "Evaluate reconstructions" evaluate autoencoder=$run/vae/autoencoder data.source=synthetic \
   resolution=512 count=24 baseline_images=64 output=$run/evaluation
 step "Look for what is wrong with it" diagnose autoencoder=$run/vae/autoencoder data.source=synthetic \

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -100,3 +103,41 @@ def test_every_config_in_the_repository_loads(path):
             overrides = [*overrides, value]
     configuration.load(schema, path, overrides)
     assert path.read_text().startswith("#"), "a recipe opens with its command and what is known about it"
+
+
+@dataclass(frozen=True)
+class Texts:
+    names: list[str] = field(default_factory=list)
+    folder: str | None = None
+    switch: Literal["off", "on"] = "on"
+    times: dict[str, int] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@pytest.mark.parametrize("text", ["1e3", "null", "[x]", "no", "1:30:00", "a: b", "{x", "'", "#", "0x1f", " "])
+def test_a_text_is_the_text_after_the_equals_sign(text):
+    assert configuration.load(Texts, None, [f"folder={text}"]).folder == text
+
+
+def test_a_text_stays_text_in_lists_choices_and_keys(tmp_path):
+    words = ["names=[no,yes, 1e3, 'a, b', null]", "switch=off", "times={1e3: 2, no: 3}", "folder="]
+    expected = Texts(names=["no", "yes", "1e3", "a, b", "null"], switch="off", times={"1e3": 2, "no": 3})
+    assert configuration.load(Texts, None, words) == expected
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "names: [no, yes, 1e3, 'a, b', null]\nswitch: off\ntimes:\n  1e3: 2\n  no: 3\nfolder: null\ndata: synthetic\n"
+    )
+    assert configuration.load(Texts, file) == expected
+    file.write_text("names:\n- 1e3\n- &x no\nfolder: 0123\n")
+    assert configuration.load(Texts, file).folder == "0123"
+    assert configuration.load(Texts, file).names[0] == "1e3"
+
+
+def test_the_home_folder_is_spelled_out_in_one_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "a.yaml"
+    file.write_text("folder: ~/a\nnames: [~/b]\ndata: ~/images\n")
+    config = configuration.load(Texts, file)
+    assert (config.folder, config.names, config.data.path) == ("/home/me/a", ["/home/me/b"], "/home/me/images")
+    assert configuration.load(Texts, file, ["data=~/others"]).data.path == "/home/me/others"
+    assert configuration.load(Texts, file, ["data=hf:org/set"]).data.datasets.name == "org/set"

@@ -27,38 +27,14 @@ def test_the_two_commands_come_first_and_are_executable():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith("./scripts/test.sh")
 
 
-def schema_of(command: str) -> type | None:
-    from ldm_vae.autoencoder.train_config import TrainVaeConfig
-    from ldm_vae.diffusion.training import TrainDiffusionConfig
-    from ldm_vae.evaluation.comparison import CompareConfig
-    from ldm_vae.evaluation.rate_distortion import FrontierConfig
-    from ldm_vae.evaluation.reconstruction import EvaluateConfig
-    from ldm_vae.latents.encode import EncodeConfig
-
-    return {
-        "train-vae": TrainVaeConfig,
-        "train-diffusion": TrainDiffusionConfig,
-        "encode": EncodeConfig,
-        "evaluate": EvaluateConfig,
-        "frontier": FrontierConfig,
-        "compare": CompareConfig,
-    }.get(command)
-
-
 def check_command(line: str) -> None:
-    """The arguments parse; a configuration with its overrides loads."""
-    import argparse
-
+    """The words are settings; a configuration with its settings loads. No old spelling."""
     program, *words = shlex.split(line, comments=True)
     assert program == "ldm-vae"
-    module, name, arguments = cli.find(words)
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    parser.parse_args(arguments)
-    schema = schema_of(name)
-    if schema is not None:
-        path = arguments[0] if arguments[0].endswith(".yaml") else None
-        load(schema, ROOT / path if path else None, [word for word in arguments if "=" in word])
+    name, rest, advice = cli.find(words)
+    read = cli.Reader(name).read(rest)
+    assert advice == read.advice == []
+    load(cli.resolve(cli.COMMANDS[name].config), read.recipe and ROOT / read.recipe, read.settings)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("ldm-vae ")])

@@ -1,4 +1,4 @@
-"""The settings that are read from source: complete, explained, the same as the dataclasses, and alike in all commands."""
+"""The settings read from source: complete, explained, the same as the dataclasses, and alike in all commands."""
 
 from __future__ import annotations
 

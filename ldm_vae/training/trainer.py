@@ -78,7 +78,7 @@ class TrainingConfig:
     """Settings that are the same for every model. Steps and batches belong to the model's own config.
 
     Args:
-        seed: of everything random: order, crops, noise, weights.
+        seed: of everything random: order, augmentation, noise, weights.
         learning_rate: after the warmup; it falls along a cosine.
         final_learning_rate_fraction: share of it at the end.
         warmup_steps: in which it rises from 0.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ldm_vae.commands import generate
+from ldm_vae import cli
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from tests.diffusion.conftest import make_pipeline
@@ -40,10 +39,8 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_the_commands_are_understood() -> None:
-    parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
     (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in commands.strip().splitlines():
         words = shlex.split(line, comments=True)
         assert words[:2] == ["ldm-vae", "generate"]
-        assert parser.parse_args(words[2:]).out
+        assert cli.Reader("generate").read(words[2:]).value("output")
