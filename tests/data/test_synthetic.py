@@ -190,7 +190,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["synth", str(tmp_path / "a"), "--resolution", "7"]) == 2
     assert cli.main(["synth", str(tmp_path / "a"), "--workers", "0"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "ldm-vae synth: --resolution: 7 pixels; give 32 to 4096",
-        "ldm-vae synth: --workers: 0 processes; give 1 or more",
+        "ldm-vae synth: resolution: 7 pixels; give 32 to 4096",
+        "ldm-vae synth: workers: 0 processes; give 1 or more",
     ]
     assert not any(tmp_path.iterdir())

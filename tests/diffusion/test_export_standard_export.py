@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import shlex
@@ -177,11 +176,9 @@ def test_the_commands_of_the_documentation_parse() -> None:
     lines = [line for line in page.read_text().splitlines() if line.startswith("ldm-vae ")]
     assert len(lines) == 3
     for line in lines:
-        _, name, *arguments = shlex.split(line)
-        parser = argparse.ArgumentParser()
-        cli.command_module(name).add_arguments(parser)
-        parser.parse_args(arguments)
+        name, arguments, _ = cli.find(shlex.split(line)[1:])
+        words = cli.Reader(name).read(arguments)
+        assert words.advice == []
         if name == "train-diffusion":
-            path, *overrides = arguments
-            config = load(TrainDiffusionConfig, page.parents[1] / path, overrides)
+            config = load(TrainDiffusionConfig, page.parents[1] / str(words.recipe), words.settings)
             check_expressible(build_unet(config.unet, 4), (64, 64))

@@ -312,13 +312,10 @@ def test_the_readers_of_the_page_read(flipped, tmp_path, to, monkeypatch):
 
 
 def test_the_commands_of_the_page_parse():
-    import argparse
     import shlex
 
     lines = re.findall(r"^ldm-vae latents ((?:export|import) .*)$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) == 4
     for line in lines:
         tool, *arguments = shlex.split(line, comments=True)
-        parser = argparse.ArgumentParser()
-        cli.tool_module("latents", tool).add_arguments(parser)
-        parser.parse_args(arguments)
+        assert cli.Reader(f"latents {tool}").read(arguments).advice == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from pathlib import Path
@@ -104,13 +103,15 @@ def test_a_settings_file_of_the_same_name_is_not_replaced_unasked(tmp_path):
 
 def test_the_commands_of_the_documentation_parse():
     page = Path(__file__).parents[3] / "docs" / "interop.md"
-    lines = [line for line in page.read_text().splitlines() if line.startswith(("ldm-vae convert", "ldm-vae card"))]
+    lines = [
+        line
+        for line in page.read_text().splitlines()
+        if line.startswith(("ldm-vae model convert", "ldm-vae model card"))
+    ]
     assert len(lines) == 8
     for line in lines:
-        _, name, *arguments = shlex.split(line)
-        parser = argparse.ArgumentParser()
-        cli.command_module(name).add_arguments(parser)
-        parser.parse_args(arguments)
+        name, arguments, advice = cli.find(shlex.split(line)[1:])
+        assert cli.Reader(name).read(arguments).advice == advice == []
 
 
 def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_other(wavelet_run, tmp_path, capsys):
