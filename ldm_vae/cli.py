@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import schema
+from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ldm_vae.runtime import reuse_freed_memory
+from ldm_vae.schema import Setting
+from ldm_vae.version import __version__
 
 
 @dataclass(frozen=True)
