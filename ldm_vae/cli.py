@@ -127,22 +127,22 @@ COMMANDS: dict[str, Command] = {
     ),
     "reconstruct": Command(
         "encode and decode pictures, original beside reconstruction",
-        "evaluation.reconstruct_images:ReconstructConfig", "evaluation.reconstruct_images:reconstruct_images",
+        "evaluation.reconstruction:ReconstructConfig", "evaluation.reconstruction:reconstruct_images",
         ("autoencoder", "images"),
     ),
     "evaluate": Command(
         "measure reconstructions: PSNR, SSIM, LPIPS, rate; baselines, KID and FID",
-        "evaluation.measurement:EvaluateConfig", "evaluation.reconstruction:evaluate", ("autoencoder",),
+        "evaluation.reconstruction:EvaluateConfig", "evaluation.reconstruction:evaluate", ("autoencoder",),
     ),
     "frontier": Command(
         "train at several rates and draw rate against distortion",
         "evaluation.rate_distortion:FrontierConfig", "evaluation.rate_distortion:frontier",
-        prints="frontier.md", failed="evaluation.sweep:has_failed", interruptible=True,
+        failed="evaluation.sweep:has_failed", interruptible=True,
     ),
     "compare": Command(
         "train several kinds of autoencoder and compare them",
         "evaluation.comparison:CompareConfig", "evaluation.comparison:compare",
-        prints="comparison.md", failed="evaluation.sweep:has_failed", interruptible=True,
+        failed="evaluation.sweep:has_failed", interruptible=True,
     ),
     "diagnose": Command(
         "the health report: collapse, dead channels, smuggling, grids; with causes and cures",

@@ -7,9 +7,6 @@ pictures beside a card, and records in words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from ldm_vae.diffusion.generation import has_pipeline
-
 import math
 import re
 import shlex
@@ -23,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_vae import runtime
+from ldm_vae.diffusion.generation import has_pipeline
 
 runtime.repair_torchvision()
 

@@ -9,9 +9,6 @@ that nothing depends on the number of processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from ldm_vae.utils.text import pluralize
-
 import math
 import time
 from collections.abc import Sequence
