@@ -86,7 +86,7 @@ def test_a_disk_that_vanishes_ends_the_job_and_the_same_command_goes_on(
     encode, settings, disk, tmp_path, record_property
 ):
     output, log = disk.path / "set", tmp_path / "log.txt"
-    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=60"]
+    settings = [*settings, "data.source=synthetic", "data.path=", "data.synthetic.count=60"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
     job = Forked(["encode", *settings, f"output={output}"], 1, log, halt=(output, "shard-*.jsonl", 4))
     assert job.halts(), log.read_text()

@@ -12,7 +12,7 @@ from tests.training.test_ranks import BUSY_SECONDS, DOCUMENTED_SECONDS, MISHAPS,
 
 SCRIPT = ROOT / "scripts" / "encode_dataset.py"
 MORE = (
-    "data.source=synthetic", "data.path=null", "data.synthetic.count=120", "data.synthetic.resolution=64", "batch=2",
+    "data.source=synthetic", "data.path=", "data.synthetic.count=120", "data.synthetic.resolution=64", "batch=2",
     "shard_size=2",
 )  # fmt: skip
 FORWARD_PASS = 200

@@ -58,7 +58,7 @@ def test_a_refusal_ends_all_processes_with_one_sentence(settings, latents):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_job_is_continued_to_the_same_bytes(encode, settings, tmp_path, number):
-    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=120"]
+    settings = [*settings, "data.source=synthetic", "data.path=", "data.synthetic.count=120"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
     halt = (tmp_path / "set", "shard-*.jsonl", 3)
     job = Forked(["encode", *settings, f"output={tmp_path / 'set'}"], 1, tmp_path / "log.txt", halt)
@@ -166,7 +166,7 @@ def test_random_kills_and_other_numbers_of_processes_never_change_a_byte(
     encode, settings, tmp_path, trials, record_property
 ):
     """Trials of three rounds, each with 1 to 3 processes that are killed while they start or some files later."""
-    settings = [*settings, "data.source=synthetic", "data.path=null", "data.synthetic.count=120"]
+    settings = [*settings, "data.source=synthetic", "data.path=", "data.synthetic.count=120"]
     settings += ["data.synthetic.resolution=64", "batch=2", "shard_size=2"]
     choose, killed, compared = random.Random(trials), 0, 0
     encode(tmp_path / "whole", *settings)

@@ -48,7 +48,7 @@ KINDS = pytest.mark.parametrize("kind", ["[0-9].parquet", "[0-9].tar", "compress
 
 def data(pattern: Path | str, streaming: bool = True) -> list[str]:
     return [
-        *("data.source=datasets", "data.path=null", f"data.datasets.name={pattern}"),
+        *("data.source=datasets", "data.path=", f"data.datasets.name={pattern}"),
         *("data.datasets.image_column=png", "data.datasets.label_column=cls", "data.datasets.label_names=[a,b]"),
         f"data.datasets.streaming={str(streaming).lower()}",
     ]
