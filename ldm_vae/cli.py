@@ -227,7 +227,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "model card": Command(
         "write a model card from recorded results, and upload the model if asked",
-        "evaluation.model_card:CardCommand", "evaluation.model_card:make_card", ("model",),
+        "evaluation.model_card:CardConfig", "evaluation.model_card:make_card", ("model",),
     ),
     "model ema": Command(
         "choose the length of the U-Net's average after training",

@@ -322,15 +322,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             strength = editing.default_strength(masked=init.mask is not None)
         first = 0 if strength is None else first_step(num_inference_steps, strength)
         solvers = self._solvers(sampler, num_inference_steps, shape, first, count)
-        noise = latents.to(self._execution_device, torch.float32)
-        finished = self._sample(noise, init, solvers, classes, guidance, first, callback_on_step_end)
+        finished = self._sample(latents, init, solvers, classes, guidance, first, callback_on_step_end)
         images = self._output(self.normalizer.denormalize(finished), output_type, init)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _sample(
         self,
-        noise: Tensor,
+        latents: Tensor,
         init: editing.InitImage | None,
         solvers: Sequence[Solver],
         classes: ClassWeights | None,
@@ -338,7 +337,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         first: int,
         callback: Callback | None,
     ) -> Tensor:
-        """From noise, or a noisy image, to clean normalized latents (n, c, h, w)."""
+        """From noise, or from an image and noise, to clean normalized latents (n, c, h, w)."""
+        noise = latents.to(self._execution_device, torch.float32)
         groups = self._groups(len(noise))
         velocities = [
             GuidedVelocity(self.unet, self.autoguidance_unet, classes and classes[g], guidance) for g in groups

@@ -60,22 +60,31 @@ HEALTH, RESULTS = "health.json", "results.json"
 
 @dataclass(frozen=True)
 class CardConfig:
-    """`ldm-vae card`.
+    """`ldm-vae model card`.
+
+    `model` is a run of `train-vae` or `train-diffusion`, the model in it, or a directory that `ldm-vae model convert`
+    wrote. What the card says comes from its files and from the folders given here; what is not recorded is said to be
+    missing. The command that made the model is repeated as it was typed, with its paths.
+
+      ldm-vae model card runs/mine evaluation=runs/evaluation intended_use="Latents of flower photographs."
+      ldm-vae model card runs/diffusion pictures=runs/samples seen=seen.md data_credits=sources.yaml license=cc0-1.0
 
     Args:
-        model: a run of `train-vae`, or a model directory.
-        evaluation: a folder with results.json.
-        health: a folder with health.json; None: that of `evaluation`, where it has one.
-        intended_use, not_for: the user's words.
-        data_credits: a text file, or a YAML list of sources, see `read_credits`.
-        pictures: a folder of `evaluate`, whose pictures are shown, or for a pipeline of `generate`.
-        seen: a text file: what was seen in those pictures.
-        watts: power of the machine while it trained, for the guess of energy; None: 10 a core, on a CPU.
-        license: an identifier of the hub.
-        overwrite: replace a README.md of other origin.
+        model: a run of `train-vae` or `train-diffusion`, or its model.
+        evaluation: a folder that `ldm-vae evaluate` wrote.
+        health: a folder with health.json; null: that of `evaluation`.
+        intended_use: what the model is for, in your words.
+        not_for: what it is not good for, in your words.
+        data_credits: origin and license of the training images: a text file, or a YAML list of name, images, licence,
+            credits, url.
+        pictures: show pictures of this folder of `evaluate`, for a pipeline of `generate`.
+        seen: a text file: what you saw in the pictures, good and bad.
+        watts: of the machine that trained, to guess energy; null: 10 a core, on a CPU.
+        license: of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0.
+        push_to_hub: then upload the directory to this hub id (OWNER/NAME).
     """
 
-    model: str
+    model: str = "???"
     evaluation: str | None = None
     health: str | None = None
     intended_use: str | None = None
@@ -85,7 +94,7 @@ class CardConfig:
     seen: str | None = None
     watts: float | None = None
     license: str | None = None
-    overwrite: bool = False
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         if self.watts is not None and not 0 < self.watts < math.inf:  # nor is nan
@@ -124,7 +133,17 @@ class Records:
         return [name for name, value in present.items() if not value]
 
 
-def write_card(config: CardConfig) -> tuple[Path, list[str]]:
+def make_card(config: CardConfig, *, overwrite: bool = False) -> int:
+    """Write the card, upload the model if asked, and print what is not recorded. Returns: 0. Raises: UserError."""
+    write = write_pipeline_card if has_pipeline(config.model) else write_card
+    path, missing = write(config, overwrite=overwrite)
+    print(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+    if config.push_to_hub:
+        print(f"uploaded: {push(path.parent, config.push_to_hub)}")
+    return 0
+
+
+def write_card(config: CardConfig, *, overwrite: bool = False) -> tuple[Path, list[str]]:
     """Write README.md into the model's directory; return its path and the names of what is not recorded.
 
     Raises:
@@ -134,13 +153,13 @@ def write_card(config: CardConfig) -> tuple[Path, list[str]]:
     if directory is None:
         raise UserError(f"{config.model}: holds no autoencoder; give a run of `ldm-vae train-vae` or a model directory")
     path = directory / CARD
-    check_replaceable(path, config.overwrite)
+    check_replaceable(path, overwrite)
     autoencoder = load_autoencoder(directory)
     records = read_records(config, directory, autoencoder.fingerprint())
-    check_nothing_lost(path, records.missing(config), config.overwrite)
+    check_nothing_lost(path, records.missing(config), overwrite)
     drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
     crops = write_crops(Path(config.pictures), directory, autoencoder.fingerprint()) if config.pictures else None
-    write_text(path, render(config, records, autoencoder, _title(directory), {"curves": drawn, "crops": crops}))
+    write_text(path, render(config, records, autoencoder, title_of(directory), {"curves": drawn, "crops": crops}))
     return path, records.missing(config)
 
 
@@ -202,7 +221,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
     evaluation, only = records.evaluation, autoencoder.only_side
     sides = known_sides(factor, only)
     context: dict[str, Any] = {
-        "card_data": front_matter(config, records, stock, title).to_yaml(),
+        "card_data": autoencoder_front_matter(config, records, stock, title).to_yaml(),
         "marker": MARKER,
         "title": title,
         "stock_class": stock,
@@ -252,23 +271,28 @@ def fill(template: str, context: dict[str, Any]) -> str:
     return text.rstrip() + "\n"
 
 
-def front_matter(config: CardConfig, records: Records, stock: bool, title: str) -> Any:
+def front_matter(license: str | None, **values: Any) -> Any:
     """The hub's metadata as validated `ModelCardData`. Raises: UserError when the hub's rules refuse it."""
     from huggingface_hub import ModelCardData
 
-    results = eval_results(records.evaluation) if records.evaluation else []
-    dataset = hub_dataset(records.config)
     try:
-        return ModelCardData(
-            library_name="diffusers" if stock else "ldm_vae",
-            license=config.license,
-            tags=["autoencoder", "image-reconstruction", "latent-diffusion", "ldm_vae"],
-            datasets=[dataset] if dataset else None,
-            model_name=title if results else None,
-            eval_results=results or None,
-        )
+        return ModelCardData(license=license, **values)
     except ValueError as error:
         raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
+
+
+def autoencoder_front_matter(config: CardConfig, records: Records, stock: bool, title: str) -> Any:
+    """The metadata of an autoencoder; `stock`: diffusers loads it alone."""
+    results = eval_results(records.evaluation) if records.evaluation else None
+    dataset = hub_dataset(records.config)
+    return front_matter(
+        config.license,
+        library_name="diffusers" if stock else "ldm_vae",
+        tags=["autoencoder", "image-reconstruction", "latent-diffusion", "ldm_vae"],
+        datasets=[dataset] if dataset else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
 
 
 def eval_results(evaluation: dict[str, Any]) -> list[Any]:
@@ -321,10 +345,9 @@ def push(directory: Path, repository: str, api: Any = None) -> str:
     return str(url)
 
 
-def _title(directory: Path) -> str:
-    """The folder's name; of `RUN/autoencoder` the run's."""
-    folder = directory.resolve()
-    return folder.parent.name if folder.name == "autoencoder" else folder.name
+def title_of(directory: Path) -> str:
+    """The folder's name; for `RUN/autoencoder` and `RUN/pipeline` that of the run."""
+    return run_folder_of(directory.resolve()).name
 
 
 def _required(path: Path, command: str) -> dict[str, Any]:
@@ -339,7 +362,7 @@ SETTINGS = ("batch", "label_dropout", "shift")
 TRAINING_SETTINGS = ("learning_rate", "weight_decay", "ema_decay", "seed")
 
 
-def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
+def write_pipeline_card(config: CardConfig, *, overwrite: bool = False) -> tuple[Path, list[str]]:
     """Write README.md into the pipeline's directory; return its path and the names of what is not recorded.
 
     Raises:
@@ -352,7 +375,7 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
     pipeline = LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
     path = directory / CARD
     generated = pipeline_card(pipeline)
-    check_replaceable(path, config.overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
+    check_replaceable(path, overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
     place = run_folder_of(directory)
     run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
     credits, seen = read_credits(config.data_credits), read_text("--seen", config.seen)
@@ -370,18 +393,21 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
         "a licence": config.license,
     }
     missing = [name for name, value in present.items() if not value]
-    check_nothing_lost(path, missing, config.overwrite)
+    check_nothing_lost(path, missing, overwrite)
     pictures = {
         "curves": draw_curves(place, directory, diffusion_panels, settings),
         "samples": write_samples(Path(config.pictures), directory) if config.pictures else None,
     }
-    folder = directory.resolve()
-    title = folder.parent.name if folder.name == "pipeline" else folder.name
     height, width = pipeline.image_size()
     context: dict[str, Any] = {
-        "card_data": pipeline_front_matter(config).to_yaml(),
+        "card_data": front_matter(
+            config.license,
+            library_name="ldm_vae",
+            pipeline_tag="unconditional-image-generation",
+            tags=["latent-diffusion", "ldm_vae"],
+        ).to_yaml(),
         "marker": MARKER,
-        "title": title,
+        "title": title_of(directory),
         "height": height,
         "width": width,
         "labels": pipeline.labels,
@@ -405,21 +431,6 @@ def write_pipeline_card(config: CardConfig) -> tuple[Path, list[str]]:
     }
     write_text(path, fill("card_pipeline.md", context | pictures))
     return path, missing
-
-
-def pipeline_front_matter(config: CardConfig) -> Any:
-    """The hub's metadata. Raises: UserError when its rules refuse it."""
-    from huggingface_hub import ModelCardData
-
-    try:
-        return ModelCardData(
-            library_name="ldm_vae",
-            license=config.license,
-            pipeline_tag="unconditional-image-generation",
-            tags=["latent-diffusion", "ldm_vae"],
-        )
-    except ValueError as error:
-        raise UserError(f"card: the hub's metadata rules refuse it ({error}); correct the option it names") from error
 
 
 def diffusion_training_rows(config: dict[str, Any]) -> Rows:
@@ -887,53 +898,3 @@ def limits(
     if health is not None and any(verdict["severity"] == "fail" for verdict in verdicts(health)):
         sentences.append("The health report found at least one failure; see above before building on the latents.")
     return sentences
-
-
-@dataclass(frozen=True)
-class CardCommand:
-    """`ldm-vae model card`.
-
-    `model` is a run of `train-vae` or `train-diffusion`, the model in it, or a directory that `ldm-vae model convert`
-    wrote. What the card says comes from its files and from the folders given here; what is not recorded is said to be
-    missing. The command that made the model is repeated as it was typed, with its paths.
-
-      ldm-vae model card runs/mine evaluation=runs/evaluation intended_use="Latents of flower photographs."
-      ldm-vae model card runs/diffusion pictures=runs/samples seen=seen.md data_credits=sources.yaml license=cc0-1.0
-
-    Args:
-        model: a run of `train-vae` or `train-diffusion`, or its model.
-        evaluation: a folder that `ldm-vae evaluate` wrote.
-        health: a folder with health.json; null: that of `evaluation`.
-        intended_use: what the model is for, in your words.
-        not_for: what it is not good for, in your words.
-        data_credits: origin and license of the training images: a text file, or a YAML list of name, images, licence,
-            credits, url.
-        pictures: show pictures of this folder of `evaluate`, for a pipeline of `generate`.
-        seen: a text file: what you saw in the pictures, good and bad.
-        watts: of the machine that trained, to guess energy; null: 10 a core, on a CPU.
-        license: of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0.
-        push_to_hub: then upload the directory to this hub id (OWNER/NAME).
-    """
-
-    model: str = "???"
-    evaluation: str | None = None
-    health: str | None = None
-    intended_use: str | None = None
-    not_for: str | None = None
-    data_credits: str | None = None
-    pictures: str | None = None
-    seen: str | None = None
-    watts: float | None = None
-    license: str | None = None
-    push_to_hub: str | None = None
-
-
-def make_card(config: CardCommand, *, overwrite: bool = False) -> int:
-    """Write the card, upload the model if asked, and print what is not recorded. Returns: 0. Raises: UserError."""
-    values = {name: value for name, value in vars(config).items() if name != "push_to_hub"}
-    write = write_pipeline_card if has_pipeline(config.model) else write_card
-    path, missing = write(CardConfig(**values, overwrite=overwrite))
-    print(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
-    if config.push_to_hub:
-        print(f"uploaded: {push(path.parent, config.push_to_hub)}")
-    return 0

@@ -232,13 +232,13 @@ def test_somebody_elses_readme_is_kept_and_our_own_is_written_anew(run):
     with pytest.raises(UserError, match="was not written by this command; give --overwrite"):
         write_card(CardConfig(str(run)))
     assert readme.read_text() == "mine"
-    write_card(CardConfig(str(run), overwrite=True))
+    write_card(CardConfig(str(run)), overwrite=True)
     write_card(CardConfig(str(run), intended_use="Again."))
     assert "Again." in readme.read_text()
     with pytest.raises(UserError, match=r"README\.md: states the intended use, and the new card would not; give"):
         write_card(CardConfig(str(run), license="cc0-1.0"))
     assert "Again." in readme.read_text()
-    write_card(CardConfig(str(run), license="cc0-1.0", overwrite=True))
+    write_card(CardConfig(str(run), license="cc0-1.0"), overwrite=True)
     assert "Again." not in readme.read_text()
 
 
