@@ -3,7 +3,7 @@
     python -m benchmarks dataset OUTPUT
 
 The files are synthetic scenes with a grain, so that they are as large as photographs. That script opens one file after
-the other with PIL, resizes and normalises it by torchvision, encodes it with an autoencoder of Stable Diffusion's size
+the other with PIL, resizes and normalizes it by torchvision, encodes it with an autoencoder of Stable Diffusion's size
 in float32 and saves one `.npy` an image. Weights are random: they change no cost. Nothing is said of what the latents
 are worth.
 """
@@ -22,7 +22,7 @@ from typing import Any
 SUMMARY = "from JPEG files to latent shards, beside the script that a user writes"
 
 GRAIN = 6.0
-"""Standard deviation in grey levels."""
+"""Standard deviation in gray levels."""
 QUALITY = 90
 HOUR = 3600.0
 

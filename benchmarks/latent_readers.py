@@ -42,7 +42,7 @@ class Reader:
 
 
 def mapped(count: int, one: Callable[[int], Tensor], some: Callable[[Sequence[int]], Tensor]) -> Pass:
-    """The pass of a reader with random access. `some` gets a range for neighbours, else a list."""
+    """The pass of a reader with random access. `some` gets a range for neighbors, else a list."""
 
     class Some:
         def __getitem__(self, indices: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ KL_SCALE, PERCEPTUAL_SCALE, DISCRIMINATOR_SCALE = 1e-6, 0.5, 1.0
 
 
 def patch_discriminator() -> Any:
-    """Three strided layers of 64 to 256 channels with batch normalisation, one of 512, one of logits."""
+    """Three strided layers of 64 to 256 channels with batch normalization, one of 512, one of logits."""
     from torch import nn
 
     layers: list[Any] = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2, True)]

@@ -316,9 +316,9 @@ def text(found: dict[str, Any]) -> str:
             f"{row['fraction_of_bf16']['median']:.0%} |"
         )
         bars.append(bar(f"share of the roof, {row['terms']}", 100 * row["fraction"]["median"], 60, " %"))
-    waits, synchronisations = found["waits"], max(row["host_synchronisations"] for row in found["roof"])
+    waits, synchronizations = found["waits"], max(row["host_synchronisations"] for row in found["roof"])
     bars.append(bar("time not spent waiting for data", 100 * (1 - waits["share"]), 98, " %"))
-    bars.append(bar("steps without a host synchronisation, log steps aside", 100.0 * (not synchronisations), 100, " %"))
+    bars.append(bar("steps without a host synchronization, log steps aside", 100.0 * (not synchronizations), 100, " %"))
     note = (
         f"{found['batch']} images of {found['crop']}x{found['crop']}, {found['threads']} threads, {found['device']}; "
         f"medians of {found['rounds']} rounds in which all take turns, ratios within a round [quartiles]. On both "
@@ -330,6 +330,6 @@ def text(found: dict[str, Any]) -> str:
         "user. The roof is a stack of 3x3 convolutions in the same rounds; operations are counted, "
         "forward and backward; LPIPS computes in fp32 and is set against the roof of fp32, the last column sets all "
         f"against that of bf16. Waits: a training of {waits['steps']} steps on synthetic images with one worker, the "
-        f"first batch aside; host synchronisations of a step: {synchronisations}."
+        f"first batch aside; host synchronizations of a step: {synchronizations}."
     )
     return "\n".join([*lines, "", *bars_table(bars), "", note, ""])

@@ -193,7 +193,7 @@ def test_a_model_that_has_learnt_nothing_is_found_out(
     assert len(list((tmp_path / "truth" / "images").glob("0*.png"))) == 40
     assert (tmp_path / "truth" / "wrong.png").is_file()
     text = (tmp_path / "truth" / "results.md").read_text()
-    assert "| recognised as asked |" in text
+    assert "| recognized as asked |" in text
     assert "**broken**" in text
 
     other = tmp_path / "other.yaml"

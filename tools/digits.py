@@ -6,7 +6,7 @@
     python -m tools.digits mnist checkpoints/digits-vae-2d --part test --count 2000
 
 SOURCE is a folder with MNIST's idx files, packed (.gz) or not, or the word `sklearn`: scikit-learn's bundled 1,797
-digits of 8 x 8 pixels, enlarged. Pictures are grey, white on black, 28 x 28 with two black pixels around. They are read
+digits of 8 x 8 pixels, enlarged. Pictures are gray, white on black, 28 x 28 with two black pixels around. They are read
 with `data.source=datasets data.datasets.name=digits.parquet data.datasets.label_column=label`. Where OUTPUT is the
 directory of an autoencoder, the digits go into it as explorer.safetensors, what `explore` shows.
 """

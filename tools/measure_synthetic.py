@@ -7,14 +7,14 @@ For models trained on the synthetic set. A small network, the reader, learns fro
 shows: the class, and attributes of the scene. It then reads images that the model generates, as many of each class.
 Three promises, each with its limit:
 
-- classes: at least 90 % of the generated images are recognised as what was asked for;
+- classes: at least 90 % of the generated images are recognized as the class that they were to show;
 - attributes: the distribution of each that the reader can read differs from that of held-out real images by at most a
   tenth more than two sets of real images differ; the distance is Kolmogorov and Smirnov's (Kuiper's for hues), the
   largest difference of the shares below any value;
 - memory: at most 1 % are copies of training latents (`ldm_vae.diffusion.validation`).
 
 Real images are read too, as rendered and through the autoencoder: what is lost there is not the diffusion model's.
-Writes results.json, results.md, run.json, images/, sheet.png with what was not recognised framed, and wrong.png with
+Writes results.json, results.md, run.json, images/, sheet.png with what was not recognized framed, and wrong.png with
 all of it. The exit code is 0 where all promises are kept, 1 where one is broken. The same command continues.
 """
 
@@ -54,11 +54,11 @@ CONTROLS = 100
 """Held-out real images that are sent through the autoencoder."""
 EXIT_BROKEN = 1
 CELL, FRAME, RED = 128, 6, (214, 39, 40)
-"""Pixels of a picture on the sheet and of its frame; the frame's colour."""
+"""Pixels of a picture on the sheet and of its frame; the frame's color."""
 
 
 def judge_classes(asked: np.ndarray, read: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Shares recognised as asked, with 95 % Wilson intervals, and what was read for each class."""
+    """Shares recognized as asked, with 95 % Wilson intervals, and what was read for each class."""
     import numpy as np
     from scipy.stats import binomtest
 
@@ -106,7 +106,7 @@ def judge_attributes(real: Truth, generated: Truth, correlations: dict[str, floa
 def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, Any]:
     """The copy rate of generated latents among the training latents, and that of real ones that are not in there.
 
-    All are (n, c, h, w), normalised.
+    All are (n, c, h, w), normalized.
     """
     from ldm_vae.diffusion.validation import find_neighbors
 
@@ -121,7 +121,7 @@ def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[
 
 
 def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tuple[SyntheticConfig, Tensor]:
-    """The settings of the synthetic set that the pipeline was trained on, and its normalised latents, half precision.
+    """The settings of the synthetic set that the pipeline was trained on, and its normalized latents, half precision.
 
     Raises:
         UserError: the latents are not those of this pipeline, or of other images than `data` describes.
@@ -146,7 +146,7 @@ def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tup
 
 
 def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: int) -> tuple[Tensor, Tensor]:
-    """Images as the reader takes them (n, 3, side, side), and their normalised posterior means (n, c, h, w)."""
+    """Images as the reader takes them (n, 3, side, side), and their normalized posterior means (n, c, h, w)."""
     import torch
 
     from ldm_vae.data import transforms
@@ -164,7 +164,7 @@ def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: 
 def through_autoencoder(
     pipeline: LatentDiffusionPipeline, config: SyntheticConfig, count: int, side: int
 ) -> tuple[Tensor, Tensor]:
-    """Held-out real images, encoded and decoded (n, 3, side, side), and their normalised latents (n, c, h, w)."""
+    """Held-out real images, encoded and decoded (n, 3, side, side), and their normalized latents (n, c, h, w)."""
     import torch
 
     from ldm_vae.data import transforms
@@ -187,11 +187,11 @@ def make_reader(config: SyntheticConfig, side: int, images: int, epochs: int) ->
 
 
 def check_reader(errors: dict[str, Any]) -> None:
-    """Raises: UserError when it does not recognise real images, or reads no attribute in them."""
+    """Raises: UserError when it does not recognize real images, or reads no attribute in them."""
     read = [name for name, value in errors["correlations"].items() if value >= READABLE]
     if errors["recognised"] < READER_RECOGNISES or not read:
         raise UserError(
-            f"the reader recognises {errors['recognised']:.1%} of held-out real images and can read {len(read)} "
+            f"the reader recognizes {errors['recognised']:.1%} of held-out real images and can read {len(read)} "
             "attributes, which makes it no judge; give more --reader-images or --reader-epochs"
         )
 
@@ -234,7 +234,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(paths: Sequence[Path], asked: np.ndarray, read: np.ndarray, names: Sequence[str], folder: Path) -> None:
-    """`sheet.png`: ten images of each class, framed where not recognised; `wrong.png`: all that were not."""
+    """`sheet.png`: ten images of each class, framed where not recognized; `wrong.png`: all that were not."""
     from PIL import Image, ImageOps
 
     from ldm_vae.utils.image_grid import labeled_sheet
@@ -273,7 +273,7 @@ def report(found: dict[str, Any]) -> str:
     beyond = attributes[worst]["gap"] - attributes[worst]["chance"]
     low, high = classes["interval"]
     promises = [
-        ["recognised as asked", f"{classes['recognised']:.1%} [{low:.1%}, {high:.1%}] of {classes['images']}",
+        ["recognized as asked", f"{classes['recognised']:.1%} [{low:.1%}, {high:.1%}] of {classes['images']}",
          f"at least {RECOGNISED:.0%}", word(classes["kept"])],
         [f"attributes off by, beyond chance (worst: {worst})", f"{max(beyond, 0.0):.3f}", f"at most {GAP:.2f}",
          word(all(one["kept"] for one in attributes.values()))],
@@ -293,7 +293,7 @@ def report(found: dict[str, Any]) -> str:
     note = (
         f"{settings['steps']} steps, guidance {settings['guidance']:g}, {settings['precision']}, seed "
         f"{settings['seed']}. The reader: {settings['side']} x {settings['side']} pixels, "
-        f"{settings['reader_images']:,} real images, {settings['reader_epochs']} epochs; it recognises "
+        f"{settings['reader_images']:,} real images, {settings['reader_epochs']} epochs; it recognizes "
         f"{reader['recognised']:.1%} of {reader['images']:,} held-out real images and {through['recognised']:.1%} of "
         f"{through['images']} that went through the autoencoder. Gap: largest difference of the shares below any value "
         f"(on any arc, for hues), median over {SPLITS} halves of the real readings; chance: 95 % point of the gap "
@@ -308,7 +308,7 @@ def report(found: dict[str, Any]) -> str:
         [
             "# Truth known", "", *markdown_table(["promise", "measured", "limit", ""], promises), "",
             *markdown_table(["attribute", "gap", "chance", "limit", "error, real", "error, reconstructed"], marginals),
-            "", *markdown_table(["asked for", "recognised", "read instead"], by_class), "", note, "",
+            "", *markdown_table(["asked for", "recognized", "read instead"], by_class), "", note, "",
         ]
     )  # fmt: skip
 

@@ -5,7 +5,7 @@
     python -m tools.record_pictures prior OUT.webp NAME=AUTOENCODER=HEALTH_FOLDER [...]
 
 `crops`: the same crops through every autoencoder, enlarged, the original first: of 64 textured synthetic images the
-    windows with the most contrast between neighbouring pixels, one a class.
+    windows with the most contrast between neighboring pixels, one a class.
 `latents`: what noise on the latents costs (PSNR), and the posterior's deviations, from health.json.
 `prior`: what each decoder makes of latents drawn from a Gaussian with the moments of its own latents.
 """

@@ -93,7 +93,7 @@ def resize_center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.nda
     return _resize(image, (left, top, left + span_x, top + span_y), (target_height, target_width))
 
 
-def centre_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+def center_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     """`cover_crop` with the signature of a training transform; `rng` is not used."""
     return resize_center_crop(image, size)
 

@@ -28,7 +28,7 @@ SMALLEST_DIVISOR = 0.05
 
 
 def resolution_shift(channels: int, height: int, width: int) -> float:
-    """sqrt(c h w / 4096): how far times move towards noise for larger latents (RAE, arXiv:2510.11690).
+    """sqrt(c h w / 4096): how far times move toward noise for larger latents (RAE, arXiv:2510.11690).
 
     >>> resolution_shift(4, 64, 64)
     2.0

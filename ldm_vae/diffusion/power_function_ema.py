@@ -90,7 +90,7 @@ class PowerFunctionEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the present weights; `step` counts finished optimizer steps from 0, at which it is a copy."""
+        """Move toward the present weights; `step` counts finished optimizer steps from 0, at which it is a copy."""
         if not self.tensors:  # also after a checkpoint without this average: it begins with the weights there
             self.load({name: parameter.detach() for name, parameter in self._module.named_parameters()})
         weights = [parameter.detach() for parameter in self._module.parameters()]

@@ -65,7 +65,7 @@ class Euler:
 class Heun:
     """Euler, then again with the mean of the slopes at both ends: second order, two evaluations per step.
 
-    The last step too: in a flow the slope at t = 0 is finite, and with times that are shifted towards noise the last
+    The last step too: in a flow the slope at t = 0 is finite, and with times that are shifted toward noise the last
     step is the longest. Leaving it to Euler makes the solution of a Gaussian 4 to 6 times worse (shift 2).
     """
 

@@ -55,7 +55,7 @@ def default_training() -> TrainingConfig:
 class TrainDiffusionConfig:
     """`ldm-vae train-diffusion`: ends with a pipeline that generates images.
 
-    The same command resumes an interrupted run; `ldm-vae model ema` chooses another length of its average afterwards.
+    The same command resumes an interrupted run; `ldm-vae model ema` chooses another length of its average afterward.
 
       ldm-vae train-diffusion configs/diffusion_small.yaml runs/latents autoencoder=runs/vae output=runs/diffusion
 
@@ -70,9 +70,9 @@ class TrainDiffusionConfig:
         shuffle_shards: null shuffles the whole set in each epoch; N shuffles the shards, then the latents inside blocks
             of N shards, one block after the other, so that N are read at a time: for sets larger than memory.
         label_dropout: share of labels replaced by "no label", which classifier-free guidance needs.
-        shift: of training and sampling times towards noise; null: sqrt(c h w / 4096). Smaller for crops.
+        shift: of training and sampling times toward noise; null: sqrt(c h w / 4096). Smaller for crops.
         crops: training on crops of latents on a share of the steps.
-        ema: power-function averages, from which `ldm-vae ema` makes one of any length afterwards.
+        ema: power-function averages, from which `ldm-vae ema` makes one of any length afterward.
         neighbours: training latents among which the nearest to each preview sample is searched; 0 searches none.
         patience: share of the run without a better held-out loss after which an alarm suggests to stop.
         kid: KID of samples to held-out images, on request.

@@ -36,7 +36,7 @@ def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, s
         unet: Latents, times and labels -> velocity.
         latents: Normalized, (n, c, h, w); the noise follows from their number and shape.
         labels: (n,), or None for an unconditional network.
-        shift: Of the times towards noise.
+        shift: Of the times toward noise.
     """
     rng = generator(0, "held_out", device=latents.device)
     losses = {}

@@ -139,10 +139,10 @@ def maximum_mean_discrepancy(
     rng = generator(seed, "mmd")
     for column in range(1, permutations + 1):
         members[torch.randperm(2 * n, generator=rng)[:n], column] = 1.0
-    towards = (kernel @ members).double()
+    toward = (kernel @ members).double()
     members = members.double()
-    within = (members * towards).sum(dim=0)
-    others = kernel.double().sum(dim=1, keepdim=True) - towards
+    within = (members * toward).sum(dim=0)
+    others = kernel.double().sum(dim=1, keepdim=True) - toward
     across = (members * others).sum(dim=0)
     outside = ((1 - members) * others).sum(dim=0)
     values = (within + outside) / (n * (n - 1)) - 2 * across / n**2

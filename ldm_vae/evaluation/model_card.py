@@ -467,7 +467,7 @@ def protocol_sentences(config: dict[str, Any]) -> list[str]:
     if config.get("neighbours"):
         found.append(
             "samples/copy_rate: share of the preview samples less than a third as far from one of "
-            f"{config['neighbours']} training latents as from any other: images learnt by heart."
+            f"{config['neighbours']} training latents as from any other: images learned by heart."
         )
     return [*found, "One training, one seed: no interval over trainings is known."]
 
@@ -806,7 +806,7 @@ def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor:
     if rate and (training.get("initial") or {}).get("train") == ["decoder"]:  # see `autoencoder.record.write_record`
         sentences.append("The last run trained the decoder alone; target, beta and steps are those of the encoder.")
     if rate.get("mode") == "target":
-        sentences.append(f"Controlled towards {rate.get('target_nats')} nats per latent dimension.")
+        sentences.append(f"Controlled toward {rate.get('target_nats')} nats per latent dimension.")
     elif rate.get("mode"):
         sentences.append(f"Mode: {rate['mode']}.")
     if rate.get("final_beta") is not None:

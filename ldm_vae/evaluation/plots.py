@@ -256,7 +256,7 @@ def _learning_rate(metrics: Mapping[str, Curve]) -> Panel:
     return Panel(
         "Learning rate",
         "per optimizer step",
-        "A short warm-up, then a decay towards the end of the run.",
+        "A short warm-up, then a decay toward the end of the run.",
         metrics.get("optim/lr"),
         noisy=False,
         logarithmic=False,
@@ -383,7 +383,7 @@ def thin(curve: Curve) -> Curve:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centerd window of a twentieth of the curve, narrower towards the ends; no lag."""
+    """Mean over a centered window of a twentieth of the curve, narrower toward the ends; no lag."""
     reach = np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]).clip(max=len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -243,7 +243,7 @@ def _compare(stated: dict[str, Any], found: dict[str, Any], where: str, there: s
 
 
 def measure_labels(manifest: Manifest) -> dict[str, Any]:
-    """Samples of each class, all of them: `counts` by name, `unlabelled`, `smallest`, `largest`, `imbalance`."""
+    """Samples of each class, all of them: `counts` by name, `unlabeled`, `smallest`, `largest`, `imbalance`."""
     labels = read_labels(manifest)
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.label_names))
     found: dict[str, Any] = {

@@ -321,7 +321,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the module's present weights; `step` counts finished optimizer steps from 0."""
+        """Move toward the module's present weights; `step` counts finished optimizer steps from 0."""
         decay = min(self.decay, (step + 1) / (step + 50))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
 

@@ -11,7 +11,7 @@ from ldm_vae.data import open_source
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import CachedSource, DataConfig, number_labels
 from ldm_vae.data.split import part_of, repeated, subset
-from ldm_vae.data.transforms import centre_crop, random_crop
+from ldm_vae.data.transforms import center_crop, random_crop
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
 
@@ -126,7 +126,7 @@ def test_samples_depend_on_index_and_position_only(image_folder: Path) -> None:
 def test_unreadable_images_are_replaced_and_reported(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(encode(picture(32, 32)) if i > 2 else b"broken")
-    samples = ImageSamples(open_source(DataConfig(source="folder", path=str(tmp_path))), centre_crop, seed=0)
+    samples = ImageSamples(open_source(DataConfig(source="folder", path=str(tmp_path))), center_crop, seed=0)
     for position in range(8):
         sample = samples.sample(0, position, 16)
         assert sample["index"] > 2

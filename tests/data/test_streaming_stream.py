@@ -24,7 +24,7 @@ from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import part_of, subset
 from ldm_vae.data.streaming import Item, StreamBatches, StreamSamples, open_stream
-from ldm_vae.data.transforms import centre_crop, random_crop
+from ldm_vae.data.transforms import center_crop, random_crop
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import Key, collate
 from tests.data.encoded import encode, picture
@@ -243,7 +243,7 @@ def test_the_part_must_not_be_empty(make: Callable[..., StreamSamples]) -> None:
 
 
 def test_samples_of_random_access(files: Path) -> None:
-    samples = ImageSamples(open_source(config(files, "saved", "label_column=label")), centre_crop, seed=0)
+    samples = ImageSamples(open_source(config(files, "saved", "label_column=label")), center_crop, seed=0)
     batch = collate([samples.sample(i, i, 16) for i in range(4)])
     assert batch["image"].shape == (4, 3, 16, 16)
     assert batch["label"].tolist() == [0, 1, 2, 0]

@@ -544,7 +544,7 @@ def protocol_lines(results: Results) -> list[str]:
     low, high = detector["false_positive_rate_interval"]
     lines = [
         f"{images['normal']} normal and {images['anomalous']} anomalous images, {protocol['resolution']} x "
-        f"{protocol['resolution']}; learnt from {detector['counts']['learnt_from']} normal images, thresholds from "
+        f"{protocol['resolution']}; learned from {detector['counts']['learnt_from']} normal images, thresholds from "
         f"{detector['counts']['held_out']} others.",
         f"AUPR for a share of {protocol['prevalence']:g} anomalous images (chance gives that); AUROC with its 95 % "
         "bootstrap interval over images. AUPRO up to a pixel false-positive rate of 0.3 (chance gives 0.15).",

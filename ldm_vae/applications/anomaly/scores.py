@@ -85,7 +85,7 @@ def load_networks(
 
 
 def check_pipeline_size(networks: Networks, resolution: int) -> None:
-    """Raises: UserError where the U-Net has learnt latents of images of another size."""
+    """Raises: UserError where the U-Net has learned latents of images of another size."""
     if networks.pipeline is None:
         return
     factor = networks.autoencoder.downsampling

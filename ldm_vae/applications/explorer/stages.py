@@ -47,7 +47,7 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class NetworkStage:
     """One step. `name`: in addresses, `title` and `what`: for people; shapes without the batch; `gmacs`: 10^9
-    multiply-accumulates for one image, `parameters`: numbers that were learnt, 0 for what computes nothing."""
+    multiply-accumulates for one image, `parameters`: numbers that were learned, 0 for what computes nothing."""
 
     name: str
     title: str
@@ -107,8 +107,8 @@ def _latent_stages(explored: Explored, moments: Shape, shape: Shape) -> Iterator
     yield NetworkStage(MU, "mu", "The mean of the posterior: the latent itself.", moments, shape, 0, 0.0)
     yield NetworkStage(SIGMA, "sigma", sigma, moments, shape, 0, 0.0)
     quantizer = getattr(explored.autoencoder, "quantizer", None) or getattr(explored.autoencoder, "quantize", None)
-    learnt = _parameters([quantizer]) if isinstance(quantizer, nn.Module) else 0
-    yield NetworkStage(SAMPLE, "Sample", sample, shape, shape, learnt, 0.0)
+    learned = _parameters([quantizer]) if isinstance(quantizer, nn.Module) else 0
+    yield NetworkStage(SAMPLE, "Sample", sample, shape, shape, learned, 0.0)
 
 
 def _measured(parts: Sequence[StageModules], shape_in: Shape, run: Any) -> list[NetworkStage]:
@@ -300,8 +300,8 @@ class StageModules:
 def encoder_parts(autoencoder: Autoencoder) -> list[StageModules]:
     """From the image to the moments."""
     if autoencoder.kind == "frozen":
-        learnt = [] if autoencoder.residual is None else [("A small learnt encoder beside it.", autoencoder.residual)]
-        return _numbered("encoder", "Encoder", [("A frozen vision transformer.", autoencoder.vision), *learnt])
+        learned = [] if autoencoder.residual is None else [("A small learned encoder beside it.", autoencoder.residual)]
+        return _numbered("encoder", "Encoder", [("A frozen vision transformer.", autoencoder.vision), *learned])
     encoder = getattr(autoencoder, "encoder", None)
     if isinstance(encoder, (Encoder, VectorEncoder)):
         inside = list(_wavelet_encoder(encoder) if isinstance(encoder, Encoder) else _vector_encoder(encoder))
