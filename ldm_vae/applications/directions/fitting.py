@@ -60,8 +60,8 @@ LEAST_SAMPLES = 20
 PENALTY = 1e-2
 """Of the squared weights of a probe on standardized features."""
 FOLDS = 5
-IMPULSE_SIDE = 9
-"""Positions of the latent that the first convolution is probed with."""
+CONSTANT_SIDE = 9
+"""Positions of the constant latents whose middle tells what the first convolution adds."""
 
 
 @dataclass(frozen=True)
@@ -450,14 +450,19 @@ def covariance(autoencoder: Autoencoder, pooled: np.ndarray) -> np.ndarray:
 
 
 def first_gram(autoencoder: Autoencoder, pooled: np.ndarray) -> np.ndarray:
-    """W^T W of the decoder's first convolution, whose eigenvectors it amplifies most (SeFa, arXiv:2007.06600)."""
+    """W^T W of the decoder's first convolution, whose eigenvectors it amplifies most (SeFa, arXiv:2007.06600).
+
+    W (m, c) is the weight summed over its taps: a direction moves every position of the latent by the same vector.
+    """
     response = first_response(autoencoder)
     return response.T @ response
 
 
 def first_response(autoencoder: Autoencoder) -> np.ndarray:
-    """(m, c) float64: what a unit in channel k adds to the first convolution that widens the latent. What comes before
-    it, as Stable Diffusion's `post_quant_conv`, is linear and included.
+    """(m, c) float64: what a unit in channel k at every position adds to the first convolution that widens the latent.
+
+    It is read in the middle of the map, where no padding is seen. What comes before it, as Stable Diffusion's
+    `post_quant_conv`, is linear and included.
 
     Raises:
         UserError: the decoder has no such convolution.
@@ -469,19 +474,19 @@ def first_response(autoencoder: Autoencoder) -> np.ndarray:
         if not first:
             first.append(output.double().cpu())
 
-    impulses = torch.zeros(channels + 1, channels, IMPULSE_SIDE, IMPULSE_SIDE, device=autoencoder.device)
-    impulses[torch.arange(channels), torch.arange(channels), IMPULSE_SIDE // 2, IMPULSE_SIDE // 2] = 1
+    units = torch.cat([torch.eye(channels), torch.zeros(1, channels)])  # the last one: what biases add
+    constants = units[:, :, None, None].expand(-1, -1, CONSTANT_SIDE, CONSTANT_SIDE).to(autoencoder.device)
     widening = [m for m in autoencoder.modules() if isinstance(m, nn.Conv2d) and m.out_channels > channels]
     hooks = [module.register_forward_hook(keep) for module in widening]
     try:
-        autoencoder.decode_images(impulses)
+        autoencoder.decode_images(constants)
     finally:
         for hook in hooks:
             hook.remove()
     if not first:
         raise UserError("sefa: the decoder has no convolution that widens the latent; leave sefa out of methods")
-    response = first[0]
-    return (response[:-1] - response[-1:]).flatten(1).T.numpy()
+    middle = first[0][:, :, first[0].shape[2] // 2, first[0].shape[3] // 2]
+    return (middle[:-1] - middle[-1:]).T.numpy()
 
 
 def scaled(vector: np.ndarray, pooled: np.ndarray) -> np.ndarray:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ldm_vae.applications.directions import fitting
 from ldm_vae.applications.directions.attributes import Attribute
+from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture
 
@@ -87,20 +89,42 @@ def test_principal_directions_are_ordered_and_share_the_variance() -> None:
     assert (first.attribute, first.method) == (None, "pca")
 
 
-@pytest.mark.parametrize("architecture", ["wavelet", "sd"])
-def test_sefa_sees_the_first_convolution_and_what_is_linear_before_it(architecture: str) -> None:
+def first_convolution(architecture: str) -> tuple[Autoencoder, nn.Conv2d, Tensor]:
+    """A small autoencoder of 4 channels, the decoder's first convolution and the (4, 4) matrix before it."""
     torch.manual_seed(0)
     preset = {"wavelet": "pico", "sd": "tiny"}[architecture]
     autoencoder = build_autoencoder(AutoencoderConfig(architecture, preset, 4)).eval()  # type: ignore[arg-type]
     if architecture == "wavelet":
-        weight, before = autoencoder.decoder.stages[0].resample.weight, torch.eye(4)
-    else:
-        weight, before = autoencoder.decoder.conv_in.weight, autoencoder.post_quant_conv.weight[:, :, 0, 0]
-    columns = (weight.permute(0, 2, 3, 1).flatten(0, 2) @ before).detach().double()
+        return autoencoder, autoencoder.decoder.stages[0].resample, torch.eye(4)
+    return autoencoder, autoencoder.decoder.conv_in, autoencoder.post_quant_conv.weight[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("architecture", ["wavelet", "sd"])
+def test_sefa_sees_the_first_convolution_and_what_is_linear_before_it(architecture: str) -> None:
+    """In closed form: an edit moves every position, so it meets the sum of the weight over its taps."""
+    autoencoder, convolution, before = first_convolution(architecture)
+    columns = (convolution.weight.sum(dim=(2, 3)) @ before).detach().double()
     expected = (columns.T @ columns).numpy()
     response = fitting.first_response(autoencoder)
     np.testing.assert_allclose(response.T @ response, expected, rtol=1e-4, atol=1e-5)
     found = fitting.unlabeled("sefa", autoencoder, np.random.default_rng(0).standard_normal((50, 4)), 2)
     _, vectors = np.linalg.eigh(expected)
-    assert abs(alike(found[0].vector, vectors[:, -1])) > 0.999
+    assert abs(alike(found[0].vector, vectors[:, -1])) > 0.9999
     assert found[0].told["value"] > found[1].told["value"]
+
+
+def test_sefa_finds_what_a_constant_shift_changes_most() -> None:
+    """Channel 0 has taps of one sign, channel 1 larger ones that cancel: an impulse would choose channel 1."""
+    autoencoder, convolution, _ = first_convolution("wavelet")
+    height, width = convolution.kernel_size
+    assert height * width > 1
+    signs = torch.ones(height, width).flatten()
+    signs[1::2] = -1
+    signs[-1] -= signs.sum()
+    with torch.no_grad():
+        convolution.weight.zero_()
+        convolution.weight[:, 0] = 1.0
+        convolution.weight[:, 1] = 5.0 * signs.view(height, width)
+    (found,) = fitting.unlabeled("sefa", autoencoder, np.random.default_rng(0).standard_normal((50, 4)), 1)
+    assert abs(alike(found.vector, np.eye(4)[0])) == pytest.approx(1, abs=1e-6)
+    assert found.told["value"] == pytest.approx(1, abs=1e-6)
