@@ -135,11 +135,14 @@ def test_the_gap_of_distributions() -> None:
 
 def test_copies_break_the_promise_of_memory() -> None:
     training, fresh, held_out = torch.randn(3, 100, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = script.judge_copies(fresh, held_out, training)
+    mirrored = torch.randn(100, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    known = torch.stack([training, mirrored], dim=1)
+    found = script.judge_copies(fresh, held_out, known)
     assert (found["copies"], found["kept"], found["held_out_copies"]) == (0, True, 0)
     fresh[:2] = training[5:7] + 0.01
-    found = script.judge_copies(fresh, held_out, training)
-    assert (found["copies"], found["kept"]) == (2, False)
+    fresh[2] = mirrored[9] + 0.01
+    found = script.judge_copies(fresh, held_out, known)
+    assert (found["copies"], found["compared"], found["kept"]) == (3, 100, False)
 
 
 def test_the_sets_share_no_scene() -> None:

@@ -106,7 +106,9 @@ def judge_attributes(real: Truth, generated: Truth, correlations: dict[str, floa
 def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, Any]:
     """The copy rate of generated latents among the training latents, and that of real ones that are not in there.
 
-    All are (n, c, h, w), normalized.
+    Args:
+        generated, held_out: (n, c, h, w), normalized.
+        training: (m, v, c, h, w), normalized: v latents of each image, see `validation.known_latents`.
     """
     from ldm_vae.diffusion.validation import find_neighbors
 
@@ -121,15 +123,14 @@ def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[
 
 
 def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tuple[SyntheticConfig, Tensor]:
-    """The settings of the synthetic set that the pipeline was trained on, and its normalized latents, half precision.
+    """The settings of the synthetic set that the pipeline was trained on, and its latents, see `known_latents`.
 
     Raises:
         UserError: the latents are not those of this pipeline, or of other images than `data` describes.
     """
-    import torch
-
     from ldm_vae.config import load
     from ldm_vae.data.synthetic.source import SyntheticSource
+    from ldm_vae.diffusion.validation import known_latents
     from ldm_vae.latents.dataset import LatentDataset
     from ldm_vae.latents.encode import EncodeConfig
 
@@ -141,8 +142,7 @@ def open_set(latents: str, data: Path, pipeline: LatentDiffusionPipeline) -> tup
         raise UserError(f"{latents}: was not encoded from the images that {data} describes; give its own configuration")
     if list(SyntheticSource.label_names) != pipeline.labels:
         raise UserError("--pipeline: its classes are not those of the synthetic set; train it with the set's labels")
-    stacked = torch.stack([dataset[i]["latent"] for i in range(len(dataset))])
-    return config.synthetic, dataset.normalizer.normalize(stacked).half()
+    return config.synthetic, known_latents(dataset, pipeline.normalizer, len(dataset))
 
 
 def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: int) -> tuple[Tensor, Tensor]:

@@ -444,12 +444,12 @@ def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[s
 def open_training_latents(
     latents: str | None, pipeline: LatentDiffusionPipeline, height: int, width: int
 ) -> LatentDataset | None:
-    """Posterior means, not mirrored. Raises: UserError for latents of another model or size, or fewer than two."""
+    """The set of the training. Raises: UserError for latents of another model or size, or fewer than two."""
     if latents is None:
         return None
     manifest = read_manifest(latents)
     pipeline.check_latents(manifest)
-    training = LatentDataset(latents, posterior="mean" if manifest.content == "moments" else None, flip=False)
+    training = LatentDataset(latents)
     shape, known = pipeline.latent_shape(height, width), manifest.latent_shape
     if shape != tuple(known):
         raise UserError(

@@ -73,7 +73,8 @@ class TrainDiffusionConfig:
         shift: of training and sampling times toward noise; null: sqrt(c h w / 4096). Smaller for crops.
         crops: training on crops of latents on a share of the steps.
         ema: power-function averages, from which `ldm-vae ema` makes one of any length afterward.
-        neighbours: training latents among which the nearest to each preview sample is searched; 0 searches none.
+        neighbours: training images among whose latents the nearest to each preview sample is searched, mirror images
+            included where the set holds them; 0 searches none.
         patience: share of the run without a better held-out loss after which an alarm suggests to stop.
         kid: KID of samples to held-out images, on request.
     """
@@ -306,16 +307,15 @@ class DiffusionModel:
         training = self.known_latents()
         found = validation.find_neighbors(self.normalizer.normalize(latents), training)
         self.copies = Copies(found.copies, len(images), len(training))
-        nearest = self.normalizer.denormalize(training[found.nearest].float()).to(engine.device)
+        nearest = self.normalizer.denormalize(training[found.nearest, found.versions].float()).to(engine.device)
         with engine.accelerator.autocast():
             below = transforms.to_pil(pipeline.decode(nearest))
         return validation.neighbor_sheet(images, below, found.ratios, names)
 
     def known_latents(self) -> Tensor:
-        """Normalized training latents for comparison, half precision, evenly spread over the set; read once."""
+        """Normalized training latents (m, v, c, h, w) for comparison; read once, see `validation.known_latents`."""
         if self.training_latents is None:
-            latents = stack_samples(self.samples, self.config.neighbours)["latent"]
-            self.training_latents = self.normalizer.normalize(latents).half()
+            self.training_latents = validation.known_latents(self.samples, self.normalizer, self.config.neighbours)
         return self.training_latents
 
     def pipeline(self, engine: Engine) -> LatentDiffusionPipeline:

@@ -20,6 +20,7 @@ from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.latents.dataset import LatentDataset
+from ldm_vae.latents.normalizer import LatentNormalizer
 from ldm_vae.random import generator
 from ldm_vae.utils.image_grid import GAP, PAPER, labeled_sheet
 
@@ -137,9 +138,11 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Neighbors:
-    """For each of n samples: the number of the nearest training latent, and |x - x1| / |x - x2|, both (n,)."""
+    """For each of n samples, all (n,): the number of the nearest training image, the number of its latent that is
+    nearest (1: that of its mirror image), and |x - x1| / |x - x2| for the nearest image and the next."""
 
     nearest: Tensor
+    versions: Tensor
     ratios: Tensor
 
     @property
@@ -165,15 +168,37 @@ class Copies:
 
 
 def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
-    """Euclidean neighbors of normalized latents (n, c, h, w) among (m, c, h, w) of any precision, m at least 2."""
-    assert len(training) >= 2, "find_neighbors: fewer than two training latents"
+    """Euclidean neighbors of normalized latents among those of training images.
+
+    An image is as far away as the nearest of its latents, so that its own mirror image is never the second neighbor.
+
+    Args:
+        samples: (n, c, h, w).
+        training: (m, v, c, h, w) of any precision, v latents of each of m images, m at least 2: `known_latents`.
+    """
+    assert len(training) >= 2, "find_neighbors: fewer than two training images"
     flat = samples.float().flatten(1).cpu()
-    distances = [
-        torch.cdist(flat, chunk.float().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
-        for chunk in training.cpu().split(CHUNK)
-    ]
-    (first, second), (nearest, _) = (found.unbind(1) for found in torch.cat(distances, 1).topk(2, largest=False))
-    return Neighbors(nearest, first / second.clamp(min=torch.finfo(torch.float32).tiny))
+    parts, versions = [], []
+    for chunk in training.cpu().split(CHUNK):
+        rows = chunk.float().flatten(2).flatten(0, 1)
+        distances = torch.cdist(flat, rows, compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
+        closest = distances.unflatten(1, chunk.shape[:2]).min(2)
+        parts.append(closest.values)
+        versions.append(closest.indices)
+    (first, second), (nearest, _) = (found.unbind(1) for found in torch.cat(parts, 1).topk(2, largest=False))
+    version = torch.cat(versions, 1).gather(1, nearest[:, None])[:, 0]
+    return Neighbors(nearest, version, first / second.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def known_latents(dataset: LatentDataset, normalizer: LatentNormalizer, count: int) -> Tensor:
+    """Latents of at most `count` images, evenly spread, normalized, half precision: (m, v, c, h, w).
+
+    Posterior means of the images and, where the set holds them (v = 2), of their mirror images: encoding does not
+    commute with mirroring, and a network that has seen both can repeat both.
+    """
+    count = min(count, len(dataset))
+    chosen = (index * len(dataset) // count for index in range(count))
+    return torch.stack([normalizer.normalize(dataset.versions(index)).half() for index in chosen])
 
 
 @torch.no_grad()
@@ -191,13 +216,12 @@ def compare_with_training(
         images: Of the size of the training images.
         captions: One per image, or none.
         training: What the pipeline was trained on.
-        compared: At most so many of its latents, evenly spread.
+        compared: At most so many of its images, evenly spread, each with its mirror image where the set holds it.
     """
-    known = stack_samples(training, compared)["latent"]
-    found = torch.cat([_encode(pipeline, image) for image in images])
-    neighbors = find_neighbors(found, pipeline.normalizer.normalize(known))
-    below = [transforms.to_pil(pipeline.decode(known[number : number + 1].to(pipeline.device)))[0]
-             for number in neighbors.nearest.tolist()]  # fmt: skip
+    known = known_latents(training, pipeline.normalizer, compared)
+    neighbors = find_neighbors(torch.cat([_encode(pipeline, image) for image in images]), known)
+    nearest = pipeline.normalizer.denormalize(known[neighbors.nearest, neighbors.versions].float())
+    below = [transforms.to_pil(pipeline.decode(latent.to(pipeline.device)))[0] for latent in nearest.split(1)]
     return neighbor_sheet(images, below, neighbors.ratios, captions), Copies(neighbors.copies, len(images), len(known))
 
 

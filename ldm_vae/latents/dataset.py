@@ -161,6 +161,16 @@ class LatentDataset(Dataset):
         """
         return self._one(index, "position", position)
 
+    def versions(self, i: int) -> Tensor:
+        """Every stored latent of image `i`, without noise: (v, c, h, w) float32.
+
+        v is 2 in a set with mirror images, the image first, and 1 in others. Of moments the means. Not for codes.
+        """
+        number, row = self.locate(i)
+        shard = self._shard(number)
+        stored = torch.stack([torch.from_numpy(shard[name][row].copy()) for name in self.layout.names])
+        return stored.view(STORED_DTYPES[self.manifest.dtype])[:, : self.manifest.latent_shape[0]].float()
+
     def set_epoch(self, epoch: int) -> None:
         """Another epoch gives other posterior samples (for indexing; workers see it at once)."""
         self._epoch.fill_(epoch)

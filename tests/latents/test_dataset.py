@@ -48,6 +48,14 @@ def test_samples_are_those_of_the_autoencoder(latents, flipped, images, autoenco
         dataset[24]
 
 
+def test_every_stored_version_of_an_image_is_a_mean_of_the_autoencoder(latents, flipped, images, autoencoder_directory):
+    autoencoder = load_autoencoder(autoencoder_directory)
+    plain, mirrored = (autoencoder.encode_moments(x)[0] for x in (images, images.flip(-1)))
+    for path, expected, tolerance in ((flipped, (plain, mirrored), 1e-5), (latents, (plain,), 2e-3)):
+        found = torch.stack([LatentDataset(path).versions(i) for i in range(24)])
+        torch.testing.assert_close(found, torch.stack(expected, 1), atol=tolerance, rtol=tolerance)
+
+
 def test_posterior_samples_have_the_stored_moments(flipped, images, autoencoder_directory):
     dataset = LatentDataset(flipped)
     autoencoder = load_autoencoder(autoencoder_directory)
