@@ -5,7 +5,7 @@
     python -m benchmarks SUBJECT --help     # what can be chosen
 
 The contestants take turns; figures are medians, ratios are taken within a round (benchmarks/rounds.py).
-`python -m tools.record_results NAME OUTPUT` puts the tables into docs/benchmarks.md.
+`python -m tools.record_results NAME OUTPUT` puts the tables into docs/results/benchmarks.md.
 """
 
 from __future__ import annotations

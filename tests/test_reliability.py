@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md is made of what tests recorded, never of anything else."""
+"""The table of docs/results/reliability.md is made of what tests recorded, never of anything else."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Put measured results into docs/benchmarks.md, and the headline figures into the README. Nothing is typed by hand.
+"""Put measured results into docs/results/benchmarks.md, and the headline figures into the README. Nothing is typed by hand.
 
     python -m tools.record_results NAME RESULT_FOLDER [--headline]
 
 RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, `benchmarks/__main__.py` or `measure_synthetic.py`
 wrote (a Markdown table, run.json), a set that `ldm-vae encode` made, or a run root of the quickstart (run.json of each
-stage). The section NAME of docs/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from
+stage). The section NAME of docs/results/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from
 an evaluation. Pictures stay out: they may show images that are not ours.
 """
 
@@ -17,7 +17,7 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+BENCHMARKS = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
 
 
@@ -90,13 +90,22 @@ def replace_section(name: str, lines: list[str]) -> None:
     BENCHMARKS.write_text(text.rstrip() + "\n")
 
 
-def headline(folder: Path) -> None:
-    """The README's figures: the evaluation's table and its one-line summary."""
+HEADLINE = ("reconstruction", "bits/pixel", "PSNR (dB)", "LPIPS")
+
+
+def small_table(text: str) -> str:
+    """The columns of `HEADLINE` of the first Markdown table in `text`, means without their intervals."""
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    places = [[cell.strip() for cell in rows[0]].index(name) for name in HEADLINE]
+    cells = [[re.sub(r" \[.*\]", "", row[place].strip()) for place in places] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def headline(text: str) -> None:
+    """The README's figures, from the Markdown of an evaluation."""
     start, end = "<!-- figures:start -->", "<!-- figures:end -->"
     before, rest = README.read_text().split(start)
-    after = rest.split(end)[1]
-    table = (folder / "results.md").read_text().strip()
-    README.write_text(f"{before}{start}\n{table}\n{end}{after}")
+    README.write_text(f"{before}{start}\n{small_table(text)}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -113,7 +122,7 @@ def main() -> None:
         lines = encoding_section(args.folder) if is_set else chain_section(args.folder)
     replace_section(args.name, lines)
     if args.headline:
-        headline(args.folder)
+        headline((args.folder / "results.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure the promises of docs/reliability.md, and write the figures there. Nothing is typed by hand.
+"""Measure the promises of docs/results/reliability.md, and write the figures there. Nothing is typed by hand.
 
     python -m tools.reliability          # every promise, the long trials among them: more than an hour on 2 cores
     python -m tools.reliability 1 4      # promises 1 and 4 alone; the rows of the others stay
@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "results" / "reliability.md"
 START, END = "<!-- figures: written by tools/reliability.py -->\n", "<!-- end of figures -->\n"
 HEADER = "| promise | test | variants | figure of the longest | seconds, all | date |\n|---|---|---|---|---|---|\n"
 

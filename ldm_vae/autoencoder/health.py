@@ -1,7 +1,7 @@
 """What the posteriors of an autoencoder say about its health: sums over many images, a few scalars per batch, alarms.
 
 Owns everything that needs means and log-variances only, so it is cheap enough for training. What needs the decoder is
-in `ldm_vae.evaluation.diagnosis`, thresholds and words in `verdicts.py`, formulas and sources in docs/health.md.
+in `ldm_vae.evaluation.diagnosis`, thresholds and words in `verdicts.py`, formulas and sources in docs/how-to/health.md.
 """
 
 from __future__ import annotations

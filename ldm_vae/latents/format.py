@@ -5,7 +5,7 @@
 
 The plan says everything that decides the bytes of the shards. A shard holds the latents of a range of images, its
 sidecar names the images. The index has one row for each shard, and the manifest, published last, says what the set is.
-`docs/latent-shards.md` is the specification. The bytes of a shard are read and written in `shard`.
+`docs/reference/latent-shards.md` is the specification. The bytes of a shard are read and written in `shard`.
 """
 
 from __future__ import annotations

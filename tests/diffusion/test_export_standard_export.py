@@ -172,7 +172,7 @@ def test_options_for_autoencoders_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_commands_of_the_documentation_parse() -> None:
-    page = Path(__file__).parents[2] / "docs" / "standard-export.md"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "standard-export.md"
     lines = [line for line in page.read_text().splitlines() if line.startswith("ldm-vae ")]
     assert len(lines) == 3
     for line in lines:

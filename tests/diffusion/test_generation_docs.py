@@ -1,4 +1,4 @@
-"""`docs/generation.md`: its Python runs as it stands, and its commands are understood."""
+"""`docs/how-to/generation.md`: its Python runs as it stands, and its commands are understood."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.unet import UNetConfig, build_unet
 from tests.diffusion.conftest import make_pipeline
 
-PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "generation.md").read_text()
 
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

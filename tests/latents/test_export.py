@@ -22,7 +22,7 @@ from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.export import Export, ExportConfig, export_latents
 from ldm_vae.latents.format import Layout, read_manifest
 
-PAGE = Path(__file__).parents[2] / "docs" / "latent-exchange.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "latent-exchange.md"
 
 
 def export_set(source, output: str, *settings, **more) -> Export:

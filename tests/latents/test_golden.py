@@ -1,4 +1,4 @@
-"""A frozen set of two shards, read by the words of docs/latent-shards.md alone, and by the package.
+"""A frozen set of two shards, read by the words of docs/reference/latent-shards.md alone, and by the package.
 
 The set was made once, by `ldm-vae encode` from six random images of 24x16 pixels, of which one was broken; it must stay
 readable by every later release of this format version.

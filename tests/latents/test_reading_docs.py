@@ -1,4 +1,4 @@
-"""`docs/reading-latents.md`: its code runs, and does what the page says of it."""
+"""`docs/how-to/reading-latents.md`: its code runs, and does what the page says of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-READING, TRAINER = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reading-latents.md").read_text(), re.DOTALL)
+READING, TRAINER = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "reading-latents.md").read_text(), re.DOTALL)
 
 
 def small_settings(latents: Path, autoencoder: Path, output: Path, **settings: Any) -> dict[str, Any]:

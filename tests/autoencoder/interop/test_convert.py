@@ -102,7 +102,7 @@ def test_a_settings_file_of_the_same_name_is_not_replaced_unasked(tmp_path):
 
 
 def test_the_commands_of_the_documentation_parse():
-    page = Path(__file__).parents[3] / "docs" / "interop.md"
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "interop.md"
     lines = [
         line
         for line in page.read_text().splitlines()
