@@ -20,14 +20,19 @@ from ldm_vae.version import __version__ as __version__
 
 _MODULES = ("flow", "metrics")
 _HOMES = {
+    "Autoencoder": "autoencoder.base",
     "AutoencoderWavelet": "autoencoder.wavelet",
     "CompressConfig": "applications.codec.compression",
     "DecompressConfig": "applications.codec.compression",
     "EncodeConfig": "latents.encode",
     "EvaluateConfig": "evaluation.reconstruction",
     "GenerateConfig": "diffusion.generation",
+    "GlobalOrder": "latents.dataset",
     "LatentDataset": "latents.dataset",
     "LatentDiffusionPipeline": "diffusion.pipeline",
+    "LatentUNet": "diffusion.unet",
+    "OrderedSampler": "latents.dataset",
+    "ShardBlockOrder": "latents.dataset",
     "TrainDiffusionConfig": "diffusion.training",
     "TrainVaeConfig": "autoencoder.train_config",
     "UserError": "errors",
@@ -44,14 +49,19 @@ _HOMES = {
 """Public name -> the module that defines it, below this package."""
 
 __all__ = [
+    "Autoencoder",
     "AutoencoderWavelet",
     "CompressConfig",
     "DecompressConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "GenerateConfig",
+    "GlobalOrder",
     "LatentDataset",
     "LatentDiffusionPipeline",
+    "LatentUNet",
+    "OrderedSampler",
+    "ShardBlockOrder",
     "TrainDiffusionConfig",
     "TrainVaeConfig",
     "UserError",

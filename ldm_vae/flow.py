@@ -1,5 +1,6 @@
-"""The mathematics of rectified flow: times, interpolation, targets and the loss. Public names of `diffusion.flow`."""
+"""The mathematics of rectified flow: times, interpolation, targets, the loss; noise between two noises."""
 
+from ldm_vae.diffusion.editing import slerp
 from ldm_vae.diffusion.flow import (
     as_column,
     clean_from_velocity,
@@ -20,6 +21,7 @@ __all__ = [
     "resolution_shift",
     "sample_times",
     "shift_times",
+    "slerp",
     "velocity_from_clean",
     "velocity_from_clean_head",
     "velocity_loss",

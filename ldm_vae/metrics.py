@@ -1,5 +1,6 @@
-"""Measures of images: PSNR, SSIM, MS-SSIM, sharpness, rate-distortion bounds. Public names of `evaluation.metrics`."""
+"""Measures of images: PSNR, SSIM, MS-SSIM, sharpness, rate-distortion bounds; the use of a codebook."""
 
+from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.evaluation.metrics import (
     RatePoint,
     bootstrap_interval,
@@ -19,6 +20,7 @@ from ldm_vae.evaluation.metrics import (
 __all__ = [
     "RatePoint",
     "bootstrap_interval",
+    "codebook_usage",
     "limited_channels",
     "luma",
     "ms_ssim",

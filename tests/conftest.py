@@ -19,7 +19,9 @@ torch.set_num_threads(1)  # two threads on a busy machine wait for each other mo
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--promise", action="append", type=int, help="only tests of this promise of docs/results/reliability.md")
+    parser.addoption(
+        "--promise", action="append", type=int, help="only tests of this promise of docs/results/reliability.md"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,10 +10,11 @@ import ldm_vae
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
-    "CompressConfig", "DecompressConfig", "GenerateConfig",
-    "AutoencoderWavelet", "EncodeConfig", "EvaluateConfig", "LatentDataset", "LatentDiffusionPipeline",
-    "TrainDiffusionConfig", "TrainVaeConfig", "UserError", "compress", "decompress", "diagnose", "encode_dataset",
-    "evaluate", "flow", "generate", "load_autoencoder", "metrics", "train_diffusion", "train_vae",
+    "Autoencoder", "AutoencoderWavelet", "compress", "CompressConfig", "decompress", "DecompressConfig", "diagnose",
+    "encode_dataset", "EncodeConfig", "evaluate", "EvaluateConfig", "flow", "generate", "GenerateConfig",
+    "GlobalOrder", "LatentDataset", "LatentDiffusionPipeline", "LatentUNet", "load_autoencoder", "metrics",
+    "OrderedSampler", "ShardBlockOrder", "train_diffusion", "train_vae", "TrainDiffusionConfig", "TrainVaeConfig",
+    "UserError",
 }  # fmt: skip
 
 
@@ -75,3 +76,9 @@ def test_a_type_checker_outside_sees_the_types(tmp_path):
     errors = [line for line in found.stdout.splitlines() if ": error:" in line]
     lines = SNIPPET.splitlines()
     assert [int(line.split(":")[1]) for line in errors] == [len(lines) - 2, len(lines) - 1, len(lines)], found.stdout
+
+
+def test_the_stubs_name_the_same_modules():
+    stubs = (ROOT / "ldm_vae" / "__init__.pyi").read_text()
+    for name, module in ldm_vae._HOMES.items():
+        assert f"from ldm_vae.{module} import {name} as {name}\n" in stubs

@@ -64,6 +64,8 @@ def test_every_command_is_understood_and_in_the_present_grammar(page: Path) -> N
             continue
         command, rest, advice = cli.find(words)
         read = cli.Reader(command).read(rest)
+        if cli.COMMANDS[command].output:  # the default is in the model's folder, which is not there
+            read.settings.append("output=x")
         assert advice == read.advice == [], line
         recipe = ROOT / read.recipe if read.recipe else None
         if recipe is None or recipe.exists():  # a recipe of the reader's own is not there
@@ -111,6 +113,7 @@ def test_no_two_models_differ_by_a_hyphen_and_an_underscore_on_one_page() -> Non
     for page in [page for page in TEXTS if page.parent.name != "results"]:
         text = re.sub(r"configs/\w+\.yaml|`\w+\.yaml`", "", page.read_text())
         underscored = set(re.findall(r"\b(?:vae|ldm|ae)(?:_[a-z0-9]+)+\b", text))
+        underscored -= {"ldm_vae"}  # the command is ldm-vae
         assert not {word for word in underscored if word.replace("_", "-") in text}, page.name
 
 

@@ -17,7 +17,6 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")
 ]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_two_commands_come_first_and_are_executable():
@@ -61,13 +60,6 @@ def test_the_tree_of_the_readme_is_the_tree():
         named.add(path.rstrip("/"))
     folders = {p.name for p in (ROOT / "ldm_vae").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert folders <= named
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_pictures_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_constraints_pin_what_the_package_needs():

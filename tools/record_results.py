@@ -1,11 +1,11 @@
-"""Put measured results into docs/results/benchmarks.md, and the headline figures into the README. Nothing is typed by hand.
+"""Put measured results into docs/results/benchmarks.md, and the headline figures into the README, untouched by hand.
 
     python -m tools.record_results NAME RESULT_FOLDER [--headline]
 
 RESULT_FOLDER is what `ldm-vae evaluate`, `compare`, `frontier`, `benchmarks/__main__.py` or `measure_synthetic.py`
 wrote (a Markdown table, run.json), a set that `ldm-vae encode` made, or a run root of the quickstart (run.json of each
-stage). The section NAME of docs/results/benchmarks.md is replaced or added; `--headline` also renews the README's figures, from
-an evaluation. Pictures stay out: they may show images that are not ours.
+stage). The section NAME of docs/results/benchmarks.md is replaced or added; `--headline` also renews the README's
+figures, from an evaluation. Pictures stay out: they may show images that are not ours.
 """
 
 from __future__ import annotations

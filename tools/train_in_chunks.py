@@ -3,7 +3,7 @@
 The same command continues where the last one stopped. Packs are tar or zip files; `{packs}` in the arguments stands for
 the folder that they are unpacked into. What comes back into --out is chunk.json (steps, images/s, memory, with
 --peak-tflops the share of the device's arithmetic that the model used), and in parts below 16 MiB the finished model or
-the state of an unfinished run, where that is small enough; `cat NAME.tar.* | tar x` joins them. A recipe: docs/how-to/gpu.md.
+the state of an unfinished run, where that is small enough; `cat NAME.tar.* | tar x` joins them. See docs/how-to/gpu.md.
 
   python -m tools.train_in_chunks --minutes 8.5 --packs photos.tar --work runs/gpu --out back \\
       train-vae configs/vae_f8c4_base.yaml data.path={packs}

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-READING, TRAINER = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "reading-latents.md").read_text(), re.DOTALL)
+READING, TRAINER = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "reading-latents.md").read_text(), re.DOTALL
+)
 
 
 def small_settings(latents: Path, autoencoder: Path, output: Path, **settings: Any) -> dict[str, Any]:

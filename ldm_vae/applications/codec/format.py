@@ -1,4 +1,4 @@
-"""The file of a compressed picture: what its bytes mean, and that they are whole. docs/how-to/codec.md is its specification.
+"""The file of a compressed picture: what its bytes mean, and that they are whole. Specified in docs/how-to/codec.md.
 
     magic, version, checksum | autoencoder, size, step, channels, kind of entropy model, number of parts
     the entropy model: its fingerprint, or mean, unit and scale of each channel
