@@ -53,6 +53,15 @@ def test_mistakes_are_refused_in_one_line(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_recipe_of_latent_diffusion_has_its_learning_rate_at_its_own_batch():
+    """CompVis/latent-diffusion, main.py: `learning_rate = accumulate_grad_batches * ngpu * bs * base_lr`."""
+    recipe = next(path for path in CONFIGS if path.stem == "vae_f8c4_sd")
+    config = load("data.path=IMAGES", path=recipe)
+    expected = 4.5e-6 * config.phases[0].batch
+    assert [config.training.learning_rate, config.adversarial.learning_rate] == pytest.approx([expected] * 2)
+    assert config.training.final_learning_rate_fraction == 1  # constant, as there
+
+
 def test_a_missing_required_key_is_named():
     with pytest.raises(UserError, match="output is required; give it as output=VALUE"):
         configuration.load(TrainVaeConfig)

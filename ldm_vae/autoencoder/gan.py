@@ -275,10 +275,12 @@ class AdversarialLoss:
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (n, 3, h, w) in [-1, 1] -> one logit per patch of 70 pixels, (n, 1, h/8 - 2, w/8 - 2).
+    """Images (n, 3, h, w) in [-1, 1] -> one logit per patch of 72 x 72 pixels, (n, 1, h/8 - 2, w/8 - 2).
 
     PatchGAN (Isola et al., arXiv:1611.07004) without normalization: batch statistics would tie the result to how a
     batch is split. The three detail bands of a Haar level stand beside the colors, so that sharpness is easy to see.
+    The five convolutions see 70 pixels, as in the paper. These begin in the middle of a 2 x 2 Haar block, so that the
+    bands see one pixel more on each side.
     """
 
     SMALLEST_SIDE = 32

@@ -1,4 +1,4 @@
-"""The adversarial adversarial: losses in closed form, no gradient across, when it weighs what, what the guard does."""
+"""The adversarial loss: losses in closed form, no gradient across, when it weighs what, what the guard does."""
 
 import json
 import math
@@ -133,6 +133,24 @@ def test_the_guard_holds_then_restores_and_is_part_of_the_state():
     assert [alarm.name for alarm in adversarial.alarms({})] == ["adversarial_restored"]
     assert float(adversarial.weight(100)) == pytest.approx(0.5 * factor / 4)
     assert not adversarial.must_restore()
+
+
+@pytest.mark.parametrize(("bands", "side"), [(False, 70), (True, 72)])
+def test_a_logit_sees_70_pixels_as_in_patchgan_and_72_with_the_haar_bands(bands, side):
+    """Closed form: kernels of 4 at strides 2, 2, 2, 1, 1 see 1 + 3 (1 + 2 + 4 + 8 + 8) pixels (arXiv:1611.07004)."""
+    discriminator = PatchDiscriminator(4)
+    convolutions = [layer for layer in discriminator.layers if isinstance(layer, nn.Conv2d)]
+    steps = [math.prod(layer.stride[0] for layer in convolutions[:index]) for index in range(len(convolutions))]
+    assert 1 + sum((layer.kernel_size[0] - 1) * step for layer, step in zip(convolutions, steps)) == 70
+    for layer in convolutions:
+        nn.init.ones_(layer.weight)  # nothing cancels
+    if not bands:
+        nn.init.zeros_(convolutions[0].weight[:, 3:])
+    images = torch.rand(1, 3, 160, 160, requires_grad=True)
+    logits = discriminator(images)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    seen = images.grad[0].abs().amax(0) > 0
+    assert int(seen.any(0).sum()) == int(seen.any(1).sum()) == side
 
 
 def test_an_adversarial_loss_that_never_begins_is_refused():
