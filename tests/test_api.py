@@ -37,23 +37,26 @@ def test_importing_the_package_is_free():
 def test_the_public_modules_are_modules():
     import ldm_vae.flow
     import ldm_vae.metrics
-    from ldm_vae.evaluation.metrics import psnr
+    from ldm_vae.metrics import psnr
 
-    assert ldm_vae.diffusion.flow.velocity_target.__module__ == "ldm_vae.diffusion.flow"
-    assert psnr is ldm_vae.evaluation.metrics.psnr
+    assert ldm_vae.flow.velocity_target.__module__ == "ldm_vae.diffusion.flow"
+    assert psnr is ldm_vae.metrics.psnr
 
 
 SNIPPET = """
 import ldm_vae
-from ldm_vae import EvaluateConfig, LatentDataset, TrainVaeConfig, UserError, flow, load_autoencoder, train_vae
+from ldm_vae import Autoencoder, EvaluateConfig, LatentDataset, TrainVaeConfig, UserError, flow, load_autoencoder
+from ldm_vae import train_vae
 
 config = TrainVaeConfig(output="runs/vae")
 status: int = train_vae(config)
 dataset = LatentDataset("runs/latents", seed=0)
 dataset.set_epoch(1)
 length: int = len(dataset)
+autoencoder: Autoencoder = load_autoencoder("runs/vae")
+channels: int = autoencoder.latent_channels
 shift: float = flow.resolution_shift(4, 32, 32)
-quality = ldm_vae.evaluation.metrics.psnr
+quality = ldm_vae.metrics.psnr
 wrong: str = config.held_out_images
 EvaluateConfig(nonsense=1)
 ldm_vae.train_vea
