@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ldm_vae"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["data", "training", "autoencoder", "latents", "diffusion", "evaluation", "applications", "commands"]
+ORDER = ["data", "training", "autoencoder", "latents", "diffusion", "evaluation", "applications"]
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "np.load", "numpy.load"}
@@ -133,3 +133,50 @@ def test_files_and_functions_stay_readable(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name} is long"
+
+
+def imports_of_modules(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules among these that it imports: at the top, in a function or for a type checker."""
+    found: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+            else:
+                names = [(alias.name,) for alias in node.names] if isinstance(node, ast.Import) else []
+            found[name] |= {next((one for one in choice if one in sources), name) for choice in names} - {name}
+    return found
+
+
+def on_a_circle(imports: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves through others."""
+    found = []
+    for name in imports:
+        reached, left = set(), list(imports[name])
+        while left:
+            if (module := left.pop()) not in reached:
+                reached.add(module)
+                left += imports[module]
+        if name in reached:
+            found.append(name)
+    return sorted(found)
+
+
+def test_no_modules_import_each_other():
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES}
+    sources = {name.removesuffix(".__init__"): path.read_text() for path, name in names.items()}
+    assert on_a_circle(imports_of_modules(sources)) == []
+
+
+def test_a_circle_is_seen_however_a_module_is_imported():
+    sources = {
+        "p": "",
+        "p.a": "from p.b import f",
+        "p.b": "def f():\n    from p import c",
+        "p.c": "if TYPE_CHECKING:\n    import p.d",
+        "p.d": "from p.b import f\nfrom p import e",
+        "p.e": "import torch",
+    }
+    assert on_a_circle(imports_of_modules(sources)) == ["p.b", "p.c", "p.d"]
+    assert on_a_circle(imports_of_modules(sources | {"p.c": "from p.e import g"})) == []

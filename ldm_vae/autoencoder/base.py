@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +32,49 @@ from ldm_vae.autoencoder import weights
 from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.errors import UserError
 
-if TYPE_CHECKING:
-    from ldm_vae.autoencoder.models import AutoencoderConfig
-
 DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
 
 DEFAULT_CONTEXT = 8
 """Latent positions around its own that a pixel is taken to depend on, where they cannot be counted."""
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Kind and architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd. `vector`:
+    digits, one vector a gray image of 32 x 32 pixels.
+
+    Args:
+        architecture: wavelet, sd or vector; sd is for kind kl only, vector for kl and ae.
+        preset: sizes of encoder and decoder.
+        latent_channels: channels of the latent; for fsq as many as there are levels; for frozen they follow from
+            `encoder` and `residual_channels`, so that this stays at its default.
+        kind: what the latent is. kl: a posterior held to a rate. ae: a point, unregularized. vq: one of a codebook's
+            vectors. fsq: rounded channels. frozen: the features of a pretrained vision transformer.
+        codebook_size: vq: number of codes, default 1024.
+        codebook: vq: "rotation" (default), learned by gradient; "ema", a moving average of the latents.
+        fsq_levels: fsq: levels of each channel, from 3 on, default 8, 5, 5, 5 (1000 codes).
+        encoder: frozen: local directory or hub id of a DINOv2 or DINOv3 vision transformer in safetensors.
+        residual_channels: frozen: channels that a small learned encoder adds to the features.
+        linear_path: wavelet, kl or ae: the network starts as the best linear code of the training images' 8x8 blocks
+            and adds to it. For 12 channels and more.
+    """
+
+    architecture: str = "wavelet"
+    preset: str = "nano"
+    latent_channels: int = 4
+    kind: str = "kl"
+    codebook_size: int | None = None
+    codebook: Literal["rotation", "ema"] | None = None
+    fsq_levels: list[int] | None = None
+    encoder: str | None = None
+    residual_channels: int = 0
+    linear_path: bool = False
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels of each channel, fsq."""
+        return tuple(self.fsq_levels or (8, 5, 5, 5))
 
 
 class Decoded(NamedTuple):
@@ -76,17 +112,17 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """A new one with random weights; `sizes` are those of the preset, `logvar_floor` follows from the rate."""
         return cls(latent_channels=settings.latent_channels, **sizes)
 
     @classmethod
-    def check_settings(cls, settings: AutoencoderConfig) -> None:
+    def check_settings(cls, settings: AutoencoderSettings) -> None:
         """Raises: UserError for settings that this kind cannot have."""
 
     @property
     def kind(self) -> str:
-        """kl, ae, vq, fsq or frozen, as in `AutoencoderConfig`."""
+        """kl, ae, vq, fsq or frozen, as in `AutoencoderSettings`."""
         return "ae" if self.deterministic else "kl"
 
     @property

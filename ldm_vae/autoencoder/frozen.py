@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,11 @@ runtime.repair_torchvision()
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.autoencoder.weights import check_complete, check_finite
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_model_folder
-
-if TYPE_CHECKING:
-    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 DOWNSAMPLING = 16
 RESIDUAL_BOUND = 3.0
@@ -102,7 +99,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).reshape(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """The preset's layers and one more stage at h/16: as wide for the residual encoder, twice for the decoder."""
         encoder, decoder = sizes["encoder_channels"], sizes["decoder_channels"]
         return cls.from_encoder(
@@ -115,7 +112,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
         )
 
     @classmethod
-    def check_settings(cls, settings: AutoencoderConfig) -> None:
+    def check_settings(cls, settings: AutoencoderSettings) -> None:
         """Raises: UserError without an encoder, and for channels that cannot be."""
         if not settings.encoder:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The kinds of autoencoders: one table, the settings that choose from it, building and loading.
+"""The kinds of autoencoders: one table, the configuration that chooses from it, building and loading.
 
 A new kind is a file with a subclass of `Autoencoder` and a line in `KINDS`.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ runtime.repair_torchvision()
 
 import diffusers
 
-from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings
 from ldm_vae.autoencoder.deterministic import ADAPTED
 from ldm_vae.autoencoder.fast_layers import prepare_for_inference
 from ldm_vae.autoencoder.frozen import AutoencoderFrozenEncoder
@@ -38,7 +38,7 @@ class AutoencoderKL(diffusers.AutoencoderKL, Autoencoder):
     __module__ = diffusers.AutoencoderKL.__module__  # what a saved pipeline names
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """Of Stable Diffusion's architecture."""
         widths = sizes["block_out_channels"]
         return cls(
@@ -83,36 +83,8 @@ KINDS: dict[tuple[str, str], Kind] = {
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """Kind and architecture. `wavelet`: pico, nano, small, base. `sd` (diffusers' AutoencoderKL): tiny, sd. `vector`:
-    digits, one vector a gray image of 32 x 32 pixels.
-
-    Args:
-        architecture: wavelet, sd or vector; sd is for kind kl only, vector for kl and ae.
-        preset: sizes of encoder and decoder.
-        latent_channels: channels of the latent; for fsq as many as there are levels; for frozen they follow from
-            `encoder` and `residual_channels`, so that this stays at its default.
-        kind: what the latent is. kl: a posterior held to a rate. ae: a point, unregularized. vq: one of a codebook's
-            vectors. fsq: rounded channels. frozen: the features of a pretrained vision transformer.
-        codebook_size: vq: number of codes, default 1024.
-        codebook: vq: "rotation" (default), learned by gradient; "ema", a moving average of the latents.
-        fsq_levels: fsq: levels of each channel, from 3 on, default 8, 5, 5, 5 (1000 codes).
-        encoder: frozen: local directory or hub id of a DINOv2 or DINOv3 vision transformer in safetensors.
-        residual_channels: frozen: channels that a small learned encoder adds to the features.
-        linear_path: wavelet, kl or ae: the network starts as the best linear code of the training images' 8x8 blocks
-            and adds to it. For 12 channels and more.
-    """
-
-    architecture: str = "wavelet"
-    preset: str = "nano"
-    latent_channels: int = 4
-    kind: str = "kl"
-    codebook_size: int | None = None
-    codebook: Literal["rotation", "ema"] | None = None
-    fsq_levels: list[int] | None = None
-    encoder: str | None = None
-    residual_channels: int = 0
-    linear_path: bool = False
+class AutoencoderConfig(AutoencoderSettings):
+    """`AutoencoderSettings` that a row of `KINDS` can build."""
 
     def __post_init__(self) -> None:
         for name in ("architecture", "kind"):
@@ -143,11 +115,6 @@ class AutoencoderConfig:
                         f"kind={self.kind}; remove it, or set architecture={architecture} and kind={kind}"
                     )
         chosen.model.check_settings(self)
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Levels of each channel, fsq."""
-        return tuple(self.fsq_levels or (8, 5, 5, 5))
 
 
 def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> Autoencoder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ldm_vae.autoencoder.base import Autoencoder, Decoded, deterministic_posterior
+from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings, Decoded, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 MAXIMUM_CODES = 2**20
 
@@ -114,7 +111,7 @@ class AutoencoderQuantized(Autoencoder):
                 self.encoder.head.weight.mul_(FSQ_INITIAL_GAIN)
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """Kind vq or fsq."""
         return cls(
             kind=settings.kind,  # type: ignore[arg-type]
@@ -126,7 +123,7 @@ class AutoencoderQuantized(Autoencoder):
         )
 
     @classmethod
-    def check_settings(cls, settings: AutoencoderConfig) -> None:
+    def check_settings(cls, settings: AutoencoderSettings) -> None:
         """Raises: UserError for a codebook or levels that cannot be."""
         size, levels = settings.codebook_size, settings.levels
         if size is not None and not 2 <= size <= MAXIMUM_CODES:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,9 @@ runtime.repair_torchvision()
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings, deterministic_posterior
 from ldm_vae.autoencoder.wavelet import INITIAL_LOGVAR, LOGVAR_CEILING, soft_clamp
 from ldm_vae.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 VECTOR_PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"encoder_channels": (16, 32, 64), "decoder_channels": (48, 32, 24, 16), "hidden_channels": 64},
@@ -132,7 +129,7 @@ class AutoencoderVector(Autoencoder):
             self.encoder.head.bias.data[latent_channels:] = INITIAL_LOGVAR
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """Kind kl or ae."""
         plain = settings.kind == "ae"
         return cls(latent_channels=settings.latent_channels, logvar_floor=logvar_floor, deterministic=plain, **sizes)

@@ -15,7 +15,7 @@ This file owns the network only, and cutting it down to its first latent channel
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,10 @@ runtime.repair_torchvision()
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings, deterministic_posterior
 from ldm_vae.autoencoder.fast_layers import only_values
 from ldm_vae.autoencoder.klt import BlockKLT, fit_klt
 from ldm_vae.errors import UserError
-
-if TYPE_CHECKING:
-    from ldm_vae.autoencoder.models import AutoencoderConfig
 
 Padding = Literal["zeros", "replicate"]
 
@@ -296,7 +293,7 @@ class AutoencoderWavelet(Autoencoder):
         self.decoder = Decoder(decoder_channels, decoder_blocks, latent_channels, linear_path)
 
     @classmethod
-    def from_settings(cls, settings: AutoencoderConfig, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
+    def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
         """Kind kl or ae."""
         floor = {}
         if settings.kind == "kl":
@@ -310,7 +307,7 @@ class AutoencoderWavelet(Autoencoder):
         )
 
     @classmethod
-    def check_settings(cls, settings: AutoencoderConfig) -> None:
+    def check_settings(cls, settings: AutoencoderSettings) -> None:
         """Raises: UserError where a linear code would have more channels than a block has numbers."""
         if settings.linear_path and settings.latent_channels > PIXELS:
             raise UserError(
