@@ -33,7 +33,7 @@ from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.baselines import code_within
+from ldm_vae.evaluation.baselines import code_around
 from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.evaluation.pages import embed, embed_image, template_environment
 from ldm_vae.evaluation.report import label_of
@@ -206,8 +206,8 @@ class Demo(Study):
 class ImageMetrics:
     """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
 
-    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is of the
-    best JPEG of at most `file_bytes`, None where there is none so small.
+    `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is
+    what a JPEG reaches at `file_bytes`, None where there is none so small.
     """
 
     name: str
@@ -257,7 +257,7 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
     decoded = codec.autoencoder.decode_images(mean)[..., : image.shape[0], : image.shape[1]]
     data = codec.compress(codec.analyze(image, name), step_of(QUALITY)).data
     from_file = codec.decompress(data, name)
-    jpeg = code_within(Image.fromarray(image), "JPEG", len(data))
+    jpeg = code_around(Image.fromarray(image), "JPEG", len(data))
     rate = None
     if not codec.autoencoder.deterministic:
         rate = bits_per_pixel(float(kl_divergence(mean, logvar).mean()), codec.channels, codec.factor)
@@ -273,8 +273,8 @@ def reconstruct_one(codec: Codec, image: np.ndarray, name: str) -> Reconstructed
         rate_bits_per_pixel=rate,
         psnr_db=float(psnr(transforms.from_uint8(transforms.to_uint8(decoded)), original)),
         file_psnr_db=quality(from_file),
-        jpeg_psnr_db=float(psnr(transforms.to_batch(np.array(jpeg.picture)).to(original.device), original))
-        if jpeg.fits
+        jpeg_psnr_db=jpeg.at_budget(quality(np.array(jpeg.below.picture)), quality(np.array(jpeg.above.picture)))
+        if jpeg.below.fits
         else None,
     )
     return Reconstructed(metrics, Image.fromarray(image), Image.fromarray(from_file), data)
@@ -347,7 +347,7 @@ def demo_sentences(results: Mapping[str, Any]) -> list[str]:
     ]
     jpegs = [image["jpeg_psnr_db"] for image in images if image["jpeg_psnr_db"] is not None]
     if len(jpegs) == len(images):
-        found.append(f"JPEG files of at most as many bytes: {fmean(jpegs):.1f} dB.")
+        found.append(f"JPEG files of as many bytes: {fmean(jpegs):.1f} dB.")
     elif jpegs:
         found.append(f"JPEG can be as small for {len(jpegs)} of the {pluralize(len(images), 'image')} only.")
     rates = [image["rate_bits_per_pixel"] for image in images if image["rate_bits_per_pixel"] is not None]

@@ -75,7 +75,7 @@ def test_interrupted_it_continues_and_another_pipeline_is_no_result_of_it(checkp
     assert (results["bundled"], results["rejected"], len(results["images"])) == (True, [], demo.BUNDLED)
     shown = [results["images"][0] | {"jpeg_psnr_db": number} for number in (20.0, 30.0, None)]
     told = " ".join(demo_sentences(results | {"images": shown[:2]}))
-    assert "JPEG files of at most as many bytes: 25.0 dB." in told
+    assert "JPEG files of as many bytes: 25.0 dB." in told
     assert "(1 step, fp32)" in told
     assert "JPEG can be as small for 2 of the 3 images only." in " ".join(demo_sentences(results | {"images": shown}))
     kept, lost = out / "samples" / "0000_cat.png", out / "samples" / "0002_red-ball.png"

@@ -57,15 +57,72 @@ def test_a_size_that_is_not_monotone_is_still_found() -> None:
     assert baselines.largest_within(sizes.__getitem__, 1, 6, 60) == 6
 
 
+@pytest.mark.parametrize("codec", ["JPEG", "WebP"])
+def test_the_budget_lies_between_two_neighboring_files_and_is_filled(images: Tensor, codec: str) -> None:
+    """Against every quality of the codec: none has a file closer to the budget."""
+    picture = transforms.to_pil(images)[0]
+    lowest, highest = baselines.QUALITIES[codec]
+    sizes = [len(baselines.encode_picture(picture, codec, q)) for q in range(lowest, highest + 1)]
+    for budget in (0.3 * max(sizes), 0.45 * max(sizes), 0.6 * max(sizes)):
+        found = baselines.code_around(picture, codec, budget)
+        assert found.below.size_bytes == max(size for size in sizes if size <= budget)
+        assert found.above.size_bytes == min(size for size in sizes if size > budget)
+        assert found.record()["bytes"] == found.size_bytes == budget
+        below, above = np.log(found.below.size_bytes), np.log(found.above.size_bytes)
+        expected = np.interp(np.log(budget), [below, above], [20.0, 30.0])
+        assert found.at_budget(20.0, 30.0) == pytest.approx(expected)
+    exact = baselines.code_around(picture, codec, sizes[40])
+    assert exact.at_budget(1.0, 2.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "WebP"])
+def test_the_line_between_two_files_meets_a_file_between_them(images: Tensor, codec: str) -> None:
+    """Known answer: the file that is left out, over a much wider gap than two neighboring qualities."""
+    picture = transforms.to_pil(images)[0]
+
+    def at(quality: int) -> tuple[int, float]:
+        data = baselines.encode_picture(picture, codec, quality)
+        decoded = transforms.to_batch(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+        return len(data), float(psnr(decoded, images[:1]))
+
+    for quality in (30, 50, 70):
+        (low, before), (size, true), (high, after) = (at(quality + step) for step in (-5, 0, 5))
+        sides = (baselines.CodedImage(picture, bytes, quality, True) for bytes in (low, high))
+        assert baselines.Bracket(*sides, size).at_budget(before, after) == pytest.approx(true, abs=0.12)
+
+
+def test_where_one_side_is_missing_there_is_one_file(images: Tensor) -> None:
+    picture = transforms.to_pil(images)[0]
+    for budget, quality in ((50, 1), (1e9, 95)):
+        found = baselines.code_around(picture, "JPEG", budget)
+        assert found.below is found.above
+        assert (found.size_bytes, found.at_budget(3.0, 3.0)) == (found.below.size_bytes, 3.0)
+        assert (found.below.quality, found.below.fits) == (quality, budget > 50)
+
+
 def test_jpeg_is_subsampled_and_the_decoded_pixels_are_those_of_the_file(images: Tensor) -> None:
-    decoded, coded = baselines.code_images(images, "JPEG", [3000, 5000])
+    *decoded, coded = baselines.code_images(images, "JPEG", [3000, 5000])
     for i, picture in enumerate(transforms.to_pil(images)):
-        data = baselines.encode_picture(picture, "JPEG", coded[i].quality)
-        with Image.open(io.BytesIO(data)) as file:
-            assert [component[1:3] for component in file.layer] == [(2, 2), (1, 1), (1, 1)]  # 4:2:0
-            np.testing.assert_array_equal(np.asarray(file.convert("RGB")), np.asarray(transforms.to_pil(decoded)[i]))
-        assert len(data) == coded[i].size_bytes
-    assert coded[0].size_bytes < coded[1].size_bytes
+        for side, found in zip(decoded, (coded[i].below, coded[i].above), strict=True):
+            data = baselines.encode_picture(picture, "JPEG", found.quality)
+            with Image.open(io.BytesIO(data)) as file:
+                assert [component[1:3] for component in file.layer] == [(2, 2), (1, 1), (1, 1)]  # 4:2:0
+                np.testing.assert_array_equal(np.asarray(file.convert("RGB")), np.asarray(transforms.to_pil(side)[i]))
+            assert len(data) == found.size_bytes
+    assert [one.size_bytes for one in coded] == [3000, 5000]
+
+
+@pytest.mark.parametrize("codec", baselines.available_codecs())
+def test_the_strongest_settings_give_no_larger_file_than_usual_ones(images: Tensor, codec: str) -> None:
+    usual = {
+        "JPEG": {"format": "JPEG", "optimize": True, "subsampling": "4:2:0"},
+        "WebP": {"format": "WEBP"},
+        "AVIF": {"format": "AVIF", "speed": 8, "subsampling": "4:2:0", "max_threads": 1},
+    }
+    for picture in transforms.to_pil(images):
+        buffer = io.BytesIO()
+        picture.save(buffer, quality=40, **usual[codec])
+        assert len(baselines.encode_picture(picture, codec, 40)) <= len(buffer.getvalue())
 
 
 def test_more_bytes_give_a_better_image(images: Tensor) -> None:

@@ -143,7 +143,7 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
         "![Training curves: KL loss, as a rate, Held-out quality](curves.svg)",
         "| phase 2 | 20 steps, 2 crops of 192 pixels |",
         "| loss weights | l1 1, perceptual 0.5 |",
-        "Controlled towards 2.5 nats",
+        "Controlled toward 2.5 nats",
         "Final beta 0.02 on means per element; a KL weight of 1.92 in the convention",  # 0.02 * 192 / 2
         "Measured in the evaluation: 2.000 nats",
         "| 1 | 0.001 | 2.001 |",
@@ -264,7 +264,7 @@ def test_a_rate_of_an_earlier_run_is_said_to_be_one():
     record = {"rate": {"mode": "target", "target_nats": 2.5}, "initial": {"train": ["decoder"]}}
     assert model_card.rate_sentences(record, {}, 8, 4)[0].startswith("The last run trained the decoder alone")
     record["initial"] = {"train": ["encoder", "decoder"]}
-    assert model_card.rate_sentences(record, {}, 8, 4)[0].startswith("Controlled towards 2.5")
+    assert model_card.rate_sentences(record, {}, 8, 4)[0].startswith("Controlled toward 2.5")
 
 
 def test_the_upload_is_the_directory_and_only_when_asked(run, monkeypatch, capsys):

@@ -93,7 +93,9 @@ def test_differences_are_paired_with_wilcoxons_p(results: dict[str, Any]) -> Non
     assert [d["baseline"] for d in results["differences"]] == [row["name"] for row in results["rows"][1:]]
     images = results["images"]
     for difference in results["differences"]:
-        values = np.array([i["decode(mean)"]["ssim"] - i[difference["baseline"]]["ssim"] for i in images])
+        coded = difference["baseline"].endswith("equal bytes")  # the rate carries a sample, not the mean
+        assert difference["row"] == ("decode(sample)" if coded else "decode(mean)")
+        values = np.array([i[difference["row"]]["ssim"] - i[difference["baseline"]]["ssim"] for i in images])
         found = difference["metrics"]["ssim"]
         assert found["mean"] == pytest.approx(values.mean())
         assert found["low"] <= found["mean"] <= found["high"]
@@ -108,7 +110,12 @@ def test_codecs_get_each_images_own_rate_and_say_what_they_used(results: dict[st
         assert rows[name]["over_budget"] == sum(not file["within_budget"] for file in files)
         for image in results["images"]:
             budget = image["nats_per_dim"] / np.log(2) * 3 * 64 / 8
-            assert image[name]["within_budget"] == (image[name]["bytes"] <= budget)
+            small, large = image[name]["files"]
+            assert image[name]["within_budget"] == (small <= budget)
+            filled = small < large
+            assert image[name]["bytes"] == pytest.approx(budget if filled else small)
+        filled = [f for f in files if f["files"][0] < f["files"][1]]
+        assert rows[name]["below_budget"] + rows[name]["over_budget"] + len(filled) == len(files)
     # a JPEG header alone is larger than what this tiny untrained autoencoder spends
     assert rows["JPEG, equal bytes"]["over_budget"] == len(results["images"])
     assert rows["decode(mean)"]["bits_per_pixel"] == results["rate"]["bits_per_pixel"]
@@ -118,13 +125,25 @@ def test_codecs_get_each_images_own_rate_and_say_what_they_used(results: dict[st
 
 def test_a_given_budget_is_the_codecs_budget(config: EvaluateConfig, tmp_path: Path) -> None:
     results = evaluate(
-        replace(config, equal_bytes_bits_per_pixel=3.0, codecs=["JPEG"], count=2, output=str(tmp_path / "out"))
+        replace(config, equal_bytes_bits_per_pixel=2.5, codecs=["JPEG"], count=2, output=str(tmp_path / "out"))
     )
     row = results["rows"][3]
     assert row["name"] == "JPEG, equal bytes"
     assert row["over_budget"] == 0
-    assert 1.5 < row["bits_per_pixel"] <= 3.0
-    assert "at most 3 bits per pixel" in (tmp_path / "out" / "results.md").read_text()
+    assert row["bits_per_pixel"] == pytest.approx(2.5)
+    assert row["below_budget"] == 0
+    assert "each image has 2.5 bits per pixel" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_budget_above_the_highest_quality_is_not_filled_and_it_is_said(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    results = evaluate(
+        replace(config, equal_bytes_bits_per_pixel=300.0, codecs=["JPEG"], count=2, output=str(tmp_path / "out"))
+    )
+    assert (results["rows"][3]["below_budget"], results["rows"][3]["over_budget"]) == (2, 0)
+    assert results["rows"][3]["bits_per_pixel"] < 300
+    assert "2 of 2 images take fewer bytes even at the highest" in (tmp_path / "out" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("kind", "codec_rows"), [("ae", 0), ("vq", 1)])
@@ -205,7 +224,7 @@ def test_the_folder_holds_a_readable_table_a_grid_and_the_record(
     text = (output / "results.md").read_text()
     assert "| decode(mean) |" in text
     assert "bits per latent dimension" in text
-    assert "decode(mean) minus JPEG, equal bytes" in text
+    assert "decode(sample) minus JPEG, equal bytes" in text
     assert "images over the budget even at the lowest quality" in text
     assert Image.open(output / "grid.png").size == (3 * 64 + 2 * 8, 2 * 64 + 8)
     assert json.loads((output / "run.json").read_text())["finished"] is True
