@@ -84,9 +84,19 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tenso
 def velocity_from_clean(noisy: Tensor, clean: Tensor, times: Tensor) -> Tensor:
     """v = (x_t - x0) / max(t, 0.05) of a network that predicts the clean latent (Li and He 2025, arXiv:2511.13720).
 
-    Its loss is still that of the velocity. Below t = 0.05 the velocity is too small by the factor t / 0.05.
+    Its loss is still that of the velocity, compared with `clipped_velocity_target`. Below t = 0.05 the velocity is too
+    small by the factor t / 0.05.
     """
     return (noisy - clean) / as_column(times, noisy).clamp(min=SMALLEST_DIVISOR)
+
+
+def clipped_velocity_target(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """(x_t - x0) / max(t, 0.05) = (eps - x0) min(1, t / 0.05): the target of a network that predicts the clean latent.
+
+    Both sides of the loss are divided by the same number, as in Li and He 2025 (arXiv:2511.13720), so that the best
+    prediction is E[x0 | x_t] at every t.
+    """
+    return velocity_target(clean, noise) * (as_column(times, clean) / SMALLEST_DIVISOR).clamp(max=1)
 
 
 def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor, variance: Tensor) -> Tensor:

@@ -229,7 +229,8 @@ class DiffusionModel:
             labels = self.labels(part["label"], draw.dropped[part.rows])
             noisy = flow.interpolate(clean, noise, times)
             velocity = engine.models["unet"](noisy, times, labels, coordinates)
-            loss = flow.velocity_loss(velocity, flow.velocity_target(clean, noise)).mean()
+            target = engine.modules["unet"].velocity_target(clean, noise, times)  # type: ignore[operator]
+            loss = flow.velocity_loss(velocity, target).mean()
             engine.backward(loss)
             total = total + loss.detach() / len(batch.parts)
         norm = engine.optimize("unet", step)

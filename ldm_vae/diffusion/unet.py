@@ -210,6 +210,12 @@ class LatentUNet(ModelMixin, ConfigMixin):
             flow.velocity_from_clean(noisy.float(), output, times) if self.config["prediction"] == "clean" else output
         )
 
+    def velocity_target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the loss compares the velocity (n, c, h, w) with, from x0, eps and times (n,)."""
+        if self.config["prediction"] == "clean":
+            return flow.clipped_velocity_target(clean, noise, times)
+        return flow.velocity_target(clean, noise)
+
     def _tokens(self, noisy: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, c patch², ⌈h / multiple⌉ multiple / patch, the same of w)."""
         return F.pixel_unshuffle(self._padded(noisy), self.config["patch"])

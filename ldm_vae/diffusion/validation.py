@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow
@@ -30,11 +30,11 @@ SMOOTHING = 0.1
 
 
 @torch.no_grad()
-def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, shift: float) -> dict[float, float]:
+def validation_losses(unet: Any, latents: Tensor, labels: Tensor | None, shift: float) -> dict[float, float]:
     """Time -> mean squared velocity error, at the middles of eight equal parts of [0, 1], shifted.
 
     Args:
-        unet: Latents, times and labels -> velocity.
+        unet: A `LatentUNet`, or a module with its call and its `velocity_target`.
         latents: Normalized, (n, c, h, w); the noise follows from their number and shape.
         labels: (n,), or None for an unconditional network.
         shift: Of the times toward noise.
@@ -46,7 +46,7 @@ def validation_losses(unet: nn.Module, latents: Tensor, labels: Tensor | None, s
         times = time.expand(len(latents)).to(latents.device)
         noise = torch.randn(latents.shape, generator=rng, device=latents.device)
         velocity = unet(flow.interpolate(latents, noise, times), times, labels)
-        losses[float(time)] = flow.velocity_loss(velocity, flow.velocity_target(latents, noise)).mean()
+        losses[float(time)] = flow.velocity_loss(velocity, unet.velocity_target(latents, noise, times)).mean()
     return {time: float(loss) for time, loss in losses.items()}
 
 

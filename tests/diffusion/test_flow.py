@@ -83,6 +83,22 @@ def test_clean_head_without_a_network_is_the_best_linear_denoiser() -> None:
         torch.testing.assert_close(error, variance / ((1 - t) ** 2 * variance + t**2), rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("t", [0.002, 0.01, 0.03, 0.05])
+def test_the_best_clean_prediction_is_the_posterior_mean_at_every_time(t: float) -> None:
+    """Gaussian latents of variance a: E[x0 | x_t] = (1 - t) a / ((1 - t)^2 a + t^2) x_t. The prediction and the target
+    are clipped alike (arXiv:2511.13720); with a target that is not, the best factor at t = 0.03 is 0.21, not 0.53."""
+    a, rng = 1e-3, generator(0, "gaussian")
+    clean, noise = torch.randn(2, 20, 1, 100, 100, generator=rng, dtype=torch.float64)
+    clean, times = clean * math.sqrt(a), torch.full((20,), t, dtype=torch.float64)
+    noisy, target = flow.interpolate(clean, noise, times), flow.clipped_velocity_target(clean, noise, times)
+    at_zero = flow.velocity_from_clean(noisy, torch.zeros_like(noisy), times)
+    slope = flow.velocity_from_clean(noisy, noisy, times) - at_zero
+    best = float(((target - at_zero) * slope).sum() / slope.square().sum())
+    assert best == pytest.approx((1 - t) * a / ((1 - t) ** 2 * a + t**2), rel=0.02)
+    perfect = flow.velocity_from_clean(noisy, clean, times)
+    torch.testing.assert_close(perfect, target)
+
+
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.7, 1.0])
 def test_predicting_the_clean_latent_or_the_velocity_has_the_same_optimum(t: float) -> None:
     """Gaussian latents: the linear predictor that minimises the velocity loss, fitted in each of the three ways, and

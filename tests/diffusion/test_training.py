@@ -22,7 +22,7 @@ from ldm_vae import config as configuration
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.training import DiffusionModel, TrainDiffusionConfig, open_latents, ordered_samples
-from ldm_vae.diffusion.validation import Copies, stack_samples
+from ldm_vae.diffusion.validation import Copies, stack_samples, validation_losses
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.format import MANIFEST, read_manifest, write_manifest
 from ldm_vae.training.loader import Batch, MicroBatch, batches
@@ -272,6 +272,24 @@ def test_the_network_sees_crops_with_their_coordinates_and_times(autoencoder_dir
     medians = [float(model.draw(step, 4001, engine.device).times.median()) for step in (0, 2)]
     shift = flow.resolution_shift(3, 4, 4)
     assert medians == pytest.approx([shift / 2 / (1 + shift / 2), shift / (1 + shift)], rel=0.1)
+
+
+def test_a_network_that_predicts_the_clean_latents_exactly_has_no_loss(autoencoder_directory, latents):
+    """Near t = 0 too, where its velocity is clipped: the times are shifted to less than 0.05."""
+    places = ["output=x", f"latents={latents}", f"autoencoder={autoencoder_directory}"]
+    config = configuration.load(TrainDiffusionConfig, None, [*TINY, *places, "unet.prediction=clean", "shift=0.001"])
+    samples, _ = open_latents(config)
+    model = DiffusionModel(config, samples, None)
+    engine = Engine(model, config.training, make_accelerator(config.training), 8)
+    stacked = stack_samples(samples, 4)
+    clean = model.normalizer.normalize(stacked["latent"])
+    right = lambda _, given, velocity: flow.velocity_from_clean(given[0], clean, given[1]) + 0 * velocity  # noqa: E731
+    model.modules["unet"].register_forward_hook(right)
+    metrics = model.update(0, Batch((MicroBatch(stacked, slice(0, 4)),), 4), engine)
+    assert float(metrics["loss/flow"]) < 1e-9
+    losses = validation_losses(model.modules["unet"], clean, None, config.shift)
+    assert max(losses) < 0.05
+    assert max(losses.values()) < 1e-9
 
 
 def test_copies_and_overfitting_are_said_once(autoencoder_directory, latents):

@@ -25,6 +25,9 @@ class Linear(nn.Module):
         t = flow.as_column(times, noisy)
         return (t - (1 - t) * self.a) / ((1 - t) ** 2 * self.a + t**2) * noisy
 
+    def velocity_target(self, clean, noise, times):
+        return flow.velocity_target(clean, noise)
+
 
 def test_the_loss_at_each_time_is_the_known_one() -> None:
     """What no network can foresee of v: a / ((1 - t)^2 a + t^2) for Gaussian latents of variance a."""
