@@ -86,6 +86,7 @@ class Multistep:
         self._scheduler = scheduler
         scheduler.set_timesteps(steps)
         scheduler.set_begin_index(first)  # it would search for a time, and rounded times can occur twice
+        self._following: Tensor | None = None
 
     @property
     def times(self) -> Sequence[float]:
@@ -95,8 +96,25 @@ class Multistep:
     def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
         time = self._scheduler.sigmas[index]
         slope = velocity(noisy, time)
-        following = self._scheduler.step(slope, self._scheduler.timesteps[index], noisy, return_dict=False)[0]
-        return following, noisy - time.to(noisy) * slope
+        if self._following is not None and not torch.equal(noisy, self._following):
+            self._rewrite_memory(noisy, slope, index, noisy != self._following)
+        (self._following,) = self._scheduler.step(slope, self._scheduler.timesteps[index], noisy, return_dict=False)
+        return self._following, noisy - time.to(noisy) * slope
+
+    def _rewrite_memory(self, noisy: Tensor, slope: Tensor, index: int, replaced: Tensor) -> None:
+        """Remember elements that were replaced after the last step as if they had come along a straight line.
+
+        The scheduler would go on from what they were before. UniPC's corrector even starts from the latents of the step
+        before: only the effect of a replacement on the velocity would be left. The other elements keep theirs.
+        """
+        scheduler = self._scheduler
+        estimate = scheduler.convert_model_output(slope, sample=noisy)
+        scheduler.model_outputs = [
+            None if earlier is None else torch.where(replaced, estimate, earlier) for earlier in scheduler.model_outputs
+        ]
+        if getattr(scheduler, "last_sample", None) is not None:
+            before = noisy + (scheduler.sigmas[index - 1] - scheduler.sigmas[index]) * slope
+            scheduler.last_sample = torch.where(replaced, before, scheduler.last_sample)
 
 
 def flow_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
