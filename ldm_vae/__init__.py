@@ -7,8 +7,8 @@ Train an autoencoder on your own images, encode datasets into latent shards, tra
     autoencoder = ldm_vae.load_autoencoder("runs/vae")
     latents = autoencoder.encode(images).latent_dist.mean  # images (n, 3, h, w) in [-1, 1]
 
-`__all__` is the whole public API; every other name may change. Importing the package imports nothing heavy: a public
-name is imported when it is first used.
+`__all__` is the whole public API; every other name may change. Importing the package is cheap: a public name is
+imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`ldm-vae COMMAND [recipe.yaml] [subject] [key=value ...]`: one grammar for every command, from one table.
 
-A command is a config dataclass and a function `f(config, *, overwrite=False, ...)`. Settings, their help and the check
-of their names come from the dataclass's source (see `schema`), so that a wrong word is refused before a model library
-is imported. A user's error becomes one line and exit code 2.
+A command is a config dataclass and a function `f(config, *, overwrite=False, ...)`. The settings, their help and the
+check of their names are read from the source of the dataclass (see `schema`), so that a typo is reported before any
+model library is imported. A `UserError` is printed as one line, with exit code 2.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ class Command:
     """One command or tool.
 
     Attributes:
-        line: what it does, for the overview.
+        line: one-line description for the overview.
         config: `module:Class` of its settings.
         function: `module:function` that does the work.
-        subjects: the settings that positional arguments are, the first being the subject; a last one that is a list
-            takes all that are left.
-        names: its word for a setting -> the setting, where saved files know that by another name.
+        subjects: the settings that positional arguments fill, in order, the subject first; a list in the last place
+            takes all remaining arguments.
+        names: name on the command line -> key of the setting, where saved files use another name.
         output: the default of `output`, below the subject.
         prints: the file of the output folder whose text is printed at the end.
-        failed: `module:function` that says of the result whether the exit code is 1; with `strict` only on --strict.
-        interruptible: SIGTERM is taken as Ctrl-C, so that what it has launched saves and leaves.
+        failed: `module:function` that decides from the result whether the exit code is 1; with `strict`, only if
+            --strict is given.
+        interruptible: SIGTERM acts like Ctrl-C, so that the processes it launched save and exit.
     """
 
     line: str
@@ -58,11 +59,11 @@ class Command:
 
     @property
     def flags(self) -> dict[str, str]:
-        """Words without a value -> meaning."""
+        """Name -> help text of the flags (options without a value)."""
         found = {
-            "overwrite": "replace a result of other settings",
-            "dry-run": "check everything and say what would be done; write nothing",
-            "print-config": "print the resolved settings and leave",
+            "overwrite": "replace an existing result that has other settings",
+            "dry-run": "check everything and print what would be done; write nothing",
+            "print-config": "print the resolved settings and exit",
         }
         if self.strict:
             found["strict"] = "exit code 1 when a verdict is of severity fail"
@@ -71,7 +72,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "see it work: your images through the shipped models, on one page",
+        "run your images through the shipped models and show the results on one page",
         "applications.demo:DemoConfig", "applications.demo:demo", ("images",),
         {"model": "pipeline", "resolution": "size"},
     ),
@@ -84,23 +85,23 @@ COMMANDS: dict[str, Command] = {
         "latents.encode:EncodeConfig", "latents.encode:encode_dataset", ("autoencoder",),
     ),
     "latents info": Command(
-        "show what a set is and where it comes from",
+        "show what a latent set contains and where it comes from",
         "latents.inspect:InfoConfig", "latents.inspect:show_info", ("latents",),
     ),
     "latents verify": Command(
-        "find damage in a set, and the samples that it affects",
+        "find damaged files in a set and the samples they affect",
         "latents.verify:VerifyConfig", "latents.verify:verify_latents", ("latents",),
     ),
     "latents repair": Command(
-        "make damaged and missing shards again",
+        "encode damaged and missing shards again",
         "latents.repair:RepairConfig", "latents.repair:repair_latents", ("autoencoder",),
     ),
     "latents append": Command(
-        "encode the images that a set does not hold yet",
+        "encode the images that are not in the set yet",
         "latents.append:AppendConfig", "latents.append:append_images", ("autoencoder",),
     ),
     "latents stats": Command(
-        "what the latents, codes and labels look like; plots",
+        "statistics and plots of the latents, codes and labels",
         "latents.stats:StatsConfig", "evaluation.latent_set_page:show_statistics", ("latents",),
         {"count": "samples"},
     ),
@@ -109,11 +110,11 @@ COMMANDS: dict[str, Command] = {
         "latents.inspect:DecodeConfig", "latents.inspect:decode_latents", ("latents",),
     ),
     "latents export": Command(
-        "write them as parquet (datasets) or tar (webdataset)",
+        "export a set as parquet (datasets) or tar (webdataset)",
         "latents.export:ExportConfig", "latents.export:export_latents", ("latents", "output"),
     ),
     "latents import": Command(
-        "make a set of another project's latents (LightningDiT)",
+        "import latents of another project (LightningDiT) as a set",
         "latents.import_lightningdit:ImportConfig", "latents.import_lightningdit:import_latents", ("source", "output"),
     ),
     "train-diffusion": Command(
@@ -126,7 +127,7 @@ COMMANDS: dict[str, Command] = {
         {"resolution": "size", "latents": "neighbours"},
     ),
     "reconstruct": Command(
-        "encode and decode pictures, original beside reconstruction",
+        "encode and decode pictures; save originals and reconstructions side by side",
         "evaluation.reconstruction:ReconstructConfig", "evaluation.reconstruction:reconstruct_images",
         ("autoencoder", "images"),
     ),
@@ -145,7 +146,7 @@ COMMANDS: dict[str, Command] = {
         failed="evaluation.sweep:has_failed", interruptible=True,
     ),
     "diagnose": Command(
-        "the health report: collapse, dead channels, smuggling, grids; with causes and cures",
+        "health report: collapse, dead channels, smuggling, grid artifacts; with causes and fixes",
         "evaluation.diagnosis:DiagnoseConfig", "evaluation.diagnosis:diagnose", ("autoencoder",),
         output="health", failed="evaluation.diagnosis:failed", strict=True,
     ),
@@ -154,7 +155,7 @@ COMMANDS: dict[str, Command] = {
         "applications.codec.compression:CompressConfig", "applications.codec.compression:compress", ("images",),
     ),
     "decompress": Command(
-        "decompress files of compress into pictures",
+        "decompress the files that `compress` wrote",
         "applications.codec.compression:DecompressConfig", "applications.codec.compression:decompress", ("files",),
     ),
     "codec fit": Command(
@@ -166,7 +167,7 @@ COMMANDS: dict[str, Command] = {
         "applications.codec.compression:CompressConfig", "applications.codec.compression:compress", ("images",),
     ),
     "codec decompress": Command(
-        "decompress files of compress into pictures",
+        "decompress the files that `compress` wrote",
         "applications.codec.compression:DecompressConfig", "applications.codec.compression:decompress", ("files",),
     ),
     "codec bench": Command(
@@ -174,32 +175,32 @@ COMMANDS: dict[str, Command] = {
         "applications.codec.bench:CodecBenchConfig", "applications.codec.bench:bench_codec", ("autoencoder",),
     ),
     "directions fit": Command(
-        "find directions, with attributes and without",
+        "find directions in latent space, supervised (attributes) and unsupervised",
         "applications.directions.fitting:FitDirectionsConfig", "applications.directions.fitting:fit_directions",
         ("autoencoder",),
     ),
     "directions apply": Command(
-        "move pictures along one, everywhere or in a mask",
+        "move pictures along a direction, everywhere or inside a mask",
         "applications.directions.apply:ApplyDirectionConfig", "applications.directions.apply:apply_direction",
         ("directions", "direction", "images"), {"resolution": "size"},
     ),
     "directions evaluate": Command(
-        "measure what they change, and what else",
+        "measure what each direction changes, wanted and unwanted",
         "applications.directions.evaluation:EvaluateDirectionsConfig",
         "applications.directions.evaluation:evaluate_directions", ("directions",),
     ),
     "interpolate": Command(
-        "what lies between two images, in latents and through diffusion",
+        "interpolate between two images, in latent space and through diffusion",
         "applications.interpolation:InterpolateConfig", "applications.interpolation:interpolate", ("images",),
         {"model": "pipeline", "resolution": "size"},
     ),
     "explore": Command(
-        "see and touch the latent space in a browser",
+        "explore the latent space in a browser",
         "applications.explorer.explored:ExploreConfig", "applications.explorer.server:explore_until_stopped",
         ("autoencoder",), {"resolution": "size"},
     ),
     "anomaly fit": Command(
-        "learn from normal images, and set the thresholds",
+        "fit on normal images and set the thresholds",
         "applications.anomaly.detector:FitDetectorConfig", "applications.anomaly.detector:fit_detector",
         ("autoencoder",), {"model": "pipeline"},
     ),
@@ -209,7 +210,7 @@ COMMANDS: dict[str, Command] = {
         {"model": "pipeline"},
     ),
     "anomaly evaluate": Command(
-        "measure on known anomalies which scores work",
+        "measure the scores on images with known anomalies",
         "applications.anomaly.evaluation:EvaluateDetectorConfig", "applications.anomaly.evaluation:evaluate_detector",
         ("detector",), {"model": "pipeline"},
     ),
@@ -218,11 +219,11 @@ COMMANDS: dict[str, Command] = {
         "data.synthetic.source:SynthConfig", "data.synthetic.source:synthesize", ("output",),
     ),
     "report": Command(
-        "one self-contained page about a whole run",
+        "write one self-contained HTML page about a run",
         "evaluation.report:ReportConfig", "evaluation.report:report", ("run",),
     ),
     "model convert": Command(
-        "to give away, stock diffusers, CompVis checkpoint, ONNX, TorchScript",
+        "convert to a shareable folder, stock diffusers, a CompVis checkpoint, ONNX or TorchScript",
         "diffusion.export:ConvertConfig", "diffusion.export:convert", ("model", "output"), {"resolution": "size"},
     ),
     "model card": Command(
@@ -230,18 +231,18 @@ COMMANDS: dict[str, Command] = {
         "evaluation.model_card:CardConfig", "evaluation.model_card:make_card", ("model",),
     ),
     "model ema": Command(
-        "choose the length of the U-Net's average after training",
+        "choose the EMA length of the U-Net after training",
         "diffusion.posthoc_ema:PosthocEmaConfig", "diffusion.posthoc_ema:posthoc_ema", ("model",),
         {"count": "kid", "data": "images"},
     ),
 }  # fmt: skip
 
 GROUPS = {
-    "latents": "look at, check, mend, extend and exchange latent shards",
-    "codec": "compressed pictures: fit an entropy model, compress, decompress, measure",
-    "directions": "controlled edits: fit directions in the latent space, apply and judge them",
-    "anomaly": "find unusual images: fit on normal ones, score others",
-    "model": "convert a model, write its card, choose its average",
+    "latents": "inspect, verify, repair, extend, export and import latent sets",
+    "codec": "fit an entropy model, compress and decompress pictures, run the benchmark",
+    "directions": "controlled edits: fit, apply and evaluate directions in latent space",
+    "anomaly": "anomaly detection: fit on normal images, score others",
+    "model": "convert a model, write its card, choose its EMA length",
 }
 
 OLD_COMMANDS = {
@@ -264,26 +265,26 @@ OLD_SETTINGS = {
     "model convert": {"dtype": "precision", "size": "resolution"},
     "model ema": {"length": "lengths", "kid": "count", "images": "data"},
 }
-"""Command ("": all) -> old setting -> new one. Old spellings work for one release, with a line of advice."""
+"""Command ("": all) -> old key -> new key. Old spellings work for one release and print one line of advice."""
 
 OF_TRAINING = ("seed", "device", "precision")
-"""Settings that stand in the group `training` of some commands, and can be given without it."""
+"""Settings that some commands have in the group `training`; they can be given without the prefix."""
 
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
 )  # fmt: skip
-"""Errors of disks, not of programs: a folder is full, may not be written, or has gone."""
+"""Disk errors, not bugs: the disk is full or read-only, or a folder has disappeared."""
 
 
 @dataclass
 class Words:
-    """A command line, understood.
+    """A parsed command line.
 
     Attributes:
         recipe: the YAML file.
         settings: `key=value` with the config's own keys, in order.
-        flags: those given, with underscores.
-        advice: old spellings that were used, `old -> new`.
+        flags: the flags that were given, with underscores.
+        advice: old spellings that were used, as sentences.
     """
 
     recipe: Path | None = None
@@ -297,7 +298,7 @@ class Words:
 
 
 class Reader:
-    """Reads the words of one command: `key=value`, `--key=value` and `--key value` are the same."""
+    """Parses the arguments of one command: `key=value`, `--key=value` and `--key value` are the same."""
 
     def __init__(self, name: str) -> None:
         self.name, self.command = name, COMMANDS[name]
@@ -306,7 +307,7 @@ class Reader:
         self.texts: dict[str, list[str]] = {}
 
     def read(self, words: Sequence[str]) -> Words:
-        """Raises: UserError for a word that is no setting, or a value that cannot be one of it."""
+        """Raises: UserError for an unknown setting or an invalid value."""
         rest = list(words)
         while rest:
             word = rest.pop(0)
@@ -344,7 +345,7 @@ class Reader:
             self._set(key, self._taken(setting, rest))
 
     def _taken(self, setting: Setting, rest: list[str]) -> str:
-        """The value after `--key`: one word, but of a list of numbers all numbers, and of a pair two words."""
+        """The value after `--key`: one word; all the numbers for a list of numbers; two words for a pair."""
         if setting.kind == "list" and setting.item[0] != "text" and is_number(rest[0]):
             taken = [rest.pop(0)]
             while rest and is_number(rest[0]):
@@ -356,7 +357,7 @@ class Reader:
         return rest.pop(0)
 
     def _key(self, key: str) -> str:
-        """The config's own key; what is old is noted."""
+        """The config's own key. An old spelling is added to `advice`."""
         key = key.replace("-", "_")
         old = OLD_SETTINGS[""] | OLD_SETTINGS.get(self.name, {})
         if key in old and old[key] != key and not any(setting.key == key for setting in self._own(old[key])):
@@ -369,7 +370,7 @@ class Reader:
         return key
 
     def _own(self, new: str) -> tuple[Setting, ...]:
-        """The settings that keep an old word: none of those that a command has another word for."""
+        """The settings still called by their old name, that is, without those that `names` renames."""
         renamed = self.command.names.get(new)
         return tuple(setting for setting in self.settings if setting.key != renamed)
 
@@ -408,7 +409,7 @@ def is_number(word: str) -> bool:
 
 
 def flow_list(texts: Iterable[str]) -> str:
-    """Texts as one YAML list, whatever is in them."""
+    """Texts as one YAML list; any characters are allowed."""
     return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
 
 
@@ -416,7 +417,7 @@ def flow_list(texts: Iterable[str]) -> str:
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Read the words, check them, import the command and call it. Returns: the exit code. Raises: UserError."""
+    """Parse and check the arguments, import the command and call it. Returns: the exit code. Raises: UserError."""
     command = COMMANDS[name]
     understood = Reader(name).read(words)
     if understood.advice:
@@ -435,7 +436,7 @@ def run(name: str, words: Sequence[str]) -> int:
     given = dict.fromkeys(understood.flags - {"strict"}, True)
     known = schema.parameters(command.function)
     if "dry_run" in given and "dry_run" not in known:
-        print(f"ldm-vae {name}: these settings are in order; nothing was done\n{configuration.to_yaml(config)}", end="")
+        print(f"ldm-vae {name}: the settings are valid; nothing was done\n{configuration.to_yaml(config)}", end="")
         return 0
     if unknown := sorted(given.keys() - set(known)):
         raise UserError(f"--{unknown[0].replace('_', '-')}: has no effect with {name}; leave it out")
@@ -457,7 +458,7 @@ def resolve(place: str) -> Any:
 
 
 def check_recipe(settings: tuple[Setting, ...], path: Path) -> None:
-    """Raises: UserError for a key of the file that there is not, before anything heavy is imported."""
+    """Raises: UserError for an unknown key in the file, before anything heavy is imported."""
     from ldm_vae.config import read_yaml
 
     def check(values: dict[Any, Any], prefix: str) -> None:
@@ -473,7 +474,7 @@ def check_recipe(settings: tuple[Setting, ...], path: Path) -> None:
 
 
 def complete(command: Command, settings: tuple[Setting, ...], words: Words) -> None:
-    """Add the default of `output`, and what stands for missing settings where nothing is written."""
+    """Add the default of `output`, and placeholders for missing settings when nothing will be written."""
     if command.output and words.value("output") is None and words.recipe is None:
         subject = words.value(command.subjects[0])
         if subject and Path(subject).expanduser().is_dir():
@@ -495,9 +496,9 @@ def overview() -> str:
     lines = [
         "usage: ldm-vae COMMAND [recipe.yaml] [subject] [key=value ...]",
         "",
-        "Train a KL VAE on your own images, encode datasets into latent shards, generate with latent diffusion.",
+        "Train a KL-VAE on your own images, encode datasets into latent shards, generate with latent diffusion.",
         "",
-        "commands, in the order of the journey of an image:",
+        "commands, in the order of a typical workflow:",
     ]
     shown = []
     for name, command in COMMANDS.items():
@@ -567,23 +568,23 @@ def find(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
         tools = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
         tool = rest[0] if rest else ""
         if tool not in tools:
-            raise UserError(f"{first} has no tool {tool!r}; {suggestion(tool, tools)}")
+            raise UserError(f"{first}: there is no tool {tool!r}; {suggestion(tool, tools)}")
         return f"{first} {tool}", rest[1:], advice
     if first not in COMMANDS:
         known = [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
-        raise UserError(f"no command {first!r}; {suggestion(first, known)}")
+        raise UserError(f"{first!r}: unknown command; {suggestion(first, known)}")
     return first, rest, advice
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not be valid UTF-8
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -613,7 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in REFUSALS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"ldm-vae {name}: {where}{error.strerror}; cure that and run the same command again", file=sys.stderr)
+        print(f"ldm-vae {name}: {where}{error.strerror}; fix this and run the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"ldm-vae {name}: interrupted; the same command continues", file=sys.stderr)

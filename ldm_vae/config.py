@@ -1,7 +1,7 @@
-"""From YAML and `key=value` overrides to one validated, frozen dataclass.
+"""Load YAML and `key=value` overrides into one validated, frozen dataclass.
 
-Every component owns the dataclass of its settings next to its code; defaults live only there. This file knows none of
-them: it merges with OmegaConf's structured configs, so unknown keys, wrong types and duplicate keys are refused.
+Every component defines the dataclass of its settings next to its code; defaults live only there. This file knows none
+of them: it merges with OmegaConf's structured configs, so unknown keys, wrong types and duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ldm_vae.redaction import check_no_password, redacted, without_password
 Config = TypeVar("Config")
 
 FORMAT_VERSION = 1
-"""Of the files that `to_yaml` writes, as their `format_version`; a file without one has this one."""
+"""The `format_version` of files written by `to_yaml`; a file without one is read as this version."""
 MAXIMUM_YAML_BYTES = 1 << 20
 MAXIMUM_YAML_VALUES = 50_000
-"""In a file, aliases counted as often as they are used: a few lines of them can stand for a billion values."""
+"""Values in a file, counting an alias each time it is used: a few lines of aliases can expand to a billion values."""
 MAXIMUM_YAML_DEPTH = 50
 MAXIMUM_YAML_LETTERS = 10_000
-"""Of one value: YAML knows numbers in base 60 (1:30:00), and to read a long one takes the square of its length."""
+"""Length of one value: YAML has numbers in base 60 (1:30:00), and parsing one takes time quadratic in its length."""
 
 
 def load(schema: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Merge the schema's defaults, a YAML file and `key=value` overrides, in this order.
 
     Raises:
-        UserError: naming the file or the override, the key and, where there is one, the key that was probably meant.
+        UserError: with the file or the override, the key and, if a similar key exists, a suggestion.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -67,10 +67,10 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
 def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     """A mapping from a YAML file, as plain containers; `${...}` stays as it is.
 
-    What `schema` says is text stays the text that is written there: a label `no` is not false, `1e3` not a number.
+    A field that `schema` declares as text stays text: a label `no` is not read as false, nor `1e3` as a number.
 
     Raises:
-        UserError: no such file, or one that is no mapping, has tags or duplicate keys, or stands for more than
+        UserError: the file is missing, is not a mapping, has tags or duplicate keys, or expands to more than
             `MAXIMUM_YAML_VALUES` values.
     """
     from omegaconf import OmegaConf
@@ -85,7 +85,7 @@ def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
         hint = f"did you mean {path.parent / near[0]}.yaml?" if near else "give the path of a YAML file"
         raise UserError(f"{path}: no such configuration file; {hint}")
     if path.stat().st_size > MAXIMUM_YAML_BYTES:
-        raise UserError(f"{path}: larger than {MAXIMUM_YAML_BYTES} bytes; this is no configuration file")
+        raise UserError(f"{path}: larger than {MAXIMUM_YAML_BYTES} bytes; give a configuration file")
     try:
         _check_extent(path.read_bytes(), str(path))
         text = _with_quoted_texts(path.read_text(encoding="utf-8"), schema)
@@ -95,12 +95,12 @@ def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__} and no `key: value` lines; give a configuration file")
+        raise UserError(f"{path}: is a {type(values).__name__}, not `key: value` lines; give a configuration file")
     return values
 
 
 def _read_override(override: str, schema: type, where: str) -> Any:
-    """What `key=value` says, as plain containers; of a text setting, the text after `=`. Raises: UserError."""
+    """Parse `key=value` into plain containers; a text setting takes the text after `=`. Raises: UserError."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -119,21 +119,21 @@ def _read_override(override: str, schema: type, where: str) -> Any:
         return OmegaConf.to_container(OmegaConf.from_dotlist([dotted]), resolve=False)
     except UserError:
         raise
-    except (YAMLError, IndexError, ValueError) as error:  # IndexError: of keys such as `[`
+    except (YAMLError, IndexError, ValueError) as error:  # IndexError: from keys such as `[`
         raise UserError(f"{where}: {_one_line(error)}") from error
 
 
-# What a schema says of its values
+# Types of the values in a schema
 
 
 def _kind_of(hint: Any) -> tuple[Any, bool]:
-    """A type without `| None`, and whether that was there; a choice of words is a text."""
+    """A type without `| None`, and whether it was optional; a `Literal` of strings counts as `str`."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     optional = type(None) in members
     if optional and len(members) == 2:
         hint = next(member for member in members if member is not type(None))
     if get_origin(hint) is Literal and all(isinstance(word, str) for word in get_args(hint)):
-        # Its words are no file names, so that null can stay null on the command line as well.
+        # The choices are never file names, so that null can stay null on the command line as well.
         hint = hint if optional else str
     return hint, optional
 
@@ -152,12 +152,12 @@ def _kind_at(schema: Any, parts: Sequence[str]) -> tuple[Any, bool]:
 
 
 def _has_short_form(kind: Any) -> bool:
-    """Whether a text can stand for all settings of a group: the group's dataclass says what it means."""
+    """Whether a group of settings can be given as one text, which the `short_form` of its dataclass expands."""
     return dataclasses.is_dataclass(kind) and hasattr(kind, "short_form")
 
 
 def _whole_form(values: Any, kind: Any) -> Any:
-    """The same values with every group that is given as one text written out."""
+    """The same values, with every group that is given as one text expanded."""
     if _has_short_form(kind) and isinstance(values, str):
         return kind.short_form(values)
     if isinstance(values, dict) and dataclasses.is_dataclass(kind):
@@ -168,7 +168,7 @@ def _whole_form(values: Any, kind: Any) -> Any:
 
 
 def _with_quoted_texts(text: str, kind: Any) -> str:
-    """The YAML `text` of a value of this kind, with quotes around what is a text."""
+    """The YAML `text` of a value of this type, with quotes around every string."""
     import yaml
 
     if kind is None:
@@ -180,7 +180,7 @@ def _with_quoted_texts(text: str, kind: Any) -> str:
 
 
 def _bare_texts(node: Any, hint: Any) -> Iterator[tuple[int, int, str]]:
-    """(start, end, value) of the unquoted scalars that are texts by their hint."""
+    """(start, end, value) of the unquoted scalars that are strings by their type hint."""
     import yaml
 
     kind, optional = _kind_of(hint)
@@ -198,7 +198,7 @@ def _bare_texts(node: Any, hint: Any) -> Iterator[tuple[int, int, str]]:
     elif isinstance(node, yaml.MappingNode) and dataclasses.is_dataclass(kind):
         hints_of = get_type_hints(kind)
         for key, item in node.value:
-            if key.value in hints_of:
+            if isinstance(key, yaml.ScalarNode) and key.value in hints_of:
                 yield from _bare_texts(item, hints_of[key.value])
     elif isinstance(node, yaml.MappingNode) and get_origin(kind) is dict:
         for key, item in node.value:
@@ -210,7 +210,7 @@ def _bare_texts(node: Any, hint: Any) -> Iterator[tuple[int, int, str]]:
 
 
 def _of_known_format(values: dict[Any, Any], where: str) -> dict[Any, Any]:
-    """The settings without `format_version`. Raises: UserError when that is another one."""
+    """The settings without `format_version`. Raises: UserError for another version."""
     version = values.pop("format_version", FORMAT_VERSION)
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
@@ -221,7 +221,7 @@ def _of_known_format(values: dict[Any, Any], where: str) -> dict[Any, Any]:
 
 
 def _check_extent(text: str | bytes, where: str) -> None:
-    """Raises: UserError before anything is built of a file that would take all memory or hours."""
+    """Raises: UserError, before anything is built, for a file that would take all memory or hours to read."""
     import yaml
 
     sizes: dict[str | None, int] = {}
@@ -232,7 +232,7 @@ def _check_extent(text: str | bytes, where: str) -> None:
             total += sizes.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, total))
-            sizes[event.anchor] = MAXIMUM_YAML_VALUES  # a node may not hold itself
+            sizes[event.anchor] = MAXIMUM_YAML_VALUES  # a node must not contain itself
         elif isinstance(event, yaml.ScalarEvent):
             longest = max(longest, len(event.value))
             sizes[event.anchor] = 1
@@ -241,17 +241,17 @@ def _check_extent(text: str | bytes, where: str) -> None:
             sizes[anchor] = total - before + 1
         if total > MAXIMUM_YAML_VALUES or len(open_nodes) > MAXIMUM_YAML_DEPTH or longest > MAXIMUM_YAML_LETTERS:
             raise UserError(
-                f"{where}: stands for more than {MAXIMUM_YAML_VALUES} values, for {MAXIMUM_YAML_DEPTH} inside each "
-                f"other, or for one of {MAXIMUM_YAML_LETTERS} letters; this is no configuration file"
+                f"{where}: more than {MAXIMUM_YAML_VALUES} values, {MAXIMUM_YAML_DEPTH} levels, or "
+                f"{MAXIMUM_YAML_LETTERS} characters in a value; give a configuration file"
             )
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The same containers, `~` for the home folder spelled out.
+    """The same containers, with `~` expanded to the home folder.
 
     Raises:
-        UserError: a reference `${...}`, which could bring a secret of the environment into the saved settings, or an
-            address with a password.
+        UserError: a reference `${...}`, which could copy a secret from the environment into the saved settings, or a
+            URL with a password.
     """
     if isinstance(value, dict):
         return {key: _plain(item, where) for key, item in value.items()}
@@ -260,7 +260,7 @@ def _plain(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     if "${" in value:
-        raise UserError(f"{where}: {value!r} refers to something else, which is not resolved; write the value itself")
+        raise UserError(f"{where}: {value!r} is a reference, and references are not resolved; write the value itself")
     check_no_password(value, where)
     return os.path.expanduser(value) if value.startswith("~/") else value
 
@@ -278,11 +278,11 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise UserError(name, f"{value} is not above 0")
+            raise UserError(name, f"{value} is not positive")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON-able containers of a config dataclass, tuples as lists, to be written down: see `privacy`."""
+    """A config dataclass as plain JSON-able containers, tuples as lists, without secrets (see `redaction`)."""
     return redacted(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
@@ -299,7 +299,7 @@ def digest(value: Any) -> str:
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) for every leaf that differs. List items count as keys when the lengths agree."""
+    """Dotted key -> (old, new) for every leaf that differs. List items count as keys if the lengths are equal."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = ({str(index): item for index, item in enumerate(items)} for items in (old, new))
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -1,7 +1,7 @@
-"""The errors that a user can cause, and the exit codes of the commands. Programmers' mistakes stay `assert`s.
+"""Errors that a user can cause, and the exit codes of the commands. Programming mistakes are `assert`s.
 
-Code that has to know what went wrong catches a subclass of `UserError`; no code reads a sentence. The classes here are
-the general ones. Those of one room stand there, as `storage.remote.AccessDenied`.
+Code that has to know what went wrong catches a subclass of `UserError`; no code parses a message. The classes here are
+the general ones. Classes of one package are defined there, for example `storage.remote.AccessDenied`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ EXIT_INTERRUPTED = 75
 """Stopped by SIGTERM or SIGINT after saving (sysexits' EX_TEMPFAIL): the same command continues."""
 
 EXIT_STUCK = 70
-"""A process of the job hangs or is gone, and this one has ended itself: the same command continues."""
+"""Another process of the job hangs or has died, so this one has stopped: the same command continues."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors that pass through every folder unchanged: the caller decides what to do about them."""
+"""Errors that every kind of folder passes on unchanged: the caller decides how to handle them."""
 
 
 class UserError(ValueError):
     """The user can correct what is wrong. The message is one sentence: *where: what; what instead*.
 
-    `UserError(where, what, instead)` composes the sentence; `instead` may be left out. `UserError("sentence")` takes it
-    as it is: `what` is the sentence then, `where` and `instead` are empty.
+    `UserError(where, what, instead)` builds the sentence; `instead` is optional. `UserError("sentence")` uses it
+    unchanged: `what` is then the sentence, `where` and `instead` are empty.
     """
 
     def __init__(self, *parts: object) -> None:
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class DamagedFile(UserError):
-    """A file is not what was written: its checksum or format is wrong, or it is missing or does not belong there."""
+    """A file differs from what was written: its checksum or format is wrong, it is missing, or it is unexpected."""
 
 
 class NewerFormat(UserError):
@@ -44,7 +44,7 @@ class NewerFormat(UserError):
 
 
 class FolderLocked(UserError):
-    """Another process is at work in the folder. `holder` names it, as `process 4711 on host x`."""
+    """Another process is using the folder. `holder` names it, for example `process 4711 on host x`."""
 
     def __init__(self, *parts: object, holder: str = "another process") -> None:
         super().__init__(*parts)

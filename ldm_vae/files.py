@@ -1,8 +1,8 @@
 """Files that are complete or absent, checksums of them, and checks of model files before they are loaded.
 
-Everything is written beside its place, fsynced and renamed; then the folder is fsynced. A folder of weights has a
-`MANIFEST.json` with the xxh3_128 of each file, which finds accidents at memory speed. It does not protect against
-somebody who wants to deceive.
+Everything is written to a temporary name in the same folder, fsynced and renamed; then the folder is fsynced. A folder
+of weights has a `MANIFEST.json` with the xxh3_128 checksum of each file. It detects accidental damage at memory speed;
+it does not protect against tampering.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_png(path: Path, picture: Any) -> None:
-    """Publish a PIL image atomically, whatever the file is called."""
+    """Publish a PIL image atomically as PNG, regardless of the suffix of `path`."""
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publish a text atomically, without secrets and the home folder: see `redaction`."""
+    """Publish a text atomically, with secrets and the home folder removed (see `redaction`)."""
     write_bytes(path, redacted(text).encode())
 
 
@@ -75,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into place; all in it is fsynced first. An older one is moved aside, then removed.
+    """Fsync everything in a finished folder, then rename it into place. An older one is moved aside, then removed.
 
     Files get the folder's permissions: safetensors makes files that only their owner can read.
     """
@@ -93,7 +93,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def temporary_directory(final: Path) -> Path:
-    """A new empty folder beside `final` (same filesystem), to be filled and given to `publish_directory`."""
+    """A new empty folder next to `final` (same filesystem), to be filled and passed to `publish_directory`."""
     folder = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
     folder.mkdir(parents=True)
     return folder
@@ -101,7 +101,7 @@ def temporary_directory(final: Path) -> Path:
 
 @contextmanager
 def published_directory(final: Path) -> Iterator[Path]:
-    """Make the folder `final` completely or not at all: yields a temporary one, which is published at the end."""
+    """Create the folder `final` completely or not at all: yields a temporary one, which is published at the end."""
     temporary = temporary_directory(final)
     try:
         yield temporary
@@ -111,7 +111,7 @@ def published_directory(final: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder so that no process finds a part of it under its name: it is renamed first."""
+    """Remove a folder. It is renamed first, so that no process sees a partial one under its name."""
     shutil.rmtree(_moved_aside(path), ignore_errors=True)
 
 
@@ -122,7 +122,7 @@ def _moved_aside(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what writers of `name` (a pattern) left in `folder` when they were killed. None may be at work there."""
+    """Remove temporary files of killed writers of `name` (a pattern) in `folder`. No writer may be running."""
     for path in [*folder.glob(f".tmp-*-{name}"), *folder.glob(f".trash-*-{name}")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -131,15 +131,15 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 def vanished() -> FileNotFoundError:
-    """To be raised when a folder has gone with its mount: what is written would lie on the disk below it."""
+    """The error for a folder that disappeared with its mount: writing would go to the disk underneath."""
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 @contextmanager
 def system_errors_explained(where: str | Path, advice: str) -> Iterator[None]:
-    """Turns what the system refuses inside, as on a full disk, into a UserError that begins with `where`.
+    """Turn operating system errors inside the block, such as a full disk, into a UserError that begins with `where`.
 
-    Also errors of safetensors, which have the number of the system's error in their text only.
+    This includes errors of safetensors, which carry the system's error number only in their text.
     """
     try:
         yield
@@ -177,11 +177,11 @@ def checksum(path: Path) -> str:
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 LISTED_SUFFIXES = (".json", ".safetensors")
-"""Suffixes of the files that are listed; a README may be edited."""
+"""Suffixes of the files that are listed; a README may be edited freely."""
 
 
 def write_checksums(folder: Path, others: Mapping[str, str] | None = None) -> None:
-    """Write the manifest of a folder, of everything in it at any depth. `others`: files that it will be put among."""
+    """Write the manifest of a folder and its subfolders. `others`: name -> checksum of files to be listed as well."""
     files = dict(others or {}) | {name: checksum(folder / name) for name in _listed_files(folder)}
     manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
     write_text(folder / MANIFEST, readable_json(manifest))
@@ -191,11 +191,11 @@ def verify_checksums(folder: Path) -> None:
     """Compare a folder with its manifest.
 
     Raises:
-        DamagedFile: a file is damaged, missing or does not belong there; the manifest itself included.
-        NewerFormat: the manifest is of a later release.
-        UserError: a file may not be read, although it may be whole.
+        DamagedFile: a file (or the manifest itself) is damaged, missing or unexpected.
+        NewerFormat: the manifest was written by a later release.
+        UserError: a file cannot be read for lack of permission.
     """
-    restore = f"restore it from a copy or make it again, or remove {MANIFEST} if it was changed on purpose"
+    restore = f"restore it from a copy or create it again, or remove {MANIFEST} if the change was intended"
     try:
         text = (folder / MANIFEST).read_text()
         manifest = json.loads(text)
@@ -211,8 +211,8 @@ def verify_checksums(folder: Path) -> None:
             if name not in files and PurePosixPath(name).parent not in folders:
                 continue  # in a folder that another program added, for example of generated images
             if name not in files:
-                remove = f"remove that file, or remove {MANIFEST} if it was changed on purpose"
-                raise DamagedFile(folder, f"{name} does not belong to it", remove)
+                remove = f"remove that file, or remove {MANIFEST} if the change was intended"
+                raise DamagedFile(folder, f"{name} is not listed in {MANIFEST}", remove)
             if name not in there:  # nor is a file elsewhere touched
                 raise DamagedFile(folder, f"{name} is missing", restore)
             if checksum(folder / name) != files[name]:
@@ -222,14 +222,14 @@ def verify_checksums(folder: Path) -> None:
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(folder, f"cannot be read ({error.strerror})", "give yourself the right to read it") from error
+        raise UserError(folder, f"cannot be read ({error.strerror})", "make it readable") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         raise DamagedFile(folder, what, restore) from error
 
 
 def check_checksums(folder: Path) -> None:
-    """`verify_checksums` where there is a manifest: models of other programs have none."""
+    """`verify_checksums` if the folder has a manifest: models of other programs have none."""
     if (folder / MANIFEST).exists():
         verify_checksums(folder)
 
@@ -239,16 +239,16 @@ def _listed_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST)
 
 
-# The sizes that model files of others claim, checked before memory or time is spent on them.
+# Checks of the sizes that untrusted model files claim, before memory or time is spent on them.
 
 MAXIMUM_HEADER_BYTES = 8 << 20
-"""Stable Diffusion with all its parts has 0.3 MB; some files carry a small picture as well."""
+"""The headers of all of Stable Diffusion take 0.3 MB; some files carry a small picture as well."""
 MAXIMUM_TENSORS = 20_000
 MAXIMUM_JSON_BYTES = 16 << 20
 
 
 def check_tensor_file(path: str | Path) -> None:
-    """Raises: UserError: a header larger than the file or than that of any model. A missing file is not an error."""
+    """Raises: UserError if the header is larger than the file or than any model's. A missing file is not an error."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -260,10 +260,10 @@ def check_tensor_file(path: str | Path) -> None:
 
 
 def check_tensor_header(header: bytes, length: int, where: str | Path) -> None:
-    """`header`: what follows the eight bytes that gave `length`, or more. Raises: UserError."""
+    """`header`: the bytes after the first eight, which give `length`; it may be longer. Raises: UserError."""
     if length > MAXIMUM_HEADER_BYTES or length > len(header):
         what = f"cannot be read as a safetensors file (a header of {length} bytes)"
-        raise UserError(where, what, "fetch it again")
+        raise UserError(where, what, "download it again")
     if (tensors := header.count(b'"data_offsets"', 0, length)) > MAXIMUM_TENSORS:
         raise UserError(where, f"holds {tensors} tensors, more than {MAXIMUM_TENSORS}", "give a model")
 
@@ -272,15 +272,15 @@ def check_model_folder(folder: Path, model_class: Any = None) -> None:
     """For a folder with `config.json` and weights. A missing folder is not an error.
 
     Args:
-        model_class: diffusers' class of the model; with it, a configuration that asks for more numbers than the
-            files hold is refused.
+        model_class: diffusers' class of the model; with it, a configuration with more parameters than the files
+            contain is refused.
 
     Raises:
-        UserError: a header or a description is larger than any model's, or describes more than is there.
+        UserError: a header or `config.json` is larger than any model's, or describes more than the files contain.
     """
     for path in folder.glob("*.json"):
         if path.is_file() and path.stat().st_size > MAXIMUM_JSON_BYTES:
-            raise UserError(path, f"is larger than {MAXIMUM_JSON_BYTES} bytes", "give the description of a model")
+            raise UserError(path, f"is larger than {MAXIMUM_JSON_BYTES} bytes", "give the configuration of a model")
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         check_tensor_file(path)
@@ -290,16 +290,16 @@ def check_model_folder(folder: Path, model_class: Any = None) -> None:
     tensors, numbers = (sum(found) for found in zip(*map(_contents, files)))
     layers = _layers(config)
     if layers > tensors:
-        what = f"describes {layers} layers, the files hold {tensors} tensors"
+        what = f"describes {layers} layers, but the files hold {tensors} tensors"
         raise UserError(f"{folder}/config.json", what, "restore it")
     described = count_numbers(lambda: model_class.from_config(config))
-    if described > 2 * numbers:  # loading reports tensors that are missing
-        what = f"describes {described} numbers, the files hold {numbers}"
+    if described > 2 * numbers:  # missing tensors are reported by the loader
+        what = f"describes {described} parameters, but the files hold {numbers}"
         raise UserError(f"{folder}/config.json", what, "restore it")
 
 
 def _contents(path: Path) -> tuple[int, int]:
-    """(tensors, numbers in them) of a file whose header was checked."""
+    """(number of tensors, number of elements) of a file whose header was checked."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     size_bytes = path.stat().st_size
@@ -308,21 +308,21 @@ def _contents(path: Path) -> tuple[int, int]:
 
 
 def _layers(config: Any) -> int:
-    """The numbers of layers that a configuration names, together: each layer has a tensor at least."""
+    """The total number of layers that a configuration asks for; each layer has at least one tensor."""
     named = [value for key, value in config.items() if "blocks" in key or "layers" in key]
     named += [count for value in named if isinstance(value, (list, tuple)) for count in value]
     return sum(value for value in named if isinstance(value, int))
 
 
 def count_numbers(build: Callable[[], Any]) -> int:
-    """Numbers in the state of the module that `build` makes, for which no memory is taken."""
+    """Number of elements in the state of the module that `build` makes, counted without allocating memory."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     sized = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}
 
     class WithoutMemory(TorchFunctionMode):
-        """In this thread alone: accelerate's `init_empty_weights` patches torch for the others as well. Tensors made
+        """For this thread only: accelerate's `init_empty_weights` patches torch for all threads. Tensors made
         of given numbers stay, since some modules compute with them when they are built."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -335,12 +335,12 @@ def count_numbers(build: Callable[[], Any]) -> int:
         return sum(tensor.numel() for tensor in build().state_dict().values())
 
 
-# Results that are a JSON description and tensors, in one safetensors file or in a folder with checksums.
+# Results made of a JSON description and tensors, in one safetensors file or in a folder with checksums.
 
 
 @contextmanager
 def parsing(where: str | Path, instead: str) -> Iterator[None]:
-    """What makes no sense inside becomes one sentence that begins with `where`. Raises: DamagedFile."""
+    """Turn parsing errors inside the block into one sentence that begins with `where`. Raises: DamagedFile."""
     from safetensors import SafetensorError
 
     try:
@@ -352,7 +352,7 @@ def parsing(where: str | Path, instead: str) -> Iterator[None]:
 
 
 def check_format_version(where: str | Path, version: Any, known: int) -> None:
-    """Raises: NewerFormat for a version above `known`; ValueError for any other that is not `known`."""
+    """Raises: NewerFormat for a version above `known`; ValueError for any other version."""
     if type(version) is int and version > known:
         raise NewerFormat(where, f"has format version {version}, this program reads {known}", "update ldm_vae")
     if version != known:
@@ -362,11 +362,11 @@ def check_format_version(where: str | Path, version: Any, known: int) -> None:
 def read_described_file(
     path: Path, key: str, known: int, maximum_bytes: int, framework: str = "pt"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON under `key` of a safetensors file's metadata, and its tensors; to be called in `parsing`.
+    """The JSON under `key` in a safetensors file's metadata, and the tensors. Call it inside `parsing`.
 
     Raises:
         NewerFormat: its `format_version` is above `known`.
-        UserError, ValueError or what `parsing` takes for it: the file is too large or damaged.
+        UserError, ValueError or another error that `parsing` handles: the file is too large or damaged.
     """
     from safetensors import safe_open
 
@@ -380,12 +380,12 @@ def read_described_file(
 
 
 def read_described_folder(folder: Path, description: str, tensors: str, known: int) -> tuple[dict[str, Any], Any]:
-    """The JSON file `description` and the tensors of a folder with checksums; to be called in `parsing`.
+    """The JSON file `description` and the tensors of a folder with checksums. Call it inside `parsing`.
 
     Raises:
-        DamagedFile: a file is damaged, missing or does not belong there.
+        DamagedFile: a file is damaged, missing or unexpected.
         NewerFormat: the `format_version` of the description is above `known`.
-        ValueError or what `parsing` takes for it: the description makes no sense.
+        ValueError or another error that `parsing` handles: the description is not valid.
     """
     from safetensors.torch import load_file
 

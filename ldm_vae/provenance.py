@@ -1,7 +1,7 @@
-"""Where a result comes from: the versions, the machine and the command, written as `run.json` beside it.
+"""Where a result comes from: the versions, the machine and the command, written next to it as `run.json`.
 
-The command is recorded as it was typed, without what `redaction` takes out; the
-machine is named by its class (processor, cores, accelerator), never by its host name.
+The command is recorded as typed, except for what `redaction` removes. The machine is described by processor, cores and
+accelerator, never by its host name.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ldm_vae.version import __version__
 
 RUN_RECORD = "run.json"
 RUN_LOCK = "run.lock"
-"""Of the job that is filling a result folder."""
+"""The lock of the job that is writing to a result folder."""
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of what computed a result: python, torch, diffusers, ldm_vae, the git commit (where the
-    package lies in a checkout; `-dirty` after it when tracked files differ) and the machine."""
+    """Name -> version of python, torch, diffusers and ldm_vae, the git commit (if the package is in a checkout; with
+    `-dirty` if tracked files differ), and the machine."""
     found = {"ldm_vae": __version__, "python": platform.python_version()}
     for package in ("torch", "diffusers", "accelerate"):
         try:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str] | None = None) -> list[str]:
-    """The command as typed. Of an absolute path to the program only the name is kept."""
+    """The command as typed; an absolute path of the program is reduced to its name."""
     program, *arguments = sys.argv if argv is None else argv
     path = Path(program)
     if path.parent == Path(__file__).parent:  # python -m ldm_vae.cli
@@ -52,21 +52,21 @@ def command_line(argv: Sequence[str] | None = None) -> list[str]:
 
 
 def write_run_record(directory: str | Path, *arguments: Any, **extra: Any) -> None:
-    """Write `run.json` atomically into an existing result folder; what follows it is `run_record`'s."""
+    """Write `run.json` atomically into an existing result folder. Other arguments are those of `run_record`."""
     write_json(Path(directory) / RUN_RECORD, run_record(*arguments, **extra))
 
 
 def run_record(
     command: Sequence[str] | None, started: float, seconds: float, *, finished: bool = True, **extra: Any
 ) -> dict[str, Any]:
-    """What `run.json` holds.
+    """The content of `run.json`.
 
     Args:
-        command: The words of the command; None stands for this process's own (`command_line()`).
+        command: The words of the command; None for this process's own (`command_line()`).
         started: `time.time()` at the start, in seconds since 1970; recorded as ISO 8601 UTC.
-        seconds: Wall time spent, all interrupted attempts together where the caller knows them.
-        finished: False in a record that a running job leaves for the case that it never ends.
-        extra: JSON-able figures of this command.
+        seconds: Wall time, including interrupted attempts if the caller knows them.
+        finished: False in the record that a job writes when it starts, in case it never finishes.
+        extra: JSON-able values of this command.
     """
     record = {
         "command": command_line() if command is None else list(command),
@@ -80,9 +80,9 @@ def run_record(
 
 @functools.cache
 def _commit() -> str | None:
-    """The checkout's short commit; None for an installed package, a checkout without commits, no git."""
+    """The checkout's short commit; None for an installed package, a checkout without commits, or without git."""
     folder = Path(__file__).parent
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # reading the state must not touch the index
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # git status must not write the index
 
     def git(*arguments: str) -> str:
         process = subprocess.run(
@@ -104,7 +104,7 @@ def _machine() -> str:
     parts = [_processor(), f"{_cores()} cores"]
     with contextlib.suppress(ValueError, OSError, AttributeError):
         parts.append(f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB")
-    torch = sys.modules.get("torch")  # only where the caller has computed with it
+    torch = sys.modules.get("torch")  # only if the caller has used torch
     if torch is not None and torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
@@ -119,5 +119,5 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

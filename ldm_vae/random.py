@@ -1,7 +1,7 @@
-"""Randomness as a pure function of its keys: no generator state is ever saved, so nothing can be restored wrongly.
+"""Randomness as a pure function of its keys: no generator state is saved, so none can be restored wrongly.
 
 `generator(seed, "posterior", step)` gives the same stream on every rank, at every restart, for any number of workers.
-Draw for the *global* batch and slice: results then do not depend on how the batch was split.
+Draw for the *global* batch and slice, so that results do not depend on how the batch was split.
 """
 
 from __future__ import annotations

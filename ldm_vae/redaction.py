@@ -1,8 +1,8 @@
-"""What is not written down: secrets of the environment, passwords in URLs, folders of the machine.
+"""Removes private text from records: secrets of the environment, passwords in URLs, folders of the machine.
 
-Every text that `files` publishes goes through `redacted`, and so do settings before they are compared with saved ones.
-Records that are given away with a model go through `without_folders` as well. Reads only what it has to find from the
-environment, and no files.
+Every text that `files` publishes passes through `redacted`, and so do settings before they are compared with saved
+ones. Records that are shared with a model also pass through `without_folders`. The only input besides the text is the
+environment.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ldm_vae.errors import UserError
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])\S{12,}")
-"""Other values, as in `TOKENIZERS_PARALLELISM=false`, could be a part of any word or number."""
+"""Shorter values, as in `TOKENIZERS_PARALLELISM=false`, could be part of any word or number."""
 PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
-"""In a URL, after the name of the user."""
+"""A password in a URL, after the user name."""
 
 SEPARATORS = re.compile(r"([\s'\",;\[\]{}])")
-"""Between the words of a text; a word is one path at most, or `key=path`."""
+"""The separators of words in a text; a word is at most one path, or `key=path`."""
 LOCAL_SCHEMES = ("file", "local")
 OUTSIDE = ("/", "../", "..\\", "\\\\")
-"""How a path begins that is absolute or leads outside the folder that it is given in."""
+"""The beginning of a path that is absolute or leads outside the current folder."""
 
 
 def redacted(value: Any) -> Any:
-    """The same plain containers and text, without secrets, and with `~` in the place of the home folder."""
+    """The same plain containers and text, without secrets, and with `~` in place of the home folder."""
     secrets = _secrets()
-    home = os.path.expanduser("~").rstrip("/")  # in some containers it is /
+    home = os.path.expanduser("~").rstrip("/")  # the home folder is / in some containers
 
     def redact(text: str) -> str:
         text = without_password(text)
@@ -42,30 +42,30 @@ def redacted(value: Any) -> Any:
 
 
 def without_folders(value: Any) -> Any:
-    """The same plain containers and text; of every path that is absolute or leads outside only the last name is left.
+    """The same plain containers and text; a path that is absolute or leads outside is reduced to its last name.
 
-    A path is known by how it begins: `/`, `../`, `~somebody`, `C:\\`, `\\\\host`, `file:`. A text that is one path as a
-    whole, or `key=path`, may have spaces in it; elsewhere a path ends at a space.
+    A path is recognized by its beginning: `/`, `../`, `~somebody`, `C:\\`, `\\\\host`, `file:`. A text that is a single
+    path, or `key=path`, may contain spaces; elsewhere a path ends at a space.
     """
     return _mapped(value, _shortened_text)
 
 
 def without_password(text: str) -> str:
-    """The same text, with `***` in the place of each password in a URL."""
+    """The same text, with `***` in place of each password in a URL."""
     return PASSWORD.sub(r"\1:***@", text)
 
 
 def check_no_password(text: str, where: str) -> None:
-    """Raises: UserError for a URL with a password, which messages and records would repeat."""
+    """Raises: UserError for a URL with a password, which would end up in messages and records."""
     if PASSWORD.search(text):
         raise UserError(
-            f"{where}: {without_password(text)} holds a password, and addresses are written into records and messages; "
-            "leave it out and give it in the environment, as FSSPEC_SFTP_PASSWORD for sftp"
+            f"{where}: {without_password(text)} contains a password, which would be copied into records and messages; "
+            "leave it out and set it in the environment, for example FSSPEC_SFTP_PASSWORD for sftp"
         )
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Plain containers with every text in them changed, keys too."""
+    """Plain containers with `change` applied to every string, keys included."""
     if isinstance(value, dict):
         return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,7 +74,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _secrets() -> list[str]:
-    """Values of the environment whose names say that they are secret; longer ones first, one may contain another."""
+    """Values of environment variables with secret-sounding names, longest first, as one may contain another."""
     found = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
     return sorted((v for v in found if SECRET_VALUE.fullmatch(v) and not os.path.exists(v)), key=len, reverse=True)
 
@@ -87,7 +87,7 @@ def _shortened_text(text: str) -> str:
 
 
 def _shortened_word(word: str) -> str:
-    """Both places of `zip://a.csv::file:///b/c.zip`. What follows the `=` of an address belongs to it."""
+    """Shorten both parts of `zip://a.csv::file:///b/c.zip`. An `=` inside a URL belongs to it."""
     before = "" if "://" in word.partition("=")[0] else "".join(word.rpartition("=")[:2])
     before += "(" * (len(word) - len(before) - len(word[len(before) :].lstrip("(")))
     return before + "::".join(_shortened_place(place) for place in word[len(before) :].split("::"))
@@ -112,5 +112,5 @@ def _leads_outside(path: str) -> bool:
 
 
 def _last_name(path: str) -> str:
-    """The path itself where it has no name, as `/`."""
+    """The last name of a path, or the path itself if it has none, such as `/`."""
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2] or path

@@ -1,6 +1,6 @@
-"""What a computation runs on: its device, what it costs there, the memory allocator, and the installed packages.
+"""The environment of a computation: device, FLOPs, memory allocator and installed packages.
 
-torch is imported by the functions that need it: every command imports this module, also for its help.
+torch is imported inside the functions that need it, because every command imports this module, even for `--help`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`, from malloc.h."""
 
 KEPT_BYTES = 2**31 - 1
-"""Most of the freed memory that is kept; the largest number that `mallopt` can express."""
+"""The limit of freed memory that is kept: the largest number that `mallopt` accepts."""
 
 _libraries: list[object] = []  # torch.library.Library objects undo their definitions when collected
 
 
 def compute_device(name: str, local_index: int | None = None, where: str = "") -> torch.device:
-    """The device called `name`; `auto` is CUDA where torch has it.
+    """The device called `name`; `auto` is CUDA if torch finds a GPU.
 
     Args:
-        local_index: of this process on its machine, which chooses its GPU.
-        where: of the key `device`, for messages.
+        local_index: index of this process on its machine, which selects its GPU.
+        where: prefix of the key `device` in messages.
 
     Raises:
-        UserError: the device is unknown, or not here.
+        UserError: the device is unknown or not available.
     """
     import torch
 
@@ -45,17 +45,17 @@ def compute_device(name: str, local_index: int | None = None, where: str = "") -
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        what = f"{name!r} is not here ({str(error).splitlines()[0]})"
+        what = f"{name!r} is not available ({str(error).splitlines()[0]})"
         raise UserError(f"{where}device", what, "use auto, cpu, cuda or cuda:N") from error
     return device
 
 
 def repair_torchvision() -> None:
-    """Make `import torchvision` work beside a torch of another build. Does nothing where they match.
+    """Make `import torchvision` work with a torch of another build. Does nothing if they match.
 
-    A CPU-only torch beside the package index's CUDA-built torchvision makes `import torchvision` (hence `lpips` and
+    A CPU-only torch with the package index's CUDA-built torchvision makes `import torchvision` (hence `lpips` and
     diffusers' models) fail with "operator torchvision::nms does not exist": torchvision registers fake kernels for two
-    operators whose compiled library did not load. Defining the two schemas first cures the import. Nothing here calls
+    operators whose compiled library did not load. Defining the two schemas first fixes the import. Nothing here calls
     non-maximum suppression; a call still fails.
     """
     import importlib.util
@@ -80,8 +80,8 @@ def repair_torchvision() -> None:
 
 
 def gigamacs(function: Callable[[], Any]) -> float:
-    """Multiply-accumulates of a call in 10^9: half the FLOPs of torch's counter, attention on CPU included, which it
-    does not know by itself. The call must compute in this thread."""
+    """Multiply-accumulates of a call in 10^9: half the FLOPs of torch's counter, extended to attention on CPU. The call
+    must compute in this thread."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -96,9 +96,9 @@ def gigamacs(function: Callable[[], Any]) -> float:
 
 @functools.cache
 def reuse_freed_memory() -> bool:
-    """Let the C library of this process keep freed memory for the next large tensor; whether it can (glibc).
+    """Let the C library of this process keep freed memory for the next large tensor. Returns: False without glibc.
 
-    Otherwise it returns large blocks to the kernel, which clears each page when it is touched again: for a feature map
+    By default it returns large blocks to the kernel, which clears each page when it is touched again: for a feature map
     of 100 MB that takes 5 times as long as computing it. At most `KEPT_BYTES` are kept at the end of the heap.
     """
     import ctypes  # not for every --help

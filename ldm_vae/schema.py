@@ -1,7 +1,7 @@
-"""The settings of a config dataclass, read from its source: nothing is imported, so `--help` and typos cost nothing.
+"""The settings of a config dataclass, read from its source: nothing is imported, so `--help` and typos are fast.
 
-`read_schema("latents.encode:EncodeConfig")` follows names through imports, base classes and type aliases. Meanings are
-those of the `Args:` or `Attributes:` section of the docstring. `config.load` stays the authority over values.
+`read_schema("latents.encode:EncodeConfig")` follows names through imports, base classes and type aliases. Help texts
+come from the `Args:` or `Attributes:` section of the docstring. `config.load` makes the final check of the values.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Setting:
     """One setting of a command.
 
     Attributes:
-        key: its full name, as `training.seed`.
+        key: its full name, for example `training.seed`.
         kind: `text`, `whole number`, `number`, `true or false`, `choice`, `list`, `pair` (a tuple of fixed length),
             `mapping` or `group`.
-        item: what a list holds, in the same words; of a choice the words that there are.
+        item: the kind of a list's items, or the words of a choice.
         optional: whether it can be null.
-        default: as it is written; empty for groups.
-        short_form: a group that can be given as one text, as data=PATH.
-        settings: those of a group.
+        default: as a user would write it; empty for groups.
+        short_form: whether a group can be given as one text, for example data=PATH.
+        settings: the settings in a group.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Setting:
 
 @cache
 def read_schema(place: str, prefix: str = "") -> tuple[Setting, ...]:
-    """The settings of the dataclass at `module:Class`, below this package; those of its base classes come first."""
+    """The settings of the dataclass at `module:Class` in this package, those of its base classes first."""
     module, _, name = place.partition(":")
     found: dict[str, Setting] = {}
     for owner, node in reversed(list(_lineage(_Module.read(module), name))):
@@ -69,7 +69,7 @@ def read_schema(place: str, prefix: str = "") -> tuple[Setting, ...]:
 
 
 def docstring(place: str) -> str:
-    """Of the function or class at `module:name`."""
+    """The docstring of the function or class at `module:name`."""
     module, _, name = place.partition(":")
     _, node = _Module.read(module).find(name)
     assert isinstance(node, (ast.FunctionDef, ast.ClassDef)), place
@@ -94,7 +94,7 @@ def flat(settings: tuple[Setting, ...]) -> Iterator[Setting]:
 
 
 def find(settings: tuple[Setting, ...], key: str) -> Setting:
-    """The setting with this full name. Raises: UserError, with the key that was probably meant."""
+    """The setting with this full name. Raises: UserError, with a similar key as a suggestion."""
     inside, known = settings, settings
     for depth, part in enumerate(parts := key.split(".")):
         match = [setting for setting in inside if setting.name == part]
@@ -107,7 +107,7 @@ def find(settings: tuple[Setting, ...], key: str) -> Setting:
         if depth == len(parts) - 1:
             return match[0]
         if match[0].kind != "group":
-            raise UserError(f"{key}: {match[0].key} has no settings of its own; give {match[0].key}=VALUE")
+            raise UserError(f"{key}: {match[0].key} is not a group of settings; give {match[0].key}=VALUE")
     raise AssertionError(key)
 
 
@@ -119,11 +119,11 @@ def _suggestion(key: str, place: str, inside: tuple[Setting, ...], known: tuple[
     elsewhere = [setting.key for setting in flat(known) if setting.name == key.rpartition(".")[2]]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    return f"there are: {', '.join(setting.key for setting in inside)}"
+    return f"choose one of {', '.join(setting.key for setting in inside)}"
 
 
 def check_value(setting: Setting, text: str) -> None:
-    """Raises: UserError for a text that cannot be a value of a plain setting; others are left to `config.load`."""
+    """Raises: UserError if `text` is not valid for a plain setting; `config.load` checks all others."""
     if setting.optional and text in ("null", "", "~"):
         return
     if setting.kind == "choice" and text not in setting.item:
@@ -142,7 +142,7 @@ def check_value(setting: Setting, text: str) -> None:
 
 @dataclass(frozen=True)
 class _Module:
-    """What a file defines and imports at its top level."""
+    """The definitions and imports at the top level of a file."""
 
     name: str
     defined: dict[str, ast.stmt]
@@ -167,7 +167,7 @@ class _Module:
         return _Module(name, defined, imported)
 
     def find(self, name: str) -> tuple[_Module, ast.stmt | None]:
-        """The definition of a name, and the module that it is in; None for what is not of this package."""
+        """The definition of a name, and the module that it is in; None for names from outside this package."""
         if name in self.defined:
             return self, self.defined[name]
         if name in self.imported:
@@ -177,7 +177,7 @@ class _Module:
 
 
 def _lineage(module: _Module, name: str) -> Iterator[tuple[_Module, ast.ClassDef]]:
-    """The class and its bases of this package, nearest first."""
+    """The class and its base classes in this package, nearest first."""
     owner, node = module.find(name)
     if isinstance(node, ast.ClassDef):
         yield owner, node
@@ -228,7 +228,7 @@ def _kind(module: _Module, node: ast.expr) -> tuple[str, tuple[str, ...], bool, 
 
 
 def _default(module: _Module, node: ast.expr | None) -> str:
-    """As a user would write it, where the source says it plainly."""
+    """The default as a user would write it, if it is a literal in the source."""
     if node is None:
         return REQUIRED
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":
@@ -248,7 +248,7 @@ def _default(module: _Module, node: ast.expr | None) -> str:
 
 
 def _meanings(text: str) -> dict[str, str]:
-    """Name -> meaning, of the `Args:` or `Attributes:` section of a docstring; `a, b: ...` is the meaning of both."""
+    """Name -> help text in the `Args:` or `Attributes:` section of a docstring; `a, b: ...` describes both."""
     match = re.search(r"^(?:Args|Attributes):\n((?:[ ]{4,}.*\n?|\n)+)", text, re.MULTILINE)
     found: dict[str, str] = {}
     names: list[str] = []

@@ -1,3 +1,3 @@
-"""The version of the package, in a module of its own: it is read without the public list of `ldm_vae`."""
+"""The version of the package, in a separate module so that it can be read without importing anything else."""
 
 __version__ = "0.1.0"

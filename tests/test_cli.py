@@ -33,7 +33,7 @@ def test_every_tool_is_in_the_overview_of_its_command(name, capsys):
     tools = [one.split()[1] for one in cli.COMMANDS if one.startswith(f"{name} ")]
     assert all(f"  {tool} " in overview for tool in tools)
     assert cli.main([name, f"{tools[-1]}x"]) == 2
-    assert f"has no tool '{tools[-1]}x'; did you mean '{tools[-1]}'?" in capsys.readouterr().err
+    assert f"there is no tool '{tools[-1]}x'; did you mean '{tools[-1]}'?" in capsys.readouterr().err
 
 
 def settings_of(*words: str) -> list[str]:

@@ -568,7 +568,7 @@ def test_a_large_description_is_not_parsed(autoencoder_directory, tmp_path):
     shutil.copytree(autoencoder_directory, tmp_path / "model")
     with open(tmp_path / "model" / "config.json", "a") as file:
         file.write(" " * (17 << 20))
-    with pytest.raises(UserError, match="give the description of a model"):
+    with pytest.raises(UserError, match="give the configuration of a model"):
         load_autoencoder(tmp_path / "model")
 
 

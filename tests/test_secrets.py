@@ -150,10 +150,10 @@ def test_an_address_with_a_password_is_refused_before_anything_is_written(tmp_pa
     for words in commands:
         assert cli.main(words) == EXIT_USER_ERROR, words
         said = "".join(capsys.readouterr())
-        assert "holds a password" in said
+        assert "contains a password" in said
         assert PASSWORD not in said
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="holds a password"):
+    with pytest.raises(UserError, match="contains a password"):
         open_folder(ADDRESS)
     record_property("figure", f"a password in an address: {len(commands)} of {len(commands)} commands refuse it")
 
@@ -161,9 +161,9 @@ def test_an_address_with_a_password_is_refused_before_anything_is_written(tmp_pa
 @pytest.mark.parametrize("text", ["output: ${oc.env:HF_TOKEN}", "output: x${oc.env:HOME}", "output: ${data.path}"])
 def test_settings_take_nothing_from_the_environment(text, environment, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match="refers to something else"):
+    with pytest.raises(UserError, match="is a reference"):
         config.load(TrainVaeConfig, tmp_path / "a.yaml")
-    with pytest.raises(UserError, match="refers to something else"):
+    with pytest.raises(UserError, match="is a reference"):
         config.load(TrainVaeConfig, None, [text.replace(": ", "=")])
 
 

@@ -1,4 +1,4 @@
-"""Work done in threads, a few items ahead of who takes the results, in order and in bounded memory."""
+"""Prefetching: work done in threads a few items ahead of the consumer, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 def in_order(
     work: Callable[[Item], Made], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Iterator[tuple[Item, Made]]:
-    """(item, work(item)) of each item in order; at most `ahead` are under way or wait to be taken."""
+    """Yield (item, work(item)) in order; at most `ahead` items are in progress or waiting to be consumed."""
     pending: deque[tuple[Item, Future[Made]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

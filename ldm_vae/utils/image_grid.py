@@ -1,4 +1,4 @@
-"""A contact sheet: many pictures on one page, each column or each picture with its label."""
+"""Contact sheets: many pictures on one page, with a label on each column or each picture."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def labeled_sheet(
 ) -> Image.Image:
     """Pictures reduced to at most `side` pixels, on light paper.
 
-    Labels that come round in turn (a, b, c, a, b, c, ...) become columns, named once at their head; any other order
-    is named picture by picture.
+    Labels that repeat in a cycle (a, b, c, a, b, c, ...) become columns, labeled once at the top; otherwise every
+    picture is labeled.
 
     Args:
-        images: Pictures; the first one's shape is every cell's shape.
-        labels: One per picture, all of them of the same number of lines, or none at all.
+        images: Pictures; the first one gives the shape of every cell.
+        labels: One per picture, all with the same number of lines, or none at all.
         side: Longest side of a cell in pixels; smaller pictures are not enlarged.
-        maximum_columns: Of the sheet.
-        columns: Exactly so many, each picture with its label.
+        maximum_columns: The largest number of columns.
+        columns: This exact number of columns, with a label on each picture.
     """
     assert images, "labeled_sheet: no images"
     assert len(labels) in (0, len(images)), f"labeled_sheet: {len(labels)} labels for {len(images)} images"
@@ -65,7 +65,7 @@ def labeled_sheet(
 
 
 def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size in rows and columns, white between."""
+    """Pictures of one size in rows and columns, separated by white."""
     width, height = rows[0][0].size
     size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")
@@ -76,12 +76,12 @@ def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row, white between."""
+    """Pictures of one size in a row, separated by white."""
     return plain_grid([images])
 
 
 def label_cycle(labels: Sequence[str], longest: int) -> int:
-    """Length of the cycle in which all-different labels repeat, at most `longest`; 0 where there is none."""
+    """Length of the cycle in which distinct labels repeat, at most `longest`; 0 if they do not."""
     period = len(dict.fromkeys(labels))
     if not 1 < period <= longest or any(label != labels[i % period] for i, label in enumerate(labels)):
         return 0
@@ -89,7 +89,7 @@ def label_cycle(labels: Sequence[str], longest: int) -> int:
 
 
 def shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    """The text, cut with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; `notes` stand below."""
+    """Cells as text; `notes` are printed below the table."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]

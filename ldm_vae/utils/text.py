@@ -1,4 +1,4 @@
-"""What a person reads while something works: numbers and sizes in sentences, and the progress bar."""
+"""Console text: numbers and sizes in sentences, and the progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], task: str, unit: str = "image", total: int | None = None) -> Iterator[Item]:
-    """The items, with a progress bar on standard error that disappears at the end."""
+    """Yield the items with a progress bar on standard error that disappears at the end."""
     from tqdm import tqdm
 
     return iter(tqdm(items, desc=task, unit=unit, total=total, dynamic_ncols=True, leave=False))
@@ -21,7 +21,7 @@ def pluralize(number: int, thing: str) -> str:
 
 
 def size_text(size_bytes: int) -> str:
-    """In the unit that leaves one to three digits before the point."""
+    """A size in the unit that leaves one to three digits before the decimal point."""
     size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

@@ -119,7 +119,7 @@ def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_devices_and_folders_that_are_not_there_are_refused(saved: Path, tmp_path: Path) -> None:
     for name in ("foo", "meta:x") + (() if torch.cuda.is_available() else ("cuda", "cuda:1")):
-        with pytest.raises(UserError, match=f"device: '{name}' is not here"):
+        with pytest.raises(UserError, match=f"device: '{name}' is not available"):
             make(config(saved), tmp_path / "out", device=name)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a folder"):

@@ -302,7 +302,7 @@ def test_lpips_is_measured_with_local_weights(config: EvaluateConfig, random_bac
     ("settings", "sentence"),
     [
         ({"resolution": 66}, "resolution: 66 is not a multiple of 8; use 64"),
-        ({"device": "toaster"}, "device: 'toaster' is not here"),
+        ({"device": "toaster"}, "device: 'toaster' is not available"),
         ({"autoencoder": "./nowhere"}, "no such directory"),
     ],
 )
