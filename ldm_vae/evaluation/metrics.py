@@ -211,12 +211,19 @@ def water_filling_at(eigenvalues: Sequence[float], block: int, bits_per_pixel: f
 
 
 def limited_channels(eigenvalues: Sequence[float], block: int, channels: int, nats: float) -> RatePoint:
-    """The linear code with the shape of a latent: `channels` components at the same rate of `nats` each.
+    """The best linear code with the shape of a latent: the `channels` largest components, `nats` each on average.
 
-    D = (sum over them of eigenvalue exp(-2 nats) + sum of the discarded eigenvalues) / d. Gaussian, ideal code.
+    Reverse water-filling over these components alone, which gives each its own rate, and none to what lies under the
+    water; the other components are lost: D = (sum over the first of min(level, eigenvalue) + sum of the others) / d.
+    Gaussian, ideal code.
+
+    Args:
+        eigenvalues: falling, (d,).
     """
     values = np.asarray(eigenvalues, np.float64)
     if not 1 <= channels <= len(values):
         raise ValueError(f"limited_channels: {channels} channels; choose 1 to {len(values)}")
-    error = values[:channels].sum() * math.exp(-2 * nats) + values[channels:].sum()
-    return RatePoint(channels * nats / (block**2 * math.log(2)), float(error) / len(values), channels)
+    first = values[:channels].tolist()
+    kept = water_filling(first, block, water_level(first, channels * nats))
+    error = kept.squared_error * channels + values[channels:].sum()
+    return RatePoint(kept.bits_per_pixel, float(error) / len(values), kept.components)

@@ -6,7 +6,7 @@ frontier.json, .md, .svg and .html. Training and measuring a point is `sweep.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import metrics, pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
+from ldm_vae.random import numpy_rng
 from ldm_vae.utils.markdown import Table
+from ldm_vae.utils.text import pluralize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,8 @@ KNEE_DB, KNEE_NATS = 0.1, 0.5
 """More rate is not worth its bits where it brings less than KNEE_DB for every KNEE_NATS nats per dimension."""
 
 FEWEST_POINTS = 3
+RESAMPLES = 2000
+"""Of the images, for the interval of the recommendation."""
 LABEL = "PSNR and perceptual quality against bits per pixel"
 CURVE_POINTS = 60
 PSNR_BELOW_DB = 4.0
@@ -40,7 +44,8 @@ RULE = (
     f"Rule: for each number of channels, the lowest rate from which on every step to the next rate gains less than "
     f"{KNEE_DB:g} dB of PSNR (decode(mean)) per {KNEE_NATS:g} nats per latent dimension. Points with a failing verdict "
     "do not count (a missed target rate does not fail them: rates are measured), and fewer than "
-    f"{FEWEST_POINTS} healthy points give no recommendation."
+    f"{FEWEST_POINTS} healthy points give no recommendation. Its interval is a 95 % bootstrap over images, the same "
+    "ones for every rate. Every point is one training: how far another seed would move it is not known."
 )
 
 
@@ -138,7 +143,7 @@ class Frontier(Sweep):
             "points": records,
             "missing": missing,
             "linear": theory(linear["eigenvalues"], linear["block"], records),
-            "recommendation": recommend(records),
+            "recommendation": recommend(records, {point.name: psnr_by_image(found) for point, found in finished}),
         }
 
     def files(self, results: Results) -> dict[str, Content]:
@@ -172,8 +177,14 @@ def is_healthy(record: dict[str, Any]) -> bool:
     return all(verdict["severity"] != "fail" or verdict["name"] in TOLERATED for verdict in record["verdicts"])
 
 
+def psnr_by_image(results: Results) -> dict[str, float]:
+    """Of decode(mean), by the image's id, from a point's results.json."""
+    return {image["id"]: image["decode(mean)"]["psnr"] for image in results["images"]}
+
+
 def theory(eigenvalues: Sequence[float], block: int, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The linear lines, [bits per pixel, PSNR of the mean error]: water-filling, and c components at one rate."""
+    """The linear lines, [bits per pixel, PSNR of the mean error]: reverse water-filling over all components, and over
+    the first c."""
     highest = 1.3 * max(record["rate"]["bits_per_pixel"] for record in records)
     rates = np.linspace(highest / CURVE_POINTS, highest, CURVE_POINTS)
     filled = [metrics.water_filling_at(eigenvalues, block, float(rate)) for rate in rates]
@@ -193,8 +204,13 @@ def theory(eigenvalues: Sequence[float], block: int, records: Sequence[dict[str,
     }
 
 
-def recommend(records: Sequence[dict[str, Any]]) -> list[str]:
-    """One sentence per number of channels, by `RULE`."""
+def recommend(records: Sequence[dict[str, Any]], images: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One sentence per number of channels, by `RULE`.
+
+    Args:
+        records: of all points.
+        images: by the name of a point and the id of an image, the PSNR of decode(mean).
+    """
     sentences = []
     for channels in sorted({record["channels"] for record in records}):
         healthy = [record for record in records if record["channels"] == channels and is_healthy(record)]
@@ -205,39 +221,57 @@ def recommend(records: Sequence[dict[str, Any]]) -> list[str]:
             )
             continue
         healthy.sort(key=lambda record: record["rate"]["nats_per_dim"])
-        knee = knee_of(
-            [record["rate"]["nats_per_dim"] for record in healthy],
-            [record["metrics"]["psnr"]["mean"] for record in healthy],
-        )
-        if knee is None:
-            last = healthy[-1]["rate"]["nats_per_dim"]
-            sentences.append(
-                f"{channels} channels: no knee up to {last:.2f} nats, PSNR still rises at the highest rate; "
-                "add a higher one to targets_nats."
+        nats = [record["rate"]["nats_per_dim"] for record in healthy]
+        knee = knees_of(nats, np.array([[record["metrics"]["psnr"]["mean"] for record in healthy]]))[0]
+        if knee == NO_KNEE:
+            words = (
+                f"no knee up to {nats[-1]:.2f} nats, PSNR still rises at the highest rate; add a higher one to "
+                "targets_nats."
             )
-            continue
-        chosen = healthy[knee]
-        sentences.append(
-            f"{channels} channels: {chosen['target_nats']:g} nats ({chosen['rate']['nats_per_dim']:.2f} measured, "
-            f"{chosen['rate']['bits_per_pixel']:.3f} bits per pixel, {chosen['metrics']['psnr']['mean']:.2f} dB); "
-            f"a higher rate gains less than {KNEE_DB:g} dB per {KNEE_NATS:g} nats."
-        )
+        else:
+            chosen = healthy[knee]
+            words = (
+                f"{chosen['target_nats']:g} nats ({nats[knee]:.2f} measured, "
+                f"{chosen['rate']['bits_per_pixel']:.3f} bits per pixel, {chosen['metrics']['psnr']['mean']:.2f} dB); "
+                f"a higher rate gains less than {KNEE_DB:g} dB per {KNEE_NATS:g} nats."
+            )
+        sentences.append(f"{channels} channels: {words} {interval_sentence(healthy, images, knee)}")
     return sentences
 
 
-def knee_of(nats: Sequence[float], psnr: Sequence[float]) -> int | None:
-    """Index of the first point from which on every slope is under the rule's; None where even the last is not.
+NO_KNEE = -1
 
-    `nats` rise. The last point has no slope after it, so it is never the answer.
+
+def knees_of(nats: Sequence[float], psnr: np.ndarray) -> np.ndarray:
+    """For each of m curves (m, p) the index of the first point from which on every slope is under the rule's, (m,).
+
+    NO_KNEE where even the last slope is not. `nats` (p,) rise. The last point has no slope after it, so it is never the
+    answer.
     """
-    slopes = [
-        (after - before) / max(b - a, 1e-9) for a, b, before, after in zip(nats, nats[1:], psnr, psnr[1:], strict=False)
-    ]
-    limit = KNEE_DB / KNEE_NATS
-    for i in range(len(slopes)):
-        if all(slope < limit for slope in slopes[i:]):
-            return i
-    return None
+    slopes = np.diff(psnr, axis=1) / np.maximum(np.diff(nats), 1e-9)
+    flat_to_the_end = np.logical_and.accumulate((slopes < KNEE_DB / KNEE_NATS)[:, ::-1], axis=1)[:, ::-1]
+    return np.where(flat_to_the_end.any(axis=1), flat_to_the_end.argmax(axis=1), NO_KNEE)
+
+
+def interval_sentence(healthy: Sequence[dict[str, Any]], images: Mapping[str, Mapping[str, float]], knee: int) -> str:
+    """How sure the images make the knee of points with rising rates: the 95 % interval over resampled images."""
+    each = [images[record["name"]] for record in healthy]
+    shared = [name for name in each[0] if all(name in one for one in each)]
+    table = np.array([[one[name] for name in shared] for one in each])  # (points, images)
+    picks = numpy_rng(0, "frontier").integers(len(shared), size=(RESAMPLES, len(shared)))
+    nats = [record["rate"]["nats_per_dim"] for record in healthy]
+    drawn = knees_of(nats, table[:, picks].mean(axis=2).T)
+    ordered = np.sort(np.where(drawn == NO_KNEE, len(healthy), drawn))
+    low, high = (ordered[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
+
+    def name(point: int) -> str:
+        return "no knee" if point == len(healthy) else f"{healthy[point]['target_nats']:g} nats"
+
+    found = name(len(healthy) if knee == NO_KNEE else knee)
+    return (
+        f"Over resampled images: {found} in {np.mean(drawn == knee):.0%}, 95 % interval {name(low)} to {name(high)} "
+        f"({pluralize(len(shared), 'image')})."
+    )
 
 
 def quality_metric(found: dict[str, Any]) -> tuple[str, str]:
@@ -289,9 +323,10 @@ def caption(found: dict[str, Any]) -> str:
     first = found["points"][0]
     return (
         f"decode(mean) on {first['images']} images at {first['resolution']} x {first['resolution']}; the rate is the "
-        "measured KL. Dashed: the rate-distortion function of Gaussian 8x8 blocks with the images' covariance. Dotted: "
-        "the best linear code with as many components, all at the same rate. Both lines are of the mean error, which "
-        "lies below the mean of the images' PSNR. A cross: a verdict failed."
+        "measured KL. Dashed: the rate-distortion function of Gaussian 8x8 blocks with the images' covariance (reverse "
+        "water-filling). Dotted: the same over as many components as there are channels, the best linear code with "
+        "that many. Both lines are of the mean error, which lies below the mean of the images' PSNR, and of what the "
+        "rate carries; decode(mean) has no noise and gains on both by that. A cross: a verdict failed."
     )
 
 

@@ -63,6 +63,34 @@ def test_water_filling_at_no_rate_keeps_the_variance_and_falls_with_rate(images:
         water_filling(eigenvalues, 8, 0.0)
 
 
+@pytest.mark.parametrize("nats", [0.05, 0.5, 2.5])
+def test_a_limited_number_of_channels_has_the_best_allocation_of_its_rate(nats: float) -> None:
+    """Against scipy: minimize the error over non-negative rates of the first channels with a fixed sum."""
+    from scipy.optimize import minimize
+
+    variances, channels = np.array([4.0, 1.0, 0.25, 0.03, 0.01, 0.004]), 4
+    result = minimize(
+        lambda r: (variances[:channels] * np.exp(-2 * r)).sum(),
+        np.full(channels, nats),
+        bounds=[(0, None)] * channels,
+        constraints={"type": "eq", "fun": lambda r: r.sum() - channels * nats},
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    point = limited_channels(variances, 1, channels, nats)
+    assert point.squared_error == pytest.approx((result.fun + variances[channels:].sum()) / 6, rel=1e-4)
+    assert point.bits_per_pixel == pytest.approx(channels * nats / math.log(2))
+    equal_rates = (variances[:channels].sum() * math.exp(-2 * nats) + variances[channels:].sum()) / 6
+    assert point.squared_error < equal_rates
+
+
+def test_all_channels_are_reverse_water_filling(images: Tensor) -> None:
+    eigenvalues = fit_klt([images]).eigenvalues.tolist()
+    for nats in (0.01, 0.3, 1.0):
+        point = limited_channels(eigenvalues, 8, 192, nats)
+        same = water_filling_at(eigenvalues, 8, point.bits_per_pixel)
+        assert (point.psnr, point.components) == (pytest.approx(same.psnr), same.components)
+
+
 def test_a_limited_number_of_channels_saturates_at_its_discarded_variance(images: Tensor) -> None:
     klt = fit_klt([images])
     eigenvalues = klt.eigenvalues.tolist()

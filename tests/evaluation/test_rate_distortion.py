@@ -10,17 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import norm
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.rate_distortion import (
+    NO_KNEE,
     Frontier,
     FrontierConfig,
     frontier,
-    knee_of,
+    knees_of,
     markdown,
     recommend,
     theory,
@@ -55,30 +58,60 @@ def record(nats: float, psnr: float, channels: int = 4, verdicts: list[dict[str,
 FAILING = {"name": "posterior_collapse", "severity": "fail", "sentence": "posterior_collapse (fail): nothing is said."}
 
 
+def images_of(points: list[dict[str, Any]], spread: float = 0.0, count: int = 40) -> dict[str, dict[str, float]]:
+    """PSNR by point and image: images differ by decibels, alike at every rate but for `spread`."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 3, count)
+    found = {}
+    for point in points:
+        own = rng.normal(0, spread, count) if spread else np.zeros(count)
+        values = point["metrics"]["psnr"]["mean"] + level - level.mean() + own - own.mean()
+        found[point["name"]] = {f"{number}.png": float(value) for number, value in enumerate(values)}
+    return found
+
+
 def test_the_knee_is_the_first_point_without_a_worthwhile_step_after_it() -> None:
     nats = [1.0, 1.5, 2.0, 2.5, 3.5]
-    assert knee_of(nats, [24.0, 24.5, 24.8, 24.85, 24.9]) == 2  # 0.05 dB per half nat after 2.0
-    assert knee_of(nats, [24.0, 24.5, 25.0, 25.5, 26.5]) is None  # rises to the end
-    assert knee_of(nats, [24.0, 24.01, 25.0, 25.01, 25.02]) == 2  # a plateau before a step is no knee
-    assert knee_of(nats, [24.0, 23.9, 23.8, 23.7, 23.6]) == 0
-    assert knee_of([1.0, 1.5], [24.0, 24.1 + 1e-6]) is None  # 0.1 dB per half nat is the limit itself
-    assert knee_of([1.0, 2.0], [24.0, 24.199]) == 0  # counted per nat, not per step
+    curves = [
+        [24.0, 24.5, 24.8, 24.85, 24.9],  # 0.05 dB per half nat after 2.0
+        [24.0, 24.5, 25.0, 25.5, 26.5],  # rises to the end
+        [24.0, 24.01, 25.0, 25.01, 25.02],  # a plateau before a step is no knee
+        [24.0, 23.9, 23.8, 23.7, 23.6],
+    ]
+    assert knees_of(nats, np.array(curves)).tolist() == [2, NO_KNEE, 2, 0]
+    assert knees_of([1.0, 1.5], np.array([[24.0, 24.1 + 1e-6]])).tolist() == [NO_KNEE]  # the limit itself
+    assert knees_of([1.0, 2.0], np.array([[24.0, 24.199]])).tolist() == [0]  # counted per nat, not per step
 
 
 def test_the_recommendation_is_in_words_and_needs_three_healthy_points() -> None:
     points = [record(1.0, 24.0), record(2.0, 25.0), record(3.0, 25.05), record(4.0, 25.1)]
-    assert recommend(points) == [
+    images = images_of(points)
+    assert recommend(points, images) == [
         "4 channels: 2 nats (2.00 measured, 0.180 bits per pixel, 25.00 dB); a higher rate gains less than 0.1 dB per "
-        "0.5 nats."
+        "0.5 nats. Over resampled images: 2 nats in 100%, 95 % interval 2 nats to 2 nats (40 images)."
     ]
     sick = [points[0], {**points[1], "verdicts": [FAILING]}, points[2]]
-    assert recommend(sick) == ["4 channels: no recommendation, only 2 healthy point(s) of the 3 needed."]
+    assert recommend(sick, images) == ["4 channels: no recommendation, only 2 healthy point(s) of the 3 needed."]
     missed = [{**p, "verdicts": [{**FAILING, "name": "rate_miss"}]} for p in points]
-    assert recommend(missed) == recommend(points)  # the measured rate is what counts
+    assert recommend(missed, images) == recommend(points, images)  # the measured rate is what counts
     rising = [record(1.0, 24.0), record(2.0, 25.0), record(3.0, 26.0)]
-    assert "no knee up to 3.00 nats" in recommend(rising)[0]
-    two = recommend([*points, record(1.0, 20.0, channels=8)])
+    assert "no knee up to 3.00 nats" in recommend(rising, images_of(rising))[0]
+    two = recommend([*points, record(1.0, 20.0, channels=8)], images)
     assert [sentence[:10] for sentence in two] == ["4 channels", "8 channels"]
+
+
+def test_a_knee_that_the_images_do_not_settle_has_a_wide_interval() -> None:
+    """Known answer: with a spread of s decibels over n images the last slope is N(0.12, 2 s^2 / n), the limit 0.2."""
+    points = [record(1.0, 24.0), record(2.0, 25.0), record(3.0, 25.12)]
+    sentence = recommend(points, images_of(points, spread=1.0))[0]
+    assert sentence.startswith("4 channels: 2 nats")
+    share = int(re.search(r"2 nats in (\d+)%", sentence).group(1)) / 100  # type: ignore[union-attr]
+    psnr = images_of(points, spread=1.0)
+    last = np.array(list(psnr["c4-3-nats"].values())) - np.array(list(psnr["c4-2-nats"].values()))
+    expected = norm.cdf((0.2 - 0.12) / (last.std() / np.sqrt(len(last))))
+    assert share == pytest.approx(expected, abs=0.04)
+    assert "95 % interval 2 nats to no knee" in sentence
+    assert recommend(points, images_of(points))[0].endswith("95 % interval 2 nats to 2 nats (40 images).")
 
 
 def test_the_linear_lines_are_those_of_the_eigenvalues() -> None:
@@ -101,7 +134,7 @@ def test_the_page_and_the_table_mark_what_failed_and_what_is_missing(tmp_path: P
         "points": points,
         "missing": [{"name": "c4-4-nats", "status": "failed", "detail": "exit code 2: <broken>"}],
         "linear": theory(EIGENVALUES, 8, points),
-        "recommendation": recommend(points),
+        "recommendation": recommend(points, images_of(points)),
     }
     study = Frontier(FrontierConfig(output=str(tmp_path), vae="vae.yaml"))
     with study.lock():
