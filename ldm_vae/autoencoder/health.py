@@ -55,7 +55,7 @@ class PosteriorStatistics:
         self._histogram = filled(0.0, channels, HISTOGRAM_BINS)
         self._highest, self._lowest = filled(-math.inf, channels), filled(math.inf, channels)
         self._highest_logvar = filled(-math.inf, channels)
-        self._position_sums: Tensor | None = None  # (2, c, h, w): mean and its square, summed over images
+        self._position_sums: Tensor | None = None  # (3, c, h, w): mean, its square and variance, summed over images
 
     @torch.no_grad()
     def add(self, mean: Tensor, logvar: Tensor) -> None:
@@ -66,7 +66,7 @@ class PosteriorStatistics:
         """
         mean, logvar = mean.detach().double(), logvar.detach().double()
         if self._position_sums is None:
-            self._position_sums = torch.zeros(2, *mean.shape[1:], dtype=torch.float64, device=mean.device)
+            self._position_sums = torch.zeros(3, *mean.shape[1:], dtype=torch.float64, device=mean.device)
         if self._position_sums.shape[1:] != mean.shape[1:]:
             before, now = tuple(self._position_sums.shape[1:]), tuple(mean.shape[1:])
             raise ValueError(f"PosteriorStatistics: latents of {now} after {before}; give images of one size")
@@ -90,7 +90,7 @@ class PosteriorStatistics:
         self._sums["neighbors"] += across + down
         rows = mean.transpose(0, 1).flatten(1)
         self._products += rows @ rows.T
-        self._position_sums += torch.stack([mean.sum(dim=0), squares.sum(dim=0)])
+        self._position_sums += torch.stack([value.sum(dim=0) for value in (mean, squares, variance)])
         self._highest = torch.maximum(self._highest, mean.amax(dim=(0, 2, 3)))
         self._lowest = torch.minimum(self._lowest, mean.amin(dim=(0, 2, 3)))
         self._highest_logvar = torch.maximum(self._highest_logvar, logvar.amax(dim=(0, 2, 3)))
@@ -121,7 +121,9 @@ class PosteriorStatistics:
         """Per channel, lists of c numbers. Units: nats and bits per latent dimension; variances are of raw latents.
 
         `nats` is KL_c, `mean` m_c, `variance` v_c = Var(mu), `noise` e_c = E[sigma^2], `snr` v/e, `capacity_bits`
-        0.5 log2(1 + snr), `marginal_nats` the KL of a Gaussian aggregate, `information_nats` nats - marginal_nats,
+        0.5 log2(1 + snr), `marginal_nats` the KL of a Gaussian aggregate over images and positions,
+        `information_nats` nats minus the same KL at each position: what z says about the image where its position is
+        known. The rest of nats - marginal_nats is what a channel says about the position alone.
         `image_variance` A_c = E_positions Var_images(mu), `static_share` 1 - A_c / v_c, `passive_share`,
         `clamp_share`, `hot_sigmas` max |mu - m| / sqrt(v), `skewness`, `kurtosis` (excess), `neighbour_correlation`.
         """
@@ -135,10 +137,14 @@ class PosteriorStatistics:
         third = sums["third"] - 3 * m * sums["second"] + 2 * m**3
         fourth = sums["fourth"] - 4 * m * sums["third"] + 6 * m.square() * sums["second"] - 3 * m**4
         by_position = self._position_sums / self._images
-        image_variance = (by_position[1] - by_position[0].square()).clamp_min(0.0).mean(dim=(1, 2))
+        between_images = (by_position[1] - by_position[0].square()).clamp_min(0.0)
+        image_variance = between_images.mean(dim=(1, 2))
         pairs = self._images * (height * (width - 1) + (height - 1) * width)
         neighbors = self._sums["neighbors"] / pairs.clamp_min(1) - m.square()
         marginal = 0.5 * (m.square() + v + e - 1 - (v + e).clamp_min(1e-20).log())
+        unbiased = self._images / (self._images - 1).clamp_min(1)  # the mean is that of the same few images
+        spread = unbiased * between_images + by_position[2]
+        at_positions = 0.5 * (by_position[1] + by_position[2] - 1 - spread.clamp_min(1e-20).log()).mean(dim=(1, 2))
         farthest = torch.maximum(self._highest - m, m - self._lowest)
         alive = v > 1e-12
         found = {
@@ -149,7 +155,7 @@ class PosteriorStatistics:
             "snr": v / e.clamp_min(1e-20),
             "capacity_bits": 0.5 * torch.log2(1 + v / e.clamp_min(1e-20)),
             "marginal_nats": marginal,
-            "information_nats": sums["nats"] - marginal,
+            "information_nats": sums["nats"] - at_positions,
             "image_variance": image_variance,
             "static_share": torch.where(alive, 1 - image_variance / safe, 0.0),
             "passive_share": sums["passive"],

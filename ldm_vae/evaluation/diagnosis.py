@@ -110,8 +110,10 @@ class Diagnosis(Study):
         rejected: list[tuple[str, str]] = []
         chosen = evenly_spaced(len(self.source), config.count)
         images = read_images(self.source, chosen, config, rejected)
-        self.measured = measure(self.autoencoder, images, len(chosen), config.batch, config.seed, self.device)
-        figures, training = self.measured.figures, training_record(config.autoencoder)
+        training = training_record(config.autoencoder)
+        plain = is_plain(training.get("rate", {}))
+        self.measured = measure(self.autoencoder, images, len(chosen), config.batch, config.seed, self.device, plain)
+        figures = self.measured.figures
         self.verdicts = verdicts(figures, training.get("rate", {}))
         return {
             "protocol": _protocol(config, self.source, figures["images"]["count"]),
@@ -221,6 +223,11 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
     return by_severity(verdict for verdict in found if verdict)
 
 
+def is_plain(training: Figures) -> bool:
+    """Whether the `rate` record of training.json is that of beta = 0: a plain autoencoder."""
+    return training.get("mode") == "fixed" and training.get("final_beta") == 0
+
+
 def relative_error(nats: float | None, training: Figures) -> float | None:
     """|nats - target| / target for a training with a target rate; None for any other."""
     target = training.get("target_nats")
@@ -273,7 +280,7 @@ def _kl_inactive(rate: Figures, training: Figures) -> Verdict | None:
             "kl_inactive", "info", limit.metric, rate["median_logvar"], limit.fail, None, DETERMINISTIC, knob
         )
     found = check_rule("kl_inactive", {"median_logvar": rate["median_logvar"], "nats": rate["nats_per_dim"]})
-    if training.get("mode") == "fixed" and training.get("final_beta") == 0:
+    if is_plain(training):
         knob = "nothing, if it was meant to be; rate.mode=target gives a rate"
         return Verdict("kl_inactive", "info", limit.metric, rate["median_logvar"], limit.fail, None, PLAIN, knob)
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.autoencoder.base import Autoencoder
-from ldm_vae.autoencoder.health import RULES, PosteriorStatistics, effective_rank
+from ldm_vae.autoencoder.health import RULES, PosteriorStatistics, check_rule, effective_rank
 from ldm_vae.autoencoder.klt import Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
@@ -96,7 +96,7 @@ def tail_shares(latents: Tensor) -> list[float]:
 
 
 def histogram_information(mean: Tensor, logvar: Tensor, noise: Tensor, bins: int = 256) -> list[float]:
-    """Mutual information per channel in nats, H(z) - H(z | x), H(z) from a histogram of posterior samples.
+    """Mutual information of a channel and image with position in nats, H(z) - H(z | x), H(z) from a histogram of z.
 
     Args:
         mean, logvar, noise: (n, c, h, w); noise is standard normal.
@@ -484,7 +484,13 @@ class _Collector:
 
 
 def measure(
-    autoencoder: Autoencoder, batches: Iterable[Tensor], expected: int, batch: int, seed: int, device: torch.device
+    autoencoder: Autoencoder,
+    batches: Iterable[Tensor],
+    expected: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+    plain: bool = False,
 ) -> Measured:
     """All figures of the report.
 
@@ -494,6 +500,7 @@ def measure(
         expected: how many images about will come; spreads the probes.
         batch: images per forward pass of the probes.
         seed: of all noise.
+        plain: it was trained with beta = 0, so that nothing gave its latents the scale of N(0, I).
 
     Raises:
         UserError: fewer than 8 images; most quantities compare images.
@@ -512,7 +519,10 @@ def measure(
     figures: dict[str, Any] = {"channels": _channels(autoencoder, statistics, probes, (mean, logvar, noise), batch)}
     figures["rate"] = _rate(autoencoder, statistics, deterministic)
     figures["latents"] = _latents(figures, statistics, probes, mean + torch.exp(0.5 * logvar) * noise, seed)
-    prior = _prior(probes, figures["channels"], deterministic, seed)
+    rate = figures["rate"]
+    inactive = check_rule("kl_inactive", {"median_logvar": rate["median_logvar"], "nats": rate["nats_per_dim"]})
+    without_prior = deterministic or plain or inactive is not None
+    prior = _prior(probes, figures["channels"], without_prior, seed)
     flat = flat_field(autoencoder, probes.images.shape[-1], autoencoder.downsampling, device)
     figures["decoder"] = _decoder(autoencoder, figures, probes, prior, batch)
     figures["decoder"] |= {
@@ -611,13 +621,16 @@ def _latents(
     }
 
 
-def _prior(probes: Probes, channels: list[dict[str, Any]], deterministic: bool, seed: int) -> Tensor:
-    """Latents from N(0, I); without a rate there is no prior, so from the Gaussian with the latents' moments."""
+def _prior(probes: Probes, channels: list[dict[str, Any]], without_prior: bool, seed: int) -> Tensor:
+    """Latents from N(0, I); where no KL gave the latents its scale, from the Gaussian with their own moments.
+
+    These are a channel's mean, and its variance with that of the posterior noise.
+    """
     noise = torch.randn(probes.mean.shape, generator=generator(seed, "prior")).to(probes.mean)
-    if not deterministic:
+    if not without_prior:
         return noise
     m = noise.new_tensor([channel["mean"] for channel in channels]).view(1, -1, 1, 1)
-    v = noise.new_tensor([channel["variance"] for channel in channels]).view(1, -1, 1, 1)
+    v = noise.new_tensor([channel["variance"] + channel["noise"] for channel in channels]).view(1, -1, 1, 1)
     return m + v.sqrt() * noise
 
 

@@ -69,6 +69,22 @@ def test_what_is_the_same_in_all_images_is_static_and_smooth_maps_correlate_with
     assert found["neighbour_correlation"][0] > 0.9
 
 
+@pytest.mark.parametrize("image", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("place", [0.0, 1.0, 3.0])
+def test_information_is_about_the_image_and_not_about_the_position(image: float, place: float) -> None:
+    """Closed form: z = a + b + s noise with a of variance A for image and position, b of variance B for the position.
+
+    I(image; z | position) = ln(1 + A / s^2) / 2 whatever B is; nats - marginal_nats is ln(1 + (A + B) / s^2) / 2.
+    """
+    mean = math.sqrt(image) * normal(256, 1, 16, 16) + math.sqrt(place) * normal(1, 1, 16, 16, seed=1)
+    sigma = 0.2
+    found = statistics(mean, torch.full_like(mean, 2 * math.log(sigma)), parts=4).result()
+    assert found["information_nats"][0] == pytest.approx(0.5 * math.log(1 + image / sigma**2), abs=0.01)
+    place = place * float(normal(1, 1, 16, 16, seed=1).var(correction=0))
+    with_place = 0.5 * math.log(1 + (image + place) / sigma**2)
+    assert found["nats"][0] - found["marginal_nats"][0] == pytest.approx(with_place, abs=0.05)
+
+
 def test_shares_of_passive_and_clamped_positions_and_the_median() -> None:
     logvar = torch.full((4, 1, 10, 10), -3.0)
     logvar[:, :, 0] = 0.0

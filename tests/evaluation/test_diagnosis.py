@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,36 @@ def test_a_fault_raises_its_own_verdict_and_no_other(name: str, images: Tensor) 
     if name in channels:
         assert [verdict.channel for verdict in found if verdict.name == name] == channels[name]
     assert all(RULES[name].cause[1:] in verdict.sentence() for verdict in found if verdict.severity != "info")
+
+
+class Rescaled(LinearAutoencoder):
+    """The same code, its latents in other units."""
+
+    def __init__(self, images: Tensor, scale: float, shift: float) -> None:
+        super().__init__(images)
+        self.scale, self.shift = scale, shift
+
+    def moments(self, images: Tensor) -> Moments:
+        mean, logvar = super().moments(images)
+        return self.scale * mean + self.shift, logvar + 2 * math.log(self.scale)
+
+    def image(self, z: Tensor) -> Tensor:
+        return super().image((z - self.shift) / self.scale)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.1, 0.0), (1.0, 2.0), (30.0, -50.0)])
+def test_draws_for_a_plain_autoencoder_have_the_scale_of_its_latents(
+    scale: float, shift: float, images: Tensor
+) -> None:
+    """Nothing but the KL gives latents the scale of N(0, I): with beta = 0 the round trip may not depend on it."""
+
+    def ratio(autoencoder: Autoencoder, plain: bool) -> float:
+        found = measure(autoencoder, images.split(16), len(images), 16, 0, CPU, plain)
+        return float(found.figures["decoder"]["cycle_ratio"])
+
+    with_kl, plain = ratio(LinearAutoencoder(images), plain=False), ratio(LinearAutoencoder(images), plain=True)
+    assert plain == pytest.approx(with_kl, rel=0.05)  # these latents have the scale of N(0, I)
+    assert ratio(Rescaled(images, scale, shift), plain=True) == pytest.approx(plain, rel=0.01)
 
 
 def test_an_unreachable_rate_explains_the_missed_one(images: Tensor) -> None:
