@@ -23,6 +23,8 @@ from ldm_vae.autoencoder.wavelet import haar_forward
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 
+TIMES = ("start", "engage", "ramp_end")
+"""Steps of the stage, in the order of time."""
 HELD_SHARE = 0.5
 """Share of the steps of a log interval with weight 0 from which on a verdict says so."""
 
@@ -119,18 +121,25 @@ class AdversarialLoss:
     WEIGHT_AFTER_RESTORE = 0.25
 
     def __init__(self, config: AdversarialConfig, steps: int, seed: int, device: torch.device | str = "cpu") -> None:
-        self.config, self.seed = config, seed
-        self.start = config.starts_at(steps)
-        self.engage = self.start + max(1, in_steps(config.warmup, steps))
-        self.ramp_end = self.engage + max(1, in_steps(config.ramp, steps))
-        self.measure_from = max(self.start, self.engage - max(1, min(200, (self.engage - self.start) // 2)))
-        if self.engage >= steps:
+        self.config, self.seed, self.steps, self.device = config, seed, steps, device
+        start = config.starts_at(steps)
+        engage = start + max(1, in_steps(config.warmup, steps))
+        self._begin(start, engage, engage + max(1, in_steps(config.ramp, steps)))
+
+    def _begin(self, start: int, engage: int, ramp_end: int) -> None:
+        """A stage of which nothing is measured yet: the discriminator learns from `start`, the decoder from `engage`.
+
+        Raises: UserError when the run ends before `engage`.
+        """
+        self.start, self.engage, self.ramp_end = start, engage, ramp_end
+        self.measure_from = max(start, engage - max(1, min(200, (engage - start) // 2)))
+        if engage >= self.steps:
             raise UserError(
-                f"adversarial: the decoder would feel the discriminator from step {self.engage} of {steps} on, that is "
-                "never; lower adversarial.start or adversarial.warmup"
+                f"adversarial: the decoder would feel the discriminator from step {engage} of {self.steps} on, that is "
+                "never; lower adversarial.start or adversarial.warmup, or ask for more steps"
             )
         names = ("ratio_sum", "ratio_count", "ratio", "reference", "average", "bad_steps", "factor", "restores")
-        self._state = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self._state = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
         self._state["factor"] += 1.0
         self._state["ratio"].fill_(math.nan)
         self._state["reference"].fill_(math.nan)
@@ -264,11 +273,30 @@ class AdversarialLoss:
         return {"adversarial/weight": self.weight(step), "adversarial/holding": self.holding.float()}
 
     def state_dict(self) -> dict[str, str]:
-        return {name: float(value).hex() for name, value in self._state.items()}
+        """Exact; with the steps of the stage, which a change of the plan does not move once it has begun."""
+        times = {name: float(getattr(self, name)).hex() for name in TIMES}
+        return {name: float(value).hex() for name, value in self._state.items()} | times
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue after `step` finished steps, of a run that may have become longer or shorter.
+
+        A stage that has begun stays where it is. One that lies ahead, or ahead again, is where the plan says, and what
+        an earlier one has measured is forgotten. One that should have begun begins now: the discriminator must learn
+        alone, the weight must be calibrated, and the guard needs its reference, whatever is left of the run.
+
+        Raises: UserError when too little is left of it for that.
+        """
+        values = {name: float.fromhex(value) for name, value in state.items()}
+        if step <= self.start:
+            return
+        began = values["start"] < step if "start" in values else not math.isnan(values["average"])  # an earlier release
+        if not began:
+            later = step - self.start
+            self._begin(*(getattr(self, name) + later for name in TIMES))
+            return
+        self._begin(*(int(values.get(name, getattr(self, name))) for name in TIMES))
         for name, value in self._state.items():
-            value.fill_(float.fromhex(state[name]))
+            value.fill_(values[name])
 
 
 # The patch discriminator and the augmentation of its input.

@@ -92,9 +92,14 @@ class RateController:
     A young encoder needs hundreds of steps to spend any bits at all, and integrating that would wind the integral down
     to its bound: until the KL has met the target once, the integral moves only where the KL has stopped rising by
     itself, in the first fifth of the run not at all. In the last `lock_fraction` of the run beta stays at the geometric
-    mean of the stretch before, so that the final objective is stationary. The state lives in float64 tensors on the
-    device: `average` is ln of the KL average and `slow_average` a slower one, `met` whether the target was met once,
-    `pinned` counts steps at a bound with the target missed by more than 5 %.
+    mean of the stretch before, half as long, so that the final objective is stationary. The integral rests then too.
+
+    A run that continues with another number of steps averages anew, over as many steps as the new plan says, and locks
+    after that; where fewer steps are left, beta is steered to the end.
+
+    The state lives in float64 tensors on the device: `average` is ln of the KL average and `slow_average` a slower one,
+    `met` whether the target was met once, `pinned` counts steps at a bound with the target missed by more than 5 %,
+    `locked_sum` is the sum of `averaged` values of ln beta.
     """
 
     INITIAL_BETA = 1e-3
@@ -110,6 +115,8 @@ class RateController:
         self.steps = steps
         self.lock_start = round(steps * (1 - config.lock_fraction))
         self.averaging_start = round(steps * (1 - 1.5 * config.lock_fraction))
+        self.window = self.lock_start - self.averaging_start
+        self.averaged = 0
         self.integral_gain = config.integral_gain or min(0.2, max(0.01, 80 / steps))
         initial = {
             "average": math.log(config.target_nats),
@@ -127,11 +134,12 @@ class RateController:
         """The weight for this step: a scalar tensor on the device, float32."""
         if self.config.mode != "target":
             return torch.full_like(self._state["log_beta"], self.config.beta or 0.0, dtype=torch.float32)
-        if step >= self.lock_start > self.averaging_start:
-            log_beta = self._state["locked_sum"] / (self.lock_start - self.averaging_start)
-        else:
-            log_beta = self._state["log_beta"]
+        log_beta = self._state["locked_sum"] / self.averaged if self.locked(step) else self._state["log_beta"]
         return log_beta.exp().float()
+
+    def locked(self, step: int) -> bool:
+        """Whether beta stays as it is from this step on."""
+        return step >= self.lock_start and self.averaged >= self.window > 0
 
     def penalty(self, step: int, kl: Tensor) -> Tensor:
         """What the KL adds to the loss: a scalar from the KL per channel (c,), means over batch and positions.
@@ -165,10 +173,12 @@ class RateController:
         low, high = math.log(MINIMUM_BETA), math.log(MAXIMUM_BETA)
         saturated = ((state["log_beta"] <= low) & (error < 0)) | ((state["log_beta"] >= high) & (error > 0))
         state["pinned"] += acting * (saturated & (raw_error.abs() > self.MISS)).double()
-        state["integral"] += torch.where(saturated, 0.0, self.integral_gain * error * acting)
+        if not self.locked(step):  # beta does not answer then, so the integral would wind up
+            state["integral"] += torch.where(saturated, 0.0, self.integral_gain * error * acting)
         state["log_beta"] = (state["integral"] + self.config.proportional_gain * error).clamp(low, high)
-        if self.averaging_start <= step < self.lock_start:
+        if self.averaging_start <= step and self.averaged < self.window:
             state["locked_sum"] += state["log_beta"]
+            self.averaged += 1
 
     @property
     def pinned_share(self) -> Tensor:
@@ -176,11 +186,26 @@ class RateController:
         return self._state["pinned"] / self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact in JSON: Python writes doubles so that they read back equal."""
+        """Exact in JSON: Python writes doubles so that they read back equal. `steps`: of the plan it belongs to."""
         numbers: dict[str, Any] = {name: float(value) for name, value in self._state.items()}
-        return numbers | {"channels": [value.hex() for value in self._channels.tolist()]}
+        channels = [value.hex() for value in self._channels.tolist()]
+        return numbers | {"channels": channels, "averaged": self.averaged, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Continue after `step` finished steps; a window of another plan, or of one that lies ahead, starts anew."""
         for name, value in self._state.items():
             value.fill_(state[name])
         self._channels.copy_(torch.tensor([float.fromhex(value) for value in state["channels"]], dtype=torch.float64))
+        self.averaged = state["averaged"] if "averaged" in state else self._averaged_before(step)
+        if state.get("steps", self.steps) != self.steps or step < self.averaging_start or not self.averaged:
+            self.averaged = 0
+            self._state["locked_sum"].zero_()
+
+    def _averaged_before(self, step: int) -> int:
+        """How many values a `locked_sum` without a count is of, as earlier releases saved it; 0: it is of another plan.
+
+        A value of ln beta is at most the proportional gain away from the integral.
+        """
+        count = min(max(step - self.averaging_start, 0), self.window)
+        distance = self._state["locked_sum"] / max(count, 1) - self._state["integral"]
+        return count if float(distance.abs()) <= self.config.proportional_gain else 0

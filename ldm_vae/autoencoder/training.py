@@ -36,6 +36,8 @@ SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
 ALARMS_FROM = 0.2
 """Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
+OF_THE_PLAN = {"rate_miss", "rate_unreachable"}
+"""Alarms that another number of steps may settle, and that are raised again where it does not."""
 BEFORE_ADVERSARIAL = "autoencoder-before-game"
 
 
@@ -294,7 +296,7 @@ class VaeModel:
                 target_nats=self.config.rate.target_nats,
                 beta=metrics["rate/beta"],
                 pinned_share=float(self.rate.pinned_share),
-                locked=step >= 0.5 * (self.rate.lock_start + steps),
+                locked=self.rate.locked(step) and step >= 0.5 * (self.rate.lock_start + steps),
             )
         new = [verdict for verdict in found if verdict.name not in self._raised]
         self._raised |= {verdict.name for verdict in new}
@@ -363,12 +365,15 @@ class VaeModel:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {BEFORE_ADVERSARIAL: self.before_adversarial} if self.before_adversarial else {}
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        self.rate.load_state_dict(state["rate"])
-        if self.adversarial_loss and state["game"]:
-            self.adversarial_loss.load_state_dict(state["game"])
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
+        self.rate.load_state_dict(state["rate"], step)
         self._raised = set(state["alarms"])
-        self.before_adversarial = dict(tensors.get(BEFORE_ADVERSARIAL, {}))
+        if state["rate"].get("steps", self.rate.steps) != self.rate.steps:
+            self._raised -= OF_THE_PLAN
+        if self.adversarial_loss and state["game"]:
+            self.adversarial_loss.load_state_dict(state["game"], step)
+            if step > self.adversarial_loss.engage:
+                self.before_adversarial = dict(tensors.get(BEFORE_ADVERSARIAL, {}))
 
 
 def squared_gradients(reconstruction: Tensor, adversarial: Tensor, output: Tensor) -> Tensor:

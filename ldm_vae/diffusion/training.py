@@ -359,7 +359,6 @@ class DiffusionModel:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "finished": self.finished,
             "recipe": encoding_record(self.manifest),
             "images": contents_record(self.manifest),
             "snapshots": self.snapshots.state_dict(),
@@ -370,13 +369,13 @@ class DiffusionModel:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return self.snapshots.tensors()
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
         """Raises: UserError when the run began on latents that were made in another way."""
         if "recipe" in state:  # a checkpoint of an earlier release has none
             advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
             check_same(state["recipe"], encoding_record(self.manifest), f"latents={self.config.latents}", advice)
             check_contents(state["images"], contents_record(self.manifest), f"latents={self.config.latents}")
-        self.finished = state.get("finished", 0)
+        self.finished = step
         self.snapshots.load_state_dict(state.get("snapshots", {}), tensors)
         self.suggestion.load_state_dict(state.get("suggestion", {}))
         self.copies = Copies(**state["copies"]) if state.get("copies") else None

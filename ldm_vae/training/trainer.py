@@ -183,8 +183,11 @@ class Model(Protocol):
         """Further tensors of the state: file stem -> name -> tensor."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """The inverse of both; `tensors` holds those of the whole checkpoint."""
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
+        """The inverse of both, after `step` finished steps; `tensors` holds those of the whole checkpoint.
+
+        The plan may have become longer or shorter since: what depends on the number of steps has to follow.
+        """
         ...
 
 
@@ -373,7 +376,12 @@ def train(
     """`fit` with an engine."""
     accelerator, config, started, averages = engine.accelerator, engine.config, time.time(), Averages()
     first_step, seconds_before = restore(model, engine, averages, run)
-    if first_step >= plan.steps and (run.path / provenance.RUN_RECORD).exists():
+    if first_step > plan.steps:
+        raise UserError(
+            f"{run.path}: has {first_step} steps behind it, and {plan.steps} are asked for; ask for {first_step} (it "
+            "ends where it is) or more, or give another output"
+        )
+    if first_step == plan.steps and (run.path / provenance.RUN_RECORD).exists():
         accelerator.print(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
         return 0
     if accelerator.is_main_process:
@@ -497,7 +505,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
         engine.accelerator.scaler.load_state_dict(saved.state["scaler"])
     averages.load_state_dict(saved.state["averages"], engine.device)
     engine.stability.load_state_dict(saved.state.get("numbers", {}))  # a checkpoint of an earlier release has none
-    model.load_state_dict(saved.state["model"], saved.tensors)
+    model.load_state_dict(saved.state["model"], saved.tensors, saved.step)
     engine.accelerator.print(f"{run.path}: continuing from step {saved.step}")
     return saved.step, saved.state["seconds"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm_vae.autoencoder.gan import (
+    TIMES,
     AdversarialConfig,
     AdversarialLoss,
     PatchDiscriminator,
@@ -123,7 +124,7 @@ def test_the_guard_holds_then_restores_and_is_part_of_the_state():
         adversarial.observe_loss(step, torch.tensor(2.0))
     assert adversarial.must_restore()
     again = AdversarialLoss(adversarial.config, 1000, seed=0)
-    again.load_state_dict(json.loads(json.dumps(adversarial.state_dict())))
+    again.load_state_dict(json.loads(json.dumps(adversarial.state_dict())), 100)
     assert again.must_restore()
     assert torch.equal(again.weight(100), adversarial.weight(100))
     assert [alarm.name for alarm in adversarial.alarms({"adversarial/holding": 0.9})] == ["adversarial_held"]
@@ -151,6 +152,66 @@ def test_a_logit_sees_70_pixels_as_in_patchgan_and_72_with_the_haar_bands(bands,
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     seen = images.grad[0].abs().amax(0) > 0
     assert int(seen.any(0).sum()) == int(seen.any(1).sum()) == side
+
+
+SHARES = {"start": 0.6, "warmup": 0.1, "ramp": 0.1}
+
+
+def adversarial_run(steps: int, first: int, last: int, state: dict | None = None) -> AdversarialLoss:
+    """The stage of a run of so many steps, from step `first` to `last`; the ratio of the gradients is 4."""
+    adversarial = AdversarialLoss(config(strength=0.2, **SHARES), steps, seed=0)
+    if state is not None:
+        adversarial.load_state_dict(json.loads(json.dumps(state)), first)
+    for step in range(first, last):
+        if step == adversarial.engage:  # what was measured before it is all there
+            assert float(adversarial._state["reference"]) == pytest.approx(1.0)
+            assert float(adversarial._state["ratio_count"]) == adversarial.engage - adversarial.measure_from > 0
+        adversarial.observe_loss(step, torch.tensor(1.0))
+        if adversarial.measures(step):
+            adversarial.observe_ratio(torch.tensor([16.0, 1.0]))
+        if step < adversarial.engage:
+            assert float(adversarial.weight(step)) == 0
+    return adversarial
+
+
+@pytest.mark.parametrize(
+    ("before", "stop", "after", "times"),
+    [
+        (1000, 500, 1000, (600, 700, 800)),  # the same plan
+        (1000, 650, 1000, (600, 700, 800)),
+        (1000, 500, 2000, (1200, 1400, 1600)),  # it lies ahead in both
+        (1000, 650, 2000, (1200, 1400, 1600)),  # begun, and ahead again: measured anew
+        (1000, 1000, 1100, (600, 700, 800)),  # begun, and it goes on
+        (1000, 650, 900, (600, 700, 800)),
+        (1000, 550, 700, (550, 620, 690)),  # it should have begun at 420: now
+        (1000, 550, 600, None),  # too little is left of it
+        (1000, 650, 690, None),
+    ],
+)
+def test_the_stage_of_a_run_that_becomes_longer_or_shorter(before, stop, after, times):
+    """It is never felt uncalibrated, without a reference for its guard, or from a discriminator that did not learn."""
+    state = adversarial_run(before, 0, stop).state_dict()
+    if times is None:
+        with pytest.raises(UserError, match="ask for more steps"):
+            adversarial_run(after, stop, after, state)
+        return
+    adversarial = adversarial_run(after, stop, after, state)
+    assert (adversarial.start, adversarial.engage, adversarial.ramp_end) == times
+    assert float(adversarial.weight(after)) == pytest.approx(0.8)
+    again = AdversarialLoss(adversarial.config, after, seed=0)
+    again.load_state_dict(adversarial.state_dict(), after)
+    assert again.state_dict() == adversarial.state_dict()
+
+
+def test_a_stage_saved_by_an_earlier_release_opens():
+    """Its times are not in the checkpoint: they are those of the plan, unless nothing was measured yet."""
+    for stop, times in ((650, (600, 700, 800)), (500, (600, 700, 800))):
+        state = {k: v for k, v in adversarial_run(1000, 0, stop).state_dict().items() if k not in TIMES}
+        adversarial = adversarial_run(1000, stop, 1000, state)
+        assert (adversarial.start, adversarial.engage, adversarial.ramp_end) == times
+        assert float(adversarial.weight(1000)) == pytest.approx(0.8)
+    late = adversarial_run(700, 500, 700, state)
+    assert (late.start, late.engage, late.ramp_end) == (500, 570, 640)
 
 
 def test_an_adversarial_loss_that_never_begins_is_refused():

@@ -300,7 +300,7 @@ def test_copies_and_overfitting_are_said_once(autoencoder_directory, latents):
     model.copies = Copies(2, 10, 24)
     state = json.loads(json.dumps(model.state_dict()))
     model.copies = None
-    model.load_state_dict(state, {})
+    model.load_state_dict(state, {}, 0)
     assert [alarm.name for alarm in model.alarms(1, {"loss/flow": 1.0})] == ["copies"]
     assert model.alarms(2, {"loss/flow": 0.9}) == []
     model.suggestion.update_held_out(2, 1.0)

@@ -72,7 +72,7 @@ class Bare:
     def state_dict(self):
         return {}
 
-    def load_state_dict(self, state, tensors):
+    def load_state_dict(self, state, tensors, step):
         pass
 
 
