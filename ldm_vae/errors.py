@@ -43,6 +43,10 @@ class NewerFormat(UserError):
     """A file or folder has a format version that only a later release can read."""
 
 
+class OlderFormat(UserError):
+    """A file or folder has a format version that this release does not read any more."""
+
+
 class FolderLocked(UserError):
     """Another process is using the folder. `holder` names it, for example `process 4711 on host x`."""
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm_vae.errors import DISK_FULL, DamagedFile, NewerFormat, UserError
+from ldm_vae.errors import DISK_FULL, DamagedFile, NewerFormat, OlderFormat, UserError
 from ldm_vae.redaction import redacted
 
 
@@ -352,9 +352,11 @@ def parsing(where: str | Path, instead: str) -> Iterator[None]:
 
 
 def check_format_version(where: str | Path, version: Any, known: int) -> None:
-    """Raises: NewerFormat for a version above `known`; ValueError for any other version."""
+    """Raises: NewerFormat for a version above `known`, OlderFormat for one below; ValueError for what is no version."""
     if type(version) is int and version > known:
         raise NewerFormat(where, f"has format version {version}, this program reads {known}", "update ldm_vae")
+    if type(version) is int and 0 < version < known:
+        raise OlderFormat(where, f"has format version {version}, this program reads {known}", "make it again")
     if version != known:
         raise ValueError(f"format version {version!r}")
 
@@ -365,7 +367,7 @@ def read_described_file(
     """The JSON under `key` in a safetensors file's metadata, and the tensors. Call it inside `parsing`.
 
     Raises:
-        NewerFormat: its `format_version` is above `known`.
+        NewerFormat, OlderFormat: its `format_version` is above or below `known`.
         UserError, ValueError or another error that `parsing` handles: the file is too large or damaged.
     """
     from safetensors import safe_open
@@ -384,7 +386,7 @@ def read_described_folder(folder: Path, description: str, tensors: str, known: i
 
     Raises:
         DamagedFile: a file is damaged, missing or unexpected.
-        NewerFormat: the `format_version` of the description is above `known`.
+        NewerFormat, OlderFormat: the `format_version` of the description is above or below `known`.
         ValueError or another error that `parsing` handles: the description is not valid.
     """
     from safetensors.torch import load_file

@@ -34,11 +34,11 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import code_around
-from ldm_vae.evaluation.metrics import psnr
 from ldm_vae.evaluation.pages import embed, embed_image, template_environment
 from ldm_vae.evaluation.report import label_of
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
 from ldm_vae.files import checksum, checksum_bytes
+from ldm_vae.metrics import psnr
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
 from ldm_vae.utils.text import pluralize, progress

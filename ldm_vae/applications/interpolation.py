@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae import config as configuration
-from ldm_vae import provenance
+from ldm_vae import metrics, provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
@@ -36,7 +36,6 @@ from ldm_vae.diffusion.generation import load_pipeline
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, scheduler_shift, solve
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.comparison import measure_path, round_trip
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
@@ -133,6 +132,7 @@ def interpolate(config: InterpolateConfig, *, overwrite: bool = False, dry_run: 
 class InterpolationStudy(Study):
     """The study of `ldm-vae interpolate`."""
 
+    format_version = 2  # 1 took brightness on [-1, 1] in SSIM
     replaced = ("frames/[0-9][0-9]_*/*_[0-9][0-9][0-9].png",)
     config: InterpolateConfig
 

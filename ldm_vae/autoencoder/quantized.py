@@ -293,24 +293,3 @@ def _library() -> Any:
             'autoencoder.kind: vq and fsq need vector-quantize-pytorch; run pip install "ldm_vae[tokenizers]"'
         ) from error
     return vector_quantize_pytorch
-
-
-def codebook_usage(indices: Tensor, size: int) -> dict[str, float]:
-    """How a codebook of `size` codes is used by `indices` (any shape, at least one).
-
-    Returns: `entropy_bits`, the entropy H of the empirical distribution of codes; `perplexity`, 2 ** H, the number of
-        equally frequent codes with that entropy, from 1 to `size`; `dead_share`, of codes that never occur, in [0, 1].
-        Fewer indices than codes leave codes unused: count over many more positions than there are codes.
-    """
-    if indices.numel() == 0:
-        raise ValueError("codebook_usage: no indices; give those of at least one image")
-    counts = torch.bincount(indices.reshape(-1).cpu(), minlength=size).double()
-    if len(counts) > size:
-        raise ValueError(f"codebook_usage: an index is {len(counts) - 1}, the codebook has {size} codes")
-    share = counts[counts > 0] / counts.sum()
-    entropy = max(0.0, -float((share * share.log()).sum()))
-    return {
-        "perplexity": math.exp(entropy),
-        "dead_share": float((counts == 0).double().mean()),
-        "entropy_bits": entropy / math.log(2),
-    }

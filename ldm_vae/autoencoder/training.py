@@ -20,12 +20,12 @@ from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.losses import ReconstructionLoss
 from ldm_vae.autoencoder.models import build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
 from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
 from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_checksums
+from ldm_vae.metrics import codebook_usage
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory

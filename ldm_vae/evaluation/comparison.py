@@ -18,22 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_vae import config as configuration
+from ldm_vae import metrics
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import BlockKLT, block_moments
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.quantized import codebook_usage
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import crops, evenly_spaced
 from ldm_vae.data.split import subset
 from ldm_vae.diffusion.fid import frechet_distance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics, sweep
+from ldm_vae.evaluation import sweep
 from ldm_vae.evaluation.pages import embed_image, plain_page
-from ldm_vae.evaluation.reconstruction import fit_baseline
+from ldm_vae.evaluation.reconstruction import FORMAT_VERSION, fit_baseline
 from ldm_vae.evaluation.study import Content, Results, read_json
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.files import write_json
+from ldm_vae.metrics import codebook_usage
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.training.distributed import Processes
@@ -180,6 +181,7 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
     """Cost, interpolation, prior samples and codes of one kind; read from `latents.json` where that is of these
     weights and settings."""
     settings = {
+        "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
         "images": config.latent_images,
         "macs_resolution": config.macs_resolution,

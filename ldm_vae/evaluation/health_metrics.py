@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.health import RULES, PosteriorStatistics, check_rule, e
 from ldm_vae.autoencoder.klt import Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.metrics import psnr, water_level
+from ldm_vae.metrics import psnr, water_level
 from ldm_vae.random import generator
 
 TAIL_POSITIONS = 0.001

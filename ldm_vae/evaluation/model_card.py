@@ -34,7 +34,6 @@ from ldm_vae.diffusion.fid import sentences as distribution_sentences
 from ldm_vae.diffusion.generation import pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, format_values, pipeline_card
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.plots import (
     Panel,
     autoencoder_panels,
@@ -45,9 +44,10 @@ from ldm_vae.evaluation.plots import (
     read_metrics,
     save_svg,
 )
-from ldm_vae.evaluation.reconstruction import codec_lines, table
+from ldm_vae.evaluation.reconstruction import codec_lines, read_evaluation, table
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.files import checksum, write_atomically, write_text
+from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.markdown import markdown_table
 from ldm_vae.utils.text import pluralize
@@ -198,11 +198,8 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     path = rate.get("beta_path") or beta_path(run_folder / "metrics.jsonl")
     evaluation: dict[str, Any] = {}
     if config.evaluation:
-        evaluation = _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
-        if not {"autoencoder", "protocol", "rows", "config"} <= evaluation.keys():
-            raise UserError(
-                f"{config.evaluation}/{RESULTS}: is not a result of `ldm-vae evaluate`; give a folder of that"
-            )
+        _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
+        evaluation = read_evaluation(config.evaluation)
         check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
     health = None
     folder = config.health or config.evaluation

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_vae import config as configuration
+from ldm_vae import metrics
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics, pages, plots, sweep
+from ldm_vae.evaluation import pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.random import numpy_rng

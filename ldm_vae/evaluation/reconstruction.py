@@ -22,7 +22,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from ldm_vae import provenance
+from ldm_vae import metrics, provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
@@ -45,10 +45,10 @@ from ldm_vae.diffusion.fid import (
     load_inception,
 )
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import baselines, metrics
+from ldm_vae.evaluation import baselines
 from ldm_vae.evaluation.baselines import available_codecs, bicubic_round_trip, code_images
-from ldm_vae.evaluation.metrics import psnr
-from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, read_json, rejected_images
+from ldm_vae.metrics import psnr
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
@@ -58,6 +58,8 @@ from ldm_vae.utils.text import pluralize
 
 RESULTS = "results.json"
 SAMPLE = "decode(sample)"
+FORMAT_VERSION = 2
+"""Of the results of `evaluate`. 1 took brightness on [-1, 1] in SSIM."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,31 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False, dry_run: bool = Fa
         return Evaluation(config, overwrite, processes).run(dry_run)
 
 
+def read_evaluation(folder: str | Path) -> Results:
+    """The results of `evaluate` in a folder; {} where there are none.
+
+    Raises:
+        UserError: they are of another command, or of a version that computed some figures differently.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        return {}
+    results = read_json(path)
+    if not {"autoencoder", "protocol", "rows", "config"} <= results.keys():
+        raise UserError(path, "is not a result of `ldm-vae evaluate`", "give a folder of that")
+    if results.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            path,
+            "was measured by another version of ldm_vae, whose figures are computed differently",
+            "run `ldm-vae evaluate` again with --overwrite",
+        )
+    return results
+
+
 class Evaluation(Study):
     """The study of `ldm-vae evaluate`."""
 
+    format_version = FORMAT_VERSION
     replaced = ("examples/[0-9][0-9]_*.png",)
     config: EvaluateConfig
 
@@ -234,7 +258,8 @@ def _protocol(config: EvaluateConfig, evaluated: ImageSource, fitted: ImageSourc
         "resolution": config.resolution,
         "range": "8-bit round trip of every reconstruction",
         "average": "per image, then mean over images; intervals are 95 % bootstrap over images",
-        "ssim": "gaussian window 11, sigma 1.5, borders left out; ssim: mean over RGB, ssim_luma: BT.601 luma",
+        "ssim": "gaussian window 11, sigma 1.5, borders left out, brightness in [0, 255]; ssim: mean over RGB, "
+        "ssim_luma: BT.601 luma",
         "lpips": config.perceptual_net,
         "baseline": {
             "name": "block KLT, coefficients not quantised",

@@ -17,11 +17,12 @@ from typing import Any
 
 from ldm_vae import provenance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.pages import Picture, embed, template_environment
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
+from ldm_vae.evaluation.reconstruction import read_evaluation
 from ldm_vae.evaluation.study import read_json, read_yaml
 from ldm_vae.files import check_tensor_file, write_text
+from ldm_vae.metrics import METRIC_TITLES
 
 STAGES = {
     "vae": "Train the autoencoder",
@@ -117,7 +118,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "longest_seconds": max(1e-9, *(stage.seconds for stage in stages)),
         "metric_titles": METRIC_TITLES,
         "synthetic": settings.get("vae", {}).get("data", {}).get("source") == "synthetic",
-        "results": read_json(folders.get("evaluation", absent) / "results.json"),
+        "results": read_evaluation(folders.get("evaluation", absent)),
         "examples": read_examples(folders.get("evaluation", absent)),
         "samples": samples,
         "header_samples": header_samples(samples),
@@ -142,7 +143,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:
     """Pictures and figures of the evaluation's examples: originals, latents, reconstructions, differences."""
-    results = read_json(folder / "results.json")
+    results = read_evaluation(folder)
     images = {image["id"]: image for image in results.get("images", [])}
     rows = [row["name"] for row in results.get("rows", [])]
     found = []

@@ -72,6 +72,8 @@ class Study:
 
     results_file: ClassVar[str] = "results.json"
     markdown_file: ClassVar[str] = "results.md"
+    format_version: ClassVar[int] = 1
+    """Of the results; raised where a figure is computed differently than before."""
     marker: ClassVar[str] = provenance.RUN_LOCK
     """See `publishing`."""
     replaced: ClassVar[tuple[str, ...]] = ()
@@ -178,6 +180,11 @@ class Study:
             check_writable(self.output)
             return None
         results: Results = json.loads(file.read_text())
+        if results.get("format_version", 1) != self.format_version:
+            raise UserError(
+                f"{self.output}: holds the result of another version of ldm_vae, whose figures are computed "
+                "differently; give another output, or --overwrite"
+            )
         changes = configuration.changed_keys(results["config"], self.settings())
         changes = {key: values for key, values in changes.items() if key not in MAY_CHANGE}
         before, now = results["autoencoder"]["fingerprint"], self.described["fingerprint"]
@@ -220,7 +227,7 @@ class Study:
     def _measure_and_commit(self) -> Results:
         measured = self.measure()
         described = {} if self.autoencoder is None else {"autoencoder": self.described}
-        results = {"format_version": 1, **described, **measured, "config": self.settings()}
+        results = {"format_version": self.format_version, **described, **measured, "config": self.settings()}
         self.commit(results)
         return results
 

@@ -24,7 +24,7 @@ from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, FolderLocked, UserError
-from ldm_vae.evaluation.reconstruction import RESULTS, EvaluateConfig
+from ldm_vae.evaluation.reconstruction import FORMAT_VERSION, RESULTS, EvaluateConfig
 from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, read_json
 from ldm_vae.files import write_json, write_text
 from ldm_vae.storage import open_folder
@@ -326,7 +326,7 @@ def is_trained(point: Point) -> bool:
 def is_evaluated(point: Point) -> bool:
     """Whether the result is finished, of these settings and of the weights that are there now."""
     results = read_results(point)
-    if results is None:
+    if results is None or results["format_version"] != FORMAT_VERSION:
         return False
     changes = configuration.changed_keys(results["config"], configuration.to_dict(point.evaluate))
     record = read_json(point.autoencoder / "autoencoder" / "training.json")

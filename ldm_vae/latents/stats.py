@@ -261,8 +261,8 @@ def measure_labels(manifest: Manifest) -> dict[str, Any]:
 
 
 def measure_codes(dataset: LatentDataset, numbers: Sequence[int]) -> dict[str, Any]:
-    """How the codebook is used, see `autoencoder.quantized.codebook_usage`; `shares` of the used codes, falling."""
-    from ldm_vae.autoencoder.quantized import codebook_usage
+    """How the codebook is used, see `metrics.codebook_usage`; `shares` of the used codes, falling."""
+    from ldm_vae.metrics import codebook_usage
 
     size = int(dataset.manifest.statistics["codebook_size"])
     parts = (numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_vae import metrics
 from ldm_vae.applications import interpolation
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics
 from tests.diffusion.conftest import pipeline as pipeline  # a fixture
 from tests.evaluation.linear_autoencoder import LinearAutoencoder, random_fields
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae.autoencoder.klt import block_moments, fit_klt, solve_klt
-from ldm_vae.evaluation.metrics import psnr
+from ldm_vae.metrics import psnr
 from tests.evaluation.linear_autoencoder import random_fields
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ldm_vae.autoencoder.losses import LPIPS, LossConfig, ReconstructionLoss, high_frequency, texture_energy
+from ldm_vae.autoencoder.losses import LPIPS, LossConfig, ReconstructionLoss, high_frequency, ms_ssim, texture_energy
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_divergence
 from ldm_vae.errors import UserError
@@ -98,6 +99,18 @@ def test_every_term_is_zero_for_equal_images_and_positive_else(random_backbone):
     for name, value in different.items():
         (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
         assert float(gradient.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize(("side", "scales"), [(200, 5), (96, 3), (32, 2)])
+def test_the_ms_ssim_term_is_that_of_torchmetrics(side, scales):
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as measure
+
+    x = F.interpolate(images(0, 16), side, mode="bicubic").clamp(-1, 1)
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
+    betas = tuple(weight / sum(weights) for weight in weights)
+    expected = measure((y + 1) / 2, (x + 1) / 2, sigma=1.0, kernel_size=7, betas=betas, data_range=1.0)
+    assert float(ms_ssim(y, x)) == pytest.approx(float(expected), abs=5e-3)  # it counts mirrored borders
 
 
 def test_the_detail_terms_ignore_constant_offsets():

@@ -11,7 +11,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from ldm_vae.autoencoder.base import DETERMINISTIC_LOGVAR
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.quantized import SEARCHED_POSITIONS, codebook_usage, pass_gradient
+from ldm_vae.autoencoder.quantized import SEARCHED_POSITIONS, pass_gradient
 from ldm_vae.autoencoder.weights import fingerprint
 
 CONFIGS = {
@@ -258,20 +258,6 @@ def test_codes_that_win_nothing_are_replaced_by_latents_of_the_batch():
     latents = 3 + torch.randn(2, 4, 16, 16)  # far from the initial codes: one or two of them win everything
     assert len(model.quantize(latents).indices.unique()) < 10
     assert len(model.quantize(latents).indices.unique()) > 40
-
-
-def test_usage_of_known_distributions():
-    even = codebook_usage(torch.arange(8).repeat(5), 8)
-    assert even == pytest.approx({"perplexity": 8.0, "dead_share": 0.0, "entropy_bits": 3.0})
-    one = codebook_usage(torch.full((2, 3, 3), 5), 10)
-    assert one == pytest.approx({"perplexity": 1.0, "dead_share": 0.9, "entropy_bits": 0.0})
-    skewed = codebook_usage(torch.tensor([0, 0, 0, 1]), 4)
-    bits = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
-    assert skewed == pytest.approx({"perplexity": 2**bits, "dead_share": 0.5, "entropy_bits": bits})
-    with pytest.raises(ValueError, match="no indices"):
-        codebook_usage(torch.zeros(0, dtype=torch.int64), 4)
-    with pytest.raises(ValueError, match="the codebook has 4 codes"):
-        codebook_usage(torch.tensor([4]), 4)
 
 
 def quantize_in_a_process(rank: int, folder: Path) -> None:

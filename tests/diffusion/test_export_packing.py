@@ -17,7 +17,7 @@ from ldm_vae.diffusion import export
 from ldm_vae.diffusion.export import METRIC_LINES, pack
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.evaluation.metrics import psnr
+from ldm_vae.metrics import psnr
 
 
 @pytest.fixture

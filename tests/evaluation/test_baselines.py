@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_vae.data import transforms
 from ldm_vae.evaluation import baselines
-from ldm_vae.evaluation.metrics import psnr
+from ldm_vae.metrics import psnr
 
 
 @pytest.fixture(scope="module")

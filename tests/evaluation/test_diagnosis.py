@@ -24,7 +24,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import health_metrics
 from ldm_vae.evaluation.diagnosis import DiagnoseConfig, diagnose, markdown, training_record, verdicts
 from ldm_vae.evaluation.health_metrics import Measured, measure
-from ldm_vae.evaluation.metrics import psnr, water_level
+from ldm_vae.metrics import psnr, water_level
 from tests.evaluation.linear_autoencoder import CHANNELS, RATE_NATS, LinearAutoencoder, random_fields
 from tests.evaluation.test_report import Page
 

@@ -22,6 +22,7 @@ from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.evaluation import model_card
 from ldm_vae.evaluation.model_card import CardConfig, push, worst_window, write_card
+from ldm_vae.evaluation.reconstruction import FORMAT_VERSION
 
 CONFIG = """
 output: runs/flowers
@@ -52,6 +53,7 @@ def interval(mean: float) -> dict[str, float]:
 
 def evaluation(identity: str) -> dict:
     return {
+        "format_version": FORMAT_VERSION,
         "autoencoder": {"fingerprint": identity},
         "protocol": {
             "images": {"fingerprint": "f00d", "part": "held_out", "count": 17},
@@ -214,9 +216,16 @@ def test_records_of_other_weights_are_refused(run, tmp_path):
     results.write_text(json.dumps(evaluation("sha256:" + "0" * 64)))
     with pytest.raises(UserError, match=r"results.json: is about sha256:0+\.\.\., the model is sha256:"):
         write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
-    results.write_text("{}")
-    with pytest.raises(UserError, match="is not a result of `ldm-vae evaluate`"):
-        write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
+    for content, message in (
+        ({}, "is not a result of `ldm-vae evaluate`"),
+        (
+            evaluation("") | {"format_version": 1},
+            "by another version of ldm_vae, whose figures are computed differently",
+        ),
+    ):
+        results.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
     (run / "autoencoder" / "training.json").write_text(json.dumps({"fingerprint": "sha256:" + "1" * 64}))
     with pytest.raises(UserError, match=r"training\.json: is about"):
         write_card(CardConfig(str(run)))

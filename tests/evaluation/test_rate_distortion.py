@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from ldm_vae import cli
+from ldm_vae import cli, metrics
 from ldm_vae import config as configuration
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
-from ldm_vae.evaluation import metrics
 from ldm_vae.evaluation.rate_distortion import (
     NO_KNEE,
     Frontier,

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm_vae import cli, provenance
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import duration, quantity
+from ldm_vae.evaluation.reconstruction import FORMAT_VERSION
 from ldm_vae.evaluation.report import label_of, write_report
 
 VOID = {"meta", "img", "br", "link", "path", "polyline", "circle"}
@@ -92,6 +93,8 @@ def write_results(folder: Path) -> None:
         files[name] = f"00_{name}.png"
         save_picture(folder / "examples" / files[name], 8 if name == "latent" else 64)
     results = {
+        "format_version": FORMAT_VERSION,
+        "config": {},
         "autoencoder": {"fingerprint": "sha256:" + "0" * 64, "class": "AutoencoderWavelet", "latent_channels": 4,
                         "downsampling": 8},
         "protocol": {

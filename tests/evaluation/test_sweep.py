@@ -17,6 +17,7 @@ from ldm_vae import cli
 from ldm_vae.autoencoder.train_config import Phase
 from ldm_vae.errors import EXIT_INTERRUPTED, UserError
 from ldm_vae.evaluation import sweep
+from ldm_vae.evaluation.reconstruction import evaluate
 from ldm_vae.evaluation.sweep import Point
 
 RECIPE = """
@@ -103,6 +104,19 @@ def test_other_settings_of_the_measurement_measure_again_only(
     assert again.names == ["evaluate"]
     assert len((sweep.read_results(changed) or {})["images"]) == 4
     sweep.run_points([point], 1, again)
+
+
+def test_a_result_whose_figures_were_computed_differently_is_measured_again(
+    finished: tuple[Point, InProcess, list[sweep.Outcome]],
+) -> None:
+    point, _, _ = finished
+    file = point.folder / "evaluation" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    with pytest.raises(UserError, match="of another version of ldm_vae, whose figures are computed differently; give"):
+        evaluate(point.evaluate)
+    again = InProcess()
+    assert sweep.run_points([point], 1, again)[0].status == "finished"
+    assert again.names == ["evaluate"]
 
 
 def test_a_point_that_another_launch_holds_is_left_to_it(

@@ -45,7 +45,8 @@ from ldm_vae.files import (
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.text import pluralize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 took brightness on [-1, 1] in SSIM, so that its thresholds of `ms_ssim` are others."""
 DESCRIPTION, TENSORS = "detector.json", "detector.safetensors"
 OWN_FILES = {DESCRIPTION, TENSORS, provenance.RUN_RECORD, MANIFEST}
 GAUSSIANS = ("positions", "pooled")
@@ -182,7 +183,7 @@ class Detector:
 class _FitDetector(Study):
     """Recognizes a finished detector."""
 
-    results_file = DESCRIPTION
+    results_file, format_version = DESCRIPTION, FORMAT_VERSION
 
 
 def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detector:
@@ -336,7 +337,7 @@ def save_detector(detector: Detector, output: Path, started: float) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Raises: UserError for a folder that is not a detector, a damaged one, or one of a newer format."""
+    """Raises: UserError for a folder that is not a detector, a damaged one, or one of another format."""
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         what = "holds no detector.json" if folder.is_dir() else "no such directory"

@@ -28,7 +28,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import kl_divergence
 from ldm_vae.diffusion import flow
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.metrics import ssim_terms
+from ldm_vae.metrics import similarity_maps
 from ldm_vae.random import generator
 
 FLOW_TIMES = (0.3, 0.5)
@@ -363,17 +363,9 @@ def structural_dissimilarity(images: Tensor, references: Tensor) -> Tensor:
 
 def _similarity(x: Tensor, y: Tensor, with_luminance: bool) -> Tensor:
     """SSIM at every pixel, Gaussian window of 11 pixels and sigma 1.5, borders replicated."""
-    contrast, product, squares = ssim_terms(x, y, _local_mean)
-    return (contrast * product / squares if with_luminance else contrast).clamp(-1, 1)
-
-
-def _local_mean(x: Tensor) -> Tensor:
-    offsets = torch.arange(-5, 6, device=x.device)
-    weights = torch.softmax(-offsets.square() / (2 * 1.5**2), dim=0).to(x)
-    channels = x.shape[1]
-    x = F.pad(x, (5, 5, 5, 5), mode="replicate")
-    x = F.conv2d(x, weights.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(x, weights.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    x, y = (F.pad(image, (5, 5, 5, 5), mode="replicate") for image in (x, y))
+    contrast, luminance = similarity_maps(x, y)
+    return (contrast * luminance if with_luminance else contrast).clamp(-1, 1)
 
 
 def perceptual_distance(lpips: LPIPS, images: Tensor, references: Tensor) -> Tensor:

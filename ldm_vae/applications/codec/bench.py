@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae import provenance
+from ldm_vae import metrics, provenance
 from ldm_vae.applications.codec.compression import Codec, open_codec
 from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
@@ -30,11 +30,11 @@ from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import baselines, metrics, plots
+from ldm_vae.evaluation import baselines, plots
 from ldm_vae.evaluation.baselines import code_within
-from ldm_vae.evaluation.metrics import METRIC_TITLES
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet
@@ -154,6 +154,7 @@ def bench_codec(config: CodecBenchConfig, *, overwrite: bool = False, dry_run: b
 class CodecBench(Study):
     """The study of `ldm-vae codec-bench`."""
 
+    format_version = 2  # 1 took brightness on [-1, 1] in SSIM
     config: CodecBenchConfig
 
     def __init__(self, config: CodecBenchConfig, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ldm_vae import provenance
+from ldm_vae import metrics, provenance
 from ldm_vae.applications.directions import attributes, fitting
 from ldm_vae.applications.directions.apply import edited
 from ldm_vae.applications.directions.attributes import (
@@ -37,10 +37,10 @@ from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation import metrics, plots
-from ldm_vae.evaluation.metrics import bootstrap_interval
+from ldm_vae.evaluation import plots
 from ldm_vae.evaluation.pages import Drawing, embed_image, plain_page
 from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
+from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import side_by_side

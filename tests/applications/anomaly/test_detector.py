@@ -61,7 +61,8 @@ def described(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "has format version 2, this program reads 1; update ldm_vae"),
+        ({"format_version": 3}, "has format version 3, this program reads 2; update ldm_vae"),
+        ({"format_version": 1}, "has format version 1, this program reads 2; make it again"),
         ({"format_version": 0}, "format version 0"),
         ({"scores": {"l1": {}, "fid": {}}}, "KeyError"),
         ({"by": "fid"}, "'fid' is not a score"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_vae.evaluation import metrics
+from ldm_vae import metrics
 
 
 @pytest.fixture
@@ -30,16 +30,41 @@ def test_psnr_of_equal_images_is_finite() -> None:
     assert metrics.psnr(image, image).tolist() == [100.0]
 
 
-def test_ssim_agrees_with_torchmetrics_inside_the_image(pair: tuple[Tensor, Tensor]) -> None:
-    from torchmetrics.functional.image import structural_similarity_index_measure
+def skimage_ssim(image: Tensor, reference: Tensor) -> float:
+    """Of images (3, h, w) in [-1, 1] that are moved to [0, 1], with the settings of Wang 2004."""
+    from skimage.metrics import structural_similarity
 
-    images, references = pair
-    _, full = structural_similarity_index_measure(
-        images, references, data_range=2.0, sigma=1.5, reduction="none", return_full_image=True
+    x, y = ((image.double().numpy() + 1) / 2 for image in (image, reference))
+    return float(
+        structural_similarity(
+            x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, channel_axis=0
+        )
     )
-    expected = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
-    torch.testing.assert_close(metrics.ssim(images, references), expected, atol=2e-6, rtol=0)
-    assert expected[0] > 0.9 > 0.7 > expected[1]
+
+
+def test_ssim_is_that_of_scikit_image(pair: tuple[Tensor, Tensor]) -> None:
+    images, references = pair
+    found = metrics.ssim(images, references)
+    assert found.tolist() == pytest.approx([skimage_ssim(x, y) for x, y in zip(images, references)], abs=2e-6)
+    assert found[0] > 0.9 > 0.7 > found[1]
+
+
+@pytest.mark.parametrize(("level", "other", "expected"), [(125, 130, 0.9992), (0, 10, 0.061)])
+def test_ssim_of_flat_grays_is_their_luminance_term(level: int, other: int, expected: float) -> None:
+    """The luminance term has its zero at black: about the middle gray of [-1, 1] it would be below 0."""
+    x, y = (torch.full((1, 3, 200, 200), value / 127.5 - 1) for value in (level, other))
+    assert skimage_ssim(x[0], y[0]) == pytest.approx(expected, abs=5e-4)
+    assert float(metrics.ssim(x, y)) == pytest.approx(skimage_ssim(x[0], y[0]), abs=1e-5)
+    assert float(metrics.ssim_luma(x, y)) == pytest.approx(skimage_ssim(x[0], y[0]), abs=1e-5)
+    assert float(metrics.ms_ssim(x, y)) == pytest.approx(skimage_ssim(x[0], y[0]) ** 0.1333, abs=1e-4)
+
+
+def test_opposed_images_have_no_ms_ssim_and_a_finite_gradient(pair: tuple[Tensor, Tensor]) -> None:
+    images = pair[1].clone().requires_grad_()
+    value = metrics.ms_ssim(images, -images.detach()).sum()
+    (gradient,) = torch.autograd.grad(value, images)
+    assert value.item() == 0
+    assert bool(gradient.isfinite().all())
 
 
 def test_ms_ssim_is_the_product_of_torchmetrics_scales(pair: tuple[Tensor, Tensor]) -> None:
@@ -47,7 +72,7 @@ def test_ms_ssim_is_the_product_of_torchmetrics_scales(pair: tuple[Tensor, Tenso
 
     images, references = pair
     expected = torch.ones(2)
-    x, y = images, references
+    x, y = images + 1, references + 1  # its luminance term wants [0, data_range]
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
         if scale == 4:
             _, full = measure(x, y, data_range=2.0, reduction="none", return_full_image=True)
@@ -124,3 +149,17 @@ def test_paired_differences_see_what_unpaired_means_hide() -> None:
 def test_paired_differences_of_nothing_are_not_tested() -> None:
     assert metrics.paired_difference(np.ones(10), np.ones(10))["wilcoxon_p"] is None
     assert metrics.paired_difference(np.arange(5.0), np.zeros(5))["wilcoxon_p"] is None
+
+
+def test_usage_of_known_distributions() -> None:
+    even = metrics.codebook_usage(torch.arange(8).repeat(5), 8)
+    assert even == pytest.approx({"perplexity": 8.0, "dead_share": 0.0, "entropy_bits": 3.0})
+    one = metrics.codebook_usage(torch.full((2, 3, 3), 5), 10)
+    assert one == pytest.approx({"perplexity": 1.0, "dead_share": 0.9, "entropy_bits": 0.0})
+    skewed = metrics.codebook_usage(torch.tensor([0, 0, 0, 1]), 4)
+    bits = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert skewed == pytest.approx({"perplexity": 2**bits, "dead_share": 0.5, "entropy_bits": bits})
+    with pytest.raises(ValueError, match="no indices"):
+        metrics.codebook_usage(torch.zeros(0, dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match="the codebook has 4 codes"):
+        metrics.codebook_usage(torch.tensor([4]), 4)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_vae.autoencoder.klt import fit_klt
 from ldm_vae.autoencoder.rate import bits_per_pixel
-from ldm_vae.evaluation.metrics import limited_channels, water_filling, water_filling_at, water_level
+from ldm_vae.metrics import limited_channels, water_filling, water_filling_at, water_level
 from tests.evaluation.linear_autoencoder import random_fields
 
 
