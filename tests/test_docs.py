@@ -117,6 +117,52 @@ def test_no_two_models_differ_by_a_hyphen_and_an_underscore_on_one_page() -> Non
         assert not {word for word in underscored if word.replace("_", "-") in text}, page.name
 
 
+OWN_FLAGS = {"--dry-run", "--print-config", "--overwrite", "--strict", "--help"}
+WRITTEN_BY_PROGRAMS = {"benchmarks.md", "cli.md"}
+OF_TOOLS = {
+    "gpu.md",
+    "speed.md",
+    "latents-or-pixels.md",
+    "CONTRIBUTING.md",
+}  # these pages name options of `tools` and `benchmarks`
+
+
+@pytest.fixture(scope="module")
+def settings() -> set[str]:
+    """Every setting of every command, with dots."""
+    return set(re.findall(r"^  ([a-z_0-9.]+)  \(", record_cli.page(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_settings_in_the_text_exist_and_are_spelled_with_an_equals_sign(page: Path, settings: set[str]) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    for span in spans:
+        for key in re.findall(r"(?:^|\s)'?([a-z_]+(?:\.[a-z_]+)+)=", span):
+            assert key in settings, span
+    if page.name not in OF_TOOLS | WRITTEN_BY_PROGRAMS:
+        keys = {key.rsplit(".", 1)[-1].replace("_", "-") for key in settings}
+        flags = {
+            flag for span in spans if span.startswith(("--", "ldm-vae")) for flag in re.findall(r"--[a-z-]+", span)
+        }
+        assert not {flag for flag in flags - OWN_FLAGS if flag[2:] in keys - {"quick"}}
+
+
+BRITISH = (
+    r"\b\w*(?:colour|centre|neighbour|behaviour|favour|honour|normalis|standardis|recognis|optimis|quantis|minimis)\w*"
+    r"|\b(?:licences?|learnt|grey|afterwards|towards|unlabelled|labelled|whilst)\b"
+)
+IDIOM = r"(?<!here )\bis no (?!longer)\w+|\b(?:whoever|nobody's|thereby|anew|by heart|which is said|what for)\b"
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.name not in WRITTEN_BY_PROGRAMS], ids=name)
+def test_the_english_is_american_and_plain(page: Path) -> None:
+    """Names in code are left alone: some are keys that saved files carry."""
+    text = re.sub(r"^```.*?^```|<!-- figures.*?<!-- end[^>]*>", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]+`|\]\([^)]*\)", "", text)
+    assert not re.findall(f"{BRITISH}|{IDIOM}", text, re.IGNORECASE | re.MULTILINE)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
