@@ -130,29 +130,47 @@ def inception_features(network: Any, images: Tensor) -> np.ndarray:
     return network(transforms.to_uint8(images))[0].float().cpu().numpy()
 
 
-def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+def squared_mmd(x: np.ndarray, y: np.ndarray, paired: bool = False) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy of features (n, d) and (m, d), kernel
-    (x·y / d + 1)^3: KID (Bińkowski et al., arXiv:1801.01401, eq. 4). Can be below 0."""
+    (x·y / d + 1)^3: KID (Bińkowski et al., arXiv:1801.01401, eq. 4). Can be below 0.
+
+    Args:
+        paired: y[i] was made from x[i], as a reconstruction is, so k(x[i], y[i]) says nothing about independent draws
+            and is left out (Gretton et al. 2012, eq. 4). With it a copy of x would be at a negative distance.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     (n, dimensions), m = x.shape, len(y)
     if min(n, m) < 2:
         raise ValueError(f"squared_mmd: {n} and {m} samples; give at least 2 of each")
+    if paired and n != m:
+        raise ValueError(f"squared_mmd: {n} and {m} samples; pairs need as many of each")
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / dimensions + 1) ** 3
 
-    xx, yy = kernel(x, x), kernel(y, y)
-    within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return float(within - 2 * kernel(x, y).mean())
+    def off_diagonal_mean(a: np.ndarray) -> float:
+        return (a.sum() - np.trace(a)) / (len(a) * (len(a) - 1))
+
+    across = kernel(x, y)
+    within = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
+    return float(within - 2 * (off_diagonal_mean(across) if paired else across.mean()))
 
 
-def kid(x: np.ndarray, y: np.ndarray, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0) -> Estimate:
-    """KID over random subsets of `subset_size`, drawn independently from each set without replacement."""
+def kid(
+    x: np.ndarray,
+    y: np.ndarray,
+    subset_size: int,
+    subsets: int = KID_SUBSETS,
+    seed: int = 0,
+    paired: bool = False,
+) -> Estimate:
+    """KID over random subsets of `subset_size`, drawn without replacement: from each set its own, of pairs the same."""
     rng = numpy_rng(seed, "kid")
-    values = [
-        squared_mmd(x[rng.permutation(len(x))[:subset_size]], y[rng.permutation(len(y))[:subset_size]])
-        for _ in range(subsets)
-    ]
+    values = []
+    for _ in range(subsets):
+        chosen = rng.permutation(len(x))[:subset_size]
+        other = chosen if paired else rng.permutation(len(y))[:subset_size]
+        values.append(squared_mmd(x[chosen], y[other], paired))
     return Estimate(float(np.mean(values)), float(np.std(values)))
 
 
@@ -189,34 +207,50 @@ def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def compare_sets(
-    real: np.ndarray, decoded: np.ndarray, distribution: Distribution, subset_size: int, seed: int
+    real: np.ndarray,
+    made: np.ndarray,
+    distribution: Distribution,
+    subset_size: int,
+    seed: int,
+    paired: bool = False,
 ) -> dict[str, Any]:
-    """What results.json says under `distribution`. The floor: one random half of the originals against the other."""
+    """What results.json says under `distribution`. The floor: one random half of the originals against the other.
+
+    Args:
+        real, made: features (n, d) and (m, d).
+        paired: made[i] was made from real[i]. Then `kid_halves` is the KID of one half of the originals to what was
+            made from the other half, two independent sets: less the floor, it shows a bias of the paired estimate.
+    """
     count = len(real)
     order = numpy_rng(seed, "split half").permutation(count)
-    first, second = real[order[: count // 2]], real[order[count // 2 : count // 2 * 2]]
+    first, second = order[: count // 2], order[count // 2 : count // 2 * 2]
     size = max(2, min(subset_size, count // 4))
-    measured = kid(real, decoded, size, seed=seed)
-    floor = kid(first, second, size, seed=seed)
+    measured = kid(real, made, size, seed=seed, paired=paired)
+    floor = kid(real[first], real[second], size, seed=seed)
     found: dict[str, Any] = {
         "features": "Inception 2015-12-05 (TensorFlow), pool3, TensorFlow resizing to 299 x 299",
         "images": count,
         "kid": {"mean": measured.mean, "std": measured.std, "subsets": KID_SUBSETS, "subset_size": size},
         "kid_floor": {"mean": floor.mean, "std": floor.std, "images": count // 2},
     }
+    if paired:
+        halves = kid(real[first], made[second], size, seed=seed)
+        found["kid_halves"] = {"mean": halves.mean, "std": halves.std, "images": count // 2}
     if distribution == "fid":
-        found["fid"] = {"value": frechet_of_features(real, decoded), "images": count}
-        found["fid_floor"] = {"value": frechet_of_features(first, second), "images": count // 2}
+        found["fid"] = {"value": frechet_of_features(real, made), "images": count}
+        found["fid_floor"] = {"value": frechet_of_features(real[first], real[second]), "images": count // 2}
     return found
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """The metrics in words, each with its N and its floor."""
-    measured, floor = found["kid"], found["kid_floor"]
+    """The metrics of reconstructions in words, each with its N and its floor."""
+    measured, floor, halves = found["kid"], found["kid_floor"], found["kid_halves"]
     lines = [
         f"KID of decode(mean) to the originals, N = {found['images']}: {1e3 * measured['mean']:.3f} +- "
-        f"{1e3 * measured['std']:.3f} (x 1000, {measured['subsets']} subsets of {measured['subset_size']}); originals "
-        f"against originals, halves of {floor['images']}: {1e3 * floor['mean']:.3f} +- {1e3 * floor['std']:.3f}."
+        f"{1e3 * measured['std']:.3f} (x 1000, {measured['subsets']} subsets of {measured['subset_size']}, an image "
+        f"never against its own reconstruction). Independent halves of {floor['images']}: originals against "
+        f"reconstructions {1e3 * halves['mean']:.3f} +- {1e3 * halves['std']:.3f}, against originals "
+        f"{1e3 * floor['mean']:.3f} +- {1e3 * floor['std']:.3f}."
     ]
     if "fid" in found:
         lines.append(

@@ -59,7 +59,7 @@ from ldm_vae.utils.text import pluralize
 RESULTS = "results.json"
 SAMPLE = "decode(sample)"
 FORMAT_VERSION = 2
-"""Of the results of `evaluate`. 1 took brightness on [-1, 1] in SSIM."""
+"""Of the results of `evaluate`. 1 took brightness on [-1, 1] in SSIM and compared images with themselves in KID."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Evaluation(Study):
         distribution = None
         if config.distribution != "none":
             real, decoded = np.stack(measured.real_features), np.stack(measured.decoded_features)
-            distribution = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed)
+            distribution = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed, paired=True)
         return {
             "protocol": _protocol(config, self.evaluated, self.fitted, measured),
             **summary(measured, self.measurer),
@@ -272,7 +272,12 @@ def _protocol(config: EvaluateConfig, evaluated: ImageSource, fitted: ImageSourc
             "settings": {codec: baselines.CODEC_SETTINGS[codec] for codec in config.codecs},
             "versions": {"pillow": PIL.__version__, **{codec: _codec_version(codec) for codec in config.codecs}},
         },
-        "kid": {"subset_size_at_most": config.kid_subset, "subsets": KID_SUBSETS, "kernel": "(x·y / 2048 + 1)^3"},
+        "kid": {
+            "subset_size_at_most": config.kid_subset,
+            "subsets": KID_SUBSETS,
+            "kernel": "(x·y / 2048 + 1)^3",
+            "pairs": "left out",
+        },
         "seed": config.seed,
         "precision": "float32",
         "versions": provenance.versions(),

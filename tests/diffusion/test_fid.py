@@ -65,6 +65,44 @@ def test_squared_mmd_is_the_formula_and_torchmetrics() -> None:
         fid.squared_mmd(x, y[:1])
 
 
+@pytest.mark.parametrize(("paired", "estimator"), [(False, "unbiased"), (True, "u-statistic")])
+def test_squared_mmd_is_that_of_torch_fidelity(paired: bool, estimator: str) -> None:
+    from torch_fidelity.metric_kid import kernel_poly, mmd2
+
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(30, 6)), rng.normal(0.3, 1.2, size=(30, 6))
+    settings = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
+    kernels = [kernel_poly(a, b, **settings) for a, b in ((x, x), (x, y), (y, y))]
+    assert fid.squared_mmd(x, y, paired) == pytest.approx(mmd2(*kernels, mmd_est=estimator))
+
+
+def test_a_copy_is_at_no_distance_from_its_originals() -> None:
+    features = np.random.default_rng(5).normal(size=(80, 16))
+    found = fid.compare_sets(features, features.copy(), "kid", subset_size=40, seed=0, paired=True)
+    assert abs(found["kid"]["mean"]) < 1e-12
+    assert found["kid_halves"] == found["kid_floor"]
+    assert fid.squared_mmd(features, features) < -0.01  # the estimate for independent sets
+
+
+def test_pairs_of_one_distribution_are_at_no_distance_on_average() -> None:
+    """y[i] depends on x[i] and has the same distribution, so the distance is 0 and the estimate for independent sets,
+    which knows nothing of the pairs, is wrong."""
+    rng = np.random.default_rng(6)
+    values: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(300):
+        x = rng.normal(size=(40, 8))
+        y = 0.8 * x + 0.6 * rng.normal(size=x.shape)
+        for paired, found in values.items():
+            found.append(fid.squared_mmd(x, y, paired))
+    error = np.std(values[True]) / np.sqrt(300)
+    assert abs(np.mean(values[True])) < 3 * error
+    assert np.mean(values[False]) < -10 * error
+    far = fid.squared_mmd(x, 1.5 * x, paired=True)
+    assert far > 10 * np.std(values[True])
+    with pytest.raises(ValueError, match="pairs need as many of each"):
+        fid.squared_mmd(x, x[:7], paired=True)
+
+
 def test_squared_mmd_of_equal_distributions_is_zero_on_average() -> None:
     rng = np.random.default_rng(1)
     values = [fid.squared_mmd(rng.normal(size=(40, 8)), rng.normal(size=(40, 8))) for _ in range(300)]
@@ -186,4 +224,4 @@ def test_evaluate_prints_kid_and_a_forced_fid_with_n_and_floor(
     assert "N = 4" in text
     assert "rFID@4" in text
     assert "compare it with nothing" in text
-    assert "halves of 2" in text
+    assert "halves of 2: originals against reconstructions" in text

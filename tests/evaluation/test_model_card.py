@@ -86,6 +86,7 @@ def evaluation(identity: str) -> dict:
             "images": 17,
             "kid": {"mean": 0.002, "std": 0.001, "subsets": 100, "subset_size": 4},
             "kid_floor": {"mean": 0.0005, "std": 0.001, "images": 8},
+            "kid_halves": {"mean": 0.0025, "std": 0.001, "images": 8},
         },
         "config": {"data": {"source": "folder", "path": "/data/pictures/flowers"}},
     }
