@@ -21,7 +21,7 @@ from tools import record_cli
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "checkpoints" / "README.md", *PAGES]
+TEXTS = [*(ROOT / page for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md")), *PAGES]
 
 RUN_ELSEWHERE = {
     "how-to/generation.md": "diffusion/test_generation_docs.py",
