@@ -42,8 +42,8 @@ BLOCK_BYTES = 1 << 25
 class ExportConfig:
     """`ldm-vae latents export`.
 
-    The same command continues an interrupted export. Shards are compared with their checksums on the way. docs/latent-
-    exchange.md shows how to read the result.
+    The same command continues an interrupted export. Shards are compared with their checksums on the way.
+    docs/reference/latent-exchange.md shows how to read the result.
 
       ldm-vae latents export latents/mine exported/mine to=parquet
       ldm-vae latents export latents/mine s3://bucket/mine to=webdataset posterior=mean
