@@ -25,6 +25,10 @@ NO_NOISE_LOGVAR = -29.999
 """Where every log-variance is at diffusers' lower clamp of -30, there is no posterior noise at all."""
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_BINS = -32.0, 22.0, 1080
 
+SHORT_RUN = 1000
+"""Steps below which a rate is not expected to be at its target: the controller waits for the encoder for 100 steps and
+up to a fifth of the run, and while beta is locked at the end an encoder that learns fast goes on changing."""
+
 ReduceFunction = Callable[[Tensor, Literal["sum", "max", "min"]], Tensor]
 
 
@@ -246,6 +250,7 @@ def training_alarms(
     beta: float | None,
     pinned_share: float,
     locked: bool,
+    steps: int,
 ) -> list[Verdict]:
     """What the averaged metrics of some steps warn of, most severe first. A pure function.
 
@@ -258,12 +263,16 @@ def training_alarms(
         beta: the current weight; with 0 the KL is meant to be inactive.
         pinned_share: of `RateController`.
         locked: whether beta is frozen, so that the rate should sit at its target.
+        steps: of the run; in fewer than `SHORT_RUN` no rate is missed.
     """
     nats = _finite(metrics.get("rate/nats_per_dim"))
     target = target_nats if rate_mode == "target" else None
+    long_enough = severity_of_rate(steps) is None
     error = abs(nats - target) / target if target and nats is not None else None
     found = [
-        check_rule("rate_unreachable", {"pinned_share": pinned_share if target else None}, training=True),
+        check_rule(
+            "rate_unreachable", {"pinned_share": pinned_share if target and long_enough else None}, training=True
+        ),
         check_rule("posterior_collapse", {"nats": nats}, training=True),
     ]
     if found[1] is None:
@@ -275,9 +284,14 @@ def training_alarms(
             found.append(check_rule("kl_inactive", {"median_logvar": logvar, "nats": nats}, training=True))
         hottest = _finite(metrics.get("health/hottest_sigmas"))
         found.append(check_rule("smuggling", {"hot_sigmas": hottest}, training=True))
-        if locked and found[0] is None:
+        if locked and long_enough and found[0] is None:
             found.append(check_rule("rate_miss", {"relative_error": error}, training=True))
     return by_severity(verdict for verdict in found if verdict)
+
+
+def severity_of_rate(steps: int | None) -> Severity | None:
+    """Of a rate off its target: information after a short run, else (None) as the table says. None: steps unknown."""
+    return "info" if steps is not None and steps < SHORT_RUN else None
 
 
 def _finite(value: float | None) -> float | None:
@@ -422,6 +436,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             "as many principal components of the pixel blocks at the same rate describe these images better",
             "train longer, set autoencoder.linear_path=true to start from them, or lower autoencoder.latent_channels",
             linear_margin_db=Limit("PSNR over the block KLT of equal channels and rate in dB", warn=-0.5, below=True),
+        ),
+        "near_linear": _rule(
+            "the network has learned little beyond as many principal components of the pixel blocks at the same rate",
+            "train longer, at a higher learning rate, or with a larger preset",
+            linear_margin_db=Limit("PSNR over the block KLT of equal channels and rate in dB", warn=1.0, below=True),
         ),
         "prior_hole": _rule(
             "the prior N(0, 1) is not where the latents are; expected at a high rate, and a diffusion model handles it",

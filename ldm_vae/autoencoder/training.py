@@ -34,8 +34,8 @@ from ldm_vae.training.trainer import dry_run as dry_run_of
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
-ALARMS_FROM = 0.2
-"""Fraction of the run from which on alarms are raised: a young encoder looks collapsed and is not."""
+ALARMS_FROM, ALARMS_FROM_STEP = 0.2, 500
+"""Share of the run and step from which on, both, alarms of latents are raised: a young encoder looks collapsed."""
 OF_THE_PLAN = {"rate_miss", "rate_unreachable"}
 """Alarms that another number of steps may settle, and that are raised again where it does not."""
 BEFORE_ADVERSARIAL = "autoencoder-before-game"
@@ -289,7 +289,7 @@ class VaeModel:
         """What is wrong after `step` finished steps, from the metrics of a log step; each is raised once."""
         steps = self.config.plan(1).steps
         found = self.adversarial_loss.alarms(metrics) if self.adversarial_loss else []
-        if step >= ALARMS_FROM * steps and self.has_rate:
+        if step >= max(ALARMS_FROM * steps, ALARMS_FROM_STEP) and self.has_rate:
             found += training_alarms(
                 dict(metrics),
                 rate_mode=self.config.rate.mode,
@@ -297,6 +297,7 @@ class VaeModel:
                 beta=metrics["rate/beta"],
                 pinned_share=float(self.rate.pinned_share),
                 locked=self.rate.locked(step) and step >= 0.5 * (self.rate.lock_start + steps),
+                steps=steps,
             )
         new = [verdict for verdict in found if verdict.name not in self._raised]
         self._raised |= {verdict.name for verdict in new}

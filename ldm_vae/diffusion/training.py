@@ -75,7 +75,7 @@ class TrainDiffusionConfig:
         ema: power-function averages, from which `ldm-vae ema` makes one of any length afterward.
         neighbours: training images among whose latents the nearest to each preview sample is searched, mirror images
             included where the set holds them; 0 searches none.
-        patience: share of the run without a better held-out loss after which an alarm suggests to stop.
+        patience: share of the run from the best held-out loss to a worse one after which an alarm suggests to stop.
         kid: KID of samples to held-out images, on request.
     """
 
@@ -262,7 +262,7 @@ class DiffusionModel:
         if "loss/flow" in metrics:
             self.suggestion.update_training(metrics["loss/flow"])
         copies, self.copies = self.copies, None
-        found = [self.suggestion.alarm(step, self.steps), copies if copies and copies.copies else None]
+        found = [self.suggestion.alarm(self.steps), copies if copies and copies.copies else None]
         return [alarm for alarm in found if alarm is not None]
 
     def validate(self, engine: Engine) -> dict[str, float]:

@@ -27,6 +27,8 @@ from ldm_vae.utils.image_grid import GAP, PAPER, labeled_sheet
 TIMES = 8
 SMOOTHING = 0.1
 """Weight of a new log step in the running training loss."""
+RISE = 0.01
+"""Share of the best held-out loss that later ones have to be above it: a loss at its level varies by less."""
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def validation_metrics(losses: dict[float, float], of_training: dict[float, floa
 
 @dataclass(frozen=True)
 class Overfitting:
-    """The alarm: since `step` the held-out loss has not improved, and the training loss fell."""
+    """The alarm: the held-out loss has risen since `step`, and the training loss fell."""
 
     step: int
     held_out: tuple[float, float]
@@ -83,8 +85,8 @@ class StopSuggestion:
         self.patience = patience
         self.train = math.inf
         self.train_then = math.inf
-        self.best = self.last = math.inf
-        self.best_step = 0
+        self.best = self.previous = self.last = math.inf
+        self.best_step = self.last_step = 0
         self.reported = False
 
     def update_training(self, loss: float) -> None:
@@ -94,14 +96,15 @@ class StopSuggestion:
 
     def update_held_out(self, step: int, loss: float) -> None:
         """At each validation after `step` finished steps."""
-        self.last = loss
+        self.previous, self.last, self.last_step = self.last, loss, step
         if loss < self.best:
             self.best, self.best_step, self.train_then, self.reported = loss, step, self.train, False
 
-    def alarm(self, step: int, steps: int) -> Overfitting | None:
-        """Once, until the held-out loss improves again."""
-        waited = step - self.best_step >= self.patience * steps
-        if self.reported or not math.isfinite(self.best) or not waited or self.train >= self.train_then:
+    def alarm(self, steps: int) -> Overfitting | None:
+        """Once, until the held-out loss improves again: the last two are worse than one long before them."""
+        waited = self.last_step - self.best_step >= self.patience * steps
+        risen = min(self.previous, self.last) > (1 + RISE) * self.best
+        if self.reported or not waited or not risen or self.train >= self.train_then:
             return None
         self.reported = True
         return Overfitting(self.best_step, (self.best, self.last), (self.train_then, self.train))

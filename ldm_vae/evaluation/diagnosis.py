@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.autoencoder.health import RULES, Severity, Verdict, by_severity, check_rule
+from ldm_vae.autoencoder.health import RULES, Severity, Verdict, by_severity, check_rule, severity_of_rate
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import open_source, transforms
@@ -197,10 +197,12 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
 
     Args:
         figures: what `diagnosis.measure` returns; None stands for a quantity that does not apply.
-        training: the `rate` record of training.json (`mode`, `target_nats`, `final_beta`, `pinned_share`), or empty.
+        training: the `rate` record of training.json (`mode`, `target_nats`, `final_beta`, `pinned_share`,
+            `beta_path`), or empty.
     """
     rate, decoder = figures["rate"], figures["decoder"]
-    unreachable = check_rule("rate_unreachable", {"pinned_share": _pinned_share(training)})
+    severity = severity_of_rate(trained_steps(training))
+    unreachable = check_rule("rate_unreachable", {"pinned_share": _pinned_share(training)}, severity=severity)
     collapse = check_rule("posterior_collapse", {"nats": rate["nats_per_dim"], "permutation": decoder["permutation"]})
     inactive = _kl_inactive(rate, training)
     if collapse:  # everything else that could be said about the latents or the picture follows from it
@@ -208,7 +210,8 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
         return by_severity(verdict for verdict in (unreachable, collapse, statement) if verdict)
     found = [unreachable, inactive]
     if unreachable is None:
-        found.append(check_rule("rate_miss", {"relative_error": relative_error(rate["nats_per_dim"], training)}))
+        error = relative_error(rate["nats_per_dim"], training)
+        found.append(check_rule("rate_miss", {"relative_error": error}, severity=severity))
     plain = inactive is not None and inactive.severity == "info"  # then nothing keeps the log-variance off its bound
     found += [v for v in _channel_verdicts(figures) if v and not (plain and v.name == "clamped")]
     found.append(check_rule("redundant", {key: figures["latents"][key] for key in ("effective_rank", "correlation")}))
@@ -219,13 +222,20 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
     found.append(check_rule("grid", {"flat_std": decoder["flat_std"], "harmonics": harmonics}))
     found.append(check_rule("border", {"border_ratio": decoder["border_ratio"]}))
     if not any(verdict and verdict.name in COSTS_FIDELITY and verdict.severity != "info" for verdict in found):
-        found.append(check_rule("worse_than_linear", {"linear_margin_db": decoder["linear_margin_db"]}))
+        margin = {"linear_margin_db": decoder["linear_margin_db"]}
+        found.append(check_rule("worse_than_linear", margin) or check_rule("near_linear", margin))
     return by_severity(verdict for verdict in found if verdict)
 
 
 def is_plain(training: Figures) -> bool:
     """Whether the `rate` record of training.json is that of beta = 0: a plain autoencoder."""
     return training.get("mode") == "fixed" and training.get("final_beta") == 0
+
+
+def trained_steps(training: Figures) -> int | None:
+    """Steps of the training, the last of `beta_path` of the `rate` record of training.json; None where it has none."""
+    path = training.get("beta_path")
+    return int(path[-1][0]) if path else None
 
 
 def relative_error(nats: float | None, training: Figures) -> float | None:

@@ -430,7 +430,8 @@ def verdicts_of(point: Point, results: dict[str, Any]) -> list[dict[str, Any]]:
     weights, else from rate and training alone."""
     if is_diagnosed(point):
         return list(read_json(point.folder / "health" / "health.json")["verdicts"])
-    from ldm_vae.autoencoder.health import by_severity, check_rule
+    from ldm_vae.autoencoder.health import by_severity, check_rule, severity_of_rate
+    from ldm_vae.evaluation.diagnosis import trained_steps
 
     rate = read_json(point.autoencoder / "autoencoder" / "training.json").get("rate") or {}
     nats, target = results["rate"]["nats_per_dim"], rate.get("target_nats")
@@ -438,8 +439,9 @@ def verdicts_of(point: Point, results: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     found = [check_rule("posterior_collapse", {"nats": nats})]
     if rate.get("mode") == "target" and target:
-        found.append(check_rule("rate_miss", {"relative_error": abs(nats - target) / target}))
-        found.append(check_rule("rate_unreachable", {"pinned_share": rate.get("pinned_share")}))
+        severity = severity_of_rate(trained_steps(rate))
+        found.append(check_rule("rate_miss", {"relative_error": abs(nats - target) / target}, severity=severity))
+        found.append(check_rule("rate_unreachable", {"pinned_share": rate.get("pinned_share")}, severity=severity))
     return [verdict.to_dict() for verdict in by_severity(verdict for verdict in found if verdict is not None)]
 
 

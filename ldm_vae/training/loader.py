@@ -8,6 +8,7 @@ Nothing of it is ever saved: resuming is starting at the step.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -65,6 +66,12 @@ class Plan:
     @property
     def steps(self) -> int:
         return sum(span.steps for span in self.spans)
+
+    @property
+    def starts(self) -> list[int]:
+        """The first step of each span but the first, counted from 1."""
+        ends = itertools.accumulate(span.steps for span in self.spans[:-1])
+        return [end + 1 for end in ends]
 
     def span(self, step: int) -> tuple[Span, int]:
         """The span that holds `step`, and the position (count of samples before it) of the step's first sample."""

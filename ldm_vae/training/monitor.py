@@ -105,6 +105,10 @@ class History:
         self.average += share * difference
         self.variance = (1 - share) * (self.variance + share * difference**2)
 
+    def forget(self) -> None:
+        """The loss is another one from here on."""
+        self.seen, self.average, self.variance = 0, 0.0, 0.0
+
 
 class StabilityChecks:
     """The updates of every module of a run: which were left out, which losses spike, and when the run must stop.
@@ -113,9 +117,14 @@ class StabilityChecks:
     every `MAXIMUM_SKIPPED_STEPS` steps.
     """
 
-    def __init__(self, names: Iterable[str], *, scaled: bool = False) -> None:
-        """`scaled`: there is a gradient scaler, which finds its scale by overflowing now and then: no alarm."""
-        self.scaled = scaled
+    def __init__(self, names: Iterable[str], *, scaled: bool = False, starts: Iterable[int] = ()) -> None:
+        """
+        Args:
+            names: the modules.
+            scaled: there is a gradient scaler, which finds its scale by overflowing now and then: no alarm.
+            starts: steps, counted from 1, from which on the loss is another one: its average begins anew.
+        """
+        self.scaled, self.starts = scaled, frozenset(starts)
         self.histories = {name: History() for name in names}
         self._pending: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in self.histories}
 
@@ -130,6 +139,8 @@ class StabilityChecks:
                 losses = mean(torch.stack([loss for _, loss, _ in updates]).double()).tolist()
                 norms = torch.stack([norm for _, _, norm in updates]).tolist()
                 for (step, _, _), loss, norm in zip(updates, losses, norms):
+                    if step in self.starts:
+                        self.histories[name].forget()
                     self.histories[name].update(step, loss, norm)
                 updates.clear()
 

@@ -207,7 +207,10 @@ def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) ->
 class Engine:
     """The moving parts of a run: wrapped models, optimizers, averages. One `optimize` call is one optimizer step."""
 
-    def __init__(self, model: Model, config: TrainingConfig, accelerator: Any, steps: int) -> None:
+    def __init__(
+        self, model: Model, config: TrainingConfig, accelerator: Any, steps: int, starts: Sequence[int] = ()
+    ) -> None:
+        """`starts`: of `Plan`, where the loss becomes another one."""
         self.config = config
         self.accelerator = accelerator
         self.steps = steps
@@ -215,7 +218,7 @@ class Engine:
         self.models: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         self.emas: dict[str, Ema] = {}
-        self.stability = StabilityChecks(self.modules, scaled=accelerator.scaler is not None)
+        self.stability = StabilityChecks(self.modules, scaled=accelerator.scaler is not None, starts=starts)
         self.configs: dict[str, TrainingConfig] = {}
         self._parts = 1
         self._loss = torch.zeros((), device=accelerator.device)
@@ -351,7 +354,7 @@ def fit(
     """
     plan.check(accelerator.num_processes)
     with StopRequest() as stop, Watchdog(accelerator, config.timeout_seconds):
-        engine = Engine(model, config, accelerator, plan.steps)
+        engine = Engine(model, config, accelerator, plan.steps, plan.starts)
         failure: BaseException | None = None
         try:
             return train(model, samples, plan, engine, run, stop)

@@ -162,6 +162,7 @@ TARGET: dict[str, Any] = {
     "beta": 1e-3,
     "pinned_share": 0.0,
     "locked": True,
+    "steps": 5000,
 }
 FIXED = TARGET | {"rate_mode": "fixed"}
 
@@ -181,6 +182,8 @@ FIXED = TARGET | {"rate_mode": "fixed"}
         ({"rate/nats_per_dim": 1.5}, TARGET | {"pinned_share": 0.2}, ["rate_unreachable"]),
         ({"rate/nats_per_dim": 1.5}, TARGET, ["rate_miss"]),
         ({"rate/nats_per_dim": 1.5}, TARGET | {"locked": False}, []),
+        ({"rate/nats_per_dim": 1.5}, TARGET | {"steps": 600}, []),
+        ({"rate/nats_per_dim": 1.5}, TARGET | {"steps": 600, "pinned_share": 0.2}, []),
         ({"rate/nats_per_dim": 1.5}, FIXED | {"pinned_share": 0.2}, []),
         ({"rate/nats_per_dim": math.nan, "health/hottest_sigmas": math.inf}, TARGET, []),
     ],

@@ -304,7 +304,8 @@ def test_copies_and_overfitting_are_said_once(autoencoder_directory, latents):
     assert [alarm.name for alarm in model.alarms(1, {"loss/flow": 1.0})] == ["copies"]
     assert model.alarms(2, {"loss/flow": 0.9}) == []
     model.suggestion.update_held_out(2, 1.0)
-    model.suggestion.update_held_out(4, 1.1)
+    for step in (4, 5):
+        model.suggestion.update_held_out(step, 1.1)
     assert [alarm.name for alarm in model.alarms(5, {"loss/flow": 0.5})] == ["overfitting"]
     assert model.alarms(6, {"loss/flow": 0.4}) == []
 

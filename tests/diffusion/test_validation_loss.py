@@ -47,11 +47,11 @@ def test_the_loss_at_each_time_is_the_known_one() -> None:
 
 
 def run(suggestion: StopSuggestion, train: list[float], held_out: list[float]) -> list[int]:
-    """The steps at which it speaks, of 100; one loss of each kind every 5 steps."""
+    """The steps at which it speaks, of 100; one loss of each kind every 5 steps, the held-out one after the other."""
     said = []
     for number, (a, b) in enumerate(zip(train, held_out), start=1):
         suggestion.update_training(a)
-        if suggestion.alarm(5 * number, 100) is not None:
+        if suggestion.alarm(100) is not None:
             said.append(5 * number)
         suggestion.update_held_out(5 * number, b)
     return said
@@ -62,18 +62,20 @@ TURNING = [1 - 0.04 * number if number < 8 else 0.72 + 0.01 * (number - 8) for n
 
 
 def test_it_speaks_once_when_the_held_out_loss_turns() -> None:
-    assert run(StopSuggestion(0.2), FALLING, TURNING) == [60]
-    assert run(StopSuggestion(0.4), FALLING, TURNING) == [80]
+    assert run(StopSuggestion(0.2), FALLING, TURNING) == [65]
+    assert run(StopSuggestion(0.4), FALLING, TURNING) == [85]
 
 
 def test_it_is_silent_while_the_held_out_loss_improves_or_the_training_loss_does_not_fall() -> None:
     assert run(StopSuggestion(0.2), FALLING, FALLING) == []
     assert run(StopSuggestion(0.2), [1.0] * 20, TURNING) == []
+    level = FALLING[:8] + [0.72 + 0.003 * (number % 2) for number in range(12)]
+    assert run(StopSuggestion(0.2), FALLING, level) == []
 
 
 def test_it_speaks_again_after_an_improvement() -> None:
     twice = TURNING[:13] + [0.5] + [0.6] * 12
-    assert run(StopSuggestion(0.2), [1 - 0.03 * number for number in range(26)], twice) == [60, 90]
+    assert run(StopSuggestion(0.2), [1 - 0.03 * number for number in range(26)], twice) == [65, 95]
 
 
 def test_the_sentence_has_the_figures() -> None:
@@ -81,7 +83,7 @@ def test_the_sentence_has_the_figures() -> None:
     for number in range(12):
         suggestion.update_training(FALLING[number])
         suggestion.update_held_out(5 * (number + 1), TURNING[number])
-    alarm = suggestion.alarm(65, 100)
+    alarm = suggestion.alarm(100)
     assert alarm is not None
     for words in ("best at step 40 (0.72, now 0.75)", "fell from 0.9", "stop, use more images"):
         assert words in alarm.sentence()

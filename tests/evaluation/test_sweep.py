@@ -231,10 +231,15 @@ def test_without_a_health_report_the_rate_is_judged(tmp_path: Path, recipe: Path
     (point.autoencoder / "autoencoder").mkdir(parents=True)
     (point.autoencoder / "autoencoder" / "training.json").write_text(json.dumps(record))
 
+    def found(nats: float | None) -> list[dict[str, Any]]:
+        return sweep.verdicts_of(point, {"rate": {"kind": "KL to N(0, 1)", "nats_per_dim": nats}})
+
     def names(nats: float | None) -> list[str]:
-        results = {"rate": {"kind": "KL to N(0, 1)", "nats_per_dim": nats}}
-        return [verdict["name"] for verdict in sweep.verdicts_of(point, results)]
+        return [verdict["name"] for verdict in found(nats)]
 
     assert names(2.0) == ["rate_unreachable"]
     assert names(0.01) == ["rate_unreachable", "posterior_collapse", "rate_miss"]
     assert names(None) == []
+    record["rate"]["beta_path"] = [[20, 1e-3, 0.5], [60, 1e-3, 1.0]]
+    (point.autoencoder / "autoencoder" / "training.json").write_text(json.dumps(record))
+    assert {verdict["severity"] for verdict in found(1.0)} == {"info"}  # no rate is held in 60 steps

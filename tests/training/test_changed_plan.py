@@ -24,11 +24,15 @@ to stop are shares of the run: the new one counts, below.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from ldm_vae import config as configuration
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.autoencoder.training import train_vae
 from ldm_vae.diffusion.power_function_ema import EmaConfig, EmaSnapshots, std_to_exp
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import Plan, Span, learning_rate
@@ -91,3 +95,27 @@ def test_the_last_snapshot_is_that_of_the_new_end(before, stop, after):
     gamma = std_to_exp(0.1)  # weights that grow by 1 a step have the mean (gamma + 1) / (gamma + 2) of their last value
     grown = kept["unet-power-0.1"]["weight"] - first_weight
     torch.testing.assert_close(grown, torch.full_like(grown, after * (gamma + 1) / (gamma + 2)), rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_training_that_becomes_longer_and_shorter_keeps_its_rate(tmp_path, record_property):
+    """600 steps; lengthened to 1,000; taken up again at step 700 and shortened to 740."""
+    words = [
+        f"output={tmp_path}", "data.source=synthetic", "data.synthetic.count=600", "data.synthetic.resolution=64",
+        "data.held_out=0.25", "autoencoder.preset=pico", "loss.perceptual=0", "crop.short_side_min=48",
+        "held_out_images=2", "held_out_resolution=64", "training.precision=fp32", "training.device=cpu",
+        "training.workers=0", "training.tracker=none", "training.warmup_steps=20", "training.ema_decay=0.95",
+        "training.save_every=100", "training.keep_checkpoints=100", "training.preview_every=10000",
+    ]  # fmt: skip
+    rates = []
+    for steps, taken_up_at in ((600, 0), (1000, 600), (740, 700)):
+        for checkpoint in (tmp_path / "checkpoints").glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > taken_up_at:
+                shutil.rmtree(checkpoint)
+        phases = f"phases=[{{steps: {steps}, crop: 32, batch: 8}}]"
+        assert train_vae(configuration.load(TrainVaeConfig, None, [*words, phases])) == 0
+        record = json.loads((tmp_path / "autoencoder" / "training.json").read_text())
+        rates.append(record["held_out"]["held_out/nats_per_dim"])
+    record_property("figure", f"held-out rates of 2.5 nats: {', '.join(f'{rate:.3f}' for rate in rates)}")
+    assert rates == pytest.approx([2.5] * 3, rel=0.03)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import Plan, Span
 from ldm_vae.training.monitor import SPIKE_FROM, History, StabilityChecks, sample_names
-from tests.training import ailing
+from tests.training import ailing, toy
+from tests.training import test_resuming as resuming
 from tests.training.ailing import MODULES, ONCE, Named, train
 
 AILING = Path(ailing.__file__)
@@ -185,6 +186,25 @@ def test_a_noisy_loss_is_no_spike_and_an_outlier_does_not_hide_the_next():
         history.update(step, loss, 1.0)
         assert (history.spike is not None) == (loss > 2)
     assert History(seen=SPIKE_FROM - 1, average=1.0, variance=0.01).spike is None
+
+
+class Steep(toy.ToyModel):
+    """Its loss is a hundred times as high from a step on, as where a phase adds a term."""
+
+    def update(self, step, batch, engine):
+        backward = engine.backward
+        engine.backward = lambda loss: backward(loss * (100 if step >= SPIKE_FROM + 20 else 1))
+        try:
+            return super().update(step, batch, engine)
+        finally:
+            engine.backward = backward
+
+
+@pytest.mark.parametrize("spans", [(SPIKE_FROM + 20, 20), (SPIKE_FROM + 40,)])
+def test_the_loss_of_a_new_phase_is_no_spike(tmp_path, spans):
+    plan = Plan(tuple(Span(steps, 8, 8) for steps in spans))
+    resuming.train(tmp_path, Steep, toy.ToySamples(), plan, f"steps={plan.steps}")
+    assert len(alarms(tmp_path, "loss_spike")) == (0 if len(spans) == 2 else 1)
 
 
 def test_what_was_counted_survives_a_checkpoint():
