@@ -94,7 +94,7 @@ class RateController:
     itself, in the first fifth of the run not at all. In the last `lock_fraction` of the run beta stays at the geometric
     mean of the stretch before, half as long, so that the final objective is stationary. The integral rests then too.
 
-    A run that continues with another number of steps averages anew, over as many steps as the new plan says, and locks
+    A run that continues with another number of steps averages again, over as many steps as the new plan says, and locks
     after that; where fewer steps are left, beta is steered to the end.
 
     The state lives in float64 tensors on the device: `average` is ln of the KL average and `slow_average` a slower one,
@@ -192,7 +192,7 @@ class RateController:
         return numbers | {"channels": channels, "averaged": self.averaged, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Continue after `step` finished steps; a window of another plan, or of one that lies ahead, starts anew."""
+        """Continue after `step` finished steps; a window of another plan, or of one that lies ahead, starts again."""
         for name, value in self._state.items():
             value.fill_(state[name])
         self._channels.copy_(torch.tensor([float.fromhex(value) for value in state["channels"]], dtype=torch.float64))

@@ -122,7 +122,7 @@ class StabilityChecks:
         Args:
             names: the modules.
             scaled: there is a gradient scaler, which finds its scale by overflowing now and then: no alarm.
-            starts: steps, counted from 1, from which on the loss is another one: its average begins anew.
+            starts: steps, counted from 1, from which on the loss is another one: its average starts again.
         """
         self.scaled, self.starts = scaled, frozenset(starts)
         self.histories = {name: History() for name in names}

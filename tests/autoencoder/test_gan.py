@@ -180,7 +180,7 @@ def adversarial_run(steps: int, first: int, last: int, state: dict | None = None
         (1000, 500, 1000, (600, 700, 800)),  # the same plan
         (1000, 650, 1000, (600, 700, 800)),
         (1000, 500, 2000, (1200, 1400, 1600)),  # it lies ahead in both
-        (1000, 650, 2000, (1200, 1400, 1600)),  # begun, and ahead again: measured anew
+        (1000, 650, 2000, (1200, 1400, 1600)),  # begun, and ahead again: measured again
         (1000, 1000, 1100, (600, 700, 800)),  # begun, and it goes on
         (1000, 650, 900, (600, 700, 800)),
         (1000, 550, 700, (550, 620, 690)),  # it should have begun at 420: now
