@@ -27,8 +27,11 @@ def write_record(
     pinned_share: float,
     metrics_file: Path,
     held_out: Mapping[str, float],
+    held_out_enlarged: int = 0,
 ) -> None:
     """Write the record into `folder`.
+
+    `held_out_enlarged` of the images behind `held_out` were smaller than their crop; it is recorded where it is not 0.
 
     `rate.beta_path` is [step, beta, nats per latent dimension] at up to 200 log steps, read from the run's metrics;
     `rate.pinned_share` the share of steps that beta spent at a bound while the target was missed.
@@ -47,6 +50,8 @@ def write_record(
         "initial": None,
         "held_out": dict(held_out),
     }
+    if held_out_enlarged:
+        record["held_out_enlarged"] = held_out_enlarged
     if config.initial is not None:
         before = read_record(config.initial)
         record["kind"] = before.get("kind")  # None: not known

@@ -202,11 +202,13 @@ class HeldOut:
     """What the training never sees, in [-1, 1] on the CPU.
 
     `images` (n, 3, r, r): center crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
-    training are, in the size of the last phase: the rate is defined on what the training sees.
+    training are, in the size of the last phase: the rate is defined on what the training sees. `enlarged`: the short
+    sides of those that were smaller than their center crop.
     """
 
     images: Tensor
     crops: Tensor
+    enlarged: tuple[int, ...] = ()
 
 
 def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
@@ -216,16 +218,20 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
     side = config.phases[-1].crop
     images: list[Tensor] = []
     crops: list[Tensor] = []
+    enlarged: list[int] = []
     count = max(RATE_IMAGES, config.held_out_images)
     for number, (index, image) in enumerate(some_images(config, "held_out", count)):
         if number < config.held_out_images:
             images.append(to_tensor(resize_center_crop(image, config.held_out_resolution)))
+            if min(image.shape[:2]) < config.held_out_resolution:
+                enlarged.append(min(image.shape[:2]))
         rng = numpy_rng(0, "held_out_crops", index)
         for _ in range(CROPS_OF_FEW if number < FEW_IMAGES else 1):
             crops.append(to_tensor(random_crop(image, rng, side, config.crop)))
     if not images:
         return None
-    return HeldOut(transforms.from_uint8(torch.stack(images)), transforms.from_uint8(torch.stack(crops)))
+    whole, parts = (transforms.from_uint8(torch.stack(pixels)) for pixels in (images, crops))
+    return HeldOut(whole, parts, tuple(enlarged))
 
 
 def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:

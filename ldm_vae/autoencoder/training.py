@@ -23,6 +23,7 @@ from ldm_vae.autoencoder.models import build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
 from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
 from ldm_vae.data import transforms
+from ldm_vae.data.samples import enlarged_sentence
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_checksums
 from ldm_vae.metrics import codebook_usage
@@ -66,6 +67,9 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    if held_out and held_out.enlarged:
+        small, images = held_out.enlarged, len(held_out.images)
+        accelerator.print("held out:", enlarged_sentence(len(small), images, min(small), "held_out_resolution"))
     model = VaeModel(config, held_out, accelerator.device)
     if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
         model.autoencoder.fit_statistics(measured_batches(config))
@@ -352,6 +356,7 @@ class VaeModel:
                 pinned_share=float(self.rate.pinned_share),
                 metrics_file=directory / "metrics.jsonl",
                 held_out=metrics,
+                held_out_enlarged=len(self.held_out.enlarged) if self.held_out else 0,
             )
             write_checksums(temporary)
 

@@ -16,6 +16,7 @@ from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.random import key_hash, numpy_rng
+from ldm_vae.utils.text import pluralize
 
 ATTEMPTS = 20
 
@@ -82,6 +83,10 @@ def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
 Rejected = list[tuple[str, str]]
 """(id, reason) of images that could not be read."""
 
+Enlarged = list[tuple[str, int]]
+"""(id, short side in pixels) of images that were smaller than their crop. Scaled up to it they have no fine detail, so
+that every autoencoder and codec looks better on them than it is."""
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -91,25 +96,31 @@ class Crop:
         index: in its source.
         pixels: uint8 (h, w, 3).
         short_side: of the image before scaling, in pixels.
+        scale: what it was scaled by.
     """
 
     index: int
     id: str
     pixels: np.ndarray
     short_side: int
+    scale: float
 
     @property
     def enlarged(self) -> bool:
         """Whether the image was smaller than its crop, so that the crop is blurred."""
-        return self.short_side < self.pixels.shape[0]
+        return self.scale > 1
 
 
 def iterate_crops(
-    source: ImageSource, indices: Iterable[int], resolution: int | tuple[int, int], rejected: Rejected
+    source: ImageSource,
+    indices: Iterable[int],
+    resolution: int | tuple[int, int],
+    rejected: Rejected,
+    enlarged: Enlarged | None = None,
 ) -> Iterator[Crop]:
     """Center crops of a side or of (h, w), in the order of `indices`.
 
-    Images that cannot be read are left out and appended to `rejected`.
+    Images that cannot be read are left out and appended to `rejected`, those that are enlarged to `enlarged`.
     """
     for index in indices:
         try:
@@ -117,16 +128,38 @@ def iterate_crops(
         except ImageRejected as error:
             rejected.append((source.id(index), error.reason))
         else:
-            yield Crop(index, source.id(index), resize_center_crop(image, resolution), min(image.shape[:2]))
+            height, width = image.shape[:2]
+            scale = transforms.cover_scale(height, width, resolution)
+            pixels = resize_center_crop(image, resolution)
+            crop = Crop(index, source.id(index), pixels, min(height, width), scale)
+            if crop.enlarged and enlarged is not None:
+                enlarged.append((crop.id, crop.short_side))
+            yield crop
 
 
 def read_crops(
-    source: ImageSource, indices: Sequence[int], resolution: int | tuple[int, int], rejected: Rejected
+    source: ImageSource,
+    indices: Sequence[int],
+    resolution: int | tuple[int, int],
+    rejected: Rejected,
+    enlarged: Enlarged | None = None,
 ) -> tuple[list[int], Tensor | None]:
-    """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None where there is none."""
-    found = list(iterate_crops(source, indices, resolution, rejected))
+    """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None where there is none.
+
+    `rejected` and `enlarged` as in `iterate_crops`.
+    """
+    found = list(iterate_crops(source, indices, resolution, rejected, enlarged))
     images = torch.stack([transforms.to_batch(crop.pixels)[0] for crop in found]) if found else None
     return [crop.index for crop in found], images
+
+
+def enlarged_sentence(enlarged: int, images: int, smallest: int, setting: str = "resolution") -> str:
+    """What to say where some of the images are smaller than their crop; `smallest`: the smallest short side."""
+    return (
+        f"{enlarged} of {pluralize(images, 'image')} {'is' if enlarged == 1 else 'are'} smaller than the crop and "
+        f"enlarged, which hides errors. The smallest short side is {smallest} pixels: set {setting} to that or less, "
+        "or leave small images out."
+    )
 
 
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:

@@ -77,6 +77,12 @@ def random_crop(
     return np.ascontiguousarray(crop[:, ::-1]) if config.flip and mirror < 0.5 else crop
 
 
+def cover_scale(height: int, width: int, size: int | tuple[int, int]) -> float:
+    """What a picture is scaled by until it just covers `size` (a side, or (height, width)). Above 1 it is enlarged."""
+    target_height, target_width = (size, size) if isinstance(size, int) else size
+    return max(target_height / height, target_width / width)
+
+
 def resize_center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Scale until the picture just covers `size` (a side, or (height, width)), then keep the center.
 
@@ -84,7 +90,7 @@ def resize_center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.nda
     """
     target_height, target_width = (size, size) if isinstance(size, int) else size
     height, width = image.shape[:2]
-    scale = max(target_height / height, target_width / width)
+    scale = cover_scale(height, width, size)
     if scale == 1.0:
         top, left = (height - target_height) // 2, (width - target_width) // 2
         return image[top : top + target_height, left : left + target_width].copy()

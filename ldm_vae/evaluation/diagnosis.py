@@ -19,7 +19,7 @@ from ldm_vae.autoencoder.health import RULES, Severity, Verdict, by_severity, ch
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import open_source, transforms
-from ldm_vae.data.samples import evenly_spaced, read_crops
+from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
@@ -28,7 +28,7 @@ from ldm_vae.evaluation.health_metrics import Figures, Measured, dead_channels, 
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.plots import COLORS, INK, legend, new_figure, page_svg
 from ldm_vae.evaluation.reconstruction import DIFFERENCE_GAIN
-from ldm_vae.evaluation.study import Study, check_resolution, rejected_images
+from ldm_vae.evaluation.study import Study, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.markdown import markdown_table
 
@@ -109,7 +109,7 @@ class Diagnosis(Study):
         config = self.config
         rejected: list[tuple[str, str]] = []
         chosen = evenly_spaced(len(self.source), config.count)
-        images = read_images(self.source, chosen, config, rejected)
+        images = read_images(self.source, chosen, config, rejected, self.enlarged)
         training = training_record(config.autoencoder)
         plain = is_plain(training.get("rate", {}))
         self.measured = measure(self.autoencoder, images, len(chosen), config.batch, config.seed, self.device, plain)
@@ -139,17 +139,18 @@ def failed(report: dict[str, Any]) -> bool:
 
 
 def read_images(
-    source: ImageSource, indices: list[int], config: DiagnoseConfig, rejected: list[tuple[str, str]]
+    source: ImageSource, indices: list[int], config: DiagnoseConfig, rejected: Rejected, enlarged: Enlarged
 ) -> Iterator[Tensor]:
     """Center crops (n, 3, resolution, resolution) in [-1, 1] in batches, with a progress bar.
 
-    Images that cannot be decoded are appended to `rejected` as (id, reason) and left out.
+    Images that cannot be decoded are appended to `rejected` and left out; those that are enlarged, to `enlarged`.
     """
     from tqdm import tqdm
 
     starts = range(0, len(indices), config.batch)
     for start in tqdm(starts, desc="diagnosing", unit="batch", dynamic_ncols=True):
-        _, images = read_crops(source, indices[start : start + config.batch], config.resolution, rejected)
+        batch = indices[start : start + config.batch]
+        _, images = read_crops(source, batch, config.resolution, rejected, enlarged)
         if images is not None:
             yield images
 
@@ -386,6 +387,7 @@ def render(report: Report, found: Sequence[Verdict], measured: Measured) -> str:
 
     context = {
         "report": report,
+        "enlarged": enlarged_lines(report),
         "headline": headline(found),
         "groups": [(name, list(group)) for name, group in groupby(found, key=lambda v: (v.severity, v.name, v.cause))],
         "rules": RULES,

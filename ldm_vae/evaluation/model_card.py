@@ -45,7 +45,7 @@ from ldm_vae.evaluation.plots import (
     save_svg,
 )
 from ldm_vae.evaluation.reconstruction import codec_lines, read_evaluation, table
-from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.evaluation.study import check_not_enlarged, read_json, read_yaml
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
@@ -201,11 +201,13 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
         _required(Path(config.evaluation) / RESULTS, "ldm-vae evaluate")
         evaluation = read_evaluation(config.evaluation)
         check_identity(evaluation["autoencoder"]["fingerprint"], identity, Path(config.evaluation) / RESULTS)
+        check_not_enlarged(Path(config.evaluation) / RESULTS, evaluation)
     health = None
     folder = config.health or config.evaluation
     if folder and (config.health or (Path(folder) / HEALTH).is_file()):
         health = _required(Path(folder) / HEALTH, "ldm-vae diagnose")
         check_identity(health.get("autoencoder", {}).get("fingerprint"), identity, Path(folder) / HEALTH)
+        check_not_enlarged(Path(folder) / HEALTH, health)
     earlier, credits = earlier_runs(run_folder), read_credits(config.data_credits)
     return Records(training, run, settings, earlier, path, evaluation, health, credits)
 
@@ -216,6 +218,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
     stock = hasattr(diffusers, name)
     factor, channels = autoencoder.downsampling, autoencoder.latent_channels
     evaluation, only = records.evaluation, autoencoder.only_side
+    held_out = {} if records.training.get("held_out_enlarged") else records.training.get("held_out", {})
     sides = known_sides(factor, only)
     context: dict[str, Any] = {
         "card_data": autoencoder_front_matter(config, records, stock, title).to_yaml(),
@@ -246,7 +249,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
         "rate": rate_sentences(records.training, records.evaluation, factor, channels),
         "beta_path": thin(records.beta_path, 8),
         "evaluation": evaluation_facts(evaluation) if evaluation else None,
-        "held_out_psnr": records.training.get("held_out", {}).get("held_out/psnr"),
+        "held_out_psnr": held_out.get("held_out/psnr"),
         "verdicts": None if records.health is None else verdicts(records.health),
         "limits": limits(records.config, evaluation, records.health, sides, stock),
     }

@@ -31,7 +31,7 @@ from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_dive
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.folder import find_pictures
-from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
+from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record, resize_center_crop
@@ -197,6 +197,7 @@ class Evaluation(Study):
         klt = fit_baseline(self.fitted, chosen, config.resolution, self.autoencoder.downsampling, self.processes)
         self.measurer = _measurer(config, self.autoencoder, klt, self.device)
         self.measured = measure_images(self.measurer, self.evaluated, self.indices, self.processes)
+        self.enlarged = self.measured.enlarged
 
     def measure(self) -> Results:
         config, measured = self.config, self.measured
@@ -306,9 +307,10 @@ class Unit:
     decoded_features: list[np.ndarray] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     rejected: Rejected = field(default_factory=list)
+    enlarged: Enlarged = field(default_factory=list)
 
     def extend(self, other: Unit) -> None:
-        for name in ("ids", "nats", "real_features", "decoded_features", "examples", "rejected"):
+        for name in ("ids", "nats", "real_features", "decoded_features", "examples", "rejected", "enlarged"):
             getattr(self, name).extend(getattr(other, name))
         for row, named in other.rows.items():
             for metric, values in named.items():
@@ -351,7 +353,7 @@ class Measurer:
     def measure(self, source: ImageSource, indices: list[int], shown: set[int]) -> Unit:
         """Reconstruct and measure the images at `indices`. The posterior noise of an image depends on its id only."""
         unit = Unit()
-        found, batch = read_crops(source, indices, self.config.resolution, unit.rejected)
+        found, batch = read_crops(source, indices, self.config.resolution, unit.rejected, unit.enlarged)
         if batch is None:
             return unit
         images = batch.to(self.device)

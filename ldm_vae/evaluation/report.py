@@ -20,7 +20,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed, template_environment
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
 from ldm_vae.evaluation.reconstruction import read_evaluation
-from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.evaluation.study import enlarged_lines, read_json, read_yaml
 from ldm_vae.files import check_tensor_file, write_text
 from ldm_vae.metrics import METRIC_TITLES
 
@@ -109,6 +109,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
     alarms = read_alarms(vae / "metrics.jsonl")
     manifest = read_json(folders.get("latents", absent) / "manifest.json")
     samples = read_samples(folders.get("samples", absent))
+    results = read_evaluation(folders.get("evaluation", absent))
     context = {
         "title": title,
         "command": command,
@@ -118,7 +119,8 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "longest_seconds": max(1e-9, *(stage.seconds for stage in stages)),
         "metric_titles": METRIC_TITLES,
         "synthetic": settings.get("vae", {}).get("data", {}).get("source") == "synthetic",
-        "results": read_evaluation(folders.get("evaluation", absent)),
+        "results": results,
+        "enlarged": enlarged_lines(results),
         "examples": read_examples(folders.get("evaluation", absent)),
         "samples": samples,
         "header_samples": header_samples(samples),

@@ -28,6 +28,7 @@ from PIL import Image
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.data.samples import Enlarged, enlarged_sentence
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     system_errors_explained,
@@ -92,6 +93,8 @@ class Study:
         self.config, self.autoencoder, self.overwrite = config, autoencoder, overwrite
         self.output = Path(config.output if output is None else output)
         self.processes = processes or Processes()
+        self.enlarged: Enlarged = []
+        """Images that were smaller than their crop, found while measuring. They are part of the results."""
 
     # What a study defines.
 
@@ -160,7 +163,7 @@ class Study:
                 self.collect()
                 results = run_on_main(self.processes, self._measure_and_commit)
         if self.processes.is_main_process:
-            print(self.summary(results), flush=True)
+            print("\n".join([self.summary(results), *enlarged_lines(results)]), flush=True)
         return results
 
     def load(self) -> Results | None:
@@ -208,7 +211,10 @@ class Study:
         Raises:
             UserError: the system refuses to write, or the folder has vanished.
         """
-        files = {**self.files(results), self.markdown_file: self.markdown(results), PAGE: self.page(results)}
+        text = self.markdown(results)
+        if text is not None:
+            text += "".join(f"\n{line}\n" for line in enlarged_lines(results))
+        files = {**self.files(results), self.markdown_file: text, PAGE: self.page(results)}
         with publishing(self.output, self.marker):
             for old in (file for pattern in self.replaced for file in self.output.glob(pattern)):
                 old.unlink()
@@ -227,6 +233,8 @@ class Study:
     def _measure_and_commit(self) -> Results:
         measured = self.measure()
         described = {} if self.autoencoder is None else {"autoencoder": self.described}
+        if self.enlarged:
+            measured["enlarged"] = [{"id": name, "short_side": side} for name, side in self.enlarged]
         results = {"format_version": self.format_version, **described, **measured, "config": self.settings()}
         self.commit(results)
         return results
@@ -246,6 +254,24 @@ def _write(path: Path, content: Content) -> None:
 def rejected_images(rejected: list[tuple[str, str]]) -> list[dict[str, str]]:
     """The images that could not be read, (id, reason), as results have them."""
     return [{"id": name, "reason": reason} for name, reason in rejected]
+
+
+def enlarged_lines(results: Results) -> list[str]:
+    """What has to be said of a result with images that were smaller than their crop; none where there were none."""
+    found = results.get("enlarged") or []
+    if not found:
+        return []
+    return [
+        enlarged_sentence(
+            len(found), results["protocol"]["images"]["count"], min(image["short_side"] for image in found)
+        )
+    ]
+
+
+def check_not_enlarged(path: Path, results: Results) -> None:
+    """Raises: UserError for the results in a file that are of enlarged images, and so better than the model is."""
+    for line in enlarged_lines(results):
+        raise UserError(path, line.rstrip("."), "give results without such images")
 
 
 def check_writable(folder: Path) -> None:

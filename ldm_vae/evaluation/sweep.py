@@ -25,7 +25,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import EXIT_INTERRUPTED, FolderLocked, UserError
 from ldm_vae.evaluation.reconstruction import FORMAT_VERSION, RESULTS, EvaluateConfig
-from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, read_json
+from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, enlarged_lines, read_json
 from ldm_vae.files import write_json, write_text
 from ldm_vae.storage import open_folder
 
@@ -143,6 +143,7 @@ def remarks(records: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]
     undiagnosed = [record["name"] for record in records if not record["diagnosed"]]
     if undiagnosed:
         lines.append(f"No health report could be made of {', '.join(undiagnosed)}: judged by the rate alone.")
+    lines += sorted({line for record in records for line in record.get("enlarged", [])})
     return lines
 
 
@@ -346,6 +347,7 @@ def common_record(point: Point, results: dict[str, Any]) -> dict[str, Any]:
         "steps": sum(phase.steps for phase in point.train.phases),
         "seconds": read_json(point.autoencoder / provenance.RUN_RECORD).get("seconds"),
         "resolution": results["protocol"]["resolution"],
+        "enlarged": enlarged_lines(results),
     }
 
 

@@ -356,12 +356,20 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
         encoding_started = time.monotonic()
         work = encode_units(job, output, found)
         wait_for_all(accelerator)
-        encoded = int(accelerator.reduce(torch.tensor(work.images, device=accelerator.device), "sum"))
+        counted = torch.tensor([work.images, work.enlarged], device=accelerator.device)
+        encoded, enlarged = map(int, accelerator.reduce(counted, "sum"))
+        work = replace(work, images=encoded, enlarged=enlarged)
         speed = encoded / (time.monotonic() - encoding_started)
 
         def complete() -> Manifest | None:
+            if enlarged:
+                print(
+                    f"{output.where}: {enlarged} of the {pluralize(encoded, 'image')} of this job "
+                    f"{'is' if enlarged == 1 else 'are'} smaller than {size_name(job.size)} pixels and enlarged; set a "
+                    "smaller resolution, or leave small images out"
+                )
             if share == (0, 1):
-                return _complete(job, output, replace(work, images=encoded), speed, started)
+                return _complete(job, output, work, speed, started)
             print(f"{output.where}: share {config.share} is made; the same command without share completes the set")
             return None
 
@@ -381,6 +389,8 @@ def _complete(job: Job, output: Output, work: Work, images_per_second: float, st
         waited_for_images_seconds=round(work.waited_seconds, 3),
         processes=accelerator.num_processes, device=accelerator.device.type, precision=config.precision,
     )  # fmt: skip
+    if work.enlarged:
+        record["images_enlarged"] = work.enlarged
     completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
     output.publish(completed)
     speed = f"; {images_per_second:.1f} images/s" if work.images else ""
@@ -416,11 +426,13 @@ def images_of_share(job: Job) -> int | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a process did: images encoded, seconds it waited for decoded images, share of time the model was busy."""
+    """What a process did: images encoded, seconds it waited for decoded images, share of time the model was busy, and
+    how many images were smaller than their crop."""
 
     images: int
     waited_seconds: float
     busy: float
+    enlarged: int
 
 
 def encode_units(job: Job, output: Output, finished: frozenset[int]) -> Work:
@@ -445,7 +457,7 @@ def encode_units(job: Job, output: Output, finished: frozenset[int]) -> Work:
             if batch.last:
                 writer.publish(opened.pop(batch.unit))
     assert not opened, "every unit ends with a batch that says so"
-    return Work(progress.encoded, progress.waited_seconds, busy.fraction())
+    return Work(progress.encoded, progress.waited_seconds, busy.fraction(), progress.enlarged)
 
 
 def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
@@ -571,7 +583,7 @@ class Progress:
         from tqdm import tqdm
 
         self.processes = accelerator.num_processes
-        self.encoded = self.rejected = 0
+        self.encoded = self.rejected = self.enlarged = 0
         self.waited_seconds = 0.0
         self.total, self.busy = total, busy
         self.bar = tqdm(
@@ -605,6 +617,7 @@ class Progress:
         count = len(batch.rows) + len(batch.rejected)
         self.encoded += len(batch.rows)
         self.rejected += len(batch.rejected)
+        self.enlarged += batch.enlarged
         step = count * self.processes
         self.bar.update(step if self.total is None else min(step, self.total - self.bar.n))
         left_out = f", {self.rejected} left out" if self.rejected else ""

@@ -23,7 +23,7 @@ from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.samples import to_tensor
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
 from ldm_vae.data.split import Part, part_of, subset
-from ldm_vae.data.transforms import resize_center_crop
+from ldm_vae.data.transforms import cover_scale, resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import Rejection
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
@@ -107,6 +107,7 @@ class ImageBatch:
         rows: which of them are images; `indices`, `labels` and `ids` belong to these.
         rejected: images that could not be read.
         last: the unit ends with this batch.
+        enlarged: how many of the images were smaller than their crop.
     """
 
     unit: int
@@ -117,6 +118,7 @@ class ImageBatch:
     ids: list[str]
     rejected: list[Rejection]
     last: bool = True
+    enlarged: int = 0
 
     def pin_memory(self) -> ImageBatch:
         """For the data loader."""
@@ -384,6 +386,7 @@ class _Batches(IterableDataset):
 
 def decode_group(group: Group, batch: int, size: tuple[int, int]) -> ImageBatch:
     """Read and crop the images of a group."""
+    enlarged = 0
     black = torch.zeros(batch, 3, *size, dtype=torch.uint8)
     decoded = ImageBatch(group.unit, black, [], [], [], [], [], group.last)
     for row, (index, item) in enumerate(group.items):
@@ -393,8 +396,9 @@ def decode_group(group: Group, batch: int, size: tuple[int, int]) -> ImageBatch:
             decoded.rejected.append(Rejection(index, item.id, error.reason, str(error)))
             continue
         decoded.images[row] = to_tensor(resize_center_crop(pixels, size))
+        enlarged += cover_scale(pixels.shape[0], pixels.shape[1], size) > 1
         decoded.rows.append(row)
         decoded.indices.append(index)
         decoded.labels.append(item.label)
         decoded.ids.append(item.id)
-    return decoded
+    return replace(decoded, enlarged=enlarged)

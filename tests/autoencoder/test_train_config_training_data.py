@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.train_config import TrainVaeConfig, measured_batches
+from ldm_vae.autoencoder.train_config import TrainVaeConfig, held_out_part, measured_batches
 from ldm_vae.config import load
 from ldm_vae.errors import EXIT_USER_ERROR
 
@@ -28,6 +29,21 @@ def test_unreadable_images_are_left_out_of_what_is_measured(image_folder, tmp_pa
     for path in sorted((folder / "a").iterdir()):
         path.write_bytes(BROKEN)
     assert 0 < len(list(measured_batches(config))) < all_of_them
+
+
+def test_enlarged_held_out_images_are_said_and_recorded(image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    small = load(TrainVaeConfig, None, settings_for(folder, "held_out_images=3"))
+    assert held_out_part(small).enlarged == ()
+    words = [
+        "autoencoder.preset=pico", "training.device=cpu", "training.workers=0", "training.tracker=none",
+        "training.preview_every=1000",
+    ]  # fmt: skip
+    assert cli.main(["train-vae", *settings_for(folder, *words, "held_out_images=3"), "held_out_resolution=96"]) == 0
+    assert "held out: 3 of 3 images are smaller than the crop and enlarged" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "autoencoder" / "training.json").read_text())
+    assert record["held_out_enlarged"] == 3
 
 
 def test_a_folder_without_a_readable_image_is_refused_in_the_sentence_of_training(tmp_path, capsys):

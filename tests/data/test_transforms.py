@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_vae.data.transforms import CropConfig, preprocessing_record, random_crop, resize_center_crop
+from ldm_vae.data.transforms import CropConfig, cover_scale, preprocessing_record, random_crop, resize_center_crop
 from ldm_vae.errors import UserError
 from tests.data.encoded import picture
 
@@ -100,6 +100,16 @@ def test_flat_crops_have_no_edges_and_the_colors_of_the_picture() -> None:
         crop = random_crop(image, rng(seed), 64, CropConfig(flat=1.0)).astype(int)
         assert max(np.abs(np.diff(crop, axis=0)).max(), np.abs(np.diff(crop, axis=1)).max()) <= 8
         assert (crop.max(axis=(0, 1)) <= (200, 100, 50)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "enlarged"),
+    [((96, 80), 80, False), ((96, 80), 96, True), ((96, 80), (96, 64), False), ((96, 80), (64, 96), True)],
+)
+def test_a_crop_knows_whether_its_picture_was_smaller(
+    shape: tuple[int, int], size: int | tuple[int, int], enlarged: bool
+) -> None:
+    assert (cover_scale(*shape, size) > 1) == enlarged
 
 
 def test_cover_crop_keeps_the_center() -> None:

@@ -432,6 +432,18 @@ def test_the_folder_holds_figures_words_and_a_page(config: DiagnoseConfig, repor
     assert json.loads((output / "run.json").read_text())["finished"] is True
 
 
+def test_a_report_of_enlarged_images_says_so(
+    config: DiagnoseConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = diagnose(replace(config, resolution=96, output=str(tmp_path / "health")))
+    assert [image["short_side"] for image in found["enlarged"]] == [80] * 10
+    for text in (
+        capsys.readouterr().out,
+        *((tmp_path / "health" / n).read_text() for n in ("health.md", "index.html")),
+    ):
+        assert "10 of 10 images are smaller than the crop and enlarged" in text
+
+
 def test_a_finished_report_is_read_and_one_of_other_settings_is_kept(
     config: DiagnoseConfig, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,25 @@ def test_records_of_other_weights_are_refused(run, tmp_path):
     assert not (run / "autoencoder" / "README.md").exists()
 
 
+def test_figures_of_enlarged_images_are_refused(run, tmp_path):
+    identity = json.loads((run / "autoencoder" / "training.json").read_text())["fingerprint"]
+    small = {"enlarged": [{"id": "a", "short_side": 128}, {"id": "b", "short_side": 200}]}
+    message = "results.json: 2 of 17 images are smaller than the crop and enlarged.* is 128 pixels: set"
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(evaluation(identity) | small))
+    with pytest.raises(UserError, match=message):
+        write_card(CardConfig(str(run), evaluation=str(tmp_path / "evaluation")))
+    health = {"autoencoder": {"fingerprint": identity}, "protocol": {"images": {"count": 17}}, "verdicts": []}
+    (tmp_path / "health.json").write_text(json.dumps(health | small))
+    with pytest.raises(UserError, match=message.replace("results", "health")):
+        write_card(CardConfig(str(run), health=str(tmp_path)))
+    record = json.loads((run / "autoencoder" / "training.json").read_text())
+    path, _ = write_card(CardConfig(str(run)))
+    assert "validates on (PSNR 26.50 dB)" in path.read_text()
+    (run / "autoencoder" / "training.json").write_text(json.dumps(record | {"held_out_enlarged": 2}))
+    path, _ = write_card(CardConfig(str(run)))
+    assert "Not measured." in path.read_text()
+
+
 def test_somebody_elses_readme_is_kept_and_our_own_is_written_anew(run):
     readme = run / "autoencoder" / "README.md"
     readme.write_text("mine")

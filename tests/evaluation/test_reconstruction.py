@@ -146,6 +146,19 @@ def test_a_budget_above_the_highest_quality_is_not_filled_and_it_is_said(
     assert "2 of 2 images take fewer bytes even at the highest" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_enlarged_images_are_counted_and_said(
+    config: EvaluateConfig, results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "enlarged" not in results
+    large = evaluate(replace(config, resolution=128, count=3, codecs=[], output=str(tmp_path / "out")))
+    assert large["enlarged"] == [{"id": image["id"], "short_side": 80} for image in large["images"]]
+    sentence = "3 of 3 images are smaller than the crop and enlarged, which hides errors. The smallest short side is 80"
+    assert capsys.readouterr().out.count(sentence) == 1
+    assert (tmp_path / "out" / "results.md").read_text().count(sentence) == 1
+    evaluate(replace(config, resolution=128, count=3, codecs=[], output=str(tmp_path / "out")))
+    assert capsys.readouterr().out.count(sentence) == 1  # of a finished result as well
+
+
 @pytest.mark.parametrize(("kind", "codec_rows"), [("ae", 0), ("vq", 1)])
 def test_a_deterministic_autoencoder_has_no_sample_and_no_kl_rate(
     config: EvaluateConfig, tmp_path: Path, kind: Any, codec_rows: int

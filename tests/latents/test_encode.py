@@ -91,6 +91,13 @@ def test_other_images_are_refused(encode, latents, image_folder, tmp_path):
         encode(latents, f"data.path={tmp_path / 'images'}")
 
 
+def test_enlarged_images_are_counted_and_said(encode, latents, tmp_path, capsys):
+    assert "images_enlarged" not in json.loads((latents / "run.json").read_text())
+    assert encode(tmp_path / "set", "resolution=88") == 0
+    assert json.loads((tmp_path / "set" / "run.json").read_text())["images_enlarged"] == 24
+    assert "24 of the 24 images of this job are smaller than 88 pixels and enlarged" in capsys.readouterr().out
+
+
 def test_only_what_is_missing_is_made(encode, latents, tmp_path):
     output = tmp_path / "set"
     shutil.copytree(latents, output)

@@ -25,7 +25,7 @@ from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import open_source, transforms
-from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
+from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.transforms import preprocessing_record
@@ -33,7 +33,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation import baselines, plots
 from ldm_vae.evaluation.baselines import code_within
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
-from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, rejected_images
+from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
@@ -133,6 +133,7 @@ class CodecMeasurements:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     examples: list[CodecExample] = field(default_factory=list)
     rejected: Rejected = field(default_factory=list)
+    enlarged: Enlarged = field(default_factory=list)
 
     def add(self, codec: str, quality: float, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -177,6 +178,7 @@ class CodecBench(Study):
 
     def measure(self) -> Results:
         config, measured = self.config, measure_codecs(self.config, self.codecs, self.source)
+        self.enlarged = measured.enlarged
         self.examples = measured.examples
         rows = {codec: {f"{q:g}": values for q, values in found.items()} for codec, found in measured.rows.items()}
         images = {"fingerprint": self.source.fingerprint(), "part": config.part, "count": len(measured.ids)}
@@ -216,6 +218,7 @@ class CodecBench(Study):
         captions = {name: "Lower is better." if name in LOWER_IS_BETTER else "Higher is better." for name in names}
         context = {
             "results": results,
+            "enlarged": enlarged_lines(results),
             "metrics": [METRIC_TITLES[name] for name in names],
             "plots": [
                 (METRIC_TITLES[name], "over bits per pixel of whole files", captions[name], Markup(plot(results, name)))
@@ -240,7 +243,7 @@ def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: I
     measured, chosen = CodecMeasurements(), evenly_spaced(len(source), config.count)
     shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
     for index in progress(chosen, "coding"):
-        _, crop = read_crops(source, [index], config.resolution, measured.rejected)
+        _, crop = read_crops(source, [index], config.resolution, measured.rejected, measured.enlarged)
         if crop is None:
             continue
         compare, name = Comparison(crop.to(device), lpips), source.id(index)

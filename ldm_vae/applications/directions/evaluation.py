@@ -39,7 +39,7 @@ from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import plots
 from ldm_vae.evaluation.pages import Drawing, embed_image, plain_page
-from ldm_vae.evaluation.study import Results, Study, check_resolution, rejected_images
+from ldm_vae.evaluation.study import Results, Study, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
@@ -164,7 +164,7 @@ class DirectionsEvaluation(Study):
     def measure(self) -> Results:
         config, rejected = self.config, Rejected()
         source, indices = fitting.select(config.data, config.part, config.count)
-        indices, images = read_crops(source, indices, config.resolution, rejected)
+        indices, images = read_crops(source, indices, config.resolution, rejected, self.enlarged)
         if images is None or len(indices) < LEAST_IMAGES:
             raise UserError(
                 f"data: {pluralize(len(indices), 'image')} can be read, {LEAST_IMAGES} are the least; give more"
@@ -253,7 +253,8 @@ class DirectionsEvaluation(Study):
         table = Table(HEADINGS, [row_cells(row) for row in self.rows], table_notes(results))
         count = results["protocol"]["images"]["count"]
         lead = f"What each direction changes, on {count} images."
-        return plain_page("Directions", lead, verdict_sentences(self.rows), [drawing], [table], pictures)
+        sentences = [*verdict_sentences(self.rows), *enlarged_lines(results)]
+        return plain_page("Directions", lead, sentences, [drawing], [table], pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"images": results["protocol"]["images"]["count"], "directions": len(results["rows"])}
