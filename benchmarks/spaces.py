@@ -123,7 +123,6 @@ def measure_autoencoder(size: int, preset: str) -> dict[str, Any]:
     """Encoding and decoding one image, in this process."""
     import torch
 
-    from ldm_vae.autoencoder import base as base_module
     from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 
     torch.manual_seed(0)
@@ -131,8 +130,8 @@ def measure_autoencoder(size: int, preset: str) -> dict[str, Any]:
     images = torch.rand(1, 3, size, size) * 2 - 1
     latents = torch.randn(1, LATENT_CHANNELS, size // DOWNSAMPLING, size // DOWNSAMPLING)
     work = {
-        "encoding": lambda: base_module.encode_moments(model, images),
-        "decoding": lambda: base_module.decode(model, latents),
+        "encoding": lambda: model.encode_moments(images),
+        "decoding": lambda: model.decode_images(latents),
     }
     return {f"{name}_gigamacs": gigamacs(function) for name, function in work.items()} | {
         f"{name}_seconds": median_seconds(function) for name, function in work.items()

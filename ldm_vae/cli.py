@@ -11,6 +11,7 @@ import difflib
 import errno
 import importlib
 import io
+import json
 import os
 import re
 import signal
@@ -410,7 +411,10 @@ def is_number(word: str) -> bool:
 
 def flow_list(texts: Iterable[str]) -> str:
     """Texts as one YAML list; any characters are allowed."""
-    return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
+    texts = list(texts)
+    if all(text.isprintable() for text in texts):
+        return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
+    return json.dumps(texts)  # a name that is not UTF-8 has surrogates, which YAML cannot carry
 
 
 # Running

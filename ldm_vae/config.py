@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,10 +110,10 @@ def _read_override(override: str, schema: type, where: str) -> Any:
         raise UserError(f"{where}: not of the form key=value")
     kind, optional = _kind_at(schema, key.split("."))
     if kind is str or (_has_short_form(kind) and not text.startswith("{")):
-        value: Any = None if optional and not text else text
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        return value
+        return _nested(key, None if optional and not text else text)
+    texts = _json_texts(text) if get_origin(kind) is list and get_args(kind) == (str,) else None
+    if texts is not None:
+        return _nested(key, texts)
     try:
         _check_extent(text, where)
         dotted = f"{key}={_with_quoted_texts(text, kind)}"
@@ -121,6 +122,21 @@ def _read_override(override: str, schema: type, where: str) -> Any:
         raise
     except (YAMLError, IndexError, ValueError) as error:  # IndexError: from keys such as `[`
         raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _json_texts(text: str) -> list[str] | None:
+    """A JSON list of strings, in which a file name that is not UTF-8 can be written; YAML has no way to."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else None
 
 
 # Types of the values in a schema
@@ -270,7 +286,12 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     full_key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type=")))
+    text = _UNCONVERTED.sub(lambda found: f"{found[1]} is not {_MEANT[found[2]]}", text)
     return f"{full_key}: {text}" if full_key and full_key not in text else text
+
+
+_MEANT = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false"}
+_UNCONVERTED = re.compile(rf"Value ('.*?') of type 'str' could not be converted to ({'|'.join(_MEANT)})")
 
 
 def check_positive(config: Any, *names: str) -> None:

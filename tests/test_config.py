@@ -35,7 +35,7 @@ def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
     [
         ("trainin.seed=1", "Did you mean one of: 'training', 'train'?"),
         ("training.sed=1", "Did you mean: 'seed'"),
-        ("training.seed=soon", "could not be converted to Integer"),
+        ("training.seed=soon", "training.seed: 'soon' is not a whole number"),
         ("training.precision=int8", "expected one of"),
         ("training.log_every=0", "below 1"),
         ("rate.beta=1", "has no effect with rate.mode=target"),

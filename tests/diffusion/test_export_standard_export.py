@@ -180,5 +180,5 @@ def test_the_commands_of_the_documentation_parse() -> None:
         words = cli.Reader(name).read(arguments)
         assert words.advice == []
         if name == "train-diffusion":
-            config = load(TrainDiffusionConfig, page.parents[1] / str(words.recipe), words.settings)
+            config = load(TrainDiffusionConfig, page.parents[2] / str(words.recipe), words.settings)
             check_expressible(build_unet(config.unet, 4), (64, 64))

@@ -236,7 +236,7 @@ def _check_size(count: int, side: int, autoencoders: Sequence[Autoencoder]) -> N
     """Raises: UserError before `count` images of a side are read that do not fit the autoencoders or the memory."""
     factor = math.lcm(*(one.downsampling for one in autoencoders))
     if side % factor:
-        raise UserError(f"size: {side} is no multiple of {factor}; use --size {max(1, round(side / factor)) * factor}")
+        raise UserError(f"size: {side} is not a multiple of {factor}; use size={max(1, round(side / factor)) * factor}")
     needed = count * 3 * side**2
     for one in autoencoders:
         needed += count * 8 * one.latent_channels * (side // one.downsampling) ** 2

@@ -149,7 +149,7 @@ def test_a_box_changes_its_surroundings_only(fitted: Path, autoencoder_directory
     ("words", "said"),
     [
         (["nonsense"], "'nonsense' is unknown"),
-        (["brightness", "--strengths=one"], "'one' is not a list of numbers"),
+        (["brightness", "--strengths=one"], "strengths[0]: 'one' is not a number"),
         (["brightness", "--strengths=nan"], "are not numbers up to 20"),
         (["brightness", "--strengths=1,1.001"], "are the same in two digits; leave one out"),
         (["brightness", "--out", "/proc/version"], "output: /proc/version is a file; give a folder"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ldm_vae import config as configuration
-from ldm_vae.applications.directions import fitting
 from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored as module
 from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
@@ -184,7 +183,7 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
     found = Directions(
         [], open_explored(kl, ExploreConfig(data="synthetic", **SMALL)).autoencoder.encoder_fingerprint(), {}, {}
     )
-    monkeypatch.setattr(fitting, "load_directions", lambda place: found)
+    monkeypatch.setattr(module, "load_directions", lambda place: found)
     config = ExploreConfig(data="synthetic", directions=str(tmp_path), **SMALL)
     first, second = open_two(kl, other, config)
     assert first.directions is found
@@ -199,7 +198,7 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
         ({"count": 3}, "count: 3 is not between 4 and"),
         ({"count": 10**6}, "count: 1000000 is not between"),
         ({"size": 8}, "size: 8 is not between 16 and"),
-        ({"size": 60}, "size: 60 is not a multiple of 8; use --size 64"),
+        ({"size": 60}, "size: 60 is not a multiple of 8; use size=64"),
         ({"count": 40_000, "size": 1024}, "take 146.8 GB, more than 4"),
         ({"data": "nowhere"}, "data: nowhere is neither a folder nor a .parquet file"),
         ({"data": "nowhere.parquet"}, "nowhere.parquet is not a parquet file"),
