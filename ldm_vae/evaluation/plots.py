@@ -209,7 +209,9 @@ def autoencoder_panels(
         Panel(
             "Weight of the KL term",
             "β",
-            "The controller moves this weight until the rate sits at its target.",
+            "The controller moves this weight until the rate sits at its target."
+            if rate_target_nats
+            else "As the settings say.",
             metrics.get("rate/beta"),
             noisy=False,
         ),
@@ -256,7 +258,7 @@ def _learning_rate(metrics: Mapping[str, Curve]) -> Panel:
     return Panel(
         "Learning rate",
         "per optimizer step",
-        "A short warm-up, then a decay toward the end of the run.",
+        "Of every optimizer step: a rise, then a fall along a cosine.",
         metrics.get("optim/lr"),
         noisy=False,
         logarithmic=False,

@@ -107,6 +107,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
     settings = {name: read_yaml(folder / "config.yaml") for name, folder in folders.items()}
     rate = settings.get("vae", {}).get("rate", {})
     alarms = read_alarms(vae / "metrics.jsonl")
+    diffusion_metrics = read_metrics(diffusion / "metrics.jsonl")
     manifest = read_json(folders.get("latents", absent) / "manifest.json")
     samples = read_samples(folders.get("samples", absent))
     results = read_evaluation(folders.get("evaluation", absent))
@@ -118,7 +119,16 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "total_seconds": sum(stage.seconds for stage in stages),
         "longest_seconds": max(1e-9, *(stage.seconds for stage in stages)),
         "metric_titles": METRIC_TITLES,
-        "synthetic": settings.get("vae", {}).get("data", {}).get("source") == "synthetic",
+        "training_seconds": sum(stage.seconds for stage in stages if stage.name in ("vae", "diffusion")),
+        "machines": sorted(
+            {
+                stage.record["versions"].get("machine", "a machine that is not recorded")
+                for stage in stages
+                if stage.record
+            }
+        ),
+        "code": code_size(manifest, results),
+        "synthetic": _synthetic(settings.get("vae", {})) and _synthetic(results.get("config", settings.get("vae", {}))),
         "results": results,
         "enlarged": enlarged_lines(results),
         "examples": read_examples(folders.get("evaluation", absent)),
@@ -130,7 +140,8 @@ def render(title: str, stages: list[Stage], command: str) -> str:
             alarms,
         ),
         "alarms": alarms,
-        "diffusion_panels": diffusion_panels(read_metrics(diffusion / "metrics.jsonl")),
+        "diffusion_panels": diffusion_panels(diffusion_metrics),
+        "scored": any(name.startswith("samples/kid") for name in diffusion_metrics),
         "encoded": manifest.get("count", 0),
         "parameters": {"vae": count_parameters(vae), "diffusion": count_parameters(diffusion)},
         "configurations": {
@@ -141,6 +152,25 @@ def render(title: str, stages: list[Stage], command: str) -> str:
         "versions": next((stage.record["versions"] for stage in stages if stage.record), {}),
     }
     return environment.get_template("report.html").render(context)
+
+
+def _synthetic(settings: dict[str, Any]) -> bool:
+    return settings.get("data", {}).get("source") == "synthetic"
+
+
+def code_size(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, Any] | None:
+    """Sides in pixels of an `image`, `channels` and sides of its `latent`: of the encoded images, else of those that
+    were measured; None where there are neither."""
+    if manifest.get("latent_shape") and manifest.get("preprocessing"):
+        channels, *latent = manifest["latent_shape"]
+        image = [manifest["preprocessing"][side] for side in ("height", "width")]
+    elif results:
+        model, side = results["autoencoder"], results["protocol"]["resolution"]
+        channels, image, latent = model["latent_channels"], [side, side], [side // model["downsampling"]] * 2
+    else:
+        return None
+    fewer = 3 * image[0] * image[1] / (channels * latent[0] * latent[1])
+    return {"image": image, "channels": channels, "latent": latent, "fewer": fewer}
 
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:

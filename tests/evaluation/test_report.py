@@ -94,7 +94,7 @@ def write_results(folder: Path) -> None:
         save_picture(folder / "examples" / files[name], 8 if name == "latent" else 64)
     results = {
         "format_version": FORMAT_VERSION,
-        "config": {},
+        "config": {"data": {"source": "synthetic"}},
         "autoencoder": {"fingerprint": "sha256:" + "0" * 64, "class": "AutoencoderWavelet", "latent_channels": 4,
                         "downsampling": 8},
         "protocol": {
@@ -150,13 +150,68 @@ def test_names_from_the_data_are_escaped(run_root: Path) -> None:
 def test_weaknesses_are_named(run_root: Path) -> None:
     text = " ".join(Page(write_report(run_root).read_text()).text.split())
     assert "70 % of the fine contrast" in text
-    assert "trained for minutes" in text
+    assert "It took 1 min 02 s where published models take days" in text
     assert "say nothing about photographs" in text
     assert "No clear gain" not in text
     results = json.loads((run_root / "evaluation" / "results.json").read_text())
     results["gain_over_linear_db"] = interval(0.1)
     (run_root / "evaluation" / "results.json").write_text(json.dumps(results))
     assert "No clear gain" in Page(write_report(run_root).read_text()).text
+
+
+def change(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def text_of(run_root: Path) -> str:
+    return " ".join(Page(write_report(run_root).read_text()).text.split())
+
+
+def test_sizes_are_those_of_the_run(run_root: Path) -> None:
+    """Of the encoded images; the measured ones may have another size."""
+    assert "an image of 512 × 512 pixels into a latent of 64 × 64 positions with 4 channels, 48 times" in text_of(
+        run_root
+    )
+    shape = {"latent_shape": [1, 12, 16], "preprocessing": {"height": 96, "width": 128}}
+    change(run_root / "latents" / "manifest.json", **shape)
+    text = text_of(run_root)
+    assert "an image of 96 × 128 pixels into a latent of 12 × 16 positions with 1 channel, 192 times fewer" in text
+    assert "512 × 512 pixels, every reconstruction rounded" in text
+    assert "64 × 64" not in text
+
+
+def test_sentences_about_a_rate_a_score_and_data_are_there_where_they_are_true(run_root: Path) -> None:
+    text = text_of(run_root)
+    for sentence in (
+        "Training weighs two things", "until the rate sits at its target", "so there is none",
+        "that training never saw", "fitted on 100 training images", "say nothing about photographs",
+    ):  # fmt: skip
+        assert sentence in text
+    (run_root / "vae" / "config.yaml").write_text("rate: {mode: fixed}\ndata: {source: synthetic}\n")
+    (run_root / "diffusion" / "metrics.jsonl").write_text('{"step": 2, "loss/flow": 1.0, "samples/kid@100": 0.1}\n')
+    protocol = json.loads((run_root / "evaluation" / "results.json").read_text())["protocol"]
+    protocol["images"] = {"count": 20, "part": "all"}
+    change(run_root / "evaluation" / "results.json", protocol=protocol, config={"data": {"source": "folder"}})
+    text = text_of(run_root)
+    assert "fitted on 100 of these images" in text
+    for sentence in ("until the rate sits", "so there is none", "about photographs"):
+        assert sentence not in text
+    plain = [{"step": i, "loss/l1": 1 / i} for i in range(1, 9)]
+    (run_root / "vae" / "metrics.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    assert "Training weighs two things" not in text_of(run_root)
+
+
+def test_every_machine_is_named(run_root: Path) -> None:
+    record = json.loads((run_root / "diffusion" / "run.json").read_text())
+    change(run_root / "diffusion" / "run.json", versions=record["versions"] | {"machine": "Abacus 1"})
+    here = record["versions"]["machine"]
+    assert " and ".join(sorted(["Abacus 1", here])) in text_of(run_root)
+
+
+def test_enlarged_images_are_a_limit(run_root: Path) -> None:
+    assert "Enlarged images" not in text_of(run_root)
+    change(run_root / "evaluation" / "results.json", enlarged=[{"id": "a.png", "short_side": 128}])
+    assert "1 of 20 images is smaller than the crop and enlarged" in text_of(run_root)
 
 
 @pytest.mark.parametrize("missing", ["vae", "latents", "diffusion", "evaluation", "samples"])
