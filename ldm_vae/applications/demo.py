@@ -71,10 +71,10 @@ class DemoConfig:
       ldm-vae demo autoencoder=runs/vae model=runs/diffusion output=mine
 
     Args:
-        images: image files and folders; `[]`: synthetic ones.
-        output: the folder for everything.
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: the one in `checkpoints/`.
         pipeline: a diffusion pipeline or run; null: the one in `checkpoints/`.
+        images: image files and folders; `[]`: synthetic ones.
+        output: the folder for everything.
         count: images to generate.
         size: side in pixels to which images are scaled and cropped.
         steps: of the sampler.
@@ -83,10 +83,10 @@ class DemoConfig:
         device: auto, cpu, cuda, cuda:1 ...
     """
 
-    images: list[str] = field(default_factory=list)
-    output: str = "demo"
     autoencoder: str | None = None
     pipeline: str | None = None
+    images: list[str] = field(default_factory=list)
+    output: str = "demo"
     count: int = 16
     size: int = 512
     steps: int = 20

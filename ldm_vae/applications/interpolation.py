@@ -72,8 +72,8 @@ class InterpolateConfig:
       ldm-vae interpolate a.jpg b.jpg model=runs/diffusion resolution=512 animation=gif output=between
 
     Args:
-        images: A B, or A B C D ..., or folders.
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: that of the pipeline.
+        images: A B, or A B C D ..., or folders.
         output: the folder for everything.
         pipeline: a diffusion model whose noise is another way.
         compare: another autoencoder on the same pairs.
@@ -88,8 +88,8 @@ class InterpolateConfig:
         device: auto, cpu, cuda, cuda:1 ...
     """
 
-    images: list[str] = field(default_factory=list)
     autoencoder: str | None = None
+    images: list[str] = field(default_factory=list)
     output: str = "???"
     pipeline: str | None = None
     compare: str | None = None

@@ -394,6 +394,7 @@ def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline
         labeled=bool(pipeline.labels), weak=pipeline.autoguidance_unet is not None,
     )  # fmt: skip
     settings["height"], settings["width"] = pipeline.image_size(*config.sides())
+    settings["precision"] = settings.pop("precision")  # the order of the keys is recorded
     settings["guidance_interval"] = list(config.guidance_interval)
     settings["interpolate"] = list(config.interpolate) if config.interpolate else None
     scheduler = flow_scheduler(1.0, config.sampler) if config.sampler else pipeline.scheduler

@@ -38,6 +38,8 @@ def test_images_and_samples_on_one_page_made_once(checkpoints, image_folder, tmp
     told = capsys.readouterr().out
     out = tmp_path / "demo"
     results = json.loads((out / "results.json").read_text())
+    keys = ["autoencoder", "pipeline", "images", "count", "size", "steps", "seed", "precision"]
+    assert list(results["config"]) == keys  # records of every version have this order
     assert len(results["images"]) == 12
     first = results["images"][0]
     assert (first["raw_bytes"], first["latent_bytes"]) == (64 * 64 * 3, 2 * 4 * 8 * 8)

@@ -40,6 +40,10 @@ def test_a_folder_of_pairs_beside_another_autoencoder(
     assert cli.main(words) == 0
     assert "latents of the other" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
+    assert list(results["config"]) == [  # records of every version have this order
+        "autoencoder", "images", "pipeline", "compare", "frames", "size", "steps", "strength", "prior", "seed",
+        "animation",
+    ]  # fmt: skip
     assert [way["key"] for way in results["ways"]] == ["pixels", "latents", "other"]
     assert (results["protocol"]["pairs"], len(results["pairs"]), len(results["prior"])) == (3, 3, 6)
     assert results["other"]["deterministic"]

@@ -40,6 +40,11 @@ def test_every_class_in_turn(saved: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["0000_cat.png", "0001_dog.png", "0002_red-ball.png", "0003_cat.png", "run.json", "sheet.png"]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert list(record["parameters"]) == [  # records of every version have this order
+        "labels", "count", "seed", "steps", "sampler", "guidance", "guidance_interval", "guidance_rescale",
+        "autoguidance", "grid", "interpolate", "init", "strength", "mask", "height", "width", "precision",
+        "evaluations", "unet", "autoencoder",
+    ]  # fmt: skip
     assert record["finished"]
     assert record["images"] == 4
     image = Image.open(tmp_path / "out" / "0002_red-ball.png")
