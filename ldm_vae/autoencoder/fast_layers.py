@@ -7,7 +7,7 @@ network. How the package's own networks use this is written in `wavelet`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from ldm_vae import runtime
 runtime.repair_torchvision()
 
 from diffusers.models.upsampling import Upsample2D
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def only_values() -> bool:
@@ -79,12 +81,12 @@ def can_be_folded(layer: nn.Module) -> bool:
     return plain and shape == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
-def prepare_for_inference(autoencoder: Any) -> Any:
+def prepare_for_inference(model: Model) -> Model:
     """The same module: channels_last, upsampling folded into convolutions. It can still train."""
-    for layer in autoencoder.modules():
+    for layer in model.modules():
         if can_be_folded(layer):
             layer.__class__ = FoldedUpsample2D
-    return autoencoder.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 # Group normalization whose gradient is cheap on a CPU: the layers of an `AutoencoderKL` in training.

@@ -104,7 +104,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ) -> None:
         """
         Args:
-            autoencoder: Any diffusers autoencoder with a latent distribution.
+            autoencoder: One of this package, or of diffusers with a latent distribution.
             unet: A `LatentUNet`, or a module of the same interface.
             scheduler: One that `samplers.sampler_name` accepts; its shift belongs to latents of `latent_size`.
             normalizer: `LatentNormalizer.to_dict()`, required: the statistics the U-Net was trained with.

@@ -83,14 +83,15 @@ class Study:
     def __init__(
         self,
         config: Any,
-        autoencoder: Any = None,
+        autoencoder: Autoencoder | None = None,
         output: str | Path | None = None,
         *,
         overwrite: bool = False,
         processes: Processes | None = None,
     ) -> None:
         self.started = time.time()
-        self.config, self.autoencoder, self.overwrite = config, autoencoder, overwrite
+        self.config, self.overwrite = config, overwrite
+        self._autoencoder = autoencoder
         self.output = Path(config.output if output is None else output)
         self.processes = processes or Processes()
         self.enlarged: Enlarged = []
@@ -225,6 +226,12 @@ class Study:
             seconds = time.time() - self.started
             provenance.write_run_record(self.output, None, self.started, seconds, **self.record(results))
 
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """What is measured, of a study of an autoencoder."""
+        assert self._autoencoder is not None
+        return self._autoencoder
+
     @cached_property
     def described(self) -> dict[str, Any]:
         """What is measured, as `describe_autoencoder` says it."""
@@ -232,7 +239,7 @@ class Study:
 
     def _measure_and_commit(self) -> Results:
         measured = self.measure()
-        described = {} if self.autoencoder is None else {"autoencoder": self.described}
+        described = {} if self._autoencoder is None else {"autoencoder": self.described}
         if self.enlarged:
             measured["enlarged"] = [{"id": name, "short_side": side} for name, side in self.enlarged]
         results = {"format_version": self.format_version, **described, **measured, "config": self.settings()}
