@@ -123,7 +123,7 @@ def simulate(samples: int, shard_size: int) -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.utils.markdown import markdown_table
+    from ldm_vae.utils.text import markdown_table
 
     headings = ["samples", "shard size", "shards", "index", "manifest.json", "opens in", "memory",
                 "lookup, global shuffle", "lookup, shard blocks"]  # fmt: skip

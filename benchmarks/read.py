@@ -127,7 +127,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
     from benchmarks.latent_readers import LIMIT, OURS, READERS
-    from ldm_vae.utils.markdown import markdown_table
+    from ldm_vae.utils.text import markdown_table
 
     table = {(one["content"], one["size"], one["order"], one["reader"]): one for one in found["measured"]}
 

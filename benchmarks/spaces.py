@@ -170,7 +170,7 @@ def image_seconds(row: dict[str, Any], found: dict[str, Any]) -> float:
 
 def text(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.utils.markdown import markdown_table
+    from ldm_vae.utils.text import markdown_table
 
     headings = ["images", "space", "tokens", "GMAC", "training step", "sampling step", "memory, training",
                 "memory, sampling", f"an image in {STEPS} steps"]  # fmt: skip

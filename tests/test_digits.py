@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from ldm_vae.applications.explorer.images import read_bundled
+from ldm_vae.applications.explorer.explored import read_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data import open_source
 from ldm_vae.data.sources import DataConfig, DatasetsConfig

@@ -119,7 +119,7 @@ def travel_with(folder: Path, images: np.ndarray, labels: np.ndarray, origin: st
     """Put the digits into the directory of an autoencoder. Raises: UserError when it is none."""
     import torch
 
-    from ldm_vae.applications.explorer.images import Bundled, write_bundled
+    from ldm_vae.applications.explorer.explored import Bundled, write_bundled
 
     pictures, numbers = torch.from_numpy(padded(images)), torch.from_numpy(labels.astype(np.int64))
     write_bundled(folder, Bundled(pictures, numbers, LABELS, origin))

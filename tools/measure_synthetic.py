@@ -262,7 +262,7 @@ def kept(found: dict[str, Any]) -> bool:
 
 def report(found: dict[str, Any]) -> str:
     """`results.md`."""
-    from ldm_vae.utils.markdown import markdown_table
+    from ldm_vae.utils.text import markdown_table
 
     def word(yes: bool) -> str:
         return "kept" if yes else "**broken**"

@@ -43,8 +43,7 @@ from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet, side_by_side
-from ldm_vae.utils.markdown import Table, markdown_table
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.text import Table, markdown_table, pluralize, progress
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
 SHOWN_PAIRS = 4

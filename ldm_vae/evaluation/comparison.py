@@ -39,7 +39,7 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.training.distributed import Processes
 from ldm_vae.utils.image_grid import plain_grid
-from ldm_vae.utils.markdown import Table
+from ldm_vae.utils.text import Table
 
 GRID_IMAGES = 4
 

@@ -30,7 +30,7 @@ from ldm_vae.evaluation.plots import COLORS, INK, legend, new_figure, page_svg
 from ldm_vae.evaluation.reconstruction import DIFFERENCE_GAIN
 from ldm_vae.evaluation.study import Study, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.markdown import markdown_table
+from ldm_vae.utils.text import markdown_table
 
 Report = dict[str, Any]
 

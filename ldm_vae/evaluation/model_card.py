@@ -49,8 +49,7 @@ from ldm_vae.evaluation.study import check_not_enlarged, read_json, read_yaml
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.markdown import markdown_table
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import markdown_table, pluralize
 
 CARD = "README.md"
 NOT_RECORDED = "Not recorded, so not stated below: "

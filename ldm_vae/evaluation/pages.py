@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_vae.utils.markdown import Table
+from ldm_vae.utils.text import Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment

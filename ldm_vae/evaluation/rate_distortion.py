@@ -20,8 +20,7 @@ from ldm_vae.evaluation import pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.random import numpy_rng
-from ldm_vae.utils.markdown import Table
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import Table, pluralize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -53,8 +53,7 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
 from ldm_vae.utils.image_grid import plain_grid, side_by_side
-from ldm_vae.utils.markdown import markdown_table
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import markdown_table, pluralize
 
 RESULTS = "results.json"
 SAMPLE = "decode(sample)"

@@ -1,8 +1,9 @@
-"""Console text: numbers and sizes in sentences, and the progress bar."""
+"""Text for people: numbers and sizes in sentences, the progress bar, tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -26,3 +27,25 @@ def size_text(size_bytes: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.4g} {units[0]}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `notes` stand below."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default=())
+
+    def markdown(self) -> list[str]:
+        """The lines of the table, without its notes."""
+        return markdown_table(self.headings, self.rows)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; a `|` in a cell is escaped."""
+    return [
+        "| " + " | ".join(headings) + " |",
+        "|" + "---|" * len(headings),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+    ]

@@ -55,8 +55,7 @@ from ldm_vae.evaluation.pages import template_environment
 from ldm_vae.evaluation.plots import COLORS, INK, new_figure, page_svg
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
-from ldm_vae.utils.markdown import markdown_table
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import markdown_table, pluralize
 
 FEWEST_OF_A_CLASS = 10
 SHOWN_OF_A_KIND = 2

@@ -38,8 +38,7 @@ from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.markdown import markdown_table
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.text import markdown_table, pluralize, progress
 
 OURS = "ldm-vae"
 SELF_FITTED = f"{OURS}, self-fitted"

@@ -44,8 +44,7 @@ from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import side_by_side
-from ldm_vae.utils.markdown import Table, markdown_table
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.text import Table, markdown_table, pluralize, progress
 
 READABLE = 0.7
 """Correlation of reading and truth on reconstructions of images that the reader never saw."""

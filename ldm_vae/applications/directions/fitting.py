@@ -49,8 +49,7 @@ from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.markdown import markdown_table
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.text import markdown_table, pluralize, progress
 
 FORMAT_VERSION = 1
 FOLDER = "directions"

@@ -13,8 +13,7 @@ import torch
 from ldm_vae import config as configuration
 from ldm_vae.applications.directions.fitting import Directions
 from ldm_vae.applications.explorer import explored as module
-from ldm_vae.applications.explorer.explored import ExploreConfig, Explored
-from ldm_vae.applications.explorer.images import Bundled, write_bundled
+from ldm_vae.applications.explorer.explored import Bundled, ExploreConfig, Explored, write_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.vector import AutoencoderVector

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_vae.applications.explorer.images import FILE, Bundled, read_bundled, write_bundled
+from ldm_vae.applications.explorer.explored import BUNDLED_FILE, Bundled, read_bundled, write_bundled
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import UserError
@@ -31,7 +31,7 @@ GOOD = {"format_version": 1, "label_names": ["a", "b"], "origin": "made up"}
 
 
 def write(folder, tensors, record):
-    save_file(tensors, folder / FILE, {"explorer": json.dumps(record)})
+    save_file(tensors, folder / BUNDLED_FILE, {"explorer": json.dumps(record)})
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 8), (5, 3, 8, 12)])
@@ -48,10 +48,10 @@ def test_what_is_written_is_read_and_the_model_is_the_same(folder, shape):
     assert torch.equal(found.labels, given.labels)
     assert (found.label_names, found.origin) == (("zero", "one"), "five pictures")
     assert fingerprint(load_autoencoder(folder)) == before
-    data = bytearray((folder / FILE).read_bytes())
+    data = bytearray((folder / BUNDLED_FILE).read_bytes())
     data[-1] ^= 1
-    (folder / FILE).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{FILE} is damaged"):
+    (folder / BUNDLED_FILE).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{BUNDLED_FILE} is damaged"):
         load_autoencoder(folder)
     with pytest.raises(UserError, match="is damaged"):
         write_bundled(folder, given)
@@ -87,7 +87,7 @@ def test_images_and_labels_that_do_not_fit_are_refused(folder, shape, labels, na
         {"images": images(*shape), "labels": torch.tensor(labels, dtype=torch.int64)},
         GOOD | {"label_names": names},
     )
-    with pytest.raises(UserError, match=rf"{FILE}: cannot be read .* with data"):
+    with pytest.raises(UserError, match=rf"{BUNDLED_FILE}: cannot be read .* with data"):
         read_bundled(folder)
 
 
@@ -110,13 +110,13 @@ def test_a_record_that_is_not_ours_is_refused(folder, record, message):
 
 def test_a_file_that_is_no_safetensors_is_refused(folder):
     for content in (b"", b"\0" * 100, (1 << 40).to_bytes(8, "little"), b"PK" * 40):
-        (folder / FILE).write_bytes(content)
-        with pytest.raises(UserError, match=FILE):
+        (folder / BUNDLED_FILE).write_bytes(content)
+        with pytest.raises(UserError, match=BUNDLED_FILE):
             read_bundled(folder)
-    save_file({"images": images(2, 8, 8)}, folder / FILE)
+    save_file({"images": images(2, 8, 8)}, folder / BUNDLED_FILE)
     with pytest.raises(UserError, match="cannot be read"):
         read_bundled(folder)
-    with (folder / FILE).open("wb") as file:
+    with (folder / BUNDLED_FILE).open("wb") as file:
         file.truncate(65 << 20)
     with pytest.raises(UserError, match="is larger than"):
         read_bundled(folder)

@@ -1,1 +1,0 @@
-"""How faithful reconstructions are: the protocol, baselines on the same pixels, distribution metrics, pictures."""
