@@ -34,8 +34,7 @@ from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import code_around
-from ldm_vae.evaluation.pages import embed, embed_image, template_environment
-from ldm_vae.evaluation.report import label_of
+from ldm_vae.evaluation.pages import embed, embed_image, image_label, template_environment
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
 from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.metrics import psnr
@@ -176,7 +175,7 @@ class Demo(Study):
         """The generated images, and the label of each."""
         folder = self.output / SAMPLES
         samples = sorted(folder.glob("[0-9][0-9][0-9][0-9]*.png"))
-        return samples, [label_of(path, folder) for path in samples]
+        return samples, [image_label(path, folder) for path in samples]
 
     def page(self, results: Results) -> str:
         cards = {"autoencoder": Path(self.model), "pipeline": self.pipeline}

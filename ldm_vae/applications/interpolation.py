@@ -36,7 +36,7 @@ from ldm_vae.diffusion.generation import load_pipeline
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, scheduler_shift, solve
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.comparison import measure_path, round_trip
+from ldm_vae.evaluation.latent_space import measure_path, round_trip
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
 from ldm_vae.files import checksum
@@ -355,7 +355,7 @@ def decode_cropped(autoencoder: Autoencoder, latents: Sequence[Tensor], like: Te
 
 @dataclass(frozen=True)
 class WayMetrics:
-    """Of one way between one pair; the first four are those of `comparison.measure_path`.
+    """Of one way between one pair; the first four are those of `latent_space.measure_path`.
 
     Attributes:
         end_psnr_db: of the first and the last frame to the two images, mean.

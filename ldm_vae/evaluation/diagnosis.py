@@ -636,3 +636,19 @@ def beta_path(report: Report) -> str | None:
     for each in (axes, rate):
         each.set_xlabel("step")
     return page_svg(figure, "The weight of the KL term and the rate during training")
+
+
+def recorded_verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
+    """Name, severity and sentence of each finding, the worst first; of one that many channels share, the first."""
+    order = {"fail": 0, "warn": 1}
+    shared: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for verdict in health.get("verdicts") or []:
+        name, severity = (str(verdict.get(key, "not recorded")) for key in ("name", "severity"))
+        shared.setdefault((name, severity), []).append(verdict)
+    found = []
+    for (name, severity), several in shared.items():
+        sentence = str(several[0].get("sentence", "not recorded")).removeprefix(f"{name} ({severity}): ")
+        if others := [str(verdict["channel"]) for verdict in several[1:] if verdict.get("channel") is not None]:
+            sentence += f" Likewise channel{'s' * (len(others) > 1)} {', '.join(others)}."
+        found.append({"name": name, "severity": severity, "sentence": sentence})
+    return sorted(found, key=lambda verdict: order.get(verdict["severity"], 2))

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from ldm_vae import runtime
-from ldm_vae.diffusion.generation import has_pipeline
 
 runtime.repair_torchvision()
 
@@ -31,9 +30,10 @@ from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs,
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.diffusion.fid import sentences as distribution_sentences
-from ldm_vae.diffusion.generation import pipeline_directory
+from ldm_vae.diffusion.generation import has_pipeline, pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, format_values, pipeline_card
 from ldm_vae.errors import UserError
+from ldm_vae.evaluation.diagnosis import recorded_verdicts
 from ldm_vae.evaluation.plots import (
     Panel,
     autoencoder_panels,
@@ -249,7 +249,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
         "beta_path": thin(records.beta_path, 8),
         "evaluation": evaluation_facts(evaluation) if evaluation else None,
         "held_out_psnr": held_out.get("held_out/psnr"),
-        "verdicts": None if records.health is None else verdicts(records.health),
+        "verdicts": None if records.health is None else recorded_verdicts(records.health),
         "limits": limits(records.config, evaluation, records.health, sides, stock),
     }
     return fill("card.md", context | pictures)
@@ -855,22 +855,6 @@ def _signed(value: dict[str, float]) -> str:
     return f"{value['mean']:+.2f} [{value['low']:+.2f}, {value['high']:+.2f}]"
 
 
-def verdicts(health: dict[str, Any]) -> list[dict[str, str]]:
-    """Name, severity and sentence of each finding, the worst first; of one that many channels share, the first."""
-    order = {"fail": 0, "warn": 1}
-    shared: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for verdict in health.get("verdicts") or []:
-        name, severity = (str(verdict.get(key, "not recorded")) for key in ("name", "severity"))
-        shared.setdefault((name, severity), []).append(verdict)
-    found = []
-    for (name, severity), several in shared.items():
-        sentence = str(several[0].get("sentence", "not recorded")).removeprefix(f"{name} ({severity}): ")
-        if others := [str(verdict["channel"]) for verdict in several[1:] if verdict.get("channel") is not None]:
-            sentence += f" Likewise channel{'s' * (len(others) > 1)} {', '.join(others)}."
-        found.append({"name": name, "severity": severity, "sentence": sentence})
-    return sorted(found, key=lambda verdict: order.get(verdict["severity"], 2))
-
-
 def limits(
     config: dict[str, Any], evaluation: dict[str, Any], health: dict[str, Any] | None, sides: str, stock: bool
 ) -> list[str]:
@@ -894,6 +878,6 @@ def limits(
             sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")
     else:
         sentences.append("No evaluation is recorded: how well it reconstructs unseen images is not known.")
-    if health is not None and any(verdict["severity"] == "fail" for verdict in verdicts(health)):
+    if health is not None and any(verdict["severity"] == "fail" for verdict in recorded_verdicts(health)):
         sentences.append("The health report found at least one failure; see above before building on the latents.")
     return sentences

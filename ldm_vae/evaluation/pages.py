@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,3 +122,20 @@ def quantity(number: float) -> str:
 def signed(number: float) -> str:
     """Two digits with a sign, a true minus."""
     return f"{number:+.2f}".replace("-", "−")
+
+
+def image_label(path: Path, folder: Path) -> str:
+    """The label that `generate` wrote into the picture, else the one in its name.
+
+    `0003_red-ball_1.png` and `red-ball/0003.png` are both `red ball`; a bare number has no label.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        written = getattr(file, "text", {}).get("parameters")
+    if written:
+        return str(json.loads(written).get("label") or "")
+    word = re.sub(r"^\d+(?:[_-]+|$)|[_-]+\d+$", "", path.stem)
+    if not word and path.parent != folder:
+        word = path.parent.name
+    return word.replace("_", " ").replace("-", " ").strip()

@@ -6,8 +6,6 @@ leaves its section out. Everything shown is read from the stages' folders, nothi
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import Any
 
 from ldm_vae import provenance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.pages import Picture, embed, template_environment
+from ldm_vae.evaluation.pages import Picture, embed, image_label, template_environment
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
 from ldm_vae.evaluation.reconstruction import read_evaluation
 from ldm_vae.evaluation.study import enlarged_lines, read_json, read_yaml
@@ -195,7 +193,7 @@ def read_samples(folder: Path) -> list[tuple[str, list[Picture]]]:
     groups: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURE_SUFFIXES and not path.stem.startswith(("grid", "sheet", ".")):
-            groups.setdefault(label_of(path, folder), []).append(path)
+            groups.setdefault(image_label(path, folder), []).append(path)
     count = SAMPLES_PER_CLASS if len(groups) > 1 else SAMPLES_WITHOUT_CLASSES
     return [
         (label, [embed(path, f"generated: {label}" if label else "generated") for path in paths[:count]])
@@ -207,23 +205,6 @@ def header_samples(samples: list[tuple[str, list[Picture]]]) -> list[Picture]:
     """The first picture of each class, in turn the second ones, until the header is full."""
     rounds = zip_longest(*(pictures for _, pictures in samples))
     return [picture for pictures in rounds for picture in pictures if picture][:HEADER_SAMPLES]
-
-
-def label_of(path: Path, folder: Path) -> str:
-    """The label that `generate` wrote into the picture, else the one in its name.
-
-    `0003_red-ball_1.png` and `red-ball/0003.png` are both `red ball`; a bare number has no label.
-    """
-    from PIL import Image
-
-    with Image.open(path) as file:
-        written = getattr(file, "text", {}).get("parameters")
-    if written:
-        return str(json.loads(written).get("label") or "")
-    word = re.sub(r"^\d+(?:[_-]+|$)|[_-]+\d+$", "", path.stem)
-    if not word and path.parent != folder:
-        word = path.parent.name
-    return word.replace("_", " ").replace("-", " ").strip()
 
 
 def count_parameters(folder: Path) -> int:

@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.evaluation import model_card
+from ldm_vae.evaluation import diagnosis, model_card
 from ldm_vae.evaluation.model_card import CardConfig, push, worst_window, write_card
 from ldm_vae.evaluation.reconstruction import FORMAT_VERSION
 
@@ -397,7 +397,9 @@ def test_what_many_channels_share_is_said_once():
         {"name": "non_gaussian", "severity": "info", "channel": c, "sentence": f"non_gaussian (info): channel {c}, x."}
         for c in (1, 4, 5)
     ]
-    told = model_card.verdicts({"verdicts": [*several, {"name": "grid", "severity": "warn", "sentence": "A grid."}]})
+    told = diagnosis.recorded_verdicts(
+        {"verdicts": [*several, {"name": "grid", "severity": "warn", "sentence": "A grid."}]}
+    )
     assert [each["sentence"] for each in told] == ["A grid.", "channel 1, x. Likewise channels 4, 5."]
 
 

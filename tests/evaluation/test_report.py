@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_vae import cli, provenance
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.pages import duration, quantity
+from ldm_vae.evaluation.pages import duration, image_label, quantity
 from ldm_vae.evaluation.reconstruction import FORMAT_VERSION
-from ldm_vae.evaluation.report import label_of, write_report
+from ldm_vae.evaluation.report import write_report
 
 VOID = {"meta", "img", "br", "link", "path", "polyline", "circle"}
 
@@ -272,14 +272,14 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 )
 def test_labels_are_read_from_names(tmp_path: Path, name: str, label: str) -> None:
     save_picture(tmp_path / name)
-    assert label_of(tmp_path / name, tmp_path) == label
+    assert image_label(tmp_path / name, tmp_path) == label
 
 
 def test_a_label_written_into_the_picture_is_preferred(tmp_path: Path) -> None:
     info = PngInfo()
     info.add_itxt("parameters", json.dumps({"label": "T-shirt, näve"}))
     Image.new("RGB", (8, 8)).save(tmp_path / "0001_t-shirt.png", pnginfo=info)
-    assert label_of(tmp_path / "0001_t-shirt.png", tmp_path) == "T-shirt, näve"
+    assert image_label(tmp_path / "0001_t-shirt.png", tmp_path) == "T-shirt, näve"
 
 
 def test_quantities_are_written_for_people() -> None:

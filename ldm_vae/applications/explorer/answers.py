@@ -28,7 +28,7 @@ from ldm_vae.autoencoder.lineage import RECORD
 from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.data.decoding import ImageRejected, read_regular_file
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.model_card import verdicts
+from ldm_vae.evaluation.diagnosis import recorded_verdicts
 from ldm_vae.evaluation.plots import Curve, autoencoder_panels, read_alarms, read_metrics, thin
 from ldm_vae.evaluation.study import read_json, read_yaml
 
@@ -456,7 +456,7 @@ def _verdicts(run: Path) -> list[dict[str, str]]:
     for folder in HEALTH_FOLDERS:
         health = read_json(run / folder / "health.json")
         if health and identity is not None and health.get("autoencoder", {}).get("fingerprint") == identity:
-            found = verdicts(health)
+            found = recorded_verdicts(health)
             return [{"name": one["name"], "status": one["severity"], "text": one["sentence"]} for one in found]
     return []
 
