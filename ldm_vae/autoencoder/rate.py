@@ -34,11 +34,25 @@ def bits_per_pixel(nats: float, latent_channels: int, downsampling: int = 8) -> 
     return nats * latent_channels / (downsampling**2 * math.log(2))
 
 
+def whole_image_rate(target_nats: float, crops_nats: float, images_nats: float, side: int) -> str:
+    """What a target that was held on crops is on whole held-out images, and the target that would hold it there."""
+    found = (
+        f"rate: {crops_nats:.2f} nats per latent dimension on held-out training crops (target {target_nats:g}), "
+        f"{images_nats:.2f} on whole held-out images of {side} x {side}"
+    )
+    if abs(images_nats / target_nats - 1) <= RateController.MISS:
+        return found
+    aimed = target_nats * crops_nats / images_nats
+    return f"{found}; for {target_nats:g} nats there, train with about rate.target_nats={aimed:.2f}"
+
+
 @dataclass(frozen=True)
 class RateConfig:
     """How much the KL weighs. Betas weigh the KL as a mean per latent element against terms that are means per pixel.
 
-    `target`: beta is steered so that the KL meets `target_nats` per latent dimension.
+    `target`: beta is steered so that the KL meets `target_nats` per latent dimension, on training crops. Whole images
+    in another size have another rate, often a higher one: the end of a run says which, and the target that would hold
+    it there.
     `fixed`: `beta` is given; 0 trains a plain autoencoder. The Stable Diffusion convention (sums, weight w) is
     beta = w * c / 192 at f8.
     `free_bits`: `beta` is given, and a channel whose KL is below `free_nats` is left alone (Kingma et al.,
@@ -46,7 +60,7 @@ class RateConfig:
 
     Args:
         mode: what decides the weight, see above.
-        target_nats: of `target`, KL in nats per latent dimension.
+        target_nats: of `target`, KL in nats per latent dimension, held on training crops and not on whole images.
         beta: of `fixed` and `free_bits`, the weight.
         free_nats: of `free_bits`, nats per dimension that are free.
         proportional_gain: k_p of the controller.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -20,7 +20,13 @@ from ldm_vae.autoencoder.health import Verdict, batch_health, training_alarms
 from ldm_vae.autoencoder.lineage import write_record
 from ldm_vae.autoencoder.losses import ReconstructionLoss
 from ldm_vae.autoencoder.models import build_autoencoder, load_autoencoder
-from ldm_vae.autoencoder.rate import RateController, bits_per_dimension, bits_per_pixel, kl_divergence
+from ldm_vae.autoencoder.rate import (
+    RateController,
+    bits_per_dimension,
+    bits_per_pixel,
+    kl_divergence,
+    whole_image_rate,
+)
 from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import enlarged_sentence
@@ -39,6 +45,8 @@ ALARMS_FROM, ALARMS_FROM_STEP = 0.2, 500
 """Share of the run and step from which on, both, alarms of latents are raised: a young encoder looks collapsed."""
 OF_THE_PLAN = {"rate_miss", "rate_unreachable"}
 """Alarms that another number of steps may settle, and that are raised again where it does not."""
+WHOLE_IMAGES_NATS = "held_out/nats_per_dim_images"
+"""The rate on whole held-out images; `held_out/nats_per_dim` is that on held-out training crops."""
 BEFORE_ADVERSARIAL = "autoencoder-before-game"
 
 
@@ -309,11 +317,11 @@ class VaeModel:
 
     @torch.no_grad()
     def validate(self, engine: Engine) -> dict[str, float]:
-        """PSNR and L1 of decode(mean) on held-out images, the rate on held-out training crops."""
+        """PSNR and L1 of decode(mean) on held-out images, the rate on held-out training crops and on those images."""
         if self.held_out is None:
             return {}
         autoencoder = self.averaged(engine)
-        squared, absolute, rate = [], [], []
+        squared, absolute = [], []
         for image in self.held_out.images.split(1):
             image = image.to(engine.device)
             with engine.accelerator.autocast():
@@ -325,12 +333,18 @@ class VaeModel:
             "held_out/l1": float(torch.stack(absolute).mean()),
         }
         if not self.modules["autoencoder"].deterministic:
-            for crops in self.held_out.crops.split(8):
-                with engine.accelerator.autocast():
-                    posterior = autoencoder.encode(crops.to(engine.device)).latent_dist
-                rate.append(kl_divergence(posterior.mean, posterior.logvar).mean(dim=(1, 2, 3)))
-            figures["held_out/nats_per_dim"] = float(torch.cat(rate).mean())
+            figures["held_out/nats_per_dim"] = self.nats(engine, self.held_out.crops.split(8))
+            figures[WHOLE_IMAGES_NATS] = self.nats(engine, self.held_out.images.split(1))
         return figures
+
+    def nats(self, engine: Engine, batches: Sequence[Tensor]) -> float:
+        """The mean KL of the averaged weights in nats per latent dimension, over batches (n, 3, h, w)."""
+        found = []
+        for images in batches:
+            with engine.accelerator.autocast():
+                posterior = self.averaged(engine).encode(images.to(engine.device)).latent_dist
+            found.append(kl_divergence(posterior.mean, posterior.logvar).mean(dim=(1, 2, 3)))
+        return float(torch.cat(found).mean())
 
     @torch.no_grad()
     def preview(self, engine: Engine) -> Image.Image | None:
@@ -359,6 +373,10 @@ class VaeModel:
                 held_out_enlarged=len(self.held_out.enlarged) if self.held_out else 0,
             )
             write_checksums(temporary)
+        rate, side = self.config.rate, self.config.held_out_resolution
+        if self.has_rate and rate.mode == "target" and WHOLE_IMAGES_NATS in metrics:
+            crops_nats, images_nats = metrics["held_out/nats_per_dim"], metrics[WHOLE_IMAGES_NATS]
+            print(f"{directory}: {whole_image_rate(rate.target_nats, crops_nats, images_nats, side)}")
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         assert size is not None

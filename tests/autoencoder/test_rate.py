@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ldm_vae.autoencoder.rate import RateConfig, RateController
+from ldm_vae.autoencoder.rate import RateConfig, RateController, whole_image_rate
 from ldm_vae.errors import UserError
 
 
@@ -24,6 +24,14 @@ def run(controller: RateController, first: int, last: int) -> list[float]:
         betas.append(beta)
         controller.observe(step, plant(beta))
     return betas
+
+
+def test_a_rate_that_whole_images_miss_is_said_with_the_target_that_would_hold_it() -> None:
+    """Where the ratio of both rates stays, crops at 2.5 * 2.5 / 2.8 nats mean whole images at 2.5."""
+    words = whole_image_rate(2.5, 2.5, 2.8, 512)
+    assert "2.50 nats per latent dimension on held-out training crops (target 2.5), 2.80 on whole" in words
+    assert words.endswith("512 x 512; for 2.5 nats there, train with about rate.target_nats=2.23")
+    assert "train with" not in whole_image_rate(2.5, 2.5, 2.6, 512)
 
 
 @pytest.mark.parametrize("target", [1.0, 2.5])

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.autoencoder.rate import kl_divergence
+from ldm_vae.autoencoder.train_config import TrainVaeConfig, held_out_part
 from ldm_vae.autoencoder.training import VaeModel
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.training.loader import Batch, MicroBatch
@@ -86,6 +87,17 @@ def test_the_reference_does_everything(reference):
     record = json.loads((reference / "autoencoder" / "training.json").read_text())
     assert [point[0] for point in record["rate"]["beta_path"]] == [2, 4, 6, 8, 10, 12]
     assert record["rate"]["target_nats"] == 2.5
+
+
+def test_the_rate_of_whole_held_out_images_is_measured(reference):
+    record = json.loads((reference / "autoencoder" / "training.json").read_text())["held_out"]
+    config = configuration.load(TrainVaeConfig, reference / "config.yaml")
+    images = held_out_part(config).images
+    with torch.no_grad():
+        posterior = load_autoencoder(reference).encode(images).latent_dist
+    expected = float(kl_divergence(posterior.mean, posterior.logvar).mean())
+    assert record["held_out/nats_per_dim_images"] == pytest.approx(expected, rel=1e-4)
+    assert record["held_out/nats_per_dim"] != pytest.approx(expected, rel=1e-3)
 
 
 def test_two_processes_with_micro_batches_equal_one_process(reference, tmp_path):
