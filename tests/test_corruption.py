@@ -320,7 +320,9 @@ def test_a_seal_that_was_broken_on_purpose_says_what_to_do(tmp_path):
     (folder / "evaluation" / "run.json").write_text("{}")  # nor does a folder inside belong to it
     load_autoencoder(folder)
     shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
-    with pytest.raises(UserError, match=r"other.safetensors does not belong to it; remove that file, or remove MAN"):
+    with pytest.raises(
+        UserError, match=r"other.safetensors is not listed in MANIFEST.json; remove that file, or remove MAN"
+    ):
         load_autoencoder(folder)
     write_checksums(folder)
     verify_checksums(folder)

@@ -95,6 +95,8 @@ def test_growth_is_seen():
 
     def leak(number: int) -> None:
         kept.append(bytearray(os.urandom(1 << 20)))
+        for block in kept:
+            block[::4096]  # in use, so that the system keeps every page in memory
         files.append(open(os.devnull))  # noqa: SIM115 - never closed, on purpose
 
     found = grown(leak)

@@ -196,7 +196,7 @@ def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(
         (["by=l1_paek"], "by: 'l1_paek' is not a score here; did you mean l1_peak?"),
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
         (["autoencoder={saved}"], "was fitted with another autoencoder than"),
-        (["batch=0"], "batch: 0 is not above 0"),
+        (["batch=0"], "batch: 0 is not positive"),
         (["data.include=[broken*]"], "no image of 1 could be read (unknown_format)"),
     ],
 )

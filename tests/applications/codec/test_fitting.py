@@ -81,7 +81,7 @@ def test_what_cannot_be_fitted_is_refused(autoencoder_folder, latents, tmp_path,
     given = [f"autoencoder={autoencoder_folder}", f"latents={latents}"]
     for words, sentence in (
         ([*given, "output=model.json"], "output: model.json is not a name for an entropy model"),
-        ([*given, "output=a.safetensors", "steps=0"], "steps: 0 is not above 0"),
+        ([*given, "output=a.safetensors", "steps=0"], "steps: 0 is not positive"),
         ([given[0], "latents=missing", "output=a.safetensors"], "missing"),
     ):
         assert cli.main(["codec-fit", *words]) == 2
