@@ -317,7 +317,7 @@ class Reader:
                 break
             if word.startswith("--"):
                 self._option(word[2:], rest)
-            elif re.match(r"[A-Za-z_][\w.-]*=", word) and not Path(word).exists():
+            elif re.match(r"[A-Za-z_][\w.-]*=", word) and not os.path.exists(word):
                 key, _, value = word.partition("=")
                 self._set(key, value)
             elif Path(word).suffix in (".yaml", ".yml") and self.words.recipe is None and not self.positionals:

@@ -115,6 +115,10 @@ def test_data_is_a_folder_a_name_or_synthetic(capsys):
         assert found in capsys.readouterr().out
 
 
+def test_a_setting_may_be_longer_than_the_name_of_a_file():
+    assert settings_of("model", "card", "runs/vae", f"intended_use={'Latents of photographs. ' * 40}")
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from ldm_vae import cli; cli.main(['--help']); "
