@@ -24,7 +24,7 @@ LARGEST_ALL_BYTES = 60 * 10**6
 MACHINE = re.compile(r"(?<![\w.~:/*?-])(?:/(?:home|root|Users|mnt|srv|tmp|work|data|opt|var)/|\.\./)[\w.-]+")
 IN_EVERY_CARD = (
     "## Intended use", "Not good for: ", "| commit | ", "| machine | ", "| wall time | ", "| precision | ",
-    "Energy, guessed and not measured: ", "(curves.svg)", "```bash\n", "| licence | credits |", "## Limits",
+    "Energy, guessed and not measured: ", "(curves.svg)", "```bash\n", "| license | credits |", "## Limits",
 )  # fmt: skip
 NOT_SAID = ("Not stated.", "Not recorded.", "Not measured", "Not diagnosed.", "None shown.", "nobody has written down")
 
