@@ -65,9 +65,12 @@ def held_out_config(config: SyntheticConfig, count: int, resolution: int | None 
     return dataclasses.replace(config, seed=config.seed + HELD_OUT_SEED, count=count, resolution=resolution)
 
 
-def render(config: SyntheticConfig, side: int) -> tuple[Tensor, Truth]:
-    """The images of a set (n, 3, side, side) in [-1, 1], whatever its resolution, and what they show."""
-    source = SyntheticSource(dataclasses.replace(config, resolution=FINER * side))
+def render(config: SyntheticConfig, side: int, finer: int = FINER) -> tuple[Tensor, Truth]:
+    """The images of a set (n, 3, side, side) in [-1, 1], whatever its resolution, and what they show.
+
+    They are rendered with sides of `finer` x `side` pixels and reduced; 1 gives those of the set at `side` itself.
+    """
+    source = SyntheticSource(dataclasses.replace(config, resolution=finer * side))
     return torch.cat([reduced(source.read(i), side) for i in range(len(source))]), truth_of(source)
 
 

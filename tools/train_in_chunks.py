@@ -189,14 +189,24 @@ def dry_run(words: Sequence[str]) -> DryRun:
 
 def train_until(deadline: float, words: Sequence[str]) -> int:
     """Run the command in this process; at the deadline it gets SIGTERM as soon as it listens."""
+    with stopped_at(deadline):
+        return cli.main(words)
+
+
+@contextlib.contextmanager
+def stopped_at(deadline: float) -> Iterator[None]:
+    """What trains inside gets SIGTERM at the deadline, of `time.monotonic()`, as soon as it listens.
+
+    A SIGTERM from outside that comes while nothing listens is the deadline.
+    """
+    due, done = threading.Event(), threading.Event()
 
     def not_yet(*_: object) -> None:
         """Nobody listens: before the first step, and when all is saved."""
-
-    done = threading.Event()
+        due.set()
 
     def remind() -> None:
-        done.wait(max(0.0, deadline - time.monotonic()))
+        due.wait(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
         while not done.wait(0.01):
             if signal.getsignal(signal.SIGTERM) is not not_yet:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -206,9 +216,10 @@ def train_until(deadline: float, words: Sequence[str]) -> int:
     reminder = threading.Thread(target=remind, daemon=True)
     reminder.start()
     try:
-        return cli.main(words)
+        yield
     finally:
         done.set()
+        due.set()
         reminder.join()  # else its signal could meet the handler of before, which ends the process
         signal.signal(signal.SIGTERM, previous)
 
