@@ -1,4 +1,4 @@
-"""An image collection becomes tensors: sources, safe decoding, splits, crops, the synthetic set."""
+"""From image collections to tensors: sources, safe decoding, splits, crops, the synthetic set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def open_source(config: DataConfig) -> ImageSource:
     """Open a collection with random access.
 
     Raises:
-        UserError: nothing is there, nothing is readable, or the collection is a stream.
+        UserError: the collection does not exist, is empty or unreadable, or is a stream.
     """
     if config.streaming:
-        raise UserError("data.datasets.streaming: a stream has no random access; set it to false here")
+        raise UserError("data.datasets.streaming: a stream has no random access; set it to false for this command")
     source = _open(config)
     if config.cache_megabytes:
         return CachedSource(source, config.cache_megabytes * 10**6)

@@ -1,14 +1,14 @@
-"""From the bytes of an image file to 8-bit sRGB pixels, safely and always by the same rules.
+"""Decode image files to 8-bit sRGB pixels, safely and always by the same rules.
 
-Never trusts the file: a short list of formats, caps on bytes and pixels checked before decoding, and whatever
-goes wrong inside a decoder becomes an `ImageRejected` with a reason. The rules:
+Files are not trusted: few formats are accepted, limits on bytes and pixels are checked before decoding, and any error
+inside a decoder becomes an `ImageRejected` with a reason. The rules:
 
-- the picture stands as its EXIF orientation says;
-- an embedded color profile is converted to sRGB; one that does not parse is ignored;
-- transparency lies on white;
+- the EXIF orientation is applied;
+- an embedded color profile is converted to sRGB; an invalid profile is ignored;
+- transparent pixels are blended with white;
 - 16-bit gray keeps its high byte, as PIL does for 16-bit RGB; palettes, CMYK, YCbCr and LAB become RGB;
 - float and 32-bit pixels have no defined range and are rejected;
-- of an animation or a multi-page file, the first frame counts.
+- of an animation or a multi-page file, the first frame is used.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ SUFFIXES = frozenset(
 )
 
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-"""What a phone's photograph says it is in its first bytes."""
+"""Brands in the first bytes of HEIC photos."""
 
-HIGHEST_MEGAPIXELS = 178  # beyond it PIL itself refuses
+HIGHEST_MEGAPIXELS = 178  # PIL itself refuses more
 LOWEST_SIDE = 8
 LARGEST_PROFILE_BYTES = 4 << 20
 STRIP_PIXELS = 1 << 21
-"""Converted at a time: of a large picture, only the decoder's result and ours are whole in memory."""
+"""Rows converted at a time, so that only the decoder's result and ours are fully in memory."""
 
 SLOW_DECODERS = frozenset({"ppm", "ppm_plain", "bmp_rle"})
 SLOW_BYTES = 2 << 20
-"""PIL decodes these in Python, at up to a microsecond a byte."""
+"""PIL decodes these formats in Python, at up to a microsecond per byte."""
 
 MOST_SCANNED_PIXELS = 1280 * 10**6
-"""Scans of a JPEG times its pixels: each scan visits all of them, and a few bytes are enough for one (LJT-01-005)."""
+"""Scans times pixels of a JPEG: each scan visits every pixel, but may take only a few bytes (LJT-01-005)."""
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 ORIENTATION = 0x0112
@@ -65,7 +65,7 @@ class ImageRejected(ValueError):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What is refused before decoding: megapixels of the picture, bytes of the file."""
+    """Limits that are checked before decoding: megapixels of the picture, bytes of the file."""
 
     megapixels: int = 64
     file_bytes: int = 512 << 20
@@ -84,7 +84,7 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
         raise ImageRejected("too_large", f"more than {limits.file_bytes >> 20} MiB")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; sizes are checked below
+            warnings.simplefilter("ignore")  # silence PIL's warnings about odd metadata; sizes are checked below
             return _decode(data, limits)
     except ImageRejected:
         raise
@@ -101,13 +101,13 @@ def _decode(data: bytes, limits: DecodeLimits) -> np.ndarray:
 
 
 def _read(data: bytes, limits: DecodeLimits) -> tuple[np.ndarray, int]:
-    """The pixels as they are stored, and their EXIF orientation."""
+    """The pixels as stored in the file, and their EXIF orientation."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-            raise ImageRejected("unknown_format", "HEIC, which is not read; save the image as JPEG") from error
-        raise ImageRejected("unknown_format", f"none of {', '.join(FORMATS)}") from error
+            raise ImageRejected("unknown_format", "HEIC is not supported; save the image as JPEG") from error
+        raise ImageRejected("unknown_format", f"not one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected("too_large", f"more than {HIGHEST_MEGAPIXELS} megapixels") from error
     with image:
@@ -137,11 +137,11 @@ def _check_time(image: Image.Image, data: bytes) -> None:
     if image.format in ("JPEG", "MPO"):
         scans = count_scans(data)
         if scans * image.width * image.height > MOST_SCANNED_PIXELS:
-            raise ImageRejected("too_slow", f"{scans} scans of {image.width}x{image.height}; save the image anew")
+            raise ImageRejected("too_slow", f"{scans} scans of {image.width}x{image.height}; save the image again")
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of a JPEG, up to its end marker; what comes behind is not looked at."""
+    """The number of scans in a JPEG, up to its end marker; anything after that is ignored."""
     scans, place = 0, 2
     while (marker := JPEG_MARKER.search(data, place)) and marker.group() != b"\xff\xd9":
         scans += marker.group() == b"\xff\xda"
@@ -150,7 +150,7 @@ def count_scans(data: bytes) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(h, w, 3), turned as EXIF says: rows and columns reversed, then exchanged."""
+    """Apply the EXIF orientation to (h, w, 3): rows and columns reversed, then transposed."""
     if orientation in (3, 4, 6, 7):
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):
@@ -159,10 +159,10 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8. (PIL's TIFF reader has already applied it and says 1.)"""
+    """EXIF orientation 1 to 8. (PIL's TIFF reader has already applied it and reports 1.)"""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF is ignored
         return 1
 
 
@@ -207,14 +207,14 @@ def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The conversion of a profile's colors to sRGB; None where they are sRGB already."""
+    """The conversion of a profile's colors to sRGB; None if they are sRGB already."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if (source.profile.profile_description or "").startswith("sRGB"):
         return None
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
-# Reading a file that somebody else named: only regular files, without waiting for pipes and devices.
+# Reading files with untrusted names: only regular files, without blocking on pipes and devices.
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -227,7 +227,7 @@ def read_regular_file(path: str | Path, length: int | None = None) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageRejected("unreadable", "is no regular file")
+                raise ImageRejected("unreadable", "is not a regular file")
             return file.read(-1 if length is None else length)
     except OSError as error:
         raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error

@@ -1,6 +1,6 @@
-"""A folder of image files as a source: what is in it, in which order, with which labels.
+"""A folder of image files as a source: listing, order and labels.
 
-The files are on a disk here; `remote_folder` has those behind a URL. Everything else is the same for both.
+`LocalFiles` reads them from a disk, `RemoteFiles` from a URL. Everything else is the same for both.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ LABEL_COLUMNS = ("label", "class")
 
 
 class ImageFiles(Protocol):
-    """The files below a folder, wherever it is. Picklable, safe to use after a fork."""
+    """The files below a local or remote folder. Picklable, safe to use after a fork."""
 
     location: str
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """(relative path with `/`, size in bytes) of every visible file. Raises: UserError when there is no folder."""
+        """(relative path with `/`, size in bytes) of every visible file. Raises: UserError if there is no folder."""
         ...
 
     def read(self, name: str, length: int | None = None) -> bytes:
-        """The first `length` bytes, or all. Raises: ImageRejected `unreadable` where only this file is at fault."""
+        """The first `length` bytes, or all. Raises: ImageRejected `unreadable` if only this file is at fault."""
         ...
 
 
 class FolderSource:
-    """All images below a folder, in the order of their relative paths; hidden files and folders are left out.
+    """All images below a folder, in the order of their relative paths, without hidden files and folders.
 
-    The folder is a path, or a URL that fsspec knows; the same files have the same ids, labels and fingerprint in both.
+    The folder is a path or an fsspec URL; the same files have the same ids, labels and fingerprint in both.
 
-    Labels come from the first of these that there is:
+    Labels come from the first of these that exists:
     1. `labels.csv` or `metadata.csv` with a column `label` or `class` and a column `file` or `file_name`; or
-       with two columns whatever their names;
-    2. `metadata.jsonl` with `file_name` and `label` in each line (as `datasets` has it);
-    3. the folders directly below, if at least two of them hold images.
-    An image that the list leaves out has no label (-1).
+       with any two columns;
+    2. `metadata.jsonl` with `file_name` and `label` in each line (as in `datasets`);
+    3. the direct subfolders, if at least two of them contain images.
+    An image that is not listed has no label (-1).
 
     Raises:
-        UserError: no such folder, no image in it, or a label file that fits no image.
+        UserError: the folder does not exist or has no image, or the label file lists none of its images.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class FolderSource:
                 f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
             )
         if others:
-            logger.warning("%s: left out as no images by their names: %s", where, _counts(others))
+            logger.warning("%s: skipped files without an image suffix: %s", where, _counts(others))
         files.sort()
         self.names = [name for name, _ in files]
         self.sizes_bytes = np.array([size for _, size in files], np.int64)
@@ -101,7 +101,7 @@ class FolderSource:
         return len(self.names)
 
     def id(self, i: int) -> str:
-        """The path relative to the folder, with `/`; bytes that are no UTF-8 are written as escapes."""
+        """The path relative to the folder, with `/`; bytes that are not UTF-8 are escaped."""
         return printable(self.names[i])
 
     def label(self, i: int) -> int:
@@ -115,7 +115,7 @@ class FolderSource:
         return hash_items([("folder", self.label_names), *rows])
 
     def _label(self, tables: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
-        """(label names, class numbers (n,) int64). `tables`: those of LABEL_FILES that there are."""
+        """(label names, class numbers (n,) int64). `tables`: the LABEL_FILES that exist."""
         listed = self._listed_labels(tables)
         if listed is None:
             listed = {name: name.split("/")[0] for name in self.names if "/" in name}
@@ -126,7 +126,7 @@ class FolderSource:
         return tuple(numbers), np.array(labels, np.int64)
 
     def _listed_labels(self, tables: set[str]) -> dict[str, str] | None:
-        """File -> label as the first label file has it; None where there is none with labels."""
+        """File -> label from the first file that has labels; None if there is none."""
         images = set(self.names)
         for name in LABEL_FILES:
             if name not in tables:
@@ -136,17 +136,17 @@ class FolderSource:
                 text = self.files.read(name).decode("utf-8-sig")
                 rows = list(_json_rows(text) if name.endswith(".jsonl") else _csv_rows(text, images))
             except ImageRejected as error:
-                raise UserError(f"{where}: {error}; make it readable or move it away") from error
+                raise UserError(f"{where}: {error}; make it readable or remove it") from error
             except (ValueError, csv.Error, RecursionError) as error:
                 raise UserError(f"{where}: cannot be read ({error}); write it as UTF-8 {name.split('.')[1]}") from error
             if not rows:
-                logger.info("%s has no column named label or class; it gives no labels", where)
+                logger.info("%s has no column named label or class, so its labels are not used", where)
                 continue
             listed = {str(PurePosixPath(file.replace("\\", "/"))): label for file, label in rows}
             found = {file: label for file, label in listed.items() if file in images}
             if not found:
                 raise UserError(
-                    f"{where}: names no image of this folder, for example {next(iter(listed))!r}; "
+                    f"{where}: lists no image of this folder, for example {next(iter(listed))!r}; "
                     "give paths relative to the folder"
                 )
             if len(found) < len(listed):
@@ -174,12 +174,12 @@ class LocalFiles:
 
 
 def printable(name: str) -> str:
-    """A name of the file system as text; bytes that are no UTF-8 are written as escapes."""
+    """A file name as text; bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _counts(suffixes: Counter[str]) -> str:
-    """The most frequent ones in words."""
+    """The most frequent suffixes as text."""
     return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(3))
 
 
@@ -190,10 +190,10 @@ def _open_files(path: str | Path) -> ImageFiles:
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """(relative path, size in bytes) of everything visible below `root` but folders; 0 for what is no regular file.
+    """(relative path, size in bytes) of every visible file below `root`; size 0 if it is not a regular file.
 
-    Links are followed, each real folder is entered once, real folders before linked ones: loops end. A link to nothing
-    or to itself counts as a file: it is named when it is read.
+    Links are followed, and each real folder is visited once, real folders before linked ones, so loops end. A broken
+    link counts as a file and is reported when it is read.
     """
     entered = set()
     folders: list[str] = [""]
@@ -210,7 +210,7 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
             entered.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
         except OSError as error:
-            advice = "make the folder readable or move it away"
+            advice = "make the folder readable or remove it"
             raise UserError(f"{root / folder}: {error.strerror}; {advice}") from error
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
@@ -228,7 +228,7 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _csv_rows(text: str, images: set[str]) -> Iterator[tuple[str, str]]:
-    """(file, label) pairs of a CSV file; nothing when it has no label column."""
+    """(file, label) pairs of a CSV file; none if it has no label column."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
     if not rows:
         return
@@ -246,22 +246,22 @@ def _csv_rows(text: str, images: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _json_rows(text: str) -> Iterator[tuple[str, str]]:
-    """(file, label) pairs of a JSON-lines file; nothing when its lines have no label."""
+    """(file, label) pairs of a JSON-lines file; none if its lines have no label."""
     for line in io.StringIO(text, newline=None):
         row = json.loads(line) if line.strip() else {}
         if not isinstance(row, dict):
-            raise ValueError(f"a line is {line.strip()[:40]!r}, not an object with {FILE_COLUMNS[0]}")
+            raise ValueError(f"the line {line.strip()[:40]!r} is not an object with {FILE_COLUMNS[0]}")
         name = next((row[column] for column in FILE_COLUMNS if column in row), None)
         label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
         if isinstance(name, str) and isinstance(label, (str, int)):
             yield name, str(label)
 
 
-# The image files below an fsspec URL, as `s3://bucket/images`: one listing, and one bounded request for each image.
+# Image files below an fsspec URL such as `s3://bucket/images`: one listing, and one bounded request per image.
 
 
 class RemoteFiles:
-    """See `folder.ImageFiles`."""
+    """See `ImageFiles`."""
 
     def __init__(self, location: str) -> None:
         self.location, self.connection = location.rstrip("/"), Connection(location)
@@ -273,25 +273,25 @@ class RemoteFiles:
         except FileNotFoundError:
             entries = {}
         if root in entries or not entries:
-            what = "is a file" if entries else "nothing is there"
+            what = "is a file" if entries else "no such folder"
             raise UserError(f"data.path: {self.location}: {what}; give the folder that holds the images")
         for path, entry in entries.items():
             name = path[len(root) + 1 :]
             hidden = name.startswith(".") or "/." in name
-            if not hidden and not name.endswith("/"):  # some tools mark folders by empty objects
+            if not hidden and not name.endswith("/"):  # some tools mark folders with empty objects
                 yield name, int(entry["size"])
 
     def read(self, name: str, length: int | None = None) -> bytes:
         try:
             return self.connection.read(name, length)
         except FileNotFoundError as error:
-            raise ImageRejected("unreadable", "cannot be opened: it is not there any more") from error
+            raise ImageRejected("unreadable", "cannot be opened: it no longer exists") from error
         except AccessDenied as error:
             raise ImageRejected("unreadable", "cannot be opened: access denied") from error
 
 
 def find_pictures(inputs: Sequence[str]) -> list[tuple[str, Path]]:
-    """(output name without suffix, file) for files and folders. Equal names get the suffix, then a number."""
+    """(output name without suffix, file) for files and folders. Duplicate names get the suffix, then a number."""
     found: list[tuple[str, Path]] = []
     taken: set[str] = set()
     for path, relative in _named_files(inputs):

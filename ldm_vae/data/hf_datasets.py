@@ -1,6 +1,6 @@
-"""What the `datasets` library loads, as a source. Images stay encoded bytes: our own decoder reads them.
+"""Datasets of the `datasets` library as a source. Images stay encoded; `decoding` decodes them.
 
-Also owns what the stream shares with it: opening by name, checking the columns, numbering the labels.
+Also the parts shared with `streaming`: opening by name, checking the columns, numbering the labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DatasetsSource:
     """A dataset with random access; images and labels are two of its columns.
 
     Raises:
-        UserError: it cannot be loaded, or lacks the columns.
+        UserError: it cannot be loaded, or a column is missing.
     """
 
     def __init__(self, config: DatasetsConfig, limits: DecodeLimits = DecodeLimits()) -> None:  # noqa: B008
@@ -60,7 +60,7 @@ class DatasetsSource:
         return decode_image(image_bytes(self.rows[int(i)][self.column], self.limits), self.limits)
 
     def fingerprint(self) -> str:
-        """Over ids, labels and the sizes of the encoded images (their names, where they are files)."""
+        """sha256 hex of ids, labels and the sizes of the encoded images (or their names, if they are files)."""
         import pyarrow.compute as pc
 
         def sizes() -> Iterable[object]:
@@ -80,13 +80,13 @@ class DatasetsSource:
 def load_rows(config: DatasetsConfig) -> Any:
     """The split as a `datasets.Dataset`, or as an `IterableDataset` when streaming.
 
-    Nothing is looked up on the network for a name that is a local path.
+    A name that is a local path is never looked up on the network.
     """
     return load_with_builder(config)[0]
 
 
 def load_with_builder(config: DatasetsConfig) -> tuple[Any, Any]:
-    """What `load_rows` gives, and the `DatasetBuilder` that knows the files of a stream (None where there is none)."""
+    """The result of `load_rows`, and the `DatasetBuilder` that knows the files of a stream (None if there is none)."""
     from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
     name, files = os.path.expanduser(config.name), local_files(config.name)
@@ -113,7 +113,7 @@ def load_with_builder(config: DatasetsConfig) -> tuple[Any, Any]:
         return builder.as_streaming_dataset(split=config.split), builder
     except UserError:
         raise
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data.datasets.name: {name}: {reason}; check the name, subset, split and revision") from error
 
@@ -121,7 +121,7 @@ def load_with_builder(config: DatasetsConfig) -> tuple[Any, Any]:
 def _open_archives_plainly(builder: Any) -> None:
     """Make the next streaming dataset of a webdataset builder open its tars without further options.
 
-    `datasets` opens them with `block_size=0`, which `s3fs` takes for an option of its connection, and refuses.
+    `datasets` opens them with `block_size=0`, which `s3fs` rejects as an unknown connection option.
     """
     from datasets.utils.file_utils import ArchiveIterable
 
@@ -156,7 +156,7 @@ def local_files(name: str) -> list[str]:
 
 
 def check_columns(features: Features | None, config: DatasetsConfig) -> None:
-    """Raises: UserError when the image or the label column is not there or of another kind."""
+    """Raises: UserError if the image or label column is missing or has another type."""
     from datasets import Image, Value
 
     columns = features or {}
@@ -181,7 +181,7 @@ def image_bytes(cell: dict[str, Any] | None, limits: DecodeLimits, remote: bool 
         ImageRejected: `empty` or `unreadable`.
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise ImageRejected("empty", "the dataset has no image here")
+        raise ImageRejected("empty", "the dataset has no image in this row")
     if cell["bytes"] is not None:
         return cell["bytes"]
     if not remote or "://" not in cell["path"]:
@@ -205,7 +205,7 @@ class Labels:
     Names come from `label_names`, the column's own `ClassLabel`, or from all `values` of the column.
 
     Raises:
-        UserError: the values are not known in advance (`values` None) and nothing names them.
+        UserError: the classes are not known: `values` is None and no names are given.
     """
 
     def __init__(self, config: DatasetsConfig, features: Features, values: Iterable[Any] | None) -> None:
@@ -216,8 +216,8 @@ class Labels:
         if self.column is not None and not self.names:
             if values is None:
                 raise UserError(
-                    f"data.datasets.label_names: missing; the column {self.column!r} of this stream does not "
-                    "name its classes, give them as data.datasets.label_names=[a,b,c]"
+                    f"data.datasets.label_names: missing, and the column {self.column!r} of this stream does not "
+                    "name its classes; give them as data.datasets.label_names=[a,b,c]"
                 )
             self.names = tuple(number_labels(str(value) for value in values if value is not None))
         self.numbers = {name: i for i, name in enumerate(self.names)}
@@ -232,6 +232,6 @@ class Labels:
         elif str(value) in self.numbers:
             return self.numbers[str(value)]
         raise UserError(
-            f"data.datasets.label_names: {value!r} in column {self.column!r} is none of {len(self.names)} "
-            "classes; name all of them in their order"
+            f"data.datasets.label_names: {value!r} in column {self.column!r} is not one of {len(self.names)} "
+            "classes; list all classes in order"
         )

@@ -1,4 +1,4 @@
-"""Training samples from an image source: which crop of an image follows from the sample's position alone."""
+"""Training samples from an image source. The crop of an image depends only on the sample's global position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Transform = Callable[[np.ndarray, np.random.Generator, int], np.ndarray]
 
 
 class ImageSamples:
-    """Random access to training samples, pure in (index, position, size): resuming needs no state."""
+    """Random access to training samples, a pure function of (index, position, size): resuming needs no state."""
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -39,11 +39,11 @@ class ImageSamples:
     def sample(self, index: int, position: int, size: int | None) -> dict[str, Any]:
         """Source image `index` as the training sample at global `position`, a crop of `size` pixels.
 
-        An image that cannot be read is replaced by another one, chosen by (seed, position), and reported.
+        An unreadable image is reported and replaced by another one, chosen by (seed, position).
 
         Returns:
-            image: uint8 tensor (3, size, size); label and index: int, of the image really used;
-            rejected: (id, reason) of every image that had to be replaced.
+            image: uint8 tensor (3, size, size); label and index: int, of the image that was used;
+            rejected: (id, reason) of every image that was replaced.
 
         Raises:
             UserError: after 20 unreadable images in a row.
@@ -76,7 +76,7 @@ def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
     name, reason = rejected[-1]
     return UserError(
         f"data: {len(rejected)} images in a row cannot be read, the last is {name} ({reason}); "
-        "check that the disk is there and the files are pictures"
+        "check that the disk is mounted and the files are images"
     )
 
 
@@ -93,10 +93,10 @@ class Crop:
     """The center crop of one image.
 
     Args:
-        index: in its source.
+        index: its index in the source.
         pixels: uint8 (h, w, 3).
-        short_side: of the image before scaling, in pixels.
-        scale: what it was scaled by.
+        short_side: short side of the image before scaling, in pixels.
+        scale: the factor it was scaled by.
     """
 
     index: int
@@ -107,7 +107,7 @@ class Crop:
 
     @property
     def enlarged(self) -> bool:
-        """Whether the image was smaller than its crop, so that the crop is blurred."""
+        """Whether the image was smaller than its crop, which makes the crop blurry."""
         return self.scale > 1
 
 
@@ -118,9 +118,9 @@ def iterate_crops(
     rejected: Rejected,
     enlarged: Enlarged | None = None,
 ) -> Iterator[Crop]:
-    """Center crops of a side or of (h, w), in the order of `indices`.
+    """Center crops of a side or (h, w), in the order of `indices`.
 
-    Images that cannot be read are left out and appended to `rejected`, those that are enlarged to `enlarged`.
+    Unreadable images are skipped and appended to `rejected`, enlarged ones to `enlarged`.
     """
     for index in indices:
         try:
@@ -163,13 +163,13 @@ def enlarged_sentence(enlarged: int, images: int, smallest: int, setting: str = 
 
 
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
-    """What to say where all of `count` images were rejected."""
+    """The error when all of `count` images were rejected."""
     reasons = ", ".join(sorted({reason for _, reason in rejected}))
-    return UserError(f"{where}: no image of {count} could be read ({reasons})")
+    return UserError(f"{where}: none of the {count} images could be read ({reasons})")
 
 
 def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:
-    """One readable image (1, 3, resolution, resolution) in [-1, 1] after another."""
+    """Yield the readable images, each (1, 3, resolution, resolution) in [-1, 1]."""
     for index in indices:
         _, image = read_crops(source, [index], resolution, [])
         if image is not None:
@@ -177,7 +177,7 @@ def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[
 
 
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:
-    """`wanted` indices evenly spread over range(count); all of them for None."""
+    """`wanted` indices evenly spaced over range(count); all of them for None."""
     if wanted is None or wanted >= count:
         return list(range(count))
     return [int(i) for i in np.linspace(0, count - 1, wanted).round()]

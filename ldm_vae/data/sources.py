@@ -1,7 +1,6 @@
-"""What an image collection is to the rest of the program, its settings, and how one is opened.
+"""The interface of an image collection, and the settings that open one.
 
-The collections themselves live beside this file: `folder`, `datasets_source`, `stream` (no random access) and
-`synthetic`.
+The collections are in the modules `folder`, `hf_datasets`, `streaming` (no random access) and `synthetic`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.errors import UserError
 
 WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
-"""As a label; what is longer is a name."""
+"""The longest label that is read as a number; longer ones are names."""
 
 
 class ImageSource(Protocol):
@@ -33,7 +32,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def id(self, i: int) -> str:
-        """A unique name of image `i` that stays the same from run to run."""
+        """A unique name of image `i`, the same in every run."""
         ...
 
     def label(self, i: int) -> int:
@@ -45,22 +44,22 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """sha256 hex of what is in the collection: ids, labels, sizes in bytes; not of every pixel."""
+        """sha256 hex of ids, labels and sizes in bytes, but not of every pixel."""
         ...
 
 
 @dataclass(frozen=True)
 class DatasetsConfig:
-    """Something that the `datasets` library loads.
+    """A dataset that the `datasets` library loads.
 
     Args:
-        name: a hub id, a folder made by `save_to_disk`, or parquet, arrow or webdataset (.tar) files,
-            also with `*`.
-        subset: configuration of the hub dataset, where it has several.
+        name: a hub id, a folder written by `save_to_disk`, or parquet, arrow or webdataset (.tar) files;
+            `*` is allowed.
+        subset: configuration of the hub dataset, if it has several.
         split: for example train, or train[:1000].
         image_column: the column that holds the images.
         label_column: the column that holds the classes; null: unlabeled.
-        label_names: names of integer labels where the dataset does not carry them (needed for streams only).
+        label_names: names of integer labels if the dataset does not have them (needed for streams only).
         streaming: read from start to end instead of downloading first.
         revision: commit, tag or branch of a hub dataset.
     """
@@ -81,13 +80,13 @@ class DataConfig:
 
     Args:
         source: `synthetic` (made on the fly), `folder` (a folder of image files) or `datasets`.
-        path: the folder, for `folder`: a path, or a URL that fsspec knows, as s3://bucket/images.
-        include: patterns of relative paths to take from the folder, as `photos/*`; none: everything. The ids,
-            and so the held-out part, stay those of the whole folder.
+        path: the folder, for `folder`: a path or an fsspec URL such as s3://bucket/images.
+        include: patterns of relative paths to use from the folder, for example `photos/*`; empty: all. Ids, and
+            therefore the held-out part, do not change.
         held_out: fraction of the images kept out of training, chosen by a hash of their ids.
-        maximum_megapixels: larger images are rejected undecoded.
-        cache_megabytes: decoded images kept in memory *per worker process*; pays where
-            decoding is the bottleneck.
+        maximum_megapixels: larger images are rejected before decoding.
+        cache_megabytes: decoded images kept in memory *per worker process*; useful if decoding is the
+            bottleneck.
     """
 
     source: Literal["synthetic", "folder", "datasets"] = "synthetic"
@@ -115,7 +114,7 @@ class DataConfig:
                 "set data.source=datasets to load it"
             )
         if not 0.0 <= self.held_out < 1.0:
-            raise UserError(f"data.held_out: {self.held_out} is no usable fraction; give 0 up to, but not, 1")
+            raise UserError(f"data.held_out: {self.held_out} is not in [0, 1); give a fraction below 1")
         if not 1 <= self.maximum_megapixels <= HIGHEST_MEGAPIXELS:
             raise UserError(
                 f"data.maximum_megapixels: {self.maximum_megapixels} is out of range; give 1 to {HIGHEST_MEGAPIXELS}"
@@ -125,7 +124,7 @@ class DataConfig:
 
     @staticmethod
     def short_form(text: str) -> dict[str, object]:
-        """What data=TEXT means: `synthetic`, `hf:NAME`, files that the `datasets` library reads, or a folder."""
+        """Expand data=TEXT: `synthetic`, `hf:NAME`, files that the `datasets` library reads, or a folder."""
         if text == "synthetic":
             return {"source": "synthetic", "path": None}
         if text.startswith("hf:") or text.endswith((".parquet", ".arrow", ".tar")):
@@ -134,7 +133,7 @@ class DataConfig:
 
     @property
     def streaming(self) -> bool:
-        """True where `stream.open_stream` takes the place of `open_source`."""
+        """True if `streaming.open_stream` has to be used instead of `open_source`."""
         return self.source == "datasets" and self.datasets.streaming
 
     @property
@@ -143,7 +142,7 @@ class DataConfig:
 
 
 def number_labels(labels: Iterable[str]) -> dict[str, int]:
-    """Label -> class number, in numeric order where all labels are whole numbers, else alphabetical."""
+    """Label -> class number, in numeric order if all labels are whole numbers, otherwise alphabetical."""
     names = set(labels)
     numeric = all(WHOLE_NUMBER.fullmatch(name) for name in names)
     return {name: i for i, name in enumerate(sorted(names, key=(lambda n: (int(n), n)) if numeric else None))}
@@ -157,14 +156,14 @@ def hash_items(items: Iterable[tuple[object, ...]]) -> str:
     return digest.hexdigest()
 
 
-# Decoded images kept in memory, so that many crops come from one decoding.
+# Decoded images kept in memory, so that many crops need only one decoding.
 
 
 class CachedSource:
-    """Another source whose images stay decoded until `limit_bytes` are used.
+    """A source that keeps decoded images in memory, up to `limit_bytes`.
 
     Nothing is evicted: in the uniformly random order of training, the first images that fit are as good as
-    any other choice, and nothing thrashes. Each worker process has its own cache.
+    any others, and there is no thrashing. Each worker process has its own cache.
     """
 
     def __init__(self, source: ImageSource, limit_bytes: int) -> None:

@@ -1,6 +1,6 @@
-"""Which part of a collection an image belongs to: a function of its id alone, so it never changes.
+"""Train and held-out parts of a collection. The part of an image depends only on its id, so it never changes.
 
-Adding images moves none of the others, and a larger `held_out` only adds to the held-out part.
+Adding images does not move any other, and a larger `held_out` only adds to the held-out part.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
     if not indices:
         cure = "increase data.held_out" if part == "held_out" else "lower data.held_out"
         raise UserError(
-            f"data: no image of {len(source)} falls into the {part} part at data.held_out={held_out}; "
+            f"data: none of the {len(source)} images is in the {part} part at data.held_out={held_out}; "
             f"{cure} or add images"
         )
     return Subset(source, np.array(indices, np.int64), f"{part} {held_out!r}")
 
 
 def repeated(source: ImageSource, times: Mapping[str, int]) -> ImageSource:
-    """A view in which images with ids of a pattern (`photos/*`) come so many times an epoch; the first match counts.
+    """A view that repeats images whose ids match a pattern (`photos/*`) in each epoch; the first match counts.
 
     Raises:
-        UserError: a pattern that matches no image, or that earlier ones leave none.
+        UserError: a pattern matches no image, or only images that earlier patterns match.
     """
     if not times:
         return source
@@ -59,7 +59,7 @@ def repeated(source: ImageSource, times: Mapping[str, int]) -> ImageSource:
 
 
 class Subset:
-    """The images of another source at `indices`, in this order. `name` enters the fingerprint."""
+    """The images of another source at `indices`, in this order. `name` is part of the fingerprint."""
 
     def __init__(self, source: ImageSource, indices: np.ndarray, name: str) -> None:
         self.source, self.indices, self.name = source, indices, name

@@ -1,8 +1,8 @@
-"""Image collections without random access: read from start to end, in an order that is still reproducible.
+"""Image collections without random access: read from start to end, in a reproducible order.
 
-The sample at a global position depends on (seed, position) alone, as with `samples.ImageSamples`. In training, every
-process and every worker reads the whole stream, but decodes only what it needs; where the files of the stream can be
-counted (`stream_files`), `StreamingSource.read` reads any rows of it.
+The sample at a global position depends only on (seed, position), as with `samples.ImageSamples`. In training, every
+process and every worker reads the whole stream, but decodes only what it needs. If the rows of its files can be
+counted (`count_files`), `StreamingSource.read` reads any rows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Item:
 
 
 class StreamingSource:
-    """A streamed dataset. Ids are those that the same dataset has with random access, so splits agree."""
+    """A streamed dataset. Ids are the same as with random access, so splits agree."""
 
     def __init__(self, config: DataConfig) -> None:
         assert config.streaming, "this collection has random access: open it with open_source"
@@ -76,21 +76,21 @@ class StreamingSource:
         return self._labels.names
 
     def iterate(self, start: int = 0) -> Iterator[Item]:
-        """Items in stream order from index `start` on; none of them is decoded."""
+        """Items in stream order from index `start`, not decoded."""
         for index, row in enumerate(_all_rows(self._rows.skip(start) if start else self._rows), start):
             yield self._item(index, row)
 
     def files(self) -> StreamFiles | None:
-        """The files of the stream, with the rows of each; None where they are not known or cannot be counted.
+        """The files of the stream and their row counts; None if they are unknown or cannot be counted.
 
-        See `stream_files` for what it costs. Raises: UserError that names a file that cannot be read.
+        See `count_files` for the cost. Raises: UserError that names an unreadable file.
         """
         return count_files(self._builder, self.config.split)
 
     def read(self, files: StreamFiles, rows: Iterable[int]) -> Iterator[Item]:
-        """The items of increasing `rows` of the stream, as `iterate` gives them; reads the files that hold them.
+        """The items at increasing `rows` of the stream, as from `iterate`; reads only the files that hold them.
 
-        Raises: UserError when a file is not what was counted.
+        Raises: UserError if a file has changed since it was counted.
         """
         _after_fork()
         for index, row in files.read(rows, self._rows.features):
@@ -109,7 +109,7 @@ class StreamingSource:
         return _Taken(items, self.label_names)
 
     def fingerprint(self) -> str:
-        """sha256 hex of what names the stream: hub id and revision, or the names and sizes of local files."""
+        """sha256 hex of the hub id and revision, or of the names and sizes of local files."""
         config = self.config
         files = local_files(config.name)
         origin = [(os.path.basename(f), os.path.getsize(f)) for f in files if os.path.isfile(f)] or config.name
@@ -125,10 +125,10 @@ def open_stream(config: DataConfig) -> StreamingSource:
 
 
 class PartRows:
-    """Which of the first `count` rows of a split are in a part.
+    """The rows of a split's first `count` rows that are in a part.
 
-    An id follows from the row, so nothing is read: 2 us a row once (3.5 minutes for 1e8 rows) and 16 ms a block of
-    16384 rows later; 8 bytes a block are kept (0.5 MB for 1e9 rows).
+    Ids follow from row numbers, so nothing is read: 2 us per row once (3.5 minutes for 1e8 rows), then 16 ms per block
+    of 16384 rows; 8 bytes per block are kept (0.5 MB for 1e9 rows).
     """
 
     def __init__(self, split: str, count: int, part: Part, held_out: float) -> None:
@@ -143,7 +143,7 @@ class PartRows:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def rows(self, start: int, stop: int) -> Iterator[int]:
-        """The rows of the images `start` to `stop` - 1 of the part."""
+        """The rows of images `start` to `stop` - 1 of the part."""
         if self.part == "all":
             yield from range(start, stop)
             return
@@ -159,7 +159,7 @@ class PartRows:
 
 
 class Key(Protocol):
-    """What to make: the sample at a global position, as a crop of `size` pixels."""
+    """A request for the sample at a global position, as a crop of `size` pixels."""
 
     @property
     def position(self) -> int: ...
@@ -169,10 +169,10 @@ class Key(Protocol):
 
 
 class StreamSamples:
-    """Training samples of a stream: shuffled through a buffer anew each epoch, without end.
+    """Training samples of a stream, without end: each epoch is shuffled again through a buffer.
 
-    Resuming at a position reads (but does not decode) at most one epoch to learn its length, and then the
-    part of the running epoch that is over.
+    Resuming at a position reads (but does not decode) at most one epoch to find its length, and then the part of
+    the current epoch before the position.
     """
 
     def __init__(
@@ -185,13 +185,13 @@ class StreamSamples:
         held_out: float = 0.0,
         buffer: int = 1024,
     ) -> None:
-        """`buffer`: encoded images held in memory to draw from; larger is closer to a full shuffle."""
+        """`buffer`: encoded images in memory to draw from; a larger one is closer to a full shuffle."""
         assert buffer >= 1, "the shuffle buffer holds at least one image"
         self.stream, self.transform, self.seed = stream, transform, seed
         self.part, self.held_out, self.buffer = part, held_out, buffer
 
     def samples(self, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
-        """One sample, as `ImageSamples.sample` makes it, for each key; positions must increase."""
+        """One sample for each key, as from `ImageSamples.sample`; positions must increase."""
         order: Iterator[tuple[Item, list[Item]]] | None = None
         reached = -1
         for key in keys:
@@ -204,11 +204,11 @@ class StreamSamples:
             yield self._sample(item, pool, key)
 
     def batches(self, keys: Iterable[list[Any]]) -> StreamBatches:
-        """What `training.loader` asks of samples without random access."""
+        """The interface that `training.loader` needs for samples without random access."""
         return StreamBatches(self, keys)
 
     def _sample(self, item: Item, pool: list[Item], key: Key) -> dict[str, Any]:
-        """The crop of `item`, or, when it cannot be read, of another one from the shuffle buffer."""
+        """The crop of `item` or, if it is unreadable, of another one from the shuffle buffer."""
         assert key.size is not None, "image samples need a size"
         rejected: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
@@ -223,7 +223,7 @@ class StreamSamples:
         raise too_many_rejected(rejected)
 
     def _order(self, start: int) -> Iterator[tuple[Item, list[Item]]]:
-        """(item, shuffle buffer) of every global position from `start` on."""
+        """(item, shuffle buffer) of every global position from `start`."""
         epoch, over = 0, start
         while True:
             count = 0
@@ -233,7 +233,7 @@ class StreamSamples:
                 count += 1
             if count == 0:
                 raise UserError(f"data: the stream has no image in the {self.part} part; check data.held_out")
-            epochs = max(1, over // count)  # every epoch has as many items: those before `start` need no reading
+            epochs = max(1, over // count)  # every epoch has the same length, so full epochs before `start` are skipped
             epoch, over = epoch + epochs, max(0, over - epochs * count)
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Item, list[Item]]]:
@@ -256,8 +256,8 @@ class StreamBatches(IterableDataset):
     With several workers, each makes every n-th list, and the loader puts them back in order.
 
     Args:
-        samples: where they come from.
-        batches: lists of keys; can be iterated more than once, with increasing positions.
+        samples: the source of the samples.
+        batches: lists of keys with increasing positions; can be iterated more than once.
     """
 
     def __init__(self, samples: StreamSamples, batches: Iterable[list[Any]]) -> None:
@@ -310,7 +310,7 @@ def _after_fork() -> None:
 def _all_rows(rows: Any) -> Iterator[dict[str, Any]]:
     """Every row of a `datasets.IterableDataset`, in any process.
 
-    Its own `__iter__` hands each worker of a torch loader some of the shards only; `iter` does not.
+    Its own `__iter__` gives each worker of a torch loader only some of the shards; `iter` does not.
     """
     _after_fork()
     for batch in rows.iter(batch_size=READ_ROWS):
@@ -322,28 +322,28 @@ def _part(items: Iterator[Item], part: Part, held_out: float) -> Iterator[Item]:
     return (item for item in items if part == "all" or part_of(item.id, held_out) == part)
 
 
-# The files of a stream: counted once, so that any row can be read without the files before it.
+# The files of a stream, counted once, so that any row can be read without reading the files before it.
 
 logger = logging.getLogger(__name__)
 
 STRIDE = 32
-"""Samples of a tar for each offset that is kept."""
+"""An offset is kept for every STRIDE samples of a tar."""
 
 THREADS = 16
-"""Files that are counted at once: remote ones are waited for most of the time."""
+"""Number of files counted in parallel; remote ones mostly wait for the network."""
 
 BUFFER_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class StreamFiles:
-    """Files that together are a stream.
+    """The files of a stream.
 
     Attributes:
-        kind: of all of them.
+        kind: their format.
         paths: local paths or fsspec URLs, in order.
-        rows: (files,) int64, of each.
-        starts: of each, the offsets in bytes of the samples 0, STRIDE, 2 STRIDE ...; tar only.
+        rows: (files,) int64, row count of each.
+        starts: byte offsets of the samples 0, STRIDE, 2 STRIDE, ... of each; tar only.
     """
 
     kind: Literal["parquet", "webdataset"]
@@ -356,9 +356,9 @@ class StreamFiles:
         return int(self.rows.sum())
 
     def read(self, wanted: Iterable[int], features: Features) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row number, values of the columns in `features`) of increasing row numbers; images stay encoded.
+        """(row number, values of the columns in `features`) for increasing row numbers; images stay encoded.
 
-        Files without a wanted row are not opened, one with several wanted rows is opened once.
+        Files without a wanted row are not opened; a file with several is opened once.
 
         Raises:
             UserError: a file cannot be read, or is shorter than it was.
@@ -377,12 +377,12 @@ class StreamFiles:
 
 
 class _Shorter(Exception):
-    """A file has fewer rows than were counted."""
+    """A file has fewer rows than when it was counted."""
 
 
 def count_files(builder: Any, split: str) -> StreamFiles | None:
-    """The files that a `datasets.DatasetBuilder` streams for a split; None where they are not known (another format,
-    several splits) or not countable (a compressed tar, a server without ranges).
+    """The files that a `datasets.DatasetBuilder` streams for a split; None if they are not known (another format,
+    several splits) or cannot be counted (a compressed tar, a server without range requests).
 
     Raises:
         UserError: a file cannot be read.
@@ -397,7 +397,7 @@ def count_files(builder: Any, split: str) -> StreamFiles | None:
         counted = list(pool.map(partial(_counted, count), paths))
     for path, (rows, _) in zip(paths, counted):
         if rows is None:
-            logger.warning("%s is no plain tar with random access: every process reads the whole stream", path)
+            logger.warning("%s is not a plain tar with random access, so every process reads the whole stream", path)
             return None
     return StreamFiles(kind, paths, np.array([rows for rows, _ in counted], np.int64), tuple(s for _, s in counted))
 
@@ -409,7 +409,7 @@ def _kind(builder: Any) -> Literal["parquet", "webdataset"] | None:
     if isinstance(builder, WebDataset):
         return "webdataset"
     if isinstance(builder, Parquet):
-        config = builder.config  # a hub repository can set these in its card: then rows are left out
+        config = builder.config  # a hub repository can set these in its card: then some rows are skipped
         leaves_out = getattr(config, "filters", None) is not None or getattr(config, "on_bad_files", "error") != "error"
         return None if leaves_out else "parquet"
     return None
@@ -446,7 +446,7 @@ def _read_parquet(path: str, wanted: Iterable[int], features: Features) -> Itera
     from datasets.table import table_cast
 
     with _open(path) as raw:
-        file = pq.ParquetFile(raw, buffer_size=BUFFER_BYTES)  # else a whole row group lies in memory
+        file = pq.ParquetFile(raw, buffer_size=BUFFER_BYTES)  # otherwise a whole row group is held in memory
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = np.cumsum(sizes, dtype=np.int64)
         for group, rows in groupby(wanted, lambda row: int(np.searchsorted(ends, row, side="right"))):
@@ -482,7 +482,7 @@ def _read_tar(
             reached = row + 1
             _, archive, members = sample
             contents = ((m.name, archive.extractfile(m)) for field, m in members if field in features)
-            # the library's own reading of one sample: decompression, labels and text by their suffix
+            # the library decodes one sample: decompression, labels and text by their suffix
             found: dict[str, Any] = next(WebDataset._get_pipeline_from_tar(path, contents), {})
             values = {name: found.get(name) for name in features}
             for name, feature in features.items():
@@ -492,9 +492,9 @@ def _read_tar(
 
 
 def _samples(file: Any, offset: int) -> Iterator[tuple[str, tarfile.TarFile, Iterator[tuple[str, tarfile.TarInfo]]]]:
-    """(key, archive, its members as (field, member)) of the samples of an open tar, from a member's offset on.
+    """(key, archive, its members as (field, member)) of the samples of an open tar, from a member's offset.
 
-    As `datasets` and `webdataset` have it: consecutive members with the same name up to its first dot are a sample.
+    As in `datasets` and `webdataset`, consecutive members with the same name up to the first dot are a sample.
     """
     from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
@@ -503,7 +503,7 @@ def _samples(file: Any, offset: int) -> Iterator[tuple[str, tarfile.TarFile, Ite
 
     def members() -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined] # else all of them stay in memory
+            archive.members = []  # type: ignore[attr-defined] # otherwise all of them stay in memory
             hidden = member.name.rsplit("/", 1)[-1].startswith((".", "__"))
             if not member.isreg() or hidden:
                 continue
@@ -524,11 +524,11 @@ def _is_plain_tar(file: Any) -> bool:
 
 
 def _explained(path: str, read: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The same rows, with the errors of the file as errors of the user."""
+    """The same rows, with errors of the file raised as UserError."""
     try:
         yield from read
     except _Shorter as error:
-        raise UserError(f"{path}: {error}; start again with files that nobody writes to") from error
+        raise UserError(f"{path}: {error}; start again with files that do not change") from error
     except _errors() as error:
         raise _unreadable(path, error) from error
 
@@ -547,4 +547,4 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def _unreadable(path: str, error: Exception) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"data.datasets.name: {path}: cannot be read ({reason}); replace it, or leave it out")
+    return UserError(f"data.datasets.name: {path}: cannot be read ({reason}); replace or remove it")

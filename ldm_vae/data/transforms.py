@@ -1,7 +1,7 @@
-"""Crops: random scale and place for training, a centered cover crop for encoding and evaluation.
+"""Crops: random scale and position for training, resize and center crop for encoding and evaluation.
 
-Every change of scale is antialiased (Lanczos), and only the source region that a crop needs is touched.
-Color, orientation and bit depth are `decoding`'s business.
+Resizing is antialiased (Lanczos) and reads only the source region that a crop needs. `decoding` handles color,
+orientation and bit depth.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_vae.errors import UserError
 
-LANCZOS_SUPPORT = 3  # source pixels to each side, times the reduction
+LANCZOS_SUPPORT = 3  # source pixels on each side, times the reduction
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class CropConfig:
     """Random training crops.
 
     The picture is scaled so that its short side is log-uniform between `short_side_min` and `short_side_max`,
-    but never enlarged unless it is smaller than the crop itself. Reduced pictures also lose the 8x8 grid that
-    JPEG left in them, which an 8x autoencoder would otherwise learn.
+    but it is enlarged only if it is smaller than the crop. Downscaling also removes the 8x8 block grid of JPEG,
+    which an 8x autoencoder would otherwise learn.
 
     Args:
-        short_side_min: pixels; a smaller picture or a larger crop takes precedence.
-        short_side_max: pixels; a larger crop takes precedence.
-        flip: mirror half of the crops left to right.
-        flat: fraction of crops replaced by a smooth gradient between two colors of the picture; these keep
-            plain surfaces free of patterns.
+        short_side_min: in pixels; a smaller picture or a larger crop takes precedence.
+        short_side_max: in pixels; a larger crop takes precedence.
+        flip: flip half of the crops horizontally.
+        flat: fraction of crops replaced by a smooth gradient between two colors of the picture; they keep flat
+            areas free of artifacts.
     """
 
     short_side_min: int = 256
@@ -46,10 +46,10 @@ class CropConfig:
         if not 1 <= self.short_side_min <= self.short_side_max:
             raise UserError(
                 f"crop: short_side_min {self.short_side_min} and short_side_max {self.short_side_max} "
-                "are no range; give 1 <= short_side_min <= short_side_max"
+                "are not a valid range; give 1 <= short_side_min <= short_side_max"
             )
         if not 0.0 <= self.flat <= 1.0:
-            raise UserError(f"crop.flat: {self.flat} is no fraction; give 0 to 1")
+            raise UserError(f"crop.flat: {self.flat} is not a fraction; give 0 to 1")
 
 
 def random_crop(
@@ -65,7 +65,7 @@ def random_crop(
     smallest = max(size, min(short, config.short_side_min))
     largest = max(smallest, min(short, config.short_side_max))
     target = smallest * (largest / smallest) ** scale
-    extent = min(size * short / target, float(short))  # of the crop, in source pixels
+    extent = min(size * short / target, float(short))  # side of the crop in source pixels
     left, top = where_x * (width - extent), where_y * (height - extent)
     if plain < config.flat:
         crop = _gradient(image, rng, size)
@@ -100,12 +100,12 @@ def resize_center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.nda
 
 
 def center_crop(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """`cover_crop` with the signature of a training transform; `rng` is not used."""
+    """`resize_center_crop` with the signature of a training transform; `rng` is not used."""
     return resize_center_crop(image, size)
 
 
 def preprocessing_record(size: int | tuple[int, int]) -> dict[str, Any]:
-    """What `cover_crop` and the decoder do to a picture, for manifests and protocols (JSON-able)."""
+    """The preprocessing of `resize_center_crop` and the decoder, for manifests and results (JSON-able)."""
     height, width = (size, size) if isinstance(size, int) else size
     return {
         "version": 1,
@@ -122,7 +122,7 @@ def preprocessing_record(size: int | tuple[int, int]) -> dict[str, Any]:
 def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
     """Lanczos-scale the float `box` (left, top, right, bottom) of an image to `size` (height, width).
 
-    Only the box and the filter's margin are handed to PIL: the pixels are those of scaling the whole picture.
+    Only the box and the filter's margin are passed to PIL; the result equals resizing the whole picture.
     """
     left, top, right, bottom = box
     margin_x = math.ceil(LANCZOS_SUPPORT * max(1.0, (right - left) / size[1])) + 1
@@ -136,7 +136,7 @@ def _resize(image: np.ndarray, box: tuple[float, float, float, float], size: tup
 
 
 def _gradient(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A linear gradient in a random direction between the colors of two pixels; one in four is constant."""
+    """A linear gradient in a random direction between the colors of two pixels; one in four is a flat color."""
     rows, columns = rng.integers(image.shape[0], size=2), rng.integers(image.shape[1], size=2)
     start, end = image[rows, columns].astype(np.float32)
     if rng.random() < 0.25:

@@ -254,7 +254,7 @@ def _notes(state: SetState) -> Iterator[str]:
         )
     for name in sorted(name for name in state.sizes if name.startswith(LOCK.split(".")[0]) and name.endswith(".lock")):
         if holder := state.folder.holder(name):
-            yield f"{holder} is at work here: what it has not finished may look damaged"
+            yield f"{holder} is using this folder: unfinished files may look damaged"
 
 
 # What each shard must be.

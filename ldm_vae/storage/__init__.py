@@ -1,7 +1,7 @@
-"""One flat folder of files, on a local disk or behind any fsspec URL: what latent shards are written to and read from.
+"""A flat folder of files, on a local disk or at any fsspec URL. Latent shards are written to and read from it.
 
-`base` is what both have in common; `local` and `remote` do the work, `cache` keeps copies of what was read from a
-remote folder. No module here knows what the files mean.
+`base` defines the interface, `local` and `remote` implement it, and `cache` keeps copies of files of remote folders.
+No module here depends on the content of the files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ldm_vae.storage.base import Folder, is_url
 
 
 def open_folder(location: str | Path) -> Folder:
-    """A folder at a path (`~` is expanded), or at a URL that fsspec knows. Nothing is made or read yet.
+    """A folder at a path (`~` is expanded) or at an fsspec URL. Nothing is created or read yet.
 
     Raises:
         UserError: the URL's protocol is unknown, or its package is not installed.

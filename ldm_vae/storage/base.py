@@ -1,4 +1,4 @@
-"""What a folder of files is, wherever it is: the protocol, names and addresses."""
+"""The interface of local and remote folders, and checks of file names and URLs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ldm_vae.errors import FolderLocked, UserError
 
 LOCAL_URL = re.compile(r"^(file|local)://")
 REFUSED_NAME = re.compile(r"^\.?$|\.\.|[/\\*?\[\x00-\x1f]")
-"""Names that could lead out of the folder, or that a filesystem could take for a pattern."""
+"""Characters of names that could lead out of the folder, or be read as a pattern by a filesystem."""
 
 
 class Folder(Protocol):
     """The files directly inside a folder. Picklable; usable in forked and in spawned processes.
 
-    Every method raises UserError where access is denied or the store cannot be reached, after some attempts.
+    Every method raises UserError if access is denied, or if the store still cannot be reached after several attempts.
 
     Attributes:
         location: the folder as the user wrote it.
@@ -36,11 +36,11 @@ class Folder(Protocol):
     def exists(self, name: str) -> bool: ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Name -> bytes of the visible files that begin with `prefix`, from one listing; empty without a folder."""
+        """Name -> bytes of the visible files that begin with `prefix`, in one listing; empty if there is no folder."""
         ...
 
     def remove(self, name: str) -> None:
-        """A missing file is not an error."""
+        """Remove a file. A missing file is not an error."""
         ...
 
     def checksum(self, name: str) -> str:
@@ -48,36 +48,36 @@ class Folder(Protocol):
         ...
 
     def local(self, name: str, checksum: str) -> Path:
-        """A file on this machine with that content, to be memory-mapped.
+        """A file on this machine with that content, for memory mapping.
 
-        On a disk it is the file itself, not checked. A copy of a remote file is compared at its first use in a process,
-        and stays at least until this process asks for the next one.
+        For a local folder it is the file itself, unchecked. A copy of a remote file is verified at its first use in a
+        process, and is kept at least until this process asks for the next one.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
             UserError: what was downloaded has another checksum.
         """
         ...
 
     def clean(self) -> None:
-        """Remove what killed writers left behind. The caller has the lock."""
+        """Remove temporary files of killed writers. The caller must hold the lock."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Of the device; None where this has no meaning."""
+        """Free bytes on the device; None for an object store."""
         ...
 
     def lock(self, name: str) -> AbstractContextManager[None]:
-        """An exclusive lock called `name`. Raises: FolderLocked where another process has it."""
+        """An exclusive lock called `name`. Raises: FolderLocked if another process holds it."""
         ...
 
     def holder(self, name: str) -> str | None:
-        """Who has the lock now, as `process 4711 on host x`; None when it is free."""
+        """The holder of the lock, for example `process 4711 on host x`; None if it is free."""
         ...
 
 
 def is_url(location: str | Path) -> bool:
-    """True for what fsspec reaches; `file://` URLs are paths."""
+    """True for URLs that are opened with fsspec; `file://` URLs are paths."""
     assert not (isinstance(location, Path) and re.match(r"[a-z0-9]{2,}:/", str(location))), f"{location} was a URL"
     return "://" in str(location) and not LOCAL_URL.match(str(location))
 
@@ -94,13 +94,13 @@ def join(location: str | Path, name: str) -> str | Path:
 
 
 def check_name(name: str) -> str:
-    """Raises: UserError: not a plain file name. Names are also read from the files of others."""
+    """Raises: UserError if `name` is not a plain file name. Names may come from untrusted files."""
     if REFUSED_NAME.search(name):
-        raise UserError(f"{name!r}: is not the plain name of a file in its folder; check where the name comes from")
+        raise UserError(f"{name!r}: is not a plain file name; check where the name comes from")
     return name
 
 
 def locked_by(location: str, holder: str, name: str) -> FolderLocked:
-    """The refusal of a lock that another process has."""
-    what = f"{holder} is at work here ({name})"
+    """The error for a lock that another process holds."""
+    what = f"{holder} is using this folder ({name})"
     return FolderLocked(location, what, "wait for it, or give another folder", holder=holder)

@@ -1,10 +1,10 @@
 """Copies of remote files on this machine, kept under their checksums and shared by all processes.
 
-Owns where they are, that they are whole, that one process at a time fetches each, and which ones are removed when room
-is needed: the least recently used. `remote` downloads them.
+This module decides where copies are kept, verifies them, lets only one process download each, and removes the least
+recently used ones when room is needed. `remote` does the downloading.
 
-The access time of a copy says when it was last used, and is set here: many filesystems do not. The locks are the
-kernel's (flock) and end with their process; without them a copy may be fetched twice, which costs time only.
+The access time of a copy is its last use; it is set here, since many filesystems do not update it. The locks are the
+kernel's (flock) and end with their process; without them a copy may be downloaded twice, which only costs time.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ldm_vae.storage.local import is_at
 logger = logging.getLogger(__name__)
 
 KEEP_FREE_SHARE = 0.05
-"""Of the disk, where no limit is set."""
+"""Share of the disk that is kept free if no limit is set."""
 LISTING_SHARE = 1 / 256
-"""The folder is listed again after this share of the limit was fetched here: it may hold 100,000 copies."""
+"""Share of the limit that is downloaded before the folder is listed again: it may hold 100,000 copies."""
 STALE_SECONDS = 86400.0
-"""No download takes that long: temporary files and locks of this age are of killed processes."""
+"""No download takes that long: older temporary files and locks were left by killed processes."""
 PATIENCE_SECONDS = 120.0
-"""For the download of another process, which may be stopped; data loaders wait no more than 300 s for a worker."""
+"""Longest wait for the download of another process, which may be stopped; a data loader waits 300 s for a worker."""
 PAUSE_SECONDS = 0.02
 UNLOCKED_SECONDS = 60.0
-"""Where there are no locks, copies used in this time stay: a process may be about to open them."""
+"""Without locks, copies used within this time are kept: a process may be about to open them."""
 MOST_REMEMBERED = 1 << 16
 
 COPY = re.compile(r"[0-9a-f]{32}")
@@ -48,7 +48,7 @@ LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{8}-[0-9a-f]{32}|\.[0-9a-f]{32}\.lock")
 
 @dataclass(frozen=True)
 class Copy:
-    """A file of the folder. `used_seconds`: since 1970."""
+    """A file in the cache. `used_seconds`: time of the last use, since 1970."""
 
     path: Path
     size_bytes: int
@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def cache_limit_bytes() -> int | None:
-    """`$LDM_VAE_CACHE_GB` in bytes, None where it is not set. Raises: UserError: not a number."""
+    """`$LDM_VAE_CACHE_GB` in bytes, None if it is not set. Raises: UserError if it is not a number."""
     text = os.environ.get("LDM_VAE_CACHE_GB")
     if not text:
         return None
@@ -70,21 +70,21 @@ def cache_limit_bytes() -> int | None:
     except ValueError:
         gigabytes = math.nan
     if not 0 <= gigabytes < math.inf:
-        raise UserError(f"LDM_VAE_CACHE_GB={text}: is not a number of gigabytes; give one, as 200, or leave it out")
+        raise UserError(f"LDM_VAE_CACHE_GB={text}: is not a number of gigabytes; give one such as 200, or unset it")
     return int(gigabytes * 1e9)
 
 
 @functools.cache
 def open_cache(folder: Path, limit_bytes: int | None) -> Cache:
-    """One for each folder and limit in this process."""
+    """The cache of a folder and limit; this process has one instance of each."""
     return Cache(folder, limit_bytes)
 
 
 class Cache:
-    """A folder of copies. Other files in it are left alone.
+    """A folder of copies. Other files in it are not touched.
 
-    Holds at most `limit_bytes` and what is being downloaded; None: what leaves KEEP_FREE_SHARE of the disk free. A
-    process that has a removed copy mapped reads on, and the disk space is free once it lets go.
+    Holds at most `limit_bytes` plus current downloads; None: as much as leaves KEEP_FREE_SHARE of the disk free. A
+    process that has mapped a removed copy can still read it; the disk space is freed when it unmaps the copy.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None) -> None:
@@ -94,14 +94,14 @@ class Cache:
         self._pin: BinaryIO | None = None
 
     def get(self, digest: str, download: Callable[[Path], object]) -> Path:
-        """The copy whose xxh3_128 is `digest` (32 hex digits), made by `download(temporary_path)` where needed.
+        """The copy whose xxh3_128 is `digest` (32 hex digits), created by `download(temporary_path)` if needed.
 
-        Its content is compared at its first use in this process. It stays at least until the next call in this
-        process, so there is time to open it.
+        Its content is verified at its first use in this process. It is kept at least until the next call in this
+        process, so that there is time to open it.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            Exception: whatever `download` raises, which is to compare the checksum.
+            Exception: any error of `download`, which must verify the checksum.
         """
         if self._pin:
             self._pin.close()
@@ -112,14 +112,14 @@ class Cache:
             with self._alone(digest) as waited:
                 if not waited:
                     pin = self._open_whole(copy) or self._fetch(copy, download)
-            pin = pin or self._open_whole(copy)  # what the other process fetched, if it could
+            pin = pin or self._open_whole(copy)  # downloaded by the other process, if it succeeded
         self._pin = pin
         with suppress(OSError):  # of another user, or read-only
             os.utime(copy, ns=(time.time_ns(), os.fstat(pin.fileno()).st_mtime_ns))
         return copy
 
     def _open_whole(self, copy: Path) -> BinaryIO | None:
-        """The copy, with a shared lock that keeps it from being removed; None where it is missing or damaged."""
+        """The copy, with a shared lock that protects it from removal; None if it is missing or damaged."""
         while True:
             try:
                 file = open(copy, "rb")  # noqa: SIM115 - closed by the caller
@@ -151,7 +151,7 @@ class Cache:
         self._whole.add(identity)
 
     def _fetch(self, copy: Path, download: Callable[[Path], object]) -> BinaryIO:
-        """Without fsync: what a crash leaves is compared before it is used."""
+        """Download without fsync: after a crash, copies are verified before they are used."""
         if copy.exists():
             logger.warning("%s: this copy is damaged; fetching it again", copy)
         temporary = self.folder / f".tmp-{uuid.uuid4().hex[:8]}-{copy.name}"
@@ -193,7 +193,7 @@ class Cache:
         remove_oldest([copy for copy in copies if copy.path != fetched], missing)
 
     def _list(self) -> list[Copy]:
-        """The finished copies. What killed processes left behind is removed."""
+        """The finished copies. Files left by killed processes are removed."""
         copies = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -208,15 +208,15 @@ class Cache:
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[bool]:
-        """No other process fetches this copy. Yields whether one had to be waited for: then it may be there.
+        """Keep other processes from downloading this copy. Yields whether it had to wait: the copy may exist then.
 
-        After PATIENCE_SECONDS, and where there are no locks, others may.
+        After PATIENCE_SECONDS, or without locks, others may download it too.
         """
         path, end, waited = self.folder / f".{digest}.lock", time.monotonic() + PATIENCE_SECONDS, False
         while True:
             try:
                 file = open(path, "a+b")  # noqa: SIM115 - closed below
-            except OSError:  # the download will say why
+            except OSError:  # the download reports the reason
                 yield False
                 return
             with file:
@@ -238,7 +238,7 @@ class Cache:
 
 
 def take_lock(file: BinaryIO, *, shared: bool = False, patience_seconds: float = 0.0) -> bool | None:
-    """Whether the lock is ours now, until the file is closed; None where there are no locks."""
+    """Whether this process got the lock, until the file is closed; None if the filesystem has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -257,7 +257,7 @@ def take_lock(file: BinaryIO, *, shared: bool = False, patience_seconds: float =
 
 
 def drop_lock(file: BinaryIO) -> None:
-    """Also for processes that were forked meanwhile: they have the file open too."""
+    """Release the lock, also in forked processes, which have the file open too."""
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -265,7 +265,7 @@ def drop_lock(file: BinaryIO) -> None:
 
 
 def remove_oldest(copies: list[Copy], at_least_bytes: float) -> int:
-    """Remove copies, those used longest ago first, except those that a process is about to open. Returns bytes."""
+    """Remove copies, least recently used first, except those that a process is about to open. Returns bytes."""
     removed = 0
     for copy in sorted(copies, key=lambda copy: copy.used_seconds):
         if removed >= at_least_bytes:

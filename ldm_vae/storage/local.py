@@ -1,4 +1,4 @@
-"""A folder on a local disk, or on one that is mounted: plain files, and locks that end with their process."""
+"""A folder on a local or mounted disk: plain files, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ldm_vae.storage.base import check_name, local_path, locked_by
 ATTEMPTS, PAUSE_SECONDS = 5, 0.05
 
 _locking: weakref.WeakSet[LocalFolder] = weakref.WeakSet()
-"""The folders that this process has a lock in."""
+"""The folders in which this process holds a lock."""
 
 
 def _close_locks() -> None:
-    """In a new fork, which may live longer than a killed holder: it shares the lock as long as it has the file open."""
+    """Run in a new fork. It shares the lock while it has the file open, and may outlive a killed holder."""
     for folder in _locking:
         folder.close_locks()
 
@@ -46,7 +46,7 @@ class LocalFolder:
         return self.location
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalFolder, (self.location,)  # another process does not have the locks of this one
+        return LocalFolder, (self.location,)  # locks do not pass to another process
 
     def read(self, name: str, length: int | None = None) -> bytes:
         with self._explained("read"), open(self._file(name), "rb") as file:
@@ -100,10 +100,10 @@ class LocalFolder:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """The lock is the kernel's (flock) and ends with the process; the file `name` says who has it.
+        """The lock is the kernel's (flock) and ends with the process; the file `name` names its holder.
 
-        The file is removed with the lock. Once it has gone before that, `write` of this object raises UserError: where
-        a mount has vanished, an empty folder of the disk below it would be filled.
+        The file is removed with the lock. If it disappears earlier, `write` of this object raises UserError: the mount
+        is gone, and files would be written to the disk underneath.
         """
 
         with self._explained("written"):
@@ -136,8 +136,8 @@ class LocalFolder:
         return None
 
     def _take(self, name: str) -> FileIO:
-        """The open file `name`, locked. More than one attempt: `holder` takes the lock for a moment to see whether it
-        is free."""
+        """The open file `name`, locked. Tries more than once, because `holder` takes the lock briefly to test whether
+        it is free."""
         import fcntl
 
         for attempt in count(1):
@@ -154,8 +154,8 @@ class LocalFolder:
             except OSError as error:
                 file.close()
                 raise UserError(
-                    f"{self.location}: this filesystem has no locks ({error.strerror}), so two jobs could meet in one "
-                    "folder; mount it with them (Lustre: -o flock), or give a folder elsewhere"
+                    f"{self.location}: this filesystem has no locks ({error.strerror}), so two jobs could write to one "
+                    "folder; mount it with locks (Lustre: -o flock), or give a folder elsewhere"
                 ) from error
             if is_at(file, self._file(name)):
                 return file
@@ -163,18 +163,18 @@ class LocalFolder:
         raise AssertionError("the last attempt returns or raises")
 
     def close_locks(self) -> None:
-        """Release the locks of a process that is a fork of their holder: the holder still has them."""
+        """Close the lock files in a fork of the holder; the holder keeps its locks."""
         for file in self._locks.values():
             file.close()
         self._locks.clear()
 
     def _check_locks(self) -> None:
-        """Raises: UserError when the file of a lock is no longer in the folder."""
+        """Raises: UserError if the file of a lock is no longer in the folder."""
         for name, file in self._locks.items():
             if not is_at(file, self._file(name)):
                 raise UserError(
-                    f"{self.location}: has changed under this process ({name} is gone), was it unmounted or removed? "
-                    "bring it back and run the same command again"
+                    f"{self.location}: was unmounted or removed while in use ({name} is gone); "
+                    "restore it and run the same command again"
                 )
 
     def _file(self, name: str) -> Path:
@@ -182,7 +182,7 @@ class LocalFolder:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """System errors in words, but for full disks and missing files to read, which are the caller's business."""
+        """Turn system errors into UserErrors, except full disks and missing files, which the caller handles."""
         try:
             yield
         except OSError as error:
@@ -197,13 +197,13 @@ def _is_visible(entry: os.DirEntry[str], prefix: str) -> bool:
 
 
 def is_at(file: BinaryIO | FileIO, path: Path) -> bool:
-    """Whether the path leads to this open file now."""
+    """Whether the path still leads to this open file."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
 def _named(file: FileIO) -> str:
-    """The holder that a lock's file names."""
+    """The holder named in a lock file."""
     file.seek(0)
     return file.read(200).decode(errors="replace").strip() or "another process"

@@ -1,8 +1,8 @@
-"""A folder behind an fsspec URL, as `s3://bucket/folder`: its files, its lock, and the requests to the store.
+"""A folder at an fsspec URL such as `s3://bucket/folder`: its files, its lock, and the requests to the store.
 
-A write to an object store is one request that succeeds or changes nothing. Other filesystems (sftp, smb ...) get the
-file under a temporary name, which is then renamed. An interrupted upload of more than 100 MB in parts stays invisible,
-but is paid for until a lifecycle rule of the bucket ends it.
+A write to an object store is one request that succeeds or changes nothing. On other filesystems (sftp, smb, ...) the
+file is written under a temporary name and renamed. An interrupted multipart upload (above 100 MB) stays invisible, but
+is billed until a lifecycle rule of the bucket removes it.
 
 `RemoteFolder` is what `open_folder` returns, `Lease` its lock, `Connection` makes the requests of both.
 """
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 CHECKSUM = re.compile(r"^xxh3_128:([0-9a-f]{32})$")
 
 PAUSES_SECONDS = (1.0, 4.0, 16.0)
-"""Between attempts. The packages make some of their own in each of ours: an outage of about a minute is survived."""
+"""Pauses between attempts. The packages also retry within each attempt: an outage of about a minute is survived."""
 LONGEST_SECONDS = 90.0
-"""No further attempt after this time: data loaders wait no more than 300 s for a worker."""
+"""No new attempt after this time: a data loader waits at most 300 s for a worker."""
 BLOCK_BYTES = 16 << 20
 
 UNREACHABLE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH)
@@ -107,7 +107,7 @@ class RemoteFolder:
         return f"xxh3_128:{digest.hexdigest()}"
 
     def local(self, name: str, checksum: str) -> Path:
-        """A copy that is kept under its checksum; see `cache`. It stays until the next call, or once it is mapped."""
+        """A copy kept under its checksum (see `cache`), at least until the next call, or while it is mapped."""
         match = CHECKSUM.match(checksum)
         if not match:
             raise UserError(f"{self.location}/{name}: {checksum!r} is not a checksum; repair the manifest")
@@ -131,9 +131,9 @@ class RemoteFolder:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """The lock is the object `name`, renewed while this process lives; see `lease`.
+        """The lock is the object `name`, renewed while this process lives (see `Lease`).
 
-        Once it is lost, the next `write` of this object raises UserError.
+        If it is lost, the next `write` of this object raises UserError.
         """
         lease = Lease(self.connection, check_name(name))
         with lease.lock():
@@ -150,14 +150,14 @@ class RemoteFolder:
         return self.connection.path(check_name(name))
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes) of all files directly inside, hidden ones too."""
+        """(name, bytes) of all files directly inside, including hidden ones."""
         root = self.connection.root
         try:
             entries = self.connection.request(lambda filesystem: filesystem.ls(root, detail=True))
         except FileNotFoundError:
             return
         for entry in entries:
-            if entry["type"] != "file" or entry["name"].endswith("/"):  # some tools mark folders by empty objects
+            if entry["type"] != "file" or entry["name"].endswith("/"):  # some tools mark folders with empty objects
                 continue
             if entry["name"].strip("/") == root.strip("/"):
                 raise UserError(f"{self.location}: is a file; give a folder")
@@ -192,14 +192,14 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class Claim:
-    """The content of the object.
+    """The content of the lock object.
 
     Attributes:
         host, pid: the process that has the lock.
-        machine: equal for two processes only if the one can see whether the other lives.
-        token: another one for each time the lock is taken.
-        renewed: when, by the clock of the holder; for readers.
-        started: when the process began, by the machine's own count; "" where unknown. Numbers of processes come again.
+        machine: equal for two processes only if each can check whether the other is alive.
+        token: new each time the lock is taken.
+        renewed: time of the last renewal by the holder's clock; for human readers only.
+        started: start time of the process in ticks of its machine; "" if unknown. Process numbers are reused.
     """
 
     host: str
@@ -214,7 +214,7 @@ class Claim:
 
     @property
     def is_dead(self) -> bool:
-        """True where this machine knows that the process has ended."""
+        """True if this machine can tell that the process has ended."""
         if self.machine != _machine():
             return False
         try:
@@ -228,23 +228,23 @@ class Claim:
 
 
 KINDS = {"host": str, "pid": int, "machine": str, "token": str, "renewed": str}
-"""What every claim has."""
+"""The fields of every claim."""
 UNKNOWN = Claim("unknown", 0, "", "", "")
 
 
 class Lease:
-    """The lock of a remote folder, taken once at most: an object that its holder renews.
+    """The exclusive lock of a remote folder: an object that its holder renews.
 
-    It is created on the condition that it does not exist, where the store can do this (S3, GCS, Azure), and read back.
-    The lock of another process is refused, unless that process was on this machine and is dead, or its last renewal
-    lies STALE_SECONDS back by the clock of the store, which a probe is written for: no two clocks are compared. When
-    two processes take over the same stale lock at once, reading it again after SETTLE_SECONDS shows which of them has
-    it. A holder that was suspended for too long notices at its next renewal or write. What it wrote in between does no
-    harm where the contents of files follow from their names, as those of latent shards do.
+    It is created only if it does not exist, if the store supports that (S3, GCS, Azure), and read back. The lock of
+    another process is respected unless that process ran on this machine and is dead, or its last renewal is
+    STALE_SECONDS old by the clock of the store. The store's clock is read by writing a probe, so no two clocks are
+    compared. If two processes take over a stale lock at once, reading it again after SETTLE_SECONDS shows which one
+    has it. A holder that was suspended for too long notices at its next renewal or write. Files that it wrote in
+    between do no harm if their content follows from their name, as with latent shards.
 
     Args:
         connection: the folder.
-        name: of the object, and so of the lock.
+        name: name of the object and of the lock.
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
@@ -256,7 +256,7 @@ class Lease:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Take the lock, renew it in the background, give it back. Raises: FolderLocked when another one has it."""
+        """Take the lock, renew it in the background, release it. Raises: FolderLocked if another process holds it."""
         self._take()
         thread = threading.Thread(target=self._keep_renewing, name=f"renew {self.name}", daemon=True)
         thread.start()
@@ -269,23 +269,23 @@ class Lease:
                 self._give_back()
 
     def holder(self) -> str | None:
-        """Who has it now."""
+        """The current holder, or None."""
         found = self._read()
         try:
             return None if found is None or found.is_dead or self._is_stale() else str(found)
-        except AccessDenied:  # no right to write a probe
+        except AccessDenied:  # no permission to write a probe
             return str(found)
 
     def check(self) -> None:
-        """Before each write. Raises: UserError when the lock is lost."""
+        """Call before each write. Raises: UserError if the lock is lost."""
         if os.getpid() != self.claim.pid:
             return
         if self.lost_to is None and time.time() - self._renewed_at > STALE_SECONDS:  # this process was stopped
             self._renew(retry=True)
         if self.lost_to is not None:
             raise UserError(
-                f"{self.connection.location}: the lock {self.name} went to {self.lost_to}, as this process did not "
-                "renew it in time; wait for the other one, then run the same command again"
+                f"{self.connection.location}: {self.lost_to} took over the lock {self.name}, because this process did "
+                "not renew it in time; wait for the other one, then run the same command again"
             )
 
     def _take(self) -> None:
@@ -294,21 +294,21 @@ class Lease:
             if found is None:
                 self._create()
                 found = self._read()
-            if found is None:  # another one took it and gave it back
+            if found is None:  # another process took and released it
                 continue
             if found.token == self.claim.token:
                 self._renewed_at = time.time()
                 return
             if not (found.is_dead or self._is_stale()):
                 raise locked_by(self.connection.location, str(found), self.name)
-            logger.warning("%s: taking the lock %s over from %s", self.connection.location, self.name, found)
+            logger.warning("%s: taking over the lock %s from %s", self.connection.location, self.name, found)
             self._remove(found)
             self._create()
             time.sleep(SETTLE_SECONDS)
         raise locked_by(self.connection.location, str(self._read() or UNKNOWN), self.name)
 
     def _create(self) -> None:
-        """Write the object if there is none."""
+        """Write the object if it does not exist."""
 
         def create(filesystem: Any) -> None:
             if not self.connection.is_object_store:
@@ -317,13 +317,13 @@ class Lease:
 
         try:
             self.connection.request(create)
-        except FileExistsError:  # another's; or our own, where an answer was lost and the request repeated
+        except FileExistsError:  # by another process, or by this one if a response was lost
             pass
         except FileNotFoundError as error:
             raise self.connection.no_folder(error) from error
 
     def _read(self, *, retry: bool = True) -> Claim | None:
-        """The claim that is there; `UNKNOWN` where it cannot be understood."""
+        """The current claim; `UNKNOWN` if it cannot be parsed."""
         try:
             data = self.connection.request(lambda filesystem: filesystem.cat_file(self.path), retry=retry)
         except FileNotFoundError:
@@ -336,7 +336,7 @@ class Lease:
             return UNKNOWN
 
     def _is_stale(self) -> bool:
-        """By the clock of the store: the times of the lock and of a probe written now."""
+        """Whether the lock is stale, by the store's times of the lock and of a probe written now."""
         probe = self.connection.path(f".{self.name}-{self.claim.token}")
 
         def age_seconds(filesystem: Any) -> float:
@@ -348,11 +348,11 @@ class Lease:
 
         try:
             return self.connection.request(age_seconds) > STALE_SECONDS
-        except FileNotFoundError:  # given back meanwhile
+        except FileNotFoundError:  # released meanwhile
             return True
 
     def _remove(self, claim: Claim, *, retry: bool = True) -> None:
-        """Remove the object if it still is this claim."""
+        """Remove the object if it still holds this claim."""
         found = self._read(retry=retry)
         if found is not None and found.token == claim.token:
             with suppress(FileNotFoundError):
@@ -385,39 +385,39 @@ class Lease:
 
 
 def _machine() -> str:
-    """The running kernel and its process numbers: containers of one host may share its name, but not these."""
+    """An id of the kernel and process namespace: containers on one host may share its name, but not these."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def _start_of(pid: int) -> str:
-    """When a living process of this machine began, in ticks since its boot; "" where that is not known."""
+    """Start of a living process on this machine, in ticks since boot; "" if unknown."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]  # the name before it may hold spaces and brackets
+            return file.read().rpartition(")")[2].split()[19]  # the name before it may contain spaces and parentheses
     except (OSError, IndexError):
         return ""
 
 
-# Requests: which filesystem it is, what is tried again, what an error means.
+# Requests: opening the filesystem, retries, and the meaning of errors.
 
 
 class AccessDenied(UserError):
-    """One file or folder may not be read or written, while the credentials as such are good."""
+    """Access to one file or folder is denied, although the credentials are valid."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A URL that fsspec knows.
+    """Requests to an fsspec URL.
 
-    No connection stays open: fsspec keeps one filesystem for each process (and thread, where needed), so this can be
-    pickled, and used after a fork. Listings are never cached, or a reader would not see what others write.
+    The object holds no open connection: fsspec keeps one filesystem per process (and thread, if needed), so it can be
+    pickled and used after a fork. Listings are never cached, so that readers see what other processes write.
 
     Raises:
-        UserError: the protocol is unknown, its package is not installed, or the URL holds a password.
+        UserError: the protocol is unknown, its package is not installed, or the URL contains a password.
     """
 
     location: str
@@ -432,7 +432,7 @@ class Connection:
 
     @property
     def is_object_store(self) -> bool:
-        """True where a write is one request that succeeds or changes nothing, and folders need not be made."""
+        """True if a write is one request that succeeds or changes nothing, and folders need not be created."""
         return self.protocol in OBJECT_STORES
 
     @property
@@ -445,12 +445,12 @@ class Connection:
         return f"{self.root}/{name}"
 
     def request(self, action: Callable[[Any], T], *, retry: bool = True) -> T:
-        """`action(filesystem)`, with `retry` again after some pauses while the store cannot be reached.
+        """Run `action(filesystem)`; with `retry`, again after pauses while the store cannot be reached.
 
         Raises:
-            FileNotFoundError, FileExistsError: as the filesystem says.
+            FileNotFoundError, FileExistsError: from the filesystem.
             OSError: with ENOSPC or EDQUOT.
-            UserError: anything else, `AccessDenied` where it concerns this file or folder only.
+            UserError: any other error; `AccessDenied` if it concerns only this file or folder.
         """
         start = time.monotonic()
         for pause in (*PAUSES_SECONDS, None) if retry else (None,):
@@ -461,10 +461,10 @@ class Connection:
                     raise self.no_folder(error) from error
                 raise
             except PermissionError as error:
-                advice = "give credentials that may read and write there"
+                advice = "use credentials with read and write access"
                 kind = AccessDenied if _concerns_one_object(error) else UserError
                 raise kind(f"{self.location}: access denied ({_reason(error)}); {advice}") from error
-            except Exception as error:  # every package has its own kinds
+            except Exception as error:  # every package has its own classes
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise
                 if pause is None or not _is_transient(error) or time.monotonic() - start > LONGEST_SECONDS:
@@ -480,7 +480,7 @@ class Connection:
         return self.request(lambda filesystem: _read_range(filesystem, path, 0, length))
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """A file's bytes in order, one request for each 16 MiB. Raises: as `request`."""
+        """A file's bytes in order, in requests of 16 MiB. Raises: as `request`."""
         path = self.path(name)
         size = self.request(lambda filesystem: filesystem.info(path)["size"])
         for start in range(0, size, BLOCK_BYTES):
@@ -488,8 +488,8 @@ class Connection:
             yield self.request(lambda filesystem: _read_range(filesystem, path, start, end))  # noqa: B023
 
     def no_folder(self, error: Exception) -> UserError:
-        """What it means when even the place to write to is not there."""
-        return UserError(f"{self.location}: no such bucket or folder ({_reason(error)}); make it, or give another")
+        """The error for a bucket or parent folder that does not exist."""
+        return UserError(f"{self.location}: no such bucket or folder ({_reason(error)}); create it, or give another")
 
     def _open(self) -> tuple[Any, str]:
         """(filesystem, its path of this location)."""
@@ -501,7 +501,7 @@ class Connection:
             cure = PACKAGES.get(self.protocol, f"install what fsspec needs for it ({error})")
             raise UserError(f"{self.location}: the package for {self.protocol}:// is missing; {cure}") from error
         except ValueError as error:
-            advice = "give a path, or a URL as s3://bucket/folder"
+            advice = "give a path, or a URL such as s3://bucket/folder"
             raise UserError(f"{self.location}: {_reason(error)}; {advice}") from error
         return filesystem, path.rstrip("/")
 
@@ -516,17 +516,17 @@ def _read_range(filesystem: Any, path: str, start: int, end: int | None) -> byte
 
 
 def _concerns_one_object(error: PermissionError) -> bool:
-    """False for expired or wrong credentials, which s3fs also reports as PermissionError."""
+    """False for expired or invalid credentials, which s3fs also reports as PermissionError."""
     return _code(error) in (None, *DENIED_OBJECT)
 
 
 def _code(error: Exception) -> str | None:
-    """The error code of an S3 answer."""
+    """The error code of an S3 response."""
     return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
 
 
 def _is_transient(error: Exception) -> bool:
-    """Worth another attempt. Unknown errors are: one attempt too many costs less than a job."""
+    """Whether to try again. Unknown errors count: one attempt too many costs less than a failed job."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT
     if isinstance(error, (ValueError, TypeError, NotImplementedError, IsADirectoryError, NotADirectoryError)):

@@ -105,7 +105,7 @@ def test_label_files_that_do_not_fit(folder: Path, caplog: pytest.LogCaptureFixt
         assert FolderSource(folder).label_names == ("x",)
     assert "1 of the 2" in caplog.text
     path.write_text("file,label\ngone.png,y\n")
-    with pytest.raises(UserError, match="names no image"):
+    with pytest.raises(UserError, match="lists no image"):
         FolderSource(folder)
     path.write_bytes(b"file,label\na/1.PNG,\xff\xfe\n")
     with pytest.raises(UserError, match="UTF-8"):
@@ -152,7 +152,7 @@ def test_files_that_are_no_images_by_their_names_are_counted(folder: Path, caplo
     (folder / "labels.csv").write_text("file,label\na/1.PNG,x\n")
     with caplog.at_level(logging.WARNING):
         FolderSource(folder)
-    assert "left out as no images by their names: 2 .heic, 1 no suffix" in caplog.text
+    assert "skipped files without an image suffix: 2 .heic, 1 no suffix" in caplog.text
 
 
 def test_a_name_that_is_no_utf8_has_an_id_that_is(folder: Path) -> None:

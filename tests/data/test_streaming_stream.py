@@ -150,7 +150,7 @@ def test_fingerprint_follows_the_content_not_the_place(files: Path, tmp_path: Pa
         ("saved", ["revision=main"], "no effect on local files"),
         ("saved_splits", ["split=dev"], "it has: train, test"),
         ("rows-*.parquet", ["split=dev"], "check the name"),
-        ("saved", ["label_column=label", "label_names=[x]"], "name all of them"),
+        ("saved", ["label_column=label", "label_names=[x]"], "list all classes"),
         ("saved", ["streaming=true"], "no random access"),
     ],
 )

@@ -126,7 +126,7 @@ def test_only_files_with_a_wanted_row_are_opened(folder: Path) -> None:
         path.unlink()
     rows = [*range(3, 7), *range(files.count - 40, files.count - 9)]
     assert content(stream.read(files, rows)) == [expected[row] for row in rows]
-    with pytest.raises(UserError, match=r"1\.\w+: cannot be read \(.*No such file.*replace it"):
+    with pytest.raises(UserError, match=r"1\.\w+: cannot be read \(.*No such file.*replace or remove it"):
         list(stream.read(files, [9, 10]))
 
 

@@ -156,7 +156,7 @@ def test_the_fraction_of_defects_is_kept_and_a_clean_image_has_an_empty_mask() -
         ({"count": 0}, "synthetic.count: 0 images; give 1 or more"),
         ({"seed": -1}, "synthetic.seed: -1 is negative"),
         ({"resolution": 8}, "synthetic.resolution: 8 pixels; give 32 to 4096"),
-        ({"defects": 1.5}, "synthetic.defects: 1.5 is no fraction"),
+        ({"defects": 1.5}, "synthetic.defects: 1.5 is not a fraction"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:

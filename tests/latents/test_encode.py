@@ -213,7 +213,7 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
         lock.write("4711")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="4711 is at work here"):
+        with pytest.raises(UserError, match="4711 is using this folder"):
             encode(tmp_path / "set")
     assert encode(tmp_path / "set") == 0
 

@@ -79,7 +79,7 @@ def test_of_two_launches_at_once_one_is_refused_and_the_set_is_whole(settings, l
     outputs = [job.communicate(timeout=240)[0] for job in jobs]
     codes = sorted(job.returncode for job in jobs)
     assert codes in ([0, 0], [0, 2]), outputs  # the second may come when the first has finished
-    assert any("is at work here" in output or "finished already" in output for output in outputs)
+    assert any("is using this folder" in output or "finished already" in output for output in outputs)
     assert contents(tmp_path / "set") == contents(latents)
 
 

@@ -93,9 +93,9 @@ def test_names_that_could_lead_elsewhere_are_refused(name: str, tmp_path: Path) 
     for folder in (open_folder(tmp_path), open_folder("memory://set")):
         calls = (folder.read, folder.exists, folder.remove, folder.checksum, folder.holder)
         for call in (*calls, lambda name, folder=folder: folder.write(name, b"")):
-            with pytest.raises(UserError, match="plain name"):
+            with pytest.raises(UserError, match="plain file name"):
                 call(name)
-    with pytest.raises(UserError, match="plain name"):
+    with pytest.raises(UserError, match="plain file name"):
         join("s3://bucket/x", name)
 
 

@@ -89,13 +89,13 @@ def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None
     with folder.lock(NAME):
         folder.write("a.bin", b"1")
         assert folder.holder(NAME)
-        with pytest.raises(UserError, match="is at work here"), folder.lock(NAME):
+        with pytest.raises(UserError, match="is using this folder"), folder.lock(NAME):
             pass
     assert folder.holder(NAME) is None
     killed.append(Holder(location))
     who = f"process {killed[0].process.pid} on host "
     assert (folder.holder(NAME) or "").startswith(who)
-    with pytest.raises(UserError, match=f"{who}.* is at work here"), folder.lock(NAME):
+    with pytest.raises(UserError, match=f"{who}.* is using this folder"), folder.lock(NAME):
         pass
     with folder.lock("another.lock"):  # a lock is its name
         pass
@@ -114,7 +114,7 @@ def test_one_process_holds_a_folder(location: str, killed: list[Holder]) -> None
 @pytest.mark.promise(11)
 def test_a_lock_of_another_machine_is_respected_until_it_is_stale(remote: Folder) -> None:
     remote.write(NAME, claim())
-    with pytest.raises(UserError, match="process 1 on host elsewhere is at work here"), remote.lock(NAME):
+    with pytest.raises(UserError, match="process 1 on host elsewhere is using this folder"), remote.lock(NAME):
         pass
     assert remote.holder(NAME) == "process 1 on host elsewhere"
     make_older(remote.location, NAME, remote_module.STALE_SECONDS - 30)
@@ -209,7 +209,7 @@ def test_who_opened_the_lock_of_the_one_before_does_not_have_it(
         flock(file, operation)
 
     monkeypatch.setattr("fcntl.flock", overtaken)
-    with other, pytest.raises(UserError, match="is at work here"), open_folder(tmp_path).lock(NAME):
+    with other, pytest.raises(UserError, match="is using this folder"), open_folder(tmp_path).lock(NAME):
         pass
     assert not (tmp_path / NAME).exists()
 
@@ -229,7 +229,7 @@ def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
         folder.write("a.bin", b"1")
         (tmp_path / "set").rename(tmp_path / "before")
         (tmp_path / "set").mkdir()
-        with pytest.raises(UserError, match=r"has changed under this process \(test\.lock is gone\)"):
+        with pytest.raises(UserError, match=r"was unmounted or removed while in use \(test\.lock is gone\)"):
             folder.write("b.bin", b"2")
     assert not list((tmp_path / "set").iterdir())
 
@@ -241,7 +241,7 @@ def test_a_lock_that_went_to_another_stops_the_writer(remote: Folder, caplog: py
         (own,) = remote._leases
         other.write(NAME, claim())
         wait_until(lambda: own.lost_to or other.write(NAME, claim()))  # a renewal that was under way writes over it
-        with pytest.raises(UserError, match=r"the lock test\.lock went to process 1 on host elsewhere"):
+        with pytest.raises(UserError, match=r"process 1 on host elsewhere took over the lock test\.lock"):
             remote.write("b.bin", b"2")
     assert remote.sizes().keys() == {"a.bin", NAME}, "nothing was written, and the other's lock is left alone"
 
@@ -281,8 +281,8 @@ def test_of_many_at_once_one_gets_the_lock(remote: Folder, before: str, monkeypa
         thread.start()
     for thread in threads:
         thread.join(120)
-    refused = f"at work here ({NAME}); wait for it, or give another folder"
-    assert sorted(outcomes) == [refused] * 5 + ["held"]
+    refused = f"using this folder ({NAME}); wait for it, or give another folder"
+    assert sorted(outcomes) == ["held"] + [refused] * 5
     assert remote.holder(NAME) is None
 
 

@@ -1,8 +1,7 @@
 """The synthetic set: ten kinds of toy objects, rendered on demand from (seed, index).
 
-Owns nothing but the two names that others use: the settings and the image source. A picture is made in the
-siblings: `scene` draws what is to be seen, `solids` and `figures` hold the shapes, `textures` and `palette` their
-colors, `render` the light and the pixels, `defects` the faults; `export` writes files.
+Exports the settings and the image source. `source` has ids, labels and the export to files; `render` draws a scene's
+parameters and renders surfaces, light and pixels; `figures` has the ten shapes and the defects.
 """
 
 from __future__ import annotations

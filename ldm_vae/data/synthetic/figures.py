@@ -1,6 +1,6 @@
-"""Objects made of puffed outlines and simple parts: star, moon, flower, tree, mushroom.
+"""The ten shapes and the defects. First the objects made of puffed outlines: star, moon, flower, tree, mushroom.
 
-Each function paints one onto a canvas, back to front. Lengths are in half extents, x right, y up.
+Each function paints one onto a canvas, back to front. Lengths are in units of half the object; x right, y up.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def star(canvas: Canvas) -> None:
 
 
 def moon(canvas: Canvas) -> None:
-    """A disc less a disc; its height is the harmonic mean of the two distances, 0 at both outlines."""
+    """A disc minus a disc; the height is the harmonic mean of the two distances, 0 at both outlines."""
     canvas.shadow(-0.99, 0.55, 0.1)
     for patch in canvas.patches(-1.0, 1.0, -1.0, 1.0):
         x, y = patch.x - 0.16, patch.y
@@ -162,7 +162,7 @@ def mushroom(canvas: Canvas) -> None:
         canvas.paint(patch, spots, normal, Material(oklch(0.96, 0.015, 0.2), None, 0.3), None, occlusion)
 
 
-# Objects whose surface is met exactly by parallel view rays: ball, cube, donut, heart, gem.
+# Objects with exact intersections of parallel view rays and surface: ball, cube, donut, heart, gem.
 
 Vector = tuple[float, float, float]
 
@@ -211,13 +211,13 @@ def cube(canvas: Canvas) -> None:
 
 
 def donut(canvas: Canvas) -> None:
-    """A torus met by marching; icing covers its upper side down to a wavy line, and carries sprinkles."""
+    """A torus found by ray marching; icing covers its upper side down to a wavy line, with sprinkles on it."""
     ring, tube, tilt = 0.70, 0.335, math.radians(48)
     ct, st = math.cos(tilt), math.sin(tilt)  # the torus' axis is (0, st, ct) on the screen
     canvas.shadow(-0.74, 0.92, 0.0, 0.4)
     for patch in canvas.patches(-ring - tube, ring + tube, -ring * ct - tube, ring * ct + tube):
         x, y = patch.x, patch.y
-        inset = 0.5 * patch.pixel  # half a pixel thinner, so that coverage is a half on the outline itself
+        inset = 0.5 * patch.pixel  # half a pixel thinner, so that coverage is 0.5 on the outline
         z, nearest = _march_to_torus(x, y, ring, tube - inset, ct, st)
         for last in (False, True):
             along, height = ct * y - st * z, st * y + ct * z
@@ -242,9 +242,9 @@ def donut(canvas: Canvas) -> None:
 
 
 def _march_to_torus(x: Array, y: Array, ring: float, tube: float, ct: float, st: float) -> tuple[Array, Array]:
-    """Where on each view ray the torus is nearest, and how near: (z, distance, 0 on the torus).
+    """The point of each view ray nearest to the torus: (z, distance); the distance is 0 on the torus.
 
-    A few steps for all rays, then more for those still under way.
+    A few steps for all rays, then more for those that have not converged.
     """
     shape = x.shape
     x, y = x.ravel(), y.ravel()
@@ -252,7 +252,7 @@ def _march_to_torus(x: Array, y: Array, ring: float, tube: float, ct: float, st:
     best, nearest = z.copy(), np.full_like(z, 9.0)
 
     def step(x: Array, y: Array, z: Array, best: Array, nearest: Array) -> Array:
-        """Advance z in place; whether each ray is still under way."""
+        """Advance z in place. Returns: whether each ray has not converged yet."""
         along, height = ct * y - st * z, st * y + ct * z
         away = np.sqrt(x * x + along * along) - ring
         distance = np.sqrt(away * away + height * height) - tube
@@ -275,7 +275,7 @@ def _march_to_torus(x: Array, y: Array, ring: float, tube: float, ct: float, st:
 
 
 def _icing_edge(cosine: Array, sine: Array, turn: float) -> Array:
-    """How high up the tube the icing ends, by the angle around the ring: waves of three and of five."""
+    """The height on the tube where the icing ends, by the angle around the ring: waves of three and five periods."""
     c2, s2 = 2.0 * cosine * cosine - 1.0, 2.0 * sine * cosine
     c3, s3 = c2 * cosine - s2 * sine, s2 * cosine + c2 * sine
     c5, s5 = c3 * c2 - s3 * s2, s3 * c2 + c3 * s2
@@ -284,7 +284,7 @@ def _icing_edge(cosine: Array, sine: Array, turn: float) -> Array:
 
 
 def _sprinkle(canvas: Canvas, ring: float, tube: float, ct: float, st: float) -> None:
-    """Sugar strands in five colors, evenly scattered (Roberts' R2 sequence), drawn where they face us."""
+    """Sprinkles in five colors, evenly scattered (Roberts' R2 sequence), drawn if they face the viewer."""
     hue, length, width = canvas.scene.hue, 0.062, 0.024
     colors = [oklch(0.97, 0.02, hue)] + [vivid(hue + turn, 0.13, -0.02) for turn in (0.2, 0.4, 0.6, 0.8)]
     for k in range(34):
@@ -346,7 +346,7 @@ def heart(canvas: Canvas) -> None:
 
 
 def gem(canvas: Canvas) -> None:
-    """A brilliant: the nearest facets in front, and through them a little of the farthest behind."""
+    """A brilliant cut: the nearest facets, and through them a little of the farthest ones behind."""
     hue, spin = canvas.scene.hue, canvas.scene.spin
     canvas.shadow(-0.96, 0.42, 0.06, 0.9, 0.12 + 0.55 * vivid(hue, 0.08))
     for patch in canvas.patches(-1.0, 1.0, -1.0, 0.66):
@@ -409,7 +409,7 @@ class _Facets:
         self.depth = np.minimum(self.depth, plane) if self.side > 0 else np.maximum(self.depth, plane)
 
 
-# Faults on a finished object, each with the exact mask of the pixels that it may have changed.
+# Defects on a finished object, each with the exact mask of the pixels it may change.
 
 PLACING_RESOLUTION = 64
 Place = tuple[float, float]
@@ -419,12 +419,12 @@ def add_defect(canvas: Canvas, small: Canvas, rng: np.random.Generator) -> Array
     """Draw the scene's defect onto a painted canvas.
 
     Args:
-        canvas: Painted; for a missing piece with its background kept.
+        canvas: Painted; for a missing piece, with `keep_background`.
         small: The same scene painted at PLACING_RESOLUTION.
-        rng: Decides place and form.
+        rng: Decides position and shape.
 
     Returns:
-        bool (side, side): the pixels covered by the defect. All others are as without it.
+        bool (side, side): the pixels covered by the defect. All others are unchanged.
     """
     kind = DEFECTS[canvas.scene.defect]
     draw: dict[str, Callable[[Canvas, Place, np.random.Generator], tuple[Patch, Array]]]
@@ -474,7 +474,7 @@ def _around(canvas: Canvas, place: Place, reach: float) -> tuple[Patch, Array, A
 
 
 def _lobed(x: Array, y: Array, radius: float, roughness: float, rng: np.random.Generator) -> Array:
-    """A field, positive inside an irregular disc: the distance from its outline, about."""
+    """A field that is positive inside an irregular disc: approximately the distance from its outline."""
     angle, outline = np.arctan2(y, x), np.full_like(x, radius)
     for lobes in (2, 3, 5):
         outline += (radius * roughness / math.sqrt(lobes)) * np.sin(lobes * angle + rng.uniform(0.0, 6.28))
@@ -526,7 +526,7 @@ def _missing(canvas: Canvas, place: Place, rng: np.random.Generator) -> tuple[Pa
 
 
 def _blob(canvas: Canvas, place: Place, rng: np.random.Generator) -> tuple[Patch, Array]:
-    """A lump of something else, of the opposite hue and dull, with a little shade around it."""
+    """A dull lump of foreign material in the opposite hue, with a little shade around it."""
     radius = rng.uniform(0.11, 0.17)
     patch, x, y, covered = _around(canvas, place, 2.2 * radius)
     field = _lobed(x, y, radius, 0.2, rng)

@@ -20,7 +20,7 @@ Color = np.ndarray
 
 
 def oklch(lightness: float, chroma: float, hue: float) -> Color:
-    """Light of an OKLCH color, clipped into sRGB. `hue` in turns: 0.1 red, 0.3 yellow, 0.7 blue."""
+    """Linear light of an OKLCH color, clipped to sRGB. `hue` in turns: 0.1 red, 0.3 yellow, 0.7 blue."""
     a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -37,12 +37,12 @@ def oklch(lightness: float, chroma: float, hue: float) -> Color:
 
 
 def vivid(hue: float, lightness: float = 0.0, chroma: float = 0.0) -> Color:
-    """An object's color, lighter for yellow than for blue, as eyes expect; offsets make its relatives."""
+    """An object's color, lighter for yellow than for blue; the offsets give related colors."""
     base = 0.665 + 0.10 * math.cos(2 * math.pi * (hue - 0.29))
     return oklch(base + lightness, 0.165 + chroma, hue)
 
 
-# What is to be seen in image i: one object, where, how large, which color, texture and light.
+# The content of image i: one object with its position, size, color, texture and light.
 
 LABELS = ("ball", "cube", "donut", "star", "heart", "moon", "flower", "tree", "mushroom", "gem")
 TEXTURES = ("plain", "stripes", "dots", "marble", "wood")
@@ -55,17 +55,17 @@ UNFIT = {("mushroom", "dots"), *(("gem", texture) for texture in TEXTURES)}
 
 @dataclass(frozen=True)
 class Scene:
-    """One image's content. What has no effect on the object (see ROLL, SPINS, UNFIT) is 0.
+    """The content of one image. Fields that have no effect on the object (see ROLL, SPINS, UNFIT) are 0.
 
     Attributes:
         label: Index into LABELS.
         x, y: Center of the object, from the left and the top edge.
         size: Half the object's extent.
-        roll: Turn in the image plane, radians, counter-clockwise.
-        spin: Turn about the object's own axis, in [0, 1) of the range that the shape allows.
-        hue: Of the object, in turns of OKLCH (0.08 red, 0.3 yellow, 0.4 green, 0.7 blue).
-        background_hue: Likewise; at least a quarter turn away from `hue`.
-        light: Where the light stands, -1 left to 1 right; never straight in front, where it would flatten.
+        roll: Rotation in the image plane, radians, counter-clockwise.
+        spin: Rotation about the object's own axis, in [0, 1) of the range that the shape allows.
+        hue: Hue of the object, in turns of OKLCH (0.08 red, 0.3 yellow, 0.4 green, 0.7 blue).
+        background_hue: Hue of the background, at least a quarter turn from `hue`.
+        light: Position of the light, -1 left to 1 right; never frontal, which would look flat.
         texture: Index into TEXTURES.
         phase: Shifts the texture, in [0, 1).
         defect: Index into DEFECTS.
@@ -86,7 +86,7 @@ class Scene:
 
 
 def label_of(seed: int, index: int) -> int:
-    """Every ten consecutive images hold each label once, in an order of their own."""
+    """Every ten consecutive images contain each label once, in a random order."""
     block, place = divmod(index, len(LABELS))
     return int(numpy_rng(seed, "synthetic-labels", block).permutation(len(LABELS))[place])
 
@@ -94,8 +94,8 @@ def label_of(seed: int, index: int) -> int:
 def draw_scene(seed: int, index: int, defects: float, textured: float) -> Scene:
     """The scene of one image.
 
-    `textured` is the chance of a texture other than plain; `defects` decides only whether there is a defect: with 0 it
-    is the clean twin.
+    `textured` is the probability of a texture other than plain. `defects` is that of a defect and changes nothing else:
+    with 0, the scene is the same without the defect.
     """
     rng = numpy_rng(seed, "synthetic-scene", index)
     uniform = rng.uniform
@@ -122,7 +122,7 @@ def draw_scene(seed: int, index: int, defects: float, textured: float) -> Scene:
     return replace(scene, defect=int(draw.integers(1, len(DEFECTS)))) if draw.uniform() < defects else scene
 
 
-# What several shapes are made of: domes, puffed outlines, tubes, sectors, the scene's own material.
+# Building blocks of several shapes: domes, puffed outlines, tubes, sectors, the scene's material.
 
 COMPANIONS = ((0.0, 0.0), (0.20, -0.11), (0.24, -0.13), (0.22, -0.12), (-0.16, -0.03))
 
@@ -134,13 +134,13 @@ def own_material(canvas: Canvas, gloss: float) -> Material:
 
 
 def bulged(x: Array, y: Array, nz: Array) -> tuple[Array, Array]:
-    """Surface coordinates of a front that bulges: denser toward the outline."""
+    """Surface coordinates of a bulging front: denser toward the outline."""
     scale = 1.0 / (0.5 + 0.5 * nz)
     return x * scale, y * scale
 
 
 def dome(patch: Patch, x: Array, y: Array) -> tuple[Array, Normal]:
-    """Coverage and normals of the unit disc of x, y (any stretched coordinates), seen as half a sphere."""
+    """Coverage and normals of the unit disc of x, y (may be stretched), rendered as a hemisphere."""
     squared = x * x + y * y
     fx, fy = patch.gradient(squared)
     coverage = edge(1.0 - squared, np.sqrt(fx * fx + fy * fy) + 1e-6, patch.pixel)
@@ -168,7 +168,7 @@ def puffed(patch: Patch, field: Array, thickness: float) -> tuple[Array, Normal]
 
 
 def under(coverage: Array, upper: Array) -> Array:
-    """Coverage of a lower layer so that it and `upper`, painted next, together cover `coverage`, no more."""
+    """Coverage of a lower layer such that it and `upper`, painted next, together cover exactly `coverage`."""
     return (coverage - upper) / np.maximum(1.0 - upper, 1e-6)
 
 
@@ -195,7 +195,7 @@ def sectors(x: Array, y: Array, count: int, turn: float = 0.0) -> tuple[Array, A
     return radius * np.cos(angle), radius * np.sin(angle), radius
 
 
-# Patterns on surfaces: how far, from 0 to 1, a point takes the second color of its material.
+# Patterns on surfaces: the amount, 0 to 1, of the second color of the material at a point.
 
 
 def pattern(texture: int, x: Array, y: Array, phase: float, blur: float) -> Array | None:
@@ -214,7 +214,7 @@ def stripes(x: Array, y: Array, phase: float, blur: float) -> Array:
 
 
 def dots(x: Array, y: Array, phase: float, blur: float) -> Array:
-    """A hexagonal lattice of discs: two rectangular lattices, the nearer center counts."""
+    """A hexagonal lattice of discs: two rectangular lattices, using the nearer center."""
     pitch, ratio = 0.42, 1.7320508
     u, v = x * (1 / pitch) + phase, y * (1 / (pitch * ratio)) + phase
     nearest = None
@@ -264,13 +264,13 @@ Normal = tuple[Array, Array, Array]
 
 KEY = (0.88, 0.84, 0.78)  # the light: slightly warm
 WRAP = 0.22  # how far it reaches around, as in wax and clay
-BAND_PIXELS = 16384  # computed at a time: arrays stay in a core's cache, and malloc keeps their pages
+BAND_PIXELS = 16384  # rows computed at a time: arrays stay in a core's cache, and malloc keeps their pages
 FLOOR_TILT = 0.30  # depth of a circle on the floor over its width
 
 
 @dataclass(frozen=True)
 class Material:
-    """How a surface answers light: its color, its pattern's other color, its gloss (0 chalk, 1 glaze)."""
+    """Appearance of a surface: its color, its pattern's second color, its gloss (0 chalk, 1 glaze)."""
 
     color: Color
     second: Color | None = None
@@ -279,11 +279,11 @@ class Material:
 
 @dataclass(frozen=True)
 class Patch:
-    """A box of pixels, or a band of one, with a row more above and below than is painted, for gradients.
+    """A box of pixels, or a band of one, with an extra row above and below the painted ones, for gradients.
 
     Attributes:
         x, y: (h, w), centers of the pixels in the object's axes.
-        rows, columns: Where the painted part lies in the picture.
+        rows, columns: The painted part's position in the picture.
         painted: Which of the h rows are painted.
         pixel: The width of a pixel.
         cosine, sine: The turn from the object's axes to the screen's.
@@ -317,7 +317,7 @@ class Patch:
 
 
 class Canvas:
-    """A picture in the making: `light` (3, side, side), and how far the object covers each pixel, `coverage`.
+    """A picture being rendered: `light` (3, side, side), and the object's `coverage` of each pixel.
 
     Args:
         keep_background: Also keep the picture without the object, in `background`.
@@ -336,7 +336,7 @@ class Canvas:
         self.toward_light = unit(0.85 * math.sin(azimuth), 0.75, 0.25 + 0.4 * math.cos(azimuth))
 
     def patches(self, left: float, right: float, bottom: float, top: float, rolled: bool = True) -> Iterator[Patch]:
-        """The pixels of a box, which turns with the object if `rolled`, in bands from the top."""
+        """The pixels of a box, in bands from the top; the box rotates with the object if `rolled`."""
         rows, columns = self._box(left, right, bottom, top, rolled)
         height = rows.stop - rows.start
         bands = max(1, min(height // 8, height * (columns.stop - columns.start) // BAND_PIXELS))
@@ -350,7 +350,7 @@ class Canvas:
         return self._patch(rows, rows, columns, False)
 
     def _box(self, left: float, right: float, bottom: float, top: float, rolled: bool) -> tuple[slice, slice]:
-        """Rows and columns, at least 3 of each, that hold what the picture shows of a box."""
+        """Rows and columns, at least 3 of each, of the part of a box inside the picture."""
         side, size, scene = self.resolution, self.scene.size, self.scene
         cosine, sine = self._turn(rolled)
         corners = [(x, y) for x in (left, right) for y in (bottom, top)]
@@ -363,7 +363,7 @@ class Canvas:
         return (math.cos(self.scene.roll), math.sin(self.scene.roll)) if rolled else (1.0, 0.0)
 
     def _patch(self, rows: slice, box: slice, columns: slice, rolled: bool) -> Patch:
-        """The given rows of a box, with a neighbor on either side where the box has one."""
+        """The given rows of a box, with a neighbor on either side if the box has one."""
         side, size, scene = self.resolution, self.scene.size, self.scene
         cosine, sine = self._turn(rolled)
         first, last = max(rows.start - 1, box.start), min(rows.stop + 1, box.stop)
@@ -384,14 +384,14 @@ class Canvas:
         surface: tuple[Array, Array] | None = None,
         occlusion: Array | float = 1.0,
     ) -> None:
-        """Light a surface and lay it over the picture.
+        """Light a surface and composite it over the picture.
 
         Args:
             coverage: (h, w), 0 to 1.
             normal: Three (h, w), of unit length, in the screen's axes.
             material: Its colors.
             surface: Coordinates, each (h, w), for the scene's texture; None for none.
-            occlusion: (h, w) or a number, 1 where nothing near blocks the light of the surroundings.
+            occlusion: (h, w) or a number; 1 where nothing blocks the ambient light.
         """
         inner = patch.painted
         coverage, normal = coverage[inner], (normal[0][inner], normal[1][inner], normal[2][inner])
@@ -418,7 +418,7 @@ class Canvas:
         self._lay(patch, coverage, colors)
 
     def _lit(self, normal: Normal, gloss: float, occlusion: Array | float) -> tuple[Array, Array, Array, Array]:
-        """The key light, the sky's light, the highlight and the bright rim, each (h, w)."""
+        """Key light, sky light, highlight and rim light, each (h, w)."""
         lx, ly, lz = self.toward_light
         key = _dot(normal, (lx, ly, lz))
         key += WRAP
@@ -441,7 +441,7 @@ class Canvas:
         return key, sky, shine, rim
 
     def glaze(self, patch: Patch, coverage: Array, value: Array, color: Color, bright: Color) -> None:
-        """Lay glass over the picture: `value` (h, w) 0 is dark, 0.5 `color`, 1 `bright`, 2 white."""
+        """Composite glass over the picture: `value` (h, w) 0 is dark, 0.5 `color`, 1 `bright`, 2 white."""
         coverage, value = coverage[patch.painted], value[patch.painted]
         low, high = value.clip(0.0, 1.0), (value - 1.0).clip(0.0, 1.0)
         square = low * low
@@ -452,7 +452,7 @@ class Canvas:
         self._lay(patch, coverage, colors)
 
     def lay(self, patch: Patch, coverage: Array, colors: Array) -> None:
-        """Lay one flat color (3,), or three planes (3, h, w), over the picture as part of the object."""
+        """Composite one flat color (3,), or three planes (3, h, w), over the picture as part of the object."""
         planes = list(colors) if colors.ndim == 1 else [plane[patch.painted] for plane in colors]
         self._lay(patch, coverage[patch.painted], planes)
 
@@ -476,14 +476,14 @@ class Canvas:
     def shadow(
         self, bottom: float, width: float, lift: float = 0.0, middle: float = 0.8, glow: Color | None = None
     ) -> None:
-        """Soft shadows on the floor: one thrown away from the light, one close below the object.
+        """Soft shadows on the floor: one cast away from the light, one just below the object.
 
         Args:
             bottom: y of the object's lowest point.
-            width: Half the width of what stands or hovers there.
+            width: Half the width of the object there.
             lift: Height of the lowest point above the floor.
-            middle: Height of the object's middle above that point; it sets how far the shadow is thrown.
-            glow: What the darkest part keeps of the floor's light; glass colors it.
+            middle: Height of the object's middle above that point; it sets how far the shadow is cast.
+            glow: Share of the floor's light in the darkest part; glass colors it.
         """
         keep = (self._floor / float(self._floor.max())) ** 2 * 0.40 if glow is None else glow
         lx, ly, lz = self.toward_light
@@ -519,7 +519,7 @@ class Canvas:
 
 
 def backdrop(scene: Scene, resolution: int) -> Array:
-    """A studio cove, float32 (3, side, side): a wall that flows into a floor, brighter in the middle."""
+    """A studio backdrop, float32 (3, side, side): a wall curving into a floor, brighter in the middle."""
     t = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
     hue = scene.background_hue
     floor, wall = smoothstep(0.60, 0.86, t), smoothstep(0.0, 0.7, t)
@@ -543,7 +543,7 @@ def edge(field: Array, slope: Array | float, pixel: float) -> Array:
 
 
 def smoothstep(low: float, high: float, value: Array) -> Array:
-    """0 at `low`, 1 at `high` (which may be the smaller), flat at both."""
+    """0 at `low`, 1 at `high` (which may be below `low`), with zero slope at both."""
     t = (value - low) * (1.0 / (high - low))
     t.clip(0.0, 1.0, out=t)
     return t * t * (3.0 - 2.0 * t)

@@ -26,7 +26,7 @@ from ldm_vae.files import publish_directory, temporary_directory, write_text
 from ldm_vae.random import numpy_rng
 
 RENDERER_VERSION = 1
-"""Counted up whenever the same settings give other pixels; part of the fingerprint."""
+"""Incremented whenever the same settings give different pixels; part of the fingerprint."""
 
 PAINTERS = {
     "ball": figures.ball, "cube": figures.cube, "donut": figures.donut, "heart": figures.heart, "gem": figures.gem,
@@ -41,10 +41,10 @@ class SyntheticConfig:
 
     Attributes:
         count: Number of images.
-        seed: Another seed, another set.
+        seed: Decides the scenes.
         resolution: Side of the square images in pixels, 32 to 4096; the same scenes at every resolution.
-        textured: Fraction of the objects that try on a texture (some shapes stay plain), 0 to 1.
-        defects: Fraction of the images that carry a defect, 0 to 1.
+        textured: Fraction of the objects drawn with a texture, 0 to 1 (some shapes stay plain).
+        defects: Fraction of the images that have a defect, 0 to 1.
     """
 
     count: int = 2000
@@ -62,7 +62,7 @@ class SyntheticConfig:
             raise ValueError(f"synthetic.resolution: {self.resolution} pixels; give 32 to 4096")
         for name in ("textured", "defects"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"synthetic.{name}: {getattr(self, name)} is no fraction; give 0 to 1")
+                raise ValueError(f"synthetic.{name}: {getattr(self, name)} is not a fraction; give 0 to 1")
 
 
 class SyntheticSource:
@@ -88,11 +88,11 @@ class SyntheticSource:
         return self.render(i)[0]
 
     def defect_mask(self, i: int) -> np.ndarray:
-        """bool (resolution, resolution): outside it the image equals the one of `defects=0`, to the bit."""
+        """bool (resolution, resolution): outside it the image is bit-identical to the one with `defects=0`."""
         return self.render(i)[1]
 
     def render(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and defect mask in one go."""
+        """Image and defect mask, rendered once."""
         scene = self.scene(i)
         side = self.config.resolution
         canvas = paint_scene(scene, side, keep_background=DEFECTS[scene.defect] == "missing")
@@ -106,7 +106,7 @@ class SyntheticSource:
         return draw_scene(self.config.seed, self._checked(i), self.config.defects, self.config.textured)
 
     def attributes(self, i: int) -> dict[str, float]:
-        """The known truth of image i: the fields of `Scene` but the label, as numbers."""
+        """The ground truth of image i: the fields of `Scene` except the label, as numbers."""
         values = dataclasses.asdict(self.scene(i))
         del values["label"]
         return {name: float(value) for name, value in values.items()}
@@ -117,7 +117,7 @@ class SyntheticSource:
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < self.config.count:
-            raise IndexError(f"synthetic image {i}: outside the set; give 0 to {self.config.count - 1}")
+            raise IndexError(f"synthetic image {i}: is outside the set; give 0 to {self.config.count - 1}")
         return i
 
 
@@ -128,7 +128,7 @@ def paint_scene(scene: Scene, resolution: int, keep_background: bool = False) ->
     return canvas
 
 
-# The synthetic set as files: a folder of images that any tool can read, and its known truth beside it.
+# The synthetic set as files: a folder of images that any tool can read, with its ground truth.
 
 
 def masks_folder(out: Path) -> Path:
@@ -136,10 +136,10 @@ def masks_folder(out: Path) -> Path:
 
 
 def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress: bool = True) -> None:
-    """Render every image into a new folder; both folders appear when they are complete, or not at all.
+    """Render every image into a new folder. The image and mask folders appear complete or not at all.
 
     Raises:
-        UserError: A folder to be written exists and is not empty.
+        UserError: An output folder exists and is not empty.
     """
     from tqdm import tqdm
 
@@ -147,7 +147,7 @@ def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress:
     finals = [out, masks_folder(out)] if config.defects > 0 else [out]
     for folder in finals:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder}: exists and is not empty; give a new folder or remove it first")
+            raise UserError(f"{folder}: exists and is not empty; give a new folder, or remove it first")
     with contextlib.ExitStack() as stack:
         temporaries = [temporary_directory(folder) for folder in finals]
         for folder in temporaries:
@@ -166,7 +166,7 @@ def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress:
 
 
 def _mapped(write: Any, indices: Iterable[int], workers: int) -> Iterator[dict[str, Any]]:
-    """The rows in order, from this process or from `workers` others."""
+    """The rows in order, computed in this process or in `workers` others."""
     if workers <= 1:
         yield from map(write, indices)
         return
@@ -191,9 +191,9 @@ def _write_one(config: SyntheticConfig, images: Path, masks: Path | None, index:
 class SynthConfig:
     """`ldm-vae synth`.
 
-    Ten kinds of toy objects as PNG files, labeled, with every attribute known. OUTPUT gets one folder for each label
-    and attributes.jsonl. With `defects`, OUTPUT-masks gets a black-and-white mask for each image that has one. The
-    same seed gives the same scenes at every resolution.
+    Ten kinds of toy objects as labeled PNG files, with every attribute known. OUTPUT gets one folder per label and
+    attributes.jsonl. With `defects`, OUTPUT-masks gets a black-and-white mask for each image with a defect. The same
+    seed gives the same scenes at every resolution.
 
       ldm-vae synth toys count=1000 resolution=256
       ldm-vae synth parts count=400 defects=0.5
@@ -204,7 +204,7 @@ class SynthConfig:
         resolution: side in pixels.
         seed: decides the scenes.
         defects: fraction of the images with a defect, 0 to 1.
-        workers: processes; null: one for each core, up to 8.
+        workers: number of processes; null: one per core, up to 8.
     """
 
     output: str = "???"

@@ -71,7 +71,7 @@ def test_the_command_says_what_so_few_images_support(plain, capsys):
         (["count=5"], "5 normal images to learn from, fewer than 16"),
         (["false_positive_rate=0.01"], "needs 99 held-out normal images, here are"),
         (["held_out_count=4"], "needs 9 held-out normal images, here are 4"),
-        (["data.held_out=0"], "falls into the held_out part"),
+        (["data.held_out=0"], "is in the held_out part"),
         (["false_positive_rate=1.5"], "is not between 0 and 1"),
         (["by=l1_peek"], "'l1_peek' is not a score here; did you mean l1_peak?"),
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
