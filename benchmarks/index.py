@@ -35,7 +35,15 @@ def write_set(folder: Path, samples: int, shard_size: int) -> None:
     """Plan, index and manifest of a set whose shards are not there."""
     import numpy as np
 
-    from ldm_vae.latents.format import Manifest, Origin, ShardIndex, measure, write_index, write_manifest, write_plan
+    from ldm_vae.latents.format import (
+        Manifest,
+        Origin,
+        ShardIndex,
+        manifest_statistics,
+        write_index,
+        write_manifest,
+        write_plan,
+    )
     from ldm_vae.storage import open_folder
 
     shards = -(-samples // shard_size)
@@ -67,7 +75,7 @@ def write_set(folder: Path, samples: int, shard_size: int) -> None:
         autoencoder=origin.autoencoder, preprocessing=origin.preprocessing, content="moments", dtype="float16",
         latent_shape=origin.latent_shape, flipped=False, encoding=origin.encoding, datasets=(segment,), label_names=(),
         count=samples, rejected=0, shards=shards, index=write_index(where, index),
-        statistics=measure(index, origin.layout, None), where=where,
+        statistics=manifest_statistics(index, origin.layout, None), where=where,
     )  # fmt: skip
     write_manifest(where, manifest)
 

@@ -192,7 +192,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "interpolate": Command(
         "interpolate between two images, in latent space and through diffusion",
-        "applications.interpolation:InterpolateConfig", "applications.interpolation:interpolate", ("images",),
+        "applications.interpolation:InterpolateConfig", "applications.interpolation:interpolate_images", ("images",),
         {"model": "pipeline", "resolution": "size"},
     ),
     "explore": Command(
@@ -298,7 +298,7 @@ class Words:
         return values[-1] if values else None
 
 
-class Reader:
+class ArgumentReader:
     """Parses the arguments of one command: `key=value`, `--key=value` and `--key value` are the same."""
 
     def __init__(self, name: str) -> None:
@@ -335,7 +335,7 @@ class Reader:
         if not equals and key in self.command.flags:
             self.words.flags.add(key.replace("-", "_"))
             return
-        setting = schema.find(self.settings, self._key(key))
+        setting = schema.find_setting(self.settings, self._key(key))
         if equals:
             self._set(key, value)
         elif setting.kind == "true or false":
@@ -377,7 +377,7 @@ class Reader:
 
     def _set(self, key: str, value: str) -> None:
         key = self._key(key)
-        setting = schema.find(self.settings, key)
+        setting = schema.find_setting(self.settings, key)
         if setting.kind == "list" and setting.item[0] == "text" and not value.startswith("["):
             self.texts.setdefault(key, []).append(value)
             return
@@ -394,7 +394,7 @@ class Reader:
         for number, key in enumerate(subjects):
             if not self.positionals:
                 return
-            setting = schema.find(self.settings, key)
+            setting = schema.find_setting(self.settings, key)
             if setting.kind == "list" and number == len(subjects) - 1:
                 self.texts[key] = self.positionals + self.texts.get(key, [])
                 self.positionals = []
@@ -423,7 +423,7 @@ def flow_list(texts: Iterable[str]) -> str:
 def run(name: str, words: Sequence[str]) -> int:
     """Parse and check the arguments, import the command and call it. Returns: the exit code. Raises: UserError."""
     command = COMMANDS[name]
-    understood = Reader(name).read(words)
+    understood = ArgumentReader(name).read(words)
     if understood.advice:
         advice = "; ".join(dict.fromkeys(understood.advice))
         print(f"ldm-vae {name}: {advice} (the old spelling works for one release)", file=sys.stderr)
@@ -467,7 +467,7 @@ def check_recipe(settings: tuple[Setting, ...], path: Path) -> None:
 
     def check(values: dict[Any, Any], prefix: str) -> None:
         for key, value in values.items():
-            setting = schema.find(settings, f"{prefix}{key}")
+            setting = schema.find_setting(settings, f"{prefix}{key}")
             if isinstance(value, dict) and setting.kind == "group":
                 check(value, f"{prefix}{key}.")
 
@@ -561,7 +561,7 @@ def help_lines(setting: Setting, words: dict[str, str]) -> list[str]:
 # The program
 
 
-def find(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
+def find_command(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """(the command's name, the words that are left, advice). Raises: UserError."""
     first, *rest = words
     advice = []
@@ -599,7 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(tool_overview(arguments[0]))
         return 0
     try:
-        name, words, advice = find(arguments)
+        name, words, advice = find_command(arguments)
     except UserError as error:
         print(f"ldm-vae: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

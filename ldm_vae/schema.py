@@ -93,7 +93,7 @@ def flat(settings: tuple[Setting, ...]) -> Iterator[Setting]:
             yield setting
 
 
-def find(settings: tuple[Setting, ...], key: str) -> Setting:
+def find_setting(settings: tuple[Setting, ...], key: str) -> Setting:
     """The setting with this full name. Raises: UserError, with a similar key as a suggestion."""
     inside, known = settings, settings
     for depth, part in enumerate(parts := key.split(".")):

@@ -37,8 +37,8 @@ def test_every_tool_is_in_the_overview_of_its_command(name, capsys):
 
 
 def settings_of(*words: str) -> list[str]:
-    name, rest, _ = cli.find(words)
-    read = cli.Reader(name).read(rest)
+    name, rest, _ = cli.find_command(words)
+    read = cli.ArgumentReader(name).read(rest)
     texts = [text.replace("'", "").replace(" ", "") for text in read.settings]
     return sorted([*texts, *(f"--{flag}" for flag in read.flags), *([str(read.recipe)] if read.recipe else [])])
 

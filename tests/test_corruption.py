@@ -33,7 +33,7 @@ from ldm_vae.latents.shard import Shard, write_shard
 from ldm_vae.latents.verify import verify
 from ldm_vae.latents.writer import Output
 from ldm_vae.storage import open_folder
-from ldm_vae.training.checkpoint import Checkpoint, newest, save
+from ldm_vae.training.checkpoint import Checkpoint, newest, write_checkpoint
 from tests.diffusion.test_posthoc_ema_snapshots import network, train
 from tests.test_golden import GOLDEN, LATENTS, unpacked
 
@@ -116,7 +116,7 @@ def try_all(files: list[Path], use: Use, every_bit: int, every_length: int) -> t
 
 def small_checkpoint(folder: Path) -> Path:
     weights = {"a.weight": torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), "a.bias": torch.ones(4)}
-    return save(folder, Checkpoint(7, {"net": weights, "net-ema": weights}, {"seconds": 1.5}), keep=2)
+    return write_checkpoint(folder, Checkpoint(7, {"net": weights, "net-ema": weights}, {"seconds": 1.5}), keep=2)
 
 
 def small_snapshots(run: Path) -> Path:
@@ -171,7 +171,7 @@ def test_random_bits_and_empty_blocks_of_large_files(kind, trials, tmp_path, rec
     else:
         (tmp_path / "run").mkdir()
         tensors = {"weight": torch.randn(2**21, generator=torch.Generator().manual_seed(0))}
-        folder = save(tmp_path / "run", Checkpoint(7, {"net": tensors}, {}), keep=2)
+        folder = write_checkpoint(tmp_path / "run", Checkpoint(7, {"net": tensors}, {}), keep=2)
         file, use = folder / "net.safetensors", use_checkpoint
     assert not refused(use, folder)
     choose, size = random.Random(0), file.stat().st_size

@@ -62,8 +62,8 @@ def test_every_command_is_understood_and_in_the_present_grammar(page: Path) -> N
         words = shlex.split(line, comments=True)[1:]
         if words[0].startswith("-") or words[0].isupper() or "..." in words:
             continue
-        command, rest, advice = cli.find(words)
-        read = cli.Reader(command).read(rest)
+        command, rest, advice = cli.find_command(words)
+        read = cli.ArgumentReader(command).read(rest)
         if cli.COMMANDS[command].output:  # the default is in the model's folder, which is not there
             read.settings.append("output=x")
         assert advice == read.advice == [], line

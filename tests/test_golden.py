@@ -23,12 +23,12 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import stored_averages, synthesize
+from ldm_vae.diffusion.posthoc_ema import stored_averages, synthesize_ema
 from ldm_vae.diffusion.training import TrainDiffusionConfig
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.encode import EncodeConfig
-from ldm_vae.training.checkpoint import load, newest
+from ldm_vae.training.checkpoint import newest, read_checkpoint
 from tests.training import toy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,7 +88,7 @@ def test_an_old_pipeline_opens_and_generates(tmp_path, record_property):
 @pytest.mark.promise(12)
 def test_an_old_run_continues(tmp_path, capsys, record_property):
     run = unpacked("run", tmp_path)
-    saved = load(newest(run / "checkpoints")[0])
+    saved = read_checkpoint(newest(run / "checkpoints")[0])
     assert (saved.step, sorted(saved.tensors)) == (10, ["net", "net-ema", "net-optimizer"])
     assert near(saved.tensors["net-ema"]["0.weight"], "weight")
     assert toy.main(str(run), "steps=12") == 0
@@ -103,7 +103,7 @@ def test_old_averages_open(tmp_path, record_property):
     assert list(stored_averages(tmp_path / "snapshots")) == [
         (step, rel) for step in (2, 4, 6, 8) for rel in (0.05, 0.1)
     ]
-    assert near(synthesize(tmp_path, 0.07).weights["weight"], "average")
+    assert near(synthesize_ema(tmp_path, 0.07).weights["weight"], "average")
     record_property("figure", "averages of format 1: the same weights")
 
 
@@ -164,7 +164,7 @@ def newer_averages(folder: Path) -> Callable[[], object]:
     path = unpacked("snapshots", folder) / "step-000000004.safetensors"
     record = {"format_version": 99, "what": "nobody knows"}
     save_file(load_file(path), path, {"snapshot": json.dumps(record)})
-    return lambda: synthesize(folder, 0.07)
+    return lambda: synthesize_ema(folder, 0.07)
 
 
 def newer_settings(folder: Path) -> Callable[[], object]:

@@ -37,7 +37,7 @@ from ldm_vae.diffusion.generation import image_name
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.posthoc_ema import stored_averages
 from ldm_vae.errors import DamagedFile, UserError
-from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.evaluation.study import read_config_yaml, read_json
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import index_files, read_manifest
 from ldm_vae.latents.import_lightningdit import read_statistics
@@ -174,13 +174,13 @@ def in_a_checkpoint(folder: Path, canary: Path, *_: Path) -> object:
     files.write_checksums(step)
     path, _ = checkpoint.newest(folder)
     assert path is not None
-    return checkpoint.load(path)
+    return checkpoint.read_checkpoint(path)
 
 
 def in_the_state_of_a_checkpoint(folder: Path, canary: Path, *_: Path) -> object:
     planted(folder / "step-000000001" / "state.json", canary)
     files.write_checksums(folder / "step-000000001")
-    return checkpoint.load(folder / "step-000000001")
+    return checkpoint.read_checkpoint(folder / "step-000000001")
 
 
 def in_the_index(folder: Path, canary: Path, model: Path, latents: Path, pipeline: Path) -> object:
@@ -270,7 +270,7 @@ PLACES: dict[str, Place] = {
     "weights of Inception": lambda d, c, *_: load_inception(str(planted_checkpoint(d / "inception.pth", c))),
     "weights of LPIPS": lambda d, c, *_: LPIPS("squeeze", str(planted(d / "w.safetensors", c))),
     "settings": in_settings(lambda path: config.load(TrainVaeConfig, path)),
-    "settings of a run": in_settings(read_yaml),
+    "settings of a run": in_settings(read_config_yaml),
     "settings of LDM": in_settings(read_settings),
     "a record": lambda d, c, *_: read_json(planted(d / "run.json", c)),
     "an archive of samples": in_an_archive,

@@ -30,8 +30,8 @@ def check_command(line: str) -> None:
     """The words are settings; a configuration with its settings loads. No old spelling."""
     program, *words = shlex.split(line, comments=True)
     assert program == "ldm-vae"
-    name, rest, advice = cli.find(words)
-    read = cli.Reader(name).read(rest)
+    name, rest, advice = cli.find_command(words)
+    read = cli.ArgumentReader(name).read(rest)
     assert advice == read.advice == []
     load(cli.resolve(cli.COMMANDS[name].config), read.recipe and ROOT / read.recipe, read.settings)
 

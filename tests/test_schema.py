@@ -30,7 +30,7 @@ def test_every_setting_is_explained_and_is_a_field(name):
     assert fields == {one.key for one in settings}
     assert callable(cli.resolve(command.function))
     assert command.failed is None or callable(cli.resolve(command.failed))
-    assert all(schema.find(settings, command.names.get(key, key)) for key in command.subjects)
+    assert all(schema.find_setting(settings, command.names.get(key, key)) for key in command.subjects)
 
 
 def test_one_thing_has_one_key_in_all_commands():
@@ -51,7 +51,7 @@ def test_what_is_meant_is_named():
     settings = schema.read_schema("autoencoder.train_config:TrainVaeConfig")
     for key, meant in (("training.sed", "training.seed"), ("sed", "data.synthetic.seed"), ("outptu", "output")):
         with pytest.raises(UserError, match=f"{key}: no such setting; (did you mean {meant}|choose one of)"):
-            schema.find(settings, key)
+            schema.find_setting(settings, key)
 
 
 def test_a_wrong_word_is_refused_without_a_model_library():

@@ -180,3 +180,30 @@ def test_a_circle_is_seen_however_a_module_is_imported():
     }
     assert on_a_circle(imports_of_modules(sources)) == ["p.b", "p.c", "p.d"]
     assert on_a_circle(imports_of_modules(sources | {"p.c": "from p.e import g"})) == []
+
+
+SHARED_NAMES = {
+    "Item", "Key", "StepNoise", "make_accelerator", "markdown", "plot_histograms", "plot_spectra", "render",
+    "summarize", "summary", "table",
+}  # fmt: skip
+"""Public names that several modules define, each with one meaning everywhere."""
+
+
+def names_defined_twice(sources: dict[str, str]) -> set[str]:
+    """Public functions and classes at the top level of more than one module."""
+    found: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(module)
+    return {name for name, modules in found.items() if len(modules) > 1}
+
+
+def test_a_name_has_one_meaning():
+    assert names_defined_twice({str(path): path.read_text() for path in FILES}) == SHARED_NAMES
+
+
+def test_a_name_with_two_definitions_is_seen():
+    overloads = "def f(x: int): ...\ndef f(x: str): ...\ndef _g(): ..."
+    assert names_defined_twice({"a": overloads, "b": "class F: ...\ndef _g(): ..."}) == set()
+    assert names_defined_twice({"a": overloads, "b": "class f: ..."}) == {"f"}

@@ -474,7 +474,7 @@ class Bench:
 
         from ldm_vae import GenerateConfig, generate, load_autoencoder
         from ldm_vae.data.synthetic.source import SyntheticSource
-        from ldm_vae.diffusion.generation import plan
+        from ldm_vae.diffusion.generation import plan_images
         from tools import experiment_measures as measures
 
         config, labels = self.config, SyntheticSource.label_names
@@ -483,7 +483,7 @@ class Bench:
             guidance=config.guidance, batch=20, device="cpu",
         )  # fmt: skip
         generate(request)
-        images = measures.read_images([image.path for image in plan(request, labels)])
+        images = measures.read_images([image.path for image in plan_images(request, labels)])
         autoencoder = load_autoencoder(vae)
         decoded = measures.decode(autoencoder, measures.encode(autoencoder, self.test.images)[0])
         return measures.generation_figures(self.test, images, np.arange(config.generated) % len(labels), decoded)

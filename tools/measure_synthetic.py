@@ -150,13 +150,13 @@ def look(pipeline: LatentDiffusionPipeline, images: Iterable[np.ndarray], side: 
     import torch
 
     from ldm_vae.data import transforms
-    from ldm_vae.data.samples import to_tensor
+    from ldm_vae.data.samples import channels_first
     from tools.synthetic_reader import reduced
 
     seen, latents = [], []
     for image in images:
         seen.append(reduced(image, side))
-        whole = transforms.from_uint8(to_tensor(image))[None]
+        whole = transforms.from_uint8(channels_first(image))[None]
         latents.append(pipeline.autoencoder.encode_moments(whole)[0])
     return torch.cat(seen), pipeline.normalizer.normalize(torch.cat(latents))
 
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory, plan
+    from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory, plan_images
     from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
     from tools.synthetic_reader import held_out_config, reading_errors, render
 
@@ -216,8 +216,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_reader(errors)
     request = GenerateConfig(args.pipeline, str(args.output / "images"), **settings)
     generate(request)
-    paths = [image.path for image in plan(request, pipeline.labels)]
-    asked = np.arange(args.count) % len(pipeline.labels)  # as `plan` takes the classes: all in turn
+    paths = [image.path for image in plan_images(request, pipeline.labels)]
+    asked = np.arange(args.count) % len(pipeline.labels)  # as `plan_images` takes the classes: all in turn
     images, latents = look(pipeline, (np.asarray(Image.open(path).convert("RGB")) for path in paths), args.side)
     read = reader.read(images)
     control_images, control_latents = through_autoencoder(pipeline, config, min(CONTROLS, len(real)), args.side)

@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool2d
 
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 from ldm_vae.evaluation.plots import legend, new_figure, save_svg
 from ldm_vae.random import generator
@@ -49,7 +49,7 @@ def busy_windows() -> tuple[Tensor, list[tuple[int, int]]]:
     source = SyntheticSource(SyntheticConfig(count=64, resolution=RESOLUTION, textured=1.0))
     found = {}
     for index in range(len(source)):
-        image = transforms.from_uint8(to_tensor(source.read(index)))
+        image = transforms.from_uint8(channels_first(source.read(index)))
         contrast = (image.diff(dim=-1)[:, 1:].abs() + image.diff(dim=-2)[:, :, 1:].abs()).mean(dim=0)
         windows = avg_pool2d(contrast[None, None], CROP, stride=8)[0, 0]
         best, place = float(windows.max()), int(windows.argmax())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm_vae.applications.directions.attributes import convolutional_trunk
 from ldm_vae.data import transforms
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.synthetic.render import LABELS
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
 
@@ -88,7 +88,7 @@ def with_relation(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def reduced(image: np.ndarray, side: int) -> Tensor:
     """uint8 (h, w, 3) -> (1, 3, side, side) in [-1, 1], each pixel the mean of those that it covers."""
-    return F.interpolate(transforms.from_uint8(to_tensor(image))[None], (side, side), mode="area")
+    return F.interpolate(transforms.from_uint8(channels_first(image))[None], (side, side), mode="area")
 
 
 class Reader(nn.Module):

@@ -36,7 +36,7 @@ from ldm_vae.diffusion.generation import load_pipeline
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_step, flow_times, scheduler_shift, solve
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.latent_space import measure_path, round_trip
+from ldm_vae.evaluation.latent_space import decode_and_encode, measure_path
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
 from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
 from ldm_vae.files import checksum
@@ -119,7 +119,7 @@ class InterpolateConfig:
             raise UserError(f"pairs: {self.pairs} is below 1")
 
 
-def interpolate(config: InterpolateConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
+def interpolate_images(config: InterpolateConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:
     """Write the folder, return the content of results.json; the finished result of these settings is read, not redone.
 
     Raises:
@@ -456,7 +456,7 @@ def draw_priors(autoencoder: Autoencoder, images: Tensor, count: int, seed: int)
     }
     drawn = []
     for title, latents in kinds.items():
-        decoded, error = round_trip(autoencoder, latents, spread)
+        decoded, error = decode_and_encode(autoencoder, latents, spread)
         drawn.append(PriorDraws(title, decoded[..., : images.shape[-2], : images.shape[-1]].cpu(), error))
     return drawn
 
@@ -470,7 +470,7 @@ def draw_model(pipeline: LatentDiffusionPipeline, like: Tensor, count: int, step
     latents = torch.cat([solve(velocity, one[None].to(device), Heun(times)) for one in noise])
     latents = pipeline.normalizer.denormalize(latents)
     spread = torch.tensor(pipeline.normalizer.std, device=device, dtype=torch.float32).view(1, -1, 1, 1)
-    decoded, error = round_trip(pipeline.autoencoder, latents, spread)
+    decoded, error = decode_and_encode(pipeline.autoencoder, latents, spread)
     return PriorDraws("diffusion model", decoded[..., : like.shape[-2], : like.shape[-1]].cpu(), error)
 
 

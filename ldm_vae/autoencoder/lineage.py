@@ -71,10 +71,10 @@ def beta_path(metrics_file: Path) -> list[list[float]]:
                 found.append([values["step"], values["rate/beta"], values["rate/nats_per_dim"]])
             except (ValueError, KeyError, TypeError):  # other lines: validation, alarms, a torn last one
                 continue
-    return thin([point for point in found if None not in point], PATH_POINTS)
+    return subsample([point for point in found if None not in point], PATH_POINTS)
 
 
-def thin(points: Sequence[Any], most: int) -> list[Any]:
+def subsample(points: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of the points, evenly spread, the first and the last among them."""
     if len(points) <= most:
         return list(points)

@@ -95,7 +95,7 @@ class ReconstructionLoss(nn.Module):
         return TERMS[name](images, targets, step)
 
 
-def ms_ssim(images: Tensor, targets: Tensor) -> Tensor:
+def crop_ms_ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Multi-scale SSIM, a scalar in [0, 1]: 9x9 window, sigma 1; 5 scales from 192 px, 3 from 36 px, else 2."""
     window, side = 9, min(images.shape[-2:])
     scales = 5 if side >= 192 else 3 if side >= 4 * window else 2
@@ -146,7 +146,7 @@ def random_perceptual(images: Tensor, targets: Tensor, step: int) -> Tensor:
 TERMS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "l1": lambda images, targets, step: F.l1_loss(images, targets),
     "mse": lambda images, targets, step: F.mse_loss(images, targets),
-    "ms_ssim": lambda images, targets, step: 1 - ms_ssim(images, targets),
+    "ms_ssim": lambda images, targets, step: 1 - crop_ms_ssim(images, targets),
     "random_perceptual": random_perceptual,
     "high_frequency": lambda images, targets, step: high_frequency(images, targets),
     "texture_energy": lambda images, targets, step: texture_energy(images, targets),

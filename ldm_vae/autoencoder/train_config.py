@@ -18,7 +18,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig
 from ldm_vae.autoencoder.rate import RateConfig
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import ImageSamples, to_tensor, too_many_rejected
+from ldm_vae.data.samples import ImageSamples, channels_first, too_many_rejected
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part, repeated, subset
 from ldm_vae.data.streaming import StreamSamples, open_stream
@@ -222,12 +222,12 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
     count = max(RATE_IMAGES, config.held_out_images)
     for number, (index, image) in enumerate(some_images(config, "held_out", count)):
         if number < config.held_out_images:
-            images.append(to_tensor(resize_center_crop(image, config.held_out_resolution)))
+            images.append(channels_first(resize_center_crop(image, config.held_out_resolution)))
             if min(image.shape[:2]) < config.held_out_resolution:
                 enlarged.append(min(image.shape[:2]))
         rng = numpy_rng(0, "held_out_crops", index)
         for _ in range(CROPS_OF_FEW if number < FEW_IMAGES else 1):
-            crops.append(to_tensor(random_crop(image, rng, side, config.crop)))
+            crops.append(channels_first(random_crop(image, rng, side, config.crop)))
     if not images:
         return None
     whole, parts = (transforms.from_uint8(torch.stack(pixels)) for pixels in (images, crops))
@@ -242,7 +242,7 @@ def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
     side = config.phases[-1].crop
     for index, image in some_images(config, "train", MEASURED_IMAGES):
         crop = random_crop(image, numpy_rng(0, "measured_crops", index), side, config.crop)
-        yield transforms.from_uint8(to_tensor(crop)[None])
+        yield transforms.from_uint8(channels_first(crop)[None])
 
 
 def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:

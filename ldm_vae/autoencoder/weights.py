@@ -69,7 +69,7 @@ def _reason(error: Exception) -> str:
 # The identity of an autoencoder: a hash of its architecture and weights, carried by everything made with it.
 
 
-def architecture(model: Any) -> dict[str, Any]:
+def describe_architecture(model: Any) -> dict[str, Any]:
     """The class name and the settings that shape the network (bookkeeping keys that start with `_` left out)."""
     settings = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
     return {"class": type(model).__name__, "config": settings}
@@ -78,7 +78,7 @@ def architecture(model: Any) -> dict[str, Any]:
 def _identity(model: Any) -> dict[str, Any]:
     """The architecture without settings at their defaults: one that a later release adds changes no fingerprint."""
     parameters = inspect.signature(type(model).__init__).parameters
-    described = architecture(model)
+    described = describe_architecture(model)
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     described["config"] = {
         key: value

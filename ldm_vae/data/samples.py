@@ -59,7 +59,7 @@ class ImageSamples:
                 continue
             crop = self.transform(pixels, numpy_rng(self.seed, "augment", position), size)
             return {
-                "image": to_tensor(crop),
+                "image": channels_first(crop),
                 "label": self.source.label(index),
                 "index": index,
                 "rejected": rejected,
@@ -67,7 +67,7 @@ class ImageSamples:
         raise too_many_rejected(rejected)
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
+def channels_first(pixels: np.ndarray) -> Tensor:
     """uint8 (h, w, 3) -> uint8 (3, h, w)."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -30,7 +30,7 @@ from ldm_vae.data.hf_datasets import (
     local_files,
     row_id,
 )
-from ldm_vae.data.samples import ATTEMPTS, Transform, to_tensor, too_many_rejected
+from ldm_vae.data.samples import ATTEMPTS, Transform, channels_first, too_many_rejected
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
 from ldm_vae.data.split import Part, part_of
 from ldm_vae.errors import UserError
@@ -219,7 +219,7 @@ class StreamSamples:
                 item = pool[key_hash(self.seed, "substitute", key.position, attempt) % len(pool)]
                 continue
             crop = self.transform(pixels, numpy_rng(self.seed, "augment", key.position), key.size)
-            return {"image": to_tensor(crop), "label": item.label, "index": item.index, "rejected": rejected}
+            return {"image": channels_first(crop), "label": item.label, "index": item.index, "rejected": rejected}
         raise too_many_rejected(rejected)
 
     def _order(self, start: int) -> Iterator[tuple[Item, list[Item]]]:

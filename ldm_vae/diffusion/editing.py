@@ -65,7 +65,7 @@ def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, fact
     Raises:
         UserError: sizes or numbers that do not fit.
     """
-    images = to_tensor(image, 3, "image")
+    images = image_tensor(image, 3, "image")
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         near = [max(1, side // factor) * factor for side in (height, width)]
@@ -75,7 +75,7 @@ def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, fact
         )
     painted = None
     if mask is not None:
-        painted = to_tensor(mask, 1, "mask") > 0.5
+        painted = image_tensor(mask, 1, "mask") > 0.5
         if painted.shape[-2:] != images.shape[-2:]:
             found = " x ".join(map(str, painted.shape[-2:]))
             raise UserError(f"mask: {found} pixels for an image of {height} x {width}; give one of the same size")
@@ -92,13 +92,13 @@ def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
     return values.expand(count, *values.shape[1:])
 
 
-def to_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
+def image_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
     """Any image -> float32 (n, channels, h, w) in [0, 1]. Raises: UserError for another shape."""
     if isinstance(image, Sequence):
-        return torch.cat([to_tensor(one, channels, name) for one in image])
+        return torch.cat([image_tensor(one, channels, name) for one in image])
     if isinstance(image, Image.Image):
         array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-        return to_tensor(array, channels, name)
+        return image_tensor(array, channels, name)
     eight_bit = image.dtype in (torch.uint8, np.uint8)
     if isinstance(image, Tensor):
         tensor = image.cpu().float()

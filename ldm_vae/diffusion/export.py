@@ -27,10 +27,9 @@ from omegaconf import OmegaConf
 from ldm_vae import provenance, random
 from ldm_vae.autoencoder import lineage
 from ldm_vae.autoencoder.interop.compvis import fold_normalizer
-from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Conversion, Precision, check_target
-from ldm_vae.autoencoder.interop.convert import convert as convert_autoencoder
+from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Conversion, Precision, check_target, convert_autoencoder
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
-from ldm_vae.autoencoder.lineage import thin
+from ldm_vae.autoencoder.lineage import subsample
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.diffusion.generation import has_pipeline, pipeline_directory
@@ -459,7 +458,7 @@ def _copy_records(directory: Path, folder: Path) -> None:
     if (place / METRICS).is_file():
         lines = (place / METRICS).read_text().splitlines()
         rare = {number for number, line in enumerate(lines) if '"held_out/' in line or '"alarm"' in line}
-        kept = rare.union(thin([number for number in range(len(lines)) if number not in rare], METRIC_LINES))
+        kept = rare.union(subsample([number for number in range(len(lines)) if number not in rare], METRIC_LINES))
         shortened = [json.dumps(without_folders(json.loads(lines[number]))) + "\n" for number in sorted(kept)]
         write_text(folder / METRICS, "".join(shortened))
 

@@ -196,7 +196,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
     size = parameters["height"], parameters["width"]
     training = open_training_latents(config.neighbours, pipeline, *size)
     inputs = read_input_images(config, *size)
-    images = plan(config, pipeline.labels)
+    images = plan_images(config, pipeline.labels)
     finished = check_folder(folder, parameters, images, overwrite)
     finished = finished and (training is None or (folder / PAIRS).exists())
     if state.is_main_process:
@@ -294,7 +294,7 @@ Row = tuple[ClassMixture | None, str | None, Noise]
 """Classes, caption and noise of an image."""
 
 
-def plan(config: GenerateConfig, names: Sequence[str]) -> list[PlannedImage]:
+def plan_images(config: GenerateConfig, names: Sequence[str]) -> list[PlannedImage]:
     """Every image of a model with classes of these `names`, in the order of the sheet.
 
     Raises:

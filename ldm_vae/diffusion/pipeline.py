@@ -554,7 +554,7 @@ def count_images(labels: Labels, num_images: int | None, image: Any, latents: Te
         raise UserError(f"latents: {len(latents)} of them for {pluralize(num_images, 'image')}; give one per image")
     if num_images is not None or latents is not None:
         return num_images or len(latents)  # type: ignore[arg-type]
-    count = len(editing.to_tensor(image, 3, "image")) if image is not None else 1
+    count = len(editing.image_tensor(image, 3, "image")) if image is not None else 1
     return max(count, len(labels)) if isinstance(labels, list | tuple) else count
 
 

@@ -127,7 +127,7 @@ def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
     """
     pipeline = finished_pipeline(config.model)
     if config.output is not None:
-        average = synthesize(config.model, config.lengths[0], config.step)
+        average = synthesize_ema(config.model, config.lengths[0], config.step)
         write_pipeline(pipeline, average, config.output)
         warning = residual_warning(average.residual)
         print(f"{config.output}: the pipeline, length {average.sigma_rel} after step {average.step}{warning}")
@@ -143,7 +143,7 @@ def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
     measured = [EmaMeasurement(None, None, measure())]
     print(measured[-1].sentence())
     for length in config.lengths:
-        average = synthesize(config.model, length, config.step)
+        average = synthesize_ema(config.model, length, config.step)
         copy_to(pipeline.unet, average)
         measured.append(EmaMeasurement(length, average.step, measure(), average.residual))
         print(measured[-1].sentence())
@@ -178,7 +178,7 @@ class PosthocEma:
     residual: float
 
 
-def synthesize(run: str | Path, sigma_rel: float, step: int | None = None) -> PosthocEma:
+def synthesize_ema(run: str | Path, sigma_rel: float, step: int | None = None) -> PosthocEma:
     """The power-function average of any length after `step` steps, from what a run has stored.
 
     Args:

@@ -51,19 +51,19 @@ PROTOCOL = (
 
 
 @dataclass(frozen=True)
-class Kind:
+class ComparedKind:
     """A row of the comparison: a name, and the settings of `train-vae` that make it."""
 
     name: str = "???"
     overrides: list[str] = field(default_factory=list)
 
 
-def default_kinds() -> list[Kind]:
+def default_kinds() -> list[ComparedKind]:
     return [
-        Kind("kl", ["autoencoder.kind=kl"]),
-        Kind("ae", ["autoencoder.kind=ae"]),
-        Kind("vq", ["autoencoder.kind=vq"]),
-        Kind("fsq", ["autoencoder.kind=fsq"]),
+        ComparedKind("kl", ["autoencoder.kind=kl"]),
+        ComparedKind("ae", ["autoencoder.kind=ae"]),
+        ComparedKind("vq", ["autoencoder.kind=vq"]),
+        ComparedKind("fsq", ["autoencoder.kind=fsq"]),
     ]
 
 
@@ -91,7 +91,7 @@ class CompareConfig:
     output: str = "???"
     vae: str = "???"
     overrides: list[str] = field(default_factory=list)
-    kinds: list[Kind] = field(default_factory=default_kinds)
+    kinds: list[ComparedKind] = field(default_factory=default_kinds)
     steps: int | None = None
     parallel: int = 1
     evaluate: list[str] = field(default_factory=list)

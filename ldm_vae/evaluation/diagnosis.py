@@ -197,7 +197,7 @@ def verdicts(figures: Figures, training: Figures) -> list[Verdict]:
     """All findings, most severe first.
 
     Args:
-        figures: what `diagnosis.measure` returns; None stands for a quantity that does not apply.
+        figures: what `health_metrics.measure` returns; None stands for a quantity that does not apply.
         training: the `rate` record of training.json (`mode`, `target_nats`, `final_beta`, `pinned_share`,
             `beta_path`), or empty.
     """
@@ -446,7 +446,7 @@ def _plots(report: Report) -> list[tuple[str, str, str, str | None]]:
             "Posterior means",
             "density over images and positions",
             "Without the outer 0.1 % on each side.",
-            histograms(report, "mean_histograms", "Posterior means per channel", "μ"),
+            plot_histograms(report, "mean_histograms", "Posterior means per channel", "μ"),
         ),
         (
             "Posterior deviations",
@@ -454,31 +454,31 @@ def _plots(report: Report) -> list[tuple[str, str, str, str | None]]:
             "One is the prior: a channel that sits there says nothing.",
             None
             if report["rate"]["deterministic"]
-            else histograms(report, "deviation_histograms", "Posterior deviations per channel", "σ"),
+            else plot_histograms(report, "deviation_histograms", "Posterior deviations per channel", "σ"),
         ),
         (
             "Noise on the latents",
             "PSNR in dB",
             "How gently the decoder fails off the posterior mean; the dotted line is 1 dB below it.",
-            noise_curve(report),
+            plot_noise_curve(report),
         ),
         (
             "Power spectra",
             "relative to the lowest frequency",
             "Latents that fall off like images are easier for a diffusion model.",
-            spectra(report),
+            plot_spectra(report),
         ),
         (
             "Repeated coding",
             "PSNR in dB",
             "Encoding the decoded picture again, ten times.",
-            round_trips(report),
+            plot_round_trips(report),
         ),
         (
             "During training",
             "from training.json",
             "The weight that the controller chose, and the rate it led to.",
-            beta_path(report),
+            plot_beta_path(report),
         ),
     ]
 
@@ -555,7 +555,7 @@ def channel_bars(report: Report, key: str, title: str, threshold: float | None =
     return page_svg(figure, title)
 
 
-def histograms(report: Report, key: str, title: str, label: str) -> str:
+def plot_histograms(report: Report, key: str, title: str, label: str) -> str:
     """The distribution of a posterior moment, one outline a channel, as densities."""
     found = report["curves"][key]
     figure, (axes,) = new_figure(height=2.6)
@@ -577,7 +577,7 @@ def histograms(report: Report, key: str, title: str, label: str) -> str:
     return page_svg(figure, title)
 
 
-def noise_curve(report: Report) -> str:
+def plot_noise_curve(report: Report) -> str:
     """PSNR of decode(mean + tau * deviation * noise) over tau; the level 1 dB below decode(mean) is dotted."""
     curve = report["decoder"]["noise_curve"]
     figure, (axes,) = new_figure(height=2.6)
@@ -589,7 +589,7 @@ def noise_curve(report: Report) -> str:
     return page_svg(figure, "PSNR with noise on the latents")
 
 
-def spectra(report: Report) -> str:
+def plot_spectra(report: Report) -> str:
     """Radial power of images and latents, each relative to its lowest bin, over frequency relative to Nyquist."""
     figure, (axes,) = new_figure(height=2.6)
     names = {"image": "images", "latent_mean": "latents, mean", "latent_sample": "latents, sample"}
@@ -607,7 +607,7 @@ def spectra(report: Report) -> str:
     return page_svg(figure, "Power spectra of images and latents")
 
 
-def round_trips(report: Report) -> str:
+def plot_round_trips(report: Report) -> str:
     """PSNR against the original after each further round trip."""
     values: Sequence[float] = report["decoder"]["round_trips"]
     figure, (axes,) = new_figure(height=2.6)
@@ -617,7 +617,7 @@ def round_trips(report: Report) -> str:
     return page_svg(figure, "PSNR after repeated coding")
 
 
-def beta_path(report: Report) -> str | None:
+def plot_beta_path(report: Report) -> str | None:
     """The KL weight over the training, and the rate it led to; None where training.json does not have it."""
     path = report["training"].get("rate", {}).get("beta_path")
     if not path:

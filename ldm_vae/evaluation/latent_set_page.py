@@ -24,12 +24,12 @@ from ldm_vae.latents.stats import (
     COLUMNS,
     Statistics,
     StatsConfig,
-    batches,
+    latent_batches,
     measure_set,
     open_set,
     short_number,
-    summary,
-    table,
+    summary_rows,
+    text_table,
 )
 
 Report = dict[str, Any]
@@ -61,7 +61,7 @@ def show_statistics(config: StatsConfig) -> Statistics:
     if config.json:
         print(readable_json(statistics.report), end="")
     else:
-        print(table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
+        print(text_table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
     return statistics
 
 
@@ -88,7 +88,7 @@ def measure_spectra(dataset: LatentDataset) -> dict[str, Any] | None:
     """Mean radial power of each channel of the normalized latents over `frequency`, cycles per position; None for
     latents of a single position."""
     numbers = samples_per_shard(dataset.index.counts, SPECTRUM_SAMPLES)
-    latents = torch.cat([latents for latents, _ in batches(dataset, numbers)])
+    latents = torch.cat([latents for latents, _ in latent_batches(dataset, numbers)])
     if min(latents.shape[-2:]) < 2:
         return None
     found = [power_spectrum(latents[:, channel : channel + 1]) for channel in range(latents.shape[1])]
@@ -111,7 +111,7 @@ def render(report: Report, statistics: Statistics) -> str:
         "plots": [(title, unit, caption, Markup(svg)) for title, unit, caption, svg in plots(report)],
         "maps": maps(statistics),
         "columns": used,
-        "rows": summary(report),
+        "rows": summary_rows(report),
         "number": lambda value: short_number(value).replace("-", "−"),
     }
     return template_environment().get_template("latent_set.html").render(context)
@@ -148,32 +148,32 @@ def plots(report: Report) -> list[Plot]:
     if "channels" in report:
         found += [
             ("Values", "density of normalized latents", "The dotted line is N(0, 1), where diffusion starts from.",
-             histograms(report, logarithmic=False)),
+             plot_histograms(report, logarithmic=False)),
             ("Tails", "the same, logarithmic", "What lies far above the dotted line at the sides is rare and extreme.",
-             histograms(report, logarithmic=True)),
+             plot_histograms(report, logarithmic=True)),
         ]  # fmt: skip
         if "spectra" in report:
             found.append(
                 ("Power spectra", f"of normalized latents, {report['spectra']['samples']} samples",
-                 "Power at a spatial frequency; white noise would be the dotted line.", spectra(report))
+                 "Power at a spatial frequency; white noise would be the dotted line.", plot_spectra(report))
             )  # fmt: skip
         if len(report["channels"]) > 1:
             found.append(
                 ("Channels together", "correlation of two channels at one position",
                  "Green is positive, orange negative; independent channels leave all but the diagonal empty.",
-                 correlations(report))
+                 plot_correlations(report))
             )  # fmt: skip
     else:
         found.append(
             ("Use of the codes", "share of the positions, from the most common code on",
-             "The dotted line is a codebook in equal use.", code_shares(report))
+             "The dotted line is a codebook in equal use.", plot_code_shares(report))
         )  # fmt: skip
     if report["labels"]["classes"]:
-        found.append(("Classes", "samples", "All samples of the set are counted.", class_counts(report)))
+        found.append(("Classes", "samples", "All samples of the set are counted.", plot_class_counts(report)))
     return found
 
 
-def histograms(report: Report, logarithmic: bool) -> str:
+def plot_histograms(report: Report, logarithmic: bool) -> str:
     """The outline of each channel's distribution over N(0, 1)."""
     edges, density = report["histograms"]["edges"], np.array(report["histograms"]["density"])
     figure, (axes,) = new_figure(height=2.6)
@@ -198,7 +198,7 @@ def histograms(report: Report, logarithmic: bool) -> str:
     return page_svg(figure, "Tails of the channels" if logarithmic else "Distribution of the channels")
 
 
-def spectra(report: Report) -> str:
+def plot_spectra(report: Report) -> str:
     """Radial power of each channel, over that of white noise."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -224,7 +224,7 @@ def spectra(report: Report) -> str:
     return page_svg(figure, "Power spectra of the channels")
 
 
-def correlations(report: Report) -> str:
+def plot_correlations(report: Report) -> str:
     """The matrix as a map, with its numbers where they fit."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -250,7 +250,7 @@ def correlations(report: Report) -> str:
     return page_svg(figure, "Correlation of the channels")
 
 
-def code_shares(report: Report) -> str:
+def plot_code_shares(report: Report) -> str:
     """Share of each code by rank, against equal use."""
     codes = report["codes"]
     figure, (axes,) = new_figure(height=2.6)
@@ -263,7 +263,7 @@ def code_shares(report: Report) -> str:
     return page_svg(figure, "Use of the codes")
 
 
-def class_counts(report: Report) -> str:
+def plot_class_counts(report: Report) -> str:
     """A bar for each class, or the counts by rank where there are many."""
     counts: dict[str, int] = report["labels"]["counts"]
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])

@@ -121,8 +121,8 @@ def prior_samples(autoencoder: Autoencoder, images: Tensor, klt: BlockKLT, seed:
     noise = torch.randn(mean.shape, generator=generator(seed, "prior samples")).to(mean.device)
     noise_real = torch.randn(mean.shape, generator=generator(seed, "posterior samples")).to(mean.device)
     prior, real = center + spread * noise, mean + variance.sqrt() * noise_real
-    decoded, cycle = round_trip(autoencoder, prior, spread)
-    reconstructed, cycle_real = round_trip(autoencoder, real, spread)
+    decoded, cycle = decode_and_encode(autoencoder, prior, spread)
+    reconstructed, cycle_real = decode_and_encode(autoencoder, real, spread)
     return PriorSamples(
         cycle,
         cycle_real,
@@ -132,7 +132,7 @@ def prior_samples(autoencoder: Autoencoder, images: Tensor, klt: BlockKLT, seed:
     )
 
 
-def round_trip(autoencoder: Autoencoder, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
+def decode_and_encode(autoencoder: Autoencoder, latents: Tensor, spread: Tensor) -> tuple[Tensor, float]:
     """The decoded images, and the rms distance of their encoding from the latents, in standard deviations."""
     decoded, squares = [], []
     for latent in latents.split(1):

@@ -26,7 +26,7 @@ runtime.repair_torchvision()
 import diffusers
 
 from ldm_vae.autoencoder.base import Autoencoder
-from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, thin
+from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, subsample
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
 from ldm_vae.diffusion.fid import sentences as distribution_sentences
@@ -44,8 +44,8 @@ from ldm_vae.evaluation.plots import (
     read_metrics,
     save_svg,
 )
-from ldm_vae.evaluation.reconstruction import codec_lines, read_evaluation, table
-from ldm_vae.evaluation.study import check_not_enlarged, read_json, read_yaml
+from ldm_vae.evaluation.reconstruction import codec_lines, markdown_rows, read_evaluation
+from ldm_vae.evaluation.study import check_not_enlarged, read_config_yaml, read_json
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
@@ -192,7 +192,7 @@ def read_records(config: CardConfig, directory: Path, identity: str) -> Records:
     check_identity(training.get("fingerprint"), identity, directory / "training.json")
     run_folder = run_folder_of(directory)
     run = read_json(run_folder / "run.json")
-    settings = read_yaml(run_folder / "config.yaml")
+    settings = read_config_yaml(run_folder / "config.yaml")
     rate = training.get("rate") or {}
     path = rate.get("beta_path") or beta_path(run_folder / "metrics.jsonl")
     evaluation: dict[str, Any] = {}
@@ -246,7 +246,7 @@ def render(config: CardConfig, records: Records, autoencoder: Autoencoder, title
         "training": training_rows(records.config, records.run),
         "command": shlex.join(records.run.get("command", [])),
         "rate": rate_sentences(records.training, records.evaluation, factor, channels),
-        "beta_path": thin(records.beta_path, 8),
+        "beta_path": subsample(records.beta_path, 8),
         "evaluation": evaluation_facts(evaluation) if evaluation else None,
         "held_out_psnr": held_out.get("held_out/psnr"),
         "verdicts": None if records.health is None else recorded_verdicts(records.health),
@@ -376,7 +376,7 @@ def write_pipeline_card(config: CardConfig, *, overwrite: bool = False) -> tuple
     generated = pipeline_card(pipeline)
     check_replaceable(path, overwrite or (path.is_file() and path.read_text(errors="replace") == generated))
     place = run_folder_of(directory)
-    run, settings = read_json(place / "run.json"), read_yaml(place / "config.yaml")
+    run, settings = read_json(place / "run.json"), read_config_yaml(place / "config.yaml")
     credits, seen = read_credits(config.data_credits), read_text("--seen", config.seen)
     energy = energy_sentence(run, config.watts)
     present = {
@@ -848,7 +848,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         sentences += distribution_sentences(evaluation["distribution"])
     if evaluation.get("rejected"):
         sentences.append(f"Left out: {pluralize(len(evaluation['rejected']), 'image')} that could not be read.")
-    return {"table": table(evaluation), "sentences": sentences}
+    return {"table": markdown_rows(evaluation), "sentences": sentences}
 
 
 def _signed(value: dict[str, float]) -> str:

@@ -105,7 +105,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Alarm:
+class RecordedAlarm:
     """What training warned of: the verdict's name and its sentence."""
 
     step: int
@@ -129,7 +129,7 @@ class Panel:
     noisy: bool = True
     logarithmic: bool = True
     """Where the values span a factor of eight or more."""
-    alarms: tuple[Alarm, ...] = ()
+    alarms: tuple[RecordedAlarm, ...] = ()
 
 
 def read_metrics(path: Path) -> dict[str, Curve]:
@@ -149,13 +149,13 @@ def read_metrics(path: Path) -> dict[str, Curve]:
     }
 
 
-def read_alarms(path: Path) -> list[Alarm]:
+def read_alarms(path: Path) -> list[RecordedAlarm]:
     """The alarms of a `metrics.jsonl` by step; one that a resumed run repeats counts once."""
     found = {}
     for step, record in _records(path):
         sentence = record.get("alarm")
         if isinstance(sentence, str):
-            alarm = Alarm(step, str(record.get("verdict") or "alarm"), sentence)
+            alarm = RecordedAlarm(step, str(record.get("verdict") or "alarm"), sentence)
             found[alarm.step, alarm.verdict, alarm.sentence] = alarm
     return sorted(found.values(), key=lambda alarm: (alarm.step, alarm.verdict))
 
@@ -172,7 +172,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, object]]]:
 
 
 def autoencoder_panels(
-    metrics: Mapping[str, Curve], rate_target_nats: float | None = None, alarms: Sequence[Alarm] = ()
+    metrics: Mapping[str, Curve], rate_target_nats: float | None = None, alarms: Sequence[RecordedAlarm] = ()
 ) -> list[Panel]:
     """Both loss terms apart, and any further term; the weight between them; quality on held-out images; health."""
     panels = [
@@ -274,8 +274,8 @@ def render_svg(panel: Panel) -> str:
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
     """The curves, the target and the alarms of a panel, without its title."""
-    train = panel.train and thin(panel.train)
-    held_out = panel.held_out and thin(panel.held_out)
+    train = panel.train and bin_means(panel.train)
+    held_out = panel.held_out and bin_means(panel.held_out)
     smooth = train and (Curve(train.steps, running_mean(train.values)) if panel.noisy else train)
     drawn = [curve for curve in (smooth, held_out) if curve]
     _scale(axes, _levels(panel, train, drawn), panel.logarithmic)
@@ -311,7 +311,7 @@ def page_svg(figure: Figure, label: str) -> str:
     return re.sub(r'<g id="([^"]*)"', classed, to_svg(figure, label))
 
 
-def _mark_alarms(axes: Axes, alarms: Sequence[Alarm]) -> None:
+def _mark_alarms(axes: Axes, alarms: Sequence[RecordedAlarm]) -> None:
     """A dashed line at each step with an alarm, the verdicts' names along it."""
     steps = sorted({alarm.step for alarm in alarms})
     last = axes.get_xlim()[1]
@@ -373,7 +373,7 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def thin(curve: Curve) -> Curve:
+def bin_means(curve: Curve) -> Curve:
     """At most MAXIMUM_POINTS points, each the mean of its bin."""
     if len(curve.steps) <= MAXIMUM_POINTS:
         return curve

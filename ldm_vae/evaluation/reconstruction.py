@@ -209,7 +209,7 @@ class Evaluation(Study):
             distribution = compare_sets(real, decoded, config.distribution, config.kid_subset, config.seed, paired=True)
         return {
             "protocol": _protocol(config, self.evaluated, self.fitted, measured),
-            **summary(measured, self.measurer),
+            **summarize(measured, self.measurer),
             "distribution": distribution,
             "examples": example_records(measured.examples),
             "rejected": rejected_images(measured.rejected),
@@ -462,7 +462,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
 # Means, intervals, paired differences, the rate, and the table of results.md.
 
 
-def summary(measured: Unit, measurer: Measurer) -> dict[str, Any]:
+def summarize(measured: Unit, measurer: Measurer) -> dict[str, Any]:
     """Rows with means and 95 % bootstrap intervals, paired differences to each other row, the rate, the budget.
 
     A codec's file is compared with what so many bits can carry: a posterior sample, where there is a posterior. The
@@ -575,7 +575,7 @@ def markdown(results: dict[str, Any]) -> str:
     """`results.md`: the table, the differences and the protocol in words."""
     protocol, gain = results["protocol"], results["gain_over_linear_db"]
     lines = [
-        table(results),
+        markdown_rows(results),
         "",
         f"Gain of decode(mean) over the linear baseline on the same pixels: {gain['mean']:+.2f} dB "
         f"[{gain['low']:+.2f}, {gain['high']:+.2f}].",
@@ -590,7 +590,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(results: dict[str, Any]) -> str:
+def markdown_rows(results: dict[str, Any]) -> str:
     """Markdown: each row's rate, and its metrics with their intervals."""
     names = list(results["rows"][0]["metrics"])
     rows = []

@@ -18,7 +18,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed, image_label, template_environment
 from ldm_vae.evaluation.plots import autoencoder_panels, diffusion_panels, read_alarms, read_metrics, render_svg
 from ldm_vae.evaluation.reconstruction import read_evaluation
-from ldm_vae.evaluation.study import enlarged_lines, read_json, read_yaml
+from ldm_vae.evaluation.study import enlarged_lines, read_config_yaml, read_json
 from ldm_vae.files import check_tensor_file, write_text
 from ldm_vae.metrics import METRIC_TITLES
 
@@ -38,7 +38,7 @@ MAXIMUM_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One folder of the run and what its `run.json` says; `record` is empty while it has not finished."""
 
     name: str
@@ -76,14 +76,14 @@ def write_report(run_root: str | Path, output: str | Path | None = None) -> Path
     return page
 
 
-def read_stages(root: Path) -> list[Stage]:
+def read_stages(root: Path) -> list[StageRecord]:
     """The stages present under `root`, known ones first in the order of the journey, others by name."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds vae, latents, diffusion ...")
     others = sorted(path.parent.name for path in root.glob(f"*/{provenance.RUN_RECORD}"))
     names = [*STAGES, *(name for name in others if name not in STAGES)]
     stages = [
-        Stage(name, STAGES.get(name, name), root / name, _finished_record(root / name))
+        StageRecord(name, STAGES.get(name, name), root / name, _finished_record(root / name))
         for name in names
         if (root / name).is_dir()
     ]
@@ -93,7 +93,7 @@ def read_stages(root: Path) -> list[Stage]:
     return stages
 
 
-def render(title: str, stages: list[Stage], command: str) -> str:
+def render(title: str, stages: list[StageRecord], command: str) -> str:
     """The page as HTML text; `command` is the one that writes it."""
     from markupsafe import Markup
 
@@ -102,7 +102,7 @@ def render(title: str, stages: list[Stage], command: str) -> str:
     folders = {stage.name: stage.directory for stage in stages}
     absent = Path("absent")
     vae, diffusion = folders.get("vae", absent), folders.get("diffusion", absent)
-    settings = {name: read_yaml(folder / "config.yaml") for name, folder in folders.items()}
+    settings = {name: read_config_yaml(folder / "config.yaml") for name, folder in folders.items()}
     rate = settings.get("vae", {}).get("rate", {})
     alarms = read_alarms(vae / "metrics.jsonl")
     diffusion_metrics = read_metrics(diffusion / "metrics.jsonl")

@@ -352,6 +352,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_config_yaml(path: Path) -> dict[str, Any]:
     """A run's config.yaml; empty where there is none. Raises: UserError when it is damaged."""
     return configuration.read_yaml(path) if path.is_file() else {}

@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import architecture
+from ldm_vae.autoencoder.weights import describe_architecture
 from ldm_vae.data import transforms
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
@@ -199,7 +199,7 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
     """
     if dry_run:
         accelerator = make_accelerator(config)
-        previews = [preview(config, accelerator, size) for size in parse_sizes(config.resolution)]
+        previews = [preview_encoding(config, accelerator, size) for size in parse_sizes(config.resolution)]
         for found in previews:
             accelerator.print("\n".join(found.lines()))
         return previews
@@ -312,7 +312,7 @@ def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, 
         encoding["seed"] = config.seed
     factor = autoencoder.downsampling
     return Origin(
-        autoencoder=record | architecture(autoencoder),
+        autoencoder=record | describe_architecture(autoencoder),
         preprocessing=preprocessing_record(size),
         dataset={
             "source": config.data.source,
@@ -677,7 +677,7 @@ class EncodePreview:
         ]
 
 
-def preview(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
+def preview_encoding(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
     """Open everything and encode noise. Raises: UserError, see `prepare`."""
     job = prepare(config, accelerator, size)
     noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)

@@ -176,7 +176,7 @@ def _write_files(folder: Folder, export: Export) -> None:
         folder.clean()
         if not folder.exists(EXPORT):
             folder.write(EXPORT, readable_json(export.to_dict()).encode())
-        there, samples = folder.sizes(), Samples(export)
+        there, samples = folder.sizes(), ExportedSamples(export)
         with tqdm(total=manifest.count, unit=" images", desc="export", dynamic_ncols=True) as bar:
             for number, name in enumerate(export.files):
                 start, stop = number * export.rows, min((number + 1) * export.rows, manifest.count)
@@ -227,7 +227,7 @@ class Block:
         return len(self.ids)
 
 
-class Samples:
+class ExportedSamples:
     """The samples of a set as they are exported, by their place in it. One verified shard is open at a time."""
 
     def __init__(self, export: Export) -> None:

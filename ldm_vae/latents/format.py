@@ -528,7 +528,7 @@ class Manifest(Recipe):
         return json.loads(json.dumps(values))
 
 
-def measure(index: ShardIndex, layout: Layout, codebook_size: int | None) -> dict[str, Any]:
+def manifest_statistics(index: ShardIndex, layout: Layout, codebook_size: int | None) -> dict[str, Any]:
     """The statistics of a manifest, which follow from the sums in its index."""
     if codebook_size is not None:
         return {"codebook_size": codebook_size}
@@ -562,7 +562,7 @@ def build_manifest(
         rejected=index.rejected,
         shards=len(index),
         index=tuple(parts),
-        statistics=measure(index, recipe.layout, recipe.encoding.get("codebook_size")),
+        statistics=manifest_statistics(index, recipe.layout, recipe.encoding.get("codebook_size")),
         where=folder,
     )
 

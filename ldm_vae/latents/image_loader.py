@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
 from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import cover_scale, resize_center_crop
@@ -395,7 +395,7 @@ def decode_group(group: Group, batch: int, size: tuple[int, int]) -> ImageBatch:
         except ImageRejected as error:
             decoded.rejected.append(Rejection(index, item.id, error.reason, str(error)))
             continue
-        decoded.images[row] = to_tensor(resize_center_crop(pixels, size))
+        decoded.images[row] = channels_first(resize_center_crop(pixels, size))
         enlarged += cover_scale(pixels.shape[0], pixels.shape[1], size) > 1
         decoded.rows.append(row)
         decoded.indices.append(index)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ldm_vae import provenance
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.autoencoder.weights import architecture
+from ldm_vae.autoencoder.weights import describe_architecture
 from ldm_vae.data.sources import hash_items
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, checksum, readable_json
@@ -118,7 +118,7 @@ def import_set(config: ImportConfig) -> Manifest:
     theirs = read_statistics(source.folder, source.files[0].latent_shape[0])
     for note in source.notes():
         print(f"note: {config.source}: {note}")
-    output = Output(config.output, plan(config, source))
+    output = Output(config.output, plan_set(config, source))
     _restore_plan(output)
     with output.open():
         verification = verify(output.where, progress=True)
@@ -139,7 +139,7 @@ def import_set(config: ImportConfig) -> Manifest:
                 bar.update(stop - start)
         completed = output.complete(units)
         if theirs:
-            print(compare(completed.manifest, theirs, source.folder / STATISTICS))
+            print(compare_statistics(completed.manifest, theirs, source.folder / STATISTICS))
         record = provenance.run_record(None, started, time.time() - started, images=completed.manifest.count)
         completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
         output.publish(completed)
@@ -294,7 +294,7 @@ def _described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(tensors.items())) or "nothing"
 
 
-def plan(config: ImportConfig, source: Source) -> Origin:
+def plan_set(config: ImportConfig, source: Source) -> Origin:
     """The plan of the set. Raises: UserError when the autoencoder cannot have made latents of this shape."""
     autoencoder = load_autoencoder(config.autoencoder)
     (height, width), factor = parse_sizes(config.resolution)[0], autoencoder.downsampling
@@ -307,8 +307,8 @@ def plan(config: ImportConfig, source: Source) -> Origin:
         )
     record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     return Origin(
-        autoencoder=record | architecture(autoencoder) | {"asserted": True},
-        preprocessing=preprocessing_record(height, width),
+        autoencoder=record | describe_architecture(autoencoder) | {"asserted": True},
+        preprocessing=lightningdit_preprocessing(height, width),
         dataset={
             "source": IMPORTED,
             "part": "all",
@@ -328,7 +328,7 @@ def _times(shape: Sequence[float]) -> str:
     return "x".join(f"{side:g}" for side in shape)
 
 
-def preprocessing_record(height: int, width: int) -> dict[str, Any]:
+def lightningdit_preprocessing(height: int, width: int) -> dict[str, Any]:
     """What LightningDiT's transform does to an image, by its code. It is not what `encode` does."""
     return {
         "version": 1,
@@ -406,7 +406,7 @@ def read_statistics(folder: Path, channels: int) -> dict[str, Tensor] | None:
     return found
 
 
-def compare(manifest: Manifest, theirs: dict[str, Tensor], path: Path) -> str:
+def compare_statistics(manifest: Manifest, theirs: dict[str, Tensor], path: Path) -> str:
     """How far latents_stats.pt lies from the statistics of the data, in words. Raises: UserError when too far."""
     mean, std = (torch.tensor(manifest.statistics[name], dtype=torch.float64) for name in ("mean", "std"))
     distances = {"mean": (theirs["mean"] - mean).abs() / std, "std": (theirs["std"] / std - 1).abs()}

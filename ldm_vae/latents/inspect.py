@@ -263,7 +263,7 @@ def parse_numbers(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[Decoded]:
+def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[DecodedSample]:
     """Decode samples of a set into a contact sheet. `overwrite`: replace an earlier sheet.
 
     Raises:
@@ -290,7 +290,7 @@ def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[Dec
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedSample:
     """A sample as an image. `label` is empty for none."""
 
     number: int
@@ -345,7 +345,7 @@ def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: s
 def decode_samples(
     dataset: LatentDataset, autoencoder: Autoencoder, numbers: Sequence[int], *, flipped: bool = False,
     posterior: Literal["mean", "sample"] | None = None,
-) -> list[Decoded]:  # fmt: skip
+) -> list[DecodedSample]:  # fmt: skip
     """Decode samples of a set, one at a time.
 
     Args:
@@ -371,7 +371,7 @@ def decode_samples(
         stored = torch.from_numpy(shard[manifest.content + (FLIPPED if flipped else "")][row].copy())
         label = label_text(manifest, int(shard["label"][row]))
         image = _decode(manifest, autoencoder, stored.view(STORED_DTYPES[manifest.dtype]), number, posterior)
-        found.append(Decoded(number, label, dataset.id(number), transforms.to_pil(image)[0]))
+        found.append(DecodedSample(number, label, dataset.id(number), transforms.to_pil(image)[0]))
     return found
 
 
@@ -390,7 +390,7 @@ def _decode(manifest: Manifest, autoencoder: Autoencoder, stored: Tensor, number
     return autoencoder.decode_images(latents[None].to(autoencoder.device))
 
 
-def contact_sheet(decoded: Sequence[Decoded]) -> Image.Image:
+def contact_sheet(decoded: Sequence[DecodedSample]) -> Image.Image:
     """All of them on one page, with their captions."""
     images = []
     for sample in decoded:

@@ -150,7 +150,7 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
         return Statistics(report | {"codes": measure_codes(dataset, numbers)})
     report["recomputed"] = recompute(manifest, samples)
     shape = Shape(manifest.latent_shape, manifest.content == "moments")
-    for batch in batches(dataset, numbers):
+    for batch in latent_batches(dataset, numbers):
         shape.add(*batch)
     exact = exact_figures(manifest)
     report["channels"] = [{**first, **second} for first, second in zip(exact, shape.channels(), strict=True)]
@@ -158,7 +158,7 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
     return Statistics(report, *shape.maps())
 
 
-def batches(dataset: LatentDataset, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def latent_batches(dataset: LatentDataset, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(latents normalized (n, c, h, w), stored moments (n, 2c, h, w) or None), float32.
 
     Raises: UserError that names a sample with a value that is not finite.
@@ -285,7 +285,7 @@ def short_number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of everything that is not of one channel."""
     measured, samples = report["measured_samples"], report["samples"]
     of = "of all samples" if measured == samples else f"of {measured} of {samples} samples, evenly spread"
@@ -322,7 +322,7 @@ def _label_rows(labels: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, *([("without a label", str(labels["unlabelled"]))] if labels["unlabelled"] else [])]
 
 
-def table(report: dict[str, Any]) -> str:
+def text_table(report: dict[str, Any]) -> str:
     """The report for a terminal: one row a channel, then the rest."""
     shape = "x".join(map(str, report["latent_shape"]))
     things = pluralize(report["samples"], "token map" if report["content"] == "indices" else "latent")
@@ -336,7 +336,7 @@ def table(report: dict[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines += ["  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows]
         lines += ["; ".join(LEGEND[key] for key in LEGEND if key in used), ""]
-    names = summary(report)
+    names = summary_rows(report)
     width = max(len(name) for name, _ in names)
     return "\n".join([*lines, *(f"{name.ljust(width)}  {value}" for name, value in names)])
 

@@ -261,7 +261,7 @@ def _notes(state: SetState) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpectedShard:
     """What a shard must be.
 
     Attributes:
@@ -290,7 +290,7 @@ class Place:
         return header.record == self.record and np.array_equal(header.sums, self.sums)
 
 
-def _places(state: SetState) -> Iterator[Place]:
+def _places(state: SetState) -> Iterator[ExpectedShard]:
     """Every shard that must be there, and those of unfinished segments that are there."""
     known = state.manifest is not None or all(segment.origin for segment in state.segments)
     classes = len(state.label_names) or None if known else None
@@ -306,10 +306,10 @@ def _present(state: SetState, segment: Segment) -> list[int]:
     return sorted(number for number in numbers if number in segment and shard_name(number) in state.sizes)
 
 
-def _place(state: SetState, segment: Segment, number: int, classes: int | None) -> Place:
+def _place(state: SetState, segment: Segment, number: int, classes: int | None) -> ExpectedShard:
     origin, index = segment.origin, state.index if segment.listed else None
     unit = origin.encoding["shard_size"] if origin else 0
-    return Place(
+    return ExpectedShard(
         number=number,
         digest=segment.digest,
         layout=origin.layout if origin else None,
@@ -376,14 +376,14 @@ class ShardFile:
         """Whether the header describes the tensors of `count` samples."""
         return self.tensors is not None and kinds(self.tensors) == layout.tensors(count)
 
-    def strangeness(self, place: Place) -> str:
+    def strangeness(self, place: ExpectedShard) -> str:
         """What a shard says of itself, if it belongs elsewhere."""
         if self.origin is not None and place.digest is not None and self.origin != place.digest:
             return f"is a shard of another plan ({short(self.origin)} and not {short(place.digest)})"
         return f"is shard {self.number} of this set" if self.number not in (None, place.number) else ""
 
 
-def check_shard(folder: Folder, place: Place, sizes: dict[str, int], quick: bool) -> ShardReport:
+def check_shard(folder: Folder, place: ExpectedShard, sizes: dict[str, int], quick: bool) -> ShardReport:
     """Check a shard and its sidecar. `sizes`: of the files of the folder.
 
     Raises:
@@ -410,7 +410,9 @@ def check_shard(folder: Folder, place: Place, sizes: dict[str, int], quick: bool
     return report
 
 
-def _check_sidecar(folder: Folder, place: Place, sizes: dict[str, int], quick: bool, report: ShardReport) -> None:
+def _check_sidecar(
+    folder: Folder, place: ExpectedShard, sizes: dict[str, int], quick: bool, report: ShardReport
+) -> None:
     """Where its header only differs from the index, the bytes of the shard decide later which of them is damaged."""
     name = sidecar_name(place.number)
     if name not in sizes:
@@ -445,7 +447,7 @@ def _samples_of(folder: Folder, number: int, name: str, record: ShardRecord | No
     return sidecar.samples if record in (None, sidecar.header.record) else None
 
 
-def _check_header(place: Place, file: ShardFile, report: ShardReport) -> None:
+def _check_header(place: ExpectedShard, file: ShardFile, report: ShardReport) -> None:
     """What can be checked without reading a shard."""
     name, record = shard_name(place.number), place.record or (report.header.record if report.header else None)
     if record is None:
@@ -458,7 +460,7 @@ def _check_header(place: Place, file: ShardFile, report: ShardReport) -> None:
         report.add(name, "damaged", "its header does not describe the tensors that it must hold")
 
 
-def _check_bytes(place: Place, file: ShardFile, report: ShardReport) -> None:
+def _check_bytes(place: ExpectedShard, file: ShardFile, report: ShardReport) -> None:
     """Compare a shard with the checksums in the index and in its sidecar; say which of the three is damaged."""
     name, header = shard_name(place.number), report.header
     record = place.record or (header.record if header else None)
@@ -489,7 +491,7 @@ def _size_message(found: int, expected: int) -> str:
     return f"{found - expected} bytes longer than it was" if found > expected else ""
 
 
-def _damaged_rows(place: Place, record: ShardRecord, file: ShardFile, report: ShardReport) -> list[int] | None:
+def _damaged_rows(place: ExpectedShard, record: ShardRecord, file: ShardFile, report: ShardReport) -> list[int] | None:
     """Rows that do not have the checksums of the sidecar; None: all, as far as is known."""
     samples, layout, header = report.samples, place.layout, report.header
     if samples is None or layout is None or header is None or not place.is_described_by(header):
@@ -519,7 +521,7 @@ def _usual_extents(layout: Layout, count: int) -> dict[str, tuple[int, int]]:
     return extents
 
 
-def _check_content(place: Place, layout: Layout, file: ShardFile, report: ShardReport) -> None:
+def _check_content(place: ExpectedShard, layout: Layout, file: ShardFile, report: ShardReport) -> None:
     """Whether a shard that is as it was written, and its sidecar, can be right."""
     name, sidecar, header = shard_name(place.number), sidecar_name(place.number), report.header
     record = place.record or (header.record if header else None)
@@ -548,7 +550,7 @@ def _check_content(place: Place, layout: Layout, file: ShardFile, report: ShardR
     _check_counts(place, header.record, report)
 
 
-def _check_counts(place: Place, record: ShardRecord, report: ShardReport) -> None:
+def _check_counts(place: ExpectedShard, record: ShardRecord, report: ShardReport) -> None:
     """Whether a sidecar lists the samples of its shard, and counts them right."""
     name, samples, rejected, indices = sidecar_name(place.number), report.samples, report.rejected, report.indices
     if samples is None or rejected is None or indices is None:
@@ -597,7 +599,7 @@ class _Survey:
     def __init__(self, state: SetState) -> None:
         self.state = state
         self.counts = np.full(state.shards, -1, np.int64) if state.index is None else state.index.counts.copy()
-        self.bad: list[tuple[Place, ShardReport]] = []
+        self.bad: list[tuple[ExpectedShard, ShardReport]] = []
         self.stray: dict[int, str] = {}
         self.hashes: list[tuple[int, np.ndarray]] = []
         self.headers: list[Header] = []
@@ -607,7 +609,7 @@ class _Survey:
         self.lists_unfinished = False
         self.bytes_read = 0
 
-    def add(self, place: Place, report: ShardReport) -> None:
+    def add(self, place: ExpectedShard, report: ShardReport) -> None:
         import xxhash
 
         number, header = place.number, report.header
@@ -645,7 +647,7 @@ class _Survey:
                 yield Finding(file or self.state.index_file(place.number), kind, message, samples, cure, place.number)
         yield from self._duplicates()
 
-    def _affected(self, place: Place, report: ShardReport, rows: list[int] | None) -> tuple[Affected, ...]:
+    def _affected(self, place: ExpectedShard, report: ShardReport, rows: list[int] | None) -> tuple[Affected, ...]:
         first, number, record = self._first_sample(place.number), place.number, place.record
         samples, indices = report.samples, report.indices
         if samples is None and record is not None and number in self.stray:

@@ -44,7 +44,7 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Publish a checkpoint in `folder`, then remove all but the newest `keep` (at least 2).
 
     Raises:
@@ -109,7 +109,7 @@ def _set_aside(path: Path, problem: str) -> str:
     return f"{path}: {problem}; it is passed over, and is now called {aside.name}"
 
 
-def load(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that was verified. Tensors come to the CPU. Raises: UserError for one that others made up."""
     check_model_folder(path)
     try:

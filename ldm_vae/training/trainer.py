@@ -411,13 +411,13 @@ def train(
                 averages.add(model.update(step - 1, batch, engine))
                 tracker.advance(batch.global_size)
                 tracker.bad_samples.observe(batch.parts)
-                report(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
+                report_step(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
                 held_out = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
                 if step % config.log_every == 0 and consistency.processes > 1:
                     consistency.set_checksum(engine.checksum())
                 stopping = consistency.stop_agreed(step, batch.first_index, stop.received is not None)
                 if step % config.save_every == 0 or step == plan.steps or stopping:
-                    save(model, engine, averages, run, step, tracker.seconds)
+                    save_checkpoint(model, engine, averages, run, step, tracker.seconds)
                 if stopping and step < plan.steps:
                     tracker.print(f"stopped at step {step} of {plan.steps}; the same command continues")
                     return EXIT_INTERRUPTED
@@ -435,7 +435,9 @@ def train(
     return 0
 
 
-def report(model: Model, engine: Engine, averages: Averages, tracker: Tracker, step: int, describe: Describe) -> None:
+def report_step(
+    model: Model, engine: Engine, averages: Averages, tracker: Tracker, step: int, describe: Describe
+) -> None:
     """On log steps: write the metrics, and alarms about what goes wrong.
 
     Raises: UserError when too many updates in a row were left out.
@@ -498,7 +500,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     path = run_on_main(engine.accelerator, choose)
     if path is None:
         return 0, 0.0
-    saved = checkpoints.load(path)
+    saved = checkpoints.read_checkpoint(path)
     for name, module in engine.modules.items():
         module.load_state_dict(saved.tensors[name])
         engine.emas[name].module.load_state_dict(saved.tensors[f"{name}-ema"])
@@ -513,7 +515,9 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     return saved.step, saved.state["seconds"]
 
 
-def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, step: int, seconds: float) -> None:
+def save_checkpoint(
+    model: Model, engine: Engine, averages: Averages, run: RunDirectory, step: int, seconds: float
+) -> None:
     """Publish the complete state after `step` finished steps. Every process holds the same, so the first one writes."""
     averages.synchronize(engine.accelerator)
     engine.stability.collect(engine.mean)
@@ -533,7 +537,9 @@ def save(model: Model, engine: Engine, averages: Averages, run: RunDirectory, st
             "config": configuration.to_dict(run.config),
         }
         with watchdog.solo():
-            checkpoints.save(run.checkpoints, Checkpoint(step, tensors, state), engine.config.keep_checkpoints)
+            checkpoints.write_checkpoint(
+                run.checkpoints, Checkpoint(step, tensors, state), engine.config.keep_checkpoints
+            )
     wait_for_all(engine.accelerator)
 
 

@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.interop.compvis import load_compvis, tensors_from_model
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
-from ldm_vae.diffusion.posthoc_ema import copy_to, synthesize
+from ldm_vae.diffusion.posthoc_ema import copy_to, synthesize_ema
 from ldm_vae.diffusion.power_function_ema import snapshot_name
 from ldm_vae.errors import UserError
 from ldm_vae.files import MANIFEST
@@ -106,7 +106,7 @@ def test_stored_averages(change, tmp_path, record_property):
     record = metadata_of(file)
     save_file(change(load_file(file), "0.05/weight"), file, {"snapshot": record})
     with pytest.raises(UserError, match=r"is not a snapshot|not those of this U-Net"):
-        copy_to(network(), synthesize(tmp_path, 0.05))
+        copy_to(network(), synthesize_ema(tmp_path, 0.05))
     record_property("figure", f"averages {change.__name__.replace('_', ' ')}: refused")
 
 

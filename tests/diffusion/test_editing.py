@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_vae.diffusion.editing import read_init_image, to_tensor
+from ldm_vae.diffusion.editing import image_tensor, read_init_image
 from ldm_vae.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
@@ -29,17 +29,17 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 )
 def test_every_kind_of_image(picture: Any) -> None:
     expected = torch.from_numpy(PIXELS).movedim(-1, 0)[None] / 255
-    assert torch.equal(to_tensor(picture, 3, "image"), expected)
+    assert torch.equal(image_tensor(picture, 3, "image"), expected)
 
 
 def test_grey_images_and_masks() -> None:
     grey = PIXELS[..., 0]
-    assert to_tensor(Image.fromarray(grey), 3, "image").shape == (1, 3, 16, 24)
+    assert image_tensor(Image.fromarray(grey), 3, "image").shape == (1, 3, 16, 24)
     expected = torch.from_numpy(grey)[None, None] / 255
     for mask in (Image.fromarray(grey), grey, torch.from_numpy(grey), torch.from_numpy(grey)[None]):
-        assert torch.equal(to_tensor(mask, 1, "mask"), expected)
+        assert torch.equal(image_tensor(mask, 1, "mask"), expected)
     boolean = grey > 128
-    assert torch.equal(to_tensor(boolean, 1, "mask"), torch.from_numpy(boolean)[None, None].float())
+    assert torch.equal(image_tensor(boolean, 1, "mask"), torch.from_numpy(boolean)[None, None].float())
 
 
 def test_a_latent_changes_where_any_of_its_pixels_may() -> None:

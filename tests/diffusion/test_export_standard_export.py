@@ -176,8 +176,8 @@ def test_the_commands_of_the_documentation_parse() -> None:
     lines = [line for line in page.read_text().splitlines() if line.startswith("ldm-vae ")]
     assert len(lines) == 3
     for line in lines:
-        name, arguments, _ = cli.find(shlex.split(line)[1:])
-        words = cli.Reader(name).read(arguments)
+        name, arguments, _ = cli.find_command(shlex.split(line)[1:])
+        words = cli.ArgumentReader(name).read(arguments)
         assert words.advice == []
         if name == "train-diffusion":
             config = load(TrainDiffusionConfig, page.parents[2] / str(words.recipe), words.settings)

@@ -43,4 +43,4 @@ def test_the_commands_are_understood() -> None:
     for line in commands.strip().splitlines():
         words = shlex.split(line, comments=True)
         assert words[:2] == ["ldm-vae", "generate"]
-        assert cli.Reader("generate").read(words[2:]).value("output")
+        assert cli.ArgumentReader("generate").read(words[2:]).value("output")

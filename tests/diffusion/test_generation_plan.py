@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_vae.diffusion.generation import GenerateConfig, Noise, PlannedImage, image_name, plan
+from ldm_vae.diffusion.generation import GenerateConfig, Noise, PlannedImage, image_name, plan_images
 from ldm_vae.diffusion.pipeline import image_generator
 from ldm_vae.errors import UserError
 
@@ -15,7 +15,7 @@ NAMES = ["cat", "red ball"]
 
 
 def planned(names: list[str] = NAMES, **settings: object) -> list[PlannedImage]:
-    return plan(GenerateConfig("model", "out", **settings), names)  # type: ignore[arg-type]
+    return plan_images(GenerateConfig("model", "out", **settings), names)  # type: ignore[arg-type]
 
 
 def test_classes_in_turn_each_with_its_own_noise() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_vae.diffusion.posthoc_ema import copy_to, stored_averages, synthesize
+from ldm_vae.diffusion.posthoc_ema import copy_to, stored_averages, synthesize_ema
 from ldm_vae.diffusion.power_function_ema import EmaConfig, EmaSnapshots, PowerFunctionEma
 from ldm_vae.errors import UserError
 
@@ -71,7 +71,7 @@ def test_any_length_afterwards(run: Path, length: float, tolerance: float) -> No
         module = network()
         along = PowerFunctionEma(module, length)
         train(module, EmaSnapshots(EmaConfig(snapshots=0), module, None), range(step), 200, (along,))
-        average = synthesize(run, length, step)
+        average = synthesize_ema(run, length, step)
         assert average.residual < 0.05
         for name, expected in along.tensors.items():
             torch.testing.assert_close(average.weights[name], expected, atol=tolerance, rtol=0)
@@ -86,7 +86,7 @@ def test_half_precision_costs_less_than_a_thousandth(
     module = network()
     train(module, EmaSnapshots(EmaConfig(), module, tmp_path / "snapshots"), range(200), 200)
     for length in (0.05, 0.07, 0.14):
-        half, full = (synthesize(where, length).weights["weight"] for where in (run, tmp_path))
+        half, full = (synthesize_ema(where, length).weights["weight"] for where in (run, tmp_path))
         assert not torch.equal(half, full)
         torch.testing.assert_close(half, full, rtol=1e-3, atol=0)
 
@@ -104,7 +104,7 @@ def test_a_run_that_was_broken_off_continues_exactly(run: Path, tmp_path: Path) 
     second.load_state_dict(state, saved)
     train(module, second, range(95, 200), 200)
     assert files(tmp_path) == files(run)
-    assert torch.equal(synthesize(tmp_path, 0.07).weights["weight"], synthesize(run, 0.07).weights["weight"])
+    assert torch.equal(synthesize_ema(tmp_path, 0.07).weights["weight"], synthesize_ema(run, 0.07).weights["weight"])
 
 
 def test_files_of_another_attempt_go(tmp_path: Path) -> None:
@@ -151,14 +151,14 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
         (lambda: EmaConfig(lengths=(0.1, 0.1)), "different lengths"),
         (lambda: EmaConfig(lengths=(0.3,)), "ema.lengths: 0.3 is not the length"),
         (lambda: EmaConfig(snapshots=-1), "ema.snapshots: -1"),
-        (lambda: synthesize(run, 0.5), "length: 0.5 is not the length"),
-        (lambda: synthesize(run, 0.1, 57), "no snapshot of step 57; 60 is the nearest of 20"),
-        (lambda: synthesize(tmp_path, 0.1), "holds no snapshots"),
-        (lambda: copy_to(nn.Linear(2, 2), synthesize(run, 0.1)), "not those of this U-Net"),
+        (lambda: synthesize_ema(run, 0.5), "length: 0.5 is not the length"),
+        (lambda: synthesize_ema(run, 0.1, 57), "no snapshot of step 57; 60 is the nearest of 20"),
+        (lambda: synthesize_ema(tmp_path, 0.1), "holds no snapshots"),
+        (lambda: copy_to(nn.Linear(2, 2), synthesize_ema(run, 0.1)), "not those of this U-Net"),
     ):
         with pytest.raises(UserError, match=message):
             make()
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "step-000000001.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
-        synthesize(tmp_path, 0.1)
+        synthesize_ema(tmp_path, 0.1)

@@ -16,7 +16,7 @@ from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import comparison
-from ldm_vae.evaluation.comparison import CompareConfig, Kind, compare
+from ldm_vae.evaluation.comparison import CompareConfig, ComparedKind, compare
 from tests.evaluation.test_sweep import EVALUATE, RECIPE, InProcess
 
 
@@ -50,7 +50,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
     return CompareConfig(
         output=str(folder / "out"),
         vae=str(folder / "vae.yaml"),
-        kinds=[Kind("kl", ["rate.target_nats=2"]), Kind("wide", ["autoencoder.latent_channels=8"])],
+        kinds=[ComparedKind("kl", ["rate.target_nats=2"]), ComparedKind("wide", ["autoencoder.latent_channels=8"])],
         steps=4,
         evaluate=[*EVALUATE, "count=4"],
         latent_images=2,
@@ -91,7 +91,7 @@ def test_a_kind_that_fails_is_named_and_the_others_are_shown(config: CompareConf
             return 2
         return inner(words, log)
 
-    kinds = [Kind("good"), Kind("bad")]
+    kinds = [ComparedKind("good"), ComparedKind("bad")]
     found = compare(replace(config, kinds=kinds, output=str(tmp_path / "out")), run)
     assert [kind["name"] for kind in found["kinds"]] == ["good"]
     assert (
@@ -117,8 +117,8 @@ def test_every_default_kind_goes_through(config: CompareConfig, tmp_path: Path) 
     ("settings", "sentence"),
     [
         ({"kinds": []}, "give at least one"),
-        ({"kinds": [Kind("a"), Kind("a")]}, "a name of its own"),
-        ({"kinds": [Kind("../a")]}, "cannot be the name of a folder"),
+        ({"kinds": [ComparedKind("a"), ComparedKind("a")]}, "a name of its own"),
+        ({"kinds": [ComparedKind("../a")]}, "cannot be the name of a folder"),
         ({"latent_images": 1}, "an interpolation needs a pair"),
         ({"macs_resolution": 100}, "not a multiple of 64"),
         ({"steps": 0}, "steps: 0"),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm_vae import cli
 from ldm_vae import config as configuration
-from ldm_vae.autoencoder.lineage import thin
+from ldm_vae.autoencoder.lineage import subsample
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.train_config import Phase, TrainVaeConfig
 from ldm_vae.autoencoder.weights import fingerprint
@@ -166,7 +166,7 @@ def test_a_complete_card_restates_every_record(run, tmp_path):
     ):
         assert expected in text, expected
     assert "Not recorded, so not stated below: pictures." in text
-    assert len(thin(list(range(100)), 8)) == 8
+    assert len(subsample(list(range(100)), 8)) == 8
 
 
 def test_one_image_is_one_image():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ldm_vae.evaluation import plots
-from ldm_vae.evaluation.plots import Alarm, Curve, Panel
+from ldm_vae.evaluation.plots import Curve, Panel, RecordedAlarm
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -75,7 +75,7 @@ def test_diffusion_panel_holds_training_and_held_out_loss() -> None:
 
 def test_the_path_of_beta_and_the_health_of_the_latents_are_among_the_panels() -> None:
     keys = ("rate/beta", "health/least_channel_nats", "health/hottest_sigmas", "optim/lr")
-    alarm = Alarm(10, "smuggling", "smuggling (warn): ...")
+    alarm = RecordedAlarm(10, "smuggling", "smuggling (warn): ...")
     panels = plots.autoencoder_panels({key: curve([1.0, 2.0]) for key in keys}, alarms=[alarm])
     titles = [panel.title for panel in panels]
     assert titles == ["Weight of the KL term", "Quietest channel", "Hottest position", "Learning rate"]
@@ -90,8 +90,8 @@ def test_alarms_are_read_in_order_and_once(tmp_path: Path) -> None:
         "\n".join(map(json.dumps, [{"step": 10, "loss/l1": 1.0}, late, early, late])) + '\n{"step": 40, "al'
     )
     assert plots.read_alarms(path) == [
-        Alarm(20, "dead_channel", "dead_channel (fail): y"),
-        Alarm(30, "smuggling", "smuggling (warn): x"),
+        RecordedAlarm(20, "dead_channel", "dead_channel (fail): y"),
+        RecordedAlarm(30, "smuggling", "smuggling (warn): x"),
     ]
     assert plots.read_alarms(tmp_path / "absent.jsonl") == []
 
@@ -123,7 +123,11 @@ def test_a_noisy_curve_is_drawn_twice_and_a_spike_does_not_set_the_scale() -> No
 
 
 def test_alarms_are_marks_at_their_steps_with_the_names_of_their_verdicts() -> None:
-    alarms = (Alarm(20, "smuggling", "a"), Alarm(20, "dead_channel", "b"), Alarm(999, "grid", "outside"))
+    alarms = (
+        RecordedAlarm(20, "smuggling", "a"),
+        RecordedAlarm(20, "dead_channel", "b"),
+        RecordedAlarm(999, "grid", "outside"),
+    )
     svg = plots.render_svg(Panel("t", "u", "", curve([1.0, 2.0, 3.0]), noisy=False, alarms=alarms))
     (mark,) = drawn(svg, "alarm")
     assert mark[0][0] == mark[1][0] == pytest.approx(coordinates(svg, "line")[1][0], abs=0.01)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.split import part_of
 from ldm_vae.data.transforms import from_uint8, resize_center_crop
 from ldm_vae.errors import UserError
@@ -30,7 +30,7 @@ def flipped(encode, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def images(image_folder) -> torch.Tensor:
     source = FolderSource(image_folder)
-    return from_uint8(torch.stack([to_tensor(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
+    return from_uint8(torch.stack([channels_first(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
 
 
 def test_samples_are_those_of_the_autoencoder(latents, flipped, images, autoencoder_directory, image_folder):

@@ -16,7 +16,7 @@ from ldm_vae import cli
 from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.transforms import from_uint8, resize_center_crop
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
@@ -195,7 +195,9 @@ def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
         autoencoder.encoder.head.weight.mul_(1e6)  # some latents are beyond float16
     autoencoder.save_pretrained(tmp_path / "autoencoder")
     source = FolderSource(image_folder)
-    images = from_uint8(torch.stack([to_tensor(resize_center_crop(source.read(i), 32)) for i in range(len(source))]))
+    images = from_uint8(
+        torch.stack([channels_first(resize_center_crop(source.read(i), 32)) for i in range(len(source))])
+    )
     finite = autoencoder.encode_moments(images)[0].half().isfinite().flatten(1).all(1).tolist()
     assert finite[0]
     first = source.id(finite.index(False))
@@ -300,7 +302,7 @@ def test_codes_are_stored_as_the_smallest_integers(encode, token_autoencoder, im
     assert (manifest.content, manifest.dtype, manifest.layout.sample_bytes) == ("indices", "uint16", 2 * 4 * 4 * 2)
     assert manifest.statistics == {"codebook_size": 20}
     images = from_uint8(
-        torch.stack([to_tensor(resize_center_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)])
+        torch.stack([channels_first(resize_center_crop(FolderSource(image_folder).read(i), 32)) for i in range(24)])
     )
     expected = load_autoencoder(token_autoencoder).token_indices(images)
     assert torch.equal(torch.stack([dataset[i]["indices"] for i in range(24)]), expected)

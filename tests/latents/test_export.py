@@ -318,4 +318,4 @@ def test_the_commands_of_the_page_parse():
     assert len(lines) == 4
     for line in lines:
         tool, *arguments = shlex.split(line, comments=True)
-        assert cli.Reader(f"latents {tool}").read(arguments).advice == []
+        assert cli.ArgumentReader(f"latents {tool}").read(arguments).advice == []

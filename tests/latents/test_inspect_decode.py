@@ -14,11 +14,11 @@ from ldm_vae import cli
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.folder import FolderSource
-from ldm_vae.data.samples import to_tensor
+from ldm_vae.data.samples import channels_first
 from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.inspect import Decoded, check_autoencoder, choose, contact_sheet, decode_samples
+from ldm_vae.latents.inspect import DecodedSample, check_autoencoder, choose, contact_sheet, decode_samples
 from ldm_vae.utils.image_grid import labeled_sheet
 
 
@@ -30,7 +30,7 @@ def flipped_set(encode, tmp_path_factory) -> Path:
 
 
 def picture(image_folder: Path, number: int) -> torch.Tensor:
-    return transforms.from_uint8(to_tensor(resize_center_crop(FolderSource(image_folder).read(number), 32))[None])
+    return transforms.from_uint8(channels_first(resize_center_crop(FolderSource(image_folder).read(number), 32))[None])
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -150,7 +150,9 @@ def test_a_damaged_shard_is_not_shown(latents, autoencoder_directory, tmp_path):
 
 
 def test_small_pictures_are_enlarged_and_captions_have_two_lines():
-    samples = [Decoded(number, "cat", f"cats/{number:03d}.png", Image.new("RGB", (16, 32))) for number in range(3)]
+    samples = [
+        DecodedSample(number, "cat", f"cats/{number:03d}.png", Image.new("RGB", (16, 32))) for number in range(3)
+    ]
     assert samples[2].caption == "2 cat\n002.png"
     one_line = labeled_sheet([Image.new("RGB", (64, 128))] * 3, ["0 cat", "1 cat", "2 cat"], maximum_columns=2)
     two_lines = contact_sheet(samples)
@@ -159,6 +161,6 @@ def test_small_pictures_are_enlarged_and_captions_have_two_lines():
 
 
 def test_a_dozen_pictures_make_a_grid_and_not_one_row():
-    pictures = [Decoded(number, "", f"{number}.png", Image.new("RGB", (128, 128))) for number in range(12)]
+    pictures = [DecodedSample(number, "", f"{number}.png", Image.new("RGB", (128, 128))) for number in range(12)]
     sheet = contact_sheet(pictures)
     assert sheet.width < 2 * sheet.height

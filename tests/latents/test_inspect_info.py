@@ -13,7 +13,7 @@ from ldm_vae import cli
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import (
     ShardIndex,
-    measure,
+    manifest_statistics,
     read_manifest,
     shard_name,
     sidecar_name,
@@ -97,7 +97,7 @@ def test_100_million_samples_take_a_moment(latents, tmp_path):
     columns = {name: np.repeat(values[:1], shards, axis=0) for name, values in manifest.shard_index.columns.items()}
     columns["count"][:] = 256
     index, folder = ShardIndex(columns), open_folder(tmp_path)
-    parts, statistics = write_index(folder, index), measure(index, manifest.layout, None)
+    parts, statistics = write_index(folder, index), manifest_statistics(index, manifest.layout, None)
     changes = {"index": parts, "shards": shards, "count": index.count, "statistics": statistics}
     write_manifest(folder, dataclasses.replace(manifest, **changes, where=folder))
     started = time.monotonic()

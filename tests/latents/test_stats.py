@@ -16,7 +16,7 @@ from ldm_vae import cli
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
 from ldm_vae.latents.dataset import LatentDataset, evenly, read_labels, samples_per_shard
 from ldm_vae.latents.format import read_manifest, write_manifest
-from ldm_vae.latents.stats import Disagreement, Shape, measure_set, open_set, table
+from ldm_vae.latents.stats import Disagreement, Shape, measure_set, open_set, text_table
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_subset_says_so(latents):
     report = measure_set(open_set(str(latents)), samples=5).report
     assert report["measured_samples"] == 5
     assert report["recomputed"]["shards_read"] == 2
-    assert "of 5 of 24 samples, evenly spread" in table(report)
+    assert "of 5 of 24 samples, evenly spread" in text_table(report)
 
 
 def test_statistics_that_are_not_those_of_the_shards_are_named(copy, capsys):
@@ -145,7 +145,7 @@ def test_uneven_classes_are_named(copy):
     report = measure_set(open_set(str(copy))).report
     assert report["labels"]["smallest"] == {"name": "c", "samples": 0}
     assert report["labels"]["imbalance"] is None
-    assert "3, from 0 samples (c) to 12 (a): some are empty" in table(report)
+    assert "3, from 0 samples (c) to 12 (a): some are empty" in text_table(report)
 
 
 def test_a_missing_shard_is_named(copy):

@@ -17,7 +17,14 @@ import torch
 
 from ldm_vae.errors import EXIT_USER_ERROR, DamagedFile, NewerFormat, UserError
 from ldm_vae.files import verify_checksums
-from ldm_vae.training.checkpoint import Checkpoint, load, load_optimizer_tensors, newest, optimizer_tensors, save
+from ldm_vae.training.checkpoint import (
+    Checkpoint,
+    load_optimizer_tensors,
+    newest,
+    optimizer_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tests.training import faults
 
 
@@ -47,16 +54,16 @@ def whole(folder: Path) -> list[int]:
 
 
 def test_round_trip(tmp_path):
-    path = save(tmp_path, checkpoint(7), keep=2)
+    path = write_checkpoint(tmp_path, checkpoint(7), keep=2)
     assert path.name == "step-000000007"
-    loaded = load(path)
+    loaded = read_checkpoint(path)
     assert (loaded.step, loaded.state) == (7, {"seconds": 1.5, "model": {}})
     assert torch.equal(loaded.tensors["net"]["a.weight"], checkpoint(7).tensors["net"]["a.weight"])
 
 
 def test_the_newest_good_one_is_taken_and_the_damaged_one_named(tmp_path):
     for step in (1, 2):
-        save(tmp_path, checkpoint(step), keep=2)
+        write_checkpoint(tmp_path, checkpoint(step), keep=2)
     file = tmp_path / "step-000000002" / "net.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -66,13 +73,13 @@ def test_the_newest_good_one_is_taken_and_the_damaged_one_named(tmp_path):
     assert path.name == "step-000000001"
     assert "net.safetensors is damaged; it is passed over, and is now called damaged-step-000000002" in problems[0]
     assert newest(tmp_path) == (path, [])
-    save(tmp_path, checkpoint(3), keep=2)
+    write_checkpoint(tmp_path, checkpoint(3), keep=2)
     assert names(tmp_path)[1:] == ["step-000000001", "step-000000003"]  # the damaged one is none of the two
 
 
 def test_where_all_are_damaged_nothing_begins_anew(tmp_path):
     for step in (1, 2):
-        (save(tmp_path, checkpoint(step), keep=2) / "net.safetensors").unlink()
+        (write_checkpoint(tmp_path, checkpoint(step), keep=2) / "net.safetensors").unlink()
     for _ in range(2):
         with pytest.raises(
             UserError, match=r"none of the checkpoints can be used \(step-000000002: net.*to begin anew"
@@ -81,7 +88,7 @@ def test_where_all_are_damaged_nothing_begins_anew(tmp_path):
 
 
 def test_every_flipped_bit_and_truncation_is_found(tmp_path):
-    path = save(tmp_path, checkpoint(1), keep=2)
+    path = write_checkpoint(tmp_path, checkpoint(1), keep=2)
     rng = random.Random(0)
     for file in sorted(path.iterdir()):
         original = file.read_bytes()
@@ -99,14 +106,14 @@ def test_every_flipped_bit_and_truncation_is_found(tmp_path):
 
 
 def test_a_missing_file_is_found(tmp_path):
-    path = save(tmp_path, checkpoint(1), keep=2)
+    path = write_checkpoint(tmp_path, checkpoint(1), keep=2)
     (path / "net.safetensors").unlink()
     with pytest.raises(DamagedFile, match=r"net\.safetensors is missing"):
         verify_checksums(path)
 
 
 def test_a_newer_format_is_refused_with_advice(tmp_path):
-    path = save(tmp_path, checkpoint(1), keep=2)
+    path = write_checkpoint(tmp_path, checkpoint(1), keep=2)
     manifest = path / "MANIFEST.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(NewerFormat, match="update ldm_vae"):
@@ -115,14 +122,14 @@ def test_a_newer_format_is_refused_with_advice(tmp_path):
 
 def test_old_ones_go_but_never_below_two(tmp_path):
     for step in range(1, 6):
-        save(tmp_path, checkpoint(step), keep=0)
+        write_checkpoint(tmp_path, checkpoint(step), keep=0)
     assert names(tmp_path) == ["step-000000004", "step-000000005"]
 
 
 def test_leftovers_of_a_crash_are_ignored_and_removed(tmp_path):
     (tmp_path / ".tmp-dead-step-000000009").mkdir()
     assert newest(tmp_path)[0] is None
-    save(tmp_path, checkpoint(1), keep=2)
+    write_checkpoint(tmp_path, checkpoint(1), keep=2)
     assert names(tmp_path) == ["step-000000001"]
 
 
@@ -130,7 +137,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     bad = checkpoint(3)
     bad.tensors["net"]["a.weight"][0, 0] = float("inf")
     with pytest.raises(UserError, match=r"'a\.weight' is not finite"):
-        save(tmp_path, bad, keep=2)
+        write_checkpoint(tmp_path, bad, keep=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +173,7 @@ def begin(tmp_path: Path) -> Callable[[], Path]:
     pattern, folder = tmp_path / "pattern", tmp_path / "checkpoints"
     pattern.mkdir()
     for step in (1, 2):
-        save(pattern, checkpoint(step), keep=2)
+        write_checkpoint(pattern, checkpoint(step), keep=2)
     for leftover in (".tmp-dead-step-000000003", ".trash-dead-step-000000000"):
         (pattern / leftover).mkdir()
         (pattern / leftover / "net.safetensors").write_bytes(b"half")
@@ -179,7 +186,7 @@ def begin(tmp_path: Path) -> Callable[[], Path]:
 
 
 def third(folder: Path) -> None:
-    save(folder, checkpoint(3), keep=2)
+    write_checkpoint(folder, checkpoint(3), keep=2)
 
 
 @pytest.mark.promise(1)
@@ -263,7 +270,7 @@ def test_random_kills_while_saving_never_cost_a_published_checkpoint(tmp_path, t
 
     (tmp_path / "measured").mkdir()
     first, seconds = large(0), -time.monotonic()
-    save(tmp_path / "measured", first, keep=0)
+    write_checkpoint(tmp_path / "measured", first, keep=0)
     seconds += time.monotonic()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -276,7 +283,7 @@ def test_random_kills_while_saving_never_cost_a_published_checkpoint(tmp_path, t
             for step in itertools.count(first):
                 made = large(step)
                 os.write(tell, b".")
-                save(folder, made, keep=0)
+                write_checkpoint(folder, made, keep=0)
 
         process = faults.fork(forever)
         os.close(tell)
@@ -294,7 +301,7 @@ def test_random_kills_while_saving_never_cost_a_published_checkpoint(tmp_path, t
         if path is not None:
             step = steps[-1]
             assert step in (announced, announced + 1)
-            assert torch.equal(load(path).tensors["net-ema"]["a"], large(step).tensors["net-ema"]["a"])
+            assert torch.equal(read_checkpoint(path).tensors["net-ema"]["a"], large(step).tensors["net-ema"]["a"])
     assert step > trials // 4
     assert inside
     record_property("figure", f"{trial} kills ({inside} inside a write), {step} checkpoints: the newest always loads, "

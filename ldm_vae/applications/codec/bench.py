@@ -245,7 +245,7 @@ def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: I
         _, crop = read_crops(source, [index], config.resolution, measured.rejected, measured.enlarged)
         if crop is None:
             continue
-        compare, name = Comparison(crop.to(device), lpips), source.id(index)
+        compare, name = DecodedMetrics(crop.to(device), lpips), source.id(index)
         measured.ids.append(name)
         _measure_latent(measured, config, plain, compare, name)
         ours = _measure_ours(measured, config, codecs, compare, name)
@@ -262,7 +262,7 @@ def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: I
     return measured
 
 
-class Comparison:
+class DecodedMetrics:
     """Metrics of decoded pictures against one original, (1, 3, h, w) in [-1, 1]."""
 
     def __init__(self, original: Tensor, lpips: LPIPS | None) -> None:
@@ -283,7 +283,7 @@ class Comparison:
 
 
 def _measure_latent(
-    measured: CodecMeasurements, config: CodecBenchConfig, codec: Codec, compare: Comparison, name: str
+    measured: CodecMeasurements, config: CodecBenchConfig, codec: Codec, compare: DecodedMetrics, name: str
 ) -> None:
     """Without a file: decode(mean), and where there is a posterior what a code as long as the KL would decode to."""
     mean, logvar = codec.autoencoder.encode_moments(compare.original)
@@ -303,7 +303,7 @@ def _measure_latent(
 
 
 def _measure_ours(
-    measured: CodecMeasurements, config: CodecBenchConfig, codecs: dict[str, Codec], compare: Comparison, name: str
+    measured: CodecMeasurements, config: CodecBenchConfig, codecs: dict[str, Codec], compare: DecodedMetrics, name: str
 ) -> tuple[int, np.ndarray]:
     """Every entropy model at every quality, decoded from the file. Returns the size and picture to show."""
     original = np.array(compare.picture)

@@ -119,7 +119,7 @@ def part_checksum(data: bytes) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-class Reader:
+class FileReader:
     """Reads a file from its start, remembers what it read, and says so when the file ends early."""
 
     def __init__(self, file: BinaryIO, size_bytes: int, where: str) -> None:
@@ -146,7 +146,7 @@ def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = Non
     Raises:
         UserError: it is another kind of file, newer, damaged or cut off; or no part ends at `channels`.
     """
-    reader = Reader(file, size_bytes, where)
+    reader = FileReader(file, size_bytes, where)
     if size_bytes < len(MAGIC) or reader.take(len(MAGIC)) != MAGIC:
         raise UserError(f"{where}: is not a file of `ldm-vae compress`; give one that ends in {SUFFIX}")
     version = reader.take(1)[0]
@@ -171,7 +171,7 @@ def read(file: BinaryIO, size_bytes: int, where: str, channels: int | None = Non
     return header, data
 
 
-def _header(reader: Reader) -> FileHeader:
+def _header(reader: FileReader) -> FileHeader:
     """What stands before the parts. Its sizes are plausible; that they are true, the checksum says."""
     autoencoder, width, height, step, channels, kind, count = FIXED.unpack(reader.take(FIXED.size))
     if not width or not height or not step:
@@ -205,7 +205,7 @@ def _header(reader: Reader) -> FileHeader:
     )  # fmt: skip
 
 
-def _self_fitted(reader: Reader, channels: int) -> SelfFitted:
+def _self_fitted(reader: FileReader, channels: int) -> SelfFitted:
     means, units, scales = zip(*(CHANNEL.unpack(reader.take(CHANNEL.size)) for _ in range(channels)))
     mean, unit = np.array(means), np.array(units)
     if not (np.isfinite(mean).all() and np.isfinite(unit).all() and (unit > 0).all() and max(scales) < SCALES):

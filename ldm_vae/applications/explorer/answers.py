@@ -29,8 +29,8 @@ from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.data.decoding import ImageRejected, read_regular_file
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.diagnosis import recorded_verdicts
-from ldm_vae.evaluation.plots import Curve, autoencoder_panels, read_alarms, read_metrics, thin
-from ldm_vae.evaluation.study import read_json, read_yaml
+from ldm_vae.evaluation.plots import Curve, autoencoder_panels, bin_means, read_alarms, read_metrics
+from ldm_vae.evaluation.study import read_config_yaml, read_json
 
 BEYOND = 10
 """How many widths of the map a point may lie outside of it."""
@@ -425,7 +425,7 @@ def training_of(path: str | Path) -> Training | None:
     if run is None:
         return None
     alarms = read_alarms(run / "metrics.jsonl")
-    rate = read_yaml(run / "config.yaml").get("rate")
+    rate = read_config_yaml(run / "config.yaml").get("rate")
     target = rate.get("target_nats") if isinstance(rate, dict) and rate.get("mode") == "target" else None
     if not isinstance(target, (int, float)):
         target = None
@@ -446,7 +446,7 @@ def training_of(path: str | Path) -> Training | None:
 
 
 def _points(curve: Curve) -> Series:
-    curve = thin(curve)
+    curve = bin_means(curve)
     return [round(step) for step in curve.steps], [float(value) for value in curve.values]
 
 

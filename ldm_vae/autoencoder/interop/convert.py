@@ -1,4 +1,4 @@
-"""`convert`: from any source to one of four targets, written completely or not at all."""
+"""`convert_autoencoder`: from any source to one of four targets, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ldm_vae.autoencoder.interop.compvis import (
     tensors_from_model,
 )
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
-from ldm_vae.autoencoder.weights import architecture
+from ldm_vae.autoencoder.weights import describe_architecture
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_atomically, write_json, write_text
 
@@ -83,7 +83,7 @@ class Conversion:
             )
 
 
-def convert(
+def convert_autoencoder(
     conversion: Conversion, statistics_for: Callable[[str], dict[str, Any]] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Convert; return the record that is written beside the weights, and notes in words.
@@ -321,7 +321,7 @@ def _description(
         **({"opset": OPSET} if format == "onnx" else {}),
         "files": {half: f"{half}.{SUFFIX[format]}" for half in ("encoder", "decoder")},
         "precision": precision,
-        "autoencoder": {**identity, **architecture(autoencoder)},
+        "autoencoder": {**identity, **describe_architecture(autoencoder)},
         "downsampling": factor,
         "latent_channels": channels,
         "encoder": {

@@ -100,7 +100,7 @@ def with_fitting_checksums(data: bytes) -> bytes:
     """The same with the first checksum made right, as far as its header can be read."""
     start = format.PREAMBLE.size
     try:
-        reader = format.Reader(io.BytesIO(data[start:]), len(data) - start, "it")
+        reader = format.FileReader(io.BytesIO(data[start:]), len(data) - start, "it")
         header = format._header(reader)
         end = start + len(reader.consumed) + header.lengths[0]
     except (UserError, ValueError):

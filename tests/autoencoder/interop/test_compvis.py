@@ -21,7 +21,7 @@ from ldm_vae.autoencoder.interop.compvis import (
     read_settings,
     tensors_from_model,
 )
-from ldm_vae.autoencoder.interop.convert import Conversion, convert
+from ldm_vae.autoencoder.interop.convert import Conversion, convert_autoencoder
 from ldm_vae.errors import UserError
 from tests.autoencoder.interop.reference import CompVisKL, CompVisVQ, config, randomized
 
@@ -212,8 +212,8 @@ def test_the_scaling_factor_comes_from_a_configuration_that_states_it_and_from_n
 def test_checkpoint_to_directory_and_back_through_files(name, tmp_path):
     tensors = kl_model(name).state_dict()
     save_file(tensors, tmp_path / "in.safetensors")
-    convert(Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers"))
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out.safetensors"), "compvis"))
+    convert_autoencoder(Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers"))
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out.safetensors"), "compvis"))
     back = load_file(tmp_path / "out.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
@@ -231,9 +231,9 @@ def test_a_quantized_model_goes_through_files_too(tmp_path):
     embed_dim, entries, settings = VQ_MODELS["vq-f4"]
     tensors = randomized(CompVisVQ(embed_dim, entries, **settings)).state_dict()
     save_file(tensors, tmp_path / "in.safetensors")
-    convert(Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers"))
+    convert_autoencoder(Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers"))
     assert type(open_autoencoder(tmp_path / "model").model).__name__ == "VQModel"
-    convert(
+    convert_autoencoder(
         Conversion(str(tmp_path / "model"), str(tmp_path / "out.safetensors"), "compvis", prefix="first_stage_model.")
     )
     back = load_file(tmp_path / "out.safetensors")
@@ -243,7 +243,9 @@ def test_a_quantized_model_goes_through_files_too(tmp_path):
 def test_stock_diffusers_loads_the_directory_where_this_package_is_absent(tmp_path):
     reference = kl_model("kl-f8")
     save_file(reference.state_dict(), tmp_path / "in.safetensors")
-    record, notes = convert(Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers"))
+    record, notes = convert_autoencoder(
+        Conversion(str(tmp_path / "in.safetensors"), str(tmp_path / "model"), "diffusers")
+    )
     assert not any("class of this package" in note for note in notes)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     save_file({"images": images, "moments": reference.moments(images)}, tmp_path / "expected.safetensors")

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from ldm_vae import cli
-from ldm_vae.autoencoder.interop.convert import Conversion, convert
+from ldm_vae.autoencoder.interop.convert import Conversion, convert_autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder, load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
@@ -53,18 +53,18 @@ def test_half_precision_halves_the_file_and_the_new_identity_is_said(wavelet_run
 
 def test_nothing_is_replaced_unasked_and_nothing_foreign_ever(wavelet_run, tmp_path):
     source, target = str(wavelet_run), tmp_path / "model"
-    convert(Conversion(source, str(target), "diffusers"))
+    convert_autoencoder(Conversion(source, str(target), "diffusers"))
     with pytest.raises(UserError, match="exists; give another target, or --overwrite"):
-        convert(Conversion(source, str(target), "diffusers"))
-    convert(Conversion(source, str(target), "diffusers", overwrite=True))
+        convert_autoencoder(Conversion(source, str(target), "diffusers"))
+    convert_autoencoder(Conversion(source, str(target), "diffusers", overwrite=True))
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="did not write"):
-        convert(Conversion(source, str(foreign), "diffusers", overwrite=True))
+        convert_autoencoder(Conversion(source, str(foreign), "diffusers", overwrite=True))
     assert (foreign / "letter.txt").read_text() == "dear"
     with pytest.raises(UserError, match="is the source as well"):
-        convert(Conversion(str(target), str(target), "diffusers", overwrite=True))
+        convert_autoencoder(Conversion(str(target), str(target), "diffusers", overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "model"]
 
 
@@ -81,14 +81,14 @@ def test_nothing_is_replaced_unasked_and_nothing_foreign_ever(wavelet_run, tmp_p
 def test_what_cannot_be_done_is_refused(settings, message, wavelet_run, tmp_path):
     settings["target"] = str(tmp_path / settings["target"])
     with pytest.raises(UserError, match=message):
-        convert(Conversion(str(wavelet_run), **settings))
+        convert_autoencoder(Conversion(str(wavelet_run), **settings))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_with_other_groups_than_compvis_has_is_refused(tmp_path):
     build_autoencoder(AutoencoderConfig("sd", "tiny")).save_pretrained(tmp_path / "tiny")
     with pytest.raises(UserError, match=r"AutoencoderKL.norm_num_groups: 8 cannot be expressed .*32 there"):
-        convert(Conversion(str(tmp_path / "tiny"), str(tmp_path / "x.safetensors"), "compvis"))
+        convert_autoencoder(Conversion(str(tmp_path / "tiny"), str(tmp_path / "x.safetensors"), "compvis"))
 
 
 def test_a_settings_file_of_the_same_name_is_not_replaced_unasked(tmp_path):
@@ -96,7 +96,7 @@ def test_a_settings_file_of_the_same_name_is_not_replaced_unasked(tmp_path):
     AutoencoderKL(block_out_channels=(32,), norm_num_groups=32).save_pretrained(tmp_path / "kl")
     (tmp_path / "mine.yaml").write_text("mine: 1")
     with pytest.raises(UserError, match=r"mine\.yaml: exists and would be replaced"):
-        convert(Conversion(str(tmp_path / "kl"), str(tmp_path / "mine.safetensors"), "compvis"))
+        convert_autoencoder(Conversion(str(tmp_path / "kl"), str(tmp_path / "mine.safetensors"), "compvis"))
     assert (tmp_path / "mine.yaml").read_text() == "mine: 1"
     assert not (tmp_path / "mine.safetensors").exists()
 
@@ -110,8 +110,8 @@ def test_the_commands_of_the_documentation_parse():
     ]
     assert len(lines) == 8
     for line in lines:
-        name, arguments, advice = cli.find(shlex.split(line)[1:])
-        assert cli.Reader(name).read(arguments).advice == advice == []
+        name, arguments, advice = cli.find_command(shlex.split(line)[1:])
+        assert cli.ArgumentReader(name).read(arguments).advice == advice == []
 
 
 def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_other(wavelet_run, tmp_path, capsys):
@@ -143,14 +143,14 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
     assert "AutoencoderWavelet: statistics fold into the 1x1 convolutions" in capsys.readouterr().err
     compvis = Conversion(str(wavelet_run), str(tmp_path / "x.safetensors"), "compvis")
     with pytest.raises(UserError, match="--latents: has no effect with --to compvis"):
-        convert(compvis, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
+        convert_autoencoder(compvis, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
 
 
 def test_statistics_are_folded_into_a_stock_directory(tmp_path):
     torch.manual_seed(0)
     build_autoencoder(AutoencoderConfig("sd", "tiny")).save_pretrained(tmp_path / "kl")
     conversion = Conversion(str(tmp_path / "kl"), str(tmp_path / "out"), "diffusers")
-    record, notes = convert(conversion, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
+    record, notes = convert_autoencoder(conversion, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
     assert "its latents have mean 0 and std 1" in notes[0]
     assert "folding changed the weights, so the fingerprint is another one" in notes[1]
     folded, model = AutoencoderKL.from_pretrained(tmp_path / "out"), load_autoencoder(tmp_path / "kl")
@@ -169,4 +169,4 @@ def test_the_first_channels_are_cut_out_exactly(wavelet_run, tmp_path, capsys):
     torch.testing.assert_close(narrow.encode(images).latent_dist.mean, full.encode(images).latent_dist.mean[:, :2])
     assert not (target / "training.json").exists()  # it states the fingerprint of other weights
     with pytest.raises(UserError, match="not between 1 and the 4 channels"):
-        convert(Conversion(str(wavelet_run), str(tmp_path / "x"), "diffusers", channels=5))
+        convert_autoencoder(Conversion(str(wavelet_run), str(tmp_path / "x"), "diffusers", channels=5))

@@ -10,7 +10,7 @@ import torch
 
 from ldm_vae.autoencoder.interop import convert as convert_module
 from ldm_vae.autoencoder.interop.compvis import model_from_tensors
-from ldm_vae.autoencoder.interop.convert import Conversion, convert
+from ldm_vae.autoencoder.interop.convert import Conversion, convert_autoencoder
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.autoencoder.wavelet import AutoencoderWavelet
 from ldm_vae.autoencoder.weights import fingerprint
@@ -61,7 +61,7 @@ def test_a_stock_model_with_a_codebook_is_exported_with_its_codebook(format, tmp
     settings = config((1, 2), z_channels=4)
     model = model_from_tensors(randomized(CompVisVQ(4, 16, **settings)).state_dict())
     model.save_pretrained(tmp_path / "model")
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), format, size=32))
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), format, size=32))
     check_parity(tmp_path / "out", model)
 
 
@@ -70,7 +70,7 @@ def test_a_stock_model_with_a_codebook_is_exported_with_its_codebook(format, tmp
 def test_deterministic_kinds_are_exported(kind, tmp_path):
     model = build_autoencoder(AutoencoderConfig("wavelet", "pico", kind=kind)).eval().requires_grad_(False)
     model.save_pretrained(tmp_path / "model")
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "onnx", size=48))
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "onnx", size=48))
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     posterior = model.encode(images).latent_dist
     torch.testing.assert_close(outputs(tmp_path / "out", "encoder", images)[0], posterior.mean, rtol=0, atol=1e-4)
@@ -80,14 +80,14 @@ def test_a_learnt_codebook_of_ours_is_refused_rather_than_exported_for_one_size(
     model = build_autoencoder(AutoencoderConfig("wavelet", "pico", kind="vq", codebook_size=16))
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="codebook search of kind=vq depends on the image's size"):
-        convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript"))
+        convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript"))
 
 
 @pytest.mark.parametrize("architecture", ["wavelet", "sd"])
 def test_torchscript_equals_the_model_at_other_sizes(architecture, tmp_path):
     model = tiny(architecture)
     model.save_pretrained(tmp_path / "model")
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", size=48))
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", size=48))
     check_parity(tmp_path / "out", model)
 
 
@@ -97,7 +97,7 @@ def test_onnx_equals_the_model_at_other_sizes_and_says_what_it_is(architecture, 
     model.save_pretrained(tmp_path / "model")
     statistics = {"mean": [0.0] * 4, "std": [1.0] * 4, "count": 7}
     known = {model.encoder_fingerprint(): statistics}
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "onnx", size=48), known.__getitem__)
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "onnx", size=48), known.__getitem__)
     check_parity(tmp_path / "out", model)
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["opset"] == 18
@@ -120,7 +120,7 @@ def test_onnx_equals_the_model_at_other_sizes_and_says_what_it_is(architecture, 
 def test_half_precision_inside_keeps_float32_outside(tmp_path):
     model = tiny("wavelet")
     model.save_pretrained(tmp_path / "model")
-    convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", "bf16", size=48))
+    convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", "bf16", size=48))
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     mean, _ = outputs(tmp_path / "out", "encoder", images)
     assert mean.dtype == torch.float32
@@ -139,7 +139,7 @@ def test_a_graph_that_differs_is_not_published(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert_module, "_torchscript_graph", shifted)
     with pytest.raises(UserError, match=r"encoder: the exported graph differs by 0\.1"):
-        convert(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", size=48))
+        convert_autoencoder(Conversion(str(tmp_path / "model"), str(tmp_path / "out"), "torchscript", size=48))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -147,9 +147,9 @@ def test_missing_packages_and_unsuitable_settings_are_one_sentence(tmp_path, mon
     tiny("wavelet").save_pretrained(tmp_path / "model")
     source, target = str(tmp_path / "model"), str(tmp_path / "out")
     with pytest.raises(UserError, match=r"--size: 50 is not a multiple of 8 from 16 on; use 48"):
-        convert(Conversion(source, target, "torchscript", size=50))
+        convert_autoencoder(Conversion(source, target, "torchscript", size=50))
     with pytest.raises(UserError, match="bf16 on few devices"):
-        convert(Conversion(source, target, "onnx", "bf16"))
+        convert_autoencoder(Conversion(source, target, "onnx", "bf16"))
     real = builtins.__import__
 
     def without_onnx(name, *args, **kwargs):
@@ -159,5 +159,5 @@ def test_missing_packages_and_unsuitable_settings_are_one_sentence(tmp_path, mon
 
     monkeypatch.setattr(builtins, "__import__", without_onnx)
     with pytest.raises(UserError, match=r'onnxscript is not installed; run pip install "ldm_vae\[export\]"'):
-        convert(Conversion(source, target, "onnx"))
+        convert_autoencoder(Conversion(source, target, "onnx"))
     assert not (tmp_path / "out").exists()
