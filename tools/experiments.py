@@ -78,16 +78,16 @@ class ExperimentConfig:
     scenes: int = 0
     images: int = 2000
     resolution: int = 64
-    vae_steps: int = 1200
+    vae_steps: int = 1000
     vae_batch: int = 16
-    unet_steps: int = 2000
+    unet_steps: int = 1200
     unet_batch: int = 32
     unet_widths: list[int] = field(default_factory=lambda: [96, 192])
     unet_patch: int = 2
     test_images: int = 400
     generated: int = 400
     sampling_steps: int = 20
-    guidance: float = 2.0
+    guidance: float = 1.0
     reader_images: int = 3000
     reader_epochs: int = 10
     reader_accuracy: float = 0.95
