@@ -53,7 +53,10 @@ ORIENTATION = 0x0112
 
 
 class ImageRejected(ValueError):
-    """An image that cannot be used. `reason` is a short code, the message does not name the file."""
+    """An image that cannot be used. `reason` is a short code, the message does not name the file.
+
+    Both are stored in latent sets, in the rows of a shard's index: another message would give other bytes.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -106,8 +109,8 @@ def _read(data: bytes, limits: DecodeLimits) -> tuple[np.ndarray, int]:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-            raise ImageRejected("unknown_format", "HEIC is not supported; save the image as JPEG") from error
-        raise ImageRejected("unknown_format", f"not one of {', '.join(FORMATS)}") from error
+            raise ImageRejected("unknown_format", "HEIC, which is not read; save the image as JPEG") from error
+        raise ImageRejected("unknown_format", f"none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected("too_large", f"more than {HIGHEST_MEGAPIXELS} megapixels") from error
     with image:
@@ -137,7 +140,7 @@ def _check_time(image: Image.Image, data: bytes) -> None:
     if image.format in ("JPEG", "MPO"):
         scans = count_scans(data)
         if scans * image.width * image.height > MOST_SCANNED_PIXELS:
-            raise ImageRejected("too_slow", f"{scans} scans of {image.width}x{image.height}; save the image again")
+            raise ImageRejected("too_slow", f"{scans} scans of {image.width}x{image.height}; save the image anew")
 
 
 def count_scans(data: bytes) -> int:
@@ -227,7 +230,7 @@ def read_regular_file(path: str | Path, length: int | None = None) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageRejected("unreadable", "is not a regular file")
+                raise ImageRejected("unreadable", "is no regular file")
             return file.read(-1 if length is None else length)
     except OSError as error:
         raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error

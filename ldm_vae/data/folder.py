@@ -285,7 +285,7 @@ class RemoteFiles:
         try:
             return self.connection.read(name, length)
         except FileNotFoundError as error:
-            raise ImageRejected("unreadable", "cannot be opened: it no longer exists") from error
+            raise ImageRejected("unreadable", "cannot be opened: it is not there any more") from error
         except AccessDenied as error:
             raise ImageRejected("unreadable", "cannot be opened: access denied") from error
 

@@ -181,7 +181,7 @@ def image_bytes(cell: dict[str, Any] | None, limits: DecodeLimits, remote: bool 
         ImageRejected: `empty` or `unreadable`.
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise ImageRejected("empty", "the dataset has no image in this row")
+        raise ImageRejected("empty", "the dataset has no image here")
     if cell["bytes"] is not None:
         return cell["bytes"]
     if not remote or "://" not in cell["path"]:

@@ -116,7 +116,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(checkpoints, tmp_path,
     assert "Left out: 2 images that could not be read: " in told
     page = (tmp_path / "demo" / "index.html").read_text()
     assert "1 image from noise" in page
-    for said in ("pipe.png (is not a regular file", "torn.png (not one of JPEG, PNG, "):  # name and reason
+    for said in ("pipe.png (is no regular file", "torn.png (none of JPEG, PNG, "):  # name and reason
         assert said in told
         assert said in page
     Image.new("RGB", (40, 40), "red").save(tmp_path / (250 * "x" + ".png"))

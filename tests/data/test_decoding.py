@@ -161,7 +161,7 @@ def test_other_things_are_rejected() -> None:
     assert rejection(b"<html>404 not found</html>") == "unknown_format"
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
     assert rejection(postscript) == "unknown_format"  # would start Ghostscript
-    with pytest.raises(ImageRejected, match="HEIC is not supported; save the image as JPEG"):
+    with pytest.raises(ImageRejected, match="HEIC, which is not read; save the image as JPEG"):
         decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400))
     assert rejection(encode(picture(4, 64))) == "too_small"
     assert rejection(encode(picture()), DecodeLimits(file_bytes=100)) == "too_large"

@@ -222,7 +222,7 @@ def test_a_budget_in_seconds_becomes_steps_from_the_measured_speed(tmp_path: Pat
 
 def test_the_real_dry_run_gives_a_budget(tmp_path: Path, recipe: Path) -> None:
     point = sweep.plan_point(tmp_path, "one", str(recipe), [], EVALUATE)
-    assert sweep.steps_for(point, 5.0) > 2
+    assert sweep.steps_for(point, 60.0) > 2
 
 
 def test_without_a_health_report_the_rate_is_judged(tmp_path: Path, recipe: Path) -> None:
