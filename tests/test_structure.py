@@ -43,6 +43,13 @@ def test_every_file_says_what_it_owns(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a docstring"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_images_are_scaled_to_a_crop_in_one_place(path):
+    """`data.samples.crop_image` counts what is enlarged; see tests/test_enlarged.py."""
+    if path.relative_to(PACKAGE).as_posix() not in ("data/transforms.py", "data/samples.py"):
+        assert "resize_center_crop(" not in path.read_text()
+
+
 MODEL_WORDS = (
     "autoencoder", "vae", "unet", "pipeline", "latent", "latents", "discriminator", "adversarial", "phases", "crop",
     "crops", "kid", "neighbors", "neighbours", "patience", "kl", "nats_per_dim", "perceptual",

@@ -28,14 +28,13 @@ from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image, read_regular_file
 from ldm_vae.data.folder import find_pictures
-from ldm_vae.data.samples import Rejected, evenly_spaced
+from ldm_vae.data.samples import Enlarged, Rejected, crop_image, evenly_spaced
 from ldm_vae.data.synthetic.source import SyntheticConfig, SyntheticSource
-from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_directory
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import code_around
 from ldm_vae.evaluation.pages import embed, embed_image, image_label, template_environment
-from ldm_vae.evaluation.study import PAGE, Content, Results, Study, read_json
+from ldm_vae.evaluation.study import PAGE, Content, Results, Study, enlarged_lines, read_json
 from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.metrics import psnr
 from ldm_vae.runtime import compute_device
@@ -133,7 +132,7 @@ class Demo(Study):
 
     def measure(self) -> Results:
         started = time.time()
-        self.shown, rejected = reconstruct_all(self.codec, self.images, self.config.size)
+        self.shown, rejected = reconstruct_all(self.codec, self.images, self.config.size, self.enlarged)
         seconds = time.time() - started
         return {
             "unet": self.unet,
@@ -143,6 +142,7 @@ class Demo(Study):
             "images_per_second": {"reconstructed": len(self.shown) / seconds, "generated": self._generate()},
             "protocol": {
                 "range": "PSNR of 8-bit pixels in dB, decoded from the posterior's mean in float32",
+                "images": {"count": len(self.shown)},
                 "versions": provenance.versions(),
             },
         }
@@ -181,7 +181,7 @@ class Demo(Study):
         cards = {"autoencoder": Path(self.model), "pipeline": self.pipeline}
         context = {
             "results": results | {"seconds": time.time() - self.started},
-            "sentences": demo_sentences(results),
+            "sentences": [*demo_sentences(results), *enlarged_lines(results)],
             "pairs": [
                 (one.metrics, embed_image(one.original, "original"), embed_image(one.decoded, "reconstruction"))
                 for one in self.shown
@@ -230,9 +230,10 @@ class Reconstructed:
 
 
 def reconstruct_all(
-    codec: Codec, images: Sequence[tuple[str, Path]], size: int
+    codec: Codec, images: Sequence[tuple[str, Path]], size: int, enlarged: Enlarged
 ) -> tuple[list[Reconstructed], Rejected]:
-    """Every image that can be read, synthetic ones where there are none. Raises: UserError where none can be read."""
+    """Every image that can be read, synthetic ones where there are none. Those that are smaller than `size` are
+    appended to `enlarged`. Raises: UserError where none can be read."""
     rejected, shown = Rejected(), []
     bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
     places: list[tuple[str, Path | int]] = [*images]
@@ -243,7 +244,7 @@ def reconstruct_all(
         except ImageRejected as error:
             rejected.append((str(place), str(error)))
         else:
-            shown.append(reconstruct_one(codec, resize_center_crop(image, size), name))
+            shown.append(reconstruct_one(codec, crop_image(image, size, name, enlarged).pixels, name))
     if not shown:
         raise UserError(f"{rejected[0][0]}: cannot be read ({rejected[0][1]}), nor any other; give other images")
     return shown, rejected

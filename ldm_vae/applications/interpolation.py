@@ -28,8 +28,7 @@ from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures, printable
-from ldm_vae.data.samples import evenly_spaced
-from ldm_vae.data.transforms import resize_center_crop
+from ldm_vae.data.samples import Enlarged, crop_image, evenly_spaced
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.editing import interpolation_weights, lerp, slerp
 from ldm_vae.diffusion.generation import load_pipeline
@@ -38,7 +37,7 @@ from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_ste
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.latent_space import decode_and_encode, measure_path
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
-from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder
+from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, enlarged_lines
 from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
@@ -166,7 +165,7 @@ class InterpolationStudy(Study):
         return {f"another {name}": (results["networks"][name], present) for name, present in self.networks.items()}
 
     def prepare(self) -> None:
-        self.pairs = read_pairs(self.paths, self.config.size)
+        self.pairs = read_pairs(self.paths, self.config.size, self.enlarged)
         self.ways = ways_of(self.config, self.autoencoder, self.other, self.pipeline)
 
     def measure(self) -> Results:
@@ -184,6 +183,7 @@ class InterpolationStudy(Study):
             "other": None if self.other is None else describe_autoencoder(self.other),
             "protocol": {
                 "pairs": len(self.pairs),
+                "images": {"count": len(self.paths)},
                 "size": list(self.pairs[0].images.shape[-2:]),
                 "distance": found[PIXELS][0].distance,
                 "versions": provenance.versions(),
@@ -234,7 +234,8 @@ class InterpolationStudy(Study):
         if self.drawn:
             pictures.append(embed_image(prior_sheet(self.drawn), "Draws decoded, one row for each prior.", None))
         lead = f"What lies between two images, over {pluralize(len(self.pairs), 'pair')}."
-        return plain_page("Interpolation", lead, way_verdicts(results), [], tables(results), pictures)
+        sentences = [*way_verdicts(results), *enlarged_lines(results)]
+        return plain_page("Interpolation", lead, sentences, [], tables(results), pictures)
 
     def record(self, results: Results) -> dict[str, Any]:
         return {"pairs": results["protocol"]["pairs"]}
@@ -528,8 +529,11 @@ def find_pairs(inputs: Sequence[str], pairs: int | None) -> list[Path]:
     return files
 
 
-def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
-    """All of one size. Raises: UserError for an unreadable image, or sizes that differ."""
+def read_pairs(files: Sequence[Path], size: int | None, enlarged: Enlarged) -> list[Pair]:
+    """All of one size; images that are smaller than `size` are appended to `enlarged`.
+
+    Raises: UserError for an unreadable image, or sizes that differ.
+    """
     images = []
     for path in files:
         try:
@@ -537,7 +541,7 @@ def read_pairs(files: Sequence[Path], size: int | None) -> list[Pair]:
         except ImageRejected as error:
             raise UserError(f"{path}: cannot be read ({error}); give another image") from error
         if size is not None:
-            image = resize_center_crop(image, size)
+            image = crop_image(image, size, path.name, enlarged).pixels
         images.append(transforms.to_batch(image)[0])
         if images[-1].shape != images[0].shape:
             shapes = [f"{one.shape[2]} x {one.shape[1]}" for one in (images[0], images[-1])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ldm_vae import config as configuration
@@ -27,11 +28,12 @@ def write_record(
     pinned_share: float,
     metrics_file: Path,
     held_out: Mapping[str, float],
-    held_out_enlarged: int = 0,
+    enlarged: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Write the record into `folder`.
 
-    `held_out_enlarged` of the images behind `held_out` were smaller than their crop; it is recorded where it is not 0.
+    `enlarged`: how many held-out images were smaller than their center crop (`held_out_enlarged`) and than a training
+    crop (`training_crops_enlarged`); recorded where it is not 0.
 
     `rate.beta_path` is [step, beta, nats per latent dimension] at up to 200 log steps, read from the run's metrics;
     `rate.pinned_share` the share of steps that beta spent at a bound while the target was missed.
@@ -50,8 +52,7 @@ def write_record(
         "initial": None,
         "held_out": dict(held_out),
     }
-    if held_out_enlarged:
-        record["held_out_enlarged"] = held_out_enlarged
+    record |= {name: count for name, count in enlarged.items() if count}
     if config.initial is not None:
         before = read_record(config.initial)
         record["kind"] = before.get("kind")  # None: not known

@@ -18,11 +18,11 @@ from ldm_vae.autoencoder.models import AutoencoderConfig
 from ldm_vae.autoencoder.rate import RateConfig
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import ImageSamples, channels_first, too_many_rejected
+from ldm_vae.data.samples import Enlarged, ImageSamples, channels_first, crop_image, too_many_rejected
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part, repeated, subset
 from ldm_vae.data.streaming import StreamSamples, open_stream
-from ldm_vae.data.transforms import CropConfig, random_crop, resize_center_crop
+from ldm_vae.data.transforms import CropConfig, random_crop
 from ldm_vae.errors import UserError
 from ldm_vae.random import numpy_rng
 from ldm_vae.training.loader import Plan, Span
@@ -203,12 +203,15 @@ class HeldOut:
 
     `images` (n, 3, r, r): center crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
     training are, in the size of the last phase: the rate is defined on what the training sees. `enlarged`: the short
-    sides of those that were smaller than their center crop.
+    sides of those that were smaller than their center crop; `enlarged_crops`: of those that were smaller than a crop of
+    the last phase, among the `read` images that the crops are of.
     """
 
     images: Tensor
     crops: Tensor
     enlarged: tuple[int, ...] = ()
+    enlarged_crops: tuple[int, ...] = ()
+    read: int = 0
 
 
 def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
@@ -218,20 +221,21 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
     side = config.phases[-1].crop
     images: list[Tensor] = []
     crops: list[Tensor] = []
-    enlarged: list[int] = []
+    enlarged, short_sides = Enlarged(), list[int]()
     count = max(RATE_IMAGES, config.held_out_images)
     for number, (index, image) in enumerate(some_images(config, "held_out", count)):
         if number < config.held_out_images:
-            images.append(channels_first(resize_center_crop(image, config.held_out_resolution)))
-            if min(image.shape[:2]) < config.held_out_resolution:
-                enlarged.append(min(image.shape[:2]))
+            crop = crop_image(image, config.held_out_resolution, str(index), enlarged)
+            images.append(channels_first(crop.pixels))
+        short_sides.append(min(image.shape[:2]))
         rng = numpy_rng(0, "held_out_crops", index)
         for _ in range(CROPS_OF_FEW if number < FEW_IMAGES else 1):
             crops.append(channels_first(random_crop(image, rng, side, config.crop)))
     if not images:
         return None
     whole, parts = (transforms.from_uint8(torch.stack(pixels)) for pixels in (images, crops))
-    return HeldOut(whole, parts, tuple(enlarged))
+    small = tuple(short for short in short_sides if short < side)
+    return HeldOut(whole, parts, tuple(short for _, short in enlarged), small, len(short_sides))
 
 
 def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from ldm_vae.autoencoder.rate import (
 )
 from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
 from ldm_vae.data import transforms
-from ldm_vae.data.samples import enlarged_sentence
+from ldm_vae.data.samples import enlarged_sentences
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_checksums
 from ldm_vae.metrics import codebook_usage
@@ -75,9 +75,11 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    if held_out and held_out.enlarged:
-        small, images = held_out.enlarged, len(held_out.images)
-        accelerator.print("held out:", enlarged_sentence(len(small), images, min(small), "held_out_resolution"))
+    if held_out:
+        for line in enlarged_sentences(held_out.enlarged, len(held_out.images), "held_out_resolution"):
+            accelerator.print("held out:", line)
+        for line in enlarged_sentences(held_out.enlarged_crops, held_out.read, "phases.crop"):
+            accelerator.print("training crops, by the held-out images:", line)
     model = VaeModel(config, held_out, accelerator.device)
     if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
         model.autoencoder.fit_statistics(measured_batches(config))
@@ -370,7 +372,10 @@ class VaeModel:
                 pinned_share=float(self.rate.pinned_share),
                 metrics_file=directory / "metrics.jsonl",
                 held_out=metrics,
-                held_out_enlarged=len(self.held_out.enlarged) if self.held_out else 0,
+                enlarged={
+                    "held_out_enlarged": len(self.held_out.enlarged) if self.held_out else 0,
+                    "training_crops_enlarged": len(self.held_out.enlarged_crops) if self.held_out else 0,
+                },
             )
             write_checksums(temporary)
         rate, side = self.config.rate, self.config.held_out_resolution

@@ -111,12 +111,28 @@ class Crop:
         return self.scale > 1
 
 
+def crop_image(
+    image: np.ndarray, resolution: int | tuple[int, int], id: str, enlarged: Enlarged, index: int = 0
+) -> Crop:
+    """The center crop of uint8 pixels (h, w, 3), a side or (h, w).
+
+    This is the only place that scales images to a crop: one that has to be enlarged is appended to `enlarged`, which
+    the caller says and records. Masks and images that are refused need no such list.
+    """
+    height, width = image.shape[:2]
+    scale = transforms.cover_scale(height, width, resolution)
+    crop = Crop(index, id, resize_center_crop(image, resolution), min(height, width), scale)
+    if crop.enlarged:
+        enlarged.append((id, crop.short_side))
+    return crop
+
+
 def iterate_crops(
     source: ImageSource,
     indices: Iterable[int],
     resolution: int | tuple[int, int],
     rejected: Rejected,
-    enlarged: Enlarged | None = None,
+    enlarged: Enlarged,
 ) -> Iterator[Crop]:
     """Center crops of a side or (h, w), in the order of `indices`.
 
@@ -128,13 +144,7 @@ def iterate_crops(
         except ImageRejected as error:
             rejected.append((source.id(index), error.reason))
         else:
-            height, width = image.shape[:2]
-            scale = transforms.cover_scale(height, width, resolution)
-            pixels = resize_center_crop(image, resolution)
-            crop = Crop(index, source.id(index), pixels, min(height, width), scale)
-            if crop.enlarged and enlarged is not None:
-                enlarged.append((crop.id, crop.short_side))
-            yield crop
+            yield crop_image(image, resolution, source.id(index), enlarged, index)
 
 
 def read_crops(
@@ -142,7 +152,7 @@ def read_crops(
     indices: Sequence[int],
     resolution: int | tuple[int, int],
     rejected: Rejected,
-    enlarged: Enlarged | None = None,
+    enlarged: Enlarged,
 ) -> tuple[list[int], Tensor | None]:
     """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None where there is none.
 
@@ -153,13 +163,26 @@ def read_crops(
     return [crop.index for crop in found], images
 
 
-def enlarged_sentence(enlarged: int, images: int, smallest: int, setting: str = "resolution") -> str:
-    """What to say where some of the images are smaller than their crop; `smallest`: the smallest short side."""
-    return (
-        f"{enlarged} of {pluralize(images, 'image')} {'is' if enlarged == 1 else 'are'} smaller than the crop and "
-        f"enlarged, which hides errors. The smallest short side is {smallest} pixels: set {setting} to that or less, "
-        "or leave small images out."
-    )
+def enlarged_sentences(short_sides: Sequence[int], images: int, setting: str = "resolution") -> list[str]:
+    """What to say where some of the `images` were smaller than their crop; nothing where none was.
+
+    Args:
+        short_sides: of those that were, in pixels.
+        setting: what sets the size of the crop.
+    """
+    if not short_sides:
+        return []
+    one = len(short_sides) == 1
+    return [
+        f"{len(short_sides)} of {pluralize(images, 'image')} {'is' if one else 'are'} smaller than the crop and "
+        f"enlarged, which blurs {'it' if one else 'them'} and hides errors. The smallest short side is "
+        f"{min(short_sides)} pixels: set {setting} to that or less, or leave small images out."
+    ]
+
+
+def enlarged_record(enlarged: Enlarged) -> dict[str, Any]:
+    """What results and `run.json` say of images that were smaller than their crop; empty where none was."""
+    return {"enlarged": [{"id": name, "short_side": side} for name, side in enlarged]} if enlarged else {}
 
 
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
@@ -171,7 +194,7 @@ def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
 def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:
     """Yield the readable images, each (1, 3, resolution, resolution) in [-1, 1]."""
     for index in indices:
-        _, image = read_crops(source, [index], resolution, [])
+        _, image = read_crops(source, [index], resolution, [], [])
         if image is not None:
             yield image
 

@@ -8,6 +8,7 @@ resizing, as in the literature.
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import Tensor
 from ldm_vae import runtime
 from ldm_vae.autoencoder.weights import check_finite
 from ldm_vae.data import open_source, transforms
-from ldm_vae.data.samples import read_crops
+from ldm_vae.data.samples import Enlarged, enlarged_sentences, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, image_generator
@@ -28,6 +29,8 @@ from ldm_vae.files import check_tensor_file
 from ldm_vae.random import numpy_rng
 from ldm_vae.training import watchdog
 from ldm_vae.utils.text import pluralize
+
+logger = logging.getLogger(__name__)
 
 Distribution = Literal["none", "kid", "fid"]
 
@@ -266,6 +269,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 # KID of a pipeline's samples to images that its training never saw: on request while training, and for `ldm-vae ema`.
 
 BATCH = 16
+KID_ENLARGED = "samples/kid_enlarged"
 MINIMUM_FOR_KID = 100
 """Images on either side; with fewer, the spread over subsets is as large as the differences to be seen."""
 
@@ -332,30 +336,35 @@ class SampleKid:
         self.config, self.images, self.network = config, images, network
         check_kid_count(len(images), "are held out")
         self.real: np.ndarray | None = None
+        self.enlarged: Enlarged = []
 
     @torch.no_grad()
     def __call__(self, pipeline: LatentDiffusionPipeline) -> dict[str, float]:
         """`samples/kid@N` of N samples with its standard deviation over subsets, and `samples/kid_floor`: one half of
-        the images against the other, the value of no difference."""
+        the images against the other, the value of no difference. Where held-out images are smaller than the samples,
+        `samples/kid_enlarged` is their number."""
         self.network.to(pipeline.device)
         if self.real is None:
             self.real = self._real(pipeline.image_size(), pipeline.device)
         found = compare_sets(self.real, self._generated(pipeline), "kid", self.config.subset, seed=0)
         name = f"samples/kid@{self.config.samples}"
-        return {
+        metrics = {
             name: found["kid"]["mean"],
             f"{name}_std": found["kid"]["std"],
             "samples/kid_floor": found["kid_floor"]["mean"],
         }
+        return metrics | ({KID_ENLARGED: float(len(self.enlarged))} if self.enlarged else {})
 
     def _real(self, size: tuple[int, int], device: torch.device) -> np.ndarray:
         features = []
         for first in range(0, len(self.images), BATCH):
             indices = list(range(first, min(first + BATCH, len(self.images))))
-            _, images = read_crops(self.images, indices, size, [])
+            _, images = read_crops(self.images, indices, size, [], self.enlarged)
             if images is not None:
                 features.append(self._features(images.to(device)))
         check_kid_count(sum(map(len, features)), "of those held out can be read")
+        for line in enlarged_sentences([short for _, short in self.enlarged], sum(map(len, features)), "kid.data"):
+            logger.warning("KID, held-out images: %s", line)
         return np.concatenate(features)
 
     def _generated(self, pipeline: LatentDiffusionPipeline) -> np.ndarray:

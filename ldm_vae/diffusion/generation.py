@@ -27,7 +27,7 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.config import changed_keys
 from ldm_vae.data.decoding import ImageRejected, decode_image
-from ldm_vae.data.transforms import resize_center_crop
+from ldm_vae.data.samples import Enlarged, crop_image, enlarged_record, enlarged_sentences
 from ldm_vae.diffusion.editing import default_strength, interpolation_weights, slerp
 from ldm_vae.diffusion.pipeline import (
     DEFAULT_GUIDANCE,
@@ -195,7 +195,8 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
     parameters = resolve_parameters(config, pipeline)
     size = parameters["height"], parameters["width"]
     training = open_training_latents(config.neighbours, pipeline, *size)
-    inputs = read_input_images(config, *size)
+    enlarged = Enlarged()
+    inputs = read_input_images(config, *size, enlarged)
     images = plan_images(config, pipeline.labels)
     finished = check_folder(folder, parameters, images, overwrite)
     finished = finished and (training is None or (folder / PAIRS).exists())
@@ -218,7 +219,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
         speed = len(mine) / (time.time() - sampling) if mine else 0.0
         state.wait_for_everyone()
         if state.is_main_process and not finished:
-            record: dict[str, Any] = {"images": len(images)}
+            record: dict[str, Any] = {"images": len(images), **enlarged_record(enlarged)}
             if mine:
                 record["images_per_second"] = round(speed * state.num_processes, 3)
             copies = write_sheets(folder, images[:SHEET_IMAGES], pipeline, training)
@@ -227,7 +228,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
                 record["compared_latents"] = copies.compared
             provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **record)
     result = GenerationResult(folder, len(images), len(mine), speed, copies)
-    state.print(summary(result))
+    state.print("\n".join([summary(result), *enlarged_sentences([side for _, side in enlarged], 1)]))
     return result
 
 
@@ -420,8 +421,10 @@ def existing_file(path: str, name: str) -> Path:
     return Path(path)
 
 
-def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[str, np.ndarray]:
+def read_input_images(config: GenerateConfig, height: int, width: int, enlarged: Enlarged) -> dict[str, np.ndarray]:
     """`image` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped at the center.
+
+    An image that is smaller than that is appended to `enlarged`.
 
     Raises:
         UserError: a file that is not an image, or a mask of another size.
@@ -436,10 +439,12 @@ def read_input_images(config: GenerateConfig, height: int, width: int) -> dict[s
     if "mask" in found and found["mask"].shape != found["image"].shape:
         sizes = [" x ".join(map(str, found[name].shape[:2])) for name in ("mask", "image")]
         raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
-    return {
-        name: resize_center_crop(pixels, (height, width))[..., : 1 if name == "mask" else 3]
-        for name, pixels in found.items()
-    }
+    size = (height, width)
+    if "image" in found:
+        found["image"] = crop_image(found["image"], size, Path(str(config.init)).name, enlarged).pixels
+    if "mask" in found:
+        found["mask"] = crop_image(found["mask"], size, "mask", []).pixels[..., :1]
+    return found
 
 
 def open_training_latents(

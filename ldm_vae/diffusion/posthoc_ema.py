@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldm_vae import config as configuration
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.diffusion import flow
-from ldm_vae.diffusion.fid import SampleKid, make_sample_kid
+from ldm_vae.diffusion.fid import KID_ENLARGED, SampleKid, make_sample_kid
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline
 from ldm_vae.diffusion.power_function_ema import (
     FOLDER,
@@ -115,7 +115,8 @@ class EmaMeasurement:
         )
         values = [f"held-out flow loss {self.metrics['held_out/flow']:.4f}"]
         values += [f"{key.removeprefix('samples/')} {value:.5f}"
-                   for key, value in self.metrics.items() if key.startswith("samples/")]  # fmt: skip
+                   for key, value in self.metrics.items()
+                   if key.startswith("samples/") and key != KID_ENLARGED]  # fmt: skip
         return f"{name}: {', '.join(values)}{residual_warning(self.residual)}"
 
 

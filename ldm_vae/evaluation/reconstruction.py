@@ -31,10 +31,19 @@ from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_dive
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.folder import find_pictures
-from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, none_readable, read_crops
+from ldm_vae.data.samples import (
+    Enlarged,
+    Rejected,
+    crop_image,
+    enlarged_record,
+    enlarged_sentences,
+    evenly_spaced,
+    none_readable,
+    read_crops,
+)
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
-from ldm_vae.data.transforms import preprocessing_record, resize_center_crop
+from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.diffusion import fid
 from ldm_vae.diffusion.fid import (
     KID_SUBSETS,
@@ -421,7 +430,7 @@ def fit_baseline(
     units = [indices[start : start + BASELINE_UNIT] for start in range(0, len(indices), BASELINE_UNIT)]
     found: list[tuple[int, Moments | None]] = []
     for number, unit in _progress(processes, units, "linear baseline"):
-        _, images = read_crops(source, unit, resolution, [])
+        _, images = read_crops(source, unit, resolution, [], [])
         found.append((number, None if images is None else block_moments(images, block)))
     return solve_klt((moments for moments in processes.gather(found) if moments is not None), block)
 
@@ -758,7 +767,7 @@ def reconstruct_pictures(
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder}: is not empty; give another --out, or --overwrite")
     written: list[Path] = []
-    rejected: list[tuple[str, str]] = []
+    rejected, enlarged = Rejected(), Enlarged()
     quality: list[float] = []
     for name, path in tqdm(files, desc="reconstructing", unit="image", dynamic_ncols=True):
         try:
@@ -767,7 +776,7 @@ def reconstruct_pictures(
             rejected.append((str(path), str(error)))
             continue
         if size is not None:
-            image = resize_center_crop(image, size)
+            image = crop_image(image, size, name, enlarged).pixels
         original = transforms.from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).to(target)
         noise = generator(seed, "reconstruct", name, device=target) if sample else None
         decoded = transforms.from_uint8(transforms.to_uint8(model.reconstruct(original, noise)))
@@ -780,7 +789,9 @@ def reconstruct_pictures(
     if not written:
         raise UserError(f"{inputs[0]}: no image could be decoded ({rejected[0][1]}); give other files")
     figures: dict[str, Any] = {"images": len(written), "mean_psnr_db": round(float(np.mean(quality)), 3)}
-    provenance.write_run_record(folder, None, started, time.time() - started, **figures)
+    provenance.write_run_record(folder, None, started, time.time() - started, **figures, **enlarged_record(enlarged))
+    for line in enlarged_sentences([side for _, side in enlarged], len(written)):
+        print(line)
     return written, rejected
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
-from ldm_vae.data.samples import Enlarged, enlarged_sentence
+from ldm_vae.data.samples import Enlarged, enlarged_record, enlarged_sentences
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     system_errors_explained,
@@ -240,8 +240,7 @@ class Study:
     def _measure_and_commit(self) -> Results:
         measured = self.measure()
         described = {} if self._autoencoder is None else {"autoencoder": self.described}
-        if self.enlarged:
-            measured["enlarged"] = [{"id": name, "short_side": side} for name, side in self.enlarged]
+        measured |= enlarged_record(self.enlarged)
         results = {"format_version": self.format_version, **described, **measured, "config": self.settings()}
         self.commit(results)
         return results
@@ -265,14 +264,8 @@ def rejected_images(rejected: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def enlarged_lines(results: Results) -> list[str]:
     """What has to be said of a result with images that were smaller than their crop; none where there were none."""
-    found = results.get("enlarged") or []
-    if not found:
-        return []
-    return [
-        enlarged_sentence(
-            len(found), results["protocol"]["images"]["count"], min(image["short_side"] for image in found)
-        )
-    ]
+    short_sides = [image["short_side"] for image in results.get("enlarged", [])]
+    return enlarged_sentences(short_sides, results["protocol"]["images"]["count"]) if short_sides else []
 
 
 def check_not_enlarged(path: Path, results: Results) -> None:

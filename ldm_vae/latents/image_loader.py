@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import channels_first
+from ldm_vae.data.samples import Enlarged, channels_first, crop_image
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
 from ldm_vae.data.split import Part, part_of, subset
-from ldm_vae.data.transforms import cover_scale, resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import Rejection
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
@@ -386,7 +385,7 @@ class _Batches(IterableDataset):
 
 def decode_group(group: Group, batch: int, size: tuple[int, int]) -> ImageBatch:
     """Read and crop the images of a group."""
-    enlarged = 0
+    enlarged = Enlarged()
     black = torch.zeros(batch, 3, *size, dtype=torch.uint8)
     decoded = ImageBatch(group.unit, black, [], [], [], [], [], group.last)
     for row, (index, item) in enumerate(group.items):
@@ -395,10 +394,9 @@ def decode_group(group: Group, batch: int, size: tuple[int, int]) -> ImageBatch:
         except ImageRejected as error:
             decoded.rejected.append(Rejection(index, item.id, error.reason, str(error)))
             continue
-        decoded.images[row] = channels_first(resize_center_crop(pixels, size))
-        enlarged += cover_scale(pixels.shape[0], pixels.shape[1], size) > 1
+        decoded.images[row] = channels_first(crop_image(pixels, size, item.id, enlarged).pixels)
         decoded.rows.append(row)
         decoded.indices.append(index)
         decoded.labels.append(item.label)
         decoded.ids.append(item.id)
-    return replace(decoded, enlarged=enlarged)
+    return replace(decoded, enlarged=len(enlarged))

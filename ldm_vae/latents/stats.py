@@ -7,6 +7,8 @@ half of the time, normalized with the manifest's constants. `evaluation.latent_s
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from ldm_vae.latents.format import (
 )
 from ldm_vae.latents.normalizer import channel_sums, combine
 from ldm_vae.latents.shard import open_shard
+from ldm_vae.provenance import RUN_RECORD
 from ldm_vae.random import generator
 from ldm_vae.utils.text import pluralize
 
@@ -145,6 +148,8 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
     }
     if not numbers:
         raise UserError(f"{dataset.where}: holds no samples; encode some images")
+    if enlarged := images_enlarged(manifest):
+        report["images_enlarged"] = enlarged
     report["labels"] = measure_labels(manifest)
     if manifest.content == "indices":
         return Statistics(report | {"codes": measure_codes(dataset, numbers)})
@@ -156,6 +161,13 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
     report["channels"] = [{**first, **second} for first, second in zip(exact, shape.channels(), strict=True)]
     report |= {"correlation": shape.correlation(), "histograms": shape.histograms()}
     return Statistics(report, *shape.maps())
+
+
+def images_enlarged(manifest: Manifest) -> int:
+    """How many images were smaller than their crop, by the record of the job that finished the set."""
+    with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
+        return int(json.loads(manifest.where.read(RUN_RECORD)).get("images_enlarged", 0))
+    return 0
 
 
 def latent_batches(dataset: LatentDataset, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -290,6 +302,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     measured, samples = report["measured_samples"], report["samples"]
     of = "of all samples" if measured == samples else f"of {measured} of {samples} samples, evenly spread"
     rows = [("distribution", of)]
+    if small := report.get("images_enlarged"):
+        rows.append(("enlarged", f"{pluralize(small, 'image')} smaller than the crop, which blurs and hides errors"))
     if (codes := report.get("codes")) is not None:
         rows += [
             ("entropy", f"{codes['entropy_bits']:.2f} of {math.log2(codes['codebook_size']):.2f} bits a code"

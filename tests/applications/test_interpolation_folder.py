@@ -76,7 +76,7 @@ def test_a_folder_of_pairs_beside_another_autoencoder(
 def test_long_names_and_names_that_are_no_utf_8(tmp_path: Path) -> None:
     for letter in (b"a", b"b"):
         Image.new("RGB", (16, 16)).save(tmp_path / os.fsdecode(b"\xff" + 100 * letter + b".png"))
-    (pair,) = read_pairs(find_pairs([str(tmp_path)], None), None)
+    (pair,) = read_pairs(find_pairs([str(tmp_path)], None), None, [])
     assert pair.name == "00_\\xff" + 36 * "a" + "_\\xff" + 36 * "b"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_enlarged_held_out_images_are_said_and_recorded(image_folder, tmp_path, 
     assert "held out: 3 of 3 images are smaller than the crop and enlarged" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "autoencoder" / "training.json").read_text())
     assert record["held_out_enlarged"] == 3
+    assert "training_crops_enlarged" not in record
+
+
+def test_enlarged_training_crops_are_said_and_recorded(image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    words = [
+        "autoencoder.preset=pico", "training.device=cpu", "training.workers=0", "training.tracker=none",
+        "training.preview_every=1000",
+    ]  # fmt: skip
+    phases = "phases=[{steps: 2, crop: 88, batch: 2}]"
+    assert cli.main(["train-vae", *settings_for(folder, *words), phases]) == 0
+    said = re.search(r"training crops, by the held-out images: (\d+) of (\d+) images are", capsys.readouterr().out)
+    assert said
+    record = json.loads((tmp_path / "run" / "autoencoder" / "training.json").read_text())
+    assert record["training_crops_enlarged"] == int(said[1]) == int(said[2]) > 0
+    assert "held_out_enlarged" not in record
 
 
 def test_a_folder_without_a_readable_image_is_refused_in_the_sentence_of_training(tmp_path, capsys):

@@ -152,7 +152,7 @@ def test_enlarged_images_are_counted_and_said(
     assert "enlarged" not in results
     large = evaluate(replace(config, resolution=128, count=3, codecs=[], output=str(tmp_path / "out")))
     assert large["enlarged"] == [{"id": image["id"], "short_side": 80} for image in large["images"]]
-    sentence = "3 of 3 images are smaller than the crop and enlarged, which hides errors. The smallest short side is 80"
+    sentence = "3 of 3 images are smaller than the crop and enlarged, which blurs them and hides errors."
     assert capsys.readouterr().out.count(sentence) == 1
     assert (tmp_path / "out" / "results.md").read_text().count(sentence) == 1
     evaluate(replace(config, resolution=128, count=3, codecs=[], output=str(tmp_path / "out")))

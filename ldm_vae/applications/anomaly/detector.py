@@ -235,7 +235,7 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
 
     def read(part: ImageSource, indices: list[int], task: str) -> Iterator[tuple[list[Crop], list[int]]]:
         """Batches of crops and their marks."""
-        crops = iterate_crops(part, indices, config.resolution, rejected)
+        crops = iterate_crops(part, indices, config.resolution, rejected, [])
         for batch in crop_batches(crops, config.batch, len(indices), task):
             refuse_enlarged(batch, config.resolution)
             yield batch, [mark(crop) for crop in batch]

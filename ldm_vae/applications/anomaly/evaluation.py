@@ -255,7 +255,7 @@ class DetectorEvaluation(Study):
         chosen = _balanced(labeled.kinds, self.config.count)
         examples: list[AnomalyExample] = []
         known, seen = set(self.detector.seen.tolist()), 0
-        crops = iterate_crops(labeled.source, chosen, resolution, rejected)
+        crops = iterate_crops(labeled.source, chosen, resolution, rejected, [])
         for batch in crop_batches(crops, self.config.batch, len(chosen), "scoring"):
             fresh = [crop for crop in batch if mark(crop) not in known]
             seen += len(batch) - len(fresh)

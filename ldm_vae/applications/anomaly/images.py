@@ -14,11 +14,10 @@ from torch import Tensor
 from ldm_vae.applications.anomaly.scores import STRIDE
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
-from ldm_vae.data.samples import Crop
+from ldm_vae.data.samples import Crop, crop_image
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.synthetic.render import DEFECTS
 from ldm_vae.data.synthetic.source import SyntheticSource
-from ldm_vae.data.transforms import resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed_image
 from ldm_vae.files import checksum_bytes
@@ -95,7 +94,7 @@ class LabeledImages:
         else:
             return None
         gray = np.repeat(found[..., None].astype(np.uint8) * 255, 3, axis=2)
-        return resize_center_crop(gray, resolution)[..., 0] > 127
+        return crop_image(gray, resolution, self.source.id(index), []).pixels[..., 0] > 127
 
 
 def open_labeled(data: DataConfig, normal: list[str], masks: str | None) -> LabeledImages:

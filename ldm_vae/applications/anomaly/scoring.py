@@ -126,7 +126,7 @@ class ImageScores(Study):
         seen = set(detector.seen.tolist())
         normal, threshold = detector.normal[self.by], detector.thresholds()[self.by]
         rows: list[ScoredImage] = []
-        crops = iterate_crops(self.source, chosen, detector.resolution, rejected)
+        crops = iterate_crops(self.source, chosen, detector.resolution, rejected, [])  # each row says it
         for batch in crop_batches(crops, config.batch, len(chosen), "scoring"):
             measured = measure_scores(
                 self.networks, detector.statistics, stack(batch), [crop.id for crop in batch]
@@ -153,7 +153,7 @@ class ImageScores(Study):
         peak = self.detector.thresholds()[quantity + scores.PEAK]
         examples = []
         shown = [row["index"] for row in results["images"][: self.config.shown]]
-        for row, crop in zip(results["images"], iterate_crops(self.source, shown, self.detector.resolution, [])):
+        for row, crop in zip(results["images"], iterate_crops(self.source, shown, self.detector.resolution, [], [])):
             heat = (
                 measure_scores(self.networks, self.detector.statistics, stack([crop]), [crop.id])
                 .maps[quantity][0]

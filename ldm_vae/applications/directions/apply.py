@@ -21,8 +21,8 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures
-from ldm_vae.data.samples import Rejected
-from ldm_vae.data.transforms import pad_to_multiple, resize_center_crop
+from ldm_vae.data.samples import Enlarged, Rejected, crop_image, enlarged_record, enlarged_sentences
+from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.errors import UserError
 from ldm_vae.files import system_errors_explained, write_png
 from ldm_vae.latents.inspect import choose
@@ -125,8 +125,8 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         raise UserError(f"output: {folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder}: is not empty; give another output, or --overwrite")
-    rejected: Rejected = []
-    pictures = _stored(config, autoencoder) if config.latents else _encoded(config, autoencoder, rejected)
+    rejected, enlarged = Rejected(), Enlarged()
+    pictures = _stored(config, autoencoder) if config.latents else _encoded(config, autoencoder, rejected, enlarged)
     strips: list[Path] = []
     cells: list[Image.Image] = []
     with (
@@ -152,11 +152,13 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         write_png(folder / "sheet.png", labeled_sheet(squares, captions, CELL, columns))
         provenance.write_run_record(
             folder, None, started, time.time() - started,
-            images=len(strips), direction=direction.name, strengths=list(config.strengths),
+            images=len(strips), direction=direction.name, strengths=list(config.strengths), **enlarged_record(enlarged),
         )  # fmt: skip
     for name, reason in rejected:
         print(f"{name}: left out ({reason})")
     print(f"{folder}: {len(strips)} pictures at {columns} strengths, their strips, and sheet.png")
+    for line in enlarged_sentences([side for _, side in enlarged], len(strips)):
+        print(line)
     return strips
 
 
@@ -169,7 +171,9 @@ Encoded = tuple[str, Tensor, tuple[int, int]]
 """Name, latent (1, c, h, w), height and width of the image in pixels."""
 
 
-def _encoded(config: ApplyDirectionConfig, autoencoder: Autoencoder, rejected: Rejected) -> Iterator[Encoded]:
+def _encoded(
+    config: ApplyDirectionConfig, autoencoder: Autoencoder, rejected: Rejected, enlarged: Enlarged
+) -> Iterator[Encoded]:
     for name, path in find_pictures(config.images):
         try:
             image = read_image(path)
@@ -177,7 +181,7 @@ def _encoded(config: ApplyDirectionConfig, autoencoder: Autoencoder, rejected: R
             rejected.append((str(path), str(error)))
             continue
         if config.size is not None:
-            image = resize_center_crop(image, config.size)
+            image = crop_image(image, config.size, name, enlarged).pixels
         latent, _ = autoencoder.encode_moments(transforms.to_batch(image).to(autoencoder.device))
         pool(latent, name)  # refuses what is not finite
         yield name, latent, (image.shape[0], image.shape[1])

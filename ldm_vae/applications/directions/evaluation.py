@@ -306,7 +306,7 @@ def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> 
     """The readable ones of these images and their pictures (n, 3, 64, 64). Raises: UserError for too few."""
     found, pictures = [], []
     for index in indices:
-        read, image = read_crops(source, [index], resolution, [])
+        read, image = read_crops(source, [index], resolution, [], [])
         if image is not None:
             found += read
             pictures.append(reduced(image))

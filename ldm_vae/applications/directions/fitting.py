@@ -30,7 +30,7 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
-from ldm_vae.data.samples import Rejected, evenly_spaced, read_crops
+from ldm_vae.data.samples import Enlarged, Rejected, enlarged_record, enlarged_sentences, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, part_of, subset
 from ldm_vae.data.transforms import preprocessing_record
@@ -239,6 +239,8 @@ def markdown(found: Directions) -> str:
         f"Fitted to {found.images['count']} images. AUROC and R2 are of images that the probe was not fitted to.",
     ]
     lines += [f"Left out: `{name}` {problem}." for name, problem in found.left_out.items()]
+    small = [image["short_side"] for image in found.images.get("enlarged", [])]
+    lines += enlarged_sentences(small, found.images["count"])
     return "# Directions\n\n" + "\n".join(lines) + "\n"
 
 
@@ -279,10 +281,10 @@ def gather_samples(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Poo
         return _from_latents(config, config.latents, autoencoder)
     source, indices = select(config.data, config.part, config.count)
     check_resolution(config.resolution, autoencoder)
-    rejected: Rejected = []
+    rejected, enlarged = Rejected(), Enlarged()
     found, pooled, pixels = [], [], []
     for index in progress(indices, "encoding"):
-        read, image = read_crops(source, [index], config.resolution, rejected)
+        read, image = read_crops(source, [index], config.resolution, rejected, enlarged)
         if image is None:
             continue
         found += read
@@ -302,6 +304,7 @@ def gather_samples(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Poo
         "count": len(ids),
         "preprocessing": preprocessing_record(config.resolution),
         "rejected": rejected_images(rejected),
+        **enlarged_record(enlarged),
     }
     return PooledSamples(np.concatenate(pooled), known, record)
 

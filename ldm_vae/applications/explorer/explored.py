@@ -29,7 +29,7 @@ from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.folder import LABEL_COLUMNS
 from ldm_vae.data.hf_datasets import local_files
-from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops
+from ldm_vae.data.samples import Enlarged, Rejected, enlarged_sentences, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, DatasetsConfig, ImageSource
 from ldm_vae.data.split import subset
 from ldm_vae.data.synthetic.source import SyntheticConfig
@@ -391,18 +391,20 @@ def choose_images(data: str | None, places: Sequence[ModelPlace], count: int, si
 
 def read_image_set(chosen: Chosen, count: int, side: int) -> ImageSet:
     """`count` images, evenly spread, scaled and cropped to squares of `side` pixels, without unreadable ones."""
-    source, rejected = chosen.source, Rejected()
+    source, rejected, enlarged = chosen.source, Rejected(), Enlarged()
     indices = evenly_spaced(len(source), count)
     images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
     shown = progress(indices, "reading")
-    for crop in iterate_crops(source, shown, side, rejected):
+    for crop in iterate_crops(source, shown, side, rejected, enlarged):
         images[len(kept)] = torch.from_numpy(crop.pixels).permute(2, 0, 1)
         kept.append(crop.index)
     if rejected:
         name, reason = rejected[0]
         left_out = pluralize(len(rejected), "image")
         logger.warning("data: left out: %s that cannot be read, as %s (%s)", left_out, name, reason)
+    for line in enlarged_sentences([short for _, short in enlarged], len(kept)):
+        logger.warning("data: %s", line)
     return ImageSet(
         images[: len(kept)],
         torch.tensor([source.label(index) for index in kept], dtype=torch.int64),

@@ -134,6 +134,8 @@ def test_a_size_is_taken_before_that_of_the_images_and_its_lack_of_effect_is_sai
     write_bundled(folder, Bundled(images, torch.zeros(4, dtype=torch.int64), ("black",), "four blacks"))
     sides = [open_explored(folder, ExploreConfig(size=size)).images.shape[-1] for size in (None, 64)]
     assert sides == [32, 64]
+    assert caplog.text.count("4 of 4 images are smaller than the crop and enlarged") == 1
+    caplog.clear()
     open_explored(vector, ExploreConfig(count=5))
     assert caplog.text == ""
     open_explored(vector, ExploreConfig(count=5, size=64))
