@@ -12,6 +12,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from ldm_vae import schema
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.runtime import reuse_freed_memory
 from ldm_vae.schema import Setting
+from ldm_vae.utils.progress import LineHandler
 from ldm_vae.version import __version__
 
 
@@ -589,6 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not be valid UTF-8
+    logging.lastResort = LineHandler(logging.WARNING)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

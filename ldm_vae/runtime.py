@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ldm_vae.errors import UserError
 
 if TYPE_CHECKING:
+    import logging
+
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -77,6 +79,18 @@ def repair_torchvision() -> None:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _libraries.append(library)
         import torchvision  # noqa: F401
+
+
+def silence_empty_warning() -> None:
+    """Leave out one warning of diffusers: at every `to(dtype)` it names the modules that should be kept in float32,
+    also where there are none (`float32: []`). All its other warnings stay."""
+    import logging
+
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_something)
+
+
+def _names_something(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def gigamacs(function: Callable[[], Any]) -> float:

@@ -39,7 +39,8 @@ from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.metrics import psnr
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import pluralize
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
 """The names of the models in `checkpoints/`."""
@@ -238,7 +239,7 @@ def reconstruct_all(
     bundled = SyntheticSource(SyntheticConfig(count=BUNDLED, resolution=max(32, size)))
     places: list[tuple[str, Path | int]] = [*images]
     places = places or [(bundled.label_names[bundled.label(number)], number) for number in range(BUNDLED)]
-    for name, place in progress(places, "reconstructing"):
+    for name, place in track(places, "reconstructing"):
         try:
             image = bundled.read(place) if isinstance(place, int) else read_image(place)
         except ImageRejected as error:

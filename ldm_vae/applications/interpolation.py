@@ -42,7 +42,8 @@ from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet, side_by_side
-from ldm_vae.utils.text import Table, markdown_table, pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import Table, markdown_table, pluralize
 
 PIXELS, LATENTS, OTHER, INVERTED, NOISED = "pixels", "latents", "other", "inverted", "noised"
 SHOWN_PAIRS = 4
@@ -171,7 +172,7 @@ class InterpolationStudy(Study):
     def measure(self) -> Results:
         found: dict[str, list[WayMetrics]] = {way.key: [] for way in self.ways}
         self.shown: list[tuple[Pair, dict[str, list[Image.Image]]]] = []
-        for pair in progress(self.pairs, "interpolating", "pair"):
+        for pair in track(self.pairs, "interpolating", "pair"):
             made = {way.key: way.frames(pair.images) for way in self.ways}
             for key, frames in made.items():
                 found[key].append(measure_way(frames, pair.images))

@@ -32,6 +32,8 @@ from ldm_vae.autoencoder import weights
 from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.errors import UserError
 
+runtime.silence_empty_warning()
+
 DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
 

@@ -130,6 +130,7 @@ class TrainVaeConfig:
         memory=("phases.*.micro_batch", "phases.*.crop"),
         progress=("loss/*", "rate/nats_per_dim"),
         hidden=("loss/kl",),
+        command="train-vae",
     )
 
     def __post_init__(self) -> None:

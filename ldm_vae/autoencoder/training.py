@@ -38,6 +38,7 @@ from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.trainer import DryRun, Engine, fit, make_accelerator
 from ldm_vae.training.trainer import dry_run as dry_run_of
+from ldm_vae.utils.progress import say
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
@@ -70,16 +71,16 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)
         costs = dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator)
-        accelerator.print(costs)
+        say(str(costs))
         return costs
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, Path(config.output))
     run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
     if held_out:
         for line in enlarged_sentences(held_out.enlarged, len(held_out.images), "held_out_resolution"):
-            accelerator.print("held out:", line)
+            say(f"held out: {line}")
         for line in enlarged_sentences(held_out.enlarged_crops, held_out.read, "phases.crop"):
-            accelerator.print("training crops, by the held-out images:", line)
+            say(f"training crops, by the held-out images: {line}")
     model = VaeModel(config, held_out, accelerator.device)
     if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
         model.autoencoder.fit_statistics(measured_batches(config))
@@ -381,7 +382,7 @@ class VaeModel:
         rate, side = self.config.rate, self.config.held_out_resolution
         if self.has_rate and rate.mode == "target" and WHOLE_IMAGES_NATS in metrics:
             crops_nats, images_nats = metrics["held_out/nats_per_dim"], metrics[WHOLE_IMAGES_NATS]
-            print(f"{directory}: {whole_image_rate(rate.target_nats, crops_nats, images_nats, side)}")
+            say(f"{directory}: {whole_image_rate(rate.target_nats, crops_nats, images_nats, side)}")
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         assert size is not None

@@ -46,6 +46,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.redaction import without_folders
+from ldm_vae.utils.progress import say
 
 PIPELINE, CHECKPOINT = "diffusers-pipeline", "checkpoint"
 TARGETS = ("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
@@ -141,8 +142,8 @@ def convert(config: ConvertConfig, *, overwrite: bool = False) -> dict[str, Any]
         source = record["source"]
         what = f"{source['class']}, {config.to}, {precision}, from {source['fingerprint'][:19]}..."
     for note in notes:
-        print(f"note: {note}")
-    print(f"{config.output}: {what}")
+        say(f"note: {note}")
+    say(f"{config.output}: {what}")
     return record
 
 

@@ -28,6 +28,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file
 from ldm_vae.random import numpy_rng
 from ldm_vae.training import watchdog
+from ldm_vae.utils.progress import track
 from ldm_vae.utils.text import pluralize
 
 logger = logging.getLogger(__name__)
@@ -369,11 +370,9 @@ class SampleKid:
 
     def _generated(self, pipeline: LatentDiffusionPipeline) -> np.ndarray:
         """Sample i has class i in turn and the noise of (0, i)."""
-        from tqdm import tqdm
-
         names, count = pipeline.labels, self.config.samples
         features = []
-        for first in tqdm(range(0, count, BATCH), desc="samples for KID", dynamic_ncols=True, leave=False):
+        for first in track(range(0, count, BATCH), "samples for KID", "batch"):
             numbers = range(first, min(first + BATCH, count))
             (images,) = pipeline(
                 [names[number % len(names)] for number in numbers] if names else None,

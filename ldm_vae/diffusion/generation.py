@@ -55,6 +55,7 @@ from ldm_vae.latents.format import read_manifest
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.progress import Progress, say
 from ldm_vae.utils.text import pluralize
 from ldm_vae.version import __version__
 
@@ -228,7 +229,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
                 record["compared_latents"] = copies.compared
             provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **record)
     result = GenerationResult(folder, len(images), len(mine), speed, copies)
-    state.print("\n".join([summary(result), *enlarged_sentences([side for _, side in enlarged], 1)]))
+    say("\n".join([summary(result), *enlarged_sentences([side for _, side in enlarged], 1)]))
     return result
 
 
@@ -510,14 +511,12 @@ def make_images(
     show: bool,
 ) -> None:
     """Generate and save, batch by batch, under a progress bar."""
-    from tqdm import tqdm
-
     shape = pipeline.latent_shape(parameters["height"], parameters["width"])
     quiet = not show or not images
-    with tqdm(total=len(images), desc="generating", unit="image", dynamic_ncols=True, disable=quiet) as bar:
+    with Progress("generate", len(images), shown=not quiet) as bar:
 
         def progress(_: Any, index: int, *__: Any) -> None:
-            bar.set_postfix_str(f"step {index + 1}")
+            bar.advance(0, f"step {index + 1} of {config.steps}")
 
         for first in range(0, len(images), config.batch):
             batch = images[first : first + config.batch]
@@ -541,7 +540,7 @@ def make_images(
                 raise vanished()
             for planned, image in zip(batch, made):
                 save_png(image, planned, parameters)
-            bar.update(len(batch))
+            bar.advance(len(batch), "")
 
 
 def save_png(image: Image.Image, planned: PlannedImage, parameters: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ from ldm_vae.diffusion.validation import stack_samples, validation_losses
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, published_directory
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.progress import say
 
 NEGLIGIBLE = 1e-6
 """A coefficient below this is not worth reading a file for."""
@@ -131,7 +132,7 @@ def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
         average = synthesize_ema(config.model, config.lengths[0], config.step)
         write_pipeline(pipeline, average, config.output)
         warning = residual_warning(average.residual)
-        print(f"{config.output}: the pipeline, length {average.sigma_rel} after step {average.step}{warning}")
+        say(f"{config.output}: the pipeline, length {average.sigma_rel} after step {average.step}{warning}")
         return []
     device = compute_device(config.device)
     sample_kid = _sample_kid(config) if config.kid else None
@@ -142,12 +143,12 @@ def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
         return metrics if sample_kid is None else metrics | sample_kid(pipeline.to(device))
 
     measured = [EmaMeasurement(None, None, measure())]
-    print(measured[-1].sentence())
+    say(measured[-1].sentence())
     for length in config.lengths:
         average = synthesize_ema(config.model, length, config.step)
         copy_to(pipeline.unet, average)
         measured.append(EmaMeasurement(length, average.step, measure(), average.residual))
-        print(measured[-1].sentence())
+        say(measured[-1].sentence())
     return measured
 
 

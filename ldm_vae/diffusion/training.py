@@ -38,6 +38,7 @@ from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
 from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import DryRun, Engine, TrainingConfig
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.progress import say
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
@@ -101,6 +102,7 @@ class TrainDiffusionConfig:
         may_change=("steps", "micro_batch", "neighbours", "patience", "kid.*"),
         exports=("pipeline",),
         memory=("micro_batch", "crops.size"),
+        command="train-diffusion",
     )
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
     if output is None:
         model = DiffusionModel(config, samples, held_out)
         costs = trainer.dry_run(model, plan, config.training, accelerator)
-        accelerator.print(costs)
+        say(str(costs))
         return costs
     sample_kid = make_sample_kid(config.kid, config.held_out) if config.kid.samples else None
     model = DiffusionModel(config, samples, held_out, output / FOLDER, sample_kid)
@@ -348,7 +350,7 @@ class DiffusionModel:
         with published_directory(directory / "pipeline") as folder:
             pipeline.save_pretrained(folder)
         epochs = f"{metrics['train/epochs']:.1f} epochs of {len(self.samples)} latents"
-        print(f"{directory}: {epochs}; {self.suggestion.summary(engine.steps, self.snapshots.written)}")
+        say(f"{directory}: {epochs}; {self.suggestion.summary(engine.steps, self.snapshots.written)}")
 
     def random_samples(self, rows: slice, size: int | None) -> dict[str, Tensor]:
         count = rows.stop - rows.start

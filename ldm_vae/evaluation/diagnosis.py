@@ -30,6 +30,7 @@ from ldm_vae.evaluation.plots import COLORS, INK, legend, new_figure, page_svg
 from ldm_vae.evaluation.reconstruction import DIFFERENCE_GAIN
 from ldm_vae.evaluation.study import Study, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.progress import track
 from ldm_vae.utils.text import markdown_table
 
 Report = dict[str, Any]
@@ -145,10 +146,8 @@ def read_images(
 
     Images that cannot be decoded are appended to `rejected` and left out; those that are enlarged, to `enlarged`.
     """
-    from tqdm import tqdm
-
     starts = range(0, len(indices), config.batch)
-    for start in tqdm(starts, desc="diagnosing", unit="batch", dynamic_ncols=True):
+    for start in track(starts, "diagnose", "batch", leave=True):
         batch = indices[start : start + config.batch]
         _, images = read_crops(source, batch, config.resolution, rejected, enlarged)
         if images is not None:

@@ -31,6 +31,7 @@ from ldm_vae.latents.stats import (
     summary_rows,
     text_table,
 )
+from ldm_vae.utils.progress import say
 
 Report = dict[str, Any]
 Plot = tuple[str, str, str, str]
@@ -59,9 +60,9 @@ def show_statistics(config: StatsConfig) -> Statistics:
     if config.output:
         write_page(statistics, dataset, config.output)
     if config.json:
-        print(readable_json(statistics.report), end="")
+        say(readable_json(statistics.report).rstrip("\n"))
     else:
-        print(text_table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
+        say(text_table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
     return statistics
 
 

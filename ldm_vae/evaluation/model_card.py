@@ -49,6 +49,7 @@ from ldm_vae.evaluation.study import check_not_enlarged, read_config_yaml, read_
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import markdown_table, pluralize
 
 CARD = "README.md"
@@ -136,9 +137,9 @@ def make_card(config: CardConfig, *, overwrite: bool = False) -> int:
     """Write the card, upload the model if asked, and print what is not recorded. Returns: 0. Raises: UserError."""
     write = write_pipeline_card if has_pipeline(config.model) else write_card
     path, missing = write(config, overwrite=overwrite)
-    print(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+    say(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
     if config.push_to_hub:
-        print(f"uploaded: {push(path.parent, config.push_to_hub)}")
+        say(f"uploaded: {push(path.parent, config.push_to_hub)}")
     return 0
 
 

@@ -62,6 +62,7 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
 from ldm_vae.utils.image_grid import plain_grid, side_by_side
+from ldm_vae.utils.progress import say, track
 from ldm_vae.utils.text import markdown_table, pluralize
 
 RESULTS = "results.json"
@@ -437,16 +438,7 @@ def fit_baseline(
 
 def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:
     """This process's share of the units with a progress bar on the main process."""
-    from tqdm import tqdm
-
-    return tqdm(
-        processes.share(units),
-        desc=task,
-        unit="batch",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not processes.is_main_process,
-    )
+    return track(list(processes.share(units)), task, "batch", shown=processes.is_main_process)
 
 
 @torch.no_grad()
@@ -757,8 +749,6 @@ def reconstruct_pictures(
     Raises:
         UserError: a missing file or folder, an `output` that is not empty and not `overwrite`, no image.
     """
-    from tqdm import tqdm
-
     started = time.time()
     files = find_pictures(inputs)
     target = compute_device(device)
@@ -769,7 +759,7 @@ def reconstruct_pictures(
     written: list[Path] = []
     rejected, enlarged = Rejected(), Enlarged()
     quality: list[float] = []
-    for name, path in tqdm(files, desc="reconstructing", unit="image", dynamic_ncols=True):
+    for name, path in track(files, "reconstruct", leave=True):
         try:
             image = decode_image(path.read_bytes())
         except ImageRejected as error:
@@ -842,7 +832,7 @@ def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False) ->
         overwrite=overwrite,
     )
     for name, reason in rejected:
-        print(f"{name}: left out ({reason})")
+        say(f"{name}: left out ({reason})")
     left_out = f", {len(rejected)} left out" if rejected else ""
-    print(f"{config.output}: {pluralize(len(written), 'reconstruction')}{left_out}")
+    say(f"{config.output}: {pluralize(len(written), 'reconstruction')}{left_out}")
     return 0

@@ -21,6 +21,7 @@ from ldm_vae.evaluation.reconstruction import read_evaluation
 from ldm_vae.evaluation.study import enlarged_lines, read_config_yaml, read_json
 from ldm_vae.files import check_tensor_file, write_text
 from ldm_vae.metrics import METRIC_TITLES
+from ldm_vae.utils.progress import say
 
 STAGES = {
     "vae": "Train the autoencoder",
@@ -253,5 +254,5 @@ class ReportConfig:
 def report(config: ReportConfig) -> int:
     """Write the page and print its size. Returns: 0. Raises: UserError."""
     page = write_report(config.run, config.output)
-    print(f"{page}: {page.stat().st_size / 2**20:.1f} MB, opens in any browser")
+    say(f"{page}: {page.stat().st_size / 2**20:.1f} MB, opens in any browser")
     return 0

@@ -41,6 +41,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.storage import open_folder
 from ldm_vae.training.distributed import Processes, run_on_main
+from ldm_vae.utils.progress import say
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
@@ -156,7 +157,7 @@ class Study:
             self.prepare()
         if dry_run:
             if self.processes.is_main_process:
-                print(f"{self.output}: {'would be measured' if results is None else 'is finished'}")
+                say(f"{self.output}: {'would be measured' if results is None else 'is finished'}")
             return results or {}
         if results is None:
             with contextlib.ExitStack() as stack:
@@ -164,7 +165,7 @@ class Study:
                 self.collect()
                 results = run_on_main(self.processes, self._measure_and_commit)
         if self.processes.is_main_process:
-            print("\n".join([self.summary(results), *enlarged_lines(results)]), flush=True)
+            say("\n".join([self.summary(results), *enlarged_lines(results)]))
         return results
 
     def load(self) -> Results | None:

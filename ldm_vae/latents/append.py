@@ -39,6 +39,7 @@ from ldm_vae.latents.writer import READERS, Output
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training.distributed import run_on_main
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize
 
 IDS_AT_ONCE = 1 << 16
@@ -141,15 +142,15 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
     total, count, number = len(keys), int(new.sum()), len(manifest.datasets)
     under_way = folder.exists(plan_name(number))
     if left_out := known.left_out(id_prefix + images.id(key) for key in keys[~new].tolist()):
-        print(
+        say(
             f"{where}: {left_out} of those with known ids {'was' if left_out == 1 else 'were'} left out when they were "
             "encoded; to add one that was mended, give it another name, or append it alone with id_prefix=NAME/"
         )
     if not count and not under_way:
-        print(f"{where}: nothing new: all {total} images are in the set already, by their ids")
+        say(f"{where}: nothing new: all {total} images are in the set already, by their ids")
         return None
     verb = "is" if count == 1 else "are"
-    print(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} {verb} new")
+    say(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} {verb} new")
     last = manifest.datasets[-1]
     place = (manifest.shards, last["first_index"] + last["count"])
     segment = _planned(job, images, manifest, number, keys[new], place, id_prefix)
@@ -166,12 +167,12 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
 def _say_classes(manifest: Manifest, names: Sequence[str], where: str) -> None:
     """What the classes of new images mean for a set. `names`: of theirs."""
     if manifest.label_names and not names:
-        print(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
+        say(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
     if names and not manifest.label_names:
-        print(f"{where}: the {pluralize(manifest.count, 'image')} of the set have no label, the new ones have classes")
+        say(f"{where}: the {pluralize(manifest.count, 'image')} of the set have no label, the new ones have classes")
     if new := [name for name in names if name not in manifest.label_names]:
         more = f" and {len(new) - SHOWN_CLASSES} more" if len(new) > SHOWN_CLASSES else ""
-        print(f"{where}: new classes: {', '.join(new[:SHOWN_CLASSES])}{more} ({len(new)})")
+        say(f"{where}: new classes: {', '.join(new[:SHOWN_CLASSES])}{more} ({len(new)})")
 
 
 def _made_segment(job: Job, folder: Folder, number: int) -> NewSegment:
@@ -381,9 +382,9 @@ def refuse_other_images(
             "of another source apart, as id_prefix=NAME/, or encode images that were changed to another output"
         )
     for id in others:
-        print(f"{where}: {id} has changed since it was encoded; its latent stays as it is")
+        say(f"{where}: {id} has changed since it was encoded; its latent stays as it is")
     if relabeled:
-        print(
+        say(
             f"{where}: {len(relabeled)} of {compared} compared images have another label now, as {relabeled[0]}; the "
             "labels in the set stay as they are"
         )

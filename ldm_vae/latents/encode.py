@@ -51,6 +51,7 @@ from ldm_vae.training.distributed import (
 from ldm_vae.training.loader import lost_worker
 from ldm_vae.training.watchdog import StopRequest, Watchdog
 from ldm_vae.utils.concurrency import in_order
+from ldm_vae.utils.progress import Progress, say
 from ldm_vae.utils.text import pluralize, size_text
 
 MOST_THREADS = 8
@@ -201,7 +202,7 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
         accelerator = make_accelerator(config)
         previews = [preview_encoding(config, accelerator, size) for size in parse_sizes(config.resolution)]
         for found in previews:
-            accelerator.print("\n".join(found.lines()))
+            say("\n".join(found.lines()))
         return previews
     return run_job(config, encode_all_sizes)
 
@@ -344,7 +345,7 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
             stack.enter_context(output.open(share))
             manifest = output.finished_manifest()
             if manifest:
-                print(f"{output.where}: finished already: {summary(manifest)}")
+                say(f"{output.where}: finished already: {summary(manifest)}")
             return replace(manifest) if manifest else output.finished_units(share), output.origin
 
         found, output.origin = run_on_main(accelerator, take)
@@ -363,14 +364,14 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
 
         def complete() -> Manifest | None:
             if enlarged:
-                print(
+                say(
                     f"{output.where}: {enlarged} of the {pluralize(encoded, 'image')} of this job "
                     f"{'is' if enlarged == 1 else 'are'} smaller than {size_name(job.size)} pixels and enlarged; set a "
                     "smaller resolution, or leave small images out"
                 )
             if share == (0, 1):
                 return _complete(job, output, work, speed, started)
-            print(f"{output.where}: share {config.share} is made; the same command without share completes the set")
+            say(f"{output.where}: share {config.share} is made; the same command without share completes the set")
             return None
 
         return run_on_main(accelerator, complete)
@@ -394,7 +395,7 @@ def _complete(job: Job, output: Output, work: Work, images_per_second: float, st
     completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
     output.publish(completed)
     speed = f"; {images_per_second:.1f} images/s" if work.images else ""
-    print(f"{output.where}: {summary(manifest)}{speed}")
+    say(f"{output.where}: {summary(manifest)}{speed}")
     return replace(manifest)  # without its index, which may be large: all processes get it
 
 
@@ -403,13 +404,13 @@ def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
     planned = planned_shards(job.origin)
     if finished:
         known = planned and not job.config.share
-        print(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
+        say(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
     free_bytes, images = output.folder.free_bytes(), images_of_share(job)
     if images is None or free_bytes is None:
         return
     needed = max(0, images - len(finished) * job.config.shard_size) * job.origin.layout.sample_bytes
     if needed > free_bytes:
-        print(
+        say(
             f"{output.where}: the set still needs {needed / 1e9:.3g} GB and {free_bytes / 1e9:.3g} GB are free; "
             "finished shards will stay, and the same command continues after space was made"
         )
@@ -445,7 +446,7 @@ def encode_units(job: Job, output: Output, finished: frozenset[int]) -> Work:
     )  # fmt: skip
     busy = BusyTime(accelerator.device, lanes(job))
     opened: dict[int, OpenShard] = {}
-    progress = Progress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
+    progress = EncodingProgress(images_of_share(job), len(finished) * config.shard_size, accelerator, busy)
     with contextlib.closing(batches), progress, Writer(output) as writer:
         for batch, stored in encoded_batches(job, progress.timed(batches), busy):
             shard = opened.setdefault(batch.unit, OpenShard(batch.unit, job.origin))
@@ -575,27 +576,17 @@ class BusyTime:
         return min(1.0, self._seconds / self.lanes / max(1e-9, time.monotonic() - self.started))
 
 
-class Progress:
+class EncodingProgress:
     """The bar of the main process: images of all processes, taking the others to be as fast as this one."""
 
     def __init__(self, total: int | None, done: int, accelerator: Any, busy: BusyTime, title: str = "encode") -> None:
         """`total`: images of the job, None where unknown; `done`: those of finished shards."""
-        from tqdm import tqdm
-
         self.processes = accelerator.num_processes
         self.encoded = self.rejected = self.enlarged = 0
         self.waited_seconds = 0.0
         self.total, self.busy = total, busy
-        self.bar = tqdm(
-            total=total,
-            initial=done if total is None else min(done, total),
-            unit=" images",
-            desc=title,
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=0.5,
-            disable=not accelerator.is_main_process,
-        )
+        done = done if total is None else min(done, total)
+        self.bar = Progress(title, total, done=done, shown=accelerator.is_main_process)
 
     def timed(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
         """The same batches, with the time of waiting for each of them added up."""
@@ -611,25 +602,25 @@ class Progress:
     def advance(self, batch: ImageBatch) -> None:
         for number, rejection in enumerate(batch.rejected, self.rejected):
             if number < SHOWN_REJECTIONS:
-                self.bar.write(f"{rejection.id}: left out: {rejection.message}")
+                say(f"{rejection.id}: left out: {rejection.message}")
             elif number == SHOWN_REJECTIONS:
-                self.bar.write("and more are left out; quarantine.jsonl will list them all")
+                say("and more are left out; quarantine.jsonl will list them all")
         count = len(batch.rows) + len(batch.rejected)
         self.encoded += len(batch.rows)
         self.rejected += len(batch.rejected)
         self.enlarged += batch.enlarged
         step = count * self.processes
-        self.bar.update(step if self.total is None else min(step, self.total - self.bar.n))
         left_out = f", {self.rejected} left out" if self.rejected else ""
-        self.bar.set_postfix_str(f"model busy {self.busy.fraction():.0%}{left_out}", refresh=False)
+        note = f"model busy {self.busy.fraction():.0%}{left_out}"
+        self.bar.advance(step if self.total is None else min(step, self.total - self.bar.done), note)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> EncodingProgress:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None and self.total is not None:
-            self.bar.update(self.total - self.bar.n)
-        self.bar.close()
+            self.bar.advance_to(self.total)
+        self.bar.close(kind is None)
 
 
 # A dry run: what an encoding job would make, from its plan and a few batches of noise.

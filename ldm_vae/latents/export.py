@@ -27,6 +27,7 @@ from ldm_vae.latents.shard import OpenShard, open_shard
 from ldm_vae.random import generator
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
+from ldm_vae.utils.progress import Progress, say
 from ldm_vae.utils.text import pluralize
 
 EXPORT = "export.json"
@@ -79,7 +80,7 @@ def export_latents(config: ExportConfig) -> Export:
     folder = open_folder(config.output)
     _refuse_others(folder, export)
     if {MANIFEST, *export.files} <= folder.sizes().keys():
-        print(f"{config.output}: exported already")
+        say(f"{config.output}: exported already")
     else:
         try:
             _write_files(folder, export)
@@ -91,7 +92,7 @@ def export_latents(config: ExportConfig) -> Export:
     layout, manifest = export.layout, export.manifest
     dtype = layout.dtype + (" (bfloat16 in the set)" if layout.dtype != manifest.dtype else "")
     size = f"{pluralize(manifest.count, 'sample')} in {pluralize(len(export.files), 'file')}"
-    print(f"{config.output}: {size}; {', '.join(layout.names)} in {dtype}")
+    say(f"{config.output}: {size}; {', '.join(layout.names)} in {dtype}")
     return export
 
 
@@ -169,20 +170,18 @@ def plan_export(manifest: Manifest, config: ExportConfig) -> Export:
 
 
 def _write_files(folder: Folder, export: Export) -> None:
-    from tqdm import tqdm
-
     manifest = export.manifest
     with folder.lock(LOCK):
         folder.clean()
         if not folder.exists(EXPORT):
             folder.write(EXPORT, readable_json(export.to_dict()).encode())
         there, samples = folder.sizes(), ExportedSamples(export)
-        with tqdm(total=manifest.count, unit=" images", desc="export", dynamic_ncols=True) as bar:
+        with Progress("export", manifest.count, "sample") as bar:
             for number, name in enumerate(export.files):
                 start, stop = number * export.rows, min((number + 1) * export.rows, manifest.count)
                 if name not in there:
                     folder.write(name, export.write(samples.blocks(start, stop)))
-                bar.update(stop - start)
+                bar.advance(stop - start)
         folder.write(CARD, _card(export).encode())
         folder.write(MANIFEST, manifest.where.read(MANIFEST))
 

@@ -46,6 +46,7 @@ from ldm_vae.latents.state import IMPORTED, read_state
 from ldm_vae.latents.verify import verify
 from ldm_vae.latents.writer import Output
 from ldm_vae.storage.base import is_url, local_path
+from ldm_vae.utils.progress import BYTE, Progress, say
 
 STATISTICS = "latents_stats.pt"
 FILE_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
@@ -98,9 +99,9 @@ class ImportConfig:
 def import_latents(config: ImportConfig) -> Manifest:
     """Make a set, see `import_set`, and print what it is and how to see it."""
     manifest = import_set(config)
-    print(f"{config.output}: {summary(manifest)}")
+    say(f"{config.output}: {summary(manifest)}")
     words = [config.output, "--autoencoder", config.autoencoder, "--output", "sheet.png"]
-    print(f"no file says that {config.autoencoder} made them; see it with `ldm-vae latents decode {shlex.join(words)}`")
+    say(f"no file says that {config.autoencoder} made them; see it with `ldm-vae latents decode {shlex.join(words)}`")
     return manifest
 
 
@@ -111,35 +112,33 @@ def import_set(config: ImportConfig) -> Manifest:
         UserError: the folder, the autoencoder or the output is not usable, a latent is not finite, or latents_stats.pt
             is of other latents.
     """
-    from tqdm import tqdm
-
     started = time.time()
     source = Source(config.source)
     theirs = read_statistics(source.folder, source.files[0].latent_shape[0])
     for note in source.notes():
-        print(f"note: {config.source}: {note}")
+        say(f"note: {config.source}: {note}")
     output = Output(config.output, plan_set(config, source))
     _restore_plan(output)
     with output.open():
         verification = verify(output.where, progress=True)
         finished = output.finished_manifest() if verification.whole else None
         if finished:
-            print(f"{output.where}: finished already: {summary(finished)}")
+            say(f"{output.where}: finished already: {summary(finished)}")
             return finished
         for finding in verification.findings:
-            print(f"{output.where}/{finding}")
+            say(f"{output.where}/{finding}")
         damaged = {finding.shard for finding in verification.findings if finding.cure == "encode"}
         origin, there = output.origin, output.finished_units() - damaged
         units = planned_shards(origin) or 0
-        with tqdm(total=source.count, unit=" rows", desc="import", dynamic_ncols=True) as bar:
+        with Progress("import", source.count, "row") as bar:
             for unit in range(units):
                 start, stop = unit * config.shard_size, min((unit + 1) * config.shard_size, source.count)
                 if unit not in there:
                     write_shard(output.folder, unit, shard(source, origin, start, stop), origin.layout, origin.digest)
-                bar.update(stop - start)
+                bar.advance(stop - start)
         completed = output.complete(units)
         if theirs:
-            print(compare_statistics(completed.manifest, theirs, source.folder / STATISTICS))
+            say(compare_statistics(completed.manifest, theirs, source.folder / STATISTICS))
         record = provenance.run_record(None, started, time.time() - started, images=completed.manifest.count)
         completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
         output.publish(completed)
@@ -228,15 +227,13 @@ class Source:
 
     def fingerprint(self) -> str:
         """sha256 hex over names, sizes and checksums of the files; reads all of them."""
-        from tqdm import tqdm
-
         items: list[tuple[object, ...]] = [("lightningdit",)]
         size_bytes = sum(file.path.stat().st_size for file in self.files)
-        with tqdm(total=size_bytes, unit="B", unit_scale=True, desc="check", dynamic_ncols=True) as bar:
+        with Progress("check", size_bytes, BYTE, leave=False) as bar:
             for file in self.files:
                 size = file.path.stat().st_size
                 items.append((file.path.name, size, checksum(file.path)))
-                bar.update(size)
+                bar.advance(size)
         return hash_items(items)
 
     def notes(self) -> list[str]:

@@ -49,6 +49,7 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage.base import Folder
 from ldm_vae.utils.image_grid import labeled_sheet
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize, size_text
 
 SHOWN_NAMES = 12
@@ -76,7 +77,7 @@ class InfoConfig:
 def show_info(config: InfoConfig) -> dict[str, Any]:
     """Print what a set is. Returns and raises: see `describe`."""
     values = describe(config.latents)
-    print(readable_json(values) if config.json else "\n".join(lines(values)), end="" if config.json else "\n")
+    say(readable_json(values).rstrip("\n") if config.json else "\n".join(lines(values)))
     return values
 
 
@@ -284,8 +285,8 @@ def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[Dec
     decoded = decode_samples(dataset, autoencoder, numbers, flipped=config.flipped, posterior=config.posterior)
     write_atomically(output, contact_sheet(decoded).save)
     for sample in decoded:
-        print("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
-    print(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
+        say("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
+    say(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
     return decoded
 
 

@@ -35,6 +35,7 @@ from ldm_vae.latents.writer import LOCK, OTHER_ORIGIN, Output
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training.distributed import run_on_main, wait_for_all
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize
 
 
@@ -150,7 +151,7 @@ def _encode_later_segments(
         raise next(iter(refusals.values()))
     if accelerator.is_main_process:
         for number, refusal in refusals.items():
-            print(f"{refusal} - so the damaged shards of segment {number} stay as they are now")
+            say(f"{refusal} - so the damaged shards of segment {number} stay as they are now")
     return made
 
 
@@ -167,7 +168,7 @@ def _examine(location: str) -> Damage:
     if verification.whole and not verification.finished:
         instead = f"run the same `{verification.command}` command again"
         raise UserError(location, "is not damaged, but not finished", instead)
-    print("\n".join(verification.lines()[:-1] if verification.findings else verification.lines()))
+    say("\n".join(verification.lines()[:-1] if verification.findings else verification.lines()))
     return _damage(verification, read_state(open_folder(location)))
 
 
@@ -242,7 +243,7 @@ def _is_first_segment(job: Job, folder: Folder, damage: Damage) -> tuple[bool, N
     except UserError as error:
         if set(damage.shards) == {0}:
             raise
-        print(f"{error} - so only the shards of other segments are made again now")
+        say(f"{error} - so only the shards of other segments are made again now")
         return False, None
     return True, None
 
@@ -267,7 +268,7 @@ def _restore_plans(folder: Folder, damage: Damage, ours: Origin | None) -> None:
                 origin = damage.segments[number].origin or ours
                 assert origin is not None
                 write_plan(folder, origin, number)
-                print(f"{folder.location}: {plan_name(number)} is as it was again")
+                say(f"{folder.location}: {plan_name(number)} is as it was again")
 
 
 def _encode(job: Job, output: Output, segment: Segment, units: Iterable[int]) -> None:
@@ -315,23 +316,23 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
                 found = "the same bytes as before"
             else:
                 found = "other bytes than before (another machine, or other versions)"
-            print(f"{where}: {shard_name(shard)} is made again: {found}")
+            say(f"{where}: {shard_name(shard)} is made again: {found}")
     for name in damage.foreign:
         if remove_foreign:
             folder.remove(name)
         what = "is removed" if remove_foreign else "does not belong here and is left alone; --remove-foreign deletes it"
-        print(f"{where}: {name} {what}")
+        say(f"{where}: {name} {what}")
     left = {number: units for number, units in damage.shards.items() if number not in set(done)}
     for number, units in left.items():
         things = pluralize(len(units), "damaged shard")
-        print(f"{where}: {things} of segment {number} left; run this again with the settings that made it")
+        say(f"{where}: {things} of segment {number} left; run this again with the settings that made it")
     if left:
         return False
     _rebuild(folder, damage)
     verification = verify(where, quick=True)
-    print("\n".join(verification.lines()))
+    say("\n".join(verification.lines()))
     if damage.hopeless:
-        print(f"{where}: {damage.hopeless} of the things above cannot be mended here")
+        say(f"{where}: {damage.hopeless} of the things above cannot be mended here")
     return verification.whole and not damage.hopeless
 
 

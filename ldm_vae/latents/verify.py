@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -55,6 +54,7 @@ from ldm_vae.latents.writer import LOCK, QUARANTINE
 from ldm_vae.storage.base import Folder, is_url
 from ldm_vae.training import watchdog
 from ldm_vae.utils.concurrency import in_order
+from ldm_vae.utils.progress import BYTE, Progress, say
 from ldm_vae.utils.text import pluralize, size_text
 
 THREADS, REMOTE_THREADS = 4, 16
@@ -186,7 +186,7 @@ def verify_latents(config: VerifyConfig) -> Verification:
     if config.report:
         refuse_inside(config.report, "report")
     verification = verify(config.latents, quick=config.quick, progress=True)
-    print("\n".join(verification.lines()))
+    say("\n".join(verification.lines()))
     if config.report:
         write_json(Path(config.report), verification.to_dict())
     return verification
@@ -214,10 +214,10 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     if not quick:
         threads = max(1, min(threads, MEMORY_BYTES // max([1, *sizes])))
     check = partial(check_shard, folder, sizes=state.sizes, quick=quick)
-    with _bar(sum(sizes), progress and not quick) as bar:
+    with Progress("verify", sum(sizes), BYTE, shown=progress and not quick) as bar:
         for place, report in in_order(check, places, threads=threads, ahead=2 * threads):
             survey.add(place, report)
-            bar.update(report.bytes_read)
+            bar.advance(report.bytes_read)
             watchdog.advance()
     findings, notes = [*state.findings, *survey.findings()], list(_notes(state))
     index = survey.index()
@@ -232,14 +232,6 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
         str(location), quick, tuple(findings), tuple(notes), state.finished, len(counts), int(counts.sum()),
         survey.bytes_read, time.monotonic() - started, state.command,
     )  # fmt: skip
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", dynamic_ncols=True, disable=not shown) as bar:
-        yield bar
 
 
 def _notes(state: SetState) -> Iterator[str]:

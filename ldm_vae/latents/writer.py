@@ -42,6 +42,7 @@ from ldm_vae.latents.shard import Shard, no_space, write_shard
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training import watchdog
+from ldm_vae.utils.progress import say
 
 QUARANTINE = "quarantine.jsonl"
 LOCK, PLAN_LOCK = "encode.lock", "plan.lock"
@@ -213,7 +214,7 @@ class Output:
     def _refuse_loss(self, segment: int, missing: str) -> None:
         """Raises: UserError when the manifest lists that segment. Without a manifest a line is printed."""
         if not self.folder.exists(MANIFEST):
-            print(f"{self.where}: {plan_name(segment)} is left out: {missing} is not there; append its images again")
+            say(f"{self.where}: {plan_name(segment)} is left out: {missing} is not there; append its images again")
         elif len(manifests.read_manifest(self.folder).datasets) > segment:
             raise UserError(f"{self.where}: {missing} is not there; make it again with `ldm-vae latents repair`")
 

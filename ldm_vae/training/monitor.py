@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm_vae.errors import UserError
 from ldm_vae.training.loader import MicroBatch, Plan, Samples, StreamedSamples, order_of
 from ldm_vae.training.run_directory import RunDirectory
+from ldm_vae.utils.progress import Progress, say
 
 MAXIMUM_SKIPPED_STEPS = 20
 LARGEST_NORM = 1e18
@@ -249,23 +250,14 @@ class Tracker:
     """Writes metrics and moves the progress bar. Only the main process shows or writes anything."""
 
     def __init__(self, run: RunDirectory, accelerator: Any, steps: int, first_step: int, seconds_before: float) -> None:
-        from tqdm import tqdm
-
         self.accelerator = accelerator
         self.run = run
         self.seconds_before = seconds_before
         self.bad_samples = BadSamples(run.path)
         self._started = self._last_time = time.monotonic()
         self._images = 0
-        self.bar = tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=0.5,
-            disable=not accelerator.is_main_process,
-        )
+        shown = accelerator.is_main_process
+        self.bar = Progress(run.keys.command, steps, "step", done=first_step, shown=shown)
 
     @property
     def seconds(self) -> float:
@@ -274,7 +266,7 @@ class Tracker:
 
     def advance(self, images: int) -> None:
         self._images += images
-        self.bar.update(1)
+        self.bar.advance()
 
     def throughput(self) -> dict[str, float]:
         """Images per second since the last call, and the run's seconds."""
@@ -296,13 +288,13 @@ class Tracker:
         """Log metrics that are rare enough for a line of their own."""
         if metrics:
             self.log(step, metrics)
-            self.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def alarm(self, step: int, name: str, sentence: str) -> None:
         """One sentence above the progress bar, and a line among the metrics that the plots mark."""
         if self.accelerator.is_main_process:
             self.run.add_metrics({"step": step, "alarm": sentence, "verdict": name})
-        self.print(f"step {step}: ALARM {sentence}")
+        self.say(f"step {step}: ALARM {sentence}")
 
     def report_rejected(self) -> None:
         """Name the images that could not be read since the last call. All processes must call this."""
@@ -311,18 +303,16 @@ class Tracker:
             with self.run.writing():
                 self.bad_samples.append(new)
         for sentence in rejection_sentences(new):
-            self.print(sentence)
+            self.say(sentence)
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """The metrics that have a place beside the progress bar."""
-        short = {name: f"{value:.4g}" for name, value in self.run.keys.shown(metrics).items()}
-        rate = metrics.get("time/images_per_second")
-        self.bar.set_postfix(short | ({"images/s": f"{rate:.0f}"} if rate is not None else {}))
+        self.bar.note = ", ".join(f"{name} {value:.4g}" for name, value in self.run.keys.shown(metrics).items())
 
-    def print(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.accelerator.is_main_process:
-            self.bar.write(text)
+            say(text)
 
     def close(self) -> None:
         """Without an error where a tracker cannot write its last lines: `metrics.jsonl` has them."""
@@ -330,7 +320,7 @@ class Tracker:
             with contextlib.suppress(OSError):
                 tracker.finish()
         self.accelerator.trackers = []
-        self.bar.close()
+        self.bar.close(self.bar.done == self.bar.total)
 
 
 # Images that could not be read: reported once for all processes, and listed in `quarantine.jsonl`.

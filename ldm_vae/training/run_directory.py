@@ -58,6 +58,7 @@ class ModelKeys:
         memory: keys to lower when memory runs out; the first one leaves the result as it is.
         progress: metrics beside the progress bar, as patterns in their order.
         hidden: patterns of metrics that are left out of `progress`.
+        command: the command that trains it, for the progress bar.
     """
 
     may_change: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class ModelKeys:
     memory: tuple[str, ...] = ()
     progress: tuple[str, ...] = ("loss/*",)
     hidden: tuple[str, ...] = ()
+    command: str = "training"
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics beside the progress bar, under the last part of their names."""

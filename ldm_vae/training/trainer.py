@@ -68,6 +68,7 @@ from ldm_vae.training.monitor import (
 )
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.watchdog import StopRequest, Watchdog
+from ldm_vae.utils.progress import say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -385,7 +386,7 @@ def train(
             "ends where it is) or more, or give another output"
         )
     if first_step == plan.steps and (run.path / provenance.RUN_RECORD).exists():
-        accelerator.print(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
+        say(f"{run.path}: this run is finished ({plan.steps} steps); nothing to do")
         return 0
     if accelerator.is_main_process:
         run.begin(first_step)
@@ -419,7 +420,7 @@ def train(
                 if step % config.save_every == 0 or step == plan.steps or stopping:
                     save_checkpoint(model, engine, averages, run, step, tracker.seconds)
                 if stopping and step < plan.steps:
-                    tracker.print(f"stopped at step {step} of {plan.steps}; the same command continues")
+                    tracker.say(f"stopped at step {step} of {plan.steps}; the same command continues")
                     return EXIT_INTERRUPTED
                 watchdog.advance(step)
         consistency.finish()
@@ -494,7 +495,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     def choose() -> Path | None:
         path, problems = checkpoints.newest(run.checkpoints)
         for problem in problems:
-            engine.accelerator.print(problem)
+            say(problem)
         return path
 
     path = run_on_main(engine.accelerator, choose)
@@ -511,7 +512,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     averages.load_state_dict(saved.state["averages"], engine.device)
     engine.stability.load_state_dict(saved.state.get("numbers", {}))  # a checkpoint of an earlier release has none
     model.load_state_dict(saved.state["model"], saved.tensors, saved.step)
-    engine.accelerator.print(f"{run.path}: continuing from step {saved.step}")
+    say(f"{run.path}: continuing from step {saved.step}")
     return saved.step, saved.state["seconds"]
 
 

@@ -1,24 +1,37 @@
-"""Text for people: numbers and sizes in sentences, the progress bar, tables in Markdown."""
+"""Text for people: numbers, sizes and times in sentences, tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-Item = TypeVar("Item")
-
-
-def progress(items: Iterable[Item], task: str, unit: str = "image", total: int | None = None) -> Iterator[Item]:
-    """Yield the items with a progress bar on standard error that disappears at the end."""
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=task, unit=unit, total=total, dynamic_ncols=True, leave=False))
 
 
 def pluralize(number: int, thing: str) -> str:
-    """`1 sample`, `2,000 samples`."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+    """`1 sample`, `2,000 samples`, `3 batches`, `4 classes`."""
+    if number == 1:
+        return f"{number:,} {thing}"
+    return f"{number:,} {thing}{'es' if thing.endswith(('s', 'ch')) else 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """A time in the two units that matter: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, name, smaller, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"
+
+
+def rate_text(per_second: float, thing: str) -> str:
+    """`13.5 images/s`; below one a second `2.4 s/image`; of bytes `12.3 MB/s`."""
+    if thing == "byte":
+        return f"{size_text(round(per_second))}/s"
+    if per_second >= 1:
+        return f"{per_second:.1f} {pluralize(2, thing).split(' ', 1)[1]}/s"
+    return f"{1 / max(1e-9, per_second):.1f} s/{thing}"
 
 
 def size_text(size_bytes: int) -> str:

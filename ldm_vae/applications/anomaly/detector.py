@@ -43,6 +43,7 @@ from ldm_vae.files import (
     write_json,
 )
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize
 
 FORMAT_VERSION = 2
@@ -203,7 +204,7 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
     if _FitDetector(config, networks.autoencoder, overwrite=overwrite).load() is None:
         save_detector(learn_detector(config, networks), output, started)
     detector = load_detector(output)
-    print(describe_detector(detector))
+    say(describe_detector(detector))
     return detector
 
 

@@ -21,13 +21,13 @@ from ldm_vae.data.synthetic.source import SyntheticSource
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import Picture, embed_image
 from ldm_vae.files import checksum_bytes
-from ldm_vae.utils.text import progress
+from ldm_vae.utils.progress import track
 
 
 def crop_batches(crops: Iterator[Crop], size: int, total: int, task: str) -> Iterator[list[Crop]]:
     """Lists of up to `size` crops, with a progress bar of `total` images."""
     waiting: list[Crop] = []
-    for crop in progress(crops, task, total=total):
+    for crop in track(crops, task, total=total):
         waiting.append(crop)
         if len(waiting) == size:
             yield waiting

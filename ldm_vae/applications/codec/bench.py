@@ -38,7 +38,8 @@ from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.text import markdown_table, pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import markdown_table, pluralize
 
 OURS = "ldm-vae"
 SELF_FITTED = f"{OURS}, self-fitted"
@@ -241,7 +242,7 @@ def measure_codecs(config: CodecBenchConfig, codecs: dict[str, Codec], source: I
     lpips = LPIPS(config.perceptual_net, config.perceptual_weights).to(device) if config.perceptual_net else None
     measured, chosen = CodecMeasurements(), evenly_spaced(len(source), config.count)
     shown = {chosen[i] for i in evenly_spaced(len(chosen), config.examples)} if config.examples else set()
-    for index in progress(chosen, "coding"):
+    for index in track(chosen, "coding"):
         _, crop = read_crops(source, [index], config.resolution, measured.rejected, measured.enlarged)
         if crop is None:
             continue

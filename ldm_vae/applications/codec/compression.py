@@ -32,6 +32,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import largest_within
 from ldm_vae.files import write_bytes, write_png
 from ldm_vae.runtime import compute_device
+from ldm_vae.utils.progress import say
 
 LEVELS_PER_QUALITY = 16
 """Steps of the search for a file size."""
@@ -158,7 +159,7 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
         try:
             image = read_image(path)
         except ImageRejected as error:
-            print(f"{path}: left out ({error})")
+            say(f"{path}: left out ({error})")
             continue
         picture = codec.analyze(image, str(path))
         if config.target_bpp is not None:
@@ -168,7 +169,7 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
             data = codec.compress(picture, entropy_models.step_of(quality), config.progressive).data
         write_bytes(goal, data)
         written.append(CompressedFile(goal, len(data), picture.width, picture.height))
-        print(f"{goal}: {len(data)} bytes, {written[-1].bits_per_pixel:.3f} bits per pixel")
+        say(f"{goal}: {len(data)} bytes, {written[-1].bits_per_pixel:.3f} bits per pixel")
     if not written:
         raise UserError(f"{config.images[0]}: no image could be decoded; give other files")
     return written
@@ -207,7 +208,7 @@ def decompress(config: DecompressConfig, *, overwrite: bool = False) -> list[Pat
             continue
         write_png(goal, image)
         written.append(goal)
-        print(f"{goal}: {image.width} x {image.height}")
+        say(f"{goal}: {image.width} x {image.height}")
     if refused:
         raise NotDecompressed(refused)
     return written

@@ -44,6 +44,7 @@ from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.latents.inspect import check_autoencoder
 from ldm_vae.random import numpy_rng
+from ldm_vae.utils.progress import Progress, say
 from ldm_vae.utils.text import pluralize
 
 STATISTICS_SAMPLES = 256
@@ -119,8 +120,8 @@ def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel
         model = _with_networks(statistics, _train(config, dataset, statistics, fitted_on))
     model.save(output)
     bits = _report(statistics, model, *held_out)
-    print(f"{output}: {model.kind} model of {model.channels} channels, {model.fingerprint}")
-    print("held out, quality 50: " + ", ".join(f"{name} {value:.3f} bits per level" for name, value in bits.items()))
+    say(f"{output}: {model.kind} model of {model.channels} channels, {model.fingerprint}")
+    say("held out, quality 50: " + ", ".join(f"{name} {value:.3f} bits per level" for name, value in bits.items()))
     return model
 
 
@@ -231,16 +232,14 @@ class ContextNetworks(nn.Module):
 
 def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray) -> Any:
     """Networks that minimize the code length of levels at random steps."""
-    from tqdm import tqdm
-
     one = 1 << entropy_models.RATIO_BITS
     networks = ContextNetworks(
         statistics.channels, np.array(statistics.scales) / one, torch.Generator().manual_seed(config.seed)
     )
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    bar = tqdm(range(config.steps), desc="fitting", unit="step", dynamic_ncols=True, leave=False)
-    for number in bar:
+    bar = Progress("codec fit", config.steps, "step")
+    for number in range(config.steps):
         rng = numpy_rng(config.seed, "codec", number)
         dataset.set_epoch(number)  # another choice between images and their mirror images
         step = step_of(float(rng.uniform(*QUALITIES)))
@@ -252,8 +251,8 @@ def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedMod
         nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if number % 50 == 0:
-            bar.set_postfix(bits=f"{loss.item():.3f}")
+        bar.advance(1, f"{loss.item():.3f} bits per level" if number % 50 == 0 else None)
+    bar.close()
     return networks
 
 

@@ -29,6 +29,7 @@ from ldm_vae.latents.inspect import choose
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet, side_by_side
+from ldm_vae.utils.progress import say
 
 SHEET_IMAGES = 24
 CELL = 192
@@ -155,10 +156,10 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
             images=len(strips), direction=direction.name, strengths=list(config.strengths), **enlarged_record(enlarged),
         )  # fmt: skip
     for name, reason in rejected:
-        print(f"{name}: left out ({reason})")
-    print(f"{folder}: {len(strips)} pictures at {columns} strengths, their strips, and sheet.png")
+        say(f"{name}: left out ({reason})")
+    say(f"{folder}: {len(strips)} pictures at {columns} strengths, their strips, and sheet.png")
     for line in enlarged_sentences([side for _, side in enlarged], len(strips)):
-        print(line)
+        say(line)
     return strips
 
 

@@ -28,7 +28,8 @@ from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.synthetic.render import TEXTURES
 from ldm_vae.data.synthetic.source import SyntheticSource
 from ldm_vae.errors import UserError
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import pluralize
 
 PIXELS, LABELS, SCENE = "pixels", "labels", "scene"
 """Where attributes come from, besides tables."""
@@ -333,7 +334,7 @@ def train_reader(images: Tensor, attributes: Sequence[Attribute], epochs: int, s
         steps = math.ceil(len(images) / BATCH) * epochs
         optimizer = torch.optim.AdamW(reader.parameters(), LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        for _ in progress(range(epochs), "training the reader", "epoch"):
+        for _ in track(range(epochs), "training the reader", "epoch"):
             for rows in torch.randperm(len(images)).split(BATCH):
                 errors = (reader(images[rows]) - values[rows]) / reader.scale
                 loss = (errors.square() * known[rows]).sum() / known[rows].sum().clamp_min(1)

@@ -44,7 +44,8 @@ from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import side_by_side
-from ldm_vae.utils.text import Table, markdown_table, pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import Table, markdown_table, pluralize
 
 READABLE = 0.7
 """Correlation of reading and truth on reconstructions of images that the reader never saw."""
@@ -177,7 +178,7 @@ class DirectionsEvaluation(Study):
         deviations, correlations = spread_of(self.measurer.measure(images))
         self.rows: list[DirectionRow] = []
         changes: dict[str, list[float]] = {}
-        for direction in progress(self.chosen, "editing", "direction"):
+        for direction in track(self.chosen, "editing", "direction"):
             values = self._values(direction, len(images), config.strengths)
             self.rows.append(assess(direction, self.measurer.names, values, config.strengths, deviations, correlations))
             changes[direction.name] = slopes(values, config.strengths, deviations).mean(axis=0).tolist()

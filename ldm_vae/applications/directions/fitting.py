@@ -49,7 +49,8 @@ from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.text import markdown_table, pluralize, progress
+from ldm_vae.utils.progress import say, track
+from ldm_vae.utils.text import markdown_table, pluralize
 
 FORMAT_VERSION = 1
 FOLDER = "directions"
@@ -199,7 +200,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
             write_text(output / "results.md", markdown(found))
             count = int(samples.record["count"])
             provenance.write_run_record(output, None, started, time.time() - started, images=count)
-    print(f"{output}:\n\n{markdown(found)}", end="")
+    say(f"{output}:\n\n{markdown(found)}".rstrip())
     return found
 
 
@@ -283,7 +284,7 @@ def gather_samples(config: FitDirectionsConfig, autoencoder: Autoencoder) -> Poo
     check_resolution(config.resolution, autoencoder)
     rejected, enlarged = Rejected(), Enlarged()
     found, pooled, pixels = [], [], []
-    for index in progress(indices, "encoding"):
+    for index in track(indices, "encoding"):
         read, image = read_crops(source, [index], config.resolution, rejected, enlarged)
         if image is None:
             continue
@@ -317,7 +318,7 @@ def _from_latents(config: FitDirectionsConfig, latents: str, autoencoder: Autoen
     ids = [dataset.id(number) for number in numbers]
     _check_count(ids, latents)
     pooled, pixels = [], []
-    for number, id in zip(progress(numbers, "encoding"), ids):
+    for number, id in zip(track(numbers, "encoding"), ids):
         latent = dataset[number]["latent"][None]
         pooled.append(pool(latent, id))
         if PIXELS in config.attributes_from:

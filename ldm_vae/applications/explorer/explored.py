@@ -47,7 +47,8 @@ from ldm_vae.files import (
 from ldm_vae.random import generator
 from ldm_vae.redaction import redacted
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.text import pluralize, progress
+from ldm_vae.utils.progress import track
+from ldm_vae.utils.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +283,7 @@ def _encoded(autoencoder: Autoencoder, path: str, images: ImageSet, directions: 
         directions = None
     name = _name_of(path)
     parts = images.pixels.split(_batch(images.pixels))
-    shown = progress(parts, f"encoding with {name}", "batch")
+    shown = track(parts, f"encoding with {name}", "batch")
     mean, logvar = torch.cat([_moments(autoencoder, part) for part in shown], dim=1)
     if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
         raise UserError(f"{path}: makes latents that are not finite; see `ldm-vae diagnose {path}`")
@@ -395,7 +396,7 @@ def read_image_set(chosen: Chosen, count: int, side: int) -> ImageSet:
     indices = evenly_spaced(len(source), count)
     images = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
     kept: list[int] = []
-    shown = progress(indices, "reading")
+    shown = track(indices, "reading")
     for crop in iterate_crops(source, shown, side, rejected, enlarged):
         images[len(kept)] = torch.from_numpy(crop.pixels).permute(2, 0, 1)
         kept.append(crop.index)

@@ -43,6 +43,7 @@ from ldm_vae.applications.explorer.plane import measure_round_trip
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum_bytes
 from ldm_vae.training.watchdog import StopRequest, write_error
+from ldm_vae.utils.progress import Progress, say
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
@@ -318,7 +319,7 @@ def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
         serve(models, config.port)
     else:
         written = export_page(models, config.export, overwrite)
-        print(f"{config.export}: {written / 1e6:.1f} MB, opens in any browser")
+        say(f"{config.export}: {written / 1e6:.1f} MB, opens in any browser")
 
 
 def serve(models: PageModels, port: int) -> None:
@@ -333,7 +334,7 @@ def serve(models: PageModels, port: int) -> None:
     try:
         with contextlib.suppress(KeyboardInterrupt), running(make_application(models, worker), port) as url:
             try:
-                print(f"{url}\n(Ctrl-C ends it)", flush=True)
+                say(f"{url}\n(Ctrl-C ends it)")
                 measuring.start()
                 threading.Event().wait()
             finally:
@@ -346,14 +347,12 @@ def serve(models: PageModels, port: int) -> None:
 def measure_round_trips(models: Sequence[PageModel], stopped: threading.Event, worker: Worker) -> None:
     """For every model in turn, until `stopped`; the page shows each from then on. What the worker has to do goes
     first."""
-    from tqdm import tqdm
-
     for model in models:
         name = model.explored.name
-        with tqdm(total=GRID**2, desc=f"round trip of {name}", unit="point", leave=False) as progress:
+        with Progress(f"round trip of {name}", GRID**2, "point", leave=False) as bar:
 
-            def advance(points: int, progress: Any = progress) -> None:
-                progress.update(points)
+            def advance(points: int, bar: Progress = bar) -> None:
+                bar.advance(points)
                 worker.rest(GIVE_WAY_SECONDS)
                 if stopped.is_set():
                     raise _Stopped

@@ -24,6 +24,8 @@ from ldm_vae.data.synthetic.render import DEFECTS, LABELS, Canvas, Scene, draw_s
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_text
 from ldm_vae.random import numpy_rng
+from ldm_vae.utils.progress import say, track
+from ldm_vae.utils.text import pluralize
 
 RENDERER_VERSION = 1
 """Incremented whenever the same settings give different pixels; part of the fingerprint."""
@@ -141,8 +143,6 @@ def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress:
     Raises:
         UserError: An output folder exists and is not empty.
     """
-    from tqdm import tqdm
-
     out = Path(out).absolute()
     finals = [out, masks_folder(out)] if config.defects > 0 else [out]
     for folder in finals:
@@ -155,10 +155,9 @@ def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress:
             for name in SyntheticSource.label_names:
                 (folder / name).mkdir()
         write = partial(_write_one, config, temporaries[0], temporaries[1] if len(finals) > 1 else None)
-        rows = tqdm(
-            _mapped(write, range(config.count), workers),
-            total=config.count, unit="image", desc="rendering", disable=not progress,
-        )  # fmt: skip
+        rows = track(
+            _mapped(write, range(config.count), workers), "synth", total=config.count, shown=progress, leave=True
+        )
         lines = [json.dumps(row) for row in rows]
         write_text(temporaries[0] / "attributes.jsonl", "\n".join(lines) + "\n")
         for temporary, final in reversed(list(zip(temporaries, finals))):
@@ -230,6 +229,6 @@ def synthesize(config: SynthConfig) -> int:
     output = Path(config.output)
     write_images(scenes, output, config.workers or min(8, os.cpu_count() or 1))
     masks = f", defect masks in {masks_folder(output)}" if scenes.defects > 0 else ""
-    print(f"{output}: {scenes.count} image{'s' * (scenes.count != 1)} and attributes.jsonl{masks}")
-    print(f"train on them with: data={output}")
+    say(f"{output}: {pluralize(scenes.count, 'image')} and attributes.jsonl{masks}")
+    say(f"train on them with: data={output}")
     return 0

@@ -1,0 +1,200 @@
+"""What a person sees while a command works: a first line, a bar, a last line.
+
+    begin("encode", "1,998 images of 10 classes", "512 pixels", "cpu, fp32", "to latents/mine")
+    with Progress("encode", 1998) as bar:
+        bar.advance(8)
+    end("latents/mine", "1,998 latents in 8 shards", ["latents", "verify", "latents/mine"])
+
+    encode: 1,998 images of 10 classes; 512 pixels; cpu, fp32; to latents/mine
+    encode:  42%|████▏     | 840/1998 [01:02<01:25, 13.5 images/s]
+    latents/mine: 1,998 latents in 8 shards; next: ldm-vae latents verify latents/mine
+
+Sentences go to standard output, bars to standard error. Where standard error is not a terminal (a pipe, a log file), a
+line every half a minute and one at the end take the place of the bar. Only the main process shows anything. No other
+module of the package prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from ldm_vae.utils.text import duration_text, pluralize, rate_text, size_text
+
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 30.0
+"""At least, of a bar that is not on a terminal."""
+BYTE = "byte"
+"""The unit of a bar whose numbers are shown as kB, MB ..."""
+
+_inside: ContextVar[bool] = ContextVar("inside another command", default=False)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of its launch (torchrun and `accelerate launch` set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str = "", *, error: bool = False) -> None:
+    """Print lines that never stand on the same line as a bar, to standard output or `error`; main process only."""
+    if not is_main_process():
+        return
+    stream = sys.stderr if error else sys.stdout
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None and tqdm.tqdm._instances:
+        tqdm.tqdm.write(text, file=stream)  # takes the bars away and draws them again
+        stream.flush()
+    else:
+        print(text, file=stream, flush=True)
+
+
+def begin(command: str, *what: str) -> None:
+    """The first line: `command` and what it will do with what. Empty texts are left out."""
+    if not _inside.get():
+        say(f"{command}: {'; '.join(part for part in what if part)}")
+
+
+def end(where: object, what: str, then: Sequence[str] = ()) -> None:
+    """The last line: where it is, what was made, and the words of the next `ldm-vae` command to type."""
+    if not _inside.get():
+        say(f"{where}: {what}{next_command(then)}")
+
+
+def next_command(words: Sequence[str]) -> str:
+    """`; next: ldm-vae ...`, quoted for a shell; empty without words."""
+    return f"; next: {shlex.join(['ldm-vae', *words])}" if words else ""
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """For a command that calls another one: the other has no first and last line of its own."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+class Progress:
+    """How far some work is: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        task: what is done, in a word or two.
+        total: how much there is to do; None where that is not known.
+        unit: of `total`, in the singular; `byte` is shown as kB, MB ...
+        done: what an earlier attempt has done already.
+        shown: False shows nothing.
+        leave: what it came to stays to be seen at the end. False for a small part of a larger work.
+    """
+
+    def __init__(
+        self, task: str, total: int | None = None, unit: str = "image", *, done: int = 0, shown: bool = True,
+        leave: bool = True,
+    ) -> None:  # fmt: skip
+        self.task, self.total, self.unit, self.done, self.leave = task, total, unit, done, leave
+        self.note = ""
+        self._before = done
+        self._started = self._last_line = time.monotonic()
+        self._bar: Any = None
+        self.shown = shown and is_main_process()
+        if self.shown and sys.stderr.isatty():
+            self._bar = self._drawn()
+
+    def _drawn(self) -> Any:
+        from tqdm import tqdm
+
+        known = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return tqdm(
+            total=self.total,
+            initial=self.done,
+            desc=self.task,
+            unit=self.unit,
+            unit_scale=self.unit == BYTE,
+            bar_format="{desc}: " + (known if self.total is not None else "{n_fmt} [{elapsed}{postfix}]"),
+            dynamic_ncols=True,
+            smoothing=0.1,
+            mininterval=0.5,
+            leave=self.leave,
+        )
+
+    @property
+    def rate(self) -> float:
+        """Of this attempt, per second."""
+        return (self.done - self._before) / max(1e-9, time.monotonic() - self._started)
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """So many more are done. `note`: what else is worth a look, as the loss; None leaves it as it is."""
+        self.done += count
+        if note is not None:
+            self.note = note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._beside(), refresh=False)
+            self._bar.update(count)
+        elif self.shown and time.monotonic() >= self._last_line + SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            say(self._line(), error=True)
+
+    def advance_to(self, done: int, note: str | None = None) -> None:
+        """So many are done in all."""
+        self.advance(done - self.done, note)
+
+    def _beside(self) -> str:
+        speed = rate_text(self.rate, self.unit) if self.done > self._before else ""
+        return ", ".join(part for part in (speed, self.note) if part)
+
+    def _line(self) -> str:
+        count = pluralize(self.done, self.unit) if self.unit != BYTE else size_text(self.done)
+        left = ""
+        if self.total is not None:
+            of = pluralize(self.total, self.unit) if self.unit != BYTE else size_text(self.total)
+            count = f"{count.split()[0] if self.unit != BYTE else count} of {of}"
+            if self.rate > 0:
+                left = f"{duration_text((self.total - self.done) / self.rate)} left"
+        return f"{self.task}: " + ", ".join(part for part in (count, left, self._beside()) if part)
+
+    def _last(self) -> str:
+        count = pluralize(self.done, self.unit) if self.unit != BYTE else size_text(self.done)
+        spent = duration_text(time.monotonic() - self._started)
+        return f"{self.task}: " + ", ".join(part for part in (f"{count} in {spent}", self._beside()) if part)
+
+    def close(self, finished: bool = True) -> None:
+        """Nothing more is shown. `finished`: False where the work was broken off."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self.shown and finished and self.leave and self.done > self._before:
+            say(self._last(), error=True)
+        self._bar, self.shown = None, False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(kind is None)
+
+
+def track(
+    items: Iterable[Item], task: str, unit: str = "image", total: int | None = None, *, shown: bool = True,
+    leave: bool = False,
+) -> Iterator[Item]:  # fmt: skip
+    """Yield the items under a bar. `total`: how many there are, where they have no length."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(task, total, unit, shown=shown, leave=leave) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+class LineHandler(logging.Handler):
+    """Warnings of the package as lines on standard error that never stand on the same line as a bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)
