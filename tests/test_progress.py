@@ -74,7 +74,7 @@ def test_the_rate_is_that_of_this_attempt(clock, capsys):
             bar.advance()
     assert capsys.readouterr().err.splitlines() == [
         "train-vae: 98 of 100 steps, 8.0 s left, 4.0 s/step",
-        "train-vae: 100 steps in 40 s, 4.0 s/step",
+        "train-vae: 100 steps, 10 of them in 40 s, 4.0 s/step",
     ]
 
 

@@ -404,7 +404,9 @@ def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
     planned = planned_shards(job.origin)
     if finished:
         known = planned and not job.config.share
-        say(f"{output.where}: {len(finished)} of {planned if known else 'its'} shards are there; continuing")
+        whole = f"{planned:,}" if known else "its"
+        is_there = "is" if len(finished) == 1 else "are"
+        say(f"{output.where}: {len(finished):,} of {whole} shards {is_there} there; continuing")
     free_bytes, images = output.folder.free_bytes(), images_of_share(job)
     if images is None or free_bytes is None:
         return

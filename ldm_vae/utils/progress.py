@@ -162,6 +162,8 @@ class Progress:
 
     def _last(self) -> str:
         count = pluralize(self.done, self.unit) if self.unit != BYTE else size_text(self.done)
+        if self._before:
+            count += f", {self.done - self._before:,} of them"
         spent = duration_text(time.monotonic() - self._started)
         return f"{self.task}: " + ", ".join(part for part in (f"{count} in {spent}", self._beside()) if part)
 

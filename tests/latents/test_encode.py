@@ -403,8 +403,8 @@ def test_the_bar_of_a_share_counts_its_own_images(encode, tmp_path, capsys):
     (tmp_path / "set" / "shard-000005.jsonl").unlink()
     encode(tmp_path / "set", "share=1/4")
     captured = capsys.readouterr()
-    assert "1 of its shards are there" in captured.out
-    assert "encode: 4 images in" not in captured.err
+    assert "1 of its shards is there" in captured.out
+    assert "encode: 8 images, 4 of them in" in captured.err
 
 
 def test_two_shares_with_different_settings_cannot_both_write_the_plan(settings, tmp_path):
