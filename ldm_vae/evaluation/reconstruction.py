@@ -781,7 +781,7 @@ def reconstruct_pictures(
     figures: dict[str, Any] = {"images": len(written), "mean_psnr_db": round(float(np.mean(quality)), 3)}
     provenance.write_run_record(folder, None, started, time.time() - started, **figures, **enlarged_record(enlarged))
     for line in enlarged_sentences([side for _, side in enlarged], len(written)):
-        print(line)
+        say(line)
     return written, rejected
 
 
