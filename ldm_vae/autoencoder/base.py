@@ -37,6 +37,9 @@ runtime.silence_empty_warning()
 DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
 
+LARGEST_PIXEL = 1.01
+"""Of images in [-1, 1], rounding in half precision included."""
+
 DEFAULT_CONTEXT = 8
 """Latent positions around its own that a pixel is taken to depend on, where they cannot be counted."""
 
@@ -225,7 +228,11 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32."""
+        """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32.
+
+        Raises:
+            UserError: whole numbers, or images of a shape that it cannot take.
+        """
         self.check_images(images)  # before padding brings smaller ones to its size
         images = pad_to_multiple(images.to(self.dtype), self.downsampling)
         posterior = self.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
@@ -240,7 +247,13 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Encode and decode images of any size (n, 3, h, w); same shape, clamped to [-1, 1].
 
         From the posterior's mean, or from a posterior sample drawn with the generator `sample` (on the images' device).
+
+        Raises:
+            UserError: numbers outside of [-1, 1], or images of a shape that it cannot take.
         """
+        if images.is_floating_point() and images.numel() and not bool(images.abs().amax() <= LARGEST_PIXEL):
+            low, high = float(images.min()), float(images.max())
+            raise UserError("images", f"numbers from {low:.4g} to {high:.4g}", "scale them to -1 (black) to 1 (white)")
         mean, logvar = self.encode_moments(images)
         if sample is not None:
             noise = torch.randn(mean.shape, generator=sample, device=mean.device)
@@ -253,7 +266,10 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise UserError(f"{where} {side}: this autoencoder knows one size of images; use {self.only_side}")
 
     def check_images(self, images: Tensor) -> None:
-        """Raises: UserError for images (n, 3, h, w) of a size that the autoencoder cannot take."""
+        """Raises: UserError for images of another shape or size than (n, 3, h, w) that it can take, or no floats."""
+        if images.ndim != 4 or images.shape[1] != self.image_channels or not images.is_floating_point():
+            found = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
+            raise UserError("images", found, f"give floats (n, {self.image_channels}, h, w) from -1 to 1")
         (height, width), only = images.shape[-2:], self.only_side
         if only is not None and (height, width) != (only, only):
             raise UserError(

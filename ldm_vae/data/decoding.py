@@ -13,11 +13,13 @@ inside a decoder becomes an `ImageRejected` with a reason. The rules:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import stat
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,14 +83,47 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
         ImageRejected: with reason `empty`, `too_large`, `too_slow`, `unknown_format`, `too_small`, `undecodable`,
             `unsupported_pixels` or `out_of_memory`.
     """
+    return _decode(data, limits, _upright_rgb)
+
+
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of a PIL image, by the rules of files: uint8 (h, w, 3). Raises: ImageRejected."""
+    with _rejecting():
+        image.load()
+        return _upright_rgb(image)
+
+
+def mask_pixels(image: Image.Image) -> np.ndarray:
+    """The numbers that a PIL image of a mask holds, with its orientation applied. Raises: ImageRejected.
+
+    Returns:
+        (h, w, c): c is 1 (bool, 8 or 16 bits, or float), 3 (RGB) or 4 (RGB and alpha). Color profiles are not used.
+    """
+    with _rejecting():
+        image.load()
+        return _upright_numbers(image)
+
+
+def _decode(data: bytes, limits: DecodeLimits, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     if not data:
         raise ImageRejected("empty", "the file is empty")
     if len(data) > limits.file_bytes:
         raise ImageRejected("too_large", f"more than {limits.file_bytes >> 20} MiB")
+    with _rejecting(), _opened(data) as image:
+        _check_size(image, limits)
+        _check_time(image, data)
+        image.load()  # not verify(), which accepts truncated files
+        _check_size(image, limits)
+        return convert(image)
+
+
+@contextlib.contextmanager
+def _rejecting() -> Iterator[None]:
+    """Turn every error of a decoder into an `ImageRejected`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # silence PIL's warnings about odd metadata; sizes are checked below
-            return _decode(data, limits)
+            warnings.simplefilter("ignore")  # silence PIL's warnings about odd metadata; sizes are checked
+            yield
     except ImageRejected:
         raise
     except MemoryError as error:
@@ -98,27 +133,15 @@ def decode_image(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarr
         raise ImageRejected("undecodable", message) from error
 
 
-def _decode(data: bytes, limits: DecodeLimits) -> np.ndarray:
-    pixels, orientation = _read(data, limits)
-    return np.ascontiguousarray(_upright(pixels, orientation))
-
-
-def _read(data: bytes, limits: DecodeLimits) -> tuple[np.ndarray, int]:
-    """The pixels as stored in the file, and their EXIF orientation."""
+def _opened(data: bytes) -> Image.Image:
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
             raise ImageRejected("unknown_format", "HEIC, which is not read; save the image as JPEG") from error
         raise ImageRejected("unknown_format", f"none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ImageRejected("too_large", f"more than {HIGHEST_MEGAPIXELS} megapixels") from error
-    with image:
-        _check_size(image, limits)
-        _check_time(image, data)
-        image.load()  # not verify(), which accepts truncated files
-        _check_size(image, limits)
-        return _rgb_pixels(image), _orientation(image)
 
 
 def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
@@ -152,8 +175,22 @@ def count_scans(data: bytes) -> int:
     return scans
 
 
+def _upright_rgb(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(_upright(_rgb_pixels(image), _orientation(image)))
+
+
+def _upright_numbers(image: Image.Image) -> np.ndarray:
+    """See `mask_pixels`."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    values = np.asarray(image).reshape(image.height, image.width, -1)
+    return np.array(_upright(values, _orientation(image)))
+
+
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply the EXIF orientation to (h, w, 3): rows and columns reversed, then transposed."""
+    """Apply the EXIF orientation to (h, w, c): rows and columns reversed, then transposed."""
     if orientation in (3, 4, 6, 7):
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):
@@ -223,6 +260,11 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
 def read_image(path: str | Path) -> np.ndarray:
     """The picture in a file, uint8 (h, w, 3). Raises: ImageRejected."""
     return decode_image(read_regular_file(path))
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The numbers of the mask in a file, (h, w, c), see `mask_pixels`. Raises: ImageRejected."""
+    return _decode(read_regular_file(path), DecodeLimits(), _upright_numbers)
 
 
 def read_regular_file(path: str | Path, length: int | None = None) -> bytes:

@@ -290,11 +290,15 @@ class RemoteFiles:
             raise ImageRejected("unreadable", "cannot be opened: access denied") from error
 
 
-def find_pictures(inputs: Sequence[str]) -> list[tuple[str, Path]]:
-    """(output name without suffix, file) for files and folders. Duplicate names get the suffix, then a number."""
+def find_pictures(inputs: Sequence[str | Path] | str | Path) -> list[tuple[str, Path]]:
+    """(output name without suffix, file) for files and folders. Duplicate names get the suffix, then a number.
+
+    Raises:
+        UserError: something else than a file or a folder.
+    """
     found: list[tuple[str, Path]] = []
     taken: set[str] = set()
-    for path, relative in _named_files(inputs):
+    for path, relative in _named_files([inputs] if isinstance(inputs, str | Path) else inputs):
         name = relative.with_suffix("").as_posix()
         candidates = [name, f"{name}-{relative.suffix.removeprefix('.')}"]
         candidates += [f"{name}-{number}" for number in range(2, len(taken) + 3)]
@@ -304,8 +308,10 @@ def find_pictures(inputs: Sequence[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def _named_files(inputs: Sequence[str]) -> Iterator[tuple[Path, Path]]:
+def _named_files(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
     for text in inputs:
+        if not isinstance(text, str | Path):
+            raise UserError("images", f"{type(text).__name__} is not a path", "give image files or folders")
         path = Path(text).expanduser()
         if path.is_dir():
             source = FolderSource(path)

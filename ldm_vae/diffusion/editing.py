@@ -1,29 +1,24 @@
 """Images and latents around sampling: images that go in, latents that are decoded in tiles, and ways between two.
 
-Owns the reading of images and masks, the two rules of inpainting, the blending of tiles, and the two interpolations.
+Owns the two rules of inpainting, the blending of tiles, and the two interpolations; `data.image_input` reads images.
 Pixels are floats in [0, 1] here, as in the outputs `np` and `pt` of the pipeline.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from ldm_vae.data.image_input import ImageInput, image_batch, mask_batch, report_mask
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
 # Images that go in: what image-to-image and inpainting start from, and what they keep.
-
-ImageInput = Any
-"""A PIL image, an array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or (n, 3, h, w), or a list of these."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,14 @@ class InitImage:
 
     images: Tensor
     mask: Tensor | None
+
+    def __len__(self) -> int:
+        return max(len(self.images), 0 if self.mask is None else len(self.mask))
+
+    def expand(self, count: int) -> InitImage:
+        """For `count` results; a single image or mask serves all of them. Raises: UserError for another number."""
+        mask = None if self.mask is None else expand_batch(self.mask, count, "mask")
+        return InitImage(expand_batch(self.images, count, "image"), mask)
 
     def latent_mask(self, factor: int) -> Tensor:
         """(n, 1, h/f, w/f): true where the latent may change, which is where any of its pixels may."""
@@ -53,19 +56,21 @@ def default_strength(masked: bool) -> float:
     return 1.0 if masked else 0.6
 
 
-def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, factor: int) -> InitImage:
-    """Images and masks for `count` results; a single one serves all of them.
+def read_init_image(image: ImageInput, mask: ImageInput | None, factor: int) -> InitImage:
+    """Images and masks, one or several of each, as `image_batch` and `mask_batch` read them.
 
     Args:
-        image: In [0, 1], or 8-bit; its sides are multiples of `factor`.
-        mask: One value per pixel; those above one half are painted anew.
-        count: Number of results.
+        image: Its sides are multiples of `factor`. What this function returned before is returned as it is.
+        mask: Of the size of the image; where it is above one half, pixels are painted anew. One line is logged where
+            that is nowhere, or everywhere.
         factor: Pixels per latent position along a side.
 
     Raises:
-        UserError: sizes or numbers that do not fit.
+        UserError: images, numbers or sizes that do not fit.
     """
-    images = image_tensor(image, 3, "image")
+    if isinstance(image, InitImage):
+        return image
+    images = image_batch(image)
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         near = [max(1, side // factor) * factor for side in (height, width)]
@@ -73,14 +78,14 @@ def read_init_image(image: ImageInput, mask: ImageInput | None, count: int, fact
             f"image: {height} x {width} pixels cannot be encoded in steps of {factor}; crop or scale it to "
             f"{near[0]} x {near[1]}"
         )
-    painted = None
-    if mask is not None:
-        painted = image_tensor(mask, 1, "mask") > 0.5
-        if painted.shape[-2:] != images.shape[-2:]:
-            found = " x ".join(map(str, painted.shape[-2:]))
-            raise UserError(f"mask: {found} pixels for an image of {height} x {width}; give one of the same size")
-        painted = expand_batch(painted, count, "mask")
-    return InitImage(expand_batch(images, count, "image"), painted)
+    if mask is None:
+        return InitImage(images, None)
+    painted = mask_batch(mask) > 0.5
+    if painted.shape[-2:] != images.shape[-2:]:
+        found = " x ".join(map(str, painted.shape[-2:]))
+        raise UserError(f"mask: {found} pixels for an image of {height} x {width}; give one of the same size")
+    report_mask(painted)
+    return InitImage(images, painted)
 
 
 def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
@@ -90,30 +95,6 @@ def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
             f"{name}: {len(values)} of them for {pluralize(count, 'image')}; give one for all, or one per image"
         )
     return values.expand(count, *values.shape[1:])
-
-
-def image_tensor(image: ImageInput, channels: int, name: str) -> Tensor:
-    """Any image -> float32 (n, channels, h, w) in [0, 1]. Raises: UserError for another shape."""
-    if isinstance(image, Sequence):
-        return torch.cat([image_tensor(one, channels, name) for one in image])
-    if isinstance(image, Image.Image):
-        array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-        return image_tensor(array, channels, name)
-    eight_bit = image.dtype in (torch.uint8, np.uint8)
-    if isinstance(image, Tensor):
-        tensor = image.cpu().float()
-        if channels == 1 and tensor.ndim == 2:
-            tensor = tensor[None]
-    else:
-        tensor = torch.from_numpy(np.array(image)).float()
-        if channels == 1 and tensor.ndim == 2:
-            tensor = tensor[..., None]
-        tensor = tensor.movedim(-1, -3)
-    tensor = tensor[None] if tensor.ndim == 3 else tensor
-    if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.numel():
-        shapes = "(h, w, 3) arrays, (3, h, w) tensors" if channels == 3 else "(h, w) arrays, (1, h, w) tensors"
-        raise UserError(f"{name}: its shape is {tuple(image.shape)}; give PIL images, {shapes} or batches of these")
-    return tensor / 255 if eight_bit else tensor
 
 
 # Decoding latents that are too large for one pass: overlapping tiles, blended.

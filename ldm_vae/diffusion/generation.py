@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from ldm_vae import provenance
 from ldm_vae.config import changed_keys
-from ldm_vae.data.decoding import ImageRejected, decode_image
+from ldm_vae.data.decoding import ImageRejected, read_image, read_mask
+from ldm_vae.data.image_input import mask_values
 from ldm_vae.data.samples import Enlarged, crop_image, enlarged_record, enlarged_sentences
-from ldm_vae.diffusion.editing import default_strength, interpolation_weights, slerp
+from ldm_vae.diffusion.editing import InitImage, default_strength, interpolation_weights, read_init_image, slerp
 from ldm_vae.diffusion.pipeline import (
     DEFAULT_GUIDANCE,
     ClassMixture,
@@ -197,7 +198,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
     size = parameters["height"], parameters["width"]
     training = open_training_latents(config.neighbours, pipeline, *size)
     enlarged = Enlarged()
-    inputs = read_input_images(config, *size, enlarged)
+    init = read_input(config, *size, pipeline.autoencoder.downsampling, enlarged)
     images = plan_images(config, pipeline.labels)
     finished = check_folder(folder, parameters, images, overwrite)
     finished = finished and (training is None or (folder / PAIRS).exists())
@@ -216,7 +217,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
         missing = [image for image in images if not image.path.exists()]
         mine = missing[state.process_index :: state.num_processes]
         sampling = time.time()
-        make_images(pipeline, mine, config, parameters, inputs, show=state.is_main_process)
+        make_images(pipeline, mine, config, parameters, init, show=state.is_main_process)
         speed = len(mine) / (time.time() - sampling) if mine else 0.0
         state.wait_for_everyone()
         if state.is_main_process and not finished:
@@ -422,30 +423,35 @@ def existing_file(path: str, name: str) -> Path:
     return Path(path)
 
 
-def read_input_images(config: GenerateConfig, height: int, width: int, enlarged: Enlarged) -> dict[str, np.ndarray]:
-    """`image` (h, w, 3) and `mask` (h, w, 1) where given, uint8, scaled to cover the size and cropped at the center.
+def read_input(config: GenerateConfig, height: int, width: int, factor: int, enlarged: Enlarged) -> InitImage | None:
+    """The image to start from and its mask, scaled to cover the size and cropped at the center; None without `init`.
 
     An image that is smaller than that is appended to `enlarged`.
 
     Raises:
-        UserError: a file that is not an image, or a mask of another size.
+        UserError: a file that is not an image or not a mask, or a mask of another size.
     """
-    found: dict[str, np.ndarray] = {}
-    for name, setting, path in (("image", "init", config.init), ("mask", "mask", config.mask)):
-        if path is not None:
-            try:
-                found[name] = decode_image(existing_file(path, setting).read_bytes())
-            except ImageRejected as error:
-                raise UserError(f"{setting}: {path} cannot be read ({error}); give the file of an image") from error
-    if "mask" in found and found["mask"].shape != found["image"].shape:
-        sizes = [" x ".join(map(str, found[name].shape[:2])) for name in ("mask", "image")]
-        raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
+    if config.init is None:
+        return None
     size = (height, width)
-    if "image" in found:
-        found["image"] = crop_image(found["image"], size, Path(str(config.init)).name, enlarged).pixels
-    if "mask" in found:
-        found["mask"] = crop_image(found["mask"], size, "mask", []).pixels[..., :1]
-    return found
+    whole = file_pixels(read_image, config.init, "init")
+    image = crop_image(whole, size, Path(config.init).name, enlarged).pixels
+    if config.mask is None:
+        return read_init_image(image, None, factor)
+    mask = mask_values(file_pixels(read_mask, config.mask, "mask"), f"mask: {config.mask}")
+    if mask.shape != whole.shape[:2]:
+        sizes = [" x ".join(map(str, found.shape[:2])) for found in (mask, whole)]
+        raise UserError(f"mask: {sizes[0]} pixels for an image of {sizes[1]}; give one of the same size")
+    gray = crop_image(np.repeat((255 * mask).round().astype(np.uint8)[..., None], 3, axis=2), size, "mask", []).pixels
+    return read_init_image(image, gray[..., 0] / np.float32(255), factor)
+
+
+def file_pixels(read: Callable[[Path], np.ndarray], path: str, setting: str) -> np.ndarray:
+    """The pixels of the file that a setting names. Raises: UserError."""
+    try:
+        return read(existing_file(path, setting))
+    except ImageRejected as error:
+        raise UserError(f"{setting}: {path} cannot be read ({error}); give the file of an image") from error
 
 
 def open_training_latents(
@@ -507,7 +513,7 @@ def make_images(
     images: Sequence[PlannedImage],
     config: GenerateConfig,
     parameters: Mapping[str, Any],
-    inputs: Mapping[str, np.ndarray],
+    init: InitImage | None,
     show: bool,
 ) -> None:
     """Generate and save, batch by batch, under a progress bar."""
@@ -533,8 +539,7 @@ def make_images(
                 strength=parameters["strength"],
                 return_dict=False,
                 callback_on_step_end=progress,
-                image=inputs.get("image"),
-                mask=inputs.get("mask"),
+                image=init,
             )
             if not (batch[0].path.parent / provenance.RUN_RECORD).exists():
                 raise vanished()

@@ -34,6 +34,7 @@ from ldm_vae import random
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import as_autoencoder
 from ldm_vae.data import transforms
+from ldm_vae.data.image_input import ImageInput
 from ldm_vae.data.sources import WHOLE_NUMBER
 from ldm_vae.diffusion import editing, flow, saving
 from ldm_vae.diffusion.samplers import (
@@ -263,9 +264,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
         autoguidance_scale: float = 1.0,
         sampler: str | None = None,
-        image: editing.ImageInput | None = None,
+        image: ImageInput | None = None,
         strength: float | None = None,
-        mask: editing.ImageInput | None = None,
+        mask: ImageInput | None = None,
         latents: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | None = None,
@@ -287,11 +288,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance_rescale (`float` in [0, 1]): Against the strong colors of strong guidance; 0.7 is usual.
             autoguidance_scale (`float`): Guidance away from `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
             sampler (`str`, *optional*): euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
-            image (*optional*): To start from, in [0, 1] or 8-bit, one for all or one each: PIL images, arrays
-                (h, w, 3), tensors (3, h, w), batches or lists of these.
+            image (*optional*): To start from, one for all or one each: files, PIL images, arrays (h, w, 3), tensors
+                (3, h, w), batches or lists of these. `data.image_input` says what their numbers mean.
             strength (`float` in (0, 1], *optional*): Share of the steps that `image` goes through; small values stay
                 close to it. Defaults to 1 with a mask and 0.6 without. Several seeds make variations.
-            mask (as `image`, one channel, *optional*): Pixels above one half are painted anew, others stay exactly.
+            mask (as `image`, *optional*): White (255, 1, true) is painted anew, other pixels stay exactly.
             latents (`Tensor` (n, c, h / f, w / f), *optional*): Standard normal noise to start from.
             generator (`torch.Generator` or list, *optional*): One for all images, or one per image.
             seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not with `generator`.
@@ -308,13 +309,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             UserError: an unknown label (with the nearest known one), an impossible size, or settings without effect.
         """
         check_arguments(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
-        count = count_images(labels, num_images, image, latents)
+        init = None if image is None else editing.read_init_image(image, mask, self.autoencoder.downsampling)
+        count = count_images(labels, num_images, None if init is None else len(init), latents)
+        init = None if init is None else init.expand(count)
         classes = class_weights(labels, count, self.labels)
         guidance = make_guidance(
             guidance_scale, autoguidance_scale, guidance_interval, guidance_rescale,
             labeled=classes is not None, weak=self.autoguidance_unet is not None,
         )  # fmt: skip
-        init = None if image is None else editing.read_init_image(image, mask, count, self.autoencoder.downsampling)
         shape = self._shape(height, width, init, latents)
         if latents is None:
             latents = draw_noise(shape, image_generators(generator, seed, count), self._execution_device)
@@ -546,15 +548,15 @@ def make_guidance(
     return Guidance(by_label, autoguidance, (interval[0], interval[1]), rescale)
 
 
-def count_images(labels: Labels, num_images: int | None, image: Any, latents: Tensor | None) -> int:
-    """Images to make: `num_images`, or as many as there are latents, images or labels."""
+def count_images(labels: Labels, num_images: int | None, given: int | None, latents: Tensor | None) -> int:
+    """Images to make: `num_images`, or as many as there are latents, `given` images or labels."""
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images: {num_images} is below 1")
     if latents is not None and num_images not in (None, len(latents)):
         raise UserError(f"latents: {len(latents)} of them for {pluralize(num_images, 'image')}; give one per image")
     if num_images is not None or latents is not None:
         return num_images or len(latents)  # type: ignore[arg-type]
-    count = len(editing.image_tensor(image, 3, "image")) if image is not None else 1
+    count = given or 1
     return max(count, len(labels)) if isinstance(labels, list | tuple) else count
 
 

@@ -267,3 +267,19 @@ def test_an_autoencoder_of_one_size_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "VQModell"}')
     with pytest.raises(UserError, match="not an autoencoder"):
         load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"images: uint8 of shape \(1, 3, 32, 32\); give floats"),
+        (torch.zeros(3, 32, 32), r"images: float32 of shape \(3, 32, 32\); give floats \(n, 3, h, w\)"),
+        (torch.zeros(1, 1, 32, 32), r"images: float32 of shape \(1, 1, 32, 32\)"),
+        (torch.full((1, 3, 32, 32), 200.0), "images: numbers from 200 to 200; scale them to -1"),
+        (torch.full((1, 3, 32, 32), float("nan")), "images: numbers from nan to nan"),
+    ],
+)
+def test_images_that_are_not_from_minus_one_to_one_are_refused(images, message):
+    autoencoder = build_autoencoder(AutoencoderConfig(preset="pico"))
+    with pytest.raises(UserError, match=message):
+        autoencoder.reconstruct(images)

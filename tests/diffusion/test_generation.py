@@ -194,10 +194,12 @@ def test_variations_of_an_image(saved: Path, photo: Path, tmp_path: Path) -> Non
         make(config(saved, **given), far)
 
 
-def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["0 and 255", "0 and 1", "white on transparent"])
+def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path, kind: str) -> None:
     mask = np.zeros((64, 128), dtype=np.uint8)
-    mask[16:48, 40:80] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+    mask[16:48, 40:80] = 1 if kind == "0 and 1" else 255
+    on_white = np.dstack([np.full((64, 128), 255, np.uint8), mask])
+    Image.fromarray(on_white if kind == "white on transparent" else mask).save(tmp_path / "mask.png")
     given = {"init": str(photo), "mask": str(tmp_path / "mask.png"), "labels": ("cat",), "count": 1}
     make(config(saved, **given), tmp_path / "out")
     found = pixels(tmp_path / "out")["0000_cat.png"]
@@ -205,6 +207,12 @@ def test_painting_where_a_mask_is_white(saved: Path, photo: Path, tmp_path: Path
     kept = mask[:, 32:96] == 0
     assert np.array_equal(found[kept], original[kept])
     assert not np.array_equal(found[~kept], original[~kept])
+
+
+def test_a_mask_of_nothing_is_reported_once(saved: Path, photo: Path, tmp_path: Path, caplog: Any) -> None:
+    Image.new("L", (128, 64)).save(tmp_path / "mask.png")
+    make(config(saved, init=str(photo), mask=str(tmp_path / "mask.png"), count=2, batch=1), tmp_path / "out")
+    assert [one.getMessage() for one in caplog.records].count("mask: marks nothing, so that nothing changes") == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm_vae.applications.anomaly.scores import STRIDE
 from ldm_vae.data import open_source, transforms
-from ldm_vae.data.decoding import ImageRejected, read_image
+from ldm_vae.data.decoding import ImageRejected, read_mask
+from ldm_vae.data.image_input import mask_values, report_mask
 from ldm_vae.data.samples import Crop, crop_image
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.synthetic.render import DEFECTS
@@ -154,13 +155,15 @@ def _read_mask(folder: Path, id: str, size: tuple[int, ...]) -> np.ndarray:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"masks: {path} lies outside of {folder}; give images whose names stay in their folder")
     try:
-        pixels = read_image(path)
+        mask = mask_values(read_mask(path), f"masks: {path}")
     except ImageRejected as error:
         raise UserError(f"masks: {path}: {error}; give a PNG, white where the anomaly is") from error
-    if pixels.shape[:2] != tuple(size):
-        found, expected = ("x".join(map(str, shape)) for shape in (pixels.shape[1::-1], size[::-1]))
+    if mask.shape != tuple(size):
+        found, expected = ("x".join(map(str, shape)) for shape in (mask.shape[::-1], size[::-1]))
         raise UserError(f"masks: {path} is {found}, its image {expected} pixels; give masks of the images' sizes")
-    return pixels[..., 0] > 127
+    marked = mask > 0.5
+    report_mask(torch.from_numpy(marked)[None, None], f"masks: {path}")
+    return marked
 
 
 # Heat maps as pictures: from dark to bright over a fixed range, so that pictures of different images compare.

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures
+from ldm_vae.data.image_input import mask_batch, report_mask
 from ldm_vae.data.samples import Enlarged, Rejected, crop_image, enlarged_record, enlarged_sentences
 from ldm_vae.data.transforms import pad_to_multiple
 from ldm_vae.errors import UserError
@@ -126,6 +127,9 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         raise UserError(f"output: {folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder}: is not empty; give another output, or --overwrite")
+    painted = None if config.mask is None else mask_batch(config.mask, "mask")
+    if painted is not None:
+        report_mask(painted > 0)
     rejected, enlarged = Rejected(), Enlarged()
     pictures = _stored(config, autoencoder) if config.latents else _encoded(config, autoencoder, rejected, enlarged)
     strips: list[Path] = []
@@ -135,7 +139,7 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         system_errors_explained(folder, "free some space and try again"),
     ):
         for name, latent, (height, width) in pictures:
-            mask = read_mask(config, height, width, autoencoder.downsampling)
+            mask = place_mask(config, painted, height, width, autoencoder.downsampling)
             moved = edited(latent, direction.vector, config.strengths, mask)
             decoded = torch.cat([autoencoder.decode_images(one[None]).cpu() for one in moved])[..., :height, :width]
             row = transforms.to_pil(decoded)
@@ -197,24 +201,24 @@ def _stored(config: ApplyDirectionConfig, autoencoder: Autoencoder) -> Iterator[
         yield f"{number:06d}", latent, (latent.shape[-2] * factor, latent.shape[-1] * factor)
 
 
-def read_mask(config: ApplyDirectionConfig, height: int, width: int, factor: int) -> Tensor | None:
-    """(1, 1, h, w) at latent resolution for an image of height x width pixels. Raises: UserError for another size."""
+def place_mask(
+    config: ApplyDirectionConfig, painted: Tensor | None, height: int, width: int, factor: int
+) -> Tensor | None:
+    """`painted`, a mask (1, 1, height, width), or the box of the settings, at latent resolution (1, 1, h, w).
+
+    None without either. Raises: UserError for a mask of another size than the image.
+    """
     feather = 1.0 if config.feather is None else config.feather
     if config.box is not None:
         return latent_mask(box_mask(config.box, height, width), factor, feather)
-    if config.mask is None:
+    if painted is None:
         return None
-    try:
-        image = read_image(config.mask)
-    except ImageRejected as error:
-        raise UserError(f"mask: {config.mask}: {error}; give a picture") from error
-    if image.shape[:2] != (height, width):
+    if painted.shape[-2:] != (height, width):
         raise UserError(
-            f"mask: {image.shape[0]} x {image.shape[1]} pixels (height x width) for an image of {height} x {width}; "
-            "give one of the same size, or size with a mask of it"
+            f"mask: {painted.shape[-2]} x {painted.shape[-1]} pixels (height x width) for an image of {height} x "
+            f"{width}; give one of the same size, or size with a mask of it"
         )
-    values = torch.from_numpy(image.copy()).float().mean(dim=2)[None, None] / 255
-    return latent_mask(values, factor, feather)
+    return latent_mask(painted, factor, feather)
 
 
 # Moving latents along a direction, everywhere or where a mask says; pure functions of tensors.

@@ -103,3 +103,13 @@ def test_one_class_only_of_a_folder_is_refused(parts):
             open_labeled(folder(parts), normal, None)
     with pytest.raises(UserError, match=r"masks: .*: no such folder"):
         open_labeled(folder(parts), ["good"], str(parts / "none"))
+
+
+@pytest.mark.parametrize(("white", "words"), [(1, ""), (255, ""), (0, "marks nothing")])
+def test_masks_of_0_and_1_are_understood_and_empty_ones_are_reported(parts, white, words, caplog):
+    mask = np.zeros((32, 40), np.uint8)
+    mask[8:16, 12:20] = white
+    Image.fromarray(mask).save(parts / "masks/crack/1.png")
+    truth = open_labeled(folder(parts), ["good"], str(parts / "masks"))
+    assert truth.mask(1, 32).sum() == 64 * (white > 0)
+    assert [words in record.getMessage() for record in caplog.records] == [True] * (white == 0)

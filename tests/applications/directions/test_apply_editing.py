@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_vae.applications.directions.apply import box_mask, edited, latent_mask
+from ldm_vae.applications.directions.apply import ApplyDirectionConfig, box_mask, edited, latent_mask, place_mask
 from ldm_vae.errors import UserError
 
 
@@ -46,3 +46,10 @@ def test_a_box_outside_is_refused(box: tuple[int, int, int, int]) -> None:
 def test_an_empty_mask_is_refused() -> None:
     with pytest.raises(UserError, match="mask: is empty"):
         latent_mask(torch.zeros(1, 1, 16, 16), 8, 1.0)
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    config = ApplyDirectionConfig(feather=0.0, mask="mask.png")
+    assert torch.equal(place_mask(config, torch.ones(1, 1, 16, 16), 16, 16, 8), torch.ones(1, 1, 2, 2))
+    with pytest.raises(UserError, match=r"mask: 16 x 16 pixels \(height x width\) for an image of 16 x 24"):
+        place_mask(config, torch.ones(1, 1, 16, 16), 16, 24, 8)
