@@ -34,7 +34,7 @@ from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_dire
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import code_around
 from ldm_vae.evaluation.pages import embed, embed_image, image_label, template_environment
-from ldm_vae.evaluation.study import PAGE, Content, Results, Study, enlarged_lines, read_json
+from ldm_vae.evaluation.study import GIVEN, PAGE, Content, Results, Study, enlarged_lines, read_json
 from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.metrics import psnr
 from ldm_vae.runtime import compute_device
@@ -143,7 +143,7 @@ class Demo(Study):
             "images_per_second": {"reconstructed": len(self.shown) / seconds, "generated": self._generate()},
             "protocol": {
                 "range": "PSNR of 8-bit pixels in dB, decoded from the posterior's mean in float32",
-                "images": {"count": len(self.shown)},
+                "images": {"count": len(self.shown), "part": GIVEN},
                 "versions": provenance.versions(),
             },
         }

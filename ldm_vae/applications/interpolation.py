@@ -37,7 +37,7 @@ from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_ste
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.latent_space import decode_and_encode, measure_path
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
-from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, enlarged_lines
+from ldm_vae.evaluation.study import GIVEN, Content, Results, Study, describe_autoencoder, enlarged_lines
 from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
@@ -184,7 +184,7 @@ class InterpolationStudy(Study):
             "other": None if self.other is None else describe_autoencoder(self.other),
             "protocol": {
                 "pairs": len(self.pairs),
-                "images": {"count": len(self.paths)},
+                "images": {"count": len(self.paths), "part": GIVEN},
                 "size": list(self.pairs[0].images.shape[-2:]),
                 "distance": found[PIXELS][0].distance,
                 "versions": provenance.versions(),

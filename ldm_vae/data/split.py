@@ -1,6 +1,10 @@
 """Train and held-out parts of a collection. The part of an image depends only on its id, so it never changes.
 
-Adding images does not move any other, and a larger `held_out` only adds to the held-out part.
+    all = train + held_out        held_out = validation + test
+
+Settings, checkpoints and models are chosen on `validation`; what is reported of the choice is measured on `test`.
+Adding images does not move any other, and a larger `held_out` only adds to the held-out part and to both of its halves.
+The id is that of the source image, a file name or a row: crops of one image never lie in two parts.
 """
 
 from __future__ import annotations
@@ -15,13 +19,28 @@ import numpy as np
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.errors import UserError
 
-Part = Literal["all", "train", "held_out"]
+Part = Literal["all", "train", "held_out", "validation", "test"]
+
+NEVER_TRAINED_ON = ("held_out", "validation", "test")
 
 
 def part_of(id: str, held_out: float) -> Literal["train", "held_out"]:
     """The part of an image id; a fraction `held_out` (0 to 1) of all ids is held out."""
     place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
     return "held_out" if place < held_out else "train"
+
+
+def half_of(id: str) -> Literal["validation", "test"]:
+    """The half of the held-out part that an image id belongs to if it is held out; other bytes of the same hash."""
+    return "validation" if hashlib.sha256(id.encode()).digest()[8] < 128 else "test"
+
+
+def in_part(id: str, part: Part, held_out: float) -> bool:
+    """Whether an image id is in a part at this fraction of held-out ids."""
+    if part == "all":
+        return True
+    found = part_of(id, held_out)
+    return found == part or (found == "held_out" and half_of(id) == part)
 
 
 def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
@@ -32,9 +51,9 @@ def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
     """
     if part == "all":
         return source
-    indices = [i for i in range(len(source)) if part_of(source.id(i), held_out) == part]
+    indices = [i for i in range(len(source)) if in_part(source.id(i), part, held_out)]
     if not indices:
-        cure = "increase data.held_out" if part == "held_out" else "lower data.held_out"
+        cure = "lower data.held_out" if part == "train" else "increase data.held_out"
         raise UserError(
             f"data: none of the {len(source)} images is in the {part} part at data.held_out={held_out}; "
             f"{cure} or add images"

@@ -32,7 +32,7 @@ from ldm_vae.data.hf_datasets import (
 )
 from ldm_vae.data.samples import ATTEMPTS, Transform, channels_first, too_many_rejected
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
-from ldm_vae.data.split import Part, part_of
+from ldm_vae.data.split import Part, in_part
 from ldm_vae.errors import UserError
 from ldm_vae.random import key_hash, numpy_rng
 
@@ -297,7 +297,7 @@ class _Taken:
 
 @lru_cache(maxsize=1)  # the images of a part are asked for in order
 def _part_rows(split: str, start: int, stop: int, part: Part, held_out: float) -> np.ndarray:
-    return np.array([row for row in range(start, stop) if part_of(row_id(split, row), held_out) == part], np.int64)
+    return np.array([row for row in range(start, stop) if in_part(row_id(split, row), part, held_out)], np.int64)
 
 
 def _after_fork() -> None:
@@ -319,7 +319,7 @@ def _all_rows(rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def _part(items: Iterator[Item], part: Part, held_out: float) -> Iterator[Item]:
-    return (item for item in items if part == "all" or part_of(item.id, held_out) == part)
+    return (item for item in items if in_part(item.id, part, held_out))
 
 
 # The files of a stream, counted once, so that any row can be read without reading the files before it.

@@ -40,7 +40,7 @@ from ldm_vae.utils.text import Table
 GRID_IMAGES = 4
 
 PROTOCOL = (
-    "Interpolation: straight lines between the latent means of pairs of held-out images, 8 steps; unevenness is the "
+    "Interpolation: straight lines between the latent means of pairs of measured images, 8 steps; unevenness is the "
     "largest step over the mean step (1: even, 8: one jump), midpoint sharpness the fine contrast half way over the "
     "mean of both ends. Prior samples: every latent number drawn from N(channel mean, channel deviation of the "
     "aggregate posterior), decoded and encoded again; the cycle error is in channel deviations (in brackets that of "
@@ -84,7 +84,7 @@ class CompareConfig:
         steps: of each training; null: the recipe's.
         parallel: kinds that are trained at once on this machine; their seconds are then not comparable.
         evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
-        latent_images: held-out images for interpolation, prior samples and the use of codes.
+        latent_images: measured images for interpolation, prior samples and the use of codes.
         macs_resolution: side of the image for which multiply-accumulates are counted.
     """
 

@@ -52,7 +52,7 @@ class DiagnoseConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the report.
-        part: held_out (what training never saw), train or all.
+        part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling, 64 or more; where an autoencoder
             knows one size only, that.
         count: at most so many images, evenly spread over the part; 256 make the figures comparable between runs.

@@ -29,6 +29,7 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.lineage import OF_AUTOENCODER, beta_path, earlier_runs, read_runs, subsample
 from ldm_vae.autoencoder.models import load_autoencoder, model_directory
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel
+from ldm_vae.data.split import NEVER_TRAINED_ON
 from ldm_vae.diffusion.fid import sentences as distribution_sentences
 from ldm_vae.diffusion.generation import has_pipeline, pipeline_directory
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, format_values, pipeline_card
@@ -875,7 +876,7 @@ def limits(
             f"Measured on {pluralize(protocol['images']['count'], 'image')} at {protocol['resolution']} pixels; "
             "nothing is recorded about other images, sizes or color spaces."
         )
-        if protocol["images"]["part"] != "held_out":
+        if protocol["images"]["part"] not in NEVER_TRAINED_ON:
             sentences.append(f"The measured images ({protocol['images']['part']}) include images of the training.")
     else:
         sentences.append("No evaluation is recorded: how well it reconstructs unseen images is not known.")

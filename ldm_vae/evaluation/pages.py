@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_vae.data.split import NEVER_TRAINED_ON
 from ldm_vae.utils.text import Table
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def template_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "quantity": quantity, "signed": signed}
+    environment.globals["never_trained_on"] = NEVER_TRAINED_ON
     return environment
 
 

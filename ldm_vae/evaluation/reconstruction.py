@@ -85,7 +85,7 @@ class EvaluateConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
-        part: held_out (what training never saw), train or all.
+        part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread over the part; null: all.
         baseline_images: at most so many training images fit the linear baseline.

@@ -47,6 +47,8 @@ MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
 
 PAGE = "index.html"
+GIVEN = "given"
+"""In the place of a `data.split.Part`, in results of images that were named one by one."""
 
 Results = dict[str, Any]
 """The content of a study's JSON file."""

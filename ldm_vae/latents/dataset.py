@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ldm_vae.data.split import Part, part_of
+from ldm_vae.data.split import Part, in_part
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import FLIPPED, MAKE_AGAIN, STORED_DTYPES, Manifest, read_ids, read_manifest, shard_name
 from ldm_vae.latents.normalizer import LatentNormalizer
@@ -269,7 +269,7 @@ class LatentDataset(Dataset):
         if part == "all":
             return range(count)
         ids = (id for number in range(len(self.index)) for id in self._ids(number))
-        rows = np.array([row for row, id in enumerate(ids) if part_of(id, held_out) == part], np.int64)
+        rows = np.array([row for row, id in enumerate(ids) if in_part(id, part, held_out)], np.int64)
         if not len(rows):
             raise UserError(
                 f"{self.where}: none of {count} samples falls into the {part} part at held_out={held_out}; "

@@ -85,7 +85,8 @@ class EncodeConfig:
         flip: store each mirror image too; encoding does not commute with flipping.
         batch: images a forward pass. Part of the plan: the last bits of a latent depend on it.
         shard_size: images a shard; what an interruption can cost each process (each worker, for a stream of files).
-        part: all images, or one part of the split that `data.held_out` defines.
+        part: all images, or one part of the split that `data.held_out` defines: train, held_out, or its halves
+            validation and test.
         maximum_rejected: share of unreadable images (0 to 1) above which the job stops; null: never.
         seed: of the noise of store=sample.
         share: "3/16": make the fourth (they count from 0) of 16 shares of the shards, for independent jobs on a

@@ -22,7 +22,7 @@ from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.samples import Enlarged, channels_first, crop_image
 from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
-from ldm_vae.data.split import Part, part_of, subset
+from ldm_vae.data.split import Part, in_part, subset
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import Rejection
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
@@ -277,7 +277,7 @@ class StreamedImages:
 
     def _items(self) -> Iterator[Item]:
         for item in self.stream.iterate():
-            if self.part == "all" or part_of(item.id, self.held_out) == self.part:
+            if in_part(item.id, self.part, self.held_out):
                 yield item
 
 

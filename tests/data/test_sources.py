@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ldm_vae.config import load, to_dict
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import ImageSamples
 from ldm_vae.data.sources import CachedSource, DataConfig, number_labels
-from ldm_vae.data.split import part_of, repeated, subset
+from ldm_vae.data.split import Part, in_part, part_of, repeated, subset
 from ldm_vae.data.transforms import center_crop, random_crop
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
@@ -60,6 +61,20 @@ def test_parts_are_known_forever() -> None:
     held_out = [name for name in (f"{i}.jpg" for i in range(40)) if part_of(name, 0.1) == "held_out"]
     assert held_out == ["26.jpg", "34.jpg", "36.jpg", "38.jpg"]
     assert part_of("any", 0.0) == "train"
+
+
+def test_the_halves_of_the_held_out_part_are_known_forever() -> None:
+    """Pinned: what a choice was made on must never be what is reported of it."""
+    names = [f"{i}.jpg" for i in range(400)]
+    parts = {part: {name for name in names if in_part(name, part, 0.1)} for part in get_args(Part)}
+    assert parts["all"] == set(names) == parts["train"] | parts["held_out"]
+    assert parts["validation"] | parts["test"] == parts["held_out"]
+    assert not parts["validation"] & parts["test"]
+    assert {name for name in names[:40] if name in parts["test"]} == {"36.jpg", "38.jpg"}
+    more = {part: {name for name in names if in_part(name, part, 0.2)} for part in ("validation", "test")}
+    assert parts["validation"] < more["validation"]
+    assert parts["test"] < more["test"]
+    assert min(map(len, more.values())) > 0.4 * sum(map(len, more.values()))
 
 
 def test_a_larger_held_out_part_contains_the_smaller() -> None:

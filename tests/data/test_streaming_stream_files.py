@@ -8,14 +8,14 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
 
 from ldm_vae.config import load
 from ldm_vae.data.sources import DataConfig
-from ldm_vae.data.split import part_of
+from ldm_vae.data.split import Part, part_of
 from ldm_vae.data.streaming import STRIDE, Item, PartRows, StreamingSource, open_stream
 from ldm_vae.errors import UserError
 
@@ -176,11 +176,12 @@ def test_remote_files(folder: Path, bucket: str) -> None:
 @pytest.mark.parametrize("held_out", [0.0, 0.3])
 def test_the_rows_of_a_part(held_out: float) -> None:
     count = 2**14 + 5000
-    parts = {part: PartRows("train", count, part, held_out) for part in ("all", "train", "held_out")}
+    parts = {part: PartRows("train", count, part, held_out) for part in get_args(Part)}
     whole = {part: list(rows.rows(0, len(rows))) for part, rows in parts.items()}
     assert whole["all"] == list(range(count))
     assert whole["train"] == [i for i in range(count) if part_of(f"train/{i:09d}", held_out) == "train"]
     assert sorted(whole["train"] + whole["held_out"]) == whole["all"]
+    assert sorted(whole["validation"] + whole["test"]) == whole["held_out"]
     for part, rows in whole.items():
         for start in (0, 100, len(rows) // 2, max(0, len(rows) - 7)):
             assert list(parts[part].rows(start, min(start + 7, len(rows)))) == rows[start : start + 7]

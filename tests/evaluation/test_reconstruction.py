@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from ldm_vae import config as configuration
 from ldm_vae.autoencoder.models import AutoencoderConfig, build_autoencoder
 from ldm_vae.data.samples import evenly_spaced
 from ldm_vae.data.sources import DataConfig
-from ldm_vae.data.split import part_of
+from ldm_vae.data.split import Part, in_part, part_of
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.reconstruction import EvaluateConfig, evaluate, latent_colors
 
@@ -72,6 +73,18 @@ def test_only_held_out_images_are_measured_and_the_baseline_never_saw_them(
     assert protocol["images"]["count"] == len(ids)
     assert protocol["baseline"]["fitted_on"]["count"] == 24 - len(ids)
     assert protocol["baseline"]["fitted_on"]["fingerprint"] != protocol["images"]["fingerprint"]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_one_half_of_the_held_out_images_is_measured_and_recorded(
+    part: Part, config: EvaluateConfig, results: dict[str, Any], tmp_path: Path
+) -> None:
+    half = evaluate(dataclasses.replace(config, part=part, codecs=[], output=str(tmp_path / part)))
+    ids = [image["id"] for image in half["images"]]
+    assert ids == [image["id"] for image in results["images"] if in_part(image["id"], part, 0.3)]
+    assert 0 < len(ids) < len(results["images"])
+    assert half["protocol"]["images"]["part"] == part
+    assert half["protocol"]["baseline"]["fitted_on"] == results["protocol"]["baseline"]["fitted_on"]
 
 
 def test_means_rates_and_gain_follow_from_the_images(results: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.data.folder import FolderSource
 from ldm_vae.data.samples import channels_first
-from ldm_vae.data.split import part_of
+from ldm_vae.data.split import in_part
 from ldm_vae.data.transforms import from_uint8, resize_center_crop
 from ldm_vae.errors import UserError
 from ldm_vae.latents import dataset as dataset_module
@@ -97,12 +97,15 @@ def test_epochs_resample_and_workers_that_live_on_see_them(latents):
 
 def test_parts_follow_the_split_of_the_images(latents):
     whole = LatentDataset(latents)
-    parts = {part: LatentDataset(latents, part=part, held_out=0.3) for part in ("train", "held_out")}
+    parts = {
+        part: LatentDataset(latents, part=part, held_out=0.3) for part in ("train", "held_out", "validation", "test")
+    }
     for part, dataset in parts.items():
         ids = [dataset.id(i) for i in range(len(dataset))]
-        assert ids == [whole.id(i) for i in range(24) if part_of(whole.id(i), 0.3) == part]
+        assert ids == [whole.id(i) for i in range(24) if in_part(whole.id(i), part, 0.3)]
     held_out = parts["held_out"]
     assert 0 < len(held_out) < 24
+    assert len(parts["validation"]) + len(parts["test"]) == len(held_out)
     row = held_out[0]["index"]
     assert torch.equal(held_out[0]["latent"], whole[row]["latent"])
     with pytest.raises(UserError, match="none of 24 samples"):

@@ -209,7 +209,7 @@ class DetectorEvaluation(Study):
             },
             "baseline": described[1] if config.baseline is not None else None,
             "protocol": {
-                "images": {"fingerprint": source.fingerprint(), "normal": len(own.ids) - anomalous,
+                "images": {"fingerprint": source.fingerprint(), "part": "all", "normal": len(own.ids) - anomalous,
                            "anomalous": anomalous, "masks": bool(own.masks)},
                 "preprocessing": detector.description["preprocessing"],
                 "resolution": detector.resolution,

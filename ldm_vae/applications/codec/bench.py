@@ -69,7 +69,7 @@ class CodecBenchConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
         entropy: models of `ldm-vae codec-fit` for this autoencoder; files that need none are always measured.
-        part: held_out (what training never saw), train or all.
+        part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread over the part; null: all.
         qualities: of this codec, 1 to 100.

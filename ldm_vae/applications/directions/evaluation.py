@@ -34,7 +34,7 @@ from ldm_vae.config import check_positive
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
-from ldm_vae.data.split import Part
+from ldm_vae.data.split import NEVER_TRAINED_ON, Part
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import plots
@@ -76,7 +76,7 @@ class EvaluateDirectionsConfig:
         directions: the folder that `directions fit` wrote.
         autoencoder: with the encoder that they were fitted to.
         output: the folder for the results.
-        part: held_out (what neither training nor fit saw), train or all.
+        part: held_out (what neither training nor fit saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels; take that of the fit.
         count: images that are edited.
         strengths: in standard deviations of the pooled latents, 0 among them.
@@ -266,7 +266,9 @@ def make_measurer(
     """And for every attribute that is read: the correlation of reading and truth on reconstructions."""
     if not config.attributes_from:
         return AttributeMeasurer(list(attributes.MEASURED), None, []), {}
-    _, training = fitting.select(config.data, "train" if config.part == "held_out" else "all", config.reader_images)
+    _, training = fitting.select(
+        config.data, "train" if config.part in NEVER_TRAINED_ON else "all", config.reader_images
+    )
     overlap = set(indices)
     training, pictures = read_small(source, [i for i in training if i not in overlap], config.resolution)
     varied_attributes = [a for a in attributes_of(config, source, training) if a.problem() is None]

@@ -32,7 +32,7 @@ from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Enlarged, Rejected, enlarged_record, enlarged_sentences, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
-from ldm_vae.data.split import Part, part_of, subset
+from ldm_vae.data.split import Part, in_part, subset
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.study import check_resolution, locked_folder, publishing, rejected_images
@@ -140,7 +140,7 @@ class FitDirectionsConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the directions.
         latents: a set that `ldm-vae encode` wrote, instead of images.
-        part: train, held_out or all, of the images.
+        part: of the images: train, held_out, its halves validation and test, or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread; null: all.
         attributes_from: any of pixels (brightness, contrast, saturation, red_green, yellow_blue, sharpness), labels
@@ -350,7 +350,7 @@ def select(data: DataConfig, part: Part, count: int | None) -> tuple[ImageSource
     """A source, and `count` indices of its part, evenly spread. Raises: UserError for an empty part."""
     source = open_source(data)
     subset(source, part, data.held_out)  # refuses an empty one
-    indices = [i for i in range(len(source)) if part == "all" or part_of(source.id(i), data.held_out) == part]
+    indices = [i for i in range(len(source)) if in_part(source.id(i), part, data.held_out)]
     return source, [indices[i] for i in evenly_spaced(len(indices), count)]
 
 
