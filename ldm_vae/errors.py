@@ -47,6 +47,10 @@ class OlderFormat(UserError):
     """A file or folder has a format version that this release does not read any more."""
 
 
+class NotFinite(UserError):
+    """NaN or infinite numbers where an image was to be made."""
+
+
 class FolderLocked(UserError):
     """Another process is using the folder. `holder` names it, for example `process 4711 on host x`."""
 

@@ -29,8 +29,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldm_vae.autoencoder import weights
-from ldm_vae.data.transforms import pad_to_multiple
-from ldm_vae.errors import UserError
+from ldm_vae.data.transforms import check_finite, pad_to_multiple
+from ldm_vae.errors import NotFinite, UserError
 
 runtime.silence_empty_warning()
 
@@ -240,8 +240,17 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def decode_images(self, latents: Tensor) -> Tensor:
-        """Latents (n, c, h, w), not normalized -> images (n, 3, fh, fw), float32, clamped to [-1, 1]."""
-        return self.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+        """Latents (n, c, h, w), not normalized -> images (n, 3, fh, fw), float32, clamped to [-1, 1].
+
+        Raises:
+            NotFinite: latents or images with NaN or infinite numbers, often an overflow of float16.
+        """
+        images = self.decode(latents.to(self.dtype)).sample.float()
+        try:
+            return check_finite(images, "decoder").clamp(-1, 1)
+        except NotFinite:
+            check_finite(latents, "latents")
+            raise
 
     def reconstruct(self, images: Tensor, sample: torch.Generator | None = None) -> Tensor:
         """Encode and decode images of any size (n, 3, h, w); same shape, clamped to [-1, 1].

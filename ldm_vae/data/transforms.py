@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm_vae.errors import UserError
+from ldm_vae.errors import NotFinite, UserError
 
 LANCZOS_SUPPORT = 3  # source pixels on each side, times the reduction
 
@@ -158,8 +158,24 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats of any shape and precision, clamped to [-1, 1], -> uint8, rounded to the nearest level."""
-    return images.detach().float().add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
+    """Floats of any shape and precision, clamped to [-1, 1], -> uint8, rounded to the nearest level.
+
+    Raises:
+        NotFinite: NaN or infinite numbers.
+    """
+    return check_finite(images.detach().float()).add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
+
+
+def check_finite(values: Tensor, where: str = "image") -> Tensor:
+    """The same floats. Raises: NotFinite for NaN or infinite numbers, which would be shown as black or white."""
+    if not bool(torch.isfinite(values.sum(dtype=torch.float32))):  # a sum needs no second tensor
+        raise NotFinite(
+            where,
+            "holds numbers that are not finite, often an overflow of float16",
+            "take precision=bf16 or fp32 (torch_dtype=torch.bfloat16), or upcast the autoencoder with "
+            "`autoencoder.to(torch.float32)`",
+        )
+    return values
 
 
 def to_batch(image: np.ndarray) -> Tensor:

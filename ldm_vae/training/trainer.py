@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.errors import EXIT_INTERRUPTED, UserError
+from ldm_vae.errors import EXIT_INTERRUPTED, NotFinite, UserError
 from ldm_vae.random import key_hash
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.training import checkpoint as checkpoints
@@ -478,12 +478,15 @@ def validate_and_preview(
         return metrics
     if engine.accelerator.is_main_process and stop.received is None:
         with watchdog.solo(), stop.interrupts():
-            image = model.preview(engine) if preview_due else None
-            if image is not None:
-                tracker.run.add_preview(step, image)
-            if validation_due:  # after the preview, of which it may report metrics
-                metrics = model.validate(engine)
-                tracker.log_and_print(step, metrics)
+            try:
+                image = model.preview(engine) if preview_due else None
+                if image is not None:
+                    tracker.run.add_preview(step, image)
+                if validation_due:  # after the preview, of which it may report metrics
+                    metrics = model.validate(engine)
+                    tracker.log_and_print(step, metrics)
+            except NotFinite as error:  # the monitor decides whether the run can go on
+                say(f"step {step}: nothing to show, nothing measured ({error})")
     wait_for_all(engine.accelerator)
     tracker.throughput()  # the time of validation is not training time
     return metrics

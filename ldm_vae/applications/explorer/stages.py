@@ -254,7 +254,9 @@ def mosaic(channels: Tensor) -> np.ndarray:
         tiles = F.interpolate(tiles.float(), (height, width), mode="area")
     elif longest < SMALLEST_TILE:
         tiles = F.interpolate(tiles.float(), scale_factor=float(SMALLEST_TILE // longest), mode="nearest")
-    gray = (tiles[:, 0].float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    gray = (
+        (transforms.check_finite(tiles[:, 0].float(), "activations").clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    )
     count, height, width = gray.shape
     root = math.sqrt(count)
     whole = [columns for columns in range(math.ceil(root), int(2 * root) + 1) if count % columns == 0]
