@@ -29,7 +29,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldm_vae.autoencoder import weights
-from ldm_vae.data.transforms import check_finite, pad_to_multiple
+from ldm_vae.data.transforms import finite_pixels, pad_to_multiple
 from ldm_vae.errors import NotFinite, UserError
 
 runtime.silence_empty_warning()
@@ -247,9 +247,9 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         images = self.decode(latents.to(self.dtype)).sample.float()
         try:
-            return check_finite(images, "decoder").clamp(-1, 1)
+            return finite_pixels(images, "decoder").clamp(-1, 1)
         except NotFinite:
-            check_finite(latents, "latents")
+            finite_pixels(latents, "latents")
             raise
 
     def reconstruct(self, images: Tensor, sample: torch.Generator | None = None) -> Tensor:

@@ -163,10 +163,10 @@ def to_uint8(images: Tensor) -> Tensor:
     Raises:
         NotFinite: NaN or infinite numbers.
     """
-    return check_finite(images.detach().float()).add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
+    return finite_pixels(images.detach().float()).add(1.0).mul_(127.5).clamp_(0.0, 255.0).round_().to(torch.uint8)
 
 
-def check_finite(values: Tensor, where: str = "image") -> Tensor:
+def finite_pixels(values: Tensor, where: str = "image") -> Tensor:
     """The same floats. Raises: NotFinite for NaN or infinite numbers, which would be shown as black or white."""
     if not bool(torch.isfinite(values.sum(dtype=torch.float32))):  # a sum needs no second tensor
         raise NotFinite(

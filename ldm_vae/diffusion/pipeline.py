@@ -400,7 +400,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _output(self, latents: Tensor, output_type: str, init: editing.InitImage | None) -> Any:
         if output_type == "latent":
-            return transforms.check_finite(latents, "latents")
+            return transforms.finite_pixels(latents, "latents")
         images = (self.decode(latents) + 1) / 2
         if init is not None:
             images = init.paste(images)
@@ -614,7 +614,7 @@ def latents_to_rgb(latents: Tensor, latent_rgb: Mapping[str, Any]) -> Tensor:
     """Normalized latents (n, c, h, w) -> images (n, 3, h, w), float32, clamped to [-1, 1]. Raises: NotFinite."""
     weights, bias = (torch.tensor(latent_rgb[key]).to(latents.device) for key in ("weights", "bias"))
     colors = torch.einsum("nchw,dc->ndhw", latents.float(), weights) + bias.view(1, 3, 1, 1)
-    return transforms.check_finite(colors, "latents").clamp(-1, 1)
+    return transforms.finite_pixels(colors, "latents").clamp(-1, 1)
 
 
 # The card of a saved pipeline: what its directory records. `ldm-vae card` writes a longer one.

@@ -381,7 +381,7 @@ def _decode(manifest: Manifest, autoencoder: Autoencoder, stored: Tensor, number
     """One sample as it is stored -> an image (1, 3, H, W) in [-1, 1]."""
     if manifest.content == "indices":
         codes = stored.int()[None].to(autoencoder.device)
-        return transforms.check_finite(autoencoder.decode_indices(codes).sample.float(), "decoder").clamp(-1, 1)
+        return transforms.finite_pixels(autoencoder.decode_indices(codes).sample.float(), "decoder").clamp(-1, 1)
     latents = stored.float()
     if manifest.content == "moments":
         latents, logvar = latents.chunk(2)

@@ -255,7 +255,7 @@ def mosaic(channels: Tensor) -> np.ndarray:
     elif longest < SMALLEST_TILE:
         tiles = F.interpolate(tiles.float(), scale_factor=float(SMALLEST_TILE // longest), mode="nearest")
     gray = (
-        (transforms.check_finite(tiles[:, 0].float(), "activations").clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        (transforms.finite_pixels(tiles[:, 0].float(), "activations").clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     )
     count, height, width = gray.shape
     root = math.sqrt(count)
