@@ -94,6 +94,8 @@ def test_real_scenes_have_the_right_marginals() -> None:
     found = script.judge_attributes(scenes(1, 600), scenes(2, 300), PERFECT)
     assert set(found) == set(synthetic_reader.ATTRIBUTES)
     assert all(one["kept"] and one["gap"] < one["chance"] + 0.05 for one in found.values())
+    kept = {"gap": 0.2, "chance": 0.15, "kept": True}
+    assert script.above_chance({"x": kept, "y": kept | {"gap": 0.1}}) == "Gap above chance: 1 of 2 attributes: x."
 
 
 def test_each_wrong_marginal_is_found() -> None:

@@ -103,6 +103,12 @@ def judge_attributes(real: Truth, generated: Truth, correlations: dict[str, floa
     return found
 
 
+def above_chance(attributes: dict[str, Any]) -> str:
+    """Which of the judged attributes have a larger gap than real images have by chance, within the limit or not."""
+    off = [name for name, one in attributes.items() if one["gap"] > one["chance"]]
+    return f"Gap above chance: {len(off)} of {len(attributes)} attributes{': ' * bool(off)}{', '.join(off)}."
+
+
 def judge_copies(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, Any]:
     """The copy rate of generated latents among the training latents, and that of real ones that are not in there.
 
@@ -302,6 +308,7 @@ def report(found: dict[str, Any]) -> str:
         f"{copies['held_out_median_ratio']:.2f} ({copies['held_out_copies']} copies of {copies['held_out_images']}), "
         f"among {copies['compared']:,}. The interval is Wilson's, 95 %."
     )
+    note += f" {above_chance(attributes)}"
     if unread:
         note += f" Not judged, the reader cannot read it: {', '.join(unread)}."
     return "\n".join(
