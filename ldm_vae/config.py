@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json
 from ldm_vae.redaction import check_no_password, redacted, without_password
+from ldm_vae.utils.numbers import plain_number, whole_number
 
 Config = TypeVar("Config")
 
@@ -300,6 +301,40 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise UserError(name, f"{value} is not positive")
+
+
+def plain_settings(config: Config, prefix: str = "") -> Config:
+    """The same settings with Python's own numbers and texts in place of those of numpy and torch, and of paths.
+
+    Raises:
+        UserError: naming the field, for a bool or a float that stands for a whole number.
+    """
+    if not dataclasses.is_dataclass(config):
+        return config
+    hints = get_type_hints(type(config))
+    names = [field.name for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
+    values = {name: _plain_value(getattr(config, name), hints[name], prefix + name) for name in names}
+    changed = {name: value for name, value in values.items() if value is not getattr(config, name)}
+    return dataclasses.replace(config, **changed) if changed else config  # type: ignore[type-var]
+
+
+def _plain_value(value: Any, hint: Any, where: str) -> Any:
+    """`value` itself where it is plain already."""
+    kind, _ = _kind_of(hint)
+    if value is None or value == "???":
+        return value
+    if dataclasses.is_dataclass(value):
+        return plain_settings(value, f"{where}.")
+    if kind is int:
+        return value if type(value) is int else whole_number(value, where)
+    if kind is float:
+        return value if type(value) in (int, float) else plain_number(value, where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple) and get_origin(kind) in (list, tuple):
+        items = [_plain_value(item, get_args(kind)[0], where) for item in value]
+        return value if all(a is b for a, b in zip(items, value)) else type(value)(items)
+    return value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

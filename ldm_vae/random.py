@@ -9,14 +9,19 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from ldm_vae.utils.numbers import whole_number
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 
 def key_hash(*keys: int | str, bits: int = 63) -> int:
-    """A stable non-negative integer of `bits` bits from integers and strings (blake2b; equal on every machine)."""
-    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    """A stable non-negative integer of `bits` bits from integers and strings (blake2b; equal on every machine).
+
+    Integers of numpy and torch count as Python's. Raises: UserError for other keys, such as bools and floats.
+    """
+    text = "\x1f".join(f"str:{key}" if isinstance(key, str) else f"int:{whole_number(key, 'seed')}" for key in keys)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest, "big") >> (128 - bits)
 

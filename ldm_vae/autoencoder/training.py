@@ -28,6 +28,7 @@ from ldm_vae.autoencoder.rate import (
     whole_image_rate,
 )
 from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
+from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import enlarged_sentences
 from ldm_vae.errors import UserError
@@ -67,6 +68,7 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     Raises:
         UserError: a setting, the images or the output folder are not usable.
     """
+    config = plain_settings(config)
     if dry_run:
         accelerator = make_accelerator(config.training)
         model = VaeModel(config, held_out=None, device=accelerator.device)

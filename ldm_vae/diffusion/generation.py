@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.config import changed_keys
+from ldm_vae.config import changed_keys, plain_settings
 from ldm_vae.data.decoding import ImageRejected, read_image, read_mask
 from ldm_vae.data.image_input import mask_values
 from ldm_vae.data.samples import Enlarged, crop_image, enlarged_record, enlarged_sentences
@@ -185,6 +185,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
     Raises:
         UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
     """
+    config = plain_settings(config)
     from accelerate import PartialState
 
     started = time.time()

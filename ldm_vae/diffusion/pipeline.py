@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -54,6 +55,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import check_checksums, write_checksums, write_text
 from ldm_vae.latents.format import Manifest, check_same
 from ldm_vae.latents.normalizer import LatentNormalizer
+from ldm_vae.utils.numbers import plain_number, whole_number
 from ldm_vae.utils.text import pluralize
 
 DEFAULT_GUIDANCE = 3.0
@@ -238,7 +240,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """(height, width) in pixels, the training size where None. Raises: UserError for an impossible side."""
         factor = self.autoencoder.downsampling
         sides = []
-        for name, side, trained in zip(("height", "width"), (height, width), self.config["latent_size"]):
+        for name, given, trained in zip(("height", "width"), (height, width), self.config["latent_size"]):
+            side = None if given is None else whole_number(given, name)
             if side is not None and (side < factor or side % factor):
                 near = max(1, round(side / factor)) * factor
                 raise UserError(f"{name}: {side} is not a multiple of {factor}; {near} is the nearest")
@@ -294,10 +297,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 close to it. Defaults to 1 with a mask and 0.6 without. Several seeds make variations.
             mask (as `image`, *optional*): White (255, 1, true) is painted anew, other pixels stay exactly.
             latents (`Tensor` (n, c, h / f, w / f), *optional*): Standard normal noise to start from.
-            generator (`torch.Generator` or list, *optional*): One for all images, or one per image.
+            generator (`torch.Generator` or list, *optional*): One for all, or one per image.
             seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not with `generator`.
-            output_type (`str`): "pil", "np" (n, h, w, 3) or "pt" (n, 3, h, w) in [0, 1], or "latent"
-                (n, c, h / f, w / f), the autoencoder's own, unnormalized latents.
+            output_type (`str`): "pil", "np" (n, h, w, 3), "pt" (n, 3, h, w) in [0, 1], or "latent", not normalized.
             return_dict (`bool`): False returns the tuple (images,).
             callback_on_step_end (`Callable`, *optional*): Called as (pipeline, index, timestep, tensors): normalized
                 `latents`, and `clean`, their estimate for `preview`. `latents` in the returned dict replace them.
@@ -308,6 +310,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: an unknown label (with the nearest known one), an impossible size, or settings without effect.
         """
+        labels, num_inference_steps = listed_labels(labels), whole_number(num_inference_steps, "num_inference_steps")
         check_arguments(output_type, num_inference_steps, image, strength, mask, latents, generator, seed)
         init = None if image is None else editing.read_init_image(image, mask, self.autoencoder.downsampling)
         count = count_images(labels, num_images, None if init is None else len(init), latents)
@@ -452,6 +455,13 @@ diffusers.LatentDiffusionPipeline = LatentDiffusionPipeline
 # Labels: names, ids and mixtures of them.
 
 
+def listed_labels(labels: Any) -> Any:
+    """Labels with Python's lists and numbers in place of arrays and tensors."""
+    if isinstance(labels, list | tuple):
+        return [listed_labels(label) for label in labels]
+    return labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
+
+
 def class_weights(labels: Labels, count: int, names: Sequence[str]) -> ClassWeights | None:
     """The classes of `count` images, the labels being repeated in turn; None for any class.
 
@@ -460,7 +470,7 @@ def class_weights(labels: Labels, count: int, names: Sequence[str]) -> ClassWeig
     """
     if labels is None:
         return None
-    each = list(labels) if isinstance(labels, list | tuple) else [labels]
+    each: list[Any] = list(labels) if isinstance(labels, list | tuple) else [labels]
     if not each or count < len(each):
         raise UserError(
             f"labels: {len(each)} of them for {pluralize(count, 'image')}; ask for at least one image per label"
@@ -469,8 +479,9 @@ def class_weights(labels: Labels, count: int, names: Sequence[str]) -> ClassWeig
     columns = max(len(mixture) for mixture in mixtures)
     ids, weights = torch.zeros(len(each), columns, dtype=torch.long), torch.zeros(len(each), columns)
     for row, mixture in enumerate(mixtures):
+        mixture = {label: plain_number(share, f"labels: {label!r}") for label, share in mixture.items()}
         total = sum(mixture.values())
-        if total <= 0 or min(mixture.values()) < 0:
+        if not total > 0 or min(mixture.values()) < 0:
             raise UserError(f"labels: the shares of {dict(mixture)} must be positive; give for instance one half each")
         for column, (label, share) in enumerate(mixture.items()):
             ids[row, column] = find_label(label, names)
@@ -487,13 +498,15 @@ def find_label(label: Label, names: Sequence[str]) -> int:
     """
     if not names:
         raise UserError(f"label {label!r}: this model is unconditional, it has no labels; leave it out")
-    if isinstance(label, str):
+    if not isinstance(label, str):
+        label = whole_number(label, "labels")
+    else:
         by_name = {name.casefold(): number for number, name in reversed(list(enumerate(names)))}
         if label in names:
             return list(names).index(label)
         if label.casefold() in by_name:
             return by_name[label.casefold()]
-    number = int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
+    number = label if not isinstance(label, str) else int(label) if WHOLE_NUMBER.fullmatch(label) else None
     if number is not None and 0 <= number < len(names):
         return number
     near = difflib.get_close_matches(str(label), names, n=1, cutoff=0.5)
@@ -536,6 +549,7 @@ def make_guidance(
     Raises:
         UserError: guidance without effect, or impossible.
     """
+    scale = None if scale is None else plain_number(scale, "guidance_scale")
     if not labeled and scale not in (None, 1):
         raise UserError(f"guidance_scale: {scale} has no effect without a label; leave it out or give a label")
     if autoguidance != 1 and not weak:
@@ -545,11 +559,16 @@ def make_guidance(
     by_label = 1.0 if not labeled else DEFAULT_GUIDANCE if scale is None else scale
     if rescale and by_label == autoguidance == 1:
         raise UserError(f"guidance_rescale: {rescale} has no effect without guidance; leave it out")
-    return Guidance(by_label, autoguidance, (interval[0], interval[1]), rescale)
+    low, high = (plain_number(time, "guidance_interval") for time in interval)
+    return Guidance(
+        by_label, plain_number(autoguidance, "autoguidance_scale"), (low, high),
+        plain_number(rescale, "guidance_rescale"),
+    )  # fmt: skip
 
 
 def count_images(labels: Labels, num_images: int | None, given: int | None, latents: Tensor | None) -> int:
     """Images to make: `num_images`, or as many as there are latents, `given` images or labels."""
+    num_images = None if num_images is None else whole_number(num_images, "num_images")
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images: {num_images} is below 1")
     if latents is not None and num_images not in (None, len(latents)):

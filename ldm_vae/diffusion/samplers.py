@@ -31,6 +31,7 @@ from diffusers import (
 from ldm_vae.diffusion import flow
 from ldm_vae.diffusion.flow import SMALLEST_DIVISOR
 from ldm_vae.errors import UserError
+from ldm_vae.utils.numbers import plain_number
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -129,6 +130,7 @@ def first_step(steps: int, strength: float) -> int:
     Raises:
         UserError: a strength outside (0, 1].
     """
+    strength = plain_number(strength, "strength")
     if not 0 < strength <= 1:
         raise UserError(f"strength: {strength} is not a share above 0; give up to 1, which keeps nothing of the image")
     return steps - max(1, round(steps * strength))

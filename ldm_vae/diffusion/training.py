@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.config import changed_keys
+from ldm_vae.config import changed_keys, plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.diffusion import flow, validation
 from ldm_vae.diffusion.fid import KidConfig, SampleKid, make_sample_kid
@@ -148,6 +148,7 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
     Raises:
         UserError: a setting, the latents, the autoencoder or the output folder are not usable.
     """
+    config = plain_settings(config)
     samples, held_out = open_latents(config)
     output = None if dry_run else Path(config.output)
     accelerator = trainer.make_accelerator(config.training, output)

@@ -28,6 +28,7 @@ from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_divergence
+from ldm_vae.config import plain_settings
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.folder import find_pictures
@@ -156,6 +157,7 @@ def evaluate(config: EvaluateConfig, overwrite: bool = False, dry_run: bool = Fa
     Raises:
         UserError: the folder holds a result of other settings or of another autoencoder, and not `overwrite`.
     """
+    config = plain_settings(config)
     with joined_processes(config.processes) as processes:
         return Evaluation(config, overwrite, processes).run(dry_run)
 
@@ -819,6 +821,7 @@ class ReconstructConfig:
 
 def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False) -> int:
     """Write the pictures and print what was left out. Returns: 0. Raises: UserError."""
+    config = plain_settings(config)
     if not config.images:
         raise UserError("images: missing; give image files or folders")
     written, rejected = reconstruct_pictures(

@@ -93,7 +93,7 @@ class Study:
         processes: Processes | None = None,
     ) -> None:
         self.started = time.time()
-        self.config, self.overwrite = config, overwrite
+        self.config, self.overwrite = configuration.plain_settings(config), overwrite
         self._autoencoder = autoencoder
         self.output = Path(config.output if output is None else output)
         self.processes = processes or Processes()

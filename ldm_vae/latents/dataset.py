@@ -28,6 +28,7 @@ from ldm_vae.random import generator, numpy_rng
 from ldm_vae.storage.base import is_url
 from ldm_vae.training.loader import GlobalOrder as GlobalOrder
 from ldm_vae.training.loader import Order, permuted, round_keys
+from ldm_vae.utils.numbers import whole_number
 
 MOST_OPEN_SHARDS = 1 << 14
 """Mapped at once by a process; the kernel allows it about 65,000 mappings in all."""
@@ -82,7 +83,7 @@ class LatentDataset(Dataset):
         held_out: float = 0.0,
         verify: bool = True,
     ) -> None:
-        self.seed, self.verify = seed, verify
+        self.seed, self.verify = whole_number(seed, "seed"), verify
         self.manifest = manifest = read_manifest(path)
         self.layout, self.where = manifest.layout, str(manifest.where.location)
         if posterior and manifest.content != "moments":
@@ -152,7 +153,7 @@ class LatentDataset(Dataset):
             i = i.tolist()
         elif isinstance(i, slice):
             i = range(len(self))[i]
-        return self._batch(i) if isinstance(i, Sequence) else self._one(int(i))
+        return self._batch(i) if isinstance(i, Sequence) else self._one(whole_number(i, "index"))
 
     def sample(self, index: int, position: int, size: int | None = None) -> dict[str, Any]:
         """Sample `index` as the training sample at global `position`: the noise is a function of (seed, position).
@@ -314,6 +315,8 @@ class ShardBlockOrder:
     _epochs: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("seed", "block"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.block < 1:
             raise UserError(f"order: a block of {self.block} shards holds nothing; give 1 or more")
         if self.count < 1:
@@ -368,6 +371,10 @@ class OrderedSampler(Sampler[list[int]]):
     """
 
     def __init__(self, order: Order, global_batch: int, *, rank: int = 0, processes: int = 1) -> None:
+        global_batch, rank, processes = (
+            whole_number(value, name)
+            for name, value in (("global_batch", global_batch), ("rank", rank), ("processes", processes))
+        )
         if global_batch < 1 or global_batch % processes:
             raise UserError(
                 f"batch: {global_batch} samples per step do not divide into {processes} process(es); "
@@ -386,8 +393,8 @@ class OrderedSampler(Sampler[list[int]]):
 
     def start_at(self, step: int) -> int:
         """Let the next pass begin with `step`; it goes to the end of that step's epoch. Returns: the epoch."""
-        self._first_step = step
-        return step // self.steps_per_epoch
+        self._first_step = whole_number(step, "step")
+        return self._first_step // self.steps_per_epoch
 
     def __len__(self) -> int:
         """Steps of the next pass."""

@@ -27,6 +27,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import describe_architecture
+from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
@@ -199,6 +200,7 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
     Raises:
         UserError: a setting, the images or the output are not usable, or a latent is not finite.
     """
+    config = plain_settings(config)
     if dry_run:
         accelerator = make_accelerator(config)
         previews = [preview_encoding(config, accelerator, size) for size in parse_sizes(config.resolution)]
@@ -230,6 +232,7 @@ class EncodeResult:
 
 def run_job(config: Settings, job: Callable[[Settings, Any], Result]) -> Result:
     """`job(config, accelerator)` on the device and processes that the config says."""
+    config = plain_settings(config)
     with StopRequest(at_once=True):  # files are published whole: leaving is always safe
         accelerator = make_accelerator(config)
         with Watchdog(accelerator, config.timeout_seconds):

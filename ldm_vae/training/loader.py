@@ -29,6 +29,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.random import generator, key_hash
 from ldm_vae.training.distributed import TIMEOUT_SECONDS
 from ldm_vae.training.watchdog import CONTINUES, obey_only_the_parent
+from ldm_vae.utils.numbers import whole_number
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_fraction: float) -> float:
@@ -122,6 +123,8 @@ class GlobalOrder:
     count: int
 
     def __post_init__(self) -> None:
+        for name in ("seed", "count"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.count < 1:
             raise UserError(f"order: there are {self.count} samples to put in order; give a set that holds some")
 

@@ -25,6 +25,7 @@ from ldm_vae.applications.anomaly import scores
 from ldm_vae.applications.anomaly.images import crop_batches, mark, refuse_enlarged, stack
 from ldm_vae.autoencoder.losses import Backbone
 from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.config import plain_settings
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -194,6 +195,7 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
         UserError: the folder holds something else; too few normal images; images of mixed size; networks that do not
             belong together.
     """
+    config = plain_settings(config)
     started = time.time()
     output = Path(config.output)
     check_detector_folder(output)

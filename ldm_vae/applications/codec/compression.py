@@ -25,6 +25,7 @@ from ldm_vae.applications.codec import entropy_models, format
 from ldm_vae.applications.codec.format import FittedModel, load_model, short_fingerprint
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures
@@ -146,6 +147,7 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
         UserError: no such picture, no picture that can be decoded, an autoencoder or entropy model that does not fit,
             a file that is there already, or a target that even the smallest file exceeds.
     """
+    config = plain_settings(config)
     if not config.images:
         raise UserError("images: missing; give image files or folders")
     goals = _targets(config.output, find_pictures(config.images), format.SUFFIX, overwrite)
@@ -191,6 +193,7 @@ def decompress(config: DecompressConfig, *, overwrite: bool = False) -> list[Pat
             when all others are written.
         UserError: no such file, a picture that is there already, or an entropy model of another autoencoder.
     """
+    config = plain_settings(config)
     if not config.files:
         raise UserError("files: missing; give files that `ldm-vae compress` wrote")
     paths = [Path(text) for text in config.files]

@@ -38,7 +38,7 @@ from ldm_vae.applications.codec.entropy_models import (
 from ldm_vae.applications.codec.format import LARGEST_INTEGER, EntropyKind, FittedModel
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.config import check_positive
+from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
 from ldm_vae.latents.format import read_manifest
@@ -106,6 +106,7 @@ def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel
         UserError: the output is there and not `overwrite`; the latents are codes, samples, too few, of another
             autoencoder, or not finite.
     """
+    config = plain_settings(config)
     output = Path(config.output)
     if output.suffix != ".safetensors":
         raise UserError(f"output: {output} is not a name for an entropy model; let it end in .safetensors")

@@ -18,6 +18,7 @@ from ldm_vae import provenance
 from ldm_vae.applications.directions.fitting import check_continuous, load_directions, pool, posterior_means
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures
@@ -114,6 +115,7 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
     Raises:
         UserError: an unknown direction, another autoencoder, a mask that does not fit, or an output that is not empty.
     """
+    config = plain_settings(config)
     started = time.time()
     if not config.images and config.latents is None:
         raise UserError("images: missing; give image files or folders, or latents")

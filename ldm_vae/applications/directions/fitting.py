@@ -28,7 +28,7 @@ from ldm_vae.applications.directions import attributes
 from ldm_vae.applications.directions.attributes import LABELS, PIXELS, Attribute
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.config import check_positive
+from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Enlarged, Rejected, enlarged_record, enlarged_sentences, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -185,6 +185,7 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
         UserError: the output is not empty and not `overwrite`, an attribute that was asked for has no direction, or
             whatever `gather` refuses.
     """
+    config = plain_settings(config)
     started = time.time()
     output = Path(config.output)
     if (output / provenance.RUN_RECORD).exists() and not ((output / FOLDER).exists() and overwrite):
