@@ -47,7 +47,6 @@ from ldm_vae.diffusion.samplers import (
     first_step,
     flow_scheduler,
     make_solver,
-    sampler_name,
     scheduler_shift,
 )
 from ldm_vae.diffusion.unet import LatentUNet
@@ -421,7 +420,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _solvers(self, sampler: str | None, steps: int, shape: Sequence[int], first: int, count: int) -> list[Solver]:
         """One per group of `count` images. A larger latent gets a larger shift."""
         trained_height, trained_width = self.config["latent_size"]
-        sampler_name(self.scheduler)
         shift = scheduler_shift(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
         scheduler = self.scheduler if sampler is None else flow_scheduler(shift, sampler)
         return [make_solver(scheduler, steps, shift, first) for _ in self._groups(count)]

@@ -9,6 +9,7 @@ row there; it needs a solver class unless a multistep scheduler of diffusers tak
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,6 +271,7 @@ class Sampler:
         shift: Key of the time shift in the scheduler's config.
         settings: Of the scheduler's config, which a flow needs.
         algorithm: Key of the scheduler's config whose value has to be in `DETERMINISTIC`.
+        choices: Further keys of the scheduler's config that are used; all others have to be at their default.
     """
 
     scheduler: Any
@@ -278,14 +280,26 @@ class Sampler:
     shift: str = "shift"
     settings: Mapping[str, Any] = field(default_factory=dict)
     algorithm: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 SAMPLERS = {
     "euler": Sampler(FlowMatchEulerDiscreteScheduler, Euler),
     "heun": Sampler(FlowMatchHeunDiscreteScheduler, Heun, evaluations=2),
-    "dpm++": Sampler(DPMSolverMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="algorithm_type"),
-    "unipc": Sampler(UniPCMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="solver_type"),
+    "dpm++": Sampler(
+        DPMSolverMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="algorithm_type",
+        choices=("solver_order", "solver_type", "lower_order_final", "euler_at_final"),
+    ),
+    "unipc": Sampler(
+        UniPCMultistepScheduler, shift="flow_shift", settings=FLOW, algorithm="solver_type",
+        choices=("solver_order", "lower_order_final", "disable_corrector"),
+    ),
+}  # fmt: skip
+SWITCHES = {
+    "use_dynamic_shifting": ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
+    "thresholding": ("dynamic_thresholding_ratio", "sample_max_value"),
 }
+"""Settings that turn others on: without the first, diffusers does not use the others either."""
 
 
 def flow_scheduler(shift: float, sampler: str = "euler") -> Any:
@@ -323,11 +337,37 @@ def sampler_name(scheduler: Any) -> str:
         )
     if settings.get("stochastic_sampling"):
         raise UserError(f"scheduler: {kind} with stochastic_sampling draws noise; make it without")
+    if unused := unused_settings(scheduler, row):
+        key, value = next(iter(unused.items()))
+        used = ", ".join((row.shift, *row.choices))
+        raise UserError(f"scheduler: {kind} with {key}={value!r}, which is not used here; make it without ({used} are)")
     return name
 
 
+def unused_settings(scheduler: Any, row: Sampler) -> dict[str, Any]:
+    """What a scheduler is set to, other than by default, that its sampler would not use.
+
+    A scheduler that was made `from_config` of another one keeps the settings of that one too.
+    """
+    used = {"shift", row.shift, row.algorithm, *row.settings, *row.choices}
+    used |= {key for switch, keys in SWITCHES.items() if not scheduler.config.get(switch) for key in keys}
+    defaults: dict[str, Any] = {}
+    for kind in (*(other.scheduler for other in SAMPLERS.values()), row.scheduler):  # its own count last
+        defaults |= {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
+    return {
+        key: value
+        for key, value in scheduler.config.items()
+        if key in defaults.keys() - used and value != defaults[key]
+    }
+
+
 def scheduler_shift(scheduler: Any) -> float:
-    """The shift of its times. A scheduler made `from_config` of a flow scheduler keeps the `shift` of that one."""
+    """The shift of its times. A scheduler made `from_config` of a flow scheduler keeps the `shift` of that one.
+
+    Raises:
+        UserError: as `sampler_name`.
+    """
+    sampler_name(scheduler)
     settings = scheduler.config
     return float(settings["shift"] if "shift" in settings else settings["flow_shift"])
 

@@ -10,6 +10,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -60,11 +61,51 @@ def test_the_scheduler_stays_as_it_is() -> None:
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **FLOW), "sde-dpmsolver"),
         (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling draws noise"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True, which is not used"),
+        (FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas=True, which is not used here"),
+        (FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True), "use_exponential_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True), "use_beta_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "shift_terminal=0.1"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), r"num_train_timesteps=500.* \(shift are\)"),
+        (FlowMatchHeunDiscreteScheduler(num_train_timesteps=500), "num_train_timesteps=500"),
+        (DPMSolverMultistepScheduler(use_karras_sigmas=True, **FLOW), "use_karras_sigmas=True"),
+        (DPMSolverMultistepScheduler(use_lu_lambdas=True, **FLOW), "use_lu_lambdas=True"),
+        (DPMSolverMultistepScheduler(use_beta_sigmas=True, **FLOW), "use_beta_sigmas=True"),
+        (DPMSolverMultistepScheduler(use_dynamic_shifting=True, **FLOW), "use_dynamic_shifting=True"),
+        (DPMSolverMultistepScheduler(final_sigmas_type="sigma_min", **FLOW), "final_sigmas_type='sigma_min'"),
+        (DPMSolverMultistepScheduler(thresholding=True, **FLOW), "thresholding=True"),
+        (DPMSolverMultistepScheduler(beta_start=0.00085, **FLOW), "beta_start=0.00085"),
+        (UniPCMultistepScheduler(timestep_spacing="trailing", **FLOW), "timestep_spacing='trailing'"),
+        (UniPCMultistepScheduler(predict_x0=False, **FLOW), "predict_x0=False"),
+        (UniPCMultistepScheduler(sigma_max=0.9, **FLOW), "sigma_max=0.9"),
+        (
+            DPMSolverMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift_terminal=0.1).config, **FLOW),
+            "shift_terminal=0.1",
+        ),
     ],
 )
 def test_others_are_refused(scheduler: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sampler_name(scheduler)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0, base_shift=0.7, max_shift=2.0),  # without dynamic shifting
+        FlowMatchHeunDiscreteScheduler(shift=2.0),
+        DPMSolverMultistepScheduler(solver_order=3, solver_type="heun", euler_at_final=True, **FLOW),
+        DPMSolverMultistepScheduler(lower_order_final=False, sample_max_value=2.0, **FLOW),
+        UniPCMultistepScheduler(solver_order=3, solver_type="bh1", disable_corrector=[0], **FLOW),
+        UniPCMultistepScheduler.from_config(
+            DPMSolverMultistepScheduler(solver_order=3, **FLOW).config, solver_type="bh2"
+        ),
+    ],
+)
+def test_settings_that_are_used_are_taken(scheduler: Any) -> None:
+    assert sampler_name(scheduler) in SAMPLERS
+    assert scheduler_shift(scheduler) > 0
 
 
 def test_unknown_name() -> None:
