@@ -25,6 +25,7 @@ from typing import Any
 
 from ldm_vae import schema
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ldm_vae.paths import check_places
 from ldm_vae.runtime import reuse_freed_memory
 from ldm_vae.schema import Setting
 from ldm_vae.utils.progress import LineHandler
@@ -64,10 +65,11 @@ class Command:
     def flags(self) -> dict[str, str]:
         """Name -> help text of the flags (options without a value)."""
         found = {
-            "overwrite": "replace an existing result that has other settings",
             "dry-run": "check everything and print what would be done; write nothing",
             "print-config": "print the resolved settings and exit",
         }
+        if "overwrite" in schema.parameters(self.function):
+            found = {"overwrite": "replace an existing result that has other settings"} | found
         if self.strict:
             found["strict"] = "exit code 1 when a verdict is of severity fail"
         return found
@@ -337,6 +339,8 @@ class ArgumentReader:
         if not equals and key in self.command.flags:
             self.words.flags.add(key.replace("-", "_"))
             return
+        if key == "overwrite":
+            raise UserError("--overwrite", f"has no effect with {self.name}", "leave it out")
         setting = schema.find_setting(self.settings, self._key(key))
         if equals:
             self._set(key, value)
@@ -380,10 +384,10 @@ class ArgumentReader:
     def _set(self, key: str, value: str) -> None:
         key = self._key(key)
         setting = schema.find_setting(self.settings, key)
-        if setting.kind == "list" and setting.item[0] == "text" and not value.startswith("["):
+        if setting.kind == "list" and setting.item[0] == "text" and not is_list(value):
             self.texts.setdefault(key, []).append(value)
             return
-        if setting.kind in ("list", "pair") and not value.startswith("[") and value and value != "null":
+        if setting.kind in ("list", "pair") and not is_list(value) and value and value != "null":
             value = f"[{value}]"
         self.texts.pop(key, None)
         schema.check_value(setting, value)
@@ -411,6 +415,11 @@ def is_number(word: str) -> bool:
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(,.*)?", word) is not None
 
 
+def is_list(text: str) -> bool:
+    """Whether a text is a YAML list, for example `[a, b]`; `[a].png` is a file name."""
+    return text.startswith("[") and text.endswith("]")
+
+
 def flow_list(texts: Iterable[str]) -> str:
     """Texts as one YAML list; any characters are allowed."""
     texts = list(texts)
@@ -430,9 +439,10 @@ def run(name: str, words: Sequence[str]) -> int:
         advice = "; ".join(dict.fromkeys(understood.advice))
         print(f"ldm-vae {name}: {advice} (the old spelling works for one release)", file=sys.stderr)
     settings = schema.read_schema(command.config)
-    if understood.recipe is not None:
-        check_recipe(settings, understood.recipe)
+    recipe = {} if understood.recipe is None else read_recipe(settings, understood.recipe)
     complete(command, settings, understood)
+    if "print_config" not in understood.flags:
+        check_given_places(name, settings, understood, recipe)
     from ldm_vae import config as configuration
 
     config = configuration.load(resolve(command.config), understood.recipe, understood.settings)
@@ -440,12 +450,9 @@ def run(name: str, words: Sequence[str]) -> int:
         print(configuration.to_yaml(config), end="")
         return 0
     given = dict.fromkeys(understood.flags - {"strict"}, True)
-    known = schema.parameters(command.function)
-    if "dry_run" in given and "dry_run" not in known:
+    if "dry_run" in given and "dry_run" not in schema.parameters(command.function):
         print(f"ldm-vae {name}: the settings are valid; nothing was done\n{configuration.to_yaml(config)}", end="")
         return 0
-    if unknown := sorted(given.keys() - set(known)):
-        raise UserError(f"--{unknown[0].replace('_', '-')}: has no effect with {name}; leave it out")
     reuse_freed_memory()
     if command.interruptible:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -463,20 +470,72 @@ def resolve(place: str) -> Any:
     return getattr(importlib.import_module(f"ldm_vae.{module}"), name)
 
 
-def check_recipe(settings: tuple[Setting, ...], path: Path) -> None:
-    """Raises: UserError for an unknown key in the file, before anything heavy is imported."""
+def read_recipe(settings: tuple[Setting, ...], path: Path) -> dict[str, Any]:
+    """The settings of a YAML file: full key -> value.
+
+    Raises:
+        UserError: an unknown key or an invalid value, before anything heavy is imported.
+    """
     from ldm_vae.config import read_yaml
 
-    def check(values: dict[Any, Any], prefix: str) -> None:
+    found: dict[str, Any] = {}
+
+    def read(values: dict[Any, Any], prefix: str) -> None:
         for key, value in values.items():
             setting = schema.find_setting(settings, f"{prefix}{key}")
             if isinstance(value, dict) and setting.kind == "group":
-                check(value, f"{prefix}{key}.")
+                read(value, f"{prefix}{key}.")
+                continue
+            if isinstance(value, (str, int, float)):
+                schema.check_value(setting, str(value))
+            found[f"{prefix}{key}"] = value
 
     try:
-        check({key: value for key, value in read_yaml(path).items() if key != "format_version"}, "")
+        read({key: value for key, value in read_yaml(path).items() if key != "format_version"}, "")
     except UserError as error:
         raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
+    return found
+
+
+def check_given_places(name: str, settings: tuple[Setting, ...], words: Words, recipe: dict[str, Any]) -> None:
+    """Check the files and folders named by the arguments and by the recipe. Raises: UserError."""
+    given = named_texts(settings, dict(word.split("=", 1) for word in words.settings))
+    check_places(name, given)
+    try:
+        check_places(name, {key: texts for key, texts in named_texts(settings, recipe).items() if key not in given})
+    except UserError as error:
+        raise UserError(f"{words.recipe}: {error}") from None
+
+
+def named_texts(settings: tuple[Setting, ...], given: dict[str, Any]) -> dict[str, list[str]]:
+    """Key of every text setting that was given -> its texts, with `~` expanded to the home folder.
+
+    A YAML value of another type, for example a folder called 2024, is left to `config.load`.
+    """
+    found: dict[str, list[str]] = {}
+    for key, value in given.items():
+        setting = schema.find_setting(settings, key)
+        if setting.short_form and isinstance(value, str) and not value.startswith("{"):
+            key, value = f"{key}.path", resolve("data.sources:DataConfig").short_form(value)["path"]
+        elif setting.kind != "text" and (setting.kind, setting.item) != ("list", ("text",)):
+            continue
+        elif setting.kind == "list" and isinstance(value, str):
+            value = texts_of(value)
+        texts = value if isinstance(value, list) else [value]
+        found[key] = [os.path.expanduser(text) for text in texts if isinstance(text, str) and text]
+    return found
+
+
+def texts_of(text: str) -> list[str]:
+    """The items of a YAML list as they are written: `[no, 1e3]` gives the texts no and 1e3."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:  # `config.load` names what is wrong
+        return []
+    items = node.value if isinstance(node, yaml.SequenceNode) else ()
+    return [item.value for item in items if isinstance(item, yaml.ScalarNode)]
 
 
 def complete(command: Command, settings: tuple[Setting, ...], words: Words) -> None:

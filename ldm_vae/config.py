@@ -295,12 +295,14 @@ _MEANT = {"Integer": "a whole number", "Float": "a number", "Bool": "true or fal
 _UNCONVERTED = re.compile(rf"Value ('.*?') of type 'str' could not be converted to ({'|'.join(_MEANT)})")
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """For a configuration's `__post_init__`; None passes. Raises: UserError for a field that is not above 0."""
+def check_positive(config: Any, *names: str, group: str = "") -> None:
+    """For a configuration's `__post_init__`; None passes. `schema` reads the names, so that a wrong number is refused
+    before anything heavy is imported. Raises: UserError for a field that is not above 0; `group` comes before its
+    name, for example `training.`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise UserError(name, f"{value} is not positive")
+            raise UserError(f"{group}{name}", f"{value} is not positive")
 
 
 def plain_settings(config: Config, prefix: str = "") -> Config:

@@ -10,7 +10,7 @@ import ast
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Setting:
         item: the kind of a list's items, or the words of a choice.
         optional: whether it can be null.
         default: as a user would write it; empty for groups.
+        positive: whether a number must be above 0, as `config.check_positive` demands.
         short_form: whether a group can be given as one text, for example data=PATH.
         settings: the settings in a group.
     """
@@ -42,6 +43,7 @@ class Setting:
     optional: bool = False
     default: str = ""
     meaning: str = ""
+    positive: bool = False
     short_form: bool = False
     settings: tuple[Setting, ...] = ()
 
@@ -61,10 +63,12 @@ def read_schema(place: str, prefix: str = "") -> tuple[Setting, ...]:
     found: dict[str, Setting] = {}
     for owner, node in reversed(list(_lineage(_Module.read(module), name))):
         meanings = _meanings(ast.get_docstring(node) or "")
+        positive = _positive(node)
         for line in node.body:
             if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
                 key = ast.unparse(line.target)
-                found[key] = _setting(owner, prefix + key, line, meanings.get(key, ""))
+                setting = _setting(owner, prefix + key, line, meanings.get(key, ""))
+                found[key] = replace(setting, positive=key in positive)
     return tuple(found.values())
 
 
@@ -131,10 +135,20 @@ def check_value(setting: Setting, text: str) -> None:
     if setting.kind == "true or false" and text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0"):
         raise UserError(f"{setting.key}: {text!r} is not true or false")
     if setting.kind in ("whole number", "number"):
-        try:
-            int(text, 0) if setting.kind == "whole number" else float(text)
-        except ValueError:
-            raise UserError(f"{setting.key}: {text!r} is not a {setting.kind}") from None
+        _check_number(setting, setting.kind, text)
+    if setting.kind in ("list", "pair") and setting.item[0] in ("whole number", "number"):
+        parts = text.removeprefix("[").removesuffix("]").split(",")
+        for part in parts if parts != [""] else ():
+            _check_number(setting, setting.item[0], part.strip())
+
+
+def _check_number(setting: Setting, kind: str, text: str) -> None:
+    try:
+        number = int(text, 0) if kind == "whole number" else float(text)
+    except ValueError:
+        raise UserError(f"{setting.key}: {text!r} is not a {kind}") from None
+    if setting.positive and number <= 0:
+        raise UserError(setting.key, f"{text} is not positive")
 
 
 # Reading source
@@ -194,8 +208,20 @@ def _setting(module: _Module, key: str, line: ast.AnnAssign, meaning: str) -> Se
         assert isinstance(node, ast.ClassDef)
         short_form = any(isinstance(one, ast.FunctionDef) and one.name == "short_form" for one in node.body)
         inside = read_schema(f"{owner.name}:{name}", f"{key}.")
-        return Setting(key, kind, (), optional, "", meaning, short_form, inside)
+        return Setting(key, kind, (), optional, "", meaning, short_form=short_form, settings=inside)
     return Setting(key, kind, item, optional, _default(module, line.value), meaning)
+
+
+def _positive(node: ast.ClassDef) -> set[str]:
+    """The fields that a class checks with `config.check_positive(self, "name", ...)`."""
+    calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+    return {
+        argument.value
+        for call in calls
+        if ast.unparse(call.func).endswith("check_positive")
+        for argument in call.args[1:]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    }
 
 
 def _kind(module: _Module, node: ast.expr) -> tuple[str, tuple[str, ...], bool, tuple[_Module, str]]:

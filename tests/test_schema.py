@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,13 +56,50 @@ def test_what_is_meant_is_named():
             schema.find_setting(settings, key)
 
 
-def test_a_wrong_word_is_refused_without_a_model_library():
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train-vae training.learning_rte=1 output=x", "did you mean training.learning_rate?"),
+        ("train-vae training.learning_rate=0 output=x", "training.learning_rate: 0 is not positive"),
+        ("train-vae training.betas=0.9,x output=x", "training.betas: 'x' is not a number"),
+        ("train-vae training.seed=soon output=x", "training.seed: 'soon' is not a whole number"),
+        ("train-vae nowhere output=x", "data.path: nowhere: no such folder; give the folder that holds the images"),
+        ("train-vae README.md output=x", "data.path: README.md: is a file; give the folder that holds the images"),
+        ("train-vae synthetic output=README.md/run", "README.md/run: cannot be written (Not a directory)"),
+        ("train-vae synthetic initial=docs output=x", "initial: docs: holds no config.json; give a finished run"),
+        ("train-vae recipe.yaml output=x", "recipe.yaml: data.path: nowhere: no such folder"),
+        ("train-vae typo.yaml output=x", "typo.yaml: training.batch: no such setting"),
+        ("train-vae number.yaml output=x", "number.yaml: training.log_every: 0 is not positive"),
+        ("evaluate docs/pictures output=x", "autoencoder: docs/pictures: is a folder of images; give a finished run"),
+        ("evaluate ~/gone output=x", "/gone: no such folder; give a finished run of `ldm-vae train-vae`"),
+        ("encode docs/pictures/curve.png output=x", "curve.png: is a file (an image); give a finished run"),
+        ("generate configs output=x", "model: configs: holds no model_index.json; give a finished run of `ldm-vae"),
+        ("latents info nowhere", "latents: nowhere: no such folder; give the folder that `ldm-vae encode` wrote"),
+        ("compress nowhere.jpg autoencoder=a/b", "images: nowhere.jpg: no such folder; give image files or folders"),
+        ("decompress docs autoencoder=a/b", "files: docs: is a folder; give files that `ldm-vae compress` wrote"),
+        ("anomaly score docs data=docs output=x", "detector: docs: holds no detector.json; give the folder that `ldm"),
+        ("report nowhere", "run: nowhere: no such folder; give the folder that holds vae"),
+    ],
+)
+def test_a_mistake_is_refused_within_a_second(words, sentence, tmp_path):
+    """Before torch is imported, and in CPU time, so that a busy machine does not decide the test."""
+    for folder in ("docs/pictures", "configs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    (tmp_path / "docs" / "pictures" / "curve.png").touch()
+    (tmp_path / "recipe.yaml").write_text("data: nowhere\n")
+    (tmp_path / "typo.yaml").write_text("training:\n  batch: 4\n")
+    (tmp_path / "number.yaml").write_text("training:\n  log_every: 0\n")
     code = (
-        "import sys, time; from ldm_vae import cli; cli.main(['train-vae', 'training.learning_rte=1', 'output=x']);"
-        "print(time.process_time(), [m for m in ('torch', 'diffusers', 'numpy', 'omegaconf') if m in sys.modules])"
+        f"import sys, time; from ldm_vae import cli; code = cli.main({words.split()!r});"
+        "print(code, time.process_time(), [m for m in ('torch', 'torchvision', 'diffusers') if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "did you mean training.learning_rate?" in found.stderr
-    seconds, heavy = found.stdout.split(" ", 1)
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert sentence in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+    status, seconds, heavy = found.stdout.split(" ", 2)
+    assert int(status) == 2
     assert float(seconds) < 1
     assert heavy.strip() == "[]"
+    assert not (tmp_path / "x").exists()

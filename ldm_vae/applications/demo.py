@@ -25,6 +25,7 @@ from ldm_vae.applications.codec.entropy_models import step_of
 from ldm_vae.applications.codec.format import SUFFIX
 from ldm_vae.autoencoder.models import model_directory
 from ldm_vae.autoencoder.rate import bits_per_pixel, kl_divergence
+from ldm_vae.config import check_positive
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image, read_regular_file
 from ldm_vae.data.folder import find_pictures
@@ -96,8 +97,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not 16 <= self.size <= LARGEST_SIZE:
             raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try 512")
-        if self.count < 1 or self.steps < 1:
-            raise UserError(f"count: {self.count} images in {self.steps} steps are none; give 1 or more of both")
+        check_positive(self, "count", "steps")
 
 
 def demo(config: DemoConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:

@@ -25,6 +25,7 @@ from ldm_vae import metrics, provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import fingerprint
+from ldm_vae.config import check_positive
 from ldm_vae.data import transforms
 from ldm_vae.data.decoding import ImageRejected, read_image
 from ldm_vae.data.folder import find_pictures, printable
@@ -109,14 +110,11 @@ class InterpolateConfig:
             raise UserError(f"frames: {self.frames} is not odd and at least 3, so that one is half way; try 13")
         if self.size is not None and self.size < 16:
             raise UserError(f"size: {self.size} is below 16 pixels")
-        if self.steps < 1:
-            raise UserError(f"steps: {self.steps} is below 1")
+        check_positive(self, "steps", "pairs")
         if not 0 < self.strength <= 1:
             raise UserError(f"strength: {self.strength} is not a share above 0; give up to 1, which keeps nothing")
         if self.prior < 0:
             raise UserError(f"prior: {self.prior} is negative; give 0 for no draws")
-        if self.pairs is not None and self.pairs < 1:
-            raise UserError(f"pairs: {self.pairs} is below 1")
 
 
 def interpolate_images(config: InterpolateConfig, *, overwrite: bool = False, dry_run: bool = False) -> Results:

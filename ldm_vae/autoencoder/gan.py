@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from ldm_vae.autoencoder.health import Verdict
 from ldm_vae.autoencoder.wavelet import haar_forward
+from ldm_vae.config import check_positive
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 
@@ -72,9 +73,10 @@ class AdversarialConfig:
         for name in ("start", "warmup", "ramp", "r1"):
             if getattr(self, name) < 0:
                 raise UserError(f"adversarial.{name}: {getattr(self, name)} is below 0")
-        for name in ("strength", "learning_rate", "r1_every", "width", "restore_steps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"adversarial.{name}: {getattr(self, name)} is not above 0")
+        check_positive(
+            self, "strength", "learning_rate", "r1_every", "width", "restore_steps",
+            group="adversarial.",
+        )  # fmt: skip
 
     def starts_at(self, steps: int) -> int:
         """The step at which the discriminator begins to learn, in a run of `steps`."""

@@ -30,6 +30,7 @@ from ldm_vae.autoencoder.wavelet import WAVELET_PRESETS, AutoencoderWavelet
 from ldm_vae.autoencoder.weights import load_weights
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_checksums
+from ldm_vae.paths import AUTOENCODER
 
 
 class AutoencoderKL(diffusers.AutoencoderKL, Autoencoder):
@@ -137,17 +138,8 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Au
         UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1], or a damaged one:
             see `files` and `weights`.
     """
-    directory = Path(path)
-    could_be_on_the_hub = str(path).count("/") == 1 and not str(path).startswith(".") and not directory.parent.is_dir()
-    if not directory.exists() and not could_be_on_the_hub:
-        raise UserError(f"{path}: no such directory; give the directory that `ldm-vae train-vae` wrote, or a hub id")
-    if directory.exists():
-        found = model_directory(directory)
-        if found is None:
-            raise UserError(
-                f"{directory}: holds no config.json, so it is not an autoencoder; "
-                "a finished training run has one in RUN/autoencoder"
-            )
+    found = AUTOENCODER.find(path)
+    if found is not None:
         path = found
         check_checksums(found)
     model_class = _model_class(path)
@@ -200,7 +192,7 @@ def _model_class(path: str | Path) -> Any:
             config = AutoencoderKL.load_config(str(path))
         except OSError as error:
             raise UserError(
-                f"{path}: no such directory, and as a hub id it gives no config.json "
+                f"{path}: no such folder, and as a hub id it gives no config.json "
                 f"({' '.join(str(error).split())[:150]}); give the directory of an autoencoder, or a hub id"
             ) from error
     name = str(config.get("_class_name"))

@@ -22,6 +22,7 @@ import numpy as np
 from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image, read_regular_file
 from ldm_vae.data.sources import hash_items, number_labels
 from ldm_vae.errors import UserError
+from ldm_vae.paths import IMAGES
 from ldm_vae.storage.base import is_url, local_path
 from ldm_vae.storage.remote import AccessDenied, Connection
 
@@ -164,9 +165,7 @@ class LocalFiles:
         self.location = str(self.root)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        if not self.root.is_dir():
-            what = "is a file" if self.root.is_file() else "no such folder"
-            raise UserError(f"data.path: {self.root}: {what}; give the folder that holds the images")
+        IMAGES.find(self.root, "data.path")
         yield from _files(self.root)
 
     def read(self, name: str, length: int | None = None) -> bytes:

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.config import changed_keys, plain_settings
+from ldm_vae.config import changed_keys, check_positive, plain_settings
 from ldm_vae.data.decoding import ImageRejected, read_image, read_mask
 from ldm_vae.data.image_input import mask_values
 from ldm_vae.data.samples import Enlarged, crop_image, enlarged_record, enlarged_sentences
@@ -53,6 +53,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
+from ldm_vae.paths import PICTURE, PIPELINE
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labeled_sheet
@@ -132,9 +133,7 @@ class GenerateConfig:
     neighbours: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is below 1")
+        check_positive(self, "count", "steps", "batch")
         if self.count < len(self.labels) and not self.grid:
             raise UserError(
                 f"count: {pluralize(self.count, 'image')} for {len(self.labels)} labels; give at least one per label"
@@ -368,12 +367,9 @@ def load_pipeline(model: str, device: torch.device, precision: str = "fp32") -> 
 
 def pipeline_directory(model: str) -> Path:
     """The directory with `model_index.json`: `model` itself, or its `pipeline/`. Raises: UserError."""
-    directory = Path(model).expanduser()
-    for candidate in (directory, directory / "pipeline"):
-        if (candidate / INDEX).is_file():
-            return candidate
-    what = f"holds no {INDEX}" if directory.is_dir() else "no such directory"
-    raise UserError(f"{model}: {what}; give the directory of a pipeline, `train-diffusion` writes RUN/pipeline")
+    found = PIPELINE.find(model)
+    assert found is not None
+    return found
 
 
 def has_pipeline(model: str) -> bool:
@@ -419,9 +415,9 @@ def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline
 
 def existing_file(path: str, name: str) -> Path:
     """Raises: UserError when it is not a file."""
-    if not Path(path).is_file():
-        raise UserError(f"{name}: {path} is not a file; give the file of an image")
-    return Path(path)
+    found = PICTURE.find(path, name)
+    assert found is not None
+    return found
 
 
 def read_input(config: GenerateConfig, height: int, width: int, factor: int, enlarged: Enlarged) -> InitImage | None:

@@ -34,11 +34,11 @@ from ldm_vae.diffusion.power_function_ema import (
     std_to_exp,
     tensors_checksum,
 )
-from ldm_vae.diffusion.saving import INDEX
 from ldm_vae.diffusion.training import HELD_OUT_LATENTS, TrainDiffusionConfig, open_latents
 from ldm_vae.diffusion.validation import stack_samples, validation_losses
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, published_directory
+from ldm_vae.paths import PIPELINE
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.progress import say
 
@@ -315,10 +315,7 @@ def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, outpu
 
 def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
     """The pipeline of a run directory, on the CPU. Raises: UserError when the run has not written it yet."""
-    directory = Path(run) / "pipeline"
-    if not (directory / INDEX).is_file():
-        raise UserError(f"{run}: holds no pipeline; give the directory of a finished run of `train-diffusion`")
-    return LatentDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
+    return LatentDiffusionPipeline.from_pretrained(PIPELINE.find(run), use_safetensors=True)
 
 
 def read_run_config(run: str | Path) -> TrainDiffusionConfig:

@@ -20,6 +20,7 @@ from ldm_vae import config as configuration
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import crops, evenly_spaced
 from ldm_vae.data.split import subset
@@ -105,10 +106,7 @@ class CompareConfig:
         for name in names:
             if not name or name.startswith(".") or not all(c.isalnum() or c in "-_." for c in name):
                 raise UserError(f"kinds: {name!r} cannot be the name of a folder; use letters, digits, - and _")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps: {self.steps} is below 1")
-        if self.parallel < 1:
-            raise UserError(f"parallel: {self.parallel} is below 1")
+        check_positive(self, "steps", "parallel")
         if self.latent_images < 2:
             raise UserError(f"latent_images: {self.latent_images} is below 2; an interpolation needs a pair")
         if self.macs_resolution < 64 or self.macs_resolution % 64:

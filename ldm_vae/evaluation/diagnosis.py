@@ -18,6 +18,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.health import RULES, Severity, Verdict, by_severity, check_rule, severity_of_rate
 from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
+from ldm_vae.config import check_positive
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
@@ -72,9 +73,7 @@ class DiagnoseConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "count"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        check_positive(self, "batch", "count")
 
 
 def diagnose(config: DiagnoseConfig, overwrite: bool = False, dry_run: bool = False) -> Report:

@@ -15,6 +15,7 @@ import numpy as np
 from ldm_vae import config as configuration
 from ldm_vae import metrics
 from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.config import check_positive
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
@@ -91,10 +92,7 @@ class FrontierConfig:
                 raise UserError(f"{name}: {list(values)} names a value twice")
         if self.steps is not None and self.seconds is not None:
             raise UserError("steps, seconds: only one of them can be the budget; leave the other out")
-        if (self.steps is not None and self.steps < 1) or (self.seconds is not None and self.seconds <= 0):
-            raise UserError("steps, seconds: the budget of a point is above 0")
-        if self.parallel < 1:
-            raise UserError(f"parallel: {self.parallel} is below 1")
+        check_positive(self, "parallel", "steps", "seconds")
 
 
 def frontier(config: FrontierConfig, run: Run | None = None, *, dry_run: bool = False) -> Results:

@@ -28,7 +28,7 @@ from ldm_vae.autoencoder.klt import BlockKLT, Moments, block_moments, solve_klt
 from ldm_vae.autoencoder.losses import LPIPS, Backbone
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.rate import bits_per_dimension, bits_per_pixel, kl_divergence
-from ldm_vae.config import plain_settings
+from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected, decode_image
 from ldm_vae.data.folder import find_pictures
@@ -127,11 +127,7 @@ class EvaluateConfig:
     processes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "batch", "baseline_images", "examples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
-        if self.count is not None and self.count < 1:
-            raise UserError(f"count: {self.count} is not above 0; leave it out for all images")
+        check_positive(self, "resolution", "batch", "baseline_images", "examples", "count")
         if self.perceptual_weights is not None and self.perceptual_net is None:
             raise UserError("perceptual_weights: has no effect without perceptual_net; set that too")
         if self.kid_subset < 2:
@@ -815,8 +811,7 @@ class ReconstructConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"resolution: {self.resolution} is not above 0")
+        check_positive(self, "resolution")
 
 
 def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False) -> int:

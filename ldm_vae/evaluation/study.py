@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -39,6 +38,7 @@ from ldm_vae.files import (
     write_png,
     write_text,
 )
+from ldm_vae.paths import check_writable
 from ldm_vae.storage import open_folder
 from ldm_vae.training.distributed import Processes, run_on_main
 from ldm_vae.utils.progress import say
@@ -275,17 +275,6 @@ def check_not_enlarged(path: Path, results: Results) -> None:
     """Raises: UserError for the results in a file that are of enlarged images, and so better than the model is."""
     for line in enlarged_lines(results):
         raise UserError(path, line.rstrip("."), "give results without such images")
-
-
-def check_writable(folder: Path) -> None:
-    """That files can be made in a folder, or in what it would be made in; nothing is left there.
-
-    Raises:
-        UserError: naming what the system objects to.
-    """
-    with system_errors_explained(folder, "give another output folder"):
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=existing).close()
 
 
 @contextlib.contextmanager

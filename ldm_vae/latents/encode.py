@@ -27,7 +27,7 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import describe_architecture
-from ldm_vae.config import plain_settings
+from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.data.split import Part
@@ -122,9 +122,7 @@ class EncodeConfig:
     timeout_seconds: int = TIMEOUT_SECONDS
 
     def __post_init__(self) -> None:
-        for name in ("batch", "shard_size", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is below 1")
+        check_positive(self, "batch", "shard_size", "threads")
         if self.workers < 0:
             raise UserError(f"workers: {self.workers} is negative; 0 decodes in the encoding process itself")
         if self.shard_size % self.batch:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ldm_vae.config import changed_keys, digest
+from ldm_vae.config import changed_keys, check_positive, digest
 from ldm_vae.errors import DISK_FULL, UserError
 from ldm_vae.files import canonical_json, readable_json
 from ldm_vae.latents.format import FLIPPED, MANIFEST, Layout, Manifest, open_set_folder, read_ids, read_manifest, short
@@ -64,8 +64,7 @@ class ExportConfig:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows is not None and self.rows < 1:
-            raise UserError(f"rows: {self.rows} is below 1")
+        check_positive(self, "rows")
 
 
 def export_latents(config: ExportConfig) -> Export:

@@ -28,6 +28,7 @@ from ldm_vae import config as configuration
 from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.files import canonical_json, check_tensor_header, checksum_bytes, readable_json
 from ldm_vae.latents.normalizer import LatentNormalizer, combine
+from ldm_vae.paths import LATENTS
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder, is_url, local_path
 
@@ -731,9 +732,8 @@ SHOWN_SETS = 8
 def open_set_folder(location: str | Path) -> Folder:
     """The folder of a set. Raises: UserError for a local one that is not there, or only holds folders of sets."""
     if not is_url(location):
+        LATENTS.find(location)
         path = local_path(location)
-        if not path.is_dir():
-            raise UserError(f"{location}: no such folder; give one that `ldm-vae encode` wrote")
         names = () if is_set(path) else sorted(child.name for child in path.iterdir() if is_set(child))
         if names:
             more = f" and {len(names) - SHOWN_SETS} more" if len(names) > SHOWN_SETS else ""

@@ -27,6 +27,7 @@ from torch import Tensor
 from ldm_vae import provenance
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import describe_architecture
+from ldm_vae.config import check_positive
 from ldm_vae.data.sources import hash_items
 from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, checksum, readable_json
@@ -90,8 +91,7 @@ class ImportConfig:
     layout: Literal["lightningdit"] = "lightningdit"
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise UserError(f"shard_size: {self.shard_size} is below 1")
+        check_positive(self, "shard_size")
         if len(parse_sizes(self.resolution)) > 1:
             raise UserError(f"resolution: {self.resolution} are several sizes, a folder holds latents of one; give it")
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
+from ldm_vae.config import check_positive
 from ldm_vae.errors import EXIT_INTERRUPTED, NotFinite, UserError
 from ldm_vae.random import key_hash
 from ldm_vae.runtime import compute_device, gigamacs
@@ -122,11 +123,10 @@ class TrainingConfig:
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "validate_every", "preview_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name}: {getattr(self, name)} is below 1; give a number of steps")
-        if self.learning_rate <= 0:
-            raise UserError(f"training.learning_rate: {self.learning_rate} is not above 0")
+        check_positive(
+            self, "log_every", "validate_every", "preview_every", "save_every", "learning_rate",
+            group="training.",
+        )  # fmt: skip
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"training.ema_decay: {self.ema_decay} is not in [0, 1)")
         check_timeout(self.timeout_seconds, "training.")

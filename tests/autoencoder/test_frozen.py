@@ -179,7 +179,7 @@ def test_residual_channels_are_learnt_bounded_and_leave_the_features_alone(dinov
 
 
 def test_encoders_that_cannot_be_used_are_refused_with_advice(tmp_path):
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such folder"):
         AutoencoderFrozenEncoder.from_encoder(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="cannot be loaded"):
         AutoencoderFrozenEncoder.from_encoder(str(tmp_path))

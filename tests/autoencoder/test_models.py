@@ -52,14 +52,14 @@ def settings(*overrides: str) -> AutoencoderConfig:
 def test_a_name_that_is_neither_a_directory_nor_on_the_hub_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/vae-f8c5: no such directory, and as a hub id it gives no config"):
+    with pytest.raises(UserError, match="nobody/vae-f8c5: no such folder, and as a hub id it gives no config"):
         load_autoencoder("nobody/vae-f8c5")
 
 
 def test_a_misspelt_name_in_a_folder_that_is_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("checkpoints").mkdir()
-    with pytest.raises(UserError, match="checkpoints/vae-f8c5: no such directory; give the directory"):
+    with pytest.raises(UserError, match="checkpoints/vae-f8c5: no such folder; give a finished run"):
         load_autoencoder("checkpoints/vae-f8c5")
 
 

@@ -144,7 +144,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_directory_without_a_model_is_refused_with_advice(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_autoencoder(tmp_path)
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such folder"):
         load_autoencoder(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"_class_name": "os.system"}')
     with pytest.raises(UserError, match="not an autoencoder"):

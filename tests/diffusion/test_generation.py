@@ -115,7 +115,7 @@ def test_wrong_settings_are_refused(saved: Path, tmp_path: Path) -> None:
         make(config(saved, size="60"), tmp_path)
     with pytest.raises(UserError, match="1 image for 2 labels"):
         config(saved, labels=("cat", "dog"), count=1)
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such folder"):
         make(config(saved, model="nowhere"), tmp_path)
     with pytest.raises(UserError, match=r"holds no model_index\.json"):
         make(config(tmp_path), tmp_path / "out")

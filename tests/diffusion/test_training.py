@@ -391,7 +391,7 @@ def test_an_average_is_chosen_after_training(crop_run, tmp_path, capsys):
     assert cli.main(["ema", str(crop_run), "--length", "0.1", "--out", str(tmp_path / "weak")]) == EXIT_USER_ERROR
     assert "exists; give a new folder" in capsys.readouterr().err
     assert cli.main(["ema", str(tmp_path), "--length", "0.1"]) == EXIT_USER_ERROR
-    assert "holds no pipeline; give the directory of a finished run" in capsys.readouterr().err
+    assert "give a finished run of `ldm-vae train-diffusion`" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(autoencoder_directory, latents, tmp_path, capsys, monkeypatch):

@@ -329,7 +329,7 @@ def test_lpips_is_measured_with_local_weights(config: EvaluateConfig, random_bac
     [
         ({"resolution": 66}, "resolution: 66 is not a multiple of 8; use 64"),
         ({"device": "toaster"}, "device: 'toaster' is not available"),
-        ({"autoencoder": "./nowhere"}, "no such directory"),
+        ({"autoencoder": "./nowhere"}, "no such folder"),
     ],
 )
 def test_impossible_settings_are_refused(config: EvaluateConfig, settings: dict[str, Any], sentence: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ldm_vae import cli
 from ldm_vae.errors import EXIT_USER_ERROR, UserError
-from ldm_vae.evaluation.study import check_writable
+from ldm_vae.paths import check_writable
 from tests.disks import Disk
 from tests.disks import disk as disk  # a fixture
 from tests.latents.conftest import autoencoder_directory as autoencoder_directory  # a fixture

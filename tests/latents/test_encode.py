@@ -223,7 +223,7 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["autoencoder=nowhere/at/all"], "nowhere/at/all: no such directory"),
+        (["autoencoder=nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["dtype=float64"], "dtype"),
         (["resolution=36"], "36 is not a multiple of 8.*take 32 or 40"),
         (["resolution=32x"], "'32x' is not a size; give 512, 512x768"),

@@ -43,6 +43,7 @@ from ldm_vae.files import (
     write_checksums,
     write_json,
 )
+from ldm_vae.paths import DETECTOR
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize
@@ -342,9 +343,7 @@ def save_detector(detector: Detector, output: Path, started: float) -> None:
 def load_detector(folder: str | Path) -> Detector:
     """Raises: UserError for a folder that is not a detector, a damaged one, or one of another format."""
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
-        what = "holds no detector.json" if folder.is_dir() else "no such directory"
-        raise UserError(f"detector: {folder}: {what}; give the folder that `ldm-vae anomaly fit` wrote")
+    DETECTOR.find(folder, "detector")
     with parsing(f"detector: {folder}", "restore it from a copy, or fit it again"):
         description, tensors = read_described_folder(folder, DESCRIPTION, TENSORS, FORMAT_VERSION)
         return _assembled(description, tensors, str(folder))

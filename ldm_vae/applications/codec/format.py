@@ -34,6 +34,7 @@ from ldm_vae.applications.codec.entropy_models import (
 from ldm_vae.data.decoding import DecodeLimits
 from ldm_vae.errors import DamagedFile, UserError
 from ldm_vae.files import canonical_json, parsing, read_described_file, write_bytes
+from ldm_vae.paths import ENTROPY
 
 MAGIC = b"LDMZ"
 FORMAT_VERSION = 1
@@ -317,9 +318,8 @@ def short_fingerprint(fingerprint: str) -> bytes:
 
 
 def load_model(path: str | Path) -> FittedModel:
-    """The model in a file of `ldm-vae codec-fit`. Raises: UserError when it is not such a file, damaged or newer."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give one that `ldm-vae codec-fit` wrote")
+    """The model in a file of `ldm-vae codec fit`. Raises: UserError when it is not such a file, damaged or newer."""
+    ENTROPY.find(path, "entropy")
     with parsing(path, MODEL_ADVICE):
         record, arrays = read_described_file(Path(path), METADATA, MODEL_FORMAT_VERSION, MOST_BYTES, "np")
         model = _model(record, arrays)

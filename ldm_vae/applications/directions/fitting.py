@@ -48,6 +48,7 @@ from ldm_vae.files import (
 from ldm_vae.latents.dataset import LatentDataset, read_labels
 from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
+from ldm_vae.paths import DIRECTIONS
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.progress import say, track
 from ldm_vae.utils.text import markdown_table, pluralize
@@ -550,9 +551,8 @@ def load_directions(path: str | Path) -> Directions:
     Raises:
         UserError: nothing there, damaged, of a newer format, or files that do not fit each other.
     """
-    folder = next((f for f in (Path(path), Path(path) / FOLDER) if (f / DESCRIPTION).is_file()), None)
-    if folder is None:
-        raise UserError(f"{path}: holds no {DESCRIPTION}; give the folder that `ldm-vae directions fit` wrote")
+    folder = DIRECTIONS.find(path, "directions")
+    assert folder is not None
     with parsing(folder, "restore it from a copy, or fit again"):
         description, tensors = read_described_folder(folder, DESCRIPTION, TENSORS, FORMAT_VERSION)
         return Directions(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_vae.config import digest
+from ldm_vae.config import check_positive, digest
 from ldm_vae.data.synthetic import figures
 from ldm_vae.data.synthetic.figures import PLACING_RESOLUTION, add_defect
 from ldm_vae.data.synthetic.render import DEFECTS, LABELS, Canvas, Scene, draw_scene, label_of
@@ -214,8 +214,7 @@ class SynthConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers: {self.workers} processes; give 1 or more")
+        check_positive(self, "workers")
 
 
 def synthesize(config: SynthConfig) -> int:

@@ -119,7 +119,7 @@ def test_what_has_no_effect_is_refused(detector_folder, saved, random_backbone):
 
 
 def test_nothing_else_is_taken_for_a_detector_or_overwritten(tmp_path):
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such folder"):
         load_detector(tmp_path / "none")
     (tmp_path / "holiday.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds no detector\.json"):

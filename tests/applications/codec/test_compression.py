@@ -228,7 +228,7 @@ def test_names_that_are_no_utf_8_are_read(autoencoder_folder, tmp_path, capsys):
         (["--progressive", "2,1"], "progressive: [2, 1] is not a rising list of channel counts"),
         (["--progressive", "2,4"], "progressive: [2, 4] are more channels than the latents have, 3; give fewer"),
         (["--output", "/proc/version"], "output: /proc/version is a file; give a folder"),
-        (["--entropy", "missing"], "missing: no such file; give one that `ldm-vae codec-fit` wrote"),
+        (["--entropy", "missing"], "missing: no such file; give a file that `ldm-vae codec fit` wrote"),
     ],
 )
 def test_wrong_words_are_refused(autoencoder_folder, tmp_path, capsys, words, sentence):

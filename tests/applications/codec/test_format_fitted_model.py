@@ -50,7 +50,7 @@ def test_damage_is_found(tmp_path, record_property):
 def test_what_is_no_model_is_refused(tmp_path):
     from safetensors.numpy import save_file
 
-    with pytest.raises(UserError, match="no such file; give one that `ldm-vae codec-fit` wrote"):
+    with pytest.raises(UserError, match="no such file; give a file that `ldm-vae codec fit` wrote"):
         load_model(tmp_path / "none")
     save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"cannot be read \(.*fit it again"):
