@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import schema
+from ldm_vae.defaults import describe, find_defaults
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.paths import check_places
 from ldm_vae.runtime import reuse_freed_memory
@@ -272,6 +273,12 @@ OLD_SETTINGS = {
 }
 """Command ("": all) -> old key -> new key. Old spellings work for one release and print one line of advice."""
 
+SCRIPTS = {
+    "train_vae": "train-vae", "encode_dataset": "encode", "train_diffusion": "train-diffusion", "generate": "generate",
+    "evaluate": "evaluate",
+}  # fmt: skip
+"""Launcher in `scripts/` -> the command that it starts."""
+
 OF_TRAINING = ("seed", "device", "precision")
 """Settings that some commands have in the group `training`; they can be given without the prefix."""
 
@@ -440,9 +447,10 @@ def run(name: str, words: Sequence[str]) -> int:
         print(f"ldm-vae {name}: {advice} (the old spelling works for one release)", file=sys.stderr)
     settings = schema.read_schema(command.config)
     recipe = {} if understood.recipe is None else read_recipe(settings, understood.recipe)
-    complete(command, settings, understood)
+    take_defaults(command, settings, understood, recipe)
     if "print_config" not in understood.flags:
         check_given_places(name, settings, understood, recipe)
+    complete(command, settings, understood)
     from ldm_vae import config as configuration
 
     config = configuration.load(resolve(command.config), understood.recipe, understood.settings)
@@ -536,6 +544,23 @@ def texts_of(text: str) -> list[str]:
         return []
     items = node.value if isinstance(node, yaml.SequenceNode) else ()
     return [item.value for item in items if isinstance(item, yaml.ScalarNode)]
+
+
+def take_defaults(command: Command, settings: tuple[Setting, ...], words: Words, recipe: dict[str, Any]) -> None:
+    """Add the settings that a folder named by another setting already says, and print which ones and where from."""
+    given = {key: str(value) for key, value in recipe.items()} | dict(word.split("=", 1) for word in words.settings)
+    found = find_defaults(settings, given, read_recorded)
+    words.settings += [f"{default.key}={default.text}" for default in found]
+    if "print_config" not in words.flags:
+        for line in describe(found):
+            print(line, file=sys.stderr)
+
+
+def read_recorded(words: list[str]) -> dict[str, str]:
+    """The settings of a command that was recorded in `run.json`, program name first. Raises: UserError."""
+    program = Path(words[0]).stem
+    name, rest, _ = find_command([SCRIPTS[program], *words[1:]] if program in SCRIPTS else words[1:])
+    return dict(word.split("=", 1) for word in ArgumentReader(name).read(rest).settings)
 
 
 def complete(command: Command, settings: tuple[Setting, ...], words: Words) -> None:

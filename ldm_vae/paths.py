@@ -56,7 +56,8 @@ class Place:
         start = f"{where}: {path}" if where else path
         found = local_path(path)
         if not found.exists():
-            raise UserError(start, f"no such {'file' if self.file else 'folder'}", self.advice)
+            kind = "file or folder" if self.either else "file" if self.file else "folder"
+            raise UserError(start, f"no such {kind}", self.advice)
         if self.either:
             return found
         if self.file != found.is_file():

@@ -182,7 +182,7 @@ def test_settings_may_stand_before_and_after_an_option(command, settings, capsys
 def test_after_two_dashes_a_name_may_begin_with_one(names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.ldmz").touch()
-    words = ["decompress", "--output", "o", "--autoencoder", "here", "--", *names]
+    words = ["decompress", "--output", "o", "--autoencoder", "owner/name", "--", *names]
     assert cli.main(words) == EXIT_USER_ERROR
     (dashed,) = {*names} - {"b.ldmz"}
     assert f"{dashed}: no such file; give files" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("training.sed=1", "Did you mean: 'seed'"),
         ("training.seed=soon", "training.seed: 'soon' is not a whole number"),
         ("training.precision=int8", "expected one of"),
-        ("training.log_every=0", "below 1"),
+        ("training.log_every=0", "training.log_every: 0 is not positive"),
         ("rate.beta=1", "has no effect with rate.mode=target"),
         ("data.path=/tmp", "has no effect with data.source=synthetic"),
         ("phases=[{crop: 63}]", "not a multiple of 8"),
