@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_vae import schema
-from ldm_vae.defaults import describe, find_defaults
+from ldm_vae.defaults import describe_defaults, find_defaults
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.paths import check_places
 from ldm_vae.runtime import reuse_freed_memory
@@ -508,9 +508,11 @@ def read_recipe(settings: tuple[Setting, ...], path: Path) -> dict[str, Any]:
 def check_given_places(name: str, settings: tuple[Setting, ...], words: Words, recipe: dict[str, Any]) -> None:
     """Check the files and folders named by the arguments and by the recipe. Raises: UserError."""
     given = named_texts(settings, dict(word.split("=", 1) for word in words.settings))
-    check_places(name, given)
+    shown = {own: word for word, own in COMMANDS[name].names.items()}
+    check_places(name, given, shown)
     try:
-        check_places(name, {key: texts for key, texts in named_texts(settings, recipe).items() if key not in given})
+        others = {key: texts for key, texts in named_texts(settings, recipe).items() if key not in given}
+        check_places(name, others, shown)
     except UserError as error:
         raise UserError(f"{words.recipe}: {error}") from None
 
@@ -552,7 +554,7 @@ def take_defaults(command: Command, settings: tuple[Setting, ...], words: Words,
     found = find_defaults(settings, given, read_recorded)
     words.settings += [f"{default.key}={default.text}" for default in found]
     if "print_config" not in words.flags:
-        for line in describe(found):
+        for line in describe_defaults(found):
             print(line, file=sys.stderr)
 
 

@@ -88,7 +88,7 @@ def _of_run(known: dict[str, Setting], given: dict[str, str], autoencoder: Path)
     return found
 
 
-def describe(defaults: list[Default]) -> list[str]:
+def describe_defaults(defaults: list[Default]) -> list[str]:
     """One line for each file that answered: what was taken from it."""
     lines = {}
     for default in defaults:

@@ -1,6 +1,6 @@
 """What the folders and files that settings name must be. The command line checks it before a model library is imported.
 
-`PLACES` says for each setting what it names. The loaders check the same `Place`, so that a mistake gets the same
+`PLACES` says for each setting what it names. The loaders check the same `PathKind`, so that a mistake gets the same
 sentence from Python and from the command line: where; what is there instead; what to give.
 """
 
@@ -22,7 +22,7 @@ LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
-class Place:
+class PathKind:
     """What a setting names.
 
     Attributes:
@@ -72,27 +72,27 @@ class Place:
         raise UserError(start, f"is {kind}" if kind else f"holds no {self.marker}", self.advice)
 
 
-AUTOENCODER = Place(
+AUTOENCODER = PathKind(
     "give a finished run of `ldm-vae train-vae`, the folder of an autoencoder, or a hub id",
     "config.json", "autoencoder", hub=True,
 )  # fmt: skip
-PIPELINE = Place(
+PIPELINE = PathKind(
     "give a finished run of `ldm-vae train-diffusion`, or the folder of a pipeline", "model_index.json", "pipeline"
 )
-MODEL = Place("give a finished run, the folder of a model, a checkpoint file, or a hub id", either=True, hub=True)
-LATENTS = Place("give the folder that `ldm-vae encode` wrote", url=True)
-IMAGES = Place("give the folder that holds the images", url=True)
-PICTURES_OR_FOLDERS = Place("give image files or folders", either=True)
-PICTURE = Place("give the file of an image", file=True)
-DETECTOR = Place("give the folder that `ldm-vae anomaly fit` wrote", "detector.json")
-DIRECTIONS = Place("give the folder that `ldm-vae directions fit` wrote", "directions.json", "directions")
-COMPRESSED = Place("give files that `ldm-vae compress` wrote", file=True)
-ENTROPY = Place("give a file that `ldm-vae codec fit` wrote", file=True)
-RUN = Place("give the folder that holds vae, latents, diffusion ...")
-FOLDER = Place("give an existing folder")
-FILE = Place("give an existing file", file=True)
+MODEL = PathKind("give a finished run, the folder of a model, a checkpoint file, or a hub id", either=True, hub=True)
+LATENTS = PathKind("give the folder that `ldm-vae encode` wrote", url=True)
+IMAGES = PathKind("give the folder that holds the images", url=True)
+PICTURES_OR_FOLDERS = PathKind("give image files or folders", either=True)
+PICTURE = PathKind("give the file of an image", file=True)
+DETECTOR = PathKind("give the folder that `ldm-vae anomaly fit` wrote", "detector.json")
+DIRECTIONS = PathKind("give the folder that `ldm-vae directions fit` wrote", "directions.json", "directions")
+COMPRESSED = PathKind("give files that `ldm-vae compress` wrote", file=True)
+ENTROPY = PathKind("give a file that `ldm-vae codec fit` wrote", file=True)
+RUN = PathKind("give the folder that holds vae, latents, diffusion ...")
+FOLDER = PathKind("give an existing folder")
+FILE = PathKind("give an existing file", file=True)
 
-PLACES: dict[str, Place] = {
+PLACES: dict[str, PathKind] = {
     "autoencoder": AUTOENCODER, "baseline": AUTOENCODER, "compare": AUTOENCODER, "initial": AUTOENCODER,
     "pipeline": PIPELINE, "model": MODEL, "generate model": PIPELINE, "model ema model": PIPELINE,
     "latents": LATENTS, "neighbours": LATENTS, "data.path": IMAGES, "kid.data.path": IMAGES,
@@ -108,19 +108,23 @@ OUTPUTS = ("output", "report", "export")
 """Settings that name what is written. `report` and `export` are files."""
 
 
-def check_places(command: str, values: Mapping[str, Iterable[str]]) -> None:
+def check_places(command: str, values: Mapping[str, Iterable[str]], shown: Mapping[str, str]) -> None:
     """Raises: UserError for a setting that names something that is not there, or a place that cannot be written.
 
     Args:
         values: the texts of each text setting that was given, by the config's own key.
+        shown: the config's own key -> its name on the command line, where that is another one.
     """
     for key, texts in values.items():
         place = PLACES.get(f"{command} {key}", PLACES.get(key))
+        name = shown.get(key, key)
         for text in texts:
             if place is not None:
-                place.find(text, key)
+                place.find(text, name)
             elif key in OUTPUTS and not is_url(text):
                 path = Path(text).expanduser()
+                if path.is_file() and not path.suffix:
+                    raise UserError(f"{name}: {path}", "is a file", "give a folder")
                 check_writable(path.parent if path.suffix and not path.is_dir() else path)
 
 

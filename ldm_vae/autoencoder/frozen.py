@@ -233,7 +233,7 @@ def _pretrained_vision(encoder: str) -> Any:
     transformers = _transformers()
     looks_local = encoder.count("/") != 1 or encoder.startswith((".", "~", "/"))
     if looks_local and not Path(encoder).is_dir():
-        raise UserError(f"autoencoder.encoder: {encoder}: no such directory; give one, or a hub id like OWNER/NAME")
+        raise UserError(f"autoencoder.encoder: {encoder}: no such folder; give one, or a hub id like OWNER/NAME")
     try:
         check_model_folder(Path(encoder))
         _check_model_type(transformers.AutoConfig.from_pretrained(encoder).model_type, encoder)

@@ -191,6 +191,6 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["synth", str(tmp_path / "a"), "--workers", "0"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "ldm-vae synth: resolution: 7 pixels; give 32 to 4096",
-        "ldm-vae synth: workers: 0 processes; give 1 or more",
+        "ldm-vae synth: workers: 0 is not positive",
     ]
     assert not any(tmp_path.iterdir())

@@ -482,7 +482,7 @@ def test_a_damaged_training_record_is_named(tmp_path: Path) -> None:
     [
         ("resolution=100", "not a multiple of 8; use 96"),
         ("resolution=32", "resolution: 32 is under 64"),
-        ("count=0", "count: 0 is not above 0"),
+        ("count=0", "count: 0 is not positive"),
         ("autoencoder=/nowhere/at/all", "no such folder"),
     ],
 )

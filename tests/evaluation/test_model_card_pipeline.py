@@ -99,7 +99,7 @@ def test_what_is_missing_is_said_and_what_is_for_autoencoders_refused(saved, tmp
     assert "not recorded: the intended use, credits of the data, how it was trained" in capsys.readouterr().out
     text = (tmp_path / "bare" / "README.md").read_text()
     assert "## Training\n\nNot recorded.\n\n## Figures\n\nNot measured.\n\n## Samples\n\nNone shown." in text
-    assert cli.main(["card", str(tmp_path / "bare"), "--health", "x"]) == EXIT_USER_ERROR
+    assert cli.main(["card", str(tmp_path / "bare"), "--health", "docs"]) == EXIT_USER_ERROR
     assert "--health: is about autoencoders" in capsys.readouterr().err
     assert cli.main(["card", str(tmp_path / "bare"), "--pictures", str(tmp_path)]) == EXIT_USER_ERROR
     assert "holds no sheet of `ldm-vae generate`" in capsys.readouterr().err

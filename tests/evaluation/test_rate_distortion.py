@@ -177,8 +177,8 @@ def test_every_point_has_the_recipe_with_its_rate_and_channels(tmp_path: Path) -
         ({"targets_nats": []}, "targets_nats"),
         ({"targets_nats": [1.0, 1.0]}, "names a value twice"),
         ({"steps": 5, "seconds": 5.0}, "only one of them can be the budget"),
-        ({"seconds": 0.0}, "above 0"),
-        ({"parallel": 0}, "parallel: 0 is below 1"),
+        ({"seconds": 0.0}, "seconds: 0.0 is not positive"),
+        ({"parallel": 0}, "parallel: 0 is not positive"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:

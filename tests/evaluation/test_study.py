@@ -35,6 +35,6 @@ def test_it_is_noticed_before_the_images_are_looked_for(
     command: str, autoencoder_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    words = [f"autoencoder={autoencoder_directory}", "data.source=folder", "data.path=/no/images", "device=cpu"]
+    words = [f"autoencoder={autoencoder_directory}", "data.source=folder", f"data.path={tmp_path}", "device=cpu"]
     assert cli.main([command, *words, f"output={tmp_path / 'file' / 'health'}"]) == EXIT_USER_ERROR
     assert "health: cannot be written (Not a directory); give another output folder" in capsys.readouterr().err

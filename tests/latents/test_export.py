@@ -239,7 +239,7 @@ def test_what_cannot_be_exported(encode, latents, tmp_path):
     export_set(latents, str(tmp_path / "out"), "parquet")
     with pytest.raises(UserError, match="out: holds another export, its content is moments and not mean"):
         export_set(latents, str(tmp_path / "out"), "parquet", "mean")
-    with pytest.raises(UserError, match="rows: 0 is below 1"):
+    with pytest.raises(UserError, match="rows: 0 is not positive"):
         export_set(latents, str(tmp_path / "zero"), "parquet", rows=0)
     encode(tmp_path / "means", "store=mean")
     with pytest.raises(UserError, match="posterior=sample needs stored moments, this set holds mean"):

@@ -130,7 +130,7 @@ def test_a_damaged_set_is_mended_by_the_same_command(settings, name, harm, capsy
             "repair",
             f"autoencoder={settings.autoencoder}",
             "data.source=folder",
-            "data.path=nowhere",
+            f"data.path={settings.source}",
         ]
         assert cli.main([*command, f"output={output}"]) == EXIT_USER_ERROR
         assert "run the same `ldm-vae latents import` command again" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_an_autoencoder_that_cannot_have_made_them_is_refused(settings, tmp_path
         import_set(replace(settings, resolution="256"))
     with pytest.raises(UserError, match="are several sizes"):
         replace(settings, resolution="256,512")
-    with pytest.raises(UserError, match="shard_size: 0 is below 1"):
+    with pytest.raises(UserError, match="shard_size: 0 is not positive"):
         replace(settings, shard_size=0)
 
 
@@ -210,7 +210,13 @@ def test_statistics_of_other_latents_stop_it(settings, tmp_path, statistics, sen
     found = verify(settings.output)
     assert (found.finished, found.whole) == (False, True)
     assert "run the same `ldm-vae latents import` command again" in found.lines()[-1]
-    command = ["latents", "repair", f"autoencoder={settings.autoencoder}", "data.source=folder", "data.path=nowhere"]
+    command = [
+        "latents",
+        "repair",
+        f"autoencoder={settings.autoencoder}",
+        "data.source=folder",
+        f"data.path={settings.source}",
+    ]
     assert cli.main([*command, f"output={settings.output}"]) == EXIT_USER_ERROR
     assert not (Path(settings.output) / "manifest.json").exists()
     (Path(settings.source) / "latents_stats.pt").unlink()

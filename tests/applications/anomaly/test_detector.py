@@ -122,7 +122,7 @@ def test_nothing_else_is_taken_for_a_detector_or_overwritten(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_detector(tmp_path / "none")
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds no detector\.json"):
+    with pytest.raises(UserError, match="is a folder of images; give the folder that"):
         load_detector(tmp_path)
     for output in (tmp_path, tmp_path / "holiday.jpg"):
         with pytest.raises(UserError, match="holds something else"):

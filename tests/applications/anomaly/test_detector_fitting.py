@@ -78,9 +78,9 @@ def test_the_command_says_what_so_few_images_support(plain, capsys):
         (["resolution=100"], "resolution: 100 is not a multiple of 8; use 96"),
         (["resolution=32"], "resolution: 32 is under 64"),
         (["resolution=128"], "has a short side of 64 pixels, fewer than 128"),
-        (["perceptual_weights=file"], "has no effect without perceptual_net"),
+        (["perceptual_weights=pyproject.toml"], "has no effect without perceptual_net"),
         (["regret_steps=-1"], "regret_steps: -1 is not from 0 to 1000"),
-        (["output=/proc/version"], "holds something else"),
+        (["output=/proc/version"], "output: /proc/version: is a file; give a folder"),
     ],
 )
 def test_bad_settings_and_too_few_images_are_one_sentence(plain, words, message, capsys):

@@ -121,7 +121,7 @@ def test_images_that_the_detector_was_fitted_to_are_left_out(labeled, capsys):
         (["data.synthetic.count=12"], ", fewer than 10; add images"),
         (["count=3"], "count: 3 is under 10 a class"),
         (["prevalence=1"], "prevalence: 1.0 is not between 0 and 1"),
-        (["pipeline=runs/diffusion"], "pipeline: has no effect"),
+        (["pipeline=checkpoints/ldm-emoji-512"], "pipeline: has no effect"),
         (["detector=none"], "detector: none: no such folder"),
         (["data.synthetic.resolution=40"], "has a short side of 40 pixels, fewer than 64"),
     ],

@@ -227,7 +227,7 @@ def test_names_that_are_no_utf_8_are_read(autoencoder_folder, tmp_path, capsys):
         (["--target-bpp", "-1"], "target_bpp: -1 is not a number of bits per pixel"),
         (["--progressive", "2,1"], "progressive: [2, 1] is not a rising list of channel counts"),
         (["--progressive", "2,4"], "progressive: [2, 4] are more channels than the latents have, 3; give fewer"),
-        (["--output", "/proc/version"], "output: /proc/version is a file; give a folder"),
+        (["--output", "/proc/version"], "output: /proc/version: is a file; give a folder"),
         (["--entropy", "missing"], "missing: no such file; give a file that `ldm-vae codec fit` wrote"),
     ],
 )

@@ -70,7 +70,7 @@ def test_another_autoencoder_is_refused_and_another_decoder_is_not(folder: Path,
 
 
 def test_damage_and_newer_formats_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no directions\.json"):
+    with pytest.raises(UserError, match="no such folder"):
         load_directions(tmp_path / "none")
     tensors = folder / "directions" / "directions.safetensors"
     data = tensors.read_bytes()
