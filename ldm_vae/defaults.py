@@ -90,7 +90,7 @@ def _of_run(known: dict[str, Setting], given: dict[str, str], autoencoder: Path)
 
 def describe_defaults(defaults: list[Default]) -> list[str]:
     """One line for each file that answered: what was taken from it."""
-    lines = {}
+    lines: dict[Path, list[str]] = {}
     for default in defaults:
         text = "" if default.text.startswith("{") else f"={default.text}"
         lines.setdefault(default.source, []).append(f"{default.key}{text}")
