@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -187,6 +188,25 @@ def write_checksums(folder: Path, others: Mapping[str, str] | None = None) -> No
     write_text(folder / MANIFEST, readable_json(manifest))
 
 
+def update_checksums(folder: Path, changed: Path, names: Iterable[str]) -> None:
+    """Bring the manifest of `folder`, if it has one that lists files of `changed`, up to date with files that were
+    written to `changed` (`folder` or one in it) or removed from it. What it says of others stays."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, str] = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that loading will name as damaged
+        return
+    inside = changed.absolute().relative_to(folder.absolute())
+    if not any(PurePosixPath(name).parent == PurePosixPath(inside.as_posix()) for name in files):
+        return
+    for name in names:
+        listed, path = (inside / name).as_posix(), changed / name
+        files.pop(listed, None)
+        if path.suffix in LISTED_SUFFIXES and path.is_file():
+            files[listed] = checksum(path)
+    write_text(folder / MANIFEST, readable_json(manifest | {"files": dict(sorted(files.items()))}))
+
+
 def verify_checksums(folder: Path) -> None:
     """Compare a folder with its manifest.
 
@@ -268,6 +288,23 @@ def check_tensor_header(header: bytes, length: int, where: str | Path) -> None:
         raise UserError(where, f"holds {tensors} tensors, more than {MAXIMUM_TENSORS}", "give a model")
 
 
+def check_bin_file(path: Path) -> tuple[int, int]:
+    """The most tensors and numbers that a `.bin` file can hold.
+
+    Raises:
+        UserError: it is not the archive that `torch.save` writes, or unpacks to more than its own size.
+    """
+    instead = "save the model as safetensors where it was made"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(path, f"cannot be read as weights of torch ({error})", instead) from error
+    if sum(sizes) > path.stat().st_size:
+        raise UserError(path, "is compressed, which torch's files of weights are not", instead)
+    return len(sizes), sum(sizes)
+
+
 def check_model_folder(folder: Path, model_class: Any = None) -> None:
     """For a folder with `config.json` and weights. A missing folder is not an error.
 
@@ -284,6 +321,7 @@ def check_model_folder(folder: Path, model_class: Any = None) -> None:
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
         check_tensor_file(path)
+    files += sorted(folder.glob("diffusion_pytorch_model*.bin"))
     if model_class is None or not files:
         return
     config = model_class.load_config(folder)
@@ -299,7 +337,9 @@ def check_model_folder(folder: Path, model_class: Any = None) -> None:
 
 
 def _contents(path: Path) -> tuple[int, int]:
-    """(number of tensors, number of elements) of a file whose header was checked."""
+    """(number of tensors, number of elements) of a file whose header was checked; the most of a `.bin` file."""
+    if path.suffix == ".bin":
+        return check_bin_file(path)
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     size_bytes = path.stat().st_size

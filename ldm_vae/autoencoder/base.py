@@ -29,6 +29,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldm_vae.autoencoder import weights
+from ldm_vae.autoencoder.weight_files import SavedCompletely
 from ldm_vae.data.transforms import finite_pixels, pad_to_multiple
 from ldm_vae.errors import NotFinite, UserError
 
@@ -94,7 +95,7 @@ class Decoded(NamedTuple):
     indices: Tensor | None
 
 
-class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
     """An autoencoder of images, with diffusers' interface: `encode(x).latent_dist` and `decode(z).sample`.
 
     A new kind defines `posterior` and `image` (or `encode` and `decode` whole), and the properties below where the

@@ -131,7 +131,8 @@ def build_autoencoder(config: AutoencoderConfig, logvar_floor: float = -7.0) -> 
 def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """An autoencoder from a diffusers directory (or hub id), ready for inference: eval, frozen, channels_last.
 
-    A run directory of `train-vae` works too: its `autoencoder/` is taken. Weights come from safetensors only.
+    A run directory of `train-vae` works too: its `autoencoder/` is taken. Where the folder has no plain safetensors,
+    another variant (`fp16`) or `.bin` files are taken, with a line that says so; `.bin` files are read as tensors only.
     diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights of a model from safetensors: complete, nothing else beside them, every number finite.
+"""Weights of a model from its folder: complete, nothing else beside them, every number finite.
 
 diffusers itself only warns of a tensor that is missing, and gives it random numbers. Which class a model has, and what
 it is for, belongs to whoever asks.
@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_vae.autoencoder.weight_files import choose_layout
 from ldm_vae.errors import UserError
 from ldm_vae.files import canonical_json, check_model_folder
 
 INSTEAD = "restore it from a copy, or make it again"
 
 
-def load_weights(model_class: Any, path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    """A diffusers model in eval mode, from a directory or hub id. Further arguments go to its `from_pretrained`.
+def load_weights(
+    model_class: Any, path: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> Any:
+    """A diffusers model in eval mode, from a directory or hub id.
+
+    Args:
+        model_class: diffusers' class, or one of this package.
+        path: of the model itself, which has its config.json.
+        dtype: of its weights.
+        variant: of the files, as in diffusers; None: the plain ones, or the variant that is there (`weight_files`).
 
     Raises:
         UserError: naming the tensor that is missing, unknown, of another shape or not finite; or the reason why the
@@ -31,8 +40,17 @@ def load_weights(model_class: Any, path: str | Path, dtype: torch.dtype = torch.
     name = model_class.__name__
     try:
         check_model_folder(Path(path), model_class)
+        safe = True
+        if Path(path).is_dir():
+            layout = choose_layout(Path(path), variant)
+            variant, safe = layout.variant or None, layout.format == "safetensors"
         model, loading = model_class.from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **kwargs
+            path,
+            torch_dtype=dtype,
+            use_safetensors=safe,
+            variant=variant,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except UserError:
         raise

@@ -409,8 +409,13 @@ def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline
     settings["evaluations"] = evaluations(settings["sampler"], config.steps, first)
     directory = pipeline_directory(config.model)
     networks = ["unet", "autoencoder"] + ["autoguidance_unet"] * (config.autoguidance != 1)
-    weights = {name: [checksum(path) for path in sorted(directory.glob(f"{name}/*.safetensors"))] for name in networks}
+    weights = {name: [checksum(path) for path in weight_paths(directory / name)] for name in networks}
     return settings | weights
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files of weights of a network: safetensors, or where there are none those of torch."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def existing_file(path: str, name: str) -> Path:

@@ -23,8 +23,9 @@ runtime.repair_torchvision()
 
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for it in a pipeline's modules
 
+from ldm_vae.autoencoder.weight_files import SavedCompletely
 from ldm_vae.diffusion import flow
 from ldm_vae.errors import UserError
 from ldm_vae.random import generator
@@ -113,7 +114,7 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
     return model.to(memory_format=torch.channels_last)  # type: ignore[return-value]
 
 
-class LatentUNet(ModelMixin, ConfigMixin):
+class LatentUNet(SavedCompletely, ConfigMixin):
     """Velocity of the flow at a noisy normalized latent of any size.
 
     A token is a patch of the latent. Whatever `prediction` is, the velocity comes out. With prediction `x`, the network
