@@ -350,6 +350,32 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create({"format_version": FORMAT_VERSION} | to_dict(config)))
 
 
+def settings_words(config: Any, key: str = "", default: Any = None) -> list[str]:
+    """The words `key=value` that make `config` from the defaults of its class, for a command line.
+
+    Args:
+        key: before the names of the fields, as `data`; empty: none.
+        default: another config of the class to start from.
+    """
+    words = []
+    default = type(config)() if default is None else default
+    for field in dataclasses.fields(config):
+        name = f"{key}.{field.name}" if key else field.name
+        value, before = getattr(config, field.name), getattr(default, field.name)
+        if value == before:
+            continue
+        if dataclasses.is_dataclass(value):
+            words += settings_words(value, name, before)
+        else:
+            words.append(f"{name}={_word(value)}")
+    return words
+
+
+def _word(value: Any) -> str:
+    """A value as it is written after `key=`."""
+    return value if isinstance(value, str) else "null" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def digest(value: Any) -> str:
     """sha256 hex of a config dataclass or of plain containers, over canonical JSON."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value

@@ -191,7 +191,7 @@ def test_a_circle_is_seen_however_a_module_is_imported():
 
 SHARED_NAMES = {
     "Item", "Key", "StepNoise", "make_accelerator", "markdown", "plot_histograms", "plot_spectra", "render",
-    "summarize", "summary", "table",
+    "summarize", "table",
 }  # fmt: skip
 """Public names that several modules define, each with one meaning everywhere."""
 

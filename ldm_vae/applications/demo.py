@@ -35,12 +35,12 @@ from ldm_vae.diffusion.generation import GenerateConfig, generate, pipeline_dire
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import code_around
 from ldm_vae.evaluation.pages import embed, embed_image, image_label, template_environment
-from ldm_vae.evaluation.study import GIVEN, PAGE, Content, Results, Study, enlarged_lines, read_json
+from ldm_vae.evaluation.study import GIVEN, Content, Results, Study, StudyPlan, enlarged_lines, read_json
 from ldm_vae.files import checksum, checksum_bytes
 from ldm_vae.metrics import psnr
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
-from ldm_vae.utils.progress import track
+from ldm_vae.utils.progress import inside, track
 from ldm_vae.utils.text import pluralize
 
 AUTOENCODER, PIPELINE = "vae-f8c4-nano", "ldm-emoji-512"
@@ -113,6 +113,7 @@ class Demo(Study):
     """The study of `ldm-vae demo`."""
 
     replaced = ("reconstructions/[0-9][0-9]_*", "compressed/[0-9][0-9]_*")
+    command, product = "demo", "the page of the demo"
     config: DemoConfig
 
     def __init__(self, config: DemoConfig, overwrite: bool) -> None:
@@ -130,6 +131,13 @@ class Demo(Study):
 
     def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
         return {"another pipeline": (results["unet"], self.unet)}
+
+    def work(self) -> StudyPlan:
+        config, count = self.config, len(self.images)
+        images = pluralize(count, "image") if count else f"{BUNDLED} synthetic images"
+        generated = f"{pluralize(config.count, 'sample')} of {pluralize(config.steps, 'step')}, {config.precision}"
+        models = (self.model, str(self.pipeline), str(self.autoencoder.device))
+        return StudyPlan((f"{images} at {config.size} pixels", generated, *models))
 
     def measure(self) -> Results:
         started = time.time()
@@ -155,7 +163,8 @@ class Demo(Study):
             model=str(self.pipeline), output=str(folder), count=config.count, seed=config.seed, steps=config.steps,
             precision=config.precision, device=config.device,
         )  # fmt: skip
-        result = generate(generation, overwrite=self.overwrite)
+        with inside():
+            result = generate(generation, overwrite=self.overwrite)
         return (
             result.images_per_second
             if result.made
@@ -199,7 +208,7 @@ class Demo(Study):
         return {"images": len(results["images"])}
 
     def summary(self, results: Results) -> str:
-        return "\n".join([*demo_sentences(results), f"{self.output / PAGE}: open it in a browser"])
+        return "\n".join(demo_sentences(results))
 
 
 @dataclass(frozen=True)

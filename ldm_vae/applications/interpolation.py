@@ -38,7 +38,7 @@ from ldm_vae.diffusion.samplers import Guidance, GuidedVelocity, Heun, first_ste
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.latent_space import decode_and_encode, measure_path
 from ldm_vae.evaluation.pages import Picture, embed_image, plain_page
-from ldm_vae.evaluation.study import GIVEN, Content, Results, Study, describe_autoencoder, enlarged_lines
+from ldm_vae.evaluation.study import GIVEN, Content, Results, Study, StudyPlan, describe_autoencoder, enlarged_lines
 from ldm_vae.files import checksum
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
@@ -131,6 +131,7 @@ class InterpolationStudy(Study):
 
     format_version = 2  # 1 took brightness on [-1, 1] in SSIM
     replaced = ("frames/[0-9][0-9]_*/*_[0-9][0-9][0-9].png",)
+    command, product = "interpolate", "the animations"
     config: InterpolateConfig
 
     def __init__(self, config: InterpolateConfig, overwrite: bool) -> None:
@@ -166,6 +167,16 @@ class InterpolationStudy(Study):
     def prepare(self) -> None:
         self.pairs = read_pairs(self.paths, self.config.size, self.enlarged)
         self.ways = ways_of(self.config, self.autoencoder, self.other, self.pipeline)
+
+    def work(self) -> StudyPlan:
+        config, side = self.config, self.pairs[0].images.shape[-2:]
+        pairs = f"{pluralize(len(self.pairs), 'pair')} of images, {side[0]} x {side[1]} pixels"
+        ways = f"{pluralize(len(self.ways), 'way')} ({', '.join(way.title for way in self.ways)})"
+        return StudyPlan((pairs, ways, pluralize(config.frames, "frame"), str(self.autoencoder.device)))
+
+    def then(self, results: Results) -> list[str]:
+        config = self.config
+        return ["ldm-vae", "explore", config.autoencoder] if config.autoencoder else []
 
     def measure(self) -> Results:
         found: dict[str, list[WayMetrics]] = {way.key: [] for way in self.ways}

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,16 +18,18 @@ from ldm_vae.autoencoder.models import AutoencoderConfig
 from ldm_vae.autoencoder.rate import RateConfig
 from ldm_vae.data import open_source, transforms
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.samples import Enlarged, ImageSamples, channels_first, crop_image, too_many_rejected
-from ldm_vae.data.sources import DataConfig
-from ldm_vae.data.split import Part, repeated, subset
+from ldm_vae.data.samples import Enlarged, ImageSamples, Rejected, channels_first, crop_image, too_many_rejected
+from ldm_vae.data.sources import DataConfig, labels_from
+from ldm_vae.data.split import Part, Subset, repeated, subset
 from ldm_vae.data.streaming import StreamSamples, open_stream
+from ldm_vae.data.survey import describe_classes, describe_images
 from ldm_vae.data.transforms import CropConfig, random_crop
 from ldm_vae.errors import UserError
 from ldm_vae.random import numpy_rng
 from ldm_vae.training.loader import Plan, Span
 from ldm_vae.training.run_directory import ModelKeys
 from ldm_vae.training.trainer import TrainingConfig
+from ldm_vae.utils.text import pluralize
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,41 @@ def training_samples(config: TrainVaeConfig) -> ImageSamples | StreamSamples:
     return ImageSamples(images, transform, seed)
 
 
+def describe_data(config: TrainVaeConfig, samples: ImageSamples | StreamSamples, held_out: HeldOut | None) -> list[str]:
+    """What a training has to learn from and to measure on, for its first line."""
+    if isinstance(samples, StreamSamples):
+        classes = describe_classes(samples.stream.label_names, labels_from(samples.stream))
+        found = [f"a stream of images {classes}"]
+    else:
+        train: Any = samples.source
+        while isinstance(train.source, Subset):  # `repeat`
+            train = train.source
+        again = "" if train is samples.source else f", with repetitions {len(samples):,}"
+        found = [f"{describe_images(train)}{again}", f"{len(train.source) - len(train):,} held out"]
+    if held_out is not None and held_out.read + held_out.rejected:
+        small, unread = len(held_out.enlarged_crops), held_out.rejected
+        looked_at = f"of {held_out.read + unread:,} of them looked at"
+        found.append(f"{looked_at} {small or 'none'} enlarged, {unread or 'none'} rejected")
+    return [*found, describe_phases(config)]
+
+
+def describe_phases(config: TrainVaeConfig) -> str:
+    """`2,000 steps of 32 crops of 64 pixels, then 500 steps of 16 crops of 128 pixels`."""
+    phases = config.phases
+    return ", then ".join(f"{pluralize(one.steps, 'step')} of {one.batch} crops of {one.crop} pixels" for one in phases)
+
+
+def large_batch(config: TrainVaeConfig, samples: ImageSamples | StreamSamples) -> str:
+    """A sentence where a step takes more images than there are; else empty."""
+    batch = max(phase.batch for phase in config.phases)
+    if isinstance(samples, StreamSamples) or batch <= len(samples):
+        return ""
+    return (
+        f"phases: a batch of {batch} is larger than the set of {pluralize(len(samples), 'training image')}, so that "
+        "every step repeats some; lower phases.batch, or add images"
+    )
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What the training never sees, in [-1, 1] on the CPU.
@@ -205,7 +242,7 @@ class HeldOut:
     `images` (n, 3, r, r): center crops, to measure and to look at. `crops` (m, 3, c, c): crops drawn as those of the
     training are, in the size of the last phase: the rate is defined on what the training sees. `enlarged`: the short
     sides of those that were smaller than their center crop; `enlarged_crops`: of those that were smaller than a crop of
-    the last phase, among the `read` images that the crops are of.
+    the last phase, among the `read` images that the crops are of. `rejected`: how many could not be read.
     """
 
     images: Tensor
@@ -213,6 +250,7 @@ class HeldOut:
     enlarged: tuple[int, ...] = ()
     enlarged_crops: tuple[int, ...] = ()
     read: int = 0
+    rejected: int = 0
 
 
 def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
@@ -223,8 +261,8 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
     images: list[Tensor] = []
     crops: list[Tensor] = []
     enlarged, short_sides = Enlarged(), list[int]()
-    count = max(RATE_IMAGES, config.held_out_images)
-    for number, (index, image) in enumerate(some_images(config, "held_out", count)):
+    count, rejected = max(RATE_IMAGES, config.held_out_images), Rejected()
+    for number, (index, image) in enumerate(some_images(config, "held_out", count, rejected)):
         if number < config.held_out_images:
             crop = crop_image(image, config.held_out_resolution, str(index), enlarged)
             images.append(channels_first(crop.pixels))
@@ -236,7 +274,7 @@ def held_out_part(config: TrainVaeConfig) -> HeldOut | None:
         return None
     whole, parts = (transforms.from_uint8(torch.stack(pixels)) for pixels in (images, crops))
     small = tuple(short for short in short_sides if short < side)
-    return HeldOut(whole, parts, tuple(short for _, short in enlarged), small, len(short_sides))
+    return HeldOut(whole, parts, tuple(short for _, short in enlarged), small, len(short_sides), len(rejected))
 
 
 def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
@@ -250,8 +288,12 @@ def measured_batches(config: TrainVaeConfig) -> Iterator[Tensor]:
         yield transforms.from_uint8(channels_first(crop)[None])
 
 
-def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tuple[int, np.ndarray]]:
+def some_images(
+    config: TrainVaeConfig, part: Part, count: int, rejected: Rejected | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """Up to `count` readable images of a part, with their index: of a stream the first, else an even pick.
+
+    Those that could not be read are appended to `rejected`.
 
     Raises: UserError where no training image can be read; without held-out ones a training is still possible.
     """
@@ -260,7 +302,7 @@ def some_images(config: TrainVaeConfig, part: Part, count: int) -> Iterator[tupl
         source = open_stream(config.data).take(count, part, held_out)
     else:
         source = subset(open_source(config.data), part, held_out)
-    found, rejected = 0, list[tuple[str, str]]()
+    found, rejected = 0, Rejected() if rejected is None else rejected
     for index in numpy_rng(0, part).permutation(len(source)):
         try:
             image = source.read(int(index))

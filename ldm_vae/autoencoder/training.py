@@ -27,7 +27,15 @@ from ldm_vae.autoencoder.rate import (
     kl_divergence,
     whole_image_rate,
 )
-from ldm_vae.autoencoder.train_config import HeldOut, TrainVaeConfig, held_out_part, measured_batches, training_samples
+from ldm_vae.autoencoder.train_config import (
+    HeldOut,
+    TrainVaeConfig,
+    describe_data,
+    held_out_part,
+    large_batch,
+    measured_batches,
+    training_samples,
+)
 from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.samples import enlarged_sentences
@@ -39,7 +47,8 @@ from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.trainer import DryRun, Engine, fit, make_accelerator
 from ldm_vae.training.trainer import dry_run as dry_run_of
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import pluralize
 
 SMALLEST_PERCEPTUAL_SIDE = 48
 SMALLEST_LATENT_SIDE = 4
@@ -60,7 +69,8 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     """`ldm-vae train-vae`: train the autoencoder in `config.output`, or continue there.
 
     Args:
-        dry_run: build everything, do one step on random data, print parameters, GMACs, shapes and memory.
+        dry_run: look at images and output, build everything, do one step on random data, print parameters, GMACs,
+            shapes, memory and the time of the run; write nothing.
 
     Returns: 0 when the run is finished, 75 when a signal stopped it after saving (the same call continues); with
         `dry_run` what was printed.
@@ -69,25 +79,48 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
         UserError: a setting, the images or the output folder are not usable.
     """
     config = plain_settings(config)
-    if dry_run:
-        accelerator = make_accelerator(config.training)
-        model = VaeModel(config, held_out=None, device=accelerator.device)
-        costs = dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator)
-        say(str(costs))
-        return costs
     samples, held_out = training_samples(config), held_out_part(config)
-    accelerator = make_accelerator(config.training, Path(config.output))
-    run_directory = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
+    accelerator = make_accelerator(config.training, None if dry_run else Path(config.output))
+    writes = accelerator.is_main_process and not dry_run
+    run_directory = RunDirectory(config.output, config, main_process=writes)
+    begin(
+        "train-vae", *describe_data(config, samples, held_out), f"{accelerator.device}, {config.training.precision}",
+        f"to {config.output} ({run_directory.check()})" if dry_run else f"to {config.output}",
+    )  # fmt: skip
+    if found := large_batch(config, samples):
+        say(found)
+    say_enlarged(held_out)
+    if dry_run:
+        costs = training_costs(config, accelerator)
+        say(str(costs))
+        end_dry_run(config.output, costs.expected())
+        return costs
+    model = VaeModel(config, held_out, accelerator.device)
+    if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
+        model.autoencoder.fit_statistics(measured_batches(config))
+    plan = config.plan(accelerator.num_processes)
+    code = fit(model, samples, plan, config.training, run_directory, accelerator)
+    if code == 0:
+        words = ["ldm-vae", "encode", config.output, *config.data.words(), f"resolution={config.held_out_resolution}"]
+        what = f"the autoencoder, after {pluralize(plan.steps, 'step')}"
+        end(Path(config.output) / "autoencoder", what, [*words, f"output={beside(config.output, 'latents')}"])
+    return code
+
+
+def training_costs(config: TrainVaeConfig, accelerator: Any = None) -> DryRun:
+    """What a training takes, from a few steps on noise. Writes and prints nothing."""
+    accelerator = accelerator or make_accelerator(config.training)
+    model = VaeModel(config, held_out=None, device=accelerator.device)
+    return dry_run_of(model, config.plan(accelerator.num_processes), config.training, accelerator)
+
+
+def say_enlarged(held_out: HeldOut | None) -> None:
+    """Print that held-out images are smaller than their crops, where some are."""
     if held_out:
         for line in enlarged_sentences(held_out.enlarged, len(held_out.images), "held_out_resolution"):
             say(f"held out: {line}")
         for line in enlarged_sentences(held_out.enlarged_crops, held_out.read, "phases.crop"):
             say(f"training crops, by the held-out images: {line}")
-    model = VaeModel(config, held_out, accelerator.device)
-    if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
-        model.autoencoder.fit_statistics(measured_batches(config))
-    plan = config.plan(accelerator.num_processes)
-    return fit(model, samples, plan, config.training, run_directory, accelerator)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ class FolderSource:
         """(label names, class numbers (n,) int64). `tables`: the LABEL_FILES that exist."""
         listed = self._listed_labels(tables)
         if listed is None:
+            self.labels_from = "the subfolders"
             listed = {name: name.split("/")[0] for name in self.names if "/" in name}
             if len(set(listed.values())) < 2:
                 listed = {}
@@ -153,6 +154,7 @@ class FolderSource:
             if len(found) < len(listed):
                 missing = len(listed) - len(found)
                 logger.warning("%s: %d of the %d files listed are not among the images", where, missing, len(listed))
+            self.labels_from = name
             return found
         return None
 

@@ -42,7 +42,7 @@ class DatasetsSource:
         if config.label_column is not None:
             values = dataset.select_columns([config.label_column])[:][config.label_column]
         labels = Labels(config, dataset.features, values)
-        self.label_names = labels.names
+        self.label_names, self.labels_from = labels.names, f"the column {config.label_column}"
         self.labels = np.array([labels.number(value) for value in values], np.int64)
         self.column, self.split = config.image_column, config.split
         self.rows = keep_encoded(dataset.select_columns([self.column]), self.column)

@@ -5,14 +5,16 @@ The collections are in the modules `folder`, `hf_datasets`, `streaming` (no rand
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ldm_vae import config as configuration
 from ldm_vae.data.decoding import HIGHEST_MEGAPIXELS, DecodeLimits
 from ldm_vae.data.synthetic.source import SyntheticConfig
 from ldm_vae.errors import UserError
@@ -131,6 +133,14 @@ class DataConfig:
             return {"source": "datasets", "path": None, "datasets": {"name": text.removeprefix("hf:")}}
         return {"source": "folder", "path": text, "datasets": {"name": ""}}
 
+    def words(self) -> list[str]:
+        """The settings that name these images on a command line: `data=PATH` and what differs from the defaults."""
+        plain = dataclasses.replace(self, cache_megabytes=0)
+        if self.source != "folder":
+            return configuration.settings_words(plain, "data")
+        short = DataConfig(source="folder", path=self.path)
+        return [f"data={self.path}", *configuration.settings_words(plain, "data", short)]
+
     @property
     def streaming(self) -> bool:
         """True if `streaming.open_stream` has to be used instead of `open_source`."""
@@ -139,6 +149,11 @@ class DataConfig:
     @property
     def limits(self) -> DecodeLimits:
         return DecodeLimits(megapixels=self.maximum_megapixels)
+
+
+def labels_from(source: Any) -> str:
+    """Where the classes of a source were found, as `the subfolders`; empty where it does not say."""
+    return getattr(source, "labels_from", "")
 
 
 def number_labels(labels: Iterable[str]) -> dict[str, int]:
@@ -168,7 +183,7 @@ class CachedSource:
 
     def __init__(self, source: ImageSource, limit_bytes: int) -> None:
         self.source, self.free_bytes = source, limit_bytes
-        self.label_names = source.label_names
+        self.label_names, self.labels_from = source.label_names, labels_from(source)
         self.images: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.sources import ImageSource, labels_from
 from ldm_vae.errors import UserError
 
 Part = Literal["all", "train", "held_out", "validation", "test"]
@@ -82,7 +82,7 @@ class Subset:
 
     def __init__(self, source: ImageSource, indices: np.ndarray, name: str) -> None:
         self.source, self.indices, self.name = source, indices, name
-        self.label_names = source.label_names
+        self.label_names, self.labels_from = source.label_names, labels_from(source)
 
     def __len__(self) -> int:
         return len(self.indices)

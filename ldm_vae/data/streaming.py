@@ -75,6 +75,10 @@ class StreamingSource:
     def label_names(self) -> tuple[str, ...]:
         return self._labels.names
 
+    @property
+    def labels_from(self) -> str:
+        return f"the column {self.config.label_column}"
+
     def iterate(self, start: int = 0) -> Iterator[Item]:
         """Items in stream order from index `start`, not decoded."""
         for index, row in enumerate(_all_rows(self._rows.skip(start) if start else self._rows), start):

@@ -29,6 +29,7 @@ from ldm_vae.config import changed_keys, check_positive, plain_settings
 from ldm_vae.data.decoding import ImageRejected, read_image, read_mask
 from ldm_vae.data.image_input import mask_values
 from ldm_vae.data.samples import Enlarged, crop_image, enlarged_record, enlarged_sentences
+from ldm_vae.data.survey import describe_classes
 from ldm_vae.diffusion.editing import InitImage, default_strength, interpolation_weights, read_init_image, slerp
 from ldm_vae.diffusion.pipeline import (
     DEFAULT_GUIDANCE,
@@ -57,8 +58,8 @@ from ldm_vae.paths import PICTURE, PIPELINE
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.progress import Progress, say
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize
 from ldm_vae.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -174,12 +175,13 @@ class GenerationResult:
     copies: Copies | None
 
 
-def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationResult:
+def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool = False) -> GenerationResult:
     """Write `0000_label.png` ..., `sheet.png` and `run.json` into `config.output`; only what is missing.
 
     Args:
         config: What to generate.
         overwrite: Replace the images of another call in that folder.
+        dry_run: Open everything, look at the folder and time two steps; write nothing.
 
     Raises:
         UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
@@ -204,6 +206,11 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
     finished = finished and (training is None or (folder / PAIRS).exists())
     if state.is_main_process:
         warn_of_unused_labels(parameters["guidance"])
+        begin("generate", *_described(config, parameters, images), str(device), f"to {folder}")
+    if dry_run:
+        seconds = len(images) * seconds_an_image(pipeline, images, config, parameters, init)
+        end_dry_run(folder, "all images are there" if finished else f"about {duration_text(seconds)}")
+        return GenerationResult(folder, len(images), 0, 0.0, None)
     state.wait_for_everyone()  # before the first one changes the folder
     copies = None
     advice = "finished images stay, and the same command makes the others"
@@ -230,27 +237,36 @@ def generate(config: GenerateConfig, *, overwrite: bool = False) -> GenerationRe
                 record["compared_latents"] = copies.compared
             provenance.write_run_record(folder, None, started, time.time() - started, parameters=parameters, **record)
     result = GenerationResult(folder, len(images), len(mine), speed, copies)
-    say("\n".join([summary(result), *enlarged_sentences([side for _, side in enlarged], 1)]))
+    for line in enlarged_sentences([side for _, side in enlarged], 1):
+        say(line)
+    say_result(config, result)
     return result
 
 
-def summary(result: GenerationResult) -> str:
-    """What was made, for the terminal."""
-    lines = []
+def _described(config: GenerateConfig, parameters: Mapping[str, Any], images: Sequence[PlannedImage]) -> list[str]:
+    """What is generated, for the first line."""
+    names = list(dict.fromkeys(image.caption for image in images if image.caption))
+    size = f"{parameters['height']} x {parameters['width']} pixels"
+    how = f"{pluralize(config.steps, 'step')} of {parameters['sampler']}, guidance {parameters['guidance']:g}"
+    begins_with = f"starting from {config.init}" if config.init else ""
+    of_what = "between " + " and ".join(config.interpolate) if config.interpolate else describe_classes(names)
+    count = f"{pluralize(len(images), 'image')} {of_what}"
+    return [count, size, how, begins_with, config.model, config.precision]
+
+
+def say_result(config: GenerateConfig, result: GenerationResult) -> None:
+    """Print what was made."""
     if result.copies is not None:
-        lines.append(
+        say(
             f"{result.folder / PAIRS}: {result.copies.copies} of {result.copies.samples} images are copies of one of "
-            f"{result.copies.compared} training latents"
+            f"{pluralize(result.copies.compared, 'training latent')}"
         )
+    what = "these images are there already; nothing to do"
     if result.made:
         speed = result.images_per_second
-        lines.append(
-            f"{result.folder}: {pluralize(result.made, 'image')} and {SHEET}, {speed:.2f} images/s "
-            f"({1 / speed:.2f} s each)"
-        )
-    else:
-        lines.append(f"{result.folder}: these images are there already; nothing to do")
-    return "\n".join(lines)
+        what = f"{pluralize(result.made, 'image')} and {SHEET}, {speed:.2f} images/s ({1 / speed:.2f} s each)"
+    words = ["ldm-vae", "generate", config.model, f"count={config.count}", f"seed={config.seed + 1}"]
+    end(result.folder, what, [*words, f"output={beside(result.folder, f'seed{config.seed + 1}')}"])
 
 
 def warn_of_unused_labels(guidance: float) -> None:
@@ -519,7 +535,6 @@ def make_images(
     show: bool,
 ) -> None:
     """Generate and save, batch by batch, under a progress bar."""
-    shape = pipeline.latent_shape(parameters["height"], parameters["width"])
     quiet = not show or not images
     with Progress("generate", len(images), shown=not quiet) as bar:
 
@@ -528,26 +543,61 @@ def make_images(
 
         for first in range(0, len(images), config.batch):
             batch = images[first : first + config.batch]
-            (made,) = pipeline(
-                labels=[image.classes for image in batch if image.classes] or None,
-                num_images=len(batch),
-                latents=torch.stack([image.noise.draw(shape) for image in batch]),
-                num_inference_steps=config.steps,
-                guidance_scale=parameters["guidance"],
-                guidance_interval=config.guidance_interval,
-                guidance_rescale=config.guidance_rescale,
-                autoguidance_scale=config.autoguidance,
-                sampler=config.sampler,
-                strength=parameters["strength"],
-                return_dict=False,
-                callback_on_step_end=progress,
-                image=init,
-            )
+            made = draw_images(pipeline, batch, config, parameters, init, callback_on_step_end=progress)
             if not (batch[0].path.parent / provenance.RUN_RECORD).exists():
                 raise vanished()
             for planned, image in zip(batch, made):
                 save_png(image, planned, parameters)
             bar.advance(len(batch), "")
+
+
+def draw_images(
+    pipeline: LatentDiffusionPipeline,
+    batch: Sequence[PlannedImage],
+    config: GenerateConfig,
+    parameters: Mapping[str, Any],
+    init: InitImage | None,
+    **options: Any,
+) -> list[Image.Image]:
+    """One call of the pipeline; `options` are further ones of it, and take the place of others."""
+    shape = pipeline.latent_shape(parameters["height"], parameters["width"])
+    settings: dict[str, Any] = {
+        "labels": [image.classes for image in batch if image.classes] or None,
+        "num_images": len(batch),
+        "latents": torch.stack([image.noise.draw(shape) for image in batch]),
+        "num_inference_steps": config.steps,
+        "guidance_scale": parameters["guidance"],
+        "guidance_interval": config.guidance_interval,
+        "guidance_rescale": config.guidance_rescale,
+        "autoguidance_scale": config.autoguidance,
+        "sampler": config.sampler,
+        "strength": parameters["strength"],
+        "return_dict": False,
+        "image": init,
+    }
+    (made,) = pipeline(**settings | options)
+    return made
+
+
+TIMED_STEPS = 2
+
+
+def seconds_an_image(
+    pipeline: LatentDiffusionPipeline,
+    images: Sequence[PlannedImage],
+    config: GenerateConfig,
+    parameters: Mapping[str, Any],
+    init: InitImage | None,
+) -> float:
+    """That an image takes, from a batch of few steps whose decoding is counted once."""
+    batch, spent = images[: config.batch], []
+    for steps in (1, 1 + TIMED_STEPS):
+        started = time.monotonic()
+        draw_images(pipeline, batch, config, parameters, init, num_inference_steps=steps, strength=1.0)
+        spent.append(time.monotonic() - started)
+    once, step = spent[0], max(0.0, spent[1] - spent[0]) / TIMED_STEPS
+    strength = parameters["strength"] if config.init else 1.0
+    return (once + step * max(0.0, config.steps * strength - 1)) / len(batch)
 
 
 def save_png(image: Image.Image, planned: PlannedImage, parameters: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import changed_keys, plain_settings
 from ldm_vae.data import transforms
+from ldm_vae.data.survey import describe_classes
 from ldm_vae.diffusion import flow, validation
 from ldm_vae.diffusion.fid import KidConfig, SampleKid, make_sample_kid
 from ldm_vae.diffusion.pipeline import LatentDiffusionPipeline, fit_latent_rgb
@@ -38,7 +39,8 @@ from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
 from ldm_vae.training.run_directory import ModelKeys, RunDirectory
 from ldm_vae.training.trainer import DryRun, Engine, TrainingConfig
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import pluralize
 
 PREVIEW_STEPS = 20
 PREVIEW_IMAGES = 10
@@ -139,7 +141,8 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
 
     Args:
         config: Everything that the run depends on.
-        dry_run: Build everything, do one step on random data, print parameters, GMACs, shapes and memory.
+        dry_run: Look at latents and output, build everything, do one step on random data, print parameters, GMACs,
+            shapes, memory and the time of the run; write nothing.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it after saving (the same call continues); with
@@ -150,18 +153,44 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
     """
     config = plain_settings(config)
     samples, held_out = open_latents(config)
-    output = None if dry_run else Path(config.output)
-    accelerator = trainer.make_accelerator(config.training, output)
+    output = Path(config.output)
+    accelerator = trainer.make_accelerator(config.training, None if dry_run else output)
     plan = config.plan(accelerator.num_processes)
-    if output is None:
+    device = f"{accelerator.device}, {config.training.precision}"
+    sample_kid = make_sample_kid(config.kid, config.held_out) if config.kid.samples else None
+    if dry_run:
+        state = RunDirectory(output, config, main_process=False).check()
+        begin("train-diffusion", *describe_latents(config, samples, held_out), device, f"to {output} ({state})")
         model = DiffusionModel(config, samples, held_out)
         costs = trainer.dry_run(model, plan, config.training, accelerator)
         say(str(costs))
+        end_dry_run(output, costs.expected())
         return costs
-    sample_kid = make_sample_kid(config.kid, config.held_out) if config.kid.samples else None
+    begin("train-diffusion", *describe_latents(config, samples, held_out), device, f"to {output}")
     model = DiffusionModel(config, samples, held_out, output / FOLDER, sample_kid)
-    run = RunDirectory(config.output, config, main_process=accelerator.is_main_process)
-    return trainer.fit(model, ordered_samples(config, samples), plan, config.training, run, accelerator)
+    run = RunDirectory(output, config, main_process=accelerator.is_main_process)
+    code = trainer.fit(model, ordered_samples(config, samples), plan, config.training, run, accelerator)
+    if code == 0:
+        words = ["ldm-vae", "generate", config.output, f"output={beside(config.output, 'samples')}"]
+        end(output / "pipeline", f"the pipeline, after {pluralize(plan.steps, 'step')}", words)
+    return code
+
+
+def describe_latents(config: TrainDiffusionConfig, samples: LatentDataset, held_out: LatentDataset | None) -> list[str]:
+    """What a training has to learn from and to measure on, for its first line; says where a batch is too large."""
+    manifest = samples.manifest
+    shape = "x".join(map(str, manifest.latent_shape))
+    left_out = f", {pluralize(manifest.rejected, 'image')} rejected when it was made" if manifest.rejected else ""
+    if config.batch > len(samples):
+        say(
+            f"batch: {config.batch} is larger than the set of {pluralize(len(samples), 'training latent')}, so that "
+            "every step repeats some; lower batch, or encode more images"
+        )
+    return [
+        f"{pluralize(len(samples), 'latent')} of {shape} {describe_classes(manifest.label_names)}{left_out}",
+        f"{0 if held_out is None else len(held_out):,} held out",
+        f"{pluralize(config.steps, 'step')} of {pluralize(config.batch, 'latent')}",
+    ]
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,16 @@ from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
+from ldm_vae.data.survey import describe_images
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.health_metrics import Figures, Measured, dead_channels, measure
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
 from ldm_vae.evaluation.plots import COLORS, INK, legend, new_figure, page_svg
 from ldm_vae.evaluation.reconstruction import DIFFERENCE_GAIN
-from ldm_vae.evaluation.study import Study, check_resolution, enlarged_lines, rejected_images
+from ldm_vae.evaluation.study import Study, StudyPlan, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.progress import track
+from ldm_vae.utils.progress import beside, track
 from ldm_vae.utils.text import markdown_table
 
 Report = dict[str, Any]
@@ -92,6 +93,7 @@ class Diagnosis(Study):
     """The study of `ldm-vae diagnose`."""
 
     results_file, markdown_file = "health.json", "health.md"
+    command, product = "diagnose", "the health report"
     config: DiagnoseConfig
 
     def __init__(self, config: DiagnoseConfig, overwrite: bool) -> None:
@@ -104,11 +106,22 @@ class Diagnosis(Study):
 
     def prepare(self) -> None:
         self.source = subset(open_source(self.config.data), self.config.part, self.config.data.held_out)
+        self.chosen = evenly_spaced(len(self.source), self.config.count)
+
+    def work(self) -> StudyPlan:
+        config = self.config
+        images = describe_images(self.source, len(self.chosen))
+        what = (images, f"part {config.part}", f"{config.resolution} pixels", config.autoencoder, str(self.device))
+        return StudyPlan(what, self.source, self.chosen, config.resolution)
+
+    def then(self, results: Report) -> list[str]:
+        config = self.config
+        words = ["ldm-vae", "encode", config.autoencoder, *config.data.words(), f"resolution={config.resolution}"]
+        return [] if failed(results) else [*words, f"output={beside(config.autoencoder, 'latents')}"]
 
     def measure(self) -> Report:
-        config = self.config
+        config, chosen = self.config, self.chosen
         rejected: list[tuple[str, str]] = []
-        chosen = evenly_spaced(len(self.source), config.count)
         images = read_images(self.source, chosen, config, rejected, self.enlarged)
         training = training_record(config.autoencoder)
         plain = is_plain(training.get("rate", {}))

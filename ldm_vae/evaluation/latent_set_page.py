@@ -31,7 +31,8 @@ from ldm_vae.latents.stats import (
     summary_rows,
     text_table,
 )
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, end, end_dry_run, open_page, say
+from ldm_vae.utils.text import pluralize
 
 Report = dict[str, Any]
 Plot = tuple[str, str, str, str]
@@ -48,21 +49,36 @@ LEAST_MAP_RANGE = 0.1
 """Deviations that black and white of a mean map are at least away from gray: less is noise of the sampling."""
 
 
-def show_statistics(config: StatsConfig) -> Statistics:
+def show_statistics(config: StatsConfig, *, dry_run: bool = False) -> Statistics:
     """`ldm-vae latents stats`: measure a set, print a table or JSON, and write the page.
+
+    Args:
+        dry_run: open the set and look at the output only.
 
     Raises:
         UserError: no finished set, damaged shards, or values that are not finite.
         Disagreement: mean or std are others in the manifest than in the shards.
     """
     dataset = open_set(config.latents)
+    manifest, output = dataset.manifest, config.output
+    count = f"{min(config.samples, manifest.count):,} of {pluralize(manifest.count, 'sample')} of {config.latents}"
+    place = f"to {output}" if output else "shown here"
+    begin("latents stats", count, f"{pluralize(manifest.shards, 'shard')} read", place, error=config.json)
+    if output:
+        check_page_folder(Path(output))
+    if dry_run:
+        end_dry_run(output or config.latents, "the time it takes was not measured")
+        return Statistics({})
     statistics = measure_set(dataset, config.samples)
     if config.output:
         write_page(statistics, dataset, config.output)
     if config.json:
         say(readable_json(statistics.report).rstrip("\n"))
     else:
-        say(text_table(statistics.report) + (f"\n\n{config.output}/index.html shows it" if config.output else ""))
+        say(text_table(statistics.report))
+    words = open_page(Path(output) / "index.html") if output else ["ldm-vae", "latents", "verify", config.latents]
+    measured = pluralize(statistics.report["measured_samples"], "sample")
+    end(f"{output}/index.html" if output else config.latents, f"statistics of {measured}", words, error=config.json)
     return statistics
 
 
@@ -76,13 +92,18 @@ def write_page(statistics: Statistics, dataset: LatentDataset, output: str | Pat
         UserError: `output` is the set itself, or a file.
     """
     folder = Path(output)
-    if (folder / "manifest.json").exists() or folder.is_file():
-        raise UserError(f"--output: {folder} holds latents or is a file; give another folder")
+    check_page_folder(folder)
     report = dict(statistics.report)
     if "channels" in report and (spectra := measure_spectra(dataset)) is not None:
         report["spectra"] = spectra
     write_json(folder / "stats.json", report)
     write_text(folder / "index.html", render(report, statistics))
+
+
+def check_page_folder(folder: Path) -> None:
+    """Raises: UserError for a set of latents, or a file."""
+    if (folder / "manifest.json").exists() or folder.is_file():
+        raise UserError(f"--output: {folder} holds latents or is a file; give another folder")
 
 
 def measure_spectra(dataset: LatentDataset) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ from ldm_vae.data.samples import (
 )
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
+from ldm_vae.data.survey import describe_images
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.diffusion import fid
 from ldm_vae.diffusion.fid import (
@@ -57,13 +58,13 @@ from ldm_vae.diffusion.fid import (
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import baselines
 from ldm_vae.evaluation.baselines import available_codecs, bicubic_round_trip, code_images
-from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, read_json, rejected_images
+from ldm_vae.evaluation.study import Content, Results, Study, StudyPlan, check_resolution, read_json, rejected_images
 from ldm_vae.metrics import psnr
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
 from ldm_vae.utils.image_grid import plain_grid, side_by_side
-from ldm_vae.utils.progress import say, track
+from ldm_vae.utils.progress import beside, say, track
 from ldm_vae.utils.text import markdown_table, pluralize
 
 RESULTS = "results.json"
@@ -184,6 +185,7 @@ class Evaluation(Study):
 
     format_version = FORMAT_VERSION
     replaced = ("examples/[0-9][0-9]_*.png",)
+    command, product = "evaluate", "the evaluation"
     config: EvaluateConfig
 
     def __init__(self, config: EvaluateConfig, overwrite: bool, processes: Processes) -> None:
@@ -197,6 +199,17 @@ class Evaluation(Study):
         self.evaluated, self.fitted = _parts(config)
         self.indices = evenly_spaced(len(self.evaluated), config.count)
         check_distribution(config.distribution, config.fid, config.inception_weights, len(self.indices))
+
+    def work(self) -> StudyPlan:
+        config = self.config
+        images = describe_images(self.evaluated, len(self.indices))
+        what = (images, f"part {config.part}", f"{config.resolution} pixels", config.autoencoder, str(self.device))
+        return StudyPlan(what, self.evaluated, self.indices, config.resolution)
+
+    def then(self, results: Results) -> list[str]:
+        config = self.config
+        words = ["ldm-vae", "diagnose", config.autoencoder, *config.data.words(), f"part={config.part}"]
+        return [*words, f"resolution={max(64, config.resolution)}", f"output={beside(config.output, 'health')}"]
 
     def collect(self) -> None:
         config = self.config

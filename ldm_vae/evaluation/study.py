@@ -17,17 +17,21 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.data.samples import Enlarged, enlarged_record, enlarged_sentences
+from ldm_vae.data.sources import ImageSource
+from ldm_vae.data.survey import look_at
 from ldm_vae.errors import UserError
 from ldm_vae.files import (
     system_errors_explained,
@@ -41,7 +45,8 @@ from ldm_vae.files import (
 from ldm_vae.paths import check_writable
 from ldm_vae.storage import open_folder
 from ldm_vae.training.distributed import Processes, run_on_main
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, end, end_dry_run, open_page, say
+from ldm_vae.utils.text import duration_text
 
 MAY_CHANGE = ("output", "batch", "device", "processes")
 """Settings that do not change a result."""
@@ -55,6 +60,21 @@ Results = dict[str, Any]
 
 Content = str | bytes | Image.Image | Callable[[Path], object]
 """Of a file: text, bytes, a picture (written as PNG), or what writes it to a given path."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study will do with what.
+
+    Attributes:
+        what: the parts of the first line.
+        source, indices, resolution: the images and the side of their crops, of which a dry run reads some.
+    """
+
+    what: tuple[str, ...]
+    source: ImageSource | None = None
+    indices: Sequence[int] = ()
+    resolution: int | None = None
 
 
 class Study:
@@ -80,6 +100,10 @@ class Study:
     """Of the results; raised where a figure is computed differently than before."""
     marker: ClassVar[str] = provenance.RUN_LOCK
     """See `publishing`."""
+    command: ClassVar[str] = "study"
+    """The `ldm-vae` command, for its first line."""
+    product: ClassVar[str] = "the results"
+    """What it makes, for its last line."""
     replaced: ClassVar[tuple[str, ...]] = ()
     """Patterns of files that an earlier result may have more of."""
 
@@ -114,6 +138,14 @@ class Study:
     def prepare(self) -> None:
         """Open what is measured. Raises: UserError for what cannot be measured."""
 
+    def work(self) -> StudyPlan:
+        """What will be done with what; after `prepare`."""
+        return StudyPlan(())
+
+    def then(self, results: Results) -> list[str]:
+        """The words of the next command to type, its program first; none opens the page."""
+        return []
+
     def collect(self) -> None:
         """The part of the work that all processes share, and that keeps what it finds in `self`."""
 
@@ -138,9 +170,36 @@ class Study:
         return {}
 
     def summary(self, results: Results) -> str:
-        """What is printed at the end, of a new result and of one that was finished already."""
-        page = self.output / PAGE
-        return f"{page if page.is_file() else self.output}:\n\n{self.markdown(results) or ''}".rstrip()
+        """What is printed before the last line, of a new result and of one that was finished already."""
+        return self.markdown(results) or ""
+
+    def preview(self, work: StudyPlan) -> None:
+        """What `--dry-run` prints after the first line: images that are not as they should be, and the time."""
+        seconds = 0.0
+        if work.source is not None and work.resolution is not None:
+            look = look_at(work.source, work.indices, work.resolution)
+            for line in look.lines():
+                say(line)
+            seconds = len(work.indices) * (look.seconds + self.seconds_of_pass(work.resolution))
+        end_dry_run(
+            self.output,
+            f"reading, encoding and decoding each image once takes about {duration_text(seconds)}, the time of the "
+            "rest was not measured"
+            if seconds
+            else "the time it takes was not measured",
+        )
+
+    def seconds_of_pass(self, resolution: int) -> float:
+        """That encoding and decoding an image takes, measured on noise."""
+        if self._autoencoder is None:
+            return 0.0
+        autoencoder, started = self._autoencoder, 0.0
+        noise = torch.rand((1, 3, resolution, resolution), device=autoencoder.device) * 2 - 1
+        with torch.no_grad():
+            for _ in range(2):  # the first pass also prepares kernels
+                started = time.perf_counter()
+                autoencoder.reconstruct(noise).cpu()  # waits for a GPU
+        return time.perf_counter() - started
 
     # What every study does.
 
@@ -155,19 +214,24 @@ class Study:
                 `overwrite`; or what the study itself refuses.
         """
         results = run_on_main(self.processes, self.load)
-        if results is None:
+        if results is not None:
+            begin(self.command, f"{self.output} holds the finished result of these settings; nothing is measured again")
+        else:
             self.prepare()
-        if dry_run:
-            if self.processes.is_main_process:
-                say(f"{self.output}: {'would be measured' if results is None else 'is finished'}")
-            return results or {}
-        if results is None:
+            work = self.work()
+            begin(self.command, *work.what, f"to {self.output}")
+            if dry_run:
+                run_on_main(self.processes, lambda: self.preview(work))
+                return {}
             with contextlib.ExitStack() as stack:
                 run_on_main(self.processes, lambda: stack.enter_context(self.lock()))
                 self.collect()
                 results = run_on_main(self.processes, self._measure_and_commit)
         if self.processes.is_main_process:
-            say("\n".join([self.summary(results), *enlarged_lines(results)]))
+            say("\n".join([self.summary(results), *enlarged_lines(results)]).strip("\n"))
+            page, spent = self.output / PAGE, duration_text(time.time() - self.started)
+            place = page if page.is_file() else self.output
+            end(place, f"{self.product}, in {spent}", self.then(results) or open_page(place))
         return results
 
     def load(self) -> Results | None:

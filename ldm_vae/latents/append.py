@@ -20,7 +20,18 @@ from torch import Tensor
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
 from ldm_vae.latents.dataset import LatentDataset
-from ldm_vae.latents.encode import EncodeConfig, EncodeResult, Job, encode_batch, encode_segment, prepare, run_job
+from ldm_vae.latents.encode import (
+    EncodeConfig,
+    EncodeResult,
+    Job,
+    begin_encoding,
+    encode_batch,
+    encode_segment,
+    next_words,
+    prepare,
+    preview_encoding,
+    run_job,
+)
 from ldm_vae.latents.format import (
     Manifest,
     Origin,
@@ -39,7 +50,7 @@ from ldm_vae.latents.writer import READERS, Output
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training.distributed import run_on_main
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import end, end_dry_run, say
 from ldm_vae.utils.text import pluralize
 
 IDS_AT_ONCE = 1 << 16
@@ -84,27 +95,41 @@ class NewSegment:
     known_names: tuple[str, ...]
 
 
-def append_images(config: AppendConfig) -> EncodeResult:
+def append_images(config: AppendConfig, *, dry_run: bool = False) -> EncodeResult:
     """Add the images that are not in the set yet, for each size. An interrupted run is continued.
+
+    Args:
+        dry_run: say which images are new and how long encoding them takes; write nothing.
 
     Returns: the sets as they are now.
 
     Raises:
         UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
     """
-    return run_job(config, append_all_sizes)
+    return run_job(config, partial(append_all_sizes, dry_run=dry_run))
 
 
-def append_all_sizes(config: AppendConfig, accelerator: Any) -> EncodeResult:
+def append_all_sizes(config: AppendConfig, accelerator: Any, dry_run: bool = False) -> EncodeResult:
     """`append_images` with an accelerator that is open. For all processes."""
-    job, made = None, []
+    job, made = None, list[Manifest | None]()
     for size, one in config.of_each_size():
         manifest = run_on_main(accelerator, partial(read_manifest, one.output))  # before anything that takes time
         job = prepare(one, accelerator, size, job)
+        begin_encoding("latents append", job, one.output)
         folder = open_folder(one.output)
         segment = run_on_main(accelerator, partial(next_segment, job, folder, config.id_prefix))
-        made.append(encode_segment(*open_segment(job, folder, segment)) if segment is not None else manifest)
+        if segment is not None and dry_run:
+            _preview(*open_segment(job, folder, segment))
+        if segment is None or dry_run:
+            made.append(manifest)
+        else:
+            made.append(encode_segment(*open_segment(job, folder, segment)))
     return EncodeResult(tuple(made))
+
+
+def _preview(job: Job, output: Output) -> None:
+    state = run_on_main(job.accelerator, output.check)
+    end_dry_run(output.where, f"{state}; {preview_encoding(job).expected(job.config.workers)}")
 
 
 def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment: int) -> tuple[Job, Output]:
@@ -147,7 +172,8 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
             "encoded; to add one that was mended, give it another name, or append it alone with id_prefix=NAME/"
         )
     if not count and not under_way:
-        say(f"{where}: nothing new: all {total} images are in the set already, by their ids")
+        what = "the image is" if total == 1 else f"all {total} images are"
+        end(where, f"nothing new: {what} in the set already, by their ids", next_words(job, where))
         return None
     verb = "is" if count == 1 else "are"
     say(f"{where}: {total - count} of {total} images are in the set already, by their ids; {count} {verb} new")

@@ -29,17 +29,18 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import describe_architecture
 from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.data import transforms
-from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.sources import DataConfig, labels_from
 from ldm_vae.data.split import Part
+from ldm_vae.data.survey import describe_classes, look_at
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
 from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, Manifest, Origin, index_dtype, planned_shards
-from ldm_vae.latents.image_loader import ImageBatch, Images, Units, load_batches, open_images
+from ldm_vae.latents.image_loader import ImageBatch, Images, RandomAccessImages, Units, load_batches, open_images
 from ldm_vae.latents.writer import OpenShard, Output, Writer
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
-from ldm_vae.storage.base import join
+from ldm_vae.storage.base import is_url, join
 from ldm_vae.training import watchdog
 from ldm_vae.training.distributed import (
     TIMEOUT_SECONDS,
@@ -52,8 +53,8 @@ from ldm_vae.training.distributed import (
 from ldm_vae.training.loader import lost_worker
 from ldm_vae.training.watchdog import StopRequest, Watchdog
 from ldm_vae.utils.concurrency import in_order
-from ldm_vae.utils.progress import Progress, say
-from ldm_vae.utils.text import pluralize, size_text
+from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize, size_text
 
 MOST_THREADS = 8
 """Unless more are asked for: each thread holds a batch and its activations."""
@@ -201,11 +202,24 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
     config = plain_settings(config)
     if dry_run:
         accelerator = make_accelerator(config)
-        previews = [preview_encoding(config, accelerator, size) for size in parse_sizes(config.resolution)]
-        for found in previews:
-            say("\n".join(found.lines()))
-        return previews
+        return [preview_and_say(one, accelerator, size) for size, one in config.of_each_size()]
     return run_job(config, encode_all_sizes)
+
+
+def preview_and_say(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
+    """`--dry-run` of one size: look at the images and the output, time a few batches of noise, print what was found."""
+    job = prepare(config, accelerator, size)
+    begin_encoding("encode", job, config.output)
+    state = run_on_main(accelerator, Output(config.output, job.origin).check)
+    found = preview_encoding(job)
+    if isinstance(job.images, RandomAccessImages):
+        look = look_at(job.images.source, range(job.images.count), size)
+        found = replace(found, seconds_of_reading=look.seconds)
+        for line in look.lines():
+            say(line)
+    say("\n".join(found.lines()))
+    end_dry_run(config.output, f"{state}; {found.expected(config.workers)}")
+    return found
 
 
 def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> EncodeResult:
@@ -213,8 +227,40 @@ def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> EncodeResult:
     job, made = None, []
     for size, one in config.of_each_size():
         job = prepare(one, accelerator, size, job)
+        begin_encoding("encode", job, one.output)
         made.append(encode_segment(job, Output(one.output, job.origin)))
     return EncodeResult(tuple(made))
+
+
+def begin_encoding(command: str, job: Job, output: str) -> None:
+    """The first line of a command that encodes images."""
+    origin, images = job.origin, job.images
+    count = "a stream of images" if images.count is None else pluralize(images.count, "image")
+    shape = "x".join(map(str, origin.layout.sample_shape))
+    share = f"share {job.config.share}" if job.config.share else ""
+    begin(
+        command, f"{count} {describe_classes(images.label_names, labels_from(images))}",
+        f"{size_name(job.size)} pixels",
+        f"{origin.content} of {shape} in {origin.dtype}", job.config.autoencoder,
+        f"{job.accelerator.device}, {job.config.precision}", share, f"to {output}",
+    )  # fmt: skip
+
+
+def next_words(job: Job, latents: str) -> list[str]:
+    """The words of the command that follows on encoding."""
+    return training_words(latents, job.origin.content, job.config.autoencoder, job.autoencoder)
+
+
+def training_words(latents: str, content: str, path: str, autoencoder: Autoencoder) -> list[str]:
+    """The words of the training on a set of latents, of their statistics where they are not maps to train on.
+
+    Args:
+        path: of the autoencoder that made them.
+    """
+    if content == "indices" or autoencoder.only_side is not None:
+        return ["ldm-vae", "latents", "stats", latents]
+    output = "runs/diffusion" if is_url(latents) else beside(latents.removesuffix("-latents"), "diffusion")
+    return ["ldm-vae", "train-diffusion", latents, f"autoencoder={path}", f"output={output}"]
 
 
 @dataclass(frozen=True)
@@ -347,7 +393,7 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
             stack.enter_context(output.open(share))
             manifest = output.finished_manifest()
             if manifest:
-                say(f"{output.where}: finished already: {summary(manifest)}")
+                end(output.where, f"finished already: {summary(manifest)}", next_words(job, output.where))
             return replace(manifest) if manifest else output.finished_units(share), output.origin
 
         found, output.origin = run_on_main(accelerator, take)
@@ -373,7 +419,7 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
                 )
             if share == (0, 1):
                 return _complete(job, output, work, speed, started)
-            say(f"{output.where}: share {config.share} is made; the same command without share completes the set")
+            end(output.where, f"share {config.share} is made; the same command without share completes the set")
             return None
 
         return run_on_main(accelerator, complete)
@@ -397,7 +443,7 @@ def _complete(job: Job, output: Output, work: Work, images_per_second: float, st
     completed.files[provenance.RUN_RECORD] = readable_json(record).encode()
     output.publish(completed)
     speed = f"; {images_per_second:.1f} images/s" if work.images else ""
-    say(f"{output.where}: {summary(manifest)}{speed}")
+    end(output.where, f"{summary(manifest)}{speed}", next_words(job, output.where))
     return replace(manifest)  # without its index, which may be large: all processes get it
 
 
@@ -641,6 +687,7 @@ class EncodePreview:
         gigamacs: multiply-accumulates an image, in billions.
         images_per_second: of one process, without decoding the images.
         seconds: at least, of the whole job; None for a stream.
+        seconds_of_reading: that reading one image takes; None where that was not measured.
     """
 
     origin: Origin
@@ -651,6 +698,7 @@ class EncodePreview:
     images_per_second: float
     seconds: float | None
     device: str
+    seconds_of_reading: float | None = None
 
     def lines(self) -> list[str]:
         layout, shape = self.origin.layout, "x".join(map(str, self.origin.layout.sample_shape))
@@ -668,13 +716,20 @@ class EncodePreview:
             f"cost         {self.gigamacs:.2f} GMAC an image",
             f"speed        {speed:.1f} images/s ({speed * self.gigamacs / 500:.2f} TFLOP/s) in batches of "
             f"{self.origin.encoding['batch']} on {self.device}, decoding not counted",
-            *([] if self.seconds is None else [f"time         at least {self.seconds:.0f} s"]),
         ]
 
+    def expected(self, workers: int) -> str:
+        """How long the job takes, in words. `workers`: processes that read images meanwhile."""
+        if self.seconds is None or self.images is None:
+            return "how long it takes is not known, for a stream does not say how many images it has"
+        reading = (self.seconds_of_reading or 0) * self.images / max(1, workers)
+        seconds = max(self.seconds, reading) if workers else self.seconds + reading
+        return f"about {duration_text(seconds)}"
 
-def preview_encoding(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
-    """Open everything and encode noise. Raises: UserError, see `prepare`."""
-    job = prepare(config, accelerator, size)
+
+def preview_encoding(job: Job) -> EncodePreview:
+    """What a job would make, from encoding noise."""
+    config, accelerator, size = job.config, job.accelerator, job.size
     noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)
     batch = ImageBatch(0, noise, list(range(config.batch)), list(range(config.batch)), [], [], [], last=False)
     cost = gigamacs(lambda: encode_batch(job, batch)) / config.batch

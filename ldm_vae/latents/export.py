@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,9 +27,9 @@ from ldm_vae.latents.normalizer import combine
 from ldm_vae.latents.shard import OpenShard, open_shard
 from ldm_vae.random import generator
 from ldm_vae.storage import open_folder
-from ldm_vae.storage.base import Folder
-from ldm_vae.utils.progress import Progress, say
-from ldm_vae.utils.text import pluralize
+from ldm_vae.storage.base import Folder, is_url
+from ldm_vae.utils.progress import Progress, begin, end, end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize
 
 EXPORT = "export.json"
 CARD = "README.md"
@@ -67,10 +68,13 @@ class ExportConfig:
         check_positive(self, "rows")
 
 
-def export_latents(config: ExportConfig) -> Export:
+def export_latents(config: ExportConfig, *, dry_run: bool = False) -> Export:
     """Write a set's samples to a new folder, or finish what was begun there. Each shard's checksum is compared.
 
     Memory: one data file, and a block.
+
+    Args:
+        dry_run: compare with what is in the folder and make one block in memory; write nothing.
 
     Raises:
         UserError: no finished set, a damaged shard, an output that holds other files, or no space left.
@@ -78,6 +82,14 @@ def export_latents(config: ExportConfig) -> Export:
     export = plan_export(read_manifest(open_set_folder(config.latents)), config)
     folder = open_folder(config.output)
     _refuse_others(folder, export)
+    layout, manifest = export.layout, export.manifest
+    dtype = layout.dtype + (" (bfloat16 in the set)" if layout.dtype != manifest.dtype else "")
+    samples, files = pluralize(manifest.count, "sample"), pluralize(len(export.files), "file")
+    stored = f"{', '.join(layout.names)} in {dtype}"
+    begin("latents export", f"{samples} of {config.latents}", stored, f"{files} of {config.to}", f"to {config.output}")
+    if dry_run:
+        end_dry_run(config.output, _expected(export))
+        return export
     if {MANIFEST, *export.files} <= folder.sizes().keys():
         say(f"{config.output}: exported already")
     else:
@@ -88,11 +100,27 @@ def export_latents(config: ExportConfig) -> Export:
                 instead = "free some space and run the same command again, finished files stay"
                 raise UserError(config.output, "no space left on the device", instead) from error
             raise
-    layout, manifest = export.layout, export.manifest
-    dtype = layout.dtype + (" (bfloat16 in the set)" if layout.dtype != manifest.dtype else "")
-    size = f"{pluralize(manifest.count, 'sample')} in {pluralize(len(export.files), 'file')}"
-    say(f"{config.output}: {size}; {', '.join(layout.names)} in {dtype}")
+    end(config.output, f"{samples} in {files}; {stored}", _reading_words(export, config.output))
     return export
+
+
+def _expected(export: Export) -> str:
+    """How long it takes, from making the first block in memory."""
+    started, samples = time.monotonic(), ExportedSamples(export)
+    block = next(samples.blocks(0, min(export.rows, export.manifest.count)))
+    export.write([block])
+    seconds = (time.monotonic() - started) * export.manifest.count / len(block)
+    return f"about {duration_text(seconds)}, without the time of the disk"
+
+
+def _reading_words(export: Export, output: str) -> list[str]:
+    """The words of a command that shows the first sample; none for a URL."""
+    if is_url(output):
+        return []
+    builder = {"parquet": "parquet", "webdataset": "webdataset"}[export.to]
+    files = [str(Path(output) / name) for name in export.files[:1]]
+    code = f"from datasets import load_dataset; print(load_dataset({builder!r}, data_files={files!r}, split='train'))"
+    return ["python", "-c", code]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
 from ldm_vae.data.samples import Enlarged, channels_first, crop_image
-from ldm_vae.data.sources import DataConfig, ImageSource, hash_items
+from ldm_vae.data.sources import DataConfig, ImageSource, hash_items, labels_from
 from ldm_vae.data.split import Part, in_part, subset
 from ldm_vae.errors import UserError
 from ldm_vae.latents.format import Rejection
@@ -155,6 +155,7 @@ class RandomAccessImages:
 
     def __init__(self, source: ImageSource) -> None:
         self.source, self.label_names, self.count = source, source.label_names, len(source)
+        self.labels_from = labels_from(source)
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()

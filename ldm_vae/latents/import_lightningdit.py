@@ -12,7 +12,6 @@ Source: hustvl/LightningDiT on GitHub, extract_features.py and datasets/img_late
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -47,7 +46,8 @@ from ldm_vae.latents.state import IMPORTED, read_state
 from ldm_vae.latents.verify import verify
 from ldm_vae.latents.writer import Output
 from ldm_vae.storage.base import is_url, local_path
-from ldm_vae.utils.progress import BYTE, Progress, say
+from ldm_vae.utils.progress import BYTE, Progress, begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import pluralize
 
 STATISTICS = "latents_stats.pt"
 FILE_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
@@ -96,13 +96,30 @@ class ImportConfig:
             raise UserError(f"resolution: {self.resolution} are several sizes, a folder holds latents of one; give it")
 
 
-def import_latents(config: ImportConfig) -> Manifest:
-    """Make a set, see `import_set`, and print what it is and how to see it."""
+def import_latents(config: ImportConfig, *, dry_run: bool = False) -> Manifest | None:
+    """Make a set, see `import_set`, and print what it is and how to see it.
+
+    Args:
+        dry_run: read all headers, compare with what is in the output; write nothing, and return None.
+    """
+    if dry_run:
+        source = Source(config.source)
+        _begin(config, source)
+        state = Output(config.output, plan_set(config, source)).check()
+        end_dry_run(config.output, f"{state}; the time it takes was not measured")
+        return None
     manifest = import_set(config)
-    say(f"{config.output}: {summary(manifest)}")
-    words = [config.output, "--autoencoder", config.autoencoder, "--output", "sheet.png"]
-    say(f"no file says that {config.autoencoder} made them; see it with `ldm-vae latents decode {shlex.join(words)}`")
+    words = ["ldm-vae", "latents", "decode", config.output, f"autoencoder={config.autoencoder}"]
+    sheet = "sheet.png" if is_url(config.output) else f"{beside(config.output, 'sheet')}.png"
+    what = f"{summary(manifest)}; no file says that {config.autoencoder} made them, look at some"
+    end(config.output, what, [*words, f"output={sheet}"])
     return manifest
+
+
+def _begin(config: ImportConfig, source: Source) -> None:
+    shape = "x".join(map(str, source.files[0].latent_shape))
+    rows = f"{pluralize(source.count, 'row')} of {shape} in {pluralize(len(source.files), 'file')} of {config.source}"
+    begin("latents import", rows, config.autoencoder, f"to {config.output}")
 
 
 def import_set(config: ImportConfig) -> Manifest:
@@ -114,6 +131,7 @@ def import_set(config: ImportConfig) -> Manifest:
     """
     started = time.time()
     source = Source(config.source)
+    _begin(config, source)
     theirs = read_statistics(source.folder, source.files[0].latent_shape[0])
     for note in source.notes():
         say(f"note: {config.source}: {note}")
@@ -123,7 +141,7 @@ def import_set(config: ImportConfig) -> Manifest:
         verification = verify(output.where, progress=True)
         finished = output.finished_manifest() if verification.whole else None
         if finished:
-            say(f"{output.where}: finished already: {summary(finished)}")
+            say(f"{output.where}: finished already")
             return finished
         for finding in verification.findings:
             say(f"{output.where}/{finding}")

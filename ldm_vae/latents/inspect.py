@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ldm_vae.data import transforms
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json, write_atomically
 from ldm_vae.latents.dataset import LatentDataset, evenly, label_text, read_labels, samples_per_shard
+from ldm_vae.latents.encode import training_words
 from ldm_vae.latents.format import (
     FLIPPED,
     MAKE_AGAIN,
@@ -49,8 +51,8 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage.base import Folder
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.progress import say
-from ldm_vae.utils.text import pluralize, size_text
+from ldm_vae.utils.progress import begin, end, end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize, size_text
 
 SHOWN_NAMES = 12
 
@@ -74,10 +76,16 @@ class InfoConfig:
     json: bool = False
 
 
-def show_info(config: InfoConfig) -> dict[str, Any]:
-    """Print what a set is. Returns and raises: see `describe`."""
+def show_info(config: InfoConfig, *, dry_run: bool = False) -> dict[str, Any]:
+    """Print what a set is; nothing is written anyway. Returns and raises: see `describe`."""
+    begin("latents info", config.latents, "its manifest and its index are read", error=config.json)
     values = describe(config.latents)
     say(readable_json(values).rstrip("\n") if config.json else "\n".join(lines(values)))
+    verify = ["ldm-vae", "latents", "verify", config.latents]
+    if values["finished"]:
+        end(config.latents, pluralize(values["count"], "sample"), verify, error=config.json)
+    else:
+        end(config.latents, f"is not finished: {_progress(values['unfinished'])}", error=config.json)
     return values
 
 
@@ -264,8 +272,12 @@ def parse_numbers(text: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[DecodedSample]:
-    """Decode samples of a set into a contact sheet. `overwrite`: replace an earlier sheet.
+def decode_latents(config: DecodeConfig, *, overwrite: bool = False, dry_run: bool = False) -> list[DecodedSample]:
+    """Decode samples of a set into a contact sheet.
+
+    Args:
+        overwrite: replace an earlier sheet.
+        dry_run: decode the first sample only, to know how long it takes; write nothing.
 
     Raises:
         UserError: no finished set, an autoencoder that did not make it, samples that are not there, or a damaged shard.
@@ -282,11 +294,22 @@ def decode_latents(config: DecodeConfig, *, overwrite: bool = False) -> list[Dec
     autoencoder = load_autoencoder(config.autoencoder)
     check_autoencoder(manifest, autoencoder, f"autoencoder={config.autoencoder}")
     autoencoder.to(compute_device(config.device))
-    decoded = decode_samples(dataset, autoencoder, numbers, flipped=config.flipped, posterior=config.posterior)
+    begin(
+        "latents decode", f"{len(numbers):,} of {pluralize(manifest.count, 'sample')} of {config.latents}",
+        config.autoencoder, str(autoencoder.device), f"to {output}",
+    )  # fmt: skip
+    started = time.monotonic()
+    chosen = numbers[:1] if dry_run else numbers
+    decoded = decode_samples(dataset, autoencoder, chosen, flipped=config.flipped, posterior=config.posterior)
+    if dry_run:
+        seconds = len(numbers) * (time.monotonic() - started)
+        end_dry_run(output, f"{pluralize(len(numbers), 'sample')} take about {duration_text(seconds)}")
+        return decoded
     write_atomically(output, contact_sheet(decoded).save)
     for sample in decoded:
         say("  ".join(word for word in (str(sample.number), sample.label, sample.id) if word))
-    say(f"{output}: {len(decoded)} of {pluralize(manifest.count, 'sample')}")
+    words = training_words(config.latents, manifest.content, config.autoencoder, autoencoder)
+    end(output, f"{len(decoded):,} of {pluralize(manifest.count, 'sample')}", words)
     return decoded
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from ldm_vae.config import to_dict
 from ldm_vae.errors import UserError
 from ldm_vae.latents.append import AppendConfig, NewSegment, first_segment, open_segment, segment_job
-from ldm_vae.latents.encode import Job, encode_units, prepare, run_job
+from ldm_vae.latents.encode import Job, encode_units, prepare, preview_encoding, run_job
 from ldm_vae.latents.format import (
     Origin,
     check_same,
@@ -30,13 +30,13 @@ from ldm_vae.latents.format import (
     write_plan,
 )
 from ldm_vae.latents.state import IMPORTED, Segment, SetState, read_state
-from ldm_vae.latents.verify import Verification, verify
+from ldm_vae.latents.verify import Verification, say_verification, verify
 from ldm_vae.latents.writer import LOCK, OTHER_ORIGIN, Output
 from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training.distributed import run_on_main, wait_for_all
-from ldm_vae.utils.progress import say
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.progress import end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,27 @@ class Damage:
     any: bool
 
 
-def repair_latents(config: RepairConfig) -> RepairResult:
+def repair_latents(config: RepairConfig, *, dry_run: bool = False) -> RepairResult:
     """Verify and mend the set of each size, on the device and processes that the config says.
+
+    Args:
+        dry_run: verify, compare settings and images with the set, and say what would be made again; write nothing.
 
     Raises:
         UserError: the settings, the autoencoder or the images are not those of the set; nothing was changed then.
     """
-    return run_job(config, repair_all_sizes)
+    return run_job(config, partial(repair_all_sizes, dry_run=dry_run))
 
 
-def repair_all_sizes(config: RepairConfig, accelerator: Any) -> RepairResult:
+def repair_all_sizes(config: RepairConfig, accelerator: Any, dry_run: bool = False) -> RepairResult:
     """`repair_latents` with an accelerator that is open. For all processes."""
     if config.share is not None:
         raise UserError("share: has no effect here, all that is damaged is made by one job; leave it out")
-    whole = [_repair_set(one, accelerator) for _, one in config.of_each_size()]
+    whole = [_repair_set(one, accelerator, dry_run) for _, one in config.of_each_size()]
     return RepairResult(all(whole))
 
 
-def _repair_set(config: RepairConfig, accelerator: Any) -> bool:
+def _repair_set(config: RepairConfig, accelerator: Any, dry_run: bool) -> bool:
     """The set of one size. Returns: whether it is whole now."""
     folder = cast(Folder, Sparing(open_folder(config.output)))
     damage = run_on_main(accelerator, partial(_examine, config.output))
@@ -122,6 +125,11 @@ def _repair_set(config: RepairConfig, accelerator: Any) -> bool:
     job = prepare(config, accelerator) if 0 in damage.shards or damage.segments[0].origin is None else None
     if job is not None:
         job = _first_segment_job(job, folder, damage)
+    if dry_run:
+        shards = pluralize(sum(map(len, damage.shards.values())), "shard")
+        expected = f"; one of them takes {_seconds_a_shard(job)}" if job is not None and damage.shards else ""
+        end_dry_run(config.output, f"{shards} would be encoded again{expected}")
+        return False
     run_on_main(accelerator, partial(_restore_plans, folder, damage, job.origin if job else None))
     done: list[int] = []
     if job is not None and 0 in damage.shards:
@@ -129,6 +137,11 @@ def _repair_set(config: RepairConfig, accelerator: Any) -> bool:
         done.append(0)
     done += _encode_later_segments(config, accelerator, folder, damage, done)
     return run_on_main(accelerator, partial(_finish, folder, damage, done, config.remove_foreign))
+
+
+def _seconds_a_shard(job: Job) -> str:
+    """How long encoding a shard takes, in words, reading not counted."""
+    return f"about {duration_text(job.config.shard_size / preview_encoding(job).images_per_second)}"
 
 
 def _encode_later_segments(
@@ -164,11 +177,15 @@ def _refuse_imported(damage: Damage, where: str) -> None:
 
 
 def _examine(location: str) -> Damage:
-    verification = verify(location, progress=True)
+    verification = verify(location, progress=True, command="latents repair")
     if verification.whole and not verification.finished:
         instead = f"run the same `{verification.command}` command again"
         raise UserError(location, "is not damaged, but not finished", instead)
-    say("\n".join(verification.lines()[:-1] if verification.findings else verification.lines()))
+    if verification.findings:
+        for line in verification.remarks():
+            say(line)
+    else:
+        say_verification(verification)
     return _damage(verification, read_state(open_folder(location)))
 
 
@@ -330,9 +347,9 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
         return False
     _rebuild(folder, damage)
     verification = verify(where, quick=True)
-    say("\n".join(verification.lines()))
     if damage.hopeless:
         say(f"{where}: {damage.hopeless} of the things above cannot be mended here")
+    say_verification(verification)
     return verification.whole and not damage.hopeless
 
 

@@ -8,6 +8,7 @@ samples of a damaged shard. Changes nothing.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -51,10 +52,11 @@ from ldm_vae.latents.state import (
     read_state,
 )
 from ldm_vae.latents.writer import LOCK, QUARANTINE
+from ldm_vae.provenance import RUN_RECORD
 from ldm_vae.storage.base import Folder, is_url
 from ldm_vae.training import watchdog
 from ldm_vae.utils.concurrency import in_order
-from ldm_vae.utils.progress import BYTE, Progress, say
+from ldm_vae.utils.progress import BYTE, Progress, begin, end, say
 from ldm_vae.utils.text import pluralize, size_text
 
 THREADS, REMOTE_THREADS = 4, 16
@@ -146,12 +148,17 @@ class Verification:
 
     def lines(self) -> list[str]:
         """For people; the last line says what to do."""
+        return [*self.remarks(), f"{self.location}: {self.conclusion()}"]
+
+    def remarks(self) -> list[str]:
+        """The first findings, and all notes."""
         shown = [str(finding) for finding in self.findings[:SHOWN_FINDINGS]]
         if len(self.findings) > SHOWN_FINDINGS:
             shown.append(f"and {len(self.findings) - SHOWN_FINDINGS} more; --report FILE.json lists all")
-        return [*shown, *(f"note: {note}" for note in self.notes), f"{self.location}: {self._conclusion()}"]
+        return [*shown, *(f"note: {note}" for note in self.notes)]
 
-    def _conclusion(self) -> str:
+    def conclusion(self) -> str:
+        """What it came to, and what to do."""
         checked = "sizes and headers are right" if self.quick else "every byte is as it was written"
         speed = f" ({size_text(self.bytes_read)} in {self.seconds:.1f} s)" if self.bytes_read else ""
         if self.seconds < 0.05:  # shown as 0.0
@@ -185,14 +192,39 @@ def verify_latents(config: VerifyConfig) -> Verification:
     """Verify a set, print what was found, and write the report. Raises: UserError, see `verify`."""
     if config.report:
         refuse_inside(config.report, "report")
-    verification = verify(config.latents, quick=config.quick, progress=True)
-    say("\n".join(verification.lines()))
+    verification = verify(config.latents, quick=config.quick, progress=True, command="latents verify")
     if config.report:
         write_json(Path(config.report), verification.to_dict())
+    say_verification(verification)
     return verification
 
 
-def verify(location: str | Path, quick: bool = False, progress: bool = False) -> Verification:
+def say_verification(verification: Verification) -> None:
+    """Print the findings and what to do; for a whole set its statistics are next, for a damaged one its repair."""
+    for line in verification.remarks():
+        say(line)
+    words = ["ldm-vae", "latents", "stats", verification.location]
+    if not verification.whole:
+        words = repair_words(verification.location)
+    end(verification.location, verification.conclusion(), words if verification.finished else [])
+
+
+def repair_words(location: str) -> list[str]:
+    """The words of the `latents repair` command of a set: those that encoded it; none where they are not recorded."""
+    try:
+        command = json.loads(open_set_folder(location).read(RUN_RECORD))["command"]
+        words = command[2:] if command[0] == "ldm-vae" and command[1] == "encode" else []
+    except (OSError, UserError, ValueError, LookupError, TypeError):
+        return []
+    kept = [word for word in words if isinstance(word, str) and not re.match(r"(--)?(output|out)=", word)]
+    options = [word for word in kept if re.match(r"--(output|out)$|(--)?share|(--)?resolution=.*,", word)]
+    missing = [word for word in kept if re.match(r"[^=-]+$", word) and not Path(word).expanduser().exists()]
+    if len(kept) != len(words) - 1 or options or missing:
+        return []  # the output stands in another form, or there are several sets, or it was typed in another folder
+    return ["ldm-vae", "latents", "repair", *kept, f"output={location}"]
+
+
+def verify(location: str | Path, quick: bool = False, progress: bool = False, command: str = "") -> Verification:
     """Compare everything with everything, without the images and the autoencoder.
 
     Memory: 16 bytes a sample for the hashes of ids, and the shards that are read at once.
@@ -201,6 +233,7 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
         location: the folder, or its URL.
         quick: compare sizes, headers, index and manifest only.
         progress: show a bar.
+        command: the command of the first line; empty: there is none.
 
     Raises:
         UserError: there is no set, it is of another format version, or it cannot be reached.
@@ -213,6 +246,9 @@ def verify(location: str | Path, quick: bool = False, progress: bool = False) ->
     threads = REMOTE_THREADS if is_url(location) else THREADS
     if not quick:
         threads = max(1, min(threads, MEMORY_BYTES // max([1, *sizes])))
+    if command:
+        extent = "sizes and headers" if quick else f"every byte of {size_text(sum(sizes))}"
+        begin(command, str(location), pluralize(len(places), "shard"), extent)
     check = partial(check_shard, folder, sizes=state.sizes, quick=quick)
     with Progress("verify", sum(sizes), BYTE, shown=progress and not quick) as bar:
         for place, report in in_order(check, places, threads=threads, ahead=2 * threads):
@@ -495,11 +531,11 @@ def _damaged_rows(place: ExpectedShard, record: ShardRecord, file: ShardFile, re
         extents = {name: tuple(tensor["data_offsets"]) for name, tensor in (file.tensors or {}).items()}
     start = record.size_bytes - max(end for _, end in extents.values())
     data = np.frombuffer(file.data.ljust(record.size_bytes, b"\0"), np.uint8)[start:]
-    rows = {name: data[begin:end].reshape(record.count, -1) for name, (begin, end) in extents.items()}
+    rows = {name: data[first:last].reshape(record.count, -1) for name, (first, last) in extents.items()}
     damaged = {row for row, found in enumerate(row_checksums(rows)) if found != samples[row].checksum}
-    for begin, end in extents.values():  # what was cut off may have been zeros
-        row_bytes = (end - begin) // record.count
-        damaged.update(range(max(0, len(file.data) - start - begin) // row_bytes, record.count))
+    for first, last in extents.values():  # what was cut off may have been zeros
+        row_bytes = (last - first) // record.count
+        damaged.update(range(max(0, len(file.data) - start - first) // row_bytes, record.count))
     return sorted(damaged)
 
 

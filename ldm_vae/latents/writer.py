@@ -43,6 +43,7 @@ from ldm_vae.storage import open_folder
 from ldm_vae.storage.base import Folder
 from ldm_vae.training import watchdog
 from ldm_vae.utils.progress import say
+from ldm_vae.utils.text import pluralize
 
 QUARANTINE = "quarantine.jsonl"
 LOCK, PLAN_LOCK = "encode.lock", "plan.lock"
@@ -83,11 +84,7 @@ class Output:
         """
         plan = plan_name(self.segment)
         with self._writing():
-            contents = sorted(name for name in self.folder.sizes() if not name.endswith(".lock"))
-            if contents and plan_name(0) not in contents:
-                raise UserError(
-                    f"{self.where}: holds {contents[0]} but no {plan_name(0)}; give another output, or empty it"
-                )
+            self._refuse_other_files()
             with contextlib.ExitStack() as held:
                 held.enter_context(self.folder.lock(lock_name(share)))
                 self._refuse_others(share)
@@ -100,6 +97,31 @@ class Output:
                 lock = held.pop_all()
         with lock:
             yield
+
+    def check(self) -> str:
+        """Whether a job could begin or continue here, without writing anything.
+
+        Returns: what it would do, in words.
+
+        Raises:
+            UserError: see `open`.
+        """
+        with self._writing():
+            self._refuse_other_files()
+            self._refuse_others((0, 1))
+            if not self.folder.exists(plan_name(self.segment)):
+                return "a new set" if self.segment == 0 else "new shards"
+            self._adopt(manifests.read_plan(self.folder, self.segment))
+            if self.finished_manifest() is not None:
+                return "it is finished already"
+            return f"it continues with {pluralize(len(self.finished_units()), 'shard')} that are there"
+
+    def _refuse_other_files(self) -> None:
+        contents = sorted(name for name in self.folder.sizes() if not name.endswith(".lock"))
+        if contents and plan_name(0) not in contents:
+            raise UserError(
+                f"{self.where}: holds {contents[0]} but no {plan_name(0)}; give another output, or empty it"
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -48,6 +48,9 @@ PUBLISHED = (CONFIG, METRICS, RUN_RECORD)
 """What every run writes directly into its folder. Other commands may be at work on other names there."""
 
 
+WAIT = "wait for it, or give another output"
+
+
 @dataclass(frozen=True)
 class ModelKeys:
     """What the trainer has to know of one kind of model: names in its configuration, its folder and its metrics.
@@ -107,11 +110,31 @@ class RunDirectory:
     def previews(self) -> Path:
         return self.path / "previews"
 
+    def check(self) -> str:
+        """Whether the run could begin or continue here, without writing anything.
+
+        Returns: what it would do, in words.
+
+        Raises:
+            UserError: the folder holds something else, a run with other settings, or one that is being trained.
+        """
+        self._refuse_other_files()
+        if holder := open_folder(self.path).holder(RUN_LOCK):
+            raise FolderLocked(self.path, f"{holder} is training here", WAIT, holder=holder)
+        config_file = self.path / CONFIG
+        if not config_file.exists():
+            return "a new run"
+        self._refuse_other_config(config_file)
+        return "continues the run there" if any(self.checkpoints.glob("step-*")) else "a new run"
+
+    def _refuse_other_files(self) -> None:
+        if self.path.exists() and not (self.path / CONFIG).exists() and any(self._contents()):
+            raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
+
     def _open(self) -> None:
         config_file = self.path / CONFIG
         with system_errors_explained(self.path, "give another output, or make room"):
-            if self.path.exists() and not config_file.exists() and any(self._contents()):
-                raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
+            self._refuse_other_files()
             for folder in (self.path, self.checkpoints, self.previews):
                 folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -148,8 +171,8 @@ class RunDirectory:
         try:
             self._lock.enter_context(open_folder(self.path).lock(RUN_LOCK))
         except FolderLocked as error:
-            what, instead = f"{error.holder} is training here", "wait for it, or give another output"
-            raise FolderLocked(self.path, what, instead, holder=error.holder) from error
+            what = f"{error.holder} is training here"
+            raise FolderLocked(self.path, what, WAIT, holder=error.holder) from error
 
     def close(self) -> None:
         """Release the lock."""

@@ -70,6 +70,7 @@ from ldm_vae.training.monitor import (
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.watchdog import StopRequest, Watchdog
 from ldm_vae.utils.progress import say
+from ldm_vae.utils.text import duration_text, pluralize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -618,12 +619,18 @@ class SpanCost:
     losses: dict[str, float]
 
     @property
+    def total_seconds(self) -> float:
+        """Of all steps of the stretch."""
+        return self.seconds * (self.last_step + 1 - self.first_step)
+
+    @property
     def samples_per_second(self) -> float:
         return self.global_batch / self.seconds
 
     def __str__(self) -> str:
         return (
-            f"steps {self.first_step} to {self.last_step}: {self.micro_batches} micro-batch(es) of {self.shapes}\n"
+            f"steps {self.first_step} to {self.last_step}: {pluralize(self.micro_batches, 'micro-batch')} of "
+            f"{self.shapes}\n"
             f"  {self.gigamacs:.2f} GMAC per sample forward and backward, {self.seconds:.2f} s a step "
             f"({self.samples_per_second:.1f} samples/s), losses {self.losses}"
         )
@@ -640,12 +647,22 @@ class DryRun:
     memory_bytes: int
     rank: int = 0
 
+    @property
+    def seconds(self) -> float:
+        """Of all steps of the run."""
+        return sum(span.total_seconds for span in self.spans)
+
+    def expected(self) -> str:
+        """How long a run of these steps takes, in words."""
+        steps = pluralize(self.spans[-1].last_step + 1, "step")
+        return f"{steps} take about {duration_text(self.seconds)}, validation, previews and saving not counted"
+
     def __str__(self) -> str:
         modules = [
             f"{name}: {count / 1e6:.2f} M trained parameters, {self.precision} on {self.device}"
             for name, count in self.parameters.items()
         ]
-        memory = f"peak memory of process {self.rank}: {self.memory_bytes / 2**30:.2f} GiB; nothing was written"
+        memory = f"peak memory of process {self.rank}: {self.memory_bytes / 2**30:.2f} GiB"
         return "\n".join([*modules, *map(str, self.spans), memory])
 
 

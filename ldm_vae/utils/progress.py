@@ -3,7 +3,7 @@
     begin("encode", "1,998 images of 10 classes", "512 pixels", "cpu, fp32", "to latents/mine")
     with Progress("encode", 1998) as bar:
         bar.advance(8)
-    end("latents/mine", "1,998 latents in 8 shards", ["latents", "verify", "latents/mine"])
+    end("latents/mine", "1,998 latents in 8 shards", ["ldm-vae", "latents", "verify", "latents/mine"])
 
     encode: 1,998 images of 10 classes; 512 pixels; cpu, fp32; to latents/mine
     encode:  42%|████▏     | 840/1998 [01:02<01:25, 13.5 images/s]
@@ -56,21 +56,37 @@ def say(text: str = "", *, error: bool = False) -> None:
         print(text, file=stream, flush=True)
 
 
-def begin(command: str, *what: str) -> None:
-    """The first line: `command` and what it will do with what. Empty texts are left out."""
+def begin(command: str, *what: str, error: bool = False) -> None:
+    """The first line: `command` and what it will do with what. Empty texts are left out.
+
+    Args:
+        error: to standard error, where standard output is for programs.
+    """
     if not _inside.get():
-        say(f"{command}: {'; '.join(part for part in what if part)}")
+        say(f"{command}: {'; '.join(part for part in what if part)}", error=error)
 
 
-def end(where: object, what: str, then: Sequence[str] = ()) -> None:
-    """The last line: where it is, what was made, and the words of the next `ldm-vae` command to type."""
+def end(where: object, what: str, then: Sequence[str] = (), *, error: bool = False) -> None:
+    """The last line: where it is, what was made, and the words of the next command to type, its program first."""
     if not _inside.get():
-        say(f"{where}: {what}{next_command(then)}")
+        say(f"{where}: {what}" + (f"; next: {shlex.join(then)}" if then else ""), error=error)
 
 
-def next_command(words: Sequence[str]) -> str:
-    """`; next: ldm-vae ...`, quoted for a shell; empty without words."""
-    return f"; next: {shlex.join(['ldm-vae', *words])}" if words else ""
+def end_dry_run(where: object, expected: str) -> None:
+    """The last line of `--dry-run`. `expected`: how long the command will take, or what of it is not known."""
+    end(where, f"nothing was written; {expected}; the same command without --dry-run does it")
+
+
+def open_page(page: object) -> list[str]:
+    """The words that open an HTML file in a browser."""
+    return ["python", "-m", "webbrowser", str(page)]
+
+
+def beside(folder: object, ending: str) -> str:
+    """A place for what is made of a folder or file: `runs/mine` and `latents` give `runs/mine-latents`."""
+    text = str(folder).rstrip("/")
+    root, suffix = os.path.splitext(text)
+    return f"{root if suffix and len(suffix) < 13 and os.path.isfile(text) else text}-{ending}"
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import template_environment
 from ldm_vae.evaluation.plots import COLORS, INK, new_figure, page_svg
-from ldm_vae.evaluation.study import Content, Results, Study, describe_autoencoder, rejected_images
+from ldm_vae.evaluation.study import Content, Results, Study, StudyPlan, describe_autoencoder, rejected_images
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet
 from ldm_vae.utils.text import markdown_table, pluralize
 
@@ -169,6 +169,7 @@ def evaluate_detector(config: EvaluateDetectorConfig, *, overwrite: bool = False
 class DetectorEvaluation(Study):
     """The study of `ldm-vae anomaly evaluate`."""
 
+    command, product = "anomaly evaluate", "the evaluation of the detector"
     config: EvaluateDetectorConfig
 
     def __init__(self, config: EvaluateDetectorConfig, overwrite: bool) -> None:
@@ -188,6 +189,15 @@ class DetectorEvaluation(Study):
             recorded = results["baseline"]["autoencoder"]["fingerprint"]
             parts["another baseline"] = recorded, load_autoencoder(self.config.baseline).fingerprint()
         return parts
+
+    def work(self) -> StudyPlan:
+        config, source, kinds = self.config, self.labeled.source, self.labeled.kinds
+        chosen = _balanced(kinds, config.count)
+        anomalous = sum(kinds[index] != NORMAL for index in chosen)
+        images = f"{pluralize(len(chosen) - anomalous, 'normal image')} and {anomalous:,} anomalous"
+        masks = "with masks" if self.labeled.has_masks else "without masks"
+        what = (images, masks, f"{self.detector.resolution} pixels", config.detector, config.autoencoder)
+        return StudyPlan((*what, str(self.autoencoder.device)), source, chosen, self.detector.resolution)
 
     def measure(self) -> Results:
         config, detector, source = self.config, self.detector, self.labeled.source

@@ -22,9 +22,10 @@ from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Rejected, evenly_spaced, iterate_crops, none_readable
 from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.survey import describe_images
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import template_environment
-from ldm_vae.evaluation.study import PAGE, Content, Results, Study, rejected_images
+from ldm_vae.evaluation.study import PAGE, Content, Results, Study, StudyPlan, rejected_images
 from ldm_vae.utils.text import pluralize
 
 ScoredImage = dict[str, Any]
@@ -85,6 +86,7 @@ class ImageScores(Study):
     """The study of `ldm-vae anomaly score`."""
 
     results_file = "scores.json"
+    command, product = "anomaly score", "the scores"
     config: ScoreImagesConfig
 
     def __init__(self, config: ScoreImagesConfig, overwrite: bool) -> None:
@@ -102,6 +104,12 @@ class ImageScores(Study):
             "another detector": (results["detector"]["digest"], self.detector.digest),
             "other images": (results["images_fingerprint"], self.source.fingerprint()),
         }
+
+    def work(self) -> StudyPlan:
+        chosen = evenly_spaced(len(self.source), self.config.count)
+        what = (describe_images(self.source, len(chosen)), f"{self.detector.resolution} pixels", f"by {self.by}")
+        networks = (self.config.detector, self.config.autoencoder, str(self.autoencoder.device))
+        return StudyPlan((*what, *networks), self.source, chosen, self.detector.resolution)
 
     def measure(self) -> Results:
         rejected: Rejected = []

@@ -28,17 +28,27 @@ from ldm_vae.data import open_source, transforms
 from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
+from ldm_vae.data.survey import describe_images
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import baselines, plots
 from ldm_vae.evaluation.baselines import code_within
 from ldm_vae.evaluation.pages import Picture, embed_image, template_environment
-from ldm_vae.evaluation.study import Content, Results, Study, check_resolution, enlarged_lines, rejected_images
+from ldm_vae.evaluation.study import (
+    Content,
+    Results,
+    Study,
+    StudyPlan,
+    check_resolution,
+    enlarged_lines,
+    rejected_images,
+)
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.random import generator, numpy_rng
 from ldm_vae.runtime import compute_device
+from ldm_vae.storage.base import is_url
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.progress import track
+from ldm_vae.utils.progress import beside, track
 from ldm_vae.utils.text import markdown_table, pluralize
 
 OURS = "ldm-vae"
@@ -156,6 +166,7 @@ class CodecBench(Study):
     """The study of `ldm-vae codec-bench`."""
 
     format_version = 2  # 1 took brightness on [-1, 1] in SSIM
+    command, product = "codec bench", "the comparison of codecs"
     config: CodecBenchConfig
 
     def __init__(self, config: CodecBenchConfig, overwrite: bool) -> None:
@@ -175,6 +186,22 @@ class CodecBench(Study):
 
     def prepare(self) -> None:
         self.source = subset(open_source(self.config.data), self.config.part, self.config.data.held_out)
+
+    def work(self) -> StudyPlan:
+        config, chosen = self.config, evenly_spaced(len(self.source), self.config.count)
+        codecs = ", ".join([*self.codecs, *config.codecs])
+        what = (describe_images(self.source, len(chosen)), f"part {config.part}", f"{config.resolution} pixels", codecs)
+        return StudyPlan(
+            (*what, config.autoencoder, str(self.autoencoder.device)), self.source, chosen, config.resolution
+        )
+
+    def then(self, results: Results) -> list[str]:
+        config = self.config
+        if config.data.source != "folder" or is_url(str(config.data.path)):
+            return []
+        words = ["ldm-vae", "compress", str(config.data.path), f"autoencoder={config.autoencoder}"]
+        words += [f"entropy={path}" for path in config.entropy[:1]]
+        return [*words, f"output={beside(config.output, 'compressed')}"]
 
     def measure(self) -> Results:
         config, measured = self.config, measure_codecs(self.config, self.codecs, self.source)

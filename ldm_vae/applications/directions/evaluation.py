@@ -35,11 +35,12 @@ from ldm_vae.data import transforms
 from ldm_vae.data.samples import Rejected, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import NEVER_TRAINED_ON, Part
+from ldm_vae.data.survey import describe_images
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import plots
 from ldm_vae.evaluation.pages import Drawing, embed_image, plain_page
-from ldm_vae.evaluation.study import Results, Study, check_resolution, enlarged_lines, rejected_images
+from ldm_vae.evaluation.study import Results, Study, StudyPlan, check_resolution, enlarged_lines, rejected_images
 from ldm_vae.metrics import bootstrap_interval
 from ldm_vae.random import numpy_rng
 from ldm_vae.runtime import compute_device
@@ -146,6 +147,7 @@ def evaluate_directions(config: EvaluateDirectionsConfig, *, overwrite: bool = F
 class DirectionsEvaluation(Study):
     """The study of `ldm-vae directions evaluate`."""
 
+    command, product = "directions evaluate", "the evaluation of the directions"
     config: EvaluateDirectionsConfig
 
     def __init__(self, config: EvaluateDirectionsConfig, overwrite: bool) -> None:
@@ -161,9 +163,24 @@ class DirectionsEvaluation(Study):
     def inputs(self, results: Results) -> dict[str, tuple[Any, Any]]:
         return {"other directions": (results["directions"], self.found.digest)}
 
+    def prepare(self) -> None:
+        self.source, self.indices = fitting.select(self.config.data, self.config.part, self.config.count)
+
+    def work(self) -> StudyPlan:
+        config = self.config
+        images = describe_images(self.source, len(self.indices))
+        directions = f"{pluralize(len(self.chosen), 'direction')} at {pluralize(len(config.strengths), 'strength')}"
+        what = (images, f"part {config.part}", f"{config.resolution} pixels", directions, config.autoencoder)
+        return StudyPlan((*what, str(self.autoencoder.device)), self.source, self.indices, config.resolution)
+
+    def then(self, results: Results) -> list[str]:
+        config = self.config
+        words = ["ldm-vae", "explore", config.autoencoder, f"directions={config.directions}"]
+        return [*words, *([f"data={config.data.path}"] if config.data.source == "folder" else [])]
+
     def measure(self) -> Results:
         config, rejected = self.config, Rejected()
-        source, indices = fitting.select(config.data, config.part, config.count)
+        source, indices = self.source, self.indices
         indices, images = read_crops(source, indices, config.resolution, rejected, self.enlarged)
         if images is None or len(indices) < LEAST_IMAGES:
             raise UserError(

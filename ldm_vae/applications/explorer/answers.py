@@ -49,7 +49,7 @@ class ApiAnswer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Work = Callable[[], ApiAnswer]
+StudyPlan = Callable[[], ApiAnswer]
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ def png_answer(picture: Tensor, headers: Mapping[str, str] | None = None) -> Api
     return ApiAnswer(png(picture), "image/png", headers or {})
 
 
-def explorer(models: PageModels, question: Question) -> Work:
+def explorer(models: PageModels, question: Question) -> StudyPlan:
     images, first = models.images, models.all[0].explored
     directions = first.directions.directions if first.directions else []
     return lambda: json_answer(
@@ -178,12 +178,12 @@ def _shares(found: RoundTrip) -> dict[str, Any]:
     }
 
 
-def latent_map(models: PageModels, question: Question) -> Work:
+def latent_map(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     return lambda: ApiAnswer(model.map)
 
 
-def round_trip(models: PageModels, question: Question) -> Work:
+def round_trip(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     found = model.round_trip
     if found is None:
@@ -194,7 +194,7 @@ def round_trip(models: PageModels, question: Question) -> Work:
     return lambda: json_answer({**_shares(found), **places})
 
 
-def decode(models: PageModels, question: Question) -> Work:
+def decode(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     reach = model.reach
     x, y = question.number("x", *reach[:2]), question.number("y", *reach[2:])
@@ -214,12 +214,12 @@ def decode(models: PageModels, question: Question) -> Work:
     return work
 
 
-def original(models: PageModels, question: Question) -> Work:
+def original(models: PageModels, question: Question) -> StudyPlan:
     index = models.index(question)
     return lambda: png_answer(models.images.images[index])
 
 
-def reconstruction(models: PageModels, question: Question) -> Work:
+def reconstruction(models: PageModels, question: Question) -> StudyPlan:
     model, index = models.select(question), models.index(question)
     explored = model.explored
     channels = [str(channel) for channel in range(explored.mean.shape[1])]
@@ -243,19 +243,19 @@ def _noise(question: Question) -> tuple[float, bool, int]:
     )
 
 
-def path(models: PageModels, question: Question) -> Work:
+def path(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     points = torch.tensor(question.points("points", MAXIMUM_POINTS, model.reach))
     frames = question.whole("frames", 2, MAXIMUM_FRAMES, 8)
     return lambda: png_answer(path_strip(model.explored, model.plane, points, frames))
 
 
-def architecture(models: PageModels, question: Question) -> Work:
+def architecture(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     return lambda: json_answer({"stages": [asdict(stage) for stage in model.stages]})
 
 
-def activation(models: PageModels, question: Question) -> Work:
+def activation(models: PageModels, question: Question) -> StudyPlan:
     model, index = models.select(question), models.index(question)
     wanted = question.text("stage")
     noise, sample, seed = _noise(question)
@@ -272,7 +272,7 @@ def activation(models: PageModels, question: Question) -> Work:
     return work
 
 
-def training(models: PageModels, question: Question) -> Work:
+def training(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
 
     def work() -> ApiAnswer:
@@ -295,7 +295,7 @@ def training(models: PageModels, question: Question) -> Work:
     return work
 
 
-def preview(models: PageModels, question: Question) -> Work:
+def preview(models: PageModels, question: Question) -> StudyPlan:
     model = models.select(question)
     step = question.whole("step", 0, LARGEST_WHOLE)
 

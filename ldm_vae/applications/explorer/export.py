@@ -117,7 +117,7 @@ def exported_data(models: PageModels) -> dict[str, Any]:
 
 
 def _answer(
-    function: Callable[[PageModels, Question], answers.Work], models: PageModels, model: PageModel | None = None
+    function: Callable[[PageModels, Question], answers.StudyPlan], models: PageModels, model: PageModel | None = None
 ) -> Any:
     """What the server would answer."""
     query = f"model={model.key}" if model else ""

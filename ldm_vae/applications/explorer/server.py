@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Receive
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ldm_vae.applications.explorer import answers
-from ldm_vae.applications.explorer.answers import PageModel, PageModels, Work, open_page_model
+from ldm_vae.applications.explorer.answers import PageModel, PageModels, StudyPlan, open_page_model
 from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
 from ldm_vae.applications.explorer.export import check_export_file, check_exportable, export_page
 from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Guard, Question, Refusal, Turn, Worker, refused
@@ -67,7 +67,7 @@ class Endpoint:
     """
 
     names: tuple[str, ...]
-    ask: Callable[[PageModels, Question], Work]
+    ask: Callable[[PageModels, Question], StudyPlan]
     at_once: bool = False
     hovers: bool = False
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from ldm_vae.data.synthetic.render import DEFECTS, LABELS, Canvas, Scene, draw_s
 from ldm_vae.errors import UserError
 from ldm_vae.files import publish_directory, temporary_directory, write_text
 from ldm_vae.random import numpy_rng
-from ldm_vae.utils.progress import say, track
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, track
+from ldm_vae.utils.text import duration_text, pluralize
 
 RENDERER_VERSION = 1
 """Incremented whenever the same settings give different pixels; part of the fingerprint."""
@@ -71,6 +72,7 @@ class SyntheticSource:
     """Rendered images as an image source. Image i depends on (seed, i), never on `count` or other images."""
 
     label_names: tuple[str, ...] = LABELS
+    labels_from = "the synthetic scenes"
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
@@ -133,8 +135,23 @@ def paint_scene(scene: Scene, resolution: int, keep_background: bool = False) ->
 # The synthetic set as files: a folder of images that any tool can read, with its ground truth.
 
 
+HELD_OUT_RESOLUTION = 256
+"""At which `train-vae` measures unless told otherwise; smaller images would be enlarged."""
+
+
 def masks_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-masks")
+
+
+def output_folders(config: SyntheticConfig, out: Path) -> list[Path]:
+    """The folder of the images, and that of the masks where there are some."""
+    return [out, masks_folder(out)] if config.defects > 0 else [out]
+
+
+def check_empty(folder: Path) -> None:
+    """Raises: UserError for a folder that holds something, or a file."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not empty; give a new folder, or remove it first")
 
 
 def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress: bool = True) -> None:
@@ -144,10 +161,9 @@ def write_images(config: SyntheticConfig, out: Path, workers: int = 1, progress:
         UserError: An output folder exists and is not empty.
     """
     out = Path(out).absolute()
-    finals = [out, masks_folder(out)] if config.defects > 0 else [out]
+    finals = output_folders(config, out)
     for folder in finals:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder}: exists and is not empty; give a new folder, or remove it first")
+        check_empty(folder)
     with contextlib.ExitStack() as stack:
         temporaries = [temporary_directory(folder) for folder in finals]
         for folder in temporaries:
@@ -217,17 +233,31 @@ class SynthConfig:
         check_positive(self, "workers")
 
 
-def synthesize(config: SynthConfig) -> int:
-    """Write the set and print where it is. Returns: 0. Raises: UserError."""
+def synthesize(config: SynthConfig, *, dry_run: bool = False) -> int:
+    """Write the set and print where it is. `dry_run`: render one image only. Returns: 0. Raises: UserError."""
     try:
         scenes = SyntheticConfig(
             count=config.count, seed=config.seed, resolution=config.resolution, defects=config.defects
         )
     except ValueError as error:
         raise UserError(str(error).replace("synthetic.", "")) from error
-    output = Path(config.output)
-    write_images(scenes, output, config.workers or min(8, os.cpu_count() or 1))
+    output, workers = Path(config.output), config.workers or min(8, os.cpu_count() or 1)
+    images = f"{pluralize(scenes.count, 'image')} of {pluralize(len(LABELS), 'class')}"
+    defects = f"a share of {scenes.defects:g} with a defect" if scenes.defects > 0 else ""
+    processes = pluralize(workers, "process")
+    begin("synth", images, f"{scenes.resolution} pixels", defects, f"seed {scenes.seed}", processes, f"to {output}")
+    if dry_run:
+        for folder in output_folders(scenes, output):
+            check_empty(folder)
+        started = time.monotonic()
+        SyntheticSource(scenes).render(0)
+        seconds = (time.monotonic() - started) * scenes.count / workers
+        end_dry_run(output, f"about {duration_text(seconds)}")
+        return 0
+    write_images(scenes, output, workers)
     masks = f", defect masks in {masks_folder(output)}" if scenes.defects > 0 else ""
-    say(f"{output}: {pluralize(scenes.count, 'image')} and attributes.jsonl{masks}")
-    say(f"train on them with: data={output}")
+    words = ["ldm-vae", "train-vae", f"data={output}", f"output={beside(output, 'vae')}"]
+    if scenes.resolution < HELD_OUT_RESOLUTION:
+        words.insert(3, f"held_out_resolution={scenes.resolution // 8 * 8}")
+    end(output, f"{pluralize(scenes.count, 'image')} and attributes.jsonl{masks}", words)
     return 0
