@@ -458,9 +458,6 @@ def run(name: str, words: Sequence[str]) -> int:
         print(configuration.to_yaml(config), end="")
         return 0
     given = dict.fromkeys(understood.flags - {"strict"}, True)
-    if "dry_run" in given and "dry_run" not in schema.parameters(command.function):
-        print(f"ldm-vae {name}: the settings are valid; nothing was done\n{configuration.to_yaml(config)}", end="")
-        return 0
     reuse_freed_memory()
     if command.interruptible:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

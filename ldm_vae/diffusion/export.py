@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from ldm_vae import provenance, random
 from ldm_vae.autoencoder import lineage
-from ldm_vae.autoencoder.interop.compvis import fold_normalizer
+from ldm_vae.autoencoder.interop.compvis import fold_normalizer, open_autoencoder
 from ldm_vae.autoencoder.interop.convert import DTYPES, RECORD, Conversion, Precision, check_target, convert_autoencoder
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
 from ldm_vae.autoencoder.lineage import subsample
@@ -46,7 +46,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.redaction import without_folders
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
 
 PIPELINE, CHECKPOINT = "diffusers-pipeline", "checkpoint"
 TARGETS = ("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
@@ -112,17 +112,27 @@ class ConvertConfig:
                 raise UserError(f"{name}: has no effect with to={self.to}; leave it out")
 
 
-def convert(config: ConvertConfig, *, overwrite: bool = False) -> dict[str, Any]:
+def convert(config: ConvertConfig, *, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Write the converted model, completely or not at all; return what is in conversion.json.
 
     Args:
         config: From which model, to what.
         overwrite: Replace what an earlier conversion wrote at `config.output`.
+        dry_run: Open the model and look at the target only; return {}.
 
     Raises:
         UserError: the model cannot be read, the target cannot hold it, or something else stands there.
     """
     precision: Any = config.precision or ("fp16" if config.to == CHECKPOINT else "fp32")
+    begin("model convert", config.model, f"to {config.to}", precision, f"to {config.output}")
+    if dry_run:
+        check_target(Path(config.output), config.model, overwrite, is_file=config.to == "compvis")
+        if has_pipeline(config.model):
+            LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
+        else:
+            open_autoencoder(config.model, config.config)
+        end_dry_run(config.output, "it takes as long as reading and writing the weights, which was not measured")
+        return {}
     if config.to == PIPELINE:
         record = export_standard(config.model, config.output, precision=precision, overwrite=overwrite)
         notes = record["notes"]
@@ -131,7 +141,7 @@ def convert(config: ConvertConfig, *, overwrite: bool = False) -> dict[str, Any]
         record, notes = pack(
             config.model, config.output, precision=precision, overwrite=overwrite, autoencoder=config.autoencoder
         )
-        what = f"{precision}, autoencoder {record['fingerprint'][:19]}...; `ldm-vae card {config.output}` describes it"
+        what = f"{precision}, autoencoder {record['fingerprint'][:19]}..."
     else:
         target: Any = config.to
         conversion = Conversion(
@@ -143,8 +153,15 @@ def convert(config: ConvertConfig, *, overwrite: bool = False) -> dict[str, Any]
         what = f"{source['class']}, {config.to}, {precision}, from {source['fingerprint'][:19]}..."
     for note in notes:
         say(f"note: {note}")
-    say(f"{config.output}: {what}")
+    end(config.output, what, _next_words(config))
     return record
+
+
+def _next_words(config: ConvertConfig) -> list[str]:
+    """What can be done here with a converted model; nothing with one for other programs."""
+    if config.to == "compvis":
+        return ["ldm-vae", "model", "convert", config.output, beside(config.output, "diffusers"), "to=diffusers"]
+    return ["ldm-vae", "model", "card", config.output] if config.to in ("diffusers", CHECKPOINT) else []
 
 
 def _statistics(latents: str | None, model: str) -> Callable[[str], dict[str, Any]] | None:

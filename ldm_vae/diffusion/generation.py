@@ -593,7 +593,8 @@ def seconds_an_image(
     batch, spent = images[: config.batch], []
     for steps in (1, 1 + TIMED_STEPS):
         started = time.monotonic()
-        draw_images(pipeline, batch, config, parameters, init, num_inference_steps=steps, strength=1.0)
+        whole = {"strength": 1.0} if config.init else {}
+        draw_images(pipeline, batch, config, parameters, init, num_inference_steps=steps, **whole)
         spent.append(time.monotonic() - started)
     once, step = spent[0], max(0.0, spent[1] - spent[0]) / TIMED_STEPS
     strength = parameters["strength"] if config.init else 1.0

@@ -182,7 +182,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         else:
             directory = Path(cls.download(pretrained_model_name_or_path, **kwargs))
         networks = saving.load_components(directory, skip=kwargs, variant=kwargs.get("variant"))
-        pipeline = super().from_pretrained(directory, **networks | kwargs)
+        with saving.without_bars():
+            pipeline = super().from_pretrained(directory, **networks | kwargs)
         pipeline.register_to_config(_name_or_path=directory.name)  # otherwise model_index.json would get the path
         for name in ("autoencoder", "unet", "autoguidance_unet"):
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes

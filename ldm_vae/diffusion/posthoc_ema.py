@@ -40,7 +40,8 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import check_tensor_file, published_directory
 from ldm_vae.paths import PIPELINE
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import pluralize
 
 NEGLIGIBLE = 1e-6
 """A coefficient below this is not worth reading a file for."""
@@ -121,18 +122,32 @@ class EmaMeasurement:
         return f"{name}: {', '.join(values)}{residual_warning(self.residual)}"
 
 
-def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
+def posthoc_ema(config: PosthocEmaConfig, *, dry_run: bool = False) -> list[EmaMeasurement]:
     """Compare the lengths, printing a line each, and return the measurements; or write the pipeline of one length.
+
+    `dry_run`: read the names of the snapshots and look at the output only.
 
     Raises:
         UserError: no snapshots, a damaged one, an impossible length, nothing to compare by, or an output that exists.
     """
     pipeline = finished_pipeline(config.model)
+    stored = stored_averages(Path(config.model) / FOLDER)
+    lengths = ", ".join(f"{length:g}" for length in config.lengths)
+    compared = f"and {pluralize(config.kid, 'sample')} each for KID" if config.kid else ""
+    task = f"to {config.output}" if config.output else f"compared by the held-out loss {compared}".strip()
+    begin("model ema", config.model, f"lengths {lengths} from {pluralize(len(stored), 'snapshot')}", task)
+    if dry_run:
+        if config.output is not None and Path(config.output).exists():
+            raise UserError(f"{config.output}: exists; give a new folder")
+        end_dry_run(config.output or config.model, "the time it takes was not measured")
+        return []
     if config.output is not None:
         average = synthesize_ema(config.model, config.lengths[0], config.step)
         write_pipeline(pipeline, average, config.output)
         warning = residual_warning(average.residual)
-        say(f"{config.output}: the pipeline, length {average.sigma_rel} after step {average.step}{warning}")
+        what = f"the pipeline, length {average.sigma_rel} after step {average.step}{warning}"
+        words = ["ldm-vae", "generate", config.output, f"output={beside(config.output, 'samples')}"]
+        end(config.output, what, words)
         return []
     device = compute_device(config.device)
     sample_kid = _sample_kid(config) if config.kid else None
@@ -149,6 +164,13 @@ def posthoc_ema(config: PosthocEmaConfig) -> list[EmaMeasurement]:
         copy_to(pipeline.unet, average)
         measured.append(EmaMeasurement(length, average.step, measure(), average.residual))
         say(measured[-1].sentence())
+    key = f"samples/kid@{config.kid}" if config.kid else "held_out/flow"
+    best = min(measured[1:], key=lambda one: one.metrics[key])
+    words = ["ldm-vae", "model", "ema", config.model, f"lengths={best.length:g}"]
+    words += [f"step={config.step}"] if config.step is not None else []
+    place = beside(config.model, f"ema{best.length:g}")
+    by = "KID" if config.kid else "loss"
+    end(config.model, f"the lowest {by} is that of length {best.length:g}", [*words, f"output={place}"])
     return measured
 
 

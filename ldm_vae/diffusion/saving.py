@@ -5,10 +5,11 @@ Owns nothing of what the networks do, and no knowledge of the pipeline class, wh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,17 @@ def download(repository: str, variant: str | None = None, **settings: Any) -> st
         ignore_patterns=None if variant else variants,
         **{name: settings[name] for name in DOWNLOAD_SETTINGS if settings.get(name) is not None},
     )
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """diffusers shows no bar for the second that putting a pipeline together takes."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -126,6 +126,7 @@ class Comparison(Sweep):
     """The study of `ldm-vae compare`."""
 
     command, noun, marker = "compare", "kind", "compare.yaml"
+    product = "the comparison"
     results_file, markdown_file = "comparison.json", "comparison.md"
     may_change = ("output", "parallel", "kinds", "steps", "evaluate", "latent_images", "macs_resolution")
     config: CompareConfig
@@ -168,7 +169,7 @@ class Comparison(Sweep):
         return plain_page(title, lead(results), [results["protocol"]], tables=[table(results)], pictures=pictures)
 
     def summary(self, results: Results) -> str:
-        return f"{self.output}:\n\n" + "\n".join(table(results).markdown())
+        return "\n".join(table(results).markdown())
 
 
 def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> dict[str, Any]:

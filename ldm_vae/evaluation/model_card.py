@@ -50,7 +50,7 @@ from ldm_vae.evaluation.study import check_not_enlarged, read_config_yaml, read_
 from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
 from ldm_vae.utils.text import markdown_table, pluralize
 
 CARD = "README.md"
@@ -134,17 +134,25 @@ class Records:
         return [name for name, value in present.items() if not value]
 
 
-def make_card(config: CardConfig, *, overwrite: bool = False) -> int:
-    """Write the card, upload the model if asked, and print what is not recorded. Returns: 0. Raises: UserError."""
-    write = write_pipeline_card if has_pipeline(config.model) else write_card
-    path, missing = write(config, overwrite=overwrite)
-    say(f"{path}: written" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+def make_card(config: CardConfig, *, overwrite: bool = False, dry_run: bool = False) -> int:
+    """Write the card, upload it if asked. `dry_run`: read the records only. Returns: 0. Raises: UserError."""
+    generates = has_pipeline(config.model)
+    begin("model card", config.model, f"then to {config.push_to_hub}" if config.push_to_hub else "written there")
+    write = write_pipeline_card if generates else write_card
+    path, missing = write(config, overwrite=overwrite, dry_run=dry_run)
+    unknown = f"not recorded: {', '.join(missing)}" if missing else "everything is recorded"
+    if dry_run:
+        end_dry_run(path, f"{unknown}; a few seconds")
+        return 0
     if config.push_to_hub:
         say(f"uploaded: {push(path.parent, config.push_to_hub)}")
+    task, ending = ("generate", "samples") if generates else ("evaluate", "evaluation")
+    words = ["ldm-vae", task, config.model, f"output={beside(config.model, ending)}"]
+    end(path, f"written; {unknown}", words)
     return 0
 
 
-def write_card(config: CardConfig, *, overwrite: bool = False) -> tuple[Path, list[str]]:
+def write_card(config: CardConfig, *, overwrite: bool = False, dry_run: bool = False) -> tuple[Path, list[str]]:
     """Write README.md into the model's directory; return its path and the names of what is not recorded.
 
     Raises:
@@ -158,6 +166,8 @@ def write_card(config: CardConfig, *, overwrite: bool = False) -> tuple[Path, li
     autoencoder = load_autoencoder(directory)
     records = read_records(config, directory, autoencoder.fingerprint())
     check_nothing_lost(path, records.missing(config), overwrite)
+    if dry_run:
+        return path, records.missing(config)
     drawn = draw_curves(run_folder_of(directory), directory, autoencoder_panels, records.config)
     crops = write_crops(Path(config.pictures), directory, autoencoder.fingerprint()) if config.pictures else None
     write_text(path, render(config, records, autoencoder, title_of(directory), {"curves": drawn, "crops": crops}))
@@ -363,7 +373,9 @@ SETTINGS = ("batch", "label_dropout", "shift")
 TRAINING_SETTINGS = ("learning_rate", "weight_decay", "ema_decay", "seed")
 
 
-def write_pipeline_card(config: CardConfig, *, overwrite: bool = False) -> tuple[Path, list[str]]:
+def write_pipeline_card(
+    config: CardConfig, *, overwrite: bool = False, dry_run: bool = False
+) -> tuple[Path, list[str]]:
     """Write README.md into the pipeline's directory; return its path and the names of what is not recorded.
 
     Raises:
@@ -395,6 +407,8 @@ def write_pipeline_card(config: CardConfig, *, overwrite: bool = False) -> tuple
     }
     missing = [name for name, value in present.items() if not value]
     check_nothing_lost(path, missing, overwrite)
+    if dry_run:
+        return path, missing
     pictures = {
         "curves": draw_curves(place, directory, diffusion_panels, settings),
         "samples": write_samples(Path(config.pictures), directory) if config.pictures else None,

@@ -21,6 +21,7 @@ from ldm_vae.evaluation import pages, plots, sweep
 from ldm_vae.evaluation.study import Content, Results
 from ldm_vae.evaluation.sweep import Point, Run, Sweep
 from ldm_vae.random import numpy_rng
+from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import Table, pluralize
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Frontier(Sweep):
     """The study of `ldm-vae frontier`."""
 
     command, marker = "frontier", "frontier.yaml"
+    product = "the frontier"
     results_file, markdown_file = "frontier.json", "frontier.md"
     may_change = ("output", "parallel", "targets_nats", "channels", "steps", "seconds", "evaluate")
     config: FrontierConfig
@@ -128,7 +130,8 @@ class Frontier(Sweep):
                 name = f"c{count}-{target:g}-nats"
                 point = sweep.plan_point(self.output, name, config.vae, overrides, config.evaluate, config.steps)
                 if config.seconds is not None:
-                    steps = sweep.steps_for(point, config.seconds)
+                    say(f"frontier: {name}: the speed of its training is measured")
+                    steps = sweep.steps_for(point, config.seconds, keep=not self.dry_run)
                     phases = sweep.scaled_phases(point.train.phases, steps)
                     point = replace(point, train=replace(point.train, phases=phases))
                 points.append(point)

@@ -9,6 +9,7 @@ that nothing depends on the number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -64,8 +65,8 @@ from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
 from ldm_vae.training.distributed import Processes, joined_processes
 from ldm_vae.utils.image_grid import plain_grid, side_by_side
-from ldm_vae.utils.progress import beside, say, track
-from ldm_vae.utils.text import markdown_table, pluralize
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
+from ldm_vae.utils.text import duration_text, markdown_table, pluralize
 
 RESULTS = "results.json"
 SAMPLE = "decode(sample)"
@@ -765,8 +766,7 @@ def reconstruct_pictures(
     target = compute_device(device)
     model = load_autoencoder(autoencoder).to(target)
     folder = Path(output)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"{folder}: is not empty; give another --out, or --overwrite")
+    check_output(folder, overwrite)
     written: list[Path] = []
     rejected, enlarged = Rejected(), Enlarged()
     quality: list[float] = []
@@ -794,6 +794,26 @@ def reconstruct_pictures(
     for line in enlarged_sentences([side for _, side in enlarged], len(written)):
         say(line)
     return written, rejected
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises: UserError for a folder that holds something, and not `overwrite`."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder}: is not empty; give another output, or --overwrite")
+
+
+def _seconds_a_picture(config: ReconstructConfig, files: Sequence[Path]) -> float:
+    """That the first readable picture takes. Raises: UserError where there is none."""
+    model = load_autoencoder(config.autoencoder).to(compute_device(config.device))
+    for path in files:
+        started = time.monotonic()
+        with contextlib.suppress(ImageRejected):
+            image = decode_image(path.read_bytes())
+            if config.resolution is not None:
+                image = crop_image(image, config.resolution, path.name, []).pixels
+            model.reconstruct(transforms.to_batch(image).to(model.device)).cpu()
+            return time.monotonic() - started
+    raise UserError(f"{config.images[0]}: no image could be decoded; give other files")
 
 
 @dataclass(frozen=True)
@@ -827,11 +847,23 @@ class ReconstructConfig:
         check_positive(self, "resolution")
 
 
-def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False) -> int:
-    """Write the pictures and print what was left out. Returns: 0. Raises: UserError."""
+def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False, dry_run: bool = False) -> int:
+    """Write the pictures and print what was left out. `dry_run`: look at pictures and folder, and time one picture.
+
+    Returns: 0. Raises: UserError.
+    """
     config = plain_settings(config)
     if not config.images:
         raise UserError("images: missing; give image files or folders")
+    files = find_pictures(config.images)
+    size = "their own size" if config.resolution is None else f"{config.resolution} pixels"
+    what = "a posterior sample" if config.sample else "the posterior mean"
+    begin("reconstruct", pluralize(len(files), "picture"), size, what, config.autoencoder, f"to {config.output}")
+    if dry_run:
+        check_output(Path(config.output), overwrite)
+        seconds = len(files) * _seconds_a_picture(config, [path for _, path in files])
+        end_dry_run(config.output, f"about {duration_text(seconds)}")
+        return 0
     written, rejected = reconstruct_pictures(
         config.autoencoder,
         config.images,
@@ -845,5 +877,7 @@ def reconstruct_images(config: ReconstructConfig, *, overwrite: bool = False) ->
     for name, reason in rejected:
         say(f"{name}: left out ({reason})")
     left_out = f", {len(rejected)} left out" if rejected else ""
-    say(f"{config.output}: {pluralize(len(written), 'reconstruction')}{left_out}")
+    words = ["ldm-vae", "compress", *config.images, f"autoencoder={config.autoencoder}"]
+    words.append(f"output={beside(config.output, 'compressed')}")
+    end(config.output, f"{pluralize(len(written), 'reconstruction')}{left_out}", words)
     return 0

@@ -21,7 +21,8 @@ from ldm_vae.evaluation.reconstruction import read_evaluation
 from ldm_vae.evaluation.study import enlarged_lines, read_config_yaml, read_json
 from ldm_vae.files import check_tensor_file, write_text
 from ldm_vae.metrics import METRIC_TITLES
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, end, end_dry_run, open_page
+from ldm_vae.utils.text import pluralize
 
 STAGES = {
     "vae": "Train the autoencoder",
@@ -251,8 +252,14 @@ class ReportConfig:
     output: str | None = None
 
 
-def report(config: ReportConfig) -> int:
-    """Write the page and print its size. Returns: 0. Raises: UserError."""
-    page = write_report(config.run, config.output)
-    say(f"{page}: {page.stat().st_size / 2**20:.1f} MB, opens in any browser")
+def report(config: ReportConfig, *, dry_run: bool = False) -> int:
+    """Write the page and print its size. `dry_run`: read the stages only. Returns: 0. Raises: UserError."""
+    stages = [stage.name for stage in read_stages(Path(config.run)) if stage.record]
+    page = Path(config.output) if config.output else Path(config.run) / "report.html"
+    begin("report", f"{pluralize(len(stages), 'finished stage')} of {config.run} ({', '.join(stages)})", f"to {page}")
+    if dry_run:
+        end_dry_run(page, "a few seconds")
+        return 0
+    write_report(config.run, config.output)
+    end(page, f"{page.stat().st_size / 2**20:.1f} MB, opens in any browser", open_page(page))
     return 0

@@ -116,7 +116,7 @@ class Study:
         overwrite: bool = False,
         processes: Processes | None = None,
     ) -> None:
-        self.started = time.time()
+        self.started, self.dry_run = time.time(), False
         self.config, self.overwrite = configuration.plain_settings(config), overwrite
         self._autoencoder = autoencoder
         self.output = Path(config.output if output is None else output)
@@ -213,6 +213,7 @@ class Study:
             UserError: the folder holds something else, or a result of other settings, weights or inputs and not
                 `overwrite`; or what the study itself refuses.
         """
+        self.dry_run = dry_run
         results = run_on_main(self.processes, self.load)
         if results is not None:
             begin(self.command, f"{self.output} holds the finished result of these settings; nothing is measured again")

@@ -8,12 +8,14 @@ hold the results. A rerun continues. Several launches may share the folder: a po
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,14 +24,25 @@ from typing import Any, ClassVar, Literal
 
 from ldm_vae import config as configuration
 from ldm_vae import provenance
-from ldm_vae.autoencoder.train_config import TrainVaeConfig
+from ldm_vae.autoencoder.train_config import TrainVaeConfig, describe_phases
 from ldm_vae.errors import EXIT_INTERRUPTED, FolderLocked, UserError
 from ldm_vae.evaluation.reconstruction import FORMAT_VERSION, RESULTS, EvaluateConfig
-from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, enlarged_lines, read_json
+from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, StudyPlan, check_writable, enlarged_lines, read_json
 from ldm_vae.files import write_json, write_text
 from ldm_vae.storage import open_folder
+from ldm_vae.training.run_directory import METRICS
+from ldm_vae.utils.progress import Progress, beside, end_dry_run, inside, say
+from ldm_vae.utils.text import duration_text, pluralize
 
 DIAGNOSED_IMAGES = 256
+
+Reporter = Callable[["Point", str], None]
+"""Prints what happens to a point."""
+
+
+def no_report(point: Point, text: str) -> None:
+    """Prints nothing: for calls from Python."""
+
 
 Run = Callable[[Sequence[str], Path], int]
 """Runs `ldm-vae` with these words, its output appended to a log file, and returns the exit code."""
@@ -85,6 +98,56 @@ class Sweep(Study):
         """The points. Raises: UserError for settings that do not load."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        if not self.dry_run:  # planning may leave measured speeds there, which another sweep must not take for its own
+            with self.lock():
+                self.points = self.plan()
+        else:
+            self.points = self.plan()
+
+    def work(self) -> StudyPlan:
+        """The images of the first point; all points have the same."""
+        config, train = self.config, self.points[0].train
+        steps = sum(total_steps(point) for point in self.points)
+        count = f"{pluralize(len(self.points), self.noun)} ({', '.join(point.name for point in self.points)})"
+        at_once = f"{config.parallel} at a time" if config.parallel > 1 else ""
+        data = " ".join(train.data.words()) or "data=synthetic"
+        what = (count, f"{pluralize(steps, 'step')} of training in all", at_once, data, config.vae)
+        return StudyPlan((*what, f"{train.training.device}, {train.training.precision}"))
+
+    def preview(self, work: StudyPlan) -> None:
+        """A dry run of each training that is not finished."""
+        from ldm_vae.autoencoder.training import train_vae
+
+        seconds = 0.0
+        for number, point in enumerate(self.points, start=1):
+            where = f"{self.command}: {number} of {len(self.points)}, {point.name}"
+            if is_trained(point):
+                say(f"{where}: is trained already")
+                continue
+            say(f"{where}:")
+            try:
+                with inside():
+                    found = train_vae(point.train, dry_run=True)
+            except UserError as error:
+                raise UserError(f"{point.name}: {error}") from error
+            assert not isinstance(found, int)
+            say(f"{where}: {found.expected()}")
+            seconds += found.seconds
+        measuring = "their evaluation, validation, previews and saving not counted"
+        end_dry_run(self.output, f"all trainings take about {duration_text(seconds)}, {measuring}")
+
+    def best_autoencoder(self, results: Results) -> Path:
+        """That of the finished point with the highest PSNR."""
+        records = results[f"{self.noun}s"]
+        best = max(records, key=lambda record: record["metrics"]["psnr"]["mean"])
+        return next(point.autoencoder for point in self.points if point.name == best["name"])
+
+    def then(self, results: Results) -> list[str]:
+        best, train = self.best_autoencoder(results), self.points[0].train
+        words = ["ldm-vae", "encode", str(best), *train.data.words(), f"resolution={train.held_out_resolution}"]
+        return [*words, f"output={beside(self.output, 'latents')}"]
+
     def gather(self, finished: Sequence[tuple[Point, Results]], missing: list[dict[str, Any]]) -> Results:
         """The sweep's results, from the finished points and their results.json; `missing`: outcomes of the others."""
         raise NotImplementedError
@@ -107,6 +170,7 @@ class Sweep(Study):
                 )
         elif self.output.is_dir() and any(not path.name.startswith(".tmp-") for path in self.output.iterdir()):
             raise UserError(f"{self.output}: holds other files but no {self.command}; give another output, or empty it")
+        check_writable(self.output)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -117,8 +181,8 @@ class Sweep(Study):
 
     def measure(self) -> Results:
         """Make what is missing and gather it. Raises: UserError where no point is finished."""
-        self.points = self.plan()
-        outcomes = run_points(self.points, self.config.parallel, self.runner, self.commands)
+        with StepsBar(self.command, self.points) as bar:
+            outcomes = run_points(self.points, self.config.parallel, self.runner, self.commands, bar.report)
         finished: list[tuple[Point, Results]] = []
         missing = []
         for point, outcome in zip(self.points, outcomes, strict=True):
@@ -135,6 +199,62 @@ class Sweep(Study):
     def record(self, results: Results) -> dict[str, Any]:
         key = f"{self.noun}s"
         return {"finished": not results["missing"], key: len(results[key])}
+
+
+def total_steps(point: Point) -> int:
+    """Of the training of a point."""
+    return sum(phase.steps for phase in point.train.phases)
+
+
+def steps_done(point: Point) -> int:
+    """Steps of the training of a point so far, from the last complete line of its metrics."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with open(point.autoencoder / METRICS, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - LAST_BYTES))
+            lines = file.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        return min(int(json.loads(whole[-1])["step"]), total_steps(point))
+    return 0
+
+
+LAST_BYTES = 1 << 16
+"""Of a metrics file, which are read to find its last line."""
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+class StepsBar:
+    """The bar of a sweep: steps of all trainings together, read from the metrics that the commands write.
+
+    `report` prints a line when a point begins and one when it ends. Where the runs are can be seen in their logs.
+    """
+
+    def __init__(self, command: str, points: Sequence[Point]) -> None:
+        self.command, self.points = command, points
+        self.numbers = {point.name: number for number, point in enumerate(points, start=1)}
+        self.started: dict[str, float] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        total = sum(total_steps(point) for point in points)
+        self.bar = Progress(command, total, "step", done=sum(map(steps_done, points)))
+
+    def report(self, point: Point, text: str) -> None:
+        """Print what happens to a point: `compare: 2 of 4, vq: ...`."""
+        say(f"{self.command}: {self.numbers[point.name]} of {len(self.points)}, {point.name}: {text}")
+
+    def _look(self) -> None:
+        while not self._stopped.wait(SECONDS_BETWEEN_LOOKS):
+            self.bar.advance_to(max(self.bar.done, sum(map(steps_done, self.points))))
+
+    def __enter__(self) -> StepsBar:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.bar.advance_to(max(self.bar.done, sum(map(steps_done, self.points))))
+        self.bar.close(kind is None)
 
 
 def remarks(records: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> list[str]:
@@ -228,9 +348,15 @@ def scaled_phases(phases: Sequence[Any], steps: int) -> list[Any]:
 
 
 def run_points(
-    points: Sequence[Point], parallel: int, run: Run | None = None, commands: Commands | None = None
+    points: Sequence[Point],
+    parallel: int,
+    run: Run | None = None,
+    commands: Commands | None = None,
+    report: Reporter = no_report,
 ) -> list[Outcome]:
     """Train and evaluate what is missing, `parallel` points at a time; outcomes in the order of the points.
+
+    `report` is told what happens to each of them.
 
     An interrupt is passed on to the commands, which save and leave; then it goes on to the caller.
     """
@@ -238,12 +364,12 @@ def run_points(
     runner = run or commands
     if parallel == 1:
         try:
-            return [run_point(point, runner) for point in points]
+            return [run_point(point, runner, report=report) for point in points]
         except BaseException:
             commands.stop()
             raise
     with ThreadPoolExecutor(parallel) as pool:
-        futures = [pool.submit(run_point, point, runner, commands.stopping) for point in points]
+        futures = [pool.submit(run_point, point, runner, commands.stopping, report) for point in points]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -251,10 +377,32 @@ def run_points(
             raise
 
 
-def run_point(point: Point, run: Run, stopping: threading.Event | None = None) -> Outcome:
+def run_point(point: Point, run: Run, stopping: threading.Event | None = None, report: Reporter = no_report) -> Outcome:
     """Train and evaluate one point, each only where it is missing or not of these settings."""
     if stopping is not None and stopping.is_set():
         return Outcome(point.name, "interrupted", "not started")
+    if is_trained(point) and is_evaluated(point) and is_diagnosed(point):
+        report(point, "was finished before")
+        return Outcome(point.name, "finished")
+    started = time.monotonic()
+    report(point, f"{describe_point(point)}; log {point.log}")
+    outcome = _made(point, run, report)
+    detail = f": {outcome.detail}" if outcome.detail else ""
+    report(point, f"{outcome.status} after {duration_text(time.monotonic() - started)}{detail}")
+    return outcome
+
+
+def describe_point(point: Point) -> str:
+    """The settings of a training, in words."""
+    train = point.train
+    kind = f"kind {train.autoencoder.kind}, {pluralize(train.autoencoder.latent_channels, 'latent channel')}"
+    rate = (
+        f", {train.rate.target_nats:g} nats" if train.rate.mode == "target" and train.autoencoder.kind == "kl" else ""
+    )
+    return f"{kind}{rate}, {describe_phases(train)}, then evaluate and diagnose"
+
+
+def _made(point: Point, run: Run, report: Reporter) -> Outcome:
     point.folder.mkdir(parents=True, exist_ok=True)
     with point_lock(point.folder) as held:
         if not held or is_training(point.autoencoder):
@@ -265,6 +413,7 @@ def run_point(point: Point, run: Run, stopping: threading.Event | None = None) -
             if outcome is not None:
                 return outcome
         if not is_evaluated(point):
+            report(point, "is measured")
             write_text(point.folder / "evaluate.yaml", configuration.to_yaml(point.evaluate))
             words = ["evaluate", str(point.folder / "evaluate.yaml"), "--overwrite"]
             outcome = _outcome(point, run(words, point.log))
@@ -378,10 +527,12 @@ def is_training(run: Path) -> bool:
     return open_folder(run).holder(provenance.RUN_LOCK) is not None
 
 
-def steps_for(point: Point, seconds: float, speeds: Callable[[TrainVaeConfig], list[float]] | None = None) -> int:
+def steps_for(
+    point: Point, seconds: float, speeds: Callable[[TrainVaeConfig], list[float]] | None = None, *, keep: bool = True
+) -> int:
     """Steps that take about `seconds` here, from the measured speed of one step of each phase.
 
-    Measured once and kept in `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving,
+    Measured once and with `keep` written to `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving,
     validation and the start of the program are not counted.
 
     Args:
@@ -401,7 +552,8 @@ def steps_for(point: Point, seconds: float, speeds: Callable[[TrainVaeConfig], l
     total = sum(phase.steps for phase in phases)
     recipe_seconds = sum(phase.steps * phase.batch / rate for phase, rate in zip(phases, per_second, strict=True))
     steps = max(len(phases), round(total * seconds / recipe_seconds))
-    write_json(point.folder / "budget.json", {"seconds": seconds, "steps": steps, "images_per_second": per_second})
+    if keep:
+        write_json(point.folder / "budget.json", {"seconds": seconds, "steps": steps, "images_per_second": per_second})
     return steps
 
 
@@ -412,11 +564,9 @@ def measured_speeds(config: TrainVaeConfig) -> list[float]:
 
 
 def _dry_run(config: TrainVaeConfig) -> list[float]:
-    from ldm_vae.autoencoder.training import train_vae
+    from ldm_vae.autoencoder.training import training_costs
 
-    found = train_vae(config, dry_run=True)
-    assert not isinstance(found, int)
-    return [span.samples_per_second for span in found.spans]
+    return [span.samples_per_second for span in training_costs(config).spans]
 
 
 def last_line(log: Path) -> str:

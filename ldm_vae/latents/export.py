@@ -117,9 +117,8 @@ def _reading_words(export: Export, output: str) -> list[str]:
     """The words of a command that shows the first sample; none for a URL."""
     if is_url(output):
         return []
-    builder = {"parquet": "parquet", "webdataset": "webdataset"}[export.to]
-    files = [str(Path(output) / name) for name in export.files[:1]]
-    code = f"from datasets import load_dataset; print(load_dataset({builder!r}, data_files={files!r}, split='train'))"
+    kind, file = json.dumps(export.to), json.dumps(str(Path(output) / export.files[0]))
+    code = f'from datasets import load_dataset; print(load_dataset({kind}, data_files={file}, split="train"))'
     return ["python", "-c", code]
 
 

@@ -56,7 +56,7 @@ from ldm_vae.provenance import RUN_RECORD
 from ldm_vae.storage.base import Folder, is_url
 from ldm_vae.training import watchdog
 from ldm_vae.utils.concurrency import in_order
-from ldm_vae.utils.progress import BYTE, Progress, begin, end, say
+from ldm_vae.utils.progress import BYTE, Progress, begin, end, end_dry_run, say
 from ldm_vae.utils.text import pluralize, size_text
 
 THREADS, REMOTE_THREADS = 4, 16
@@ -188,10 +188,17 @@ class Verification:
         )
 
 
-def verify_latents(config: VerifyConfig) -> Verification:
-    """Verify a set, print what was found, and write the report. Raises: UserError, see `verify`."""
+def verify_latents(config: VerifyConfig, *, dry_run: bool = False) -> Verification:
+    """Verify a set, print what was found, and write the report.
+
+    `dry_run`: only compare the sizes and headers. Raises: UserError, see `verify`.
+    """
     if config.report:
         refuse_inside(config.report, "report")
+    if dry_run:
+        verification = verify(config.latents, quick=True, command="latents verify")
+        end_dry_run(config.latents, "the time that reading every byte takes was not measured")
+        return verification
     verification = verify(config.latents, quick=config.quick, progress=True, command="latents verify")
     if config.report:
         write_json(Path(config.report), verification.to_dict())

@@ -30,9 +30,10 @@ from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
+from ldm_vae.data.survey import describe_images
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
-from ldm_vae.evaluation.study import Study, check_resolution, describe_autoencoder, rejected_images
+from ldm_vae.evaluation.study import Study, StudyPlan, check_resolution, describe_autoencoder, rejected_images
 from ldm_vae.files import (
     MANIFEST,
     checksum,
@@ -45,7 +46,7 @@ from ldm_vae.files import (
 )
 from ldm_vae.paths import DETECTOR
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end
 from ldm_vae.utils.text import pluralize
 
 FORMAT_VERSION = 2
@@ -189,8 +190,12 @@ class _FitDetector(Study):
     results_file, format_version = DESCRIPTION, FORMAT_VERSION
 
 
-def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detector:
+def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False, dry_run: bool = False) -> Detector | None:
     """Learn, measure the held-out images, write the detector. A finished one of these settings is read, not redone.
+
+    Args:
+        overwrite: replace a detector of other settings there.
+        dry_run: open everything and look at some images; write nothing and return None.
 
     Raises:
         UserError: the folder holds something else; too few normal images; images of mixed size; networks that do not
@@ -204,11 +209,31 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False) -> Detec
         config.autoencoder, compute_device(config.device), config.pipeline, config.perceptual_net,
         config.perceptual_weights, config.regret_steps,
     )  # fmt: skip
-    if _FitDetector(config, networks.autoencoder, overwrite=overwrite).load() is None:
-        save_detector(learn_detector(config, networks), output, started)
+    study = _FitDetector(config, networks.autoencoder, overwrite=overwrite)
+    if study.load() is None:
+        normal = open_normal(config, networks)
+        begin("anomaly fit", *_described(config, normal), str(networks.device), f"to {output}")
+        if dry_run:
+            chosen = StudyPlan((), normal.learning, normal.learning_indices, config.resolution)
+            study.preview(chosen)
+            return None
+        save_detector(learn_detector(config, networks, normal), output, started)
+    else:
+        begin("anomaly fit", f"{output} holds the finished detector of these settings; nothing is fitted again")
     detector = load_detector(output)
-    say(describe_detector(detector))
+    words = ["ldm-vae", "anomaly", "score", str(output), f"autoencoder={config.autoencoder}"]
+    words += [f"model={config.pipeline}"] if config.pipeline else []
+    words += [f"perceptual_weights={config.perceptual_weights}"] if config.perceptual_weights else []
+    end(output, describe_detector(detector), [*words, *config.data.words(), f"output={beside(output, 'scores')}"])
     return detector
+
+
+def _described(config: FitDetectorConfig, normal: NormalImages) -> list[str]:
+    """What is learned from, for the first line."""
+    images = describe_images(normal.learning, len(normal.learning_indices))
+    others = f"thresholds from {pluralize(len(normal.held_out_indices), 'other image')}"
+    rate = f"false-positive rate {config.false_positive_rate:g}"
+    return [images, others, f"{config.resolution} pixels", rate, f"by {config.by}", config.autoencoder]
 
 
 def describe_detector(detector: Detector) -> str:
@@ -216,15 +241,26 @@ def describe_detector(detector: Detector) -> str:
     found, (low, high) = detector.description, detector.description["false_positive_rate_interval"]
     smallest = rounded_up(found["smallest_false_positive_rate"])
     return (
-        f"{detector.folder}: learned from {found['counts']['learnt_from']} normal images; {len(detector.normal)} "
+        f"learned from {found['counts']['learnt_from']} normal images; {len(detector.normal)} "
         f"scores with thresholds from {found['counts']['held_out']} others, at a false-positive rate of "
         f"{detector.rate:g} (so few can mean one from {low:.3f} to {high:.3f}, and support {smallest} at the least); "
         f"the verdict is by {detector.by}"
     )
 
 
-def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Detector:
-    """The same without the folder. Raises: UserError."""
+@dataclass(frozen=True)
+class NormalImages:
+    """The images of a fit: those to learn from, and those that set the thresholds, with the indices that are used."""
+
+    source: ImageSource
+    learning: ImageSource
+    learning_indices: list[int]
+    held_out: ImageSource
+    held_out_indices: list[int]
+
+
+def open_normal(config: FitDetectorConfig, networks: scores.Networks) -> NormalImages:
+    """Open the images and check the settings. Raises: UserError for what cannot be fitted."""
     check_resolution(config.resolution, networks.autoencoder, scores.STRIDE)
     scores.check_pipeline_size(networks, config.resolution)
     scores.check_score(config.by, networks.score_names)
@@ -234,6 +270,16 @@ def learn_detector(config: FitDetectorConfig, networks: scores.Networks) -> Dete
     held_out_indices = evenly_spaced(len(held_out), config.held_out_count)
     _check_count(len(train_indices))
     check_rate(config.false_positive_rate, len(held_out_indices))
+    return NormalImages(source, train, train_indices, held_out, held_out_indices)
+
+
+def learn_detector(
+    config: FitDetectorConfig, networks: scores.Networks, normal_images: NormalImages | None = None
+) -> Detector:
+    """The same without the folder. `normal_images`: where they are open already. Raises: UserError."""
+    opened = normal_images or open_normal(config, networks)
+    source, train, held_out = opened.source, opened.learning, opened.held_out
+    train_indices, held_out_indices = opened.learning_indices, opened.held_out_indices
     rejected: Rejected = []
     marks: set[int] = set()
 

@@ -190,10 +190,9 @@ class CodecBench(Study):
     def work(self) -> StudyPlan:
         config, chosen = self.config, evenly_spaced(len(self.source), self.config.count)
         codecs = ", ".join([*self.codecs, *config.codecs])
-        what = (describe_images(self.source, len(chosen)), f"part {config.part}", f"{config.resolution} pixels", codecs)
-        return StudyPlan(
-            (*what, config.autoencoder, str(self.autoencoder.device)), self.source, chosen, config.resolution
-        )
+        images, device = describe_images(self.source, len(chosen)), str(self.autoencoder.device)
+        what = (images, f"part {config.part}", f"{config.resolution} pixels", codecs, config.autoencoder, device)
+        return StudyPlan(what, self.source, chosen, config.resolution)
 
     def then(self, results: Results) -> list[str]:
         config = self.config

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,8 @@ from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import largest_within
 from ldm_vae.files import write_bytes, write_png
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
+from ldm_vae.utils.text import duration_text, pluralize
 
 LEVELS_PER_QUALITY = 16
 """Steps of the search for a file size."""
@@ -132,13 +134,14 @@ class NotDecompressed(UserError):
         self.refused = tuple(refused)
 
 
-def compress(config: CompressConfig, *, overwrite: bool = False) -> list[CompressedFile]:
+def compress(config: CompressConfig, *, overwrite: bool = False, dry_run: bool = False) -> list[CompressedFile]:
     """Write NAME.ldmz for every picture, and print a line for each.
 
     >>> compress(CompressConfig(images=["holiday.jpg"], autoencoder="runs/vae", output="small"))
 
     Args:
         overwrite: replace files that are there.
+        dry_run: compress the first picture only, to know how long it takes; write nothing.
 
     Returns:
         What was written. A picture that cannot be decoded is named and left out.
@@ -156,8 +159,11 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
         raise UserError(
             f"progressive: {config.progressive} are more channels than the latents have, {codec.channels}; give fewer"
         )
-    written = []
-    for path, goal in goals:
+    place = config.output or "beside each picture"
+    pictures = pluralize(len(goals), "picture")
+    begin("compress", pictures, aim_of(config), config.autoencoder, *_given(codec), f"to {place}")
+    written, started = list[CompressedFile](), time.monotonic()
+    for path, goal in track(goals, "compress", "picture"):
         try:
             image = read_image(path)
         except ImageRejected as error:
@@ -167,23 +173,58 @@ def compress(config: CompressConfig, *, overwrite: bool = False) -> list[Compres
         if config.target_bpp is not None:
             data = codec.compress_within(picture, config.target_bpp, config.progressive).data
         else:
-            quality = 50.0 if config.quality is None else config.quality
-            data = codec.compress(picture, entropy_models.step_of(quality), config.progressive).data
-        write_bytes(goal, data)
+            data = codec.compress(picture, entropy_models.step_of(quality_of(config)), config.progressive).data
         written.append(CompressedFile(goal, len(data), picture.width, picture.height))
-        say(f"{goal}: {len(data)} bytes, {written[-1].bits_per_pixel:.3f} bits per pixel")
+        if dry_run:
+            break
+        write_bytes(goal, data)
+        say(f"{goal}: {pluralize(len(data), 'byte')}, {written[-1].bits_per_pixel:.3f} bits per pixel")
     if not written:
         raise UserError(f"{config.images[0]}: no image could be decoded; give other files")
+    if dry_run:
+        end_dry_run(place, f"about {duration_text(len(goals) * (time.monotonic() - started))}")
+        return []
+    words = ["ldm-vae", "decompress", str(written[0].path), *_decoding_words(config)]
+    mean = sum(8 * one.size_bytes for one in written) / sum(one.width * one.height for one in written)
+    end(place, f"{pluralize(len(written), 'file')}, {mean:.3f} bits per pixel", words)
     return written
 
 
-def decompress(config: DecompressConfig, *, overwrite: bool = False) -> list[Path]:
+def quality_of(config: CompressConfig) -> float:
+    """1 to 100."""
+    return 50.0 if config.quality is None else config.quality
+
+
+def aim_of(config: CompressConfig) -> str:
+    """What the size of the files follows from, in words."""
+    aim = (
+        f"quality {quality_of(config):g}"
+        if config.target_bpp is None
+        else f"at most {config.target_bpp:g} bits per pixel"
+    )
+    return f"{aim}, in parts of {', '.join(map(str, config.progressive))} channels" if config.progressive else aim
+
+
+def _given(codec: Codec) -> list[str]:
+    """The entropy model and the device, in words."""
+    entropy = f"{codec.model.kind} entropy model" if codec.model is not None else "each file with its own statistics"
+    return [entropy, str(codec.autoencoder.device)]
+
+
+def _decoding_words(config: CompressConfig) -> list[str]:
+    entropy = [f"entropy={config.entropy}"] if config.entropy else []
+    output = beside(config.output, "decompressed") if config.output else "decompressed"
+    return [f"autoencoder={config.autoencoder}", *entropy, f"output={output}"]
+
+
+def decompress(config: DecompressConfig, *, overwrite: bool = False, dry_run: bool = False) -> list[Path]:
     """Write NAME.png for every file, and print a line for each.
 
     >>> decompress(DecompressConfig(files=["small/holiday.ldmz"], autoencoder="runs/vae"))
 
     Args:
         overwrite: replace pictures that are there.
+        dry_run: decompress the first file only, to know how long it takes; write nothing.
 
     Returns:
         The pictures.
@@ -202,18 +243,26 @@ def decompress(config: DecompressConfig, *, overwrite: bool = False) -> list[Pat
             raise UserError(f"{path}: no such file; give files that `ldm-vae compress` wrote")
     goals = _targets(config.output, [(path.stem, path) for path in paths], ".png", overwrite)
     codec = open_codec(config.autoencoder, config.entropy, compute_device(config.device))
-    written, refused = [], []
-    for path, goal in goals:
+    place = config.output or "beside each file"
+    begin("decompress", pluralize(len(goals), "file"), config.autoencoder, *_given(codec), f"to {place}")
+    written, refused, started = list[Path](), list[UserError](), time.monotonic()
+    for path, goal in track(goals, "decompress", "file"):
         try:
             image = Image.fromarray(codec.decompress_file(path, config.channels))
         except UserError as error:
             refused.append(error)
             continue
+        if dry_run:
+            end_dry_run(place, f"about {duration_text(len(goals) * (time.monotonic() - started))}")
+            return []
         write_png(goal, image)
         written.append(goal)
         say(f"{goal}: {image.width} x {image.height}")
     if refused:
         raise NotDecompressed(refused)
+    words = ["ldm-vae", "reconstruct", config.autoencoder, str(written[0])]
+    words.append(f"output={beside(config.output or 'decompressed', 'reconstructed')}")
+    end(place, pluralize(len(written), "picture"), words)
     return written
 
 

@@ -6,7 +6,8 @@ latents -> statistics of each channel (`static`) -> context networks trained in 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ from ldm_vae.latents.dataset import LatentDataset, Posterior, evenly
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.latents.inspect import check_autoencoder
 from ldm_vae.random import numpy_rng
-from ldm_vae.utils.progress import Progress, say
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, say
+from ldm_vae.utils.text import duration_text, pluralize
 
 STATISTICS_SAMPLES = 256
 HELD_OUT = 0.1
@@ -99,8 +100,11 @@ class CodecFitConfig:
         check_positive(self, "steps", "batch", "learning_rate")
 
 
-def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel:
+def fit_codec(config: CodecFitConfig, *, overwrite: bool = False, dry_run: bool = False) -> FittedModel | None:
     """Fit and write the file; prints the bits per level on held-out samples at quality 50.
+
+    Args:
+        dry_run: open everything and time a few steps; write nothing and return None.
 
     Raises:
         UserError: the output is there and not `overwrite`; the latents are codes, samples, too few, of another
@@ -115,15 +119,35 @@ def fit_codec(config: CodecFitConfig, *, overwrite: bool = False) -> FittedModel
     autoencoder = load_autoencoder(config.autoencoder)
     (dataset, fitted_on), held_out = _split(config)
     _check(config, dataset, autoencoder)
+    samples = f"{pluralize(len(fitted_on), 'sample')} of {config.latents}, {len(held_out[1]):,} others held out"
+    steps = f"{pluralize(config.steps, 'step')} of {config.batch}" if config.kind == "context" else ""
+    begin("codec fit", samples, f"a {config.kind} model", steps, config.autoencoder, f"to {output}")
     statistics = _statistics(config, dataset, autoencoder, fitted_on)
+    if dry_run:
+        end_dry_run(output, _expected(config, dataset, statistics, fitted_on))
+        return None
     model = statistics
     if config.kind == "context":
         model = _with_networks(statistics, _train(config, dataset, statistics, fitted_on))
     model.save(output)
     bits = _report(statistics, model, *held_out)
-    say(f"{output}: {model.kind} model of {model.channels} channels, {model.fingerprint}")
     say("held out, quality 50: " + ", ".join(f"{name} {value:.3f} bits per level" for name, value in bits.items()))
+    words = ["ldm-vae", "codec", "bench", config.autoencoder, f"entropy={output}", f"output={beside(output, 'bench')}"]
+    end(output, f"{model.kind} model of {pluralize(model.channels, 'channel')}, {model.fingerprint}", words)
     return model
+
+
+TIMED_STEPS = 3
+
+
+def _expected(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray) -> str:
+    """How long the training takes, from a few steps of it."""
+    if config.kind != "context":
+        return "a few seconds"
+    started = time.monotonic()
+    _train(replace(config, steps=TIMED_STEPS), dataset, statistics, indices, shown=False)
+    seconds = (time.monotonic() - started) / TIMED_STEPS * config.steps
+    return f"{pluralize(config.steps, 'step')} take about {duration_text(seconds)}"
 
 
 def _check(config: CodecFitConfig, dataset: LatentDataset, autoencoder: Autoencoder) -> None:
@@ -231,7 +255,9 @@ class ContextNetworks(nn.Module):
         return hidden @ t["last"] + inputs @ t["direct"] + t["last_bias"]
 
 
-def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray) -> Any:
+def _train(
+    config: CodecFitConfig, dataset: LatentDataset, statistics: FittedModel, indices: np.ndarray, shown: bool = True
+) -> Any:
     """Networks that minimize the code length of levels at random steps."""
     one = 1 << entropy_models.RATIO_BITS
     networks = ContextNetworks(
@@ -239,7 +265,7 @@ def _train(config: CodecFitConfig, dataset: LatentDataset, statistics: FittedMod
     )
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    bar = Progress("codec fit", config.steps, "step")
+    bar = Progress("codec fit", config.steps, "step", shown=shown)
     for number in range(config.steps):
         rng = numpy_rng(config.seed, "codec", number)
         dataset.set_epoch(number)  # another choice between images and their mirror images

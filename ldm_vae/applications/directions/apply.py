@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm_vae import provenance
-from ldm_vae.applications.directions.fitting import check_continuous, load_directions, pool, posterior_means
+from ldm_vae.applications.directions.fitting import Direction, check_continuous, load_directions, pool, posterior_means
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import plain_settings
@@ -31,7 +31,8 @@ from ldm_vae.latents.inspect import choose
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.utils.image_grid import PAPER, labeled_sheet, side_by_side
-from ldm_vae.utils.progress import say
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
+from ldm_vae.utils.text import duration_text, pluralize
 
 SHEET_IMAGES = 24
 CELL = 192
@@ -106,8 +107,12 @@ class ApplyDirectionConfig:
             raise UserError(f"size: {self.size} is below 8 pixels")
 
 
-def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) -> list[Path]:
+def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False, dry_run: bool = False) -> list[Path]:
     """Write NAME_+1.00.png for each strength, NAME_strip.png, and sheet.png of the first 24 pictures.
+
+    Args:
+        overwrite: write into a folder that holds something.
+        dry_run: open everything and look at the output only.
 
     Returns:
         The strips. A picture that cannot be read is named and left out.
@@ -134,39 +139,96 @@ def apply_direction(config: ApplyDirectionConfig, *, overwrite: bool = False) ->
         report_mask(painted > 0)
     rejected, enlarged = Rejected(), Enlarged()
     pictures = _stored(config, autoencoder) if config.latents else _encoded(config, autoencoder, rejected, enlarged)
-    strips: list[Path] = []
-    cells: list[Image.Image] = []
+    what = (
+        f"{pluralize(len(find_pictures(config.images)), 'picture')}"
+        if config.images
+        else f"samples of {config.latents}"
+    )
+    count, edit = len(config.strengths), Edit(config, direction, autoencoder, painted)
+    steps = f"{pluralize(count, 'strength')} of {direction.name}"
+    begin("directions apply", what, steps, config.autoencoder, str(autoencoder.device), f"to {folder}")
+    if dry_run:
+        end_dry_run(folder, edit.expected(pictures))
+        return []
     with (
         open_folder(folder).lock(provenance.RUN_LOCK),
         system_errors_explained(folder, "free some space and try again"),
     ):
-        for name, latent, (height, width) in pictures:
-            mask = place_mask(config, painted, height, width, autoencoder.downsampling)
-            moved = edited(latent, direction.vector, config.strengths, mask)
-            decoded = torch.cat([autoencoder.decode_images(one[None]).cpu() for one in moved])[..., :height, :width]
-            row = transforms.to_pil(decoded)
-            for strength, picture in zip(config.strengths, row):
-                write_png(folder / f"{name}_{file_mark(strength)}.png", picture)
-            strips.append(folder / f"{name}_strip.png")
-            write_png(strips[-1], side_by_side(row))
-            if len(strips) <= SHEET_IMAGES:
-                cells += row
+        strips, cells = edit.write(pictures, folder)
         if not strips:
             raise UserError(f"{config.images[0]}: no image could be decoded ({rejected[0][1]}); give other files")
-        side, columns = max(cells[0].size), len(config.strengths)
-        captions = [f"{strength:+g}" for strength in config.strengths] * (len(cells) // columns)
+        side = max(cells[0].size)
+        captions = [f"{strength:+g}" for strength in config.strengths] * (len(cells) // count)
         squares = [ImageOps.pad(cell, (side, side), color=PAPER) for cell in cells]
-        write_png(folder / "sheet.png", labeled_sheet(squares, captions, CELL, columns))
+        write_png(folder / "sheet.png", labeled_sheet(squares, captions, CELL, count))
         provenance.write_run_record(
             folder, None, started, time.time() - started,
             images=len(strips), direction=direction.name, strengths=list(config.strengths), **enlarged_record(enlarged),
         )  # fmt: skip
     for name, reason in rejected:
         say(f"{name}: left out ({reason})")
-    say(f"{folder}: {len(strips)} pictures at {columns} strengths, their strips, and sheet.png")
     for line in enlarged_sentences([side for _, side in enlarged], len(strips)):
         say(line)
+    made = f"{pluralize(len(strips), 'picture')} at {pluralize(count, 'strength')}, their strips, and sheet.png"
+    end(folder, made, _next_words(config))
     return strips
+
+
+def _next_words(config: ApplyDirectionConfig) -> list[str]:
+    """The words that move the same pictures twice as far."""
+    words = ["ldm-vae", "directions", "apply", config.directions, config.direction, *config.images]
+    words.append(f"autoencoder={config.autoencoder}")
+    for key, value in (("latents", config.latents), ("mask", config.mask), ("resolution", config.size)):
+        words += [f"{key}={value}"] if value is not None else []
+    words += [f"feather={config.feather}"] if config.feather is not None else []
+    for key, numbers in (("samples", config.samples), ("box", config.box)):
+        words += [f"{key}={','.join(map(str, numbers))}"] if numbers else []
+    farther = [max(-LARGEST_STRENGTH, min(LARGEST_STRENGTH, 2 * one)) for one in config.strengths]
+    return [
+        *words,
+        f"strengths={','.join(f'{one:g}' for one in farther)}",
+        f"output={beside(config.output, 'farther')}",
+    ]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to every picture. `painted`: the mask (1, 1, h, w), where there is one."""
+
+    config: ApplyDirectionConfig
+    direction: Direction
+    autoencoder: Autoencoder
+    painted: Tensor | None
+
+    def pictures(self, latent: Tensor, size: tuple[int, int]) -> list[Image.Image]:
+        """The picture (height, width) of a latent (1, c, h, w), moved by each strength."""
+        height, width = size
+        mask = place_mask(self.config, self.painted, height, width, self.autoencoder.downsampling)
+        moved = edited(latent, self.direction.vector, self.config.strengths, mask)
+        decoded = [self.autoencoder.decode_images(one[None]).cpu() for one in moved]
+        return transforms.to_pil(torch.cat(decoded)[..., :height, :width])
+
+    def write(self, pictures: Iterable[Encoded], folder: Path) -> tuple[list[Path], list[Image.Image]]:
+        """A picture for each strength and a strip of them. Returns: the strips, and the first cells of the sheet."""
+        strips, cells = list[Path](), list[Image.Image]()
+        for name, latent, size in track(pictures, "directions apply", "picture"):
+            row = self.pictures(latent, size)
+            for strength, picture in zip(self.config.strengths, row):
+                write_png(folder / f"{name}_{file_mark(strength)}.png", picture)
+            strips.append(folder / f"{name}_strip.png")
+            write_png(strips[-1], side_by_side(row))
+            if len(strips) <= SHEET_IMAGES:
+                cells += row
+        return strips, cells
+
+    def expected(self, pictures: Iterable[Encoded]) -> str:
+        """How long all pictures take, in words, from the first. Raises: UserError where there is none."""
+        config, started = self.config, time.monotonic()
+        for _, latent, size in pictures:
+            self.pictures(latent, size)
+            count = len(find_pictures(config.images)) if config.images else len(config.samples) or STORED_SAMPLES
+            return f"about {duration_text(count * (time.monotonic() - started))}"
+        raise UserError(f"{config.images[0]}: no image could be decoded; give other files")
 
 
 def file_mark(strength: float) -> str:

@@ -33,6 +33,7 @@ from ldm_vae.data import open_source
 from ldm_vae.data.samples import Enlarged, Rejected, enlarged_record, enlarged_sentences, evenly_spaced, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, in_part, subset
+from ldm_vae.data.survey import describe_images, look_at
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.study import check_resolution, locked_folder, publishing, rejected_images
@@ -50,7 +51,8 @@ from ldm_vae.latents.dataset import samples_per_shard as spread_over_shards
 from ldm_vae.latents.format import open_set_folder, short
 from ldm_vae.paths import DIRECTIONS
 from ldm_vae.runtime import compute_device
-from ldm_vae.utils.progress import say, track
+from ldm_vae.storage.base import is_url
+from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
 from ldm_vae.utils.text import markdown_table, pluralize
 
 FORMAT_VERSION = 1
@@ -179,8 +181,12 @@ class FitDirectionsConfig:
             raise UserError("attributes_from: none, and no method works without; add pixels, or the method pca")
 
 
-def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> Directions:
+def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False, dry_run: bool = False) -> Directions | None:
     """Fit and write `directions/`, results.md and run.json; prints the table.
+
+    Args:
+        overwrite: replace earlier directions there.
+        dry_run: open everything and look at some images; write nothing and return None.
 
     Raises:
         UserError: the output is not empty and not `overwrite`, an attribute that was asked for has no direction, or
@@ -193,8 +199,17 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
         raise UserError(f"{output}: holds another result; give another output, or --overwrite")
     autoencoder = load_autoencoder(config.autoencoder).to(compute_device(config.device))
     check_continuous(autoencoder, f"autoencoder {config.autoencoder}")
+    chosen = None if config.latents else select(config.data, config.part, config.count)
+    _begin(config, autoencoder, chosen)
+    if dry_run:
+        if chosen is not None:
+            check_resolution(config.resolution, autoencoder)
+            for line in look_at(*chosen, config.resolution).lines():
+                say(line)
+        end_dry_run(output, "the time it takes was not measured")
+        return None
     with locked_folder(output):
-        samples = gather_samples(config, autoencoder)
+        samples = gather_samples(config, autoencoder, chosen)
         directions, left_out = find_directions(config, samples, autoencoder)
         found = Directions(directions, autoencoder.encoder_fingerprint(), samples.record, left_out)
         with publishing(output):
@@ -202,8 +217,36 @@ def fit_directions(config: FitDirectionsConfig, *, overwrite: bool = False) -> D
             write_text(output / "results.md", markdown(found))
             count = int(samples.record["count"])
             provenance.write_run_record(output, None, started, time.time() - started, images=count)
-    say(f"{output}:\n\n{markdown(found)}".rstrip())
+    say(markdown(found).rstrip("\n"))
+    end(output, f"{pluralize(len(directions), 'direction')}", _next_words(config, directions[0].name))
     return found
+
+
+def _begin(config: FitDirectionsConfig, autoencoder: Autoencoder, chosen: Chosen | None) -> None:
+    """The first line. `chosen`: the images; None for a set of latents."""
+    if chosen is None:
+        images = f"the latents in {config.latents}"
+    else:
+        images = f"{describe_images(chosen[0], len(chosen[1]))}; part {config.part}; {config.resolution} pixels"
+    attributes_from = f"attributes from {', '.join(config.attributes_from)}" if config.attributes_from else ""
+    methods = f"by {', '.join(config.methods)}"
+    place = f"to {config.output}"
+    begin("directions fit", images, attributes_from, methods, config.autoencoder, str(autoencoder.device), place)
+
+
+def _next_words(config: FitDirectionsConfig, name: str) -> list[str]:
+    """The words that apply the first direction to the same images, or evaluate it where these are not files."""
+    words = ["ldm-vae", "directions", "apply", config.output, name]
+    autoencoder = f"autoencoder={config.autoencoder}"
+    if config.latents:
+        words.append(f"latents={config.latents}")
+    elif config.data.source == "folder" and not is_url(str(config.data.path)):
+        words += [str(config.data.path), f"resolution={config.resolution}"]
+    else:
+        data = [*config.data.words(), f"resolution={config.resolution}"]
+        place = f"output={beside(config.output, 'evaluation')}"
+        return ["ldm-vae", "directions", "evaluate", config.output, autoencoder, *data, place]
+    return [*words, autoencoder, f"output={beside(config.output, 'applied')}"]
 
 
 def find_directions(
@@ -274,15 +317,21 @@ def check_continuous(autoencoder: Autoencoder, where: str) -> None:
         )
 
 
-def gather_samples(config: FitDirectionsConfig, autoencoder: Autoencoder) -> PooledSamples:
-    """Read, encode and average; one image at a time.
+Chosen = tuple[ImageSource, list[int]]
+"""A source, and the indices of the images that are used."""
+
+
+def gather_samples(
+    config: FitDirectionsConfig, autoencoder: Autoencoder, chosen: Chosen | None = None
+) -> PooledSamples:
+    """Read, encode and average; one image at a time. `chosen`: the images, where they are open already.
 
     Raises:
         UserError: too few images, latents that are not finite, one class only, or attributes that are not there.
     """
     if config.latents is not None:
         return _from_latents(config, config.latents, autoencoder)
-    source, indices = select(config.data, config.part, config.count)
+    source, indices = chosen or select(config.data, config.part, config.count)
     check_resolution(config.resolution, autoencoder)
     rejected, enlarged = Rejected(), Enlarged()
     found, pooled, pixels = [], [], []

@@ -40,10 +40,12 @@ from ldm_vae.applications.explorer.explored import ExploreConfig, open_models
 from ldm_vae.applications.explorer.export import check_export_file, check_exportable, export_page
 from ldm_vae.applications.explorer.limits import LARGEST_WHOLE, Guard, Question, Refusal, Turn, Worker, refused
 from ldm_vae.applications.explorer.plane import measure_round_trip
+from ldm_vae.data.survey import describe_classes
 from ldm_vae.errors import UserError
 from ldm_vae.files import checksum_bytes
 from ldm_vae.training.watchdog import StopRequest, write_error
-from ldm_vae.utils.progress import Progress, say
+from ldm_vae.utils.progress import Progress, begin, end, end_dry_run, open_page, say
+from ldm_vae.utils.text import pluralize
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
@@ -302,8 +304,10 @@ def _wait_until_it_answers(address: str, thread: threading.Thread) -> None:
     raise UserError(f"explore: no answer at {address}; start it again, or give another --port")
 
 
-def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
+def explore(config: ExploreConfig, *, overwrite: bool = False, dry_run: bool = False) -> None:
     """Serve the explorer until KeyboardInterrupt, or with `config.export` write its page.
+
+    `dry_run`: open everything, serve and write nothing.
 
     Raises:
         UserError: the port is not to be had, a file that is there already, or whatever `open_models` refuses.
@@ -314,12 +318,20 @@ def explore(config: ExploreConfig, *, overwrite: bool = False) -> None:
         check_export_file(config.export, overwrite)
     open_socket(config.port).close()  # refused before the models are read
     explored = open_models(config, None if config.export is None else check_exportable)
+    place = f"to {config.export}" if config.export else "served on this machine"
+    images = f"{pluralize(len(explored[0].images), 'image')} {describe_classes(explored[0].label_names)}"
+    names = " and ".join(one for one in (config.autoencoder, config.compare) if one)
+    begin("explore", names, images, f"from {explored[0].origin}", str(explored[0].autoencoder.device), place)
+    if dry_run:
+        end_dry_run(config.export or "explore", "the page is there at once, its maps are measured meanwhile")
+        return
     models = PageModels(*(open_page_model(key, one) for key, one in zip("ab", explored)))
     if config.export is None:
         serve(models, config.port)
+        end("explore", "stopped; the same command starts it again")
     else:
         written = export_page(models, config.export, overwrite)
-        say(f"{config.export}: {written / 1e6:.1f} MB, opens in any browser")
+        end(config.export, f"{written / 1e6:.1f} MB, opens in any browser", open_page(config.export))
 
 
 def serve(models: PageModels, port: int) -> None:
@@ -372,11 +384,11 @@ class _Stopped(Exception):
     """The server ends."""
 
 
-def explore_until_stopped(config: ExploreConfig, *, overwrite: bool = False) -> int:
+def explore_until_stopped(config: ExploreConfig, *, overwrite: bool = False, dry_run: bool = False) -> int:
     """`ldm-vae explore`: as `explore`, but a signal ends the process at once. Returns: 0."""
     with StopRequest(at_once=True):
-        explore(config, overwrite=overwrite)
-        if config.export is None:
+        explore(config, overwrite=overwrite, dry_run=dry_run)
+        if config.export is None and not dry_run:
             sys.stdout.flush()
             os._exit(0)  # nothing is left to do, and an interpreter that ends around a thread inside torch may abort
     return 0
