@@ -381,12 +381,17 @@ def run_point(point: Point, run: Run, stopping: threading.Event | None = None, r
     """Train and evaluate one point, each only where it is missing or not of these settings."""
     if stopping is not None and stopping.is_set():
         return Outcome(point.name, "interrupted", "not started")
-    if is_trained(point) and is_evaluated(point) and is_diagnosed(point):
-        report(point, "was finished before")
-        return Outcome(point.name, "finished")
+    point.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    report(point, f"{describe_point(point)}; log {point.log}")
-    outcome = _made(point, run, report)
+    with point_lock(point.folder) as held:
+        if not held or is_training(point.autoencoder):
+            outcome = Outcome(point.name, "busy", "another launch works on it")
+        elif is_trained(point) and is_evaluated(point) and is_diagnosed(point):
+            report(point, "was finished before")
+            return Outcome(point.name, "finished")
+        else:
+            report(point, f"{describe_point(point)}; log {point.log}")
+            outcome = _made(point, run, report)
     detail = f": {outcome.detail}" if outcome.detail else ""
     report(point, f"{outcome.status} after {duration_text(time.monotonic() - started)}{detail}")
     return outcome
@@ -403,24 +408,21 @@ def describe_point(point: Point) -> str:
 
 
 def _made(point: Point, run: Run, report: Reporter) -> Outcome:
-    point.folder.mkdir(parents=True, exist_ok=True)
-    with point_lock(point.folder) as held:
-        if not held or is_training(point.autoencoder):
-            return Outcome(point.name, "busy", "another launch works on it")
-        if not is_trained(point):
-            write_text(point.folder / "train.yaml", configuration.to_yaml(point.train))
-            outcome = _outcome(point, run(["train-vae", str(point.folder / "train.yaml")], point.log))
-            if outcome is not None:
-                return outcome
-        if not is_evaluated(point):
-            report(point, "is measured")
-            write_text(point.folder / "evaluate.yaml", configuration.to_yaml(point.evaluate))
-            words = ["evaluate", str(point.folder / "evaluate.yaml"), "--overwrite"]
-            outcome = _outcome(point, run(words, point.log))
-            if outcome is not None:
-                return outcome
-        if not is_diagnosed(point):
-            run(diagnosis_words(point), point.log)  # without it, verdicts_of judges by the rate alone, and says so
+    """Run the commands that are missing, under the lock of the point."""
+    if not is_trained(point):
+        write_text(point.folder / "train.yaml", configuration.to_yaml(point.train))
+        outcome = _outcome(point, run(["train-vae", str(point.folder / "train.yaml")], point.log))
+        if outcome is not None:
+            return outcome
+    if not is_evaluated(point):
+        report(point, "is measured")
+        write_text(point.folder / "evaluate.yaml", configuration.to_yaml(point.evaluate))
+        words = ["evaluate", str(point.folder / "evaluate.yaml"), "--overwrite"]
+        outcome = _outcome(point, run(words, point.log))
+        if outcome is not None:
+            return outcome
+    if not is_diagnosed(point):
+        run(diagnosis_words(point), point.log)  # without it, verdicts_of judges by the rate alone, and says so
     return Outcome(point.name, "finished")
 
 
@@ -532,8 +534,8 @@ def steps_for(
 ) -> int:
     """Steps that take about `seconds` here, from the measured speed of one step of each phase.
 
-    Measured once and with `keep` written to `budget.json`, so a rerun has the same plan. Rough: one step is timed, and saving,
-    validation and the start of the program are not counted.
+    Measured once and with `keep` written to `budget.json`, so a rerun has the same plan. Rough: one step is timed, and
+    saving, validation and the start of the program are not counted.
 
     Args:
         speeds: the training's samples per second in each phase; None: `measured_speeds`.

@@ -77,9 +77,12 @@ class InfoConfig:
 
 
 def show_info(config: InfoConfig, *, dry_run: bool = False) -> dict[str, Any]:
-    """Print what a set is; nothing is written anyway. Returns and raises: see `describe`."""
+    """Print what a set is; `dry_run`: only that it is there. Returns and raises: see `describe`."""
     begin("latents info", config.latents, "its manifest and its index are read", error=config.json)
     values = describe(config.latents)
+    if dry_run:
+        end_dry_run(config.latents, "it takes a few seconds at most")
+        return values
     say(readable_json(values).rstrip("\n") if config.json else "\n".join(lines(values)))
     verify = ["ldm-vae", "latents", "verify", config.latents]
     if values["finished"]:

@@ -64,10 +64,11 @@ class RepairResult:
     """`whole`: everything is as it was written now; else something is left, which was printed."""
 
     whole: bool
+    dry_run: bool = False
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.whole else 1
+        return 0 if self.whole or self.dry_run else 1
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ def repair_all_sizes(config: RepairConfig, accelerator: Any, dry_run: bool = Fal
     if config.share is not None:
         raise UserError("share: has no effect here, all that is damaged is made by one job; leave it out")
     whole = [_repair_set(one, accelerator, dry_run) for _, one in config.of_each_size()]
-    return RepairResult(all(whole))
+    return RepairResult(all(whole), dry_run)
 
 
 def _repair_set(config: RepairConfig, accelerator: Any, dry_run: bool) -> bool:
     """The set of one size. Returns: whether it is whole now."""
     folder = cast(Folder, Sparing(open_folder(config.output)))
-    damage = run_on_main(accelerator, partial(_examine, config.output))
+    damage = run_on_main(accelerator, partial(_examine, config.output, dry_run))
     if not damage.any:
         return True
     _refuse_imported(damage, config.output)
@@ -176,7 +177,7 @@ def _refuse_imported(damage: Damage, where: str) -> None:
         raise UserError(where, "its latents were imported, there are no images to encode", instead)
 
 
-def _examine(location: str) -> Damage:
+def _examine(location: str, dry_run: bool) -> Damage:
     verification = verify(location, progress=True, command="latents repair")
     if verification.whole and not verification.finished:
         instead = f"run the same `{verification.command}` command again"
@@ -184,6 +185,8 @@ def _examine(location: str) -> Damage:
     if verification.findings:
         for line in verification.remarks():
             say(line)
+    elif dry_run:
+        end_dry_run(location, "the set is whole, so that nothing would be made; about the time of this verification")
     else:
         say_verification(verification)
     return _damage(verification, read_state(open_folder(location)))
