@@ -78,7 +78,8 @@ def _of_run(known: dict[str, Setting], given: dict[str, str], autoencoder: Path)
         return []
     found = []
     data = run.get("data")
-    if "data" in known and isinstance(data, dict) and not any(key.split(".")[0] == "data" for key in given):
+    takes_data = "data" in known and known["data"].kind == "group"  # a text in `explore`, which knows the run itself
+    if takes_data and isinstance(data, dict) and not any(key.split(".")[0] == "data" for key in given):
         names = {setting.key.removeprefix("data.") for setting in known["data"].settings}
         kept = {key: value for key, value in data.items() if key in names and key != "cache_megabytes"}
         found.append(Default("data", json.dumps(kept), path))

@@ -89,3 +89,9 @@ def test_what_was_taken_is_printed(run, tmp_path, capsys):
     command = cli.COMMANDS["encode"]
     cli.take_defaults(command, schema.read_schema(command.config), words, {})
     assert capsys.readouterr().err == f"data and resolution=128 from {run / 'config.yaml'}\n"
+
+
+def test_a_command_whose_data_is_a_text_takes_none_from_the_run(run, tmp_path, capsys):
+    words = ["explore", str(run), f"export={tmp_path / 'page.html'}", "--print-config"]
+    assert cli.main(words) == 0
+    assert "data: null" in capsys.readouterr().out

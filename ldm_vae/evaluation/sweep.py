@@ -27,8 +27,9 @@ from ldm_vae import provenance
 from ldm_vae.autoencoder.train_config import TrainVaeConfig, describe_phases
 from ldm_vae.errors import EXIT_INTERRUPTED, FolderLocked, UserError
 from ldm_vae.evaluation.reconstruction import FORMAT_VERSION, RESULTS, EvaluateConfig
-from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, StudyPlan, check_writable, enlarged_lines, read_json
+from ldm_vae.evaluation.study import MAY_CHANGE, Results, Study, StudyPlan, enlarged_lines, read_json
 from ldm_vae.files import write_json, write_text
+from ldm_vae.paths import check_writable
 from ldm_vae.storage import open_folder
 from ldm_vae.training.run_directory import METRICS
 from ldm_vae.utils.progress import Progress, beside, end_dry_run, inside, say

@@ -39,8 +39,9 @@ from ldm_vae.latents.format import (
 )
 from ldm_vae.latents.image_loader import ImageBatch
 from ldm_vae.latents.shard import Shard, no_space, write_shard
+from ldm_vae.paths import check_writable
 from ldm_vae.storage import open_folder
-from ldm_vae.storage.base import Folder
+from ldm_vae.storage.base import Folder, is_url
 from ldm_vae.training import watchdog
 from ldm_vae.utils.progress import say
 from ldm_vae.utils.text import pluralize
@@ -106,6 +107,8 @@ class Output:
         Raises:
             UserError: see `open`.
         """
+        if not is_url(self.where):
+            check_writable(Path(self.where))
         with self._writing():
             self._refuse_other_files()
             self._refuse_others((0, 1))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from ldm_vae import config as configuration
 from ldm_vae.errors import FolderLocked, UserError
 from ldm_vae.files import remove_leftovers, system_errors_explained, vanished, write_atomically, write_text
+from ldm_vae.paths import check_writable
 from ldm_vae.provenance import RUN_LOCK, RUN_RECORD
 from ldm_vae.storage import open_folder
 
@@ -118,6 +119,7 @@ class RunDirectory:
         Raises:
             UserError: the folder holds something else, a run with other settings, or one that is being trained.
         """
+        check_writable(self.path)
         self._refuse_other_files()
         if holder := open_folder(self.path).holder(RUN_LOCK):
             raise FolderLocked(self.path, f"{holder} is training here", WAIT, holder=holder)

@@ -337,8 +337,8 @@ def test_the_command(settings, source, tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--autoencoder", settings.autoencoder, "--resolution", "32"]) == 0
     said = capsys.readouterr().out
     assert "26 latent samples of 3x4x4 in 1 shard" in said
-    (shown,) = re.findall(r"made them; see it with `ldm-vae (latents decode .*)`", said)
+    (shown,) = re.findall(r"made them, look at some; next: ldm-vae (latents decode .*)", said)
     assert cli.main(shlex.split(shown)) == 0
-    assert (tmp_path / "sheet.png").exists()
+    assert Path(f"{settings.output}-sheet.png").exists()
     record = json.loads((Path(settings.output) / "run.json").read_text())
     assert (record["finished"], record["images"]) == (True, 26)

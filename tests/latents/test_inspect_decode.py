@@ -110,7 +110,10 @@ def test_the_command_writes_a_sheet(latents, autoencoder_directory, tmp_path, ca
     sheet = tmp_path / "sheet.png"
     words = ["latents", "decode", str(latents), "--autoencoder", str(autoencoder_directory), "--device", "cpu"]
     assert cli.main([*words, "--output", str(sheet), "--samples", "3,17"]) == 0
-    assert capsys.readouterr().out == f"3  a  a/006.png\n17  b  b/011.png\n{sheet}: 2 of 24 samples\n"
+    first, *shown, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("latents decode: 2 of 24 samples of ")
+    assert shown == ["3  a  a/006.png", "17  b  b/011.png"]
+    assert last.startswith(f"{sheet}: 2 of 24 samples; next: ldm-vae train-diffusion {latents} ")
     assert Image.open(sheet).width > 2 * 128
     for more, message in (
         (["--output", str(sheet)], "is there already; give another name, or --overwrite"),

@@ -107,7 +107,7 @@ def test_statistics_that_are_not_those_of_the_shards_are_named(copy, capsys):
     write_manifest(manifest.where, wrong)
     assert cli.main(["latents", "stats", str(copy)]) == 1
     out, error = capsys.readouterr()
-    assert out == ""
+    assert out.count("\n") == 1  # the first line
     assert error.count("\n") == 1
     assert f"channel 2 has std {std[2] * (1 + 1e-6)} in manifest.json and {std[2]}"[:60] in error
     assert "; `ldm-vae latents repair` rebuilds it" in error
@@ -194,7 +194,9 @@ def test_the_command_shows_a_table_and_a_page(kind, request, tmp_path, capsys):
     path, output = request.getfixturevalue(kind), tmp_path / "stats"
     assert cli.main(["latents", "stats", str(path), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
-    lines = shown.splitlines()
+    first, *lines, last = shown.splitlines()
+    assert first.startswith("latents stats: 24 of 24 samples of ")
+    assert last.startswith(f"{output}/index.html: statistics of 24 samples; next: python -m webbrowser ")
     assert max(map(len, lines[1:])) <= 110
     if kind == "latents":
         assert len({len(line) for line in lines[2:6]}) == 1  # columns stand below each other
