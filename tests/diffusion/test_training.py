@@ -376,7 +376,9 @@ def test_an_average_is_chosen_after_training(crop_run, tmp_path, capsys):
     assert written == [f"step-{step:09d}" for step in (2, 4, 6, 8)]
     capsys.readouterr()
     assert cli.main(["ema", str(crop_run), "--length", "0.1", "0.2", "0.02"]) == 0
-    said = capsys.readouterr().out.splitlines()
+    first, *said, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"model ema: {crop_run}; lengths 0.1, 0.2, 0.02 from 8 snapshots; ")
+    assert f"{crop_run}: the lowest loss is that of length " in last
     assert said[0].startswith("the run's own average (training.ema_decay): held-out flow loss ")
     own = float(said[0].rsplit(" ", 1)[1])
     assert own == pytest.approx(lines(crop_run)[-1]["held_out/flow"], abs=1e-4)
