@@ -207,9 +207,10 @@ EXPERIMENTS = {
             Variant("l1-lpips", ("loss.l1=1", "loss.perceptual=0.5")),
             Variant(
                 "l1-lpips-adversarial",
-                ("loss.l1=1", "loss.perceptual=0.5", "adversarial.loss=hinge", "adversarial.start=0.4",
+                ("loss.l1=1", "loss.perceptual=0.5", "adversarial.loss=hinge", "adversarial.start=0.2",
                  "adversarial.warmup=0.1", "adversarial.ramp=0.1", "adversarial.width=32",
-                 "adversarial.strength=0.3"),
+                 "adversarial.strength=0.1", "adversarial.learning_rate=1.0e-3", "adversarial.r1=0.01",
+                 "adversarial.augment=false"),
             ),
         ),
         "l1",
