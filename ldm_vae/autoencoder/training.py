@@ -38,11 +38,12 @@ from ldm_vae.autoencoder.train_config import (
 )
 from ldm_vae.config import plain_settings
 from ldm_vae.data import transforms
-from ldm_vae.data.samples import enlarged_sentences
+from ldm_vae.data.samples import ImageSamples, enlarged_sentences
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory, write_checksums
 from ldm_vae.metrics import codebook_usage
 from ldm_vae.random import generator, numpy_rng
+from ldm_vae.training.distributed import check_same_data
 from ldm_vae.training.loader import Batch
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.trainer import DryRun, Engine, fit, make_accelerator
@@ -81,6 +82,8 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     config = plain_settings(config)
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, None if dry_run else Path(config.output))
+    if isinstance(samples, ImageSamples):
+        check_same_data(accelerator, samples.source.fingerprint())
     writes = accelerator.is_main_process and not dry_run
     run_directory = RunDirectory(config.output, config, main_process=writes)
     begin(

@@ -57,6 +57,7 @@ from ldm_vae.latents.format import read_manifest
 from ldm_vae.paths import PICTURE, PIPELINE
 from ldm_vae.runtime import compute_device
 from ldm_vae.storage import open_folder
+from ldm_vae.training.distributed import run_on_main
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, say
 from ldm_vae.utils.text import duration_text, pluralize
@@ -68,6 +69,8 @@ SHEET = "sheet.png"
 PAIRS = "neighbours.png"
 SHEET_IMAGES = 120
 COMPARED_LATENTS = 2048
+VISIBLE_SECONDS = 60.0
+"""In which a file that another process wrote must show on a network disk."""
 PNG_KEY = "parameters"
 HOW_ONLY = ("model", "output", "size", "batch", "device", "neighbours")
 """Settings that do not decide the pixels, or that the parameters of an image hold in another form."""
@@ -202,8 +205,12 @@ def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool =
     enlarged = Enlarged()
     init = read_input(config, *size, pipeline.autoencoder.downsampling, enlarged)
     images = plan_images(config, pipeline.labels)
-    finished = check_folder(folder, parameters, images, overwrite)
-    finished = finished and (training is None or (folder / PAIRS).exists())
+
+    def is_finished() -> bool:
+        found = check_folder(folder, parameters, images, overwrite)
+        return found and (training is None or (folder / PAIRS).exists())
+
+    finished = run_on_main(state, is_finished)  # before anything in the folder changes
     if state.is_main_process:
         warn_of_unused_labels(parameters["guidance"])
         begin("generate", *_described(config, parameters, images), str(device), f"to {folder}")
@@ -211,22 +218,24 @@ def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool =
         seconds = len(images) * seconds_an_image(pipeline, images, config, parameters, init)
         end_dry_run(folder, "all images are there" if finished else f"about {duration_text(seconds)}")
         return GenerationResult(folder, len(images), 0, 0.0, None)
-    state.wait_for_everyone()  # before the first one changes the folder
     copies = None
     advice = "finished images stay, and the same command makes the others"
     with contextlib.ExitStack() as stack, system_errors_explained(folder, advice):
-        if state.is_main_process and not finished:
+
+        def take() -> list[int]:
+            """Lock the folder; the numbers of the images to make. No other process looks for itself what is there."""
             stack.enter_context(open_folder(folder).lock(provenance.RUN_LOCK))
             check_folder(folder, parameters, images, overwrite)  # another call may have been here meanwhile
             prepare_folder(folder, overwrite)
             provenance.write_run_record(folder, None, started, 0, finished=False, parameters=parameters)
-        state.wait_for_everyone()
-        missing = [image for image in images if not image.path.exists()]
-        mine = missing[state.process_index :: state.num_processes]
+            return [image.index for image in images if not image.path.exists()]
+
+        missing = [] if finished else run_on_main(state, take)
+        mine = [images[index] for index in missing[state.process_index :: state.num_processes]]
         sampling = time.time()
         make_images(pipeline, mine, config, parameters, init, show=state.is_main_process)
         speed = len(mine) / (time.time() - sampling) if mine else 0.0
-        state.wait_for_everyone()
+        run_on_main(state, lambda: check_images_there(folder, images, VISIBLE_SECONDS * (state.num_processes > 1)))
         if state.is_main_process and not finished:
             record: dict[str, Any] = {"images": len(images), **enlarged_record(enlarged)}
             if mine:
@@ -518,6 +527,26 @@ def check_folder(folder: Path, parameters: Mapping[str, Any], images: Sequence[P
     return bool(record.get("finished")) and all(image.path.exists() for image in images)
 
 
+def check_images_there(folder: Path, images: Sequence[PlannedImage], patience_seconds: float) -> None:
+    """Raises: UserError where an image is not there after `patience_seconds`, with how many."""
+    absent = [image.path.name for image in images if not becomes_visible(image.path, patience_seconds)]
+    if absent:
+        is_missing = "is" if len(absent) == 1 else "are"
+        raise UserError(
+            folder,
+            f"{len(absent)} of the {pluralize(len(images), 'image')} {is_missing} missing, {absent[0]} among them",
+            "run the same command again; several processes need one folder that all of them see",
+        )
+
+
+def becomes_visible(path: Path, seconds: float) -> bool:
+    """Whether the file is there, or appears in that time: network disks show what others wrote a while later."""
+    end = time.monotonic() + seconds
+    while not (there := path.exists()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return there
+
+
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
     remove_leftovers(folder)
@@ -544,7 +573,8 @@ def make_images(
         for first in range(0, len(images), config.batch):
             batch = images[first : first + config.batch]
             made = draw_images(pipeline, batch, config, parameters, init, callback_on_step_end=progress)
-            if not (batch[0].path.parent / provenance.RUN_RECORD).exists():
+            seconds = 0 if first or show else VISIBLE_SECONDS
+            if not becomes_visible(batch[0].path.parent / provenance.RUN_RECORD, seconds):
                 raise vanished()
             for planned, image in zip(batch, made):
                 save_png(image, planned, parameters)

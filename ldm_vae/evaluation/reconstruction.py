@@ -63,7 +63,7 @@ from ldm_vae.evaluation.study import Content, Results, Study, StudyPlan, check_r
 from ldm_vae.metrics import psnr
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device
-from ldm_vae.training.distributed import Processes, joined_processes
+from ldm_vae.training.distributed import Processes, check_same_data, joined_processes
 from ldm_vae.utils.image_grid import plain_grid, side_by_side
 from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
 from ldm_vae.utils.text import duration_text, markdown_table, pluralize
@@ -214,6 +214,7 @@ class Evaluation(Study):
 
     def collect(self) -> None:
         config = self.config
+        check_same_data(self.processes, f"{self.evaluated.fingerprint()} {self.fitted.fingerprint()}")
         chosen = evenly_spaced(len(self.fitted), config.baseline_images)
         klt = fit_baseline(self.fitted, chosen, config.resolution, self.autoencoder.downsampling, self.processes)
         self.measurer = _measurer(config, self.autoencoder, klt, self.device)
@@ -431,7 +432,7 @@ def measure_images(measurer: Measurer, source: ImageSource, indices: list[int], 
     share = _progress(processes, units, "evaluating")
     found = [(number, measurer.measure(source, unit, shown)) for number, unit in share]
     whole = Unit()
-    for unit in processes.gather(found):
+    for unit in processes.gather(found, len(units)):
         whole.extend(unit)
     return whole
 
@@ -445,7 +446,7 @@ def fit_baseline(
     for number, unit in _progress(processes, units, "linear baseline"):
         _, images = read_crops(source, unit, resolution, [], [])
         found.append((number, None if images is None else block_moments(images, block)))
-    return solve_klt((moments for moments in processes.gather(found) if moments is not None), block)
+    return solve_klt((moments for moments in processes.gather(found, len(units)) if moments is not None), block)
 
 
 def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:

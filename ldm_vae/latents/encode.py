@@ -44,6 +44,7 @@ from ldm_vae.storage.base import is_url, join
 from ldm_vae.training import watchdog
 from ldm_vae.training.distributed import (
     TIMEOUT_SECONDS,
+    check_same_data,
     check_timeout,
     close_accelerator,
     open_accelerator,
@@ -332,6 +333,8 @@ def prepare(
                 f"take {below or factor} or {below + factor}"
             )
     images = like.images if like else open_images(config.data, config.part, partial(run_on_main, accelerator))
+    if like is None:
+        check_same_data(accelerator, images.fingerprint())
     origin = plan_origin(config, autoencoder, images, size)
     return Job(config, accelerator, autoencoder.to(accelerator.device), images, size, origin)
 

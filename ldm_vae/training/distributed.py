@@ -222,6 +222,33 @@ def run_on_main(place: Place, decide: Callable[[], Answer]) -> Answer:
     return answer[0]
 
 
+def check_same_data(place: Place, fingerprint: str, where: str = "data") -> None:
+    """Every process must have the same data, or shares of it would overlap and leave out others.
+
+    Args:
+        place: where this process stands.
+        fingerprint: of the data as this process sees it.
+        where: the setting that names the data.
+
+    Raises:
+        UserError: in every process, where they differ.
+    """
+    if place.num_processes == 1:
+        return
+    from torch import distributed
+
+    found: list[Any] = [None] * place.num_processes
+    wait_for_all(place)
+    distributed.all_gather_object(found, fingerprint, group=patient_group())
+    if len(set(found)) > 1:
+        others = ", ".join(str(rank) for rank, one in enumerate(found) if one != found[0])
+        raise UserError(
+            where,
+            f"process {others} and process 0 see other files",
+            "give all machines the same data, and start again when no program is writing it",
+        )
+
+
 # Processes that measure together, each its share of the work, without an accelerator.
 
 
@@ -241,15 +268,27 @@ class Processes:
         """(number, unit) of the units that are this process's."""
         return [pair for pair in enumerate(units) if pair[0] % self.num_processes == self.process_index]
 
-    def gather(self, found: list[tuple[int, Item]]) -> list[Item]:
-        """What all processes found for their units, in the order of the units, on every process."""
+    def gather(self, found: list[tuple[int, Item]], count: int) -> list[Item]:
+        """What all processes found for their units, in the order of the units, on every process.
+
+        Args:
+            found: (number, result) of each unit of this process's share.
+            count: of the units of all processes.
+
+        Raises:
+            UserError: a unit has no result, or two.
+        """
         parts = [found]
         if self.num_processes > 1:
             from torch import distributed
 
             parts = [[] for _ in range(self.num_processes)]
             distributed.all_gather_object(parts, found)
-        return [item for _, item in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+        pairs = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+        if [number for number, _ in pairs] != list(range(count)):
+            what = f"{len({number for number, _ in pairs})} of {count} parts of the work have one result"
+            raise UserError("processes", what, "give every process the same settings and data, and run it again")
+        return [item for _, item in pairs]
 
     def compute_device(self, name: str) -> torch.device:
         """The device called `name`; several processes on one machine each get their own GPU."""

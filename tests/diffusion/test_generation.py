@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 
 from ldm_vae import cli
+from ldm_vae.diffusion import generation
 from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, GenerationResult, generate
 from ldm_vae.errors import UserError
 from ldm_vae.utils.image_grid import label_cycle, labeled_sheet
+from tests.diffusion import late
 
 
 def config(saved: Path, **changes: object) -> GenerateConfig:
@@ -329,6 +331,31 @@ def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_shares_do_not_depend_on_when_a_process_looks(saved: Path, tmp_path: Path) -> None:
+    """Where each process listed the folder itself, the late one left out what the other had made meanwhile."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", late.__file__]
+    out, answers = tmp_path / "out", tmp_path / "answers"
+    answers.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(late.__file__).parents[2])}
+    subprocess.run([*launch, str(saved), str(out), str(answers)], check=True, timeout=240, env=environment)
+    assert len(pixels(out)) == 6
+    assert [path.read_text() for path in sorted(answers.iterdir())] == ["True 3", "True 3"]
+    assert json.loads((out / "run.json").read_text())["finished"]
+
+
+def test_an_image_that_is_not_there_is_not_called_finished(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = generation.save_png
+    monkeypatch.setattr(generation, "save_png", lambda *words: write(*words) if words[1].index != 2 else None)
+    with pytest.raises(UserError, match=r"1 of the 4 images is missing, 0002_\S+ among them; run the same command"):
+        make(config(saved, count=4), tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+    monkeypatch.undo()
+    assert make(config(saved, count=4), tmp_path / "out").made == 1
 
 
 def test_sheets() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.latents.encode import EncodeConfig
-from ldm_vae.training.distributed import exit_code
+from ldm_vae.training.distributed import Processes, exit_code
 from ldm_vae.training.trainer import TrainingConfig
 
 
@@ -32,3 +32,20 @@ def test_no_time_to_wait_is_refused(config):
 )
 def test_a_process_that_leaves_the_others_keeps_its_exit_code(failure, code):
     assert exit_code(failure) == code
+
+
+@pytest.mark.parametrize(
+    ("found", "ended"),
+    [
+        ([(1, "b"), (0, "a")], ["a", "b"]),
+        ([(0, "a")], None),
+        ([(0, "a"), (0, "a")], None),
+        ([(0, "a"), (2, "c")], None),
+    ],
+)
+def test_work_is_counted_before_it_is_called_done(found, ended):
+    if ended is None:
+        with pytest.raises(UserError, match="of 2 parts of the work have one result"):
+            Processes().gather(found, 2)
+    else:
+        assert Processes().gather(found, 2) == ended
