@@ -9,14 +9,16 @@ for the class of an autoencoder. Sizes that f does not divide are padded by repl
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_vae import runtime
 
@@ -26,7 +28,6 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ldm_vae.autoencoder import weights
 from ldm_vae.autoencoder.weight_files import SavedCompletely
@@ -40,6 +41,9 @@ DETERMINISTIC_LOGVAR = -30.0
 
 LARGEST_PIXEL = 1.01
 """Of images in [-1, 1], rounding in half precision included."""
+
+GROUP_OFFLOADING = "group_offloading"
+"""The name of diffusers' hook."""
 
 DEFAULT_CONTEXT = 8
 """Latent positions around its own that a pixel is taken to depend on, where they cannot be counted."""
@@ -83,6 +87,50 @@ class AutoencoderSettings:
         return tuple(self.fsq_levels or (8, 5, 5, 5))
 
 
+def called_like_forward(method: Callable[..., Any]) -> Any:
+    """Let the hooks of offloading on a model run for another method than `forward`.
+
+    `enable_model_cpu_offload` and `enable_sequential_cpu_offload` set accelerate's hook, group offloading that of
+    diffusers, whose own decorator for `encode` and `decode` knows accelerate's alone.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group = None if vars(self).get("_group_is_here") else _group_hook(self)
+        hook: Any = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+        if group is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = group.pre_forward(self, *args, **kwargs)
+        self._group_is_here = True  # for what this method calls
+        try:
+            return group.post_forward(self, method(self, *args, **kwargs))
+        finally:
+            self._group_is_here = False
+
+    wrapper._called_like_forward = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+@contextlib.contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside, the offloaded weights of a module that is read and not called are on its device."""
+    hooks = [hook for hook in (getattr(module, "_hf_hook", None), _group_hook(module)) if hook is not None]
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(GROUP_OFFLOADING)
+
+
 class Decoded(NamedTuple):
     """What a training pass gets from the decoder.
 
@@ -116,6 +164,9 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         super().__init_subclass__(**kwargs)
         # diffusers looks for `ModelMixin` in the module that a saved pipeline names for its autoencoder
         vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
+        for name in ("encode", "decode"):  # those of diffusers, too
+            if not hasattr(method := getattr(cls, name), "_called_like_forward"):
+                setattr(cls, name, called_like_forward(method))
 
     @classmethod
     def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
@@ -189,13 +240,13 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         """Latents (n, c, h, w) -> images (n, 3, fh, fw), about [-1, 1], not clamped."""
         return self.decoder(z)
 
-    @apply_forward_hook
+    @called_like_forward
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
         """Images (n, 3, h, w) in [-1, 1] -> posterior over latents (n, c, h/f, w/f). h and w divisible by f."""
         posterior = self.posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    @apply_forward_hook
+    @called_like_forward
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         """Latents (n, c, h, w) -> images (n, 3, fh, fw), about [-1, 1], not clamped."""
         image = self.image(z)

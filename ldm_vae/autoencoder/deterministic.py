@@ -17,7 +17,7 @@ runtime.repair_torchvision()
 import diffusers
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-from ldm_vae.autoencoder.base import Autoencoder, deterministic_posterior
+from ldm_vae.autoencoder.base import Autoencoder, called_like_forward, deterministic_posterior, weights_at_hand
 
 
 class DeterministicAdapter:
@@ -56,9 +56,16 @@ class VQModel(DeterministicAdapter, diffusers.VQModel, Autoencoder):
         """Number of codes."""
         return int(self.config.num_vq_embeddings)
 
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Latents (n, c, h, w) -> images; quantizes first. diffusers reads the codebook's weight from outside."""
+        with weights_at_hand(self.quantize.embedding):
+            return super().decode(*args, **kwargs)
+
+    @called_like_forward
     def quantized(self, latents: Tensor) -> Tensor:
         """The nearest codes."""
-        return self.quantize(latents)[0]
+        with weights_at_hand(self.quantize.embedding):
+            return self.quantize(latents)[0]
 
 
 ADAPTED: dict[str, Any] = {adapter.__name__: adapter for adapter in (AutoencoderTiny, AutoencoderDC, VQModel)}

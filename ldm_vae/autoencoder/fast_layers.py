@@ -66,7 +66,15 @@ class FoldedUpsample2D(Upsample2D):
         if output_size is not None or hidden_states.device.type != "cpu" or not only_values():
             return super().forward(hidden_states, output_size, *args, **kwargs)
         layer: Any = self.conv
-        return upsampled_convolution(hidden_states, layer.weight, layer.bias)
+        return layer(hidden_states, doubled=True)
+
+
+class FoldedConvolution(nn.Conv2d):
+    """The convolution of a `FoldedUpsample2D`, which takes its weight itself: only then is an offloaded one there."""
+
+    def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
+        """(n, c, h, w) -> (n, o, h, w); `doubled`: -> (n, o, 2h, 2w), with the upsampling before it."""
+        return upsampled_convolution(input, self.weight, self.bias) if doubled else super().forward(input)
 
 
 def can_be_folded(layer: nn.Module) -> bool:
@@ -85,7 +93,7 @@ def prepare_for_inference(model: Model) -> Model:
     """The same module: channels_last, upsampling folded into convolutions. It can still train."""
     for layer in model.modules():
         if can_be_folded(layer):
-            layer.__class__ = FoldedUpsample2D
+            layer.__class__, layer.conv.__class__ = FoldedUpsample2D, FoldedConvolution
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

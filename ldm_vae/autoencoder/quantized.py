@@ -23,9 +23,15 @@ runtime.repair_torchvision()
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings, Decoded, deterministic_posterior
+from ldm_vae.autoencoder.base import (
+    Autoencoder,
+    AutoencoderSettings,
+    Decoded,
+    called_like_forward,
+    deterministic_posterior,
+    weights_at_hand,
+)
 from ldm_vae.autoencoder.wavelet import Decoder, Encoder
 from ldm_vae.errors import UserError
 
@@ -168,6 +174,7 @@ class AutoencoderQuantized(Autoencoder):
         """
         return self._quantize(latents, update=self.training and self.config.codebook == "ema")
 
+    @called_like_forward
     def _quantize(self, latents: Tensor, update: bool) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
@@ -176,13 +183,18 @@ class AutoencoderQuantized(Autoencoder):
                 return Quantized(codes, {}, indices.long())
             by_gradient = self.config.codebook == "rotation"
             # before the search, which moves an averaged codebook
-            codebook = self.quantizer.codebook if by_gradient else self.quantizer.codebook.clone()
+            codebook = self._codebook() if by_gradient else self._codebook().clone()
             indices = self._search(latents, update)
             codes = F.embedding(indices, codebook.float()).permute(0, 3, 1, 2)
             losses = {"commitment": F.mse_loss(latents, codes.detach())}
             if by_gradient:
                 losses["codebook"] = F.mse_loss(codes, latents.detach())
             return Quantized(pass_gradient(latents, codes.detach(), rotate=by_gradient), losses, indices)
+
+    def _codebook(self) -> Tensor:
+        """The codes (codebook_size, c), also of a model whose weights are offloaded."""
+        with weights_at_hand(self.quantizer._codebook):
+            return self.quantizer.codebook
 
     @torch.no_grad()
     def _search(self, latents: Tensor, update: bool) -> Tensor:
@@ -203,13 +215,15 @@ class AutoencoderQuantized(Autoencoder):
             raise ValueError(f"decode_indices: the codes are not all from 0 to {self.codebook_size - 1}")
         return self.decode(self.codes(indices), force_not_quantize=True, return_dict=return_dict)
 
+    @called_like_forward
     def codes(self, indices: Tensor) -> Tensor:
         """Codes (n, h, w) -> quantized latents (n, c, h, w), float32."""
         if self.config.kind == "fsq":
-            return self.quantizer.indices_to_codes(indices).float()
-        return F.embedding(indices, self.quantizer.codebook.float()).permute(0, 3, 1, 2)
+            with weights_at_hand(self.quantizer):
+                return self.quantizer.indices_to_codes(indices).float()
+        return F.embedding(indices, self._codebook().float()).permute(0, 3, 1, 2)
 
-    @apply_forward_hook
+    @called_like_forward
     def decode(self, z: Tensor, return_dict: bool = True, force_not_quantize: bool = False) -> DecoderOutput | tuple:
         """Latents (n, c, h, w) -> images (n, 3, 8h, 8w), about [-1, 1], not clamped. Changes no codebook.
 

@@ -140,16 +140,31 @@ class Stage(nn.Module):
         return x
 
 
+class HalvingConvolution(nn.Conv2d):
+    """A 1x1 convolution of unshuffled pixels, which also takes the pixels themselves: then it is of stride 2.
+
+    It reads its weight in its own forward pass only: offloading brings the weight there when it is called.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, 4c, h/2, w/2), or (n, c, h, w) -> (n, o, h/2, w/2)."""
+        if input.shape[1] == self.in_channels:
+            return super().forward(input)
+        kernel = self.weight.view(len(self.weight), -1, 2, 2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(input, kernel, self.bias, stride=2)
+
+
 class Halving(nn.Sequential):
     """A pixel-unshuffle by 2 and a 1x1 convolution; without gradients, the 2x2 convolution of stride 2 they are."""
 
+    def __init__(self, inputs: int, outputs: int) -> None:
+        layer = convolution(4 * inputs, outputs, kernel=1)
+        layer.__class__ = HalvingConvolution
+        super().__init__(nn.PixelUnshuffle(2), layer)
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, o, h/2, w/2)."""
-        if not only_values():
-            return super().forward(x)
-        layer: Any = self[1]
-        kernel = layer.weight.view(len(layer.weight), -1, 2, 2).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, kernel, layer.bias, stride=2)
+        return self[1](x) if only_values() else super().forward(x)
 
 
 class Encoder(nn.Module):
@@ -175,7 +190,7 @@ class Encoder(nn.Module):
             if level == 0:
                 resample: nn.Module = convolution(previous, width)
             else:
-                resample = Halving(nn.PixelUnshuffle(2), convolution(4 * previous, width, kernel=1))
+                resample = Halving(previous, width)
             stages.append(Stage(resample, width, count, "zeros"))
             previous = width
         self.stages = nn.ModuleList(stages)
