@@ -10,6 +10,7 @@ of diffusers (`encoder.down_blocks.0.resnets.0.conv1`), and the settings of both
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections import Counter
@@ -39,16 +40,31 @@ UNKNOWN_SAMPLE_SIZE = 256
 """Pixels; diffusers uses it for tiling only."""
 
 
+NORMALIZATION = ("shift_factor", "latents_mean", "latents_std")
+METADATA = "latents"
+"""Key of the same numbers in the safetensors files that are written here, which have a YAML beside them or not."""
+
+
 @dataclass(frozen=True)
 class CompVisSettings:
     """What a checkpoint file does not say and an LDM configuration does.
 
     scaling_factor: `model.params.scale_factor`, 1.0 where the configuration states none.
     resolution: `ddconfig.resolution` in pixels.
+    shift_factor, latents_mean, latents_std: as diffusers has them; a diffusion model sees
+        (latents - shift_factor) * scaling_factor.
     """
 
     scaling_factor: float | None = None
     resolution: int | None = None
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def normalization(self) -> dict[str, Any]:
+        """What is known beside the scale, by diffusers' names."""
+        known = {name: getattr(self, name) for name in NORMALIZATION}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Autoencoder, list[str]]:
@@ -56,13 +72,14 @@ def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Au
 
     Args:
         path: a .ckpt or .safetensors file, of the autoencoder alone or of a whole model.
-        config: the YAML of the original repository; its scale_factor and resolution are taken.
+        config: the YAML of the original repository; its scale_factor, shift_factor, latents_mean, latents_std and
+            resolution are taken. Without it, what a file that was written here says of them.
 
     Raises:
         UserError: the file is unsafe or damaged, or the model cannot be expressed in diffusers.
     """
     foreign = read_foreign(Path(path))
-    settings = read_settings(Path(config)) if config else CompVisSettings()
+    settings = read_settings(Path(config)) if config else stated_settings(Path(path))
     try:
         model = model_from_tensors(foreign.tensors, settings)
     except UserError as error:
@@ -96,6 +113,7 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
             f"missing {_some(missing)}, unknown {_some(unknown)}"
         )
     model_class: Any = VQModel if architecture.is_quantized else AutoencoderKL
+    config |= _checked_normalization(settings, architecture)
     asked, held = count_numbers(lambda: model_class(**config)), sum(tensor.numel() for tensor in tensors.values())
     if asked > 2 * held:  # before memory is taken; smaller differences are named below
         raise UserError(f"the tensors hold {held} numbers, the architecture that they describe has {asked}")
@@ -111,6 +129,61 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
         raise UserError(f"shapes do not fit the architecture that the others describe: {shapes[:300]}") from error
     check_finite(state, "the model")
     return adapted(model.eval().requires_grad_(False))
+
+
+def _checked_normalization(settings: CompVisSettings, architecture: Architecture) -> dict[str, Any]:
+    """Raises: UserError for numbers that the diffusers class cannot hold."""
+    known = settings.normalization()
+    if known and architecture.is_quantized:
+        raise UserError(f"--config: {next(iter(known))} has no place in diffusers' VQModel; remove it there")
+    for name in ("latents_mean", "latents_std"):
+        if name in known and len(known[name]) != architecture.z_channels:
+            raise UserError(
+                f"--config: {name} has {len(known[name])} numbers for {architecture.z_channels} latent channels; "
+                "give the configuration of this model"
+            )
+    return known
+
+
+def settings_of(model: Any) -> CompVisSettings:
+    """What the configuration of a diffusers model says, to be written beside its tensors."""
+    config = model.config
+    size = config.sample_size if isinstance(config.sample_size, int) else UNKNOWN_SAMPLE_SIZE
+    return _settings(dict(config), size, "the model")
+
+
+def stated_settings(path: Path) -> CompVisSettings:
+    """What a safetensors file that was written here says of itself; nothing for others."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return CompVisSettings()
+    check_tensor_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            values = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return _settings(dict(values), None, str(path))
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: is not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _settings(values: Mapping[str, Any], resolution: Any, where: str) -> CompVisSettings:
+    """From values under diffusers' names, or LDM's `scale_factor`. Raises: UserError for what is no number."""
+    numbers: dict[str, Any] = {"scaling_factor": values.get("scale_factor", values.get("scaling_factor"))}
+    numbers |= {name: values.get(name) for name in NORMALIZATION} | {"resolution": resolution}
+    found: dict[str, Any] = {}
+    for name, value in numbers.items():
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            if value is not None and name.startswith("latents_"):
+                found[name] = tuple(float(one) for one in value)
+            elif value is not None:
+                found[name] = int(value) if name == "resolution" else float(value)
+        except (TypeError, ValueError) as error:
+            called = "scale_factor" if name == "scaling_factor" else name
+            raise UserError(f"{where}: {called} {value!r} is not a number; correct it") from error
+    return CompVisSettings(**found)
 
 
 def tensors_from_model(model: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -134,20 +207,21 @@ def architecture_of(model: Any) -> Architecture:
 
 
 def read_settings(path: Path) -> CompVisSettings:
-    """scale_factor and resolution of an LDM configuration file. Raises: UserError when it is not one."""
+    """What an LDM configuration file says, or the config.json of a diffusers model. Raises: UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the YAML configuration of the original repository")
     values = configuration.read_yaml(path)
+    if "_class_name" in values:
+        return _settings(values, values.get("sample_size"), str(path))
     parameters = _mapping(_mapping(values, "model"), "params")
     if not parameters:
         raise UserError(f"{path}: has no model.params, so it is not an LDM configuration; leave --config out")
     stage = _mapping(_mapping(parameters, "first_stage_config"), "params") or parameters
-    scale = parameters.get("scale_factor", values.get("scale_factor"))
-    resolution = _mapping(stage, "ddconfig").get("resolution")
-    try:
-        return CompVisSettings(None if scale is None else float(scale), None if resolution is None else int(resolution))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: scale_factor {scale!r} or resolution {resolution!r} is not a number") from error
+    details = _mapping(stage, "ddconfig")
+    stated: dict[str, Any] = {}
+    for place in (details, stage, values, parameters):  # the outermost of the model wins
+        stated |= {name: place[name] for name in ("scale_factor", "scaling_factor", *NORMALIZATION) if name in place}
+    return _settings(stated, details.get("resolution"), str(path))
 
 
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -446,8 +520,9 @@ class Architecture:
             return config | {"num_vq_embeddings": self.codebook_entries, "vq_embed_dim": self.embed_dim}
         return config | {"use_quant_conv": self.quant_conv, "use_post_quant_conv": self.post_quant_conv}
 
-    def compvis_config(self, sample_size: int, scaling_factor: float) -> dict[str, Any]:
+    def compvis_config(self, settings: CompVisSettings) -> dict[str, Any]:
         """The settings in the form of the published LDM configurations (`model.params.ddconfig`)."""
+        sample_size = settings.resolution or UNKNOWN_SAMPLE_SIZE
         attention = sorted({sample_size // 2**level for level in (*self.down_attention, *self.up_attention)})
         base = self.widths[0]
         parameters: dict[str, Any] = {
@@ -470,10 +545,11 @@ class Architecture:
         if self.is_quantized:
             parameters["n_embed"] = self.codebook_entries
         parameters["lossconfig"] = {"target": "torch.nn.Identity"}  # theirs is for training
-        kind = "VQModel" if self.is_quantized else "AutoencoderKL"
+        kind, known = "VQModel" if self.is_quantized else "AutoencoderKL", settings.normalization()
         return {
             "model": {"target": f"ldm.models.autoencoder.{kind}", "params": parameters},
-            "scale_factor": scaling_factor,
+            "scale_factor": 1.0 if settings.scaling_factor is None else settings.scaling_factor,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in known.items()},
         }
 
     def tensor_names(self) -> dict[str, str]:

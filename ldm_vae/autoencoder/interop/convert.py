@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 import warnings
@@ -25,11 +26,12 @@ import diffusers
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.interop.compvis import (
-    UNKNOWN_SAMPLE_SIZE,
+    METADATA,
     Opened,
     architecture_of,
     fold_normalizer,
     open_autoencoder,
+    settings_of,
     tensors_from_model,
 )
 from ldm_vae.autoencoder.lineage import RECORD as TRAINING
@@ -184,17 +186,21 @@ def _write_compvis(model: Any, target: Path, conversion: Conversion, record: dic
 
     tensors = tensors_from_model(model, conversion.prefix)
     tensors = {name: tensor.to(DTYPES[conversion.precision]) for name, tensor in tensors.items()}
+    settings = settings_of(model)
+    stated = {"scaling_factor": settings.scaling_factor, **settings.normalization()}
     metadata = {"format": "pt", "fingerprint": record["source"]["fingerprint"], "precision": conversion.precision}
+    metadata[METADATA] = json.dumps(stated)
     write_atomically(target, lambda path: save_file(tensors, path, metadata=metadata))
     target.chmod(target.parent.stat().st_mode & 0o666)
     architecture = architecture_of(model)
     if not (architecture.quant_conv and architecture.post_quant_conv):
-        record["notes"].append("no YAML was written: LDM's classes always have quant_conv, this model has none")
+        listed = ", ".join(f"{name} {value}" for name, value in stated.items())
+        record["notes"].append(
+            f"no YAML was written: LDM's classes always have quant_conv, this model has none; its {listed}"
+        )
         return
-    sample_size = model.config.sample_size
-    size = sample_size if isinstance(sample_size, int) else UNKNOWN_SAMPLE_SIZE
-    settings = architecture.compvis_config(size, float(model.config.scaling_factor))
-    write_text(target.with_suffix(".yaml"), OmegaConf.to_yaml(OmegaConf.create(settings)))
+    values = architecture.compvis_config(settings)
+    write_text(target.with_suffix(".yaml"), OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 # An autoencoder for programs without this package: encoder and decoder as ONNX or TorchScript, and config.json.
