@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ldm_vae.errors import UserError
 from ldm_vae.files import system_errors_explained
+from ldm_vae.redaction import check_no_password
 from ldm_vae.storage.base import is_url, local_path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -116,6 +117,9 @@ def check_places(command: str, values: Mapping[str, Iterable[str]], shown: Mappi
         shown: the config's own key -> its name on the command line, where that is another one.
     """
     for key, texts in values.items():
+        for text in texts:
+            check_no_password(text, shown.get(key, key))
+    for key, texts in values.items():
         place = PLACES.get(f"{command} {key}", PLACES.get(key))
         name = shown.get(key, key)
         for text in texts:
@@ -131,11 +135,15 @@ def check_places(command: str, values: Mapping[str, Iterable[str]], shown: Mappi
 def check_writable(folder: Path) -> None:
     """That files can be made in a folder, or in what it would be made in; nothing is left there.
 
+    A folder with something in it is not tried: it may hold the finished result, which is read from a read-only disk too.
+
     Raises:
         UserError: naming what the system objects to.
     """
     with system_errors_explained(folder, "give another output folder"):
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if existing == folder and any(os.scandir(folder)):
+            return
         tempfile.TemporaryFile(dir=existing).close()
 
 

@@ -167,7 +167,7 @@ def test_options_for_autoencoders_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(words) == EXIT_USER_ERROR
     assert "channels: has no effect with to=diffusers-pipeline" in capsys.readouterr().err
     assert cli.main(words[:-2]) == EXIT_USER_ERROR
-    assert "holds no model_index.json" in capsys.readouterr().err
+    assert "is empty; give a finished run of `ldm-vae train-diffusion`" in capsys.readouterr().err
     assert not (tmp_path / "stock").exists()
 
 

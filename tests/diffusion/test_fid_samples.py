@@ -145,7 +145,7 @@ def test_training_measures_when_it_is_due(
         f"output={tmp_path}", f"latents={latents}", f"autoencoder={autoencoder_directory}", "unet.preset=tiny",
         "unet.widths=[32]", "steps=5", "batch=4", "held_out=0.3", "neighbours=0", "kid.samples=100", "kid.every=2",
         "training.validate_every=1", "training.precision=fp32", "training.workers=0", "training.device=cpu",
-        "training.tracker=none", "training.log_every=1", "ema.snapshots=0",
+        "training.tracker=none", "training.log_every=1", "ema.snapshots=1",
     ]  # fmt: skip
     config = configuration.load(TrainDiffusionConfig, None, words)
     seen: list[Any] = []
@@ -163,8 +163,9 @@ def test_training_measures_when_it_is_due(
     assert last["train/epochs"] == pytest.approx(20 / len(samples))
     assert "samples/kid@100 0.25" in (tmp_path / "pipeline" / "README.md").read_text()
     assert f"epochs of {len(samples)} latents; the held-out loss was best at" in capsys.readouterr().out
+    (weights := tmp_path / "inception.pth").touch()
     compare = ["ema", str(tmp_path), "--length", "0.1", "--kid", "100", "--device", "cpu"]
-    assert cli.main([*compare, "--images", str(folder), "--inception-weights", "none.pth"]) == EXIT_USER_ERROR
+    assert cli.main([*compare, "--images", str(folder), "--inception-weights", str(weights)]) == EXIT_USER_ERROR
     assert "kid: " in capsys.readouterr().err  # the run holds other ids out than the 100 that a KID needs
     words = [*words[1:], f"output={tmp_path / 'other'}", "kid.data.source=folder", f"kid.data.path={folder}"]
     assert cli.main(["train-diffusion", *words]) == EXIT_USER_ERROR
@@ -172,5 +173,6 @@ def test_training_measures_when_it_is_due(
 
 
 def test_averages_are_compared_by_it_after_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["ema", str(tmp_path), "--length", "0.1", "--images", "x"]) == EXIT_USER_ERROR
+    (tmp_path / "model_index.json").write_text("{}")
+    assert cli.main(["ema", str(tmp_path), "--length", "0.1", "--images", str(tmp_path)]) == EXIT_USER_ERROR
     assert "have no effect without kid" in capsys.readouterr().err

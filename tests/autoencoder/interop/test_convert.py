@@ -133,7 +133,7 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
     assert cli.main([*arguments, str(latents("theirs", "sha256:" + "0" * 64))]) == EXIT_USER_ERROR
     assert "the latents were made by sha256:000000000000..." in capsys.readouterr().err
     assert cli.main([*arguments, str(tmp_path / "none")]) == EXIT_USER_ERROR
-    assert "holds no manifest.json" in capsys.readouterr().err
+    assert "none: no such folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main([*arguments, str(ours)]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["latent_statistics"]["std"] == [2.0] * 4
