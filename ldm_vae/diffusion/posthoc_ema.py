@@ -150,7 +150,7 @@ def posthoc_ema(config: PosthocEmaConfig, *, dry_run: bool = False) -> list[EmaM
         end(config.output, what, words)
         return []
     device = compute_device(config.device)
-    sample_kid = _sample_kid(config) if config.kid else None
+    sample_kid = sample_kid_of(config) if config.kid else None
     held_out = HeldOutLoss(config.model, pipeline, device)
 
     def measure() -> dict[str, float]:
@@ -180,7 +180,7 @@ def residual_warning(residual: float) -> str:
     return f"; {residual:.0%} of its profile cannot be made from these snapshots"
 
 
-def _sample_kid(config: PosthocEmaConfig) -> SampleKid:
+def sample_kid_of(config: PosthocEmaConfig) -> SampleKid:
     """Compares samples with the images that the run held out."""
     run = read_run_config(config.model)
     data = DataConfig(source="folder", path=config.images) if config.images else run.kid.data
