@@ -23,6 +23,32 @@ from typing import Any
 from ldm_vae.errors import DISK_FULL, DamagedFile, NewerFormat, OlderFormat, UserError
 from ldm_vae.redaction import redacted
 
+_guards: dict[tuple[str, str], Callable[[], None]] = {}
+"""(folder, name of its lock) -> a check that the folder is still the one that was locked."""
+
+
+def guard(folder: Path, name: str, check: Callable[[], None] | None) -> None:
+    """From now on, call `check` before anything is published in the folder or below it; None: no longer.
+
+    Args:
+        name: of the lock; several may be held in one folder.
+    """
+    key = (os.path.abspath(folder), name)
+    if check is None:
+        _guards.pop(key, None)
+    else:
+        _guards[key] = check
+
+
+def check_guards(path: Path) -> None:
+    """Before `path` is written or removed. Raises: UserError if a folder above it is not the one that was locked."""
+    if not _guards:
+        return
+    text = os.path.abspath(path)
+    for (folder, _), check in list(_guards.items()):
+        if text.startswith(folder.rstrip(os.sep) + os.sep):
+            check()
+
 
 def fsync_path(path: Path) -> None:
     """Force a file or a folder entry to the disk."""
@@ -35,11 +61,13 @@ def fsync_path(path: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary_path)` make a file, then publish it as `path`. A crash leaves the old file or none."""
+    check_guards(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         write(temporary)
         fsync_path(temporary)
+        check_guards(path)
         os.replace(temporary, path)
         fsync_path(path.parent)
     finally:
@@ -86,6 +114,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
             path.chmod(permissions)
         fsync_path(path)
     fsync_path(temporary)
+    check_guards(final)
     trash = _moved_aside(final) if final.exists() else None
     os.rename(temporary, final)
     fsync_path(final.parent)
@@ -95,6 +124,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 def temporary_directory(final: Path) -> Path:
     """A new empty folder next to `final` (same filesystem), to be filled and passed to `publish_directory`."""
+    check_guards(final)
     folder = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
     folder.mkdir(parents=True)
     return folder
@@ -117,6 +147,7 @@ def remove_directory(path: Path) -> None:
 
 
 def _moved_aside(path: Path) -> Path:
+    check_guards(path)
     trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}-{path.name}")
     os.rename(path, trash)
     return trash

@@ -231,6 +231,8 @@ def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool =
             return [image.index for image in images if not image.path.exists()]
 
         missing = [] if finished else run_on_main(state, take)
+        if not (finished or state.is_main_process):
+            stack.enter_context(open_folder(folder).watch(provenance.RUN_LOCK))
         mine = [images[index] for index in missing[state.process_index :: state.num_processes]]
         sampling = time.time()
         make_images(pipeline, mine, config, parameters, init, show=state.is_main_process)

@@ -225,7 +225,7 @@ class Study:
                 run_on_main(self.processes, lambda: self.preview(work))
                 return {}
             with contextlib.ExitStack() as stack:
-                run_on_main(self.processes, lambda: stack.enter_context(self.lock()))
+                run_on_main(self.processes, lambda: stack.enter_context(self.lock()))  # only this process writes
                 self.collect()
                 results = run_on_main(self.processes, self._measure_and_commit)
         if self.processes.is_main_process:

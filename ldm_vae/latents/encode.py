@@ -37,7 +37,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
 from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, Manifest, Origin, index_dtype, planned_shards
 from ldm_vae.latents.image_loader import ImageBatch, Images, RandomAccessImages, Units, load_batches, open_images
-from ldm_vae.latents.writer import OpenShard, Output, Writer
+from ldm_vae.latents.writer import OpenShard, Output, Writer, lock_name
 from ldm_vae.random import generator
 from ldm_vae.runtime import compute_device, gigamacs
 from ldm_vae.storage.base import is_url, join
@@ -405,6 +405,8 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
         job = replace(job, origin=output.origin)
         if accelerator.is_main_process:
             announce(job, output, found)
+        else:
+            stack.enter_context(output.folder.watch(lock_name(share)))
         encoding_started = time.monotonic()
         work = encode_units(job, output, found)
         wait_for_all(accelerator)

@@ -301,6 +301,8 @@ def _encode(job: Job, output: Output, segment: Segment, units: Iterable[int]) ->
             return output.origin
 
         output.origin = run_on_main(job.accelerator, take)
+        if not job.accelerator.is_main_process:
+            stack.enter_context(output.folder.watch(LOCK))
         total = segment.shards or max(units) + 1
         encode_units(replace(job, origin=output.origin), output, frozenset(range(total)) - units)
         wait_for_all(job.accelerator)

@@ -71,6 +71,13 @@ class Folder(Protocol):
         """An exclusive lock called `name`. Raises: FolderLocked if another process holds it."""
         ...
 
+    def watch(self, name: str) -> AbstractContextManager[None]:
+        """For the other processes of a job whose main process holds the lock `name`: they share its protection.
+
+        Raises: UserError if this process does not see the lock: the machines do not share the folder.
+        """
+        ...
+
     def holder(self, name: str) -> str | None:
         """The holder of the lock, for example `process 4711 on host x`; None if it is free."""
         ...

@@ -20,6 +20,8 @@ from ldm_vae.errors import DISK_FULL, UserError
 from ldm_vae.storage.base import check_name, local_path, locked_by
 
 ATTEMPTS, PAUSE_SECONDS = 5, 0.05
+VISIBLE_SECONDS = 30.0
+"""So long a network filesystem may hide a file that another machine made."""
 
 _locking: weakref.WeakSet[LocalFolder] = weakref.WeakSet()
 """The folders in which this process holds a lock."""
@@ -54,7 +56,6 @@ class LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         with self._explained("written"):
-            self._check_locks()
             files.write_bytes(self._file(name), data)
 
     def exists(self, name: str) -> bool:
@@ -102,8 +103,8 @@ class LocalFolder:
     def lock(self, name: str) -> Iterator[None]:
         """The lock is the kernel's (flock) and ends with the process; the file `name` names its holder.
 
-        The file is removed with the lock. If it disappears earlier, `write` of this object raises UserError: the mount
-        is gone, and files would be written to the disk underneath.
+        The file is removed with the lock. If it disappears earlier, or is another one, nothing is published in the
+        folder any more (see `files.guard`): the mount is gone, or the folder was removed and another job began there.
         """
 
         with self._explained("written"):
@@ -111,16 +112,48 @@ class LocalFolder:
             file = self._take(name)
         with file:
             process = os.getpid()
-            self._locks[name] = file
-            _locking.add(self)
+            self._hold(name, file)
             try:
                 file.truncate(0)
                 file.write(f"process {process} on host {socket.gethostname()}".encode())
                 yield
             finally:
-                self._locks.pop(name, None)
+                self._release(name)
                 if os.getpid() == process and is_at(file, self._file(name)):  # not in a fork
                     self._file(name).unlink()
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[None]:
+        """See `Folder`. Network filesystems may show the file late."""
+        with self._explained("opened"), self._appeared(name) as file:
+            self._hold(name, file)
+            try:
+                yield
+            finally:
+                self._release(name)
+
+    def _appeared(self, name: str) -> FileIO:
+        end = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            try:
+                return open(self._file(name), "rb", buffering=0)
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        self.location,
+                        f"is another folder here than for the main process ({name} is not in it)",
+                        "give a folder that all machines share",
+                    ) from None
+            time.sleep(PAUSE_SECONDS)
+
+    def _hold(self, name: str, file: FileIO) -> None:
+        self._locks[name] = file
+        _locking.add(self)
+        files.guard(self.path, name, self._check_locks)
+
+    def _release(self, name: str) -> None:
+        files.guard(self.path, name, None)
+        self._locks.pop(name, None)
 
     def holder(self, name: str) -> str | None:
         import fcntl
@@ -164,17 +197,18 @@ class LocalFolder:
 
     def close_locks(self) -> None:
         """Close the lock files in a fork of the holder; the holder keeps its locks."""
-        for file in self._locks.values():
+        for name, file in list(self._locks.items()):
             file.close()
-        self._locks.clear()
+            self._release(name)
 
     def _check_locks(self) -> None:
         """Raises: UserError if the file of a lock is no longer in the folder."""
         for name, file in self._locks.items():
             if not is_at(file, self._file(name)):
                 raise UserError(
-                    f"{self.location}: was unmounted or removed while in use ({name} is gone); "
-                    "restore it and run the same command again"
+                    self.location,
+                    f"was removed, replaced or unmounted while in use ({name} is not the one of this job)",
+                    "restore the folder and run the same command again, or give another folder",
                 )
 
     def _file(self, name: str) -> Path:

@@ -130,6 +130,11 @@ class RemoteFolder:
         return None
 
     @contextmanager
+    def watch(self, name: str) -> Iterator[None]:
+        """Nothing is checked: that would cost a request for each write, and an object store cannot be unmounted."""
+        yield
+
+    @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """The lock is the object `name`, renewed while this process lives (see `Lease`).
 

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ldm_vae import config as configuration
 from ldm_vae.errors import FolderLocked, UserError
-from ldm_vae.files import remove_leftovers, system_errors_explained, vanished, write_atomically, write_text
+from ldm_vae.files import (
+    check_guards,
+    remove_leftovers,
+    system_errors_explained,
+    vanished,
+    write_atomically,
+    write_text,
+)
 from ldm_vae.paths import check_writable
 from ldm_vae.provenance import RUN_LOCK, RUN_RECORD
 from ldm_vae.storage import open_folder
@@ -126,7 +133,7 @@ class RunDirectory:
         config_file = self.path / CONFIG
         if not config_file.exists():
             return "a new run"
-        self._refuse_other_config(config_file)
+        self._refuse_other_config(self._read_config(config_file), str(self.path))
         return "continues the run there" if any(self.checkpoints.glob("step-*")) else "a new run"
 
     def _refuse_other_files(self) -> None:
@@ -141,7 +148,7 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if config_file.exists():
-                self._refuse_other_config(config_file)
+                self._refuse_other_config(self._read_config(config_file), str(self.path))
             for name in (*PUBLISHED, *self.keys.exports):
                 remove_leftovers(self.path, name)
             remove_leftovers(self.previews)
@@ -154,9 +161,15 @@ class RunDirectory:
             if path.name not in ("checkpoints", "previews", RUN_LOCK) and not path.name.startswith(".tmp-")
         ]
 
-    def _refuse_other_config(self, config_file: Path) -> None:
-        old = configuration.load(type(self.config), config_file)  # a key that is newer than the run has its default
-        changes = configuration.changed_keys(configuration.to_dict(old), configuration.to_dict(self.config))
+    def _read_config(self, config_file: Path) -> dict[str, Any]:
+        return configuration.to_dict(configuration.load(type(self.config), config_file))  # newer keys: the defaults
+
+    def check_settings(self, checkpoint: Path, found: Mapping[str, Any]) -> None:
+        """Raises: UserError for a checkpoint of other settings, which another run has written into this folder."""
+        self._refuse_other_config(_with_known_keys(found, configuration.to_dict(self.config)), str(checkpoint))
+
+    def _refuse_other_config(self, old: Mapping[str, Any], where: str) -> None:
+        changes = configuration.changed_keys(old, configuration.to_dict(self.config))
         allowed = (*MAY_CHANGE, *self.keys.may_change)
         refused = {
             key: values
@@ -165,9 +178,7 @@ class RunDirectory:
         }
         if refused:
             listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in refused.items())
-            raise UserError(
-                f"{self.path}: holds a run with other settings: {listed}; give another output, or these values"
-            )
+            raise UserError(f"{where}: holds a run with other settings: {listed}; give another output, or these values")
 
     def _take_lock(self) -> None:
         try:
@@ -186,6 +197,7 @@ class RunDirectory:
         with system_errors_explained(self.path, "the last checkpoint is intact, and the same command continues"):
             if not self.checkpoints.is_dir():
                 raise vanished()
+            check_guards(self.metrics)
             yield
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
@@ -217,3 +229,10 @@ class RunDirectory:
                 continue
         with self.writing():
             write_text(self.metrics, "".join(kept))
+
+
+def _with_known_keys(found: Any, present: Any) -> Any:
+    """`present`, with the values that `found` has: a key that is newer than the checkpoint is not a change of it."""
+    if not (isinstance(found, dict) and isinstance(present, dict)):
+        return found
+    return {key: _with_known_keys(found[key], value) if key in found else value for key, value in present.items()}

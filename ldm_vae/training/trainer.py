@@ -506,6 +506,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
     if path is None:
         return 0, 0.0
     saved = checkpoints.read_checkpoint(path)
+    run.check_settings(path, saved.state.get("config", {}))
     for name, module in engine.modules.items():
         module.load_state_dict(saved.tensors[name])
         engine.emas[name].module.load_state_dict(saved.tensors[f"{name}-ema"])

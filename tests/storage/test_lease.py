@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ldm_vae.errors import UserError
+from ldm_vae.files import write_text
 from ldm_vae.storage import open_folder
 from ldm_vae.storage import remote as remote_module
 from ldm_vae.storage.base import Folder
@@ -229,7 +230,7 @@ def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
         folder.write("a.bin", b"1")
         (tmp_path / "set").rename(tmp_path / "before")
         (tmp_path / "set").mkdir()
-        with pytest.raises(UserError, match=r"was unmounted or removed while in use \(test\.lock is gone\)"):
+        with pytest.raises(UserError, match=r"was removed, replaced or unmounted while in use \(test\.lock"):
             folder.write("b.bin", b"2")
     assert not list((tmp_path / "set").iterdir())
 
@@ -297,3 +298,23 @@ def test_a_killed_process_holds_nothing(location: str, killed: list[Holder]) -> 
     assert folder.holder(NAME) is None
     with folder.lock(NAME):
         folder.write("a.bin", b"1")
+
+
+def test_another_process_of_the_job_does_not_fill_a_folder_that_was_replaced(tmp_path: Path) -> None:
+    main, other = open_folder(tmp_path / "set"), open_folder(tmp_path / "set")
+    with main.lock(NAME), other.watch(NAME):
+        other.write("a.bin", b"1")
+        (tmp_path / "set").rename(tmp_path / "before")
+        with pytest.raises(UserError, match=r"was removed, replaced or unmounted while in use \(test\.lock"):
+            other.write("b.bin", b"2")
+        with pytest.raises(UserError, match=r"was removed, replaced or unmounted"):
+            write_text(tmp_path / "set" / "below" / "c.txt", "3")  # whoever writes it
+        assert not (tmp_path / "set").exists()
+    write_text(tmp_path / "set" / "below" / "c.txt", "3")  # when the job is over
+
+
+def test_machines_that_do_not_share_the_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_vae.storage.local.VISIBLE_SECONDS", 0.0)
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match="is another folder here than for the main process"):
+        open_folder(tmp_path / "set").watch(NAME).__enter__()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ldm_vae import config as configuration
+from ldm_vae.errors import UserError
 from ldm_vae.training.loader import Plan, Span, batches
 from ldm_vae.training.run_directory import RunDirectory
 from ldm_vae.training.trainer import fit, make_accelerator
@@ -114,6 +116,44 @@ def test_a_finished_run_that_was_made_longer_and_lost_before_its_end_is_not_fini
         with pytest.raises(RuntimeError, match="lost") if model_class is LostModel else contextlib.nullcontext():
             train(tmp_path, model_class, toy.ToySamples(), Plan((Span(steps, 8, 8),)), f"steps={steps}")
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == 8
+
+
+class RemovedModel(toy.ToyModel):
+    """While it trains, its folder is removed, and another run of other settings begins and ends there."""
+
+    def update(self, step, batch, engine):
+        if step == 6:
+            shutil.rmtree(self.config.output)
+            self.outcome = faults.outcome(
+                lambda: train(Path(self.config.output), toy.ToyModel, toy.ToySamples(), PLAN, OTHER),
+                Path(self.config.output).with_name("log"),
+            )
+        return super().update(step, batch, engine)
+
+
+PLAN, OTHER = Plan((Span(12, 8, 8),)), "training.learning_rate=0.02"
+
+
+@pytest.mark.promise(11)
+@pytest.mark.parametrize("save_every", [5, 100])
+def test_a_run_whose_folder_was_taken_over_publishes_nothing_there(tmp_path, save_every):
+    """A stopped job must not write its weights into the run that began there meanwhile."""
+    output = tmp_path / "run"
+    with pytest.raises(UserError, match=r"was removed, replaced or unmounted while in use \(run\.lock is not"):
+        train(output, RemovedModel, toy.ToySamples(), PLAN, f"training.save_every={save_every}")
+    train(tmp_path / "undisturbed", toy.ToyModel, toy.ToySamples(), PLAN, OTHER)
+    assert_identical(state_of(output), state_of(tmp_path / "undisturbed"))
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "undisturbed/model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    train(tmp_path, toy.ToyModel, toy.ToySamples(), PLAN)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "learning_rate: 0.01" in text
+    (tmp_path / "config.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    longer = Plan((Span(14, 8, 8),))
+    with pytest.raises(UserError, match=r"step-000000012: holds a run with other settings: training.learning_rate"):
+        train(tmp_path, toy.ToyModel, toy.ToySamples(), longer, OTHER, "steps=14")
 
 
 def visited(steps: int, processes: int) -> list[int]:
