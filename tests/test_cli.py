@@ -207,6 +207,35 @@ def test_print_config_and_dry_run_write_nothing(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_goes_on_with_other_images_only_when_asked(image_folder, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+
+    def train(steps: int, *words: str) -> int:
+        return cli.main([
+            "train-vae", f"output={tmp_path / 'run'}", f"data={folder}", "data.held_out=0", "held_out_images=0",
+            "crop.short_side_min=32", "autoencoder.preset=pico", f"phases=[{{steps: {steps}, crop: 32, batch: 4}}]",
+            "training.precision=fp32", "training.workers=0", "training.device=cpu", "training.tracker=none", *words,
+        ])  # fmt: skip
+
+    assert train(2) == 0
+    (folder / "a" / "000.png").rename(folder / "a" / "other.png")
+    capsys.readouterr()
+    assert train(3) == EXIT_USER_ERROR
+    changed = "the images are not those of the first 2 steps (24 images with other names, classes or sizes in bytes)"
+    assert f"{changed}; give those, or another output, or go on with these images by changed_data=continue" in (
+        capsys.readouterr().err
+    )
+    (folder / "a" / "other.png").unlink()
+    assert train(3) == EXIT_USER_ERROR
+    assert "(24 images then, 23 now)" in capsys.readouterr().err
+    assert train(3, "changed_data=continue") == 0
+    assert "going on with these, as changed_data=continue asks" in capsys.readouterr().out
+    assert train(4) == 0, "the next part began with the images that are there"
+
+
 def test_train_vae_from_a_folder_with_a_broken_image(image_folder, tmp_path, capsys):
     """The whole command: previews, metrics of both loss terms, a model that loads; the broken file is named."""
     import shutil

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -108,6 +108,8 @@ class TrainVaeConfig:
         phases: the stretches of the run: steps, crop, batch, micro_batch, perceptual of each.
         held_out_resolution: side in pixels of the held-out images that are measured and shown.
         held_out_images: so many of them.
+        changed_data: a run that continues on other images than it began with (files added, removed or edited) is
+            refused; `continue` goes on with them.
     """
 
     output: str = "???"
@@ -125,9 +127,10 @@ class TrainVaeConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     held_out_resolution: int = 256
     held_out_images: int = 16
+    changed_data: Literal["refuse", "continue"] = "refuse"
 
     KEYS: ClassVar[ModelKeys] = ModelKeys(
-        may_change=("phases.*.steps", "phases.*.micro_batch"),
+        may_change=("phases.*.steps", "phases.*.micro_batch", "changed_data"),
         exports=("autoencoder",),
         memory=("phases.*.micro_batch", "phases.*.crop"),
         progress=("loss/*", "rate/nats_per_dim"),

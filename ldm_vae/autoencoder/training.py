@@ -82,8 +82,10 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
     config = plain_settings(config)
     samples, held_out = training_samples(config), held_out_part(config)
     accelerator = make_accelerator(config.training, None if dry_run else Path(config.output))
+    images: dict[str, Any] | None = None
     if isinstance(samples, ImageSamples):
-        check_same_data(accelerator, samples.source.fingerprint())
+        images = {"count": len(samples.source), "fingerprint": samples.source.fingerprint()}
+        check_same_data(accelerator, images["fingerprint"])
     writes = accelerator.is_main_process and not dry_run
     run_directory = RunDirectory(config.output, config, main_process=writes)
     begin(
@@ -98,7 +100,7 @@ def train_vae(config: TrainVaeConfig, *, dry_run: bool = False) -> int | DryRun:
         say(str(costs))
         end_dry_run(config.output, costs.expected())
         return costs
-    model = VaeModel(config, held_out, accelerator.device)
+    model = VaeModel(config, held_out, accelerator.device, images)
     if model.measures_before_training and not any(run_directory.checkpoints.glob("step-*")):
         model.autoencoder.fit_statistics(measured_batches(config))
     plan = config.plan(accelerator.num_processes)
@@ -153,9 +155,19 @@ class Sums:
 class VaeModel:
     """Stage 1 for `fit()`: reconstruction terms + beta * KL [+ quantizer terms] [+ weight * adversarial], all means."""
 
-    def __init__(self, config: TrainVaeConfig, held_out: HeldOut | None, device: torch.device | str = "cpu") -> None:
-        """Builds every network with random weights, or `config.initial`'s; a checkpoint replaces them later."""
-        self.config, self.held_out = config, held_out
+    def __init__(
+        self,
+        config: TrainVaeConfig,
+        held_out: HeldOut | None,
+        device: torch.device | str = "cpu",
+        images: dict[str, Any] | None = None,
+    ) -> None:
+        """Builds every network with random weights, or `config.initial`'s; a checkpoint replaces them later.
+
+        Args:
+            images: `count` and `fingerprint` of those it learns from, where they are known before they are read.
+        """
+        self.config, self.held_out, self.images = config, held_out, images
         steps, seed = config.plan(1).steps, config.training.seed
         torch.manual_seed(seed)
         if config.initial is None:
@@ -428,7 +440,23 @@ class VaeModel:
 
     def state_dict(self) -> dict[str, Any]:
         adversarial = self.adversarial_loss.state_dict() if self.adversarial_loss else None
-        return {"rate": self.rate.state_dict(), "game": adversarial, "alarms": sorted(self._raised)}
+        return {
+            "rate": self.rate.state_dict(), "game": adversarial, "alarms": sorted(self._raised), "images": self.images,
+        }  # fmt: skip
+
+    def check_state(self, state: dict[str, Any], step: int) -> None:
+        """See `Model`. Raises: UserError when the run began on other images, unless `changed_data` allows it."""
+        before, now = state.get("images"), self.images  # a checkpoint of an earlier release has none, nor a stream
+        if before is None or now is None or before == now:
+            return
+        counts = f"{before['count']:,} images then, {now['count']:,} now"
+        if before["count"] == now["count"]:
+            counts = f"{pluralize(now['count'], 'image')} with other names, classes or sizes in bytes"
+        what = f"the images are not those of the first {pluralize(step, 'step')} ({counts})"
+        if self.config.changed_data == "refuse":
+            instead = "give those, or another output, or go on with these images by changed_data=continue"
+            raise UserError(self.config.output, what, instead)
+        say(f"{self.config.output}: {what}; going on with these, as changed_data=continue asks")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {BEFORE_ADVERSARIAL: self.before_adversarial} if self.before_adversarial else {}

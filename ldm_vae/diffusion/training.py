@@ -401,12 +401,14 @@ class DiffusionModel:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return self.snapshots.tensors()
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
-        """Raises: UserError when the run began on latents that were made in another way."""
+    def check_state(self, state: dict[str, Any], step: int) -> None:
+        """See `Model`. Raises: UserError when the run began on other latents, or latents made in another way."""
         if "recipe" in state:  # a checkpoint of an earlier release has none
             advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
             check_same(state["recipe"], encoding_record(self.manifest), f"latents={self.config.latents}", advice)
             check_contents(state["images"], contents_record(self.manifest), f"latents={self.config.latents}")
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
         self.finished = step
         self.snapshots.load_state_dict(state.get("snapshots", {}), tensors)
         self.suggestion.load_state_dict(state.get("suggestion", {}))

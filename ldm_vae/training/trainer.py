@@ -153,6 +153,10 @@ class Model(Protocol):
         """Module name -> fields of TrainingConfig that are different for its optimizer."""
         ...
 
+    def check_state(self, state: dict[str, Any], step: int) -> None:
+        """Before anything of a checkpoint is loaded: raises UserError if its `state_dict` is of other data."""
+        ...
+
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
         """One optimizer step; returns scalar metrics of this process."""
         ...
@@ -507,6 +511,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
         return 0, 0.0
     saved = checkpoints.read_checkpoint(path)
     run.check_settings(path, saved.state.get("config", {}))
+    model.check_state(saved.state["model"], saved.step)
     for name, module in engine.modules.items():
         module.load_state_dict(saved.tensors[name])
         engine.emas[name].module.load_state_dict(saved.tensors[f"{name}-ema"])

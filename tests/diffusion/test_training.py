@@ -181,11 +181,13 @@ def test_another_size_of_the_same_images_is_no_continuation(train, copy, encode)
     )
 
 
-def test_a_run_does_not_continue_on_a_set_that_has_grown(train, copy, settings, image_folder, tmp_path):
-    """Every later position would be another sample, and the normalizer another one."""
+@pytest.mark.parametrize("label", ["a", "new"])
+def test_a_run_does_not_continue_on_a_set_that_has_grown(train, copy, settings, image_folder, tmp_path, label):
+    """Every later position would be another sample, and the normalizer another one; the U-Net has no new class."""
     assert train(copy)[0] == 0
     shutil.copytree(image_folder, tmp_path / "images")
-    shutil.copy(image_folder / "a" / "000.png", tmp_path / "images" / "a" / "new.png")
+    (tmp_path / "images" / label).mkdir(exist_ok=True)
+    shutil.copy(image_folder / "a" / "000.png", tmp_path / "images" / label / "new.png")
     assert cli.main(["latents", "append", *settings, f"output={copy}", f"data.path={tmp_path / 'images'}"]) == 0
     assert_refused(train(copy, "steps=2"), "count is 25 and was 24 when this run began; give another output")
 

@@ -72,6 +72,9 @@ class Bare:
     def state_dict(self):
         return {}
 
+    def check_state(self, state, step):
+        pass
+
     def load_state_dict(self, state, tensors, step):
         pass
 
