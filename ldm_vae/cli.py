@@ -27,7 +27,7 @@ from ldm_vae import schema
 from ldm_vae.defaults import describe_defaults, find_defaults
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.paths import check_places
-from ldm_vae.runtime import reuse_freed_memory
+from ldm_vae.runtime import check_accelerate, check_tracker, reuse_freed_memory
 from ldm_vae.schema import Setting
 from ldm_vae.utils.progress import LineHandler
 from ldm_vae.version import __version__
@@ -450,6 +450,7 @@ def run(name: str, words: Sequence[str]) -> int:
     take_defaults(command, settings, understood, recipe)
     if "print_config" not in understood.flags:
         check_given_places(name, settings, understood, recipe)
+        check_environment(settings, understood, recipe)
     complete(command, settings, understood)
     from ldm_vae import config as configuration
 
@@ -512,6 +513,19 @@ def check_given_places(name: str, settings: tuple[Setting, ...], words: Words, r
         check_places(name, others, shown)
     except UserError as error:
         raise UserError(f"{words.recipe}: {error}") from None
+
+
+def check_environment(settings: tuple[Setting, ...], words: Words, recipe: dict[str, Any]) -> None:
+    """Check what `accelerate launch` has set, and that the tracker is installed, where the command has such settings.
+
+    Raises:
+        UserError: this environment cannot run the command.
+    """
+    for setting in schema.flat(settings):
+        if setting.name == "processes":
+            check_accelerate()
+        elif setting.name == "tracker":
+            check_tracker(words.value(setting.key) or recipe.get(setting.key, setting.default))
 
 
 def named_texts(settings: tuple[Setting, ...], given: dict[str, Any]) -> dict[str, list[str]]:

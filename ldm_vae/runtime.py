@@ -6,7 +6,8 @@ torch is imported inside the functions that need it, because every command impor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm_vae.errors import UserError
@@ -21,6 +22,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 KEPT_BYTES = 2**31 - 1
 """The limit of freed memory that is kept: the largest number that `mallopt` accepts."""
+
+PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+    "ACCELERATE_IN_TPU_POD": "a TPU pod",
+}
+"""A variable that `accelerate launch` sets to true -> what accelerate would then do with our model and optimizer."""
 
 _libraries: list[object] = []  # torch.library.Library objects undo their definitions when collected
 
@@ -50,6 +61,34 @@ def compute_device(name: str, local_index: int | None = None, where: str = "") -
         what = f"{name!r} is not available ({str(error).splitlines()[0]})"
         raise UserError(f"{where}device", what, "use auto, cpu, cuda or cuda:N") from error
     return device
+
+
+def check_accelerate(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what `accelerate config` may ask for and training here does not support, before anything is written.
+
+    Raises:
+        UserError: naming the plugin or the kind of device.
+    """
+    advice = "choose no plugin in `accelerate config`, or launch with `torchrun --nproc_per_node N`"
+    for variable, plugin in PLUGINS.items():
+        alone = "SAGEMAKER" in variable and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
+        if environment.get(variable, "").lower() in ("true", "1", "yes", "on") and not alone:
+            raise UserError(f"accelerate: {plugin} is not supported ({variable}={environment[variable]})", advice)
+    if environment.get("PJRT_DEVICE", "").upper() == "TPU" or environment.get("XRT_TPU_CONFIG"):
+        raise UserError("accelerate: TPUs are not supported; use GPUs or CPUs")
+
+
+def check_tracker(name: str) -> None:
+    """Raises: UserError when the package of `training.tracker` is not installed: the run would not be tracked."""
+    import importlib.metadata
+
+    if name == "none":
+        return
+    try:
+        importlib.metadata.version(name)  # a folder called wandb, which wandb itself makes, can be imported too
+    except importlib.metadata.PackageNotFoundError:
+        what, instead = f"{name} is not installed", f"run `pip install {name}`, or set training.tracker=none"
+        raise UserError("training.tracker", what, instead) from None
 
 
 def repair_torchvision() -> None:

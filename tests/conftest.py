@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,23 +34,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in others]
     if others:
         config.hook.pytest_deselected(items=others)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def precision_of_no_other_file() -> None:
-    """accelerate keeps one precision for all of a process, and which files come before this one in it is chance."""
-    if (state := sys.modules.get("accelerate.state")) is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def own_precision() -> Iterator[None]:
-    """For commands run in this process whose precision is not that of the tests before them in the same file."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tools import experiment_measures as measures
 from tools import experiments
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
 TINY = [
     "seeds=1", "variants=[beta-0,1.0-nats]", "images=60", "vae_steps=12", "vae_batch=4", "unet_steps=12",
     "unet_batch=4", "unet_widths=[32,64]", "test_images=20", "generated=20", "sampling_steps=2", "reader_images=60",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from ldm_vae import cli
 from ldm_vae.errors import EXIT_USER_ERROR
@@ -30,7 +29,6 @@ EVALUATE, DIAGNOSE, TRAIN = (
 @pytest.fixture
 def words(request: pytest.FixtureRequest) -> Words:
     """The words of a command that writes into a folder."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision for a whole process
     data = [f"data.path={request.getfixturevalue('image_folder')}", "data.source=folder", "device=cpu"]
     measured = [f"autoencoder={request.getfixturevalue('autoencoder_directory')}", *data, "resolution=64", "part=all"]
     pipeline = str(request.getfixturevalue("saved"))

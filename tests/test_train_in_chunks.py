@@ -27,9 +27,6 @@ TRAINING = [
 ]  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("own_precision")
-
-
 def chunk(work: Path, out: Path, *options: str, minutes: float = 0) -> tuple[int, dict]:
     words = ["--minutes", str(minutes), "--work", str(work), "--out", str(out), *options, "train-vae", *TRAINING]
     code = SCRIPT["main"](words)

@@ -55,7 +55,7 @@ from ldm_vae.files import (
 from ldm_vae.latents.dataset import LatentDataset
 from ldm_vae.latents.format import read_manifest
 from ldm_vae.paths import PICTURE, PIPELINE
-from ldm_vae.runtime import compute_device
+from ldm_vae.runtime import check_accelerate, compute_device
 from ldm_vae.storage import open_folder
 from ldm_vae.training.distributed import run_on_main
 from ldm_vae.utils.image_grid import labeled_sheet
@@ -196,6 +196,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool =
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
+    check_accelerate()
     state = PartialState(cpu=config.device == "cpu")
     device = state.device if config.device in ("auto", state.device.type) else compute_device(config.device)
     pipeline = load_pipeline(config.model, device, config.precision)

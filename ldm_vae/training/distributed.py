@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ldm_vae.runtime import compute_device
+from ldm_vae.runtime import check_accelerate, compute_device
 from ldm_vae.training import watchdog
 from ldm_vae.training.watchdog import die_with_launcher
+from ldm_vae.utils.progress import say
 
 TIMEOUT_SECONDS = 300
 """The longest wait of a process for the others, for its data, for anything: default of every command."""
@@ -38,6 +39,8 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
 _patient: Any = None
+_opened = False
+"""Whether the Accelerator of this process is one that this module opened and that is not closed."""
 
 
 class LaunchSettings(Protocol):
@@ -66,29 +69,97 @@ class Place(Protocol):
     def is_main_process(self) -> bool: ...
 
 
-def open_accelerator(settings: LaunchSettings, where: str = "", **options: Any) -> Any:
-    """An Accelerator on the device and processes asked for; `options` are its own. `where`: of the keys, for messages.
+def open_accelerator(
+    settings: LaunchSettings, where: str = "", *, mixed_precision: str | None = None, **options: Any
+) -> Any:
+    """An Accelerator on the device and processes asked for, whatever accelerate's own configuration says.
+
+    Accelerate takes what its arguments leave open from the environment: gradient accumulation, which would divide the
+    loss a second time, precision, compilation and plugins. What this program decides is given here, plugins are
+    refused, and what has no effect is said.
+
+    Args:
+        settings: device, processes and time limit.
+        where: of the keys, for messages.
+        mixed_precision: of `accelerator.autocast`; None where it is not used.
+        options: further arguments of the Accelerator.
 
     Raises:
-        UserError: the device or the number of processes is not there.
+        UserError: the device or the number of processes is not there, accelerate is set up for a plugin, or another
+            Accelerator with another precision is in this process.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    global _opened
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-    check_launched(settings.processes, where)
-    on_cpu = compute_device(settings.device, where=where).type == "cpu"
+    launched = check_launched(settings.processes, where)
+    device = compute_device(settings.device, where=where)
+    forget_accelerator()  # of a call that ended before `close_accelerator`
+    if not AcceleratorState._shared_state and launched == 1:
+        PartialState._reset_state()  # `generate` keeps its device in it
+    of_others = AcceleratorState().mixed_precision if AcceleratorState._shared_state else None
+    if of_others is not None and mixed_precision not in (None, of_others):
+        what = f"an Accelerator with mixed_precision={of_others} is in this process, and {mixed_precision} is asked for"
+        raise UserError(f"{where}precision", what, "start a process of its own for this")
     die_with_launcher()
     timeout = timedelta(seconds=settings.timeout_seconds)
-    join_restarted("gloo" if on_cpu else "nccl", timeout)
-    handlers = [InitProcessGroupKwargs(timeout=timeout)]
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
+    join_restarted("gloo" if device.type == "cpu" else "nccl", timeout)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision or of_others or "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        **options,
+    )
+    _opened = of_others is None
+    if accelerator.device.type != device.type:
+        theirs, key = accelerator.device.type, f"{where}device"
+        what = f"accelerate is set up for {theirs}, and {key}={settings.device} is {device.type}"
+        raise UserError("accelerate", what, f"set {key}={theirs}, or change `accelerate config`")
     if accelerator.num_processes > 1:
         patient_group()
+    for line in unused_by_us(mixed_precision):
+        say(line)
     return accelerator
 
 
+def unused_by_us(mixed_precision: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each setting of `accelerate config` that has no effect here.
+
+    Args:
+        mixed_precision: that of the run; None where it does not matter.
+        environment: as `accelerate launch` sets it.
+    """
+    precision = "fp32" if mixed_precision == "no" else mixed_precision
+    decided = {
+        "GRADIENT_ACCUMULATION_STEPS": ("1", "the micro-batch decides"),
+        "MIXED_PRECISION": (mixed_precision, f"training.precision is {precision}"),
+        "DYNAMO_BACKEND": ("no", "training.compile decides"),
+    }
+    found = {name: environment.get(f"ACCELERATE_{name}", "no").lower() for name in decided}
+    return [
+        f"accelerate's {name.lower()}={found[name]} is not used: {reason}"
+        for name, (ours, reason) in decided.items()
+        if ours is not None and found[name] not in (ours, "no")
+    ]
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps one device and one precision for a process: the next run would get those of our last one."""
+    global _opened
+    from accelerate.state import AcceleratorState
+
+    if _opened:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        _opened = False
+
+
 def check_launched(expected: int | None, where: str = "") -> int:
-    """The number of processes that torchrun or `accelerate launch` started. Raises: UserError: it is not `expected`."""
+    """The number of processes that torchrun or `accelerate launch` started. Raises: UserError: it is not `expected`, or
+    accelerate is set up for a plugin."""
+    check_accelerate()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if expected is not None and expected != launched:
         raise UserError(
@@ -152,6 +223,7 @@ def close_accelerator(accelerator: Any, failure: BaseException | None = None) ->
         return
     _patient = None
     accelerator.end_training()
+    forget_accelerator()
 
 
 def leave(code: int) -> None:

@@ -31,7 +31,7 @@ from ldm_vae import provenance
 from ldm_vae.config import check_positive
 from ldm_vae.errors import EXIT_INTERRUPTED, NotFinite, UserError
 from ldm_vae.random import key_hash
-from ldm_vae.runtime import compute_device, gigamacs
+from ldm_vae.runtime import check_tracker, compute_device, gigamacs
 from ldm_vae.training import checkpoint as checkpoints
 from ldm_vae.training import watchdog
 from ldm_vae.training.checkpoint import Checkpoint
@@ -198,7 +198,8 @@ class Model(Protocol):
 
 
 def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) -> Any:
-    """An Accelerator for the config. Raises: UserError: the processes, the device or the precision are not there."""
+    """An Accelerator for the config. Raises: UserError: the processes, device, precision or tracker are not there."""
+    check_tracker(config.tracker)
     if config.precision == "fp16" and compute_device(config.device, where="training.").type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on CPU")
     return open_accelerator(
@@ -578,16 +579,22 @@ def finish(
 
 
 def start_trackers(accelerator: Any, config: TrainingConfig, run: RunDirectory) -> None:
+    """Raises: UserError: the tracker does not start, for example because nobody is logged in."""
     if config.tracker == "none":
         return
     with run.writing():
         try:
             accelerator.init_trackers("tensorboard" if config.tracker == "tensorboard" else "ldm_vae")
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"training.tracker={config.tracker}: is not installed ({error}); "
-                f"run `pip install {config.tracker}` or set training.tracker=none"
-            ) from error
+            started = bool(accelerator.trackers)
+            reason = "accelerate does not find it"
+        except OSError:
+            raise
+        except Exception as error:  # each tracker has errors of its own
+            started, reason = False, watchdog.exit_reason(error)
+    if not started:
+        accelerator.trackers = []  # those that have not begun cannot end
+        advice = f"see that {config.tracker} works by itself, or set training.tracker=none"
+        raise UserError("training.tracker", f"{config.tracker} does not start ({reason})", advice)
 
 
 def less_memory(keys: Sequence[str]) -> str:

@@ -191,7 +191,6 @@ def test_other_commands_use_it_at_its_size_or_say_why_not(tmp_path):
     assert report["decoder"]["flat_std"] is None
 
 
-@pytest.mark.usefixtures("own_precision")
 def test_a_training_run_resumes_and_gives_an_autoencoder(tmp_path):
     settings = [
         "autoencoder.architecture=vector", "autoencoder.preset=digits", "autoencoder.latent_channels=2",
@@ -209,7 +208,6 @@ def test_a_training_run_resumes_and_gives_an_autoencoder(tmp_path):
     assert record["held_out"]["held_out/nats_per_dim"] > 0
 
 
-@pytest.mark.usefixtures("own_precision")
 def test_its_latents_can_be_stored_and_are_no_maps_to_diffuse(tmp_path, capsys):
     torch.manual_seed(0)
     build_autoencoder(KL).save_pretrained(tmp_path / "model")

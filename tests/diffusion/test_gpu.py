@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ SETTINGS = [
     "training.device=cuda", "training.workers=0", "training.tracker=none", "training.log_every=1",
     "training.validate_every=3", "training.preview_every=3", "training.save_every=3", "training.warmup_steps=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def another_precision() -> Iterator[None]:
-    """accelerate keeps one precision in a process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("setting", ["precision=fp32", "precision=bf16", "precision=fp16", "compile=true"])

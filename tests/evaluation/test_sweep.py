@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from ldm_vae import cli
 from ldm_vae.autoencoder.train_config import Phase
@@ -40,12 +39,8 @@ class InProcess:
 
     def __call__(self, words: Sequence[str], log: Path) -> int:
         self.commands.append(list(words))
-        AcceleratorState._reset_state(True)  # accelerate keeps one precision for a whole process
-        try:
-            with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                return cli.main(words)
-        finally:
-            AcceleratorState._reset_state(True)
+        with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            return cli.main(words)
 
     @property
     def names(self) -> list[str]:
