@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -28,9 +29,17 @@ from ldm_vae.storage.remote import AccessDenied, Connection
 
 logger = logging.getLogger(__name__)
 
-LABEL_FILES = ("labels.csv", "metadata.csv", "metadata.jsonl")
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
-LABEL_COLUMNS = ("label", "class")
+LABEL_FILES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "path", "file_path", "filepath", "image_path", "image_name")
+LABEL_COLUMNS = ("label", "class", "category", "label_name", "class_name", "category_name")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
+"""Columns whose texts are of one image each, never of a class."""
+SEPARATORS = (",", ";", "\t", "|")
+PARTS = frozenset(
+    {"train", "training", "trainset", "val", "valid", "validation", "dev", "eval", "evaluation"}
+    | {"test", "testing", "testset", "holdout", "held_out"}
+)
+"""Folders, in any case, that hold a part of a collection and not a class."""
 
 
 class ImageFiles(Protocol):
@@ -52,15 +61,16 @@ class FolderSource:
 
     The folder is a path or an fsspec URL; the same files have the same ids, labels and fingerprint in both.
 
-    Labels come from the first of these that exists:
-    1. `labels.csv` or `metadata.csv` with a column `label` or `class` and a column `file` or `file_name`; or
-       with any two columns;
-    2. `metadata.jsonl` with `file_name` and `label` in each line (as in `datasets`);
-    3. the direct subfolders, if at least two of them contain images.
+    Labels come from the first of these that exists (`labels_from` says which):
+    1. `labels.csv`, `labels.tsv`, `metadata.csv` or `metadata.tsv`, separated by `,`, `;`, tabs or `|`, with a column
+       of `LABEL_COLUMNS` and one of `FILE_COLUMNS`; or with any two columns, if the other one has no captions;
+    2. `metadata.jsonl` with `file_name` and `label` (or other names of these columns) in each line;
+    3. the direct subfolders, if at least two of them contain images; below `train/`, `val/` ... the folders in these.
     An image that is not listed has no label (-1).
 
     Raises:
-        UserError: the folder does not exist or has no image, or the label file lists none of its images.
+        UserError: the folder does not exist or has no image, or the label file lists none of its images
+            or one of them twice; or it has several of the folders `PARTS` and `include` does not choose.
     """
 
     def __init__(
@@ -70,33 +80,10 @@ class FolderSource:
         include: Sequence[str] = (),
     ) -> None:
         self.files, self.limits = _open_files(path), limits
-        where = self.files.location
-        others: Counter[str] = Counter()
-        files, tables = [], set()
-        for name, size_bytes in self.files.sizes():
-            if name in LABEL_FILES:
-                tables.add(name)
-                continue
-            if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-                continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
-                files.append((name, size_bytes))
-            else:
-                others[suffix or "no suffix"] += 1
-        if not files and include:
-            raise UserError(f"data.include: no image below {where} matches {list(include)}; `*` crosses folders")
-        if not files:
-            raise UserError(
-                f"data.path: {where}: no image in it (found: {_counts(others) or 'nothing'}); "
-                f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
-            )
-        if others:
-            logger.warning("%s: skipped files without an image suffix: %s", where, _counts(others))
-        files.sort()
+        files, tables = _find_images(self.files, include)
         self.names = [name for name, _ in files]
         self.sizes_bytes = np.array([size for _, size in files], np.int64)
-        self.label_names, self.labels = self._label(tables)
+        self.label_names, self.labels = self._label(tables, bool(include))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,37 +102,67 @@ class FolderSource:
         rows = ((self.id(i), self.label(i), int(self.sizes_bytes[i])) for i in range(len(self)))
         return hash_items([("folder", self.label_names), *rows])
 
-    def _label(self, tables: set[str]) -> tuple[tuple[str, ...], np.ndarray]:
-        """(label names, class numbers (n,) int64). `tables`: the LABEL_FILES that exist."""
+    def _label(self, tables: list[str], chosen: bool) -> tuple[tuple[str, ...], np.ndarray]:
+        """(label names, class numbers (n,) int64). `tables`: of LABEL_FILES; `chosen`: by patterns."""
+        where = self.files.location
+        folders = list(dict.fromkeys(name.split("/")[0] for name in self.names if "/" in name))
+        parts = [folder for folder in folders if folder.casefold() in PARTS]
+        if len(parts) > 1 and not chosen:
+            raise UserError(
+                f"data.path: {where}",
+                f"holds {', '.join(parts[:-1])} and {parts[-1]}, which are parts of a collection and not classes",
+                f"give one, as {where}/{parts[0]}, or choose with data.include=[{parts[0]}/*], [*] for all",
+            )
         listed = self._listed_labels(tables)
         if listed is None:
-            self.labels_from = "the subfolders"
-            listed = {name: name.split("/")[0] for name in self.names if "/" in name}
-            if len(set(listed.values())) < 2:
-                listed = {}
+            listed = self._folder_labels(folders, parts)
+        elif len(listed) < len(self.names):
+            missing = len(self.names) - len(listed)
+            logger.warning("%s/%s: %d of %d images have no label", where, self.labels_from, missing, len(self.names))
         numbers = number_labels(listed.values())
         labels = [numbers[listed[name]] if name in listed else -1 for name in self.names]
         return tuple(numbers), np.array(labels, np.int64)
 
-    def _listed_labels(self, tables: set[str]) -> dict[str, str] | None:
-        """File -> label from the first file that has labels; None if there is none."""
-        images = set(self.names)
-        for name in LABEL_FILES:
-            if name not in tables:
-                continue
+    def _folder_labels(self, folders: list[str], parts: list[str]) -> dict[str, str]:
+        """File -> the subfolder that it is in, or the one below a part; empty if that is the same for all files."""
+        self.labels_from = "the subfolders"
+        depth = 0
+        if parts and len(parts) == len(folders):
+            depth = 1
+            self.labels_from = f"the subfolders of {' and '.join(parts)}"
+        elif parts:
+            logger.warning("%s: %s is taken for a class, as its neighbors are", self.files.location, parts[0])
+        split = {name: name.split("/") for name in self.names}
+        listed = {name: folder[depth] for name, folder in split.items() if len(folder) > depth + 1}
+        return listed if len(set(listed.values())) > 1 else {}
+
+    def _listed_labels(self, tables: list[str]) -> dict[str, str] | None:
+        """File -> label from the first table that has labels; None if there is none."""
+        images = {unicodedata.normalize("NFC", name): name for name in self.names}
+        for name in tables:
             where = f"{self.files.location}/{name}"
             try:
                 text = self.files.read(name).decode("utf-8-sig")
-                rows = list(_json_rows(text) if name.endswith(".jsonl") else _csv_rows(text, images))
+                rows, columns = (_json_rows if name.casefold().endswith(".jsonl") else _table_rows)(text, images)
             except ImageRejected as error:
                 raise UserError(f"{where}: {error}; make it readable or remove it") from error
             except (ValueError, csv.Error, RecursionError) as error:
-                raise UserError(f"{where}: cannot be read ({error}); write it as UTF-8 {name.split('.')[1]}") from error
+                suffix = name.rsplit(".", 1)[1]
+                raise UserError(f"{where}: cannot be read ({error}); write it as UTF-8 {suffix}") from error
             if not rows:
-                logger.info("%s has no column named label or class, so its labels are not used", where)
+                logger.warning(
+                    "%s: no labels are read from it: its columns are %s, and a label is in one named %s",
+                    where, ", ".join(columns) or "missing", ", ".join(LABEL_COLUMNS[:3]),
+                )  # fmt: skip
                 continue
-            listed = {str(PurePosixPath(file.replace("\\", "/"))): label for file, label in rows}
-            found = {file: label for file, label in listed.items() if file in images}
+            listed: dict[str, str] = {}
+            for file, label in rows:
+                path = unicodedata.normalize("NFC", str(PurePosixPath(file.replace("\\", "/"))))
+                if listed.setdefault(path, label) != label:
+                    raise UserError(
+                        where, f"lists {file} as {listed[path]!r} and as {label!r}", "give one label for each image"
+                    )
+            found = {images[file]: label for file, label in listed.items() if file in images}
             if not found:
                 raise UserError(
                     f"{where}: lists no image of this folder, for example {next(iter(listed))!r}; "
@@ -157,6 +174,42 @@ class FolderSource:
             self.labels_from = name
             return found
         return None
+
+
+def _find_images(files: ImageFiles, include: Sequence[str] = ()) -> tuple[list[tuple[str, int]], list[str]]:
+    """The images by name, each with its size in bytes, and the tables of labels in the order of LABEL_FILES.
+
+    Raises:
+        UserError: there is no folder, or no image in it.
+    """
+    where = files.location
+    others: Counter[str] = Counter()
+    found, tables, deeper = [], [], []
+    for name, size_bytes in files.sizes():
+        if name.casefold() in LABEL_FILES:
+            tables.append(name)
+            continue
+        if name.rsplit("/", 1)[-1].casefold() in LABEL_FILES:
+            deeper.append(name)
+        if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+            continue
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in SUFFIXES:
+            found.append((name, size_bytes))
+        else:
+            others[suffix or "no suffix"] += 1
+    if not found and include:
+        raise UserError(f"data.include: no image below {where} matches {list(include)}; `*` crosses folders")
+    if not found:
+        raise UserError(
+            f"data.path: {where}: no image in it (found: {_counts(others) or 'nothing'}); "
+            f"give a folder with files ending in {', '.join(sorted(SUFFIXES))}"
+        )
+    if others:
+        logger.warning("%s: skipped files without an image suffix: %s", where, _counts(others))
+    if deeper and not tables:
+        logger.warning("%s: no labels are read from %s, which is not directly in the folder", where, min(deeper))
+    return sorted(found), sorted(tables, key=lambda name: (LABEL_FILES.index(name.casefold()), name))
 
 
 class LocalFiles:
@@ -228,34 +281,55 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
                 yield name, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _csv_rows(text: str, images: set[str]) -> Iterator[tuple[str, str]]:
-    """(file, label) pairs of a CSV file; none if it has no label column."""
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
-    if not rows:
-        return
-    header = [cell.lower() for cell in rows[0]]
+Rows = tuple[list[tuple[str, str]], list[str]]
+"""(file, label) pairs, none if there is no column of labels; and the names of the columns."""
+
+
+def _table_rows(text: str, images: Collection[str]) -> Rows:
+    """The rows of a table with a separator. `images`: names, to tell a first row from a header."""
+    header, rows = max((_split(text, separator, images) for separator in SEPARATORS), key=lambda split: split[0])[1:]
     file_column = next((header.index(name) for name in FILE_COLUMNS if name in header), 0)
     label_column = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
     if label_column is None:
-        if len(header) != 2:
-            return
+        if len(header) != 2 or header[1 - file_column].rstrip("s") in CAPTION_COLUMNS:
+            return [], header
         label_column = 1 - file_column
-    without_header = rows[0][file_column] in images
-    for row in rows if without_header else rows[1:]:
-        if len(row) > max(file_column, label_column) and row[label_column]:
-            yield row[file_column], row[label_column]
+    without_header = _is_image(rows[0][file_column], images)
+    last = max(file_column, label_column)
+    listed = [row for row in (rows if without_header else rows[1:]) if len(row) > last and row[label_column]]
+    return [(row[file_column], row[label_column]) for row in listed], header
 
 
-def _json_rows(text: str) -> Iterator[tuple[str, str]]:
-    """(file, label) pairs of a JSON-lines file; none if its lines have no label."""
+def _split(text: str, separator: str, images: Collection[str]) -> tuple[tuple[int, int], list[str], list[list[str]]]:
+    """(how well the first row reads, its cells in lower case, all rows), of cells between a separator."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    rows = [[cell.strip() for cell in row] for row in reader if row]
+    first = rows[0] if rows else []
+    header = [cell.lower() for cell in first]
+    known = sum(cell in FILE_COLUMNS or cell in LABEL_COLUMNS for cell in header)
+    return (known + any(_is_image(cell, images) for cell in first), len(first)), header, rows
+
+
+def _is_image(cell: str, images: Collection[str]) -> bool:
+    return unicodedata.normalize("NFC", str(PurePosixPath(cell.replace("\\", "/")))) in images
+
+
+def _json_rows(text: str, images: Collection[str]) -> Rows:
+    """The rows of a JSON-lines file."""
+    rows: list[tuple[str, str]] = []
+    columns: dict[str, None] = {}
     for line in io.StringIO(text, newline=None):
         row = json.loads(line) if line.strip() else {}
         if not isinstance(row, dict):
             raise ValueError(f"the line {line.strip()[:40]!r} is not an object with {FILE_COLUMNS[0]}")
+        columns |= dict.fromkeys(row)
         name = next((row[column] for column in FILE_COLUMNS if column in row), None)
         label = next((row[column] for column in LABEL_COLUMNS if column in row), None)
         if isinstance(name, str) and isinstance(label, (str, int)):
-            yield name, str(label)
+            rows.append((name, str(label)))
+        elif label is not None:
+            raise ValueError(f"the line {line.strip()[:40]!r} has no file, or a label that is neither text nor number")
+    return rows, list(columns)
 
 
 # Image files below an fsspec URL such as `s3://bucket/images`: one listing, and one bounded request per image.
@@ -315,9 +389,8 @@ def _named_files(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
             raise UserError("images", f"{type(text).__name__} is not a path", "give image files or folders")
         path = Path(text).expanduser()
         if path.is_dir():
-            source = FolderSource(path)
-            for index, name in enumerate(source.names):
-                yield path / name, Path(source.id(index))
+            for name, _ in _find_images(LocalFiles(path))[0]:
+                yield path / name, Path(printable(name))
         elif path.is_file():
             yield path, Path(printable(path.name))
         else:

@@ -6,6 +6,7 @@ Also the parts shared with `streaming`: opening by name, checking the columns, n
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image, read_regular_file
+from ldm_vae.data.folder import LABEL_COLUMNS
 from ldm_vae.data.sources import DatasetsConfig, hash_items, number_labels
 from ldm_vae.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Features
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 HASH_ROWS = 1000
@@ -157,7 +161,7 @@ def local_files(name: str) -> list[str]:
 
 def check_columns(features: Features | None, config: DatasetsConfig) -> None:
     """Raises: UserError if the image or label column is missing or has another type."""
-    from datasets import Image, Value
+    from datasets import ClassLabel, Image, Value
 
     columns = features or {}
     for key, column in (("image_column", config.image_column), ("label_column", config.label_column)):
@@ -166,6 +170,9 @@ def check_columns(features: Features | None, config: DatasetsConfig) -> None:
     kind = columns[config.image_column]
     if not isinstance(kind, Image) and kind not in (Value("binary"), Value("large_binary"), Value("string")):
         raise UserError(f"data.datasets.image_column: {config.image_column!r} holds {kind}; give a column of images")
+    named = [name for name, kind in columns.items() if isinstance(kind, ClassLabel) or name in LABEL_COLUMNS]
+    if named and config.label_column is None:
+        logger.warning("%s: no labels are read; data.datasets.label_column=%s takes them", config.name, named[0])
 
 
 def keep_encoded(dataset: Any, column: str) -> Any:

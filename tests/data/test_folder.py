@@ -13,7 +13,7 @@ import pytest
 from ldm_vae.config import load
 from ldm_vae.data import open_source
 from ldm_vae.data.decoding import ImageRejected
-from ldm_vae.data.folder import FolderSource
+from ldm_vae.data.folder import FolderSource, find_pictures
 from ldm_vae.data.sources import DataConfig
 from ldm_vae.errors import UserError
 from tests.data.encoded import encode, picture
@@ -205,3 +205,82 @@ def test_nothing_to_read_is_explained(folder: Path, tmp_path: Path) -> None:
     (empty / "scan.dcm").write_bytes(b"x")
     with pytest.raises(UserError, match=r"found: 1 \.dcm.*\.jpg"):
         FolderSource(empty)
+
+
+def put(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(16, 24)))
+    return root
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file;label\na/1.PNG;10\nb/2.png;9\na/deep/3.jpg;10\n",
+        "\ufefffile\tlabel\r\na/1.PNG\t10\r\nb/2.png\t9\r\na/deep/3.jpg\t10\r\n",
+        "a/1.PNG;10\nb/2.png;9\na/deep/3.jpg;10\n",
+        'category;note;image\n10;"a,b";a/1.PNG\n9;"c,d,e,f";b/2.png\n10;;a/deep/3.jpg\n',
+        "Image_Path,Class_Name,text\na/1.PNG,10,one\nb/2.png,9,two\na/deep/3.jpg,10,three\n",
+    ],
+    ids=["semicolons", "tabs with a byte order mark", "no header", "category beside commas", "other names"],
+)
+@pytest.mark.parametrize("name", ["metadata.csv", "Labels.TSV"])
+def test_label_tables_of_other_programs(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text, encoding="utf-8", newline="")
+    source = FolderSource(folder)
+    assert labels(source) == {"a/1.PNG": "10", "a/deep/3.jpg": "10", "b/2.png": "9", "c/4.webp": None}
+    assert source.labels_from == name
+
+
+@pytest.mark.parametrize("text", ["file_name,text\na/1.PNG,a red cat\n", "file_name;breed;size\na/1.PNG;x;2\n"])
+def test_a_table_without_labels_is_named(folder: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "metadata.csv").write_text(text)
+    source = FolderSource(folder)
+    assert source.label_names == ("a", "b", "c")
+    assert source.labels_from == "the subfolders"
+    assert "metadata.csv: no labels are read from it: its columns are file_name, " in caplog.text
+
+
+def test_images_without_a_label_and_tables_elsewhere_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "a/metadata.csv").write_text("file,label\n1.PNG,x\n")
+    FolderSource(folder)
+    assert "no labels are read from a/metadata.csv, which is not directly in the folder" in caplog.text
+    (folder / "labels.csv").write_text("file,label\na/1.PNG,x\n")
+    FolderSource(folder)
+    assert "labels.csv: 3 of 4 images have no label" in caplog.text
+    (folder / "labels.csv").write_text("file,label\na/1.PNG,x\n./a/1.PNG,y\n")
+    with pytest.raises(UserError, match="as 'x' and as 'y'; give one label"):
+        FolderSource(folder)
+
+
+def test_a_table_and_a_disk_may_compose_letters_differently(tmp_path: Path) -> None:
+    put(tmp_path, "Zu\u0308rich/e\u0301.png", "b.png")
+    (tmp_path / "labels.csv").write_text("Z\u00fcrich/\u00e9.png,x\nb.png,y\n", encoding="utf-8")
+    assert sorted(labels(FolderSource(tmp_path)).values()) == ["x", "y"]  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("parts", [("train", "val", "test"), ("Training", "VALIDATION"), ("eval", "valid")])
+def test_parts_of_a_collection_are_not_classes(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in parts for name in ("cat", "dog")))
+    with pytest.raises(UserError, match=r"parts of a collection and not classes; .*data\.include=\["):
+        FolderSource(tmp_path)
+    one = FolderSource(tmp_path, include=[f"{parts[0]}/*"])
+    assert labels(one) == {f"{parts[0]}/{name}/1.png": name for name in ("cat", "dog")}
+    assert one.labels_from == f"the subfolders of {parts[0]}"
+    every = FolderSource(tmp_path, include=["*"])
+    assert every.label_names == ("cat", "dog")
+    assert len(every) == 2 * len(parts)
+    assert FolderSource(tmp_path / parts[0]).label_names == ("cat", "dog")
+    assert len(find_pictures(tmp_path)) == 2 * len(parts)  # pictures to show need no labels
+
+
+def test_parts_without_classes_and_a_class_that_is_named_like_a_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flat = put(tmp_path / "flat", "train/1.png", "val/2.png")
+    assert FolderSource(flat, include=["*"]).label_names == ()
+    mixed = put(tmp_path / "mixed", "cat/1.png", "test/2.png")
+    assert FolderSource(mixed).label_names == ("cat", "test")
+    assert "test is taken for a class" in caplog.text

@@ -50,6 +50,7 @@ from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig
+from ldm_vae.data.survey import describe_images
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import template_environment
 from ldm_vae.evaluation.plots import COLORS, INK, new_figure, page_svg
@@ -196,6 +197,7 @@ class DetectorEvaluation(Study):
         anomalous = sum(kinds[index] != NORMAL for index in chosen)
         images = f"{pluralize(len(chosen) - anomalous, 'normal image')} and {anomalous:,} anomalous"
         masks = "with masks" if self.labeled.has_masks else "without masks"
+        images += f" ({describe_images(source)})"
         what = (images, masks, f"{self.detector.resolution} pixels", config.detector, config.autoencoder)
         return StudyPlan((*what, str(self.autoencoder.device)), source, chosen, self.detector.resolution)
 
