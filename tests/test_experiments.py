@@ -173,3 +173,20 @@ def test_latents_are_rounded_to_a_rate() -> None:
     assert measures.index_entropy(torch.zeros(2, 4, 8, 8), 1.0) == 0
     with pytest.raises(experiments.UserError, match="less than 40 bits"):
         measures.rounding_step(latents[:2], 40.0)
+
+
+def test_a_page_of_the_docs_takes_the_tables_and_keeps_its_own_words(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    page, picture = tmp_path / "docs" / "results" / "kl.md", tmp_path / "docs" / "pictures" / "experiment-beta.svg"
+    page.parent.mkdir(parents=True)
+    page.write_text("# Title\n")
+    words = ["beta", str(tmp_path / "run"), "--page", str(page)]
+    assert experiments.main(words) == EXIT_USER_ERROR, "nothing says where they go"
+    page.write_text(f"# Title\n\nThe answer.\n\n{experiments.BEGIN}\nold\n{experiments.END}\nThe end.\n")
+    (tmp_path / "run" / "plain-seed0").mkdir()
+    cell(tmp_path / "run", "plain", 0, psnr_mean=20.0)
+    assert experiments.main(words) == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n\nThe answer.\n") and text.endswith(f"{experiments.END}\nThe end.\n")
+    assert "20.00 (1 seed)" in text and "old" not in text and "(../pictures/experiment-beta.svg)" in text
+    assert picture.read_text() == (tmp_path / "run" / "figure.svg").read_text()

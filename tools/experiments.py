@@ -4,6 +4,7 @@
     python -m tools.experiments blur runs/blur                  # which loss makes reconstructions soft
     python -m tools.experiments kinds runs/kinds                # KL, VQ, FSQ and plain latents at the same rate
     python -m tools.experiments beta runs/beta --report         # the tables from what is finished so far
+    python -m tools.experiments beta runs/beta --page docs/results/kl-term.md    # ... into a page of the docs
 
 Small models on the synthetic set, whose truth is known, on CPU cores. A cell is one variant with one seed: it trains an
 autoencoder, for `beta` and `kinds` also a latent U-Net on its latents, and measures both on test images of other
@@ -686,6 +687,26 @@ def draw(found: dict[str, Any], experiment: Experiment, path: Path) -> None:
     plots.save_svg(figure, path, f"{experiment.title} {seeds_sentence(found)}")
 
 
+BEGIN, END = "<!-- experiment:start -->", "<!-- experiment:end -->"
+
+
+def write_page(output: Path, name: str, page: Path) -> None:
+    """Put the tables of results.md between the marks of a page, and the figure into `pictures` beside its folder.
+
+    Raises:
+        UserError: the page has no such marks.
+    """
+    text = page.read_text() if page.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{page}: has no {BEGIN} and {END}; write the page and its answer first")
+    picture = page.parents[1] / "pictures" / f"experiment-{name}.svg"
+    write_text(picture, (output / "figure.svg").read_text())
+    found = (output / "results.md").read_text().split("\n", 1)[1].strip()
+    found = found.replace("(figure.svg)", f"(../pictures/{picture.name})")
+    (before, _), (_, after) = text.split(BEGIN, 1), text.split(END, 1)
+    write_text(page, f"{before}{BEGIN}\n{found}\n{END}{after}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
@@ -693,11 +714,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as seeds=5 or vae_steps=500")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="after these, save and end")
     parser.add_argument("--report", action="store_true", help="only write the tables from the finished cells")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the same, and put them into this page of the docs")
     options = parser.parse_intermixed_args(arguments)
     deadline = time.monotonic() + 60 * options.time_limit if options.time_limit is not None else math.inf
     try:
-        if options.report:
+        if options.report or options.page:
             report(options.output, options.experiment)
+            if options.page:
+                write_page(options.output, options.experiment, options.page)
             finished = True
         else:
             config = configuration.load(ExperimentConfig, None, options.settings)
