@@ -187,6 +187,9 @@ def test_a_page_of_the_docs_takes_the_tables_and_keeps_its_own_words(tmp_path: P
     cell(tmp_path / "run", "plain", 0, psnr_mean=20.0)
     assert experiments.main(words) == 0
     text = page.read_text()
-    assert text.startswith("# Title\n\nThe answer.\n") and text.endswith(f"{experiments.END}\nThe end.\n")
-    assert "20.00 (1 seed)" in text and "old" not in text and "(../pictures/experiment-beta.svg)" in text
+    assert text.startswith("# Title\n\nThe answer.\n")
+    assert text.endswith(f"{experiments.END}\nThe end.\n")
+    assert "20.00 (1 seed)" in text
+    assert "old" not in text
+    assert "(../pictures/experiment-beta.svg)" in text
     assert picture.read_text() == (tmp_path / "run" / "figure.svg").read_text()
