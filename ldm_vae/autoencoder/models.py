@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm_vae import runtime
 
 runtime.repair_torchvision()
 
 import diffusers
+from diffusers.models.modeling_utils import ModelMixin
 
 from ldm_vae.autoencoder.base import Autoencoder, AutoencoderSettings
 from ldm_vae.autoencoder.deterministic import ADAPTED
@@ -133,17 +135,21 @@ def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> Au
 
     A run directory of `train-vae` works too: its `autoencoder/` is taken. Where the folder has no plain safetensors,
     another variant (`fp16`) or `.bin` files are taken, with a line that says so; `.bin` files are read as tensors only.
-    diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior.
+    diffusers' `AutoencoderTiny`, `AutoencoderDC` and `VQModel` get the interface of a posterior. Its other classes are
+    taken where they encode RGB images.
 
     Raises:
-        UserError: naming the path, when it holds no autoencoder of images of any size in [-1, 1], or a damaged one:
-            see `files` and `weights`.
+        UserError: naming the path, when it holds no autoencoder of RGB images of any size in [-1, 1] (but one of video
+            or sound, or with other channels), or a damaged one: see `files` and `weights`.
     """
     found = AUTOENCODER.find(path)
     if found is not None:
         path = found
         check_checksums(found)
-    model_class = _model_class(path)
+    model_class, config = _model_class(path)
+    check_channels(model_class, config, f"{path}: ")
+    if not issubclass(model_class, Autoencoder):
+        check_dimensions(model_class, config, f"{path}: ")
     model = load_weights(model_class, path, dtype)
     return as_autoencoder(model.requires_grad_(False))
 
@@ -154,11 +160,34 @@ def as_autoencoder(model: Any) -> Autoencoder:
 
 
 def adapted(model: Any) -> Any:
-    """The same model: one of diffusers' classes gets the interface of `Autoencoder`, and keeps its name when saved."""
+    """The same model: one of diffusers' classes gets the interface of `Autoencoder`, and keeps its name when saved.
+
+    Raises:
+        UserError: it is not an autoencoder of RGB images.
+    """
     plain = getattr(model, "_orig_mod", model)  # of torch.compile
+    check_channels(type(plain), plain.config)
     if not isinstance(plain, Autoencoder):
-        plain.__class__ = _adapter(plain.__class__)
+        adapter: type = _adapter(plain.__class__)
+        if issubclass(adapter, MeasuredGrid):
+            check_dimensions(type(plain), plain.config)
+            plain.latent_grid = latent_grid(plain)
+        plain.__class__ = adapter
     return model
+
+
+class MeasuredGrid(Autoencoder):
+    """Goes behind a class of diffusers that this package does not know: its latents are as `latent_grid` found them."""
+
+    latent_grid: tuple[int, int]
+
+    @property
+    def latent_channels(self) -> int:
+        return self.latent_grid[0]
+
+    @property
+    def downsampling(self) -> int:
+        return self.latent_grid[1]
 
 
 @functools.cache
@@ -166,7 +195,79 @@ def _adapter(model_class: type) -> type:
     """A class of diffusers with the interface of `Autoencoder` behind it, saved under diffusers' name."""
     name = model_class.__name__
     names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    return _known_classes().get(name) or type(name, (model_class, Autoencoder), names)
+    return _known_classes().get(name) or type(name, (model_class, MeasuredGrid), names)
+
+
+# What an autoencoder takes: RGB images, and no video, sound or other channels.
+
+INSTEAD = "give an autoencoder of RGB images, for example AutoencoderKL"
+PROBE_SIDE = 64
+"""Of the image that tells what an autoencoder makes of it."""
+
+
+def check_channels(model_class: type, config: Mapping[str, Any], where: str = "") -> None:
+    """Raises: UserError for a class of diffusers whose settings say another number of image channels than 3."""
+    if not any(base.__module__.startswith("diffusers.models.autoencoders") for base in model_class.__mro__):
+        return
+    for name in ("in_channels", "input_channels", "audio_channels", "out_channels", "output_channels"):
+        channels = config.get(name)
+        if isinstance(channels, int) and channels != 3:
+            what = f"has {channels} image channels ({name}), and images have 3"
+            raise UserError(f"{where}{model_class.__name__}", what, INSTEAD)
+
+
+def check_dimensions(model_class: type, config: Mapping[str, Any], where: str = "") -> None:
+    """Raises: UserError for a class of diffusers that is for video or sound, by its convolutions. Takes no memory."""
+    model = _without_weights(model_class, config)
+    if model is None:  # its loader says what is wrong with the settings
+        return
+    layers = {kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for part in model.modules() if isinstance(part, kind)}
+    name = f"{where}{model_class.__name__}"
+    if nn.Conv3d in layers:
+        raise UserError(name, "is for video (it has Conv3d layers)", INSTEAD)
+    if nn.Conv1d in layers and nn.Conv2d not in layers:
+        raise UserError(name, "is for sound (it has Conv1d layers)", INSTEAD)
+
+
+def _without_weights(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """The network with shapes only; None where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(dict(config)).eval()
+    except Exception:  # whatever its constructor makes of the settings
+        return None
+
+
+def latent_grid(model: Any) -> tuple[int, int]:
+    """(latent channels, pixels per latent position along a side), from one image of `PROBE_SIDE` pixels.
+
+    Raises:
+        UserError: it does not encode RGB images (n, 3, h, w) to a posterior over latents (n, c, h/f, w/f), or does not
+            decode these to such images.
+    """
+    shapes = _without_weights(type(model), model.config)
+    for network in filter(None, (shapes, model)):  # not every class computes without numbers
+        try:
+            latents, images = _probe(network)
+            break
+        except Exception as error:  # whatever it makes of such images
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+    else:
+        raise UserError(type(model).__name__, f"does not encode and decode RGB images ({failure})", INSTEAD)
+    factor = PROBE_SIDE // latents[-1]
+    if images != (1, 3, PROBE_SIDE, PROBE_SIDE) or latents[2:] != (PROBE_SIDE // factor,) * 2:
+        what = f"makes latents {tuple(latents)} and images {tuple(images)} of images (1, 3, {PROBE_SIDE}, {PROBE_SIDE})"
+        raise UserError(type(model).__name__, what, INSTEAD)
+    return int(latents[1]), int(factor)
+
+
+@torch.no_grad()
+def _probe(model: Any) -> tuple[torch.Size, torch.Size]:
+    """The shapes of the latents and of the decoded image."""
+    weight = next(model.parameters())
+    image = torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, device=weight.device, dtype=weight.dtype)
+    latents = model.encode(image).latent_dist.mode()
+    return latents.shape, model.decode(latents).sample.shape
 
 
 def _known_classes() -> dict[str, Any]:
@@ -182,7 +283,8 @@ def model_directory(path: Path) -> Path | None:
     return None
 
 
-def _model_class(path: str | Path) -> Any:
+def _model_class(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The class that config.json names, and its settings. Raises: UserError."""
     if Path(path).exists():
         try:
             config = dict(json.loads((Path(path) / "config.json").read_text()))
@@ -198,15 +300,16 @@ def _model_class(path: str | Path) -> Any:
             ) from error
     name = str(config.get("_class_name"))
     if name in (known := _known_classes()):
-        return known[name]
+        return known[name], config
     if name == "AutoencoderRAE":
         raise UserError(
             f"{path}: AutoencoderRAE works at one image size only and on [0, 1]; "
             "train one for any size with autoencoder.kind=frozen"
         )
     model_class = getattr(diffusers, name, None)
-    if not name.startswith("Autoencoder") or model_class is None:
+    is_model = isinstance(model_class, type) and issubclass(model_class, ModelMixin)
+    if not is_model or not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
         raise UserError(
             f"{path}/config.json: _class_name {name!r} is not an autoencoder of this package or of diffusers"
         )
-    return model_class
+    return model_class, config
