@@ -216,8 +216,8 @@ def describe_data(config: TrainVaeConfig, samples: ImageSamples | StreamSamples,
         found = [f"{describe_images(train)}{again}", f"{len(train.source) - len(train):,} held out"]
     if held_out is not None and held_out.read + held_out.rejected:
         small, unread = len(held_out.enlarged_crops), held_out.rejected
-        looked_at = f"of {held_out.read + unread:,} of them looked at"
-        found.append(f"{looked_at} {small or 'none'} enlarged, {unread or 'none'} rejected")
+        checked = f"{held_out.read + unread:,} of these checked"
+        found.append(f"{checked}: {small or 'none'} enlarged, {unread or 'none'} rejected")
     return [*found, describe_phases(config)]
 
 
