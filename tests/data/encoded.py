@@ -28,9 +28,28 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def raw_png(width: int, height: int, depth: int, color_type: int, rows: bytes, *extra: bytes) -> bytes:
+def adam7_png(pixels: np.ndarray, depth: int, color_type: int, *extra: bytes) -> bytes:
+    """An interlaced PNG of (height, width, c), in the order of bytes of the file: seven passes, each a picture."""
+    rows = b""
+    for x, y, dx, dy in (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ):
+        part = pixels[y::dy, x::dx]
+        rows += b"".join(b"\0" + row.tobytes() for row in part) if part.size else b""
+    return raw_png(pixels.shape[1], pixels.shape[0], depth, color_type, rows, *extra, interlace=1)
+
+
+def raw_png(
+    width: int, height: int, depth: int, color_type: int, rows: bytes, *extra: bytes, interlace: int = 0
+) -> bytes:
     """A PNG from already filtered rows; `extra` chunks go before the pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, interlace))
     pixels = chunk(b"IDAT", zlib.compress(rows, 9))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
 
