@@ -284,8 +284,9 @@ OF_TRAINING = ("seed", "device", "precision")
 
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+    errno.ENAMETOOLONG,
 )  # fmt: skip
-"""Disk errors, not bugs: the disk is full or read-only, or a folder has disappeared."""
+"""Disk errors, not bugs: the disk is full or read-only, a folder has disappeared, or a name is too long for it."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import Any
 
 from ldm_vae.errors import DISK_FULL, DamagedFile, NewerFormat, OlderFormat, UserError
 from ldm_vae.redaction import redacted
+from ldm_vae.utils.text import short_name
 
 _guards: dict[tuple[str, str], Callable[[], None]] = {}
 """(folder, name of its lock) -> a check that the folder is still the one that was locked."""
@@ -63,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary_path)` make a file, then publish it as `path`. A crash leaves the old file or none."""
     check_guards(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = _temporary(path)
     try:
         write(temporary)
         fsync_path(temporary)
@@ -72,6 +73,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`. A long name would become longer than file systems allow."""
+    stem = short_name(path.stem)
+    return path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{stem}{path.suffix}")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -125,7 +132,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
 def temporary_directory(final: Path) -> Path:
     """A new empty folder next to `final` (same filesystem), to be filled and passed to `publish_directory`."""
     check_guards(final)
-    folder = final.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{final.name}")
+    folder = _temporary(final)
     folder.mkdir(parents=True)
     return folder
 

@@ -174,3 +174,12 @@ def test_a_set_of_latents_takes_them(latents: Path) -> None:
         with pytest.raises(UserError, match=f"seed: {wrong} is not a whole number"):
             LatentDataset(latents, seed=wrong)  # type: ignore[arg-type]
     assert list(OrderedSampler(GlobalOrder(1, 6), np.int64(2))) == list(OrderedSampler(GlobalOrder(1, 6), 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, torch.tensor])
+def test_a_shift_of_small_integers_does_not_overflow(kind: Any) -> None:
+    from ldm_vae import flow
+
+    assert flow.resolution_shift(kind(4), kind(64), kind(64)) == flow.resolution_shift(4, 64, 64) == 2
+    with pytest.raises(UserError, match=r"height: 64\.5 is not a whole number"):
+        flow.resolution_shift(4, 64.5, 64)  # type: ignore[arg-type]

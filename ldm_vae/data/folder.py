@@ -26,6 +26,7 @@ from ldm_vae.errors import UserError
 from ldm_vae.paths import IMAGES
 from ldm_vae.storage.base import is_url, local_path
 from ldm_vae.storage.remote import AccessDenied, Connection
+from ldm_vae.utils.text import short_name
 
 logger = logging.getLogger(__name__)
 
@@ -366,7 +367,8 @@ class RemoteFiles:
 
 
 def find_pictures(inputs: Sequence[str | Path] | str | Path) -> list[tuple[str, Path]]:
-    """(output name without suffix, file) for files and folders. Duplicate names get the suffix, then a number.
+    """(output name without suffix, file) for files and folders. Duplicate names get the suffix, then a number;
+    names that are too long for a file with another ending are shortened.
 
     Raises:
         UserError: something else than a file or a folder.
@@ -374,7 +376,7 @@ def find_pictures(inputs: Sequence[str | Path] | str | Path) -> list[tuple[str, 
     found: list[tuple[str, Path]] = []
     taken: set[str] = set()
     for path, relative in _named_files([inputs] if isinstance(inputs, str | Path) else inputs):
-        name = relative.with_suffix("").as_posix()
+        name = "/".join(map(short_name, relative.with_suffix("").parts))
         candidates = [name, f"{name}-{relative.suffix.removeprefix('.')}"]
         candidates += [f"{name}-{number}" for number in range(2, len(taken) + 3)]
         name = next(word for word in candidates if not taken & {word, f"{word}_beside"})

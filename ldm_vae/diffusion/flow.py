@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from ldm_vae.utils.numbers import whole_number
+
 UNIFORM_SHARE = 0.1
 """Share of training times drawn uniformly, so that both ends of [0, 1] occur; the others are logit-normal."""
 
@@ -33,7 +35,8 @@ def resolution_shift(channels: int, height: int, width: int) -> float:
     >>> resolution_shift(4, 64, 64)
     2.0
     """
-    return math.sqrt(channels * height * width / 4096)
+    sizes = {"channels": channels, "height": height, "width": width}
+    return math.sqrt(math.prod(whole_number(size, name) for name, size in sizes.items()) / 4096)
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:

@@ -60,7 +60,7 @@ from ldm_vae.storage import open_folder
 from ldm_vae.training.distributed import run_on_main
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, say
-from ldm_vae.utils.text import duration_text, pluralize
+from ldm_vae.utils.text import duration_text, pluralize, short_name
 from ldm_vae.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -373,9 +373,9 @@ def _interpolation(config: GenerateConfig, ends: tuple[str, str], names: Sequenc
 
 
 def image_name(index: int, caption: str | None) -> str:
-    """`0007_red-ball.png`."""
+    """`0007_red-ball.png`; the words of a long caption are shortened."""
     word = re.sub(r"[^\w]+", "-", caption).strip("-").lower() if caption else ""
-    return f"{index:04d}_{word}.png" if word else f"{index:04d}.png"
+    return f"{index:04d}_{short_name(word)}.png" if word else f"{index:04d}.png"
 
 
 # What goes in: the pipeline, the images to start from, the latents to compare with.

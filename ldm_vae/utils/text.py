@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,23 @@ def pluralize(number: int, thing: str) -> str:
     if number == 1:
         return f"{number:,} {thing}"
     return f"{number:,} {thing}{'es' if thing.endswith(('s', 'ch')) else 's'}"
+
+
+LONGEST_NAME_BYTES = 200
+"""Of a file name before its ending. File systems allow 255 bytes; a mark of a temporary file comes on top."""
+
+
+def short_name(name: str, longest_bytes: int = LONGEST_NAME_BYTES) -> str:
+    """A name that a file can have: a longer one is cut between two characters and gets a hash, so that it is unique.
+
+    >>> short_name("a" * 300, 20)
+    'aaaaaaaaaaa-a5de59a0'
+    """
+    data = name.encode("utf-8", "surrogateescape")
+    if len(data) <= longest_bytes:
+        return name
+    mark = hashlib.blake2b(data, digest_size=4).hexdigest()
+    return f"{data[: longest_bytes - len(mark) - 1].decode('utf-8', 'ignore')}-{mark}"
 
 
 def duration_text(seconds: float) -> str:

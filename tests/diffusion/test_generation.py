@@ -21,6 +21,7 @@ from ldm_vae.diffusion.generation import PNG_KEY, GenerateConfig, GenerationResu
 from ldm_vae.errors import UserError
 from ldm_vae.utils.image_grid import label_cycle, labeled_sheet
 from tests.diffusion import late
+from tests.diffusion.conftest import make_pipeline
 
 
 def config(saved: Path, **changes: object) -> GenerateConfig:
@@ -58,6 +59,18 @@ def test_every_class_in_turn(saved: Path, tmp_path: Path) -> None:
         "seed": 0, "steps": 2, "guidance": 3.0, "height": 64,
     }  # fmt: skip
     assert str(saved) not in image.text[PNG_KEY]  # type: ignore[attr-defined]
+
+
+def test_class_names_longer_than_file_names(tmp_path: Path) -> None:
+    labels = ["a" * 300, "a" * 299 + "b", "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 100]
+    make_pipeline(labels).save_pretrained(tmp_path / "long" / "pipeline")
+    settings = config(tmp_path / "long", count=3)
+    assert make(settings, tmp_path / "out").made == 3
+    names = sorted(path.name for path in (tmp_path / "out").glob("0*.png"))
+    assert len(names) == 3
+    found = [json.loads(Image.open(tmp_path / "out" / name).text[PNG_KEY])["label"] for name in names]  # type: ignore[attr-defined]
+    assert found == labels
+    assert make(settings, tmp_path / "out").made == 0  # they are found again
 
 
 def test_the_same_call_completes_a_folder(saved: Path, tmp_path: Path) -> None:

@@ -52,3 +52,10 @@ def test_noise_of_a_seed_and_between_two() -> None:
 def test_file_names() -> None:
     assert image_name(7, "Red ball / 2") == "0007_red-ball-2.png"
     assert image_name(7, None) == image_name(7, "!") == "0007.png"
+
+
+@pytest.mark.parametrize("label", ["a" * 300, "\N{CJK UNIFIED IDEOGRAPH-6F22}" * 300, "\N{GRINNING FACE}x" * 300])
+def test_long_labels_become_short_names_that_differ(label: str) -> None:
+    names = [image_name(7, label), image_name(7, label + "y")]
+    assert len(set(names)) == 2
+    assert all(len(name.encode()) < 230 and name.startswith("0007_") and name.endswith(".png") for name in names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import (
     DDIMScheduler,
@@ -106,6 +107,26 @@ def test_others_are_refused(scheduler: Any, message: str) -> None:
 def test_settings_that_are_used_are_taken(scheduler: Any) -> None:
     assert sampler_name(scheduler) in SAMPLERS
     assert scheduler_shift(scheduler) > 0
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=1.0, max_shift=2.0),
+        DPMSolverMultistepScheduler(flow_shift=3.0, solver_order=3, **FLOW),
+        DPMSolverMultistepScheduler(flow_shift=0.5, solver_type="heun", **FLOW),
+        UniPCMultistepScheduler(flow_shift=3.0, solver_type="bh1", **FLOW),
+    ],
+)
+def test_what_is_accepted_has_the_times_of_diffusers(scheduler: Any) -> None:
+    """Of FlowMatchEuler with the even sigmas that the pipelines of diffusers hand it."""
+    solver = make_solver(scheduler, 6, scheduler_shift(scheduler))
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6))
+    else:
+        scheduler.set_timesteps(6)
+    np.testing.assert_allclose(solver.times, scheduler.sigmas.numpy(), rtol=0, atol=1e-6)
 
 
 def test_unknown_name() -> None:
