@@ -16,17 +16,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ldm_vae.data.decoding import SUFFIXES, DecodeLimits, ImageRejected, decode_image, read_regular_file
-from ldm_vae.data.sources import hash_items, number_labels
+from ldm_vae.data.sources import DataConfig, hash_items, number_labels
 from ldm_vae.errors import UserError
 from ldm_vae.paths import IMAGES
 from ldm_vae.storage.base import is_url, local_path
 from ldm_vae.storage.remote import AccessDenied, Connection
-from ldm_vae.utils.text import short_name
+from ldm_vae.utils.text import pluralize, short_name
 
 logger = logging.getLogger(__name__)
 
@@ -364,6 +364,46 @@ class RemoteFiles:
             raise ImageRejected("unreadable", "cannot be opened: it is not there any more") from error
         except AccessDenied as error:
             raise ImageRejected("unreadable", "cannot be opened: access denied") from error
+
+
+def report_newer_images(data: Any, result: str | Path) -> None:
+    """Log one line where images of a local folder were written after a finished result of them.
+
+    A fingerprint has names, labels and sizes of files, so an image that was edited to the same size would pass
+    unnoticed. This costs one `stat` for each image.
+
+    Args:
+        data: the `DataConfig` of the images; what is not a folder on this machine is not looked at.
+        result: the file that was written when it was finished.
+    """
+    if not isinstance(data, DataConfig) or data.source != "folder" or is_url(str(data.path)) or is_url(result):
+        return
+    try:
+        finished = local_path(result).stat().st_mtime
+        files = LocalFiles(str(data.path))
+        newer = sorted(name for name in _names(files, data.include) if _written(files.root / name) > finished)
+    except (OSError, UserError):
+        return
+    if newer:
+        logger.warning(
+            "%s: %s written after the result in %s, for example %s; if that changed them, give another output",
+            files.location, f"{pluralize(len(newer), 'image')} {'was' if len(newer) == 1 else 'were'}",
+            local_path(result).parent, printable(newer[0]),
+        )  # fmt: skip
+
+
+def _names(files: LocalFiles, include: Sequence[str]) -> Iterator[str]:
+    for name, _ in files.sizes():
+        chosen = not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+        if chosen and os.path.splitext(name)[1].lower() in SUFFIXES:
+            yield name
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it is reported when it is read
+        return 0.0
 
 
 def find_pictures(inputs: Sequence[str | Path] | str | Path) -> list[tuple[str, Path]]:

@@ -188,15 +188,8 @@ def enlarged_record(enlarged: Enlarged) -> dict[str, Any]:
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
     """The error when all of `count` images were rejected."""
     reasons = ", ".join(sorted({reason for _, reason in rejected}))
-    return UserError(f"{where}: none of the {count} images could be read ({reasons})")
-
-
-def crops(source: ImageSource, indices: list[int], resolution: int) -> Iterator[Tensor]:
-    """Yield the readable images, each (1, 3, resolution, resolution) in [-1, 1]."""
-    for index in indices:
-        _, image = read_crops(source, [index], resolution, [], [])
-        if image is not None:
-            yield image
+    example = f", for example {rejected[0][0]}" if rejected else ""
+    return UserError(where, f"none of the {count} images could be read ({reasons}{example})", "give other images")
 
 
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:

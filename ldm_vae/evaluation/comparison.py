@@ -22,7 +22,7 @@ from ldm_vae.autoencoder.losses import LPIPS
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
 from ldm_vae.data import open_source
-from ldm_vae.data.samples import crops, evenly_spaced
+from ldm_vae.data.samples import Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.split import subset
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation import sweep
@@ -190,9 +190,12 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
     autoencoder = load_autoencoder(point.autoencoder).to(device)
     source = open_source(evaluate.data)
     chosen = subset(source, evaluate.part, evaluate.data.held_out)
-    images = torch.cat(list(crops(chosen, evenly_spaced(len(chosen), config.latent_images), evaluate.resolution))).to(
-        device
-    )
+    shown = evenly_spaced(len(chosen), config.latent_images)
+    rejected: Rejected = []
+    _, shown_images = read_crops(chosen, shown, evaluate.resolution, rejected, [])
+    if shown_images is None:
+        raise none_readable("data", len(shown), rejected)
+    images = shown_images.to(device)
     fitted = chosen if evaluate.part == "all" else subset(source, "train", evaluate.data.held_out)
     indices = evenly_spaced(len(fitted), evaluate.baseline_images)
     klt = fit_baseline(fitted, indices, evaluate.resolution, 8, Processes())

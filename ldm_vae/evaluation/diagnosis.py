@@ -20,7 +20,7 @@ from ldm_vae.autoencoder.lineage import RECORD, read_record
 from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.config import check_positive
 from ldm_vae.data import open_source, transforms
-from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, read_crops
+from ldm_vae.data.samples import Enlarged, Rejected, evenly_spaced, none_readable, read_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import Part, subset
 from ldm_vae.data.survey import describe_images
@@ -157,6 +157,9 @@ def read_images(
     """Center crops (n, 3, resolution, resolution) in [-1, 1] in batches, with a progress bar.
 
     Images that cannot be decoded are appended to `rejected` and left out; those that are enlarged, to `enlarged`.
+
+    Raises:
+        UserError: none of them can be decoded.
     """
     starts = range(0, len(indices), config.batch)
     for start in track(starts, "diagnose", "batch", leave=True):
@@ -164,6 +167,8 @@ def read_images(
         _, images = read_crops(source, batch, config.resolution, rejected, enlarged)
         if images is not None:
             yield images
+    if indices and len(rejected) == len(indices):
+        raise none_readable("data", len(indices), rejected)
 
 
 def training_record(autoencoder: str) -> dict[str, Any]:

@@ -440,13 +440,22 @@ def measure_images(measurer: Measurer, source: ImageSource, indices: list[int], 
 def fit_baseline(
     source: ImageSource, indices: list[int], resolution: int, block: int, processes: Processes
 ) -> BlockKLT:
-    """The linear baseline, its images shared among the processes; the sums are added in a fixed order."""
+    """The linear baseline, its images shared among the processes; the sums are added in a fixed order.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
     units = [indices[start : start + BASELINE_UNIT] for start in range(0, len(indices), BASELINE_UNIT)]
-    found: list[tuple[int, Moments | None]] = []
+    found: list[tuple[int, tuple[Moments | None, Rejected]]] = []
     for number, unit in _progress(processes, units, "linear baseline"):
-        _, images = read_crops(source, unit, resolution, [], [])
-        found.append((number, None if images is None else block_moments(images, block)))
-    return solve_klt((moments for moments in processes.gather(found, len(units)) if moments is not None), block)
+        rejected: Rejected = []
+        _, images = read_crops(source, unit, resolution, rejected, [])
+        found.append((number, (None if images is None else block_moments(images, block), rejected)))
+    whole = list(processes.gather(found, len(units)))
+    read = [moments for moments, _ in whole if moments is not None]
+    if not read:
+        raise none_readable("data", len(indices), [one for _, rejected in whole for one in rejected])
+    return solve_klt(read, block)
 
 
 def _progress(processes: Processes, units: list[list[int]], task: str) -> Any:

@@ -29,6 +29,7 @@ from PIL import Image
 from ldm_vae import config as configuration
 from ldm_vae import provenance
 from ldm_vae.autoencoder.base import Autoencoder
+from ldm_vae.data.folder import report_newer_images
 from ldm_vae.data.samples import Enlarged, enlarged_record, enlarged_sentences
 from ldm_vae.data.sources import ImageSource
 from ldm_vae.data.survey import look_at
@@ -217,6 +218,7 @@ class Study:
         results = run_on_main(self.processes, self.load)
         if results is not None:
             begin(self.command, f"{self.output} holds the finished result of these settings; nothing is measured again")
+            report_newer_images(getattr(self.config, "data", None), self.output / self.results_file)
         else:
             self.prepare()
             work = self.work()

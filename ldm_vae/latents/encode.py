@@ -29,13 +29,14 @@ from ldm_vae.autoencoder.models import load_autoencoder
 from ldm_vae.autoencoder.weights import describe_architecture
 from ldm_vae.config import check_positive, plain_settings
 from ldm_vae.data import transforms
+from ldm_vae.data.folder import report_newer_images
 from ldm_vae.data.sources import DataConfig, labels_from
 from ldm_vae.data.split import Part
 from ldm_vae.data.survey import describe_classes, look_at
 from ldm_vae.data.transforms import preprocessing_record
 from ldm_vae.errors import UserError
 from ldm_vae.files import readable_json
-from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, Manifest, Origin, index_dtype, planned_shards
+from ldm_vae.latents.format import FLIPPED, LATENT_DTYPES, MANIFEST, Manifest, Origin, index_dtype, planned_shards
 from ldm_vae.latents.image_loader import ImageBatch, Images, RandomAccessImages, Units, load_batches, open_images
 from ldm_vae.latents.writer import OpenShard, Output, Writer, lock_name
 from ldm_vae.random import generator
@@ -396,6 +397,7 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
             stack.enter_context(output.open(share))
             manifest = output.finished_manifest()
             if manifest:
+                report_newer_images(config.data, f"{config.output}/{MANIFEST}")
                 end(output.where, f"finished already: {summary(manifest)}", next_words(job, output.where))
             return replace(manifest) if manifest else output.finished_units(share), output.origin
 

@@ -310,6 +310,17 @@ def test_broken_images_are_listed_and_left_out(config: EvaluateConfig, image_fol
     assert len(results["images"]) == 3
 
 
+def test_no_readable_image_is_one_sentence(config: EvaluateConfig, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(24):
+        (images / f"{number}.png").write_bytes(b"no image")
+    for part in ("held_out", "all"):
+        broken = replace(config, part=part, data=replace(config.data, path=str(images)), output=str(tmp_path / part))
+        with pytest.raises(UserError, match=r"none of the \d+ images could be read \(unknown_format, for example"):
+            evaluate(broken)
+
+
 def test_lpips_is_measured_with_local_weights(config: EvaluateConfig, random_backbone: Path, tmp_path: Path) -> None:
     results = evaluate(
         replace(

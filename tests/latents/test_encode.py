@@ -186,6 +186,21 @@ def test_images_that_are_all_unreadable_are_an_error(encode, tmp_path):
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
+def test_images_that_were_written_after_a_finished_set_are_named(encode, image_folder, tmp_path, caplog):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    encode(tmp_path / "set", f"data.path={images}")
+    encode(tmp_path / "set", f"data.path={images}")
+    assert "written after" not in caplog.text
+    path = images / "a" / "004.png"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1  # the same size
+    path.write_bytes(data)
+    encode(tmp_path / "set", f"data.path={images}")
+    assert "1 image was written after the result in" in caplog.text
+    assert "a/004.png" in caplog.text
+
+
 @pytest.mark.promise(8)
 def test_a_latent_that_is_not_finite_stops_the_job_and_names_the_image(
     encode, autoencoder_directory, image_folder, tmp_path, record_property

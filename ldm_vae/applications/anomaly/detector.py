@@ -27,6 +27,7 @@ from ldm_vae.autoencoder.losses import Backbone
 from ldm_vae.autoencoder.weights import fingerprint
 from ldm_vae.config import plain_settings
 from ldm_vae.data import open_source
+from ldm_vae.data.folder import report_newer_images
 from ldm_vae.data.samples import Crop, Rejected, evenly_spaced, iterate_crops
 from ldm_vae.data.sources import DataConfig, ImageSource
 from ldm_vae.data.split import subset
@@ -220,6 +221,7 @@ def fit_detector(config: FitDetectorConfig, *, overwrite: bool = False, dry_run:
         save_detector(learn_detector(config, networks, normal), output, started)
     else:
         begin("anomaly fit", f"{output} holds the finished detector of these settings; nothing is fitted again")
+        report_newer_images(config.data, output / DESCRIPTION)
     detector = load_detector(output)
     words = ["ldm-vae", "anomaly", "score", str(output), f"autoencoder={config.autoencoder}"]
     words += [f"model={config.pipeline}"] if config.pipeline else []

@@ -33,6 +33,7 @@ from ldm_vae.data.folder import find_pictures
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.baselines import largest_within
 from ldm_vae.files import write_bytes, write_png
+from ldm_vae.paths import COMPRESSED
 from ldm_vae.runtime import compute_device
 from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say, track
 from ldm_vae.utils.text import duration_text, pluralize
@@ -93,10 +94,10 @@ class DecompressConfig:
     are still decompressed, and the exit code is 2. `channels` shows a preview from the first channels of a file that
     was compressed with `progressive`; only that part of it is read, so the rest may not have arrived yet.
 
-      ldm-vae decompress small/*.ldmz autoencoder=runs/mine output=pictures
+      ldm-vae decompress small autoencoder=runs/mine output=pictures
 
     Args:
-        files: what `compress` wrote.
+        files: what `compress` wrote: files, or folders of them.
         autoencoder: the one that compressed them, or one with the same encoder and another decoder.
         output: the folder for the pictures; null: beside each file.
         entropy: the entropy model that compressed them, if there was one.
@@ -184,7 +185,7 @@ def compress(config: CompressConfig, *, overwrite: bool = False, dry_run: bool =
     if dry_run:
         end_dry_run(place, f"about {duration_text(len(goals) * (time.monotonic() - started))}")
         return []
-    words = ["ldm-vae", "decompress", str(written[0].path), *_decoding_words(config)]
+    words = ["ldm-vae", "decompress", config.output or str(written[0].path), *_decoding_words(config)]
     mean = sum(8 * one.size_bytes for one in written) / sum(one.width * one.height for one in written)
     end(place, f"{pluralize(len(written), 'file')}, {mean:.3f} bits per pixel", words)
     return written
@@ -237,11 +238,7 @@ def decompress(config: DecompressConfig, *, overwrite: bool = False, dry_run: bo
     config = plain_settings(config)
     if not config.files:
         raise UserError("files: missing; give files that `ldm-vae compress` wrote")
-    paths = [Path(text) for text in config.files]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give files that `ldm-vae compress` wrote")
-    goals = _targets(config.output, [(path.stem, path) for path in paths], ".png", overwrite)
+    goals = _targets(config.output, find_compressed(config.files), ".png", overwrite)
     codec = open_codec(config.autoencoder, config.entropy, compute_device(config.device))
     place = config.output or "beside each file"
     begin("decompress", pluralize(len(goals), "file"), config.autoencoder, *_given(codec), f"to {place}")
@@ -264,6 +261,26 @@ def decompress(config: DecompressConfig, *, overwrite: bool = False, dry_run: bo
     words.append(f"output={beside(config.output or 'decompressed', 'reconstructed')}")
     end(place, pluralize(len(written), "picture"), words)
     return written
+
+
+def find_compressed(inputs: Sequence[str]) -> list[tuple[str, Path]]:
+    """(output name without suffix, file) for files, and for folders with all files of `compress` in them.
+
+    Raises:
+        UserError: something else, or a folder without such files.
+    """
+    found: list[tuple[str, Path]] = []
+    for text in inputs:
+        path = Path(text).expanduser()
+        COMPRESSED.find(path)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob(f"*{format.SUFFIX}") if file.is_file())
+            if not inside:
+                raise UserError(path, f"holds no {format.SUFFIX} file", COMPRESSED.advice)
+            found += [(file.relative_to(path).with_suffix("").as_posix(), file) for file in inside]
+        else:
+            found.append((path.stem, path))
+    return found
 
 
 def _targets(

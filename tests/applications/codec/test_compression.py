@@ -184,6 +184,20 @@ def test_the_commands_there_and_back(autoencoder_folder, model_file, tmp_path, c
     assert "cannot be decoded from 4 channels alone, only from 1, 2, 3" in capsys.readouterr().err
 
 
+def test_a_folder_goes_there_and_back(autoencoder_folder, tmp_path, capsys):
+    for name in ("a.png", "deep/b.c.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "pictures" / name)
+    companions = ["--autoencoder", str(autoencoder_folder), "--device", "cpu"]
+    small, back = str(tmp_path / "small"), tmp_path / "back"
+    assert cli.main(["compress", str(tmp_path / "pictures"), *companions, "--output", small]) == 0
+    assert f"next: ldm-vae decompress {small} " in capsys.readouterr().out
+    assert cli.main(["decompress", small, *companions, "--output", str(back)]) == 0
+    assert sorted(str(path.relative_to(back)) for path in back.rglob("*.png")) == ["a.png", "deep/b.c.png"]
+    assert cli.main(["decompress", str(back), *companions]) == 2
+    assert "back: holds no .ldmz file; give files that `ldm-vae compress` wrote" in capsys.readouterr().err
+
+
 def test_a_damaged_file_among_others_is_named(autoencoder_folder, tmp_path, capsys):
     Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "a.png")
     companions = ["--autoencoder", str(autoencoder_folder), "--device", "cpu"]
