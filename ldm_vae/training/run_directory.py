@@ -140,26 +140,39 @@ class RunDirectory:
         if self.path.exists() and not (self.path / CONFIG).exists() and any(self._contents()):
             raise UserError(f"{self.path}: holds other files but no run; give another output, or empty it")
 
+    def _refuse_others(self) -> None:
+        """Raises: UserError for a folder with other files, or a run with other settings. Writes nothing."""
+        self._refuse_other_files()
+        if (self.path / CONFIG).exists():
+            self._refuse_other_config(self._read_config(self.path / CONFIG), str(self.path))
+
     def _open(self) -> None:
         config_file = self.path / CONFIG
         with system_errors_explained(self.path, "give another output, or make room"):
-            self._refuse_other_files()
-            for folder in (self.path, self.checkpoints, self.previews):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            if config_file.exists():
-                self._refuse_other_config(self._read_config(config_file), str(self.path))
-            for name in (*PUBLISHED, *self.keys.exports):
-                remove_leftovers(self.path, name)
-            remove_leftovers(self.previews)
-            write_text(config_file, configuration.to_yaml(self.config))
+            self._refuse_others()  # before anything is made in it
+            with ExitStack() as failed:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                failed.callback(self.close)
+                self._refuse_others()  # another job may have begun here meanwhile
+                for folder in (self.checkpoints, self.previews):
+                    folder.mkdir(exist_ok=True)
+                for name in (*PUBLISHED, *self.keys.exports):
+                    remove_leftovers(self.path, name)
+                remove_leftovers(self.previews)
+                write_text(config_file, configuration.to_yaml(self.config))
+                failed.pop_all()
 
     def _contents(self) -> list[Path]:
         return [
             path
             for path in self.path.iterdir()
-            if path.name not in ("checkpoints", "previews", RUN_LOCK) and not path.name.startswith(".tmp-")
+            if not (path.name == RUN_LOCK or path.name.startswith(".tmp-") or self._is_empty_folder(path))
         ]
+
+    def _is_empty_folder(self, path: Path) -> bool:
+        """Whether it is one that a run makes before it writes its configuration, and nothing is in it yet."""
+        return path in (self.checkpoints, self.previews) and path.is_dir() and not any(path.iterdir())
 
     def _read_config(self, config_file: Path) -> dict[str, Any]:
         return configuration.to_dict(configuration.load(type(self.config), config_file))  # newer keys: the defaults

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from tests.data.encoded import chunk, encode, picture, raw_png, swapped_srgb_profile
+from tests.data.encoded import adam7_png, chunk, encode, picture, raw_png, swapped_srgb_profile
 
 HIGH_QUALITY = {"quality": 95, "subsampling": 0}
 TURNS = {
@@ -54,8 +55,8 @@ class Hostile:
 @lru_cache(maxsize=1)
 def corpus() -> tuple[Hostile, ...]:
     """All of them; names are different and sorted."""
-    found = sorted([*formats(), *turned(), *colors(), *depths(), *frames(), *odd(), *broken(), *bombs()],
-                   key=lambda file: file.name)  # fmt: skip
+    kinds = (formats, turned, colors, depths, frames, phones, scans, odd, broken, bombs)
+    found = sorted((file for kind in kinds for file in kind()), key=lambda file: file.name)
     assert len({file.name for file in found}) == len(found)
     return tuple(found)
 
@@ -173,6 +174,53 @@ def frames() -> Iterator[Hostile]:
     ):  # fmt: skip
         yield Hostile(f"frames.{suffix}", encode(first, format, **several, **options), np.asarray(first))
     yield Hostile("frames-mpo.jpg", encode(first, "MPO", **several, **HIGH_QUALITY), np.asarray(first), tolerance=2)
+
+
+def phones() -> Iterator[Hostile]:
+    """What cameras and their programs write."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying
+    exif[0x010F] = "Maker"
+    lying = Image.fromarray(picture()).transpose(TURNS[6])
+    gain_map = Image.new("L", (24, 32), 200)
+    told = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description hdrgm:Version="1.0"/></x:xmpmeta>'
+    options: dict[str, Any] = {"save_all": True, "append_images": [gain_map], "exif": exif, "xmp": told}
+    data = encode(lying, "MPO", **options, **HIGH_QUALITY)
+    yield Hostile("phone-gain-map.jpg", data, picture(), tolerance=2)
+    yield Hostile("phone-turned.avif", encode(lying, "AVIF", exif=exif, quality=95), picture(), tolerance=2)
+    composed, apart = "\N{LATIN SMALL LETTER E WITH ACUTE}", "e\N{COMBINING ACUTE ACCENT}"
+    yield Hostile(f"phone-name-{apart}.png", encode(picture()), picture())
+    yield Hostile(f"phone-name-other-{composed}.png", encode(picture()), picture())
+    clear, red = Image.new("RGBA", (32, 16)), Image.new("RGBA", (32, 16), (255, 0, 0, 255))
+    data = encode(clear, "WEBP", save_all=True, append_images=[red], lossless=True)
+    yield Hostile("phone-sticker.webp", data, np.full((16, 32, 3), 255, np.uint8))
+
+
+def scans() -> Iterator[Hostile]:
+    """Scanners and image editors: 16 bits, gray with alpha, interlacing."""
+    wide = picture().astype(np.uint16) * 256 + 77
+    yield Hostile("scan-16-colour.tif", color_tiff(wide), picture())
+    yield Hostile("scan-16-interlaced.png", adam7_png(wide.astype(">u2"), 16, 2), picture())
+    yield Hostile("scan-interlaced.png", adam7_png(picture(), 8, 2), picture())
+    gray, alpha = picture()[..., :1], picture()[..., 2:]
+    seen = (gray * (alpha / 255) + 255 - alpha).repeat(3, axis=-1)
+    both = np.concatenate([gray, alpha], axis=-1)
+    yield Hostile("scan-grey-alpha.png", encode(Image.fromarray(both, "LA")), seen, tolerance=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in (both.astype(">u2") * 257).astype(">u2"))
+    yield Hostile("scan-16-grey-alpha.png", raw_png(64, 48, 16, 4, rows), seen, tolerance=1)
+
+
+def color_tiff(pixels: np.ndarray) -> bytes:
+    """A baseline TIFF of one strip, 16 bits a channel, from uint16 (h, w, 3)."""
+    height, width = pixels.shape[:2]
+    entries = [
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
+        (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, pixels.size * 2),
+    ]  # fmt: skip
+    body = pixels.astype("<u2").tobytes()
+    head = struct.pack("<2sHI", b"II", 42, 14 + len(body)) + struct.pack("<3H", 16, 16, 16)
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return head + body + struct.pack("<H", len(entries)) + table + bytes(4)
 
 
 def odd() -> Iterator[Hostile]:

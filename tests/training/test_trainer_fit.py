@@ -164,6 +164,18 @@ def test_another_runs_directory_is_refused_with_the_keys(tmp_path):
         toy.main(str(tmp_path / "notes"))
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/mine.pt", "previews/mine.png", "photo.png"])
+def test_nothing_is_made_in_a_folder_that_is_refused(tmp_path, name):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("output: x\nbatch: 16\n")
+    before = sorted(str(path) for path in (tmp_path / "mine").rglob("*"))
+    with pytest.raises(UserError, match=r"holds other files but no run|holds a run with other settings"):
+        toy.main(str(tmp_path / "mine"))
+    assert sorted(str(path) for path in (tmp_path / "mine").rglob("*")) == before
+    assert path.read_text() == "output: x\nbatch: 16\n"
+
+
 def test_a_directory_in_use_is_refused_with_its_holder(tmp_path):
     from ldm_vae.training.run_directory import RunDirectory
 
