@@ -29,7 +29,8 @@ from ldm_vae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ldm_vae.paths import check_places
 from ldm_vae.runtime import check_accelerate, check_tracker, reuse_freed_memory
 from ldm_vae.schema import Setting
-from ldm_vae.utils.progress import LineHandler
+from ldm_vae.utils.progress import LineHandler, outlasting
+from ldm_vae.utils.text import printable
 from ldm_vae.version import __version__
 
 
@@ -685,6 +686,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
 
 
+def _complain(text: str) -> None:
+    """A line on standard error, from every process."""
+    with outlasting(sys.stderr):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -702,27 +709,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name, words, advice = find_command(arguments)
     except UserError as error:
-        print(f"ldm-vae: {error}", file=sys.stderr)
+        _complain(f"ldm-vae: {error}")
         return EXIT_USER_ERROR
     options = words[: words.index("--")] if "--" in words else words
     if "--help" in options or "-h" in options:
         print(help_of(name))
         return 0
     for line in advice:
-        print(f"ldm-vae: {line} (the old spelling works for one release)", file=sys.stderr)
+        _complain(f"ldm-vae: {line} (the old spelling works for one release)")
     try:
         return run(name, words)
     except UserError as error:
-        print(f"ldm-vae {name}: {error}", file=sys.stderr)
+        _complain(f"ldm-vae {name}: {error}")
         return int(getattr(error, "exit_code", EXIT_USER_ERROR))
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"ldm-vae {name}: {where}{error.strerror}; fix this and run the same command again", file=sys.stderr)
+        _complain(f"ldm-vae {name}: {where}{error.strerror}; fix this and run the same command again")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"ldm-vae {name}: interrupted; the same command continues", file=sys.stderr)
+        _complain(f"ldm-vae {name}: interrupted; the same command continues")
         return EXIT_INTERRUPTED
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ldm_vae import cli
+from ldm_vae.errors import EXIT_USER_ERROR
 from ldm_vae.utils import progress
 from ldm_vae.utils.progress import LineHandler, Progress, begin, end, inside, say, track
-from ldm_vae.utils.text import duration_text, pluralize, rate_text
+from ldm_vae.utils.text import csv_cell, duration_text, markdown_name, pluralize, python_text, rate_text
 
 PACKAGE = Path(__file__).parents[1] / "ldm_vae"
 PRINTING = {"cli.py", "utils/progress.py"}
@@ -187,3 +190,56 @@ def test_counts_and_rates():
     assert pluralize(2, "class") == "2 classes"
     assert rate_text(2.5, "batch") == "2.5 batches/s"
     assert rate_text(0.25, "step") == "4.0 s/step"
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has gone away."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Gone(), None])
+def test_a_reader_that_goes_away_costs_no_work(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    begin("train-vae", "three images")
+    say("a sentence")
+    say("another", error=True)
+    assert sum(1 for _ in track(range(3), "train-vae")) == 3
+    end("runs/vae", "the autoencoder")
+
+
+def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path):
+    """As with `| head -1`; closed streams too. The process says nothing of broken pipes, and its exit code is 0."""
+    script = f"exec {sys.executable} -m ldm_vae.cli synth images output={tmp_path}/$1 count=40 resolution=32 workers=1"
+    for name, closed in (("pipe", " 2>&1 | true; exit ${PIPESTATUS[0]}"), ("closed", " >&- 2>&-")):
+        command = script + closed if closed.startswith(" >") else script.removeprefix("exec ") + closed
+        done = subprocess.run(["bash", "-c", command, "bash", name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(list((tmp_path / name).rglob("*.png"))) == 40
+
+
+def test_names_from_outside_do_not_move_the_cursor(capsys):
+    name = "a\x1b[2J\x1b]0;title\x07\u202egnp.exe\r\x9b31m"
+    begin("encode", name)
+    say(name, error=True)
+    assert cli.main(["evaluate", name]) == EXIT_USER_ERROR
+    shown = "".join(capsys.readouterr())
+    assert "a\\x1b[2J" in shown
+    assert set(shown) & set("\x1b\x07\u202e\r\x9b") == set()
+
+
+def test_names_in_tables_and_cards_are_text():
+    assert [csv_cell(value) for value in ("=1+1", "@x", "-a.png", "+b", "a=1", -1.5)] == [
+        "'=1+1", "'@x", "'-a.png", "'+b", "a=1", -1.5
+    ]  # fmt: skip
+    assert markdown_name("a|b`c`\n# <img>") == "a\\|b\\`c\\` \\# \\<img\\>"
+    for name in ("heart", 'a"b', "a\nb", "\\", "'", '"""', "\u202e"):
+        literal = python_text(name)
+        assert ast.literal_eval(literal) == name
+        assert literal.isprintable()
+    assert python_text("heart") == '"heart"'

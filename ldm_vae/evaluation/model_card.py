@@ -51,7 +51,7 @@ from ldm_vae.files import checksum, write_atomically, write_text
 from ldm_vae.metrics import METRIC_TITLES
 from ldm_vae.utils.image_grid import labeled_sheet
 from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
-from ldm_vae.utils.text import markdown_table, pluralize
+from ldm_vae.utils.text import markdown_name, markdown_table, pluralize, python_text
 
 CARD = "README.md"
 NOT_RECORDED = "Not recorded, so not stated below: "
@@ -275,6 +275,7 @@ def fill(template: str, context: dict[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("ldm_vae.evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"markdown_name": markdown_name, "python_text": python_text}
     text = environment.get_template(template).render(context)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")

@@ -24,9 +24,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from ldm_vae.utils.text import duration_text, pluralize, rate_text, size_text
+from ldm_vae.utils.text import duration_text, pluralize, printable, rate_text, size_text
 
 Item = TypeVar("Item")
 
@@ -49,11 +49,23 @@ def say(text: str = "", *, error: bool = False) -> None:
         return
     stream = sys.stderr if error else sys.stdout
     tqdm = sys.modules.get("tqdm")
-    if tqdm is not None and tqdm.tqdm._instances:
-        tqdm.tqdm.write(text, file=stream)  # takes the bars away and draws them again
-        stream.flush()
-    else:
-        print(text, file=stream, flush=True)
+    with outlasting(stream):
+        if tqdm is not None and tqdm.tqdm._instances:
+            tqdm.tqdm.write(printable(text), file=stream)  # takes the bars away and draws them again
+            stream.flush()
+        else:
+            print(printable(text), file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def outlasting(stream: TextIO | None) -> Iterator[None]:
+    """Whoever reads the output may go away (`| head`, a closed terminal): from then on it goes nowhere, and the work
+    goes on."""
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def begin(command: str, *what: str, error: bool = False) -> None:
@@ -121,8 +133,9 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self.shown = shown and is_main_process()
-        if self.shown and sys.stderr.isatty():
-            self._bar = self._drawn()
+        if self.shown and sys.stderr is not None and sys.stderr.isatty():
+            with outlasting(sys.stderr):
+                self._bar = self._drawn()
 
     def _drawn(self) -> Any:
         from tqdm import tqdm
@@ -152,8 +165,9 @@ class Progress:
         if note is not None:
             self.note = note
         if self._bar is not None:
-            self._bar.set_postfix_str(self._beside(), refresh=False)
-            self._bar.update(count)
+            with outlasting(sys.stderr):
+                self._bar.set_postfix_str(printable(self._beside()), refresh=False)
+                self._bar.update(count)
         elif self.shown and time.monotonic() >= self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             say(self._line(), error=True)
@@ -186,7 +200,8 @@ class Progress:
     def close(self, finished: bool = True) -> None:
         """Nothing more is shown. `finished`: False where the work was broken off."""
         if self._bar is not None:
-            self._bar.close()
+            with outlasting(sys.stderr):
+                self._bar.close()
         elif self.shown and finished and self.leave and self.done > self._before:
             say(self._last(), error=True)
         self._bar, self.shown = None, False

@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters that move the cursor, color a terminal or turn the direction of the text; tabs and new lines are not."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: str) -> str:
+    """The same text with control characters as `\\x1b`: names of files and classes come from strangers."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def csv_cell(value: object) -> object:
+    """A value for a table that people open in a spreadsheet: text that would be taken as a formula begins with `'`."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def markdown_name(name: str) -> str:
+    """A name from outside as plain text in Markdown: no control characters, no markup, no new lines."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(name).replace("\n", " "))
+
+
+def python_text(name: str) -> str:
+    """A name from outside as a literal of Python, in double quotes where it can be."""
+    return f'"{name}"' if name.isprintable() and not set(name) & set('"\\') else repr(name)
 
 
 def pluralize(number: int, thing: str) -> str:

@@ -26,7 +26,7 @@ from ldm_vae.data.survey import describe_images
 from ldm_vae.errors import UserError
 from ldm_vae.evaluation.pages import template_environment
 from ldm_vae.evaluation.study import PAGE, Content, Results, Study, StudyPlan, rejected_images
-from ldm_vae.utils.text import pluralize
+from ldm_vae.utils.text import csv_cell, pluralize
 
 ScoredImage = dict[str, Any]
 """One image in scores.json."""
@@ -214,5 +214,5 @@ def scores_csv(rows: list[ScoredImage]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*first, *names])
-    writer.writerows([*(row[key] for key in first), *(row["scores"][name] for name in names)] for row in rows)
+    writer.writerows([*(csv_cell(row[key]) for key in first), *(row["scores"][name] for name in names)] for row in rows)
     return text.getvalue()
