@@ -30,7 +30,7 @@ from ldm_vae.paths import check_places
 from ldm_vae.runtime import check_accelerate, check_tracker, reuse_freed_memory
 from ldm_vae.schema import Setting
 from ldm_vae.utils.progress import LineHandler, outlasting
-from ldm_vae.utils.text import printable
+from ldm_vae.utils.text import without_control
 from ldm_vae.version import __version__
 
 
@@ -689,7 +689,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def _complain(text: str) -> None:
     """A line on standard error, from every process."""
     with outlasting(sys.stderr):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(without_control(text), file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
 from typing import Any, TextIO, TypeVar
 
-from ldm_vae.utils.text import duration_text, pluralize, printable, rate_text, size_text
+from ldm_vae.utils.text import duration_text, pluralize, rate_text, size_text, without_control
 
 Item = TypeVar("Item")
 
@@ -51,10 +51,10 @@ def say(text: str = "", *, error: bool = False) -> None:
     tqdm = sys.modules.get("tqdm")
     with outlasting(stream):
         if tqdm is not None and tqdm.tqdm._instances:
-            tqdm.tqdm.write(printable(text), file=stream)  # takes the bars away and draws them again
+            tqdm.tqdm.write(without_control(text), file=stream)  # takes the bars away and draws them again
             stream.flush()
         else:
-            print(printable(text), file=stream, flush=True)
+            print(without_control(text), file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ class Progress:
             self.note = note
         if self._bar is not None:
             with outlasting(sys.stderr):
-                self._bar.set_postfix_str(printable(self._beside()), refresh=False)
+                self._bar.set_postfix_str(without_control(self._beside()), refresh=False)
                 self._bar.update(count)
         elif self.shown and time.monotonic() >= self._last_line + SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()

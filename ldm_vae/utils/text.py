@@ -12,7 +12,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def printable(text: str) -> str:
+def without_control(text: str) -> str:
     """The same text with control characters as `\\x1b`: names of files and classes come from strangers."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
@@ -24,7 +24,7 @@ def csv_cell(value: object) -> object:
 
 def markdown_name(name: str) -> str:
     """A name from outside as plain text in Markdown: no control characters, no markup, no new lines."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(name).replace("\n", " "))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", without_control(name).replace("\n", " "))
 
 
 def python_text(name: str) -> str:
