@@ -402,8 +402,10 @@ def read_regular_file(path: str | Path, length: int | None = None) -> bytes:
     """The first `length` bytes, or all. Raises: ImageRejected `unreadable`."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ImageRejected("unreadable", "is no regular file")
-            return file.read(-1 if length is None else length)
+            there = status.st_size + 1  # read() takes memory for all that it is asked for
+            return file.read(there if length is None else min(length, there))
     except OSError as error:
         raise ImageRejected("unreadable", f"cannot be opened: {error.strerror}") from error

@@ -7,12 +7,13 @@ import struct
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image
+from ldm_vae.data.decoding import DecodeLimits, ImageRejected, decode_image, read_regular_file
 from tests.data.encoded import adam7_png, chunk, encode, picture, raw_png, swapped_srgb_profile
 
 LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}, "AVIF": {"quality": 95}}
@@ -338,6 +339,18 @@ def test_damaged_files_raise_nothing_else() -> None:
         assert pixels.ndim == 3
         assert pixels.shape[2] == 3
     assert 50 < rejected < 400
+
+
+def test_reading_takes_the_memory_of_the_file_and_not_of_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(picture()))
+    tracemalloc.start()
+    try:
+        assert read_regular_file(path, 256 << 20) == read_regular_file(path) == path.read_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert read_regular_file(path, 5) == path.read_bytes()[:5]
 
 
 def test_the_array_is_writable_and_owns_its_pixels() -> None:
