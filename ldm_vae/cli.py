@@ -453,7 +453,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if "print_config" not in understood.flags:
         check_given_places(name, settings, understood, recipe)
         check_environment(settings, understood, recipe)
-    complete(command, settings, understood)
+    complete(command, settings, understood, recipe)
     from ldm_vae import config as configuration
 
     config = configuration.load(resolve(command.config), understood.recipe, understood.settings)
@@ -578,14 +578,14 @@ def read_recorded(words: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in ArgumentReader(name).read(rest).settings)
 
 
-def complete(command: Command, settings: tuple[Setting, ...], words: Words) -> None:
+def complete(command: Command, settings: tuple[Setting, ...], words: Words, recipe: dict[str, Any]) -> None:
     """Add the default of `output`, and placeholders for missing settings when nothing will be written."""
     if command.output and words.value("output") is None and words.recipe is None:
         subject = words.value(command.subjects[0])
         if subject and Path(subject).expanduser().is_dir():
             words.settings.append(f"output={Path(subject).expanduser() / command.output}")
     for setting in settings if words.recipe is None or words.flags & {"print_config", "dry_run"} else ():
-        if not setting.required or words.value(setting.key) is not None:
+        if not setting.required or words.value(setting.key) is not None or setting.key in recipe:
             continue
         if "print_config" in words.flags or ("dry_run" in words.flags and setting.key == "output"):
             words.settings.insert(0, f"{setting.key}={setting.key.upper()}")

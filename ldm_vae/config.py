@@ -69,7 +69,8 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
 def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     """A mapping from a YAML file, as plain containers; `${...}` stays as it is.
 
-    A field that `schema` declares as text stays text: a label `no` is not read as false, nor `1e3` as a number.
+    A field that `schema` declares as text stays text: a label `no` is not read as false, nor `1e3` as a number. Another
+    YAML file that is named in it is looked for beside it first, wherever the program was started.
 
     Raises:
         UserError: the file is missing, is not a mapping, has tags or duplicate keys, or expands to more than
@@ -91,7 +92,7 @@ def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     try:
         _check_extent(path.read_bytes(), str(path))
         text = _with_quoted_texts(path.read_text(encoding="utf-8"), schema)
-        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        values = _beside(path, OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False))
     except UserError:
         raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
@@ -99,6 +100,15 @@ def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: is a {type(values).__name__}, not `key: value` lines; give a configuration file")
     return values
+
+
+def _beside(path: Path, value: Any) -> Any:
+    """The same values, with the full path of every YAML file that lies in the folder of the one at `path`."""
+    if isinstance(value, dict):
+        return {key: _beside(path, item) for key, item in value.items()}
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and not value.startswith(("/", "~")):
+        return str(path.parent / value) if (path.parent / value).is_file() else value
+    return value
 
 
 def _read_override(override: str, schema: type, where: str) -> Any:

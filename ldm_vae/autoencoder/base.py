@@ -335,7 +335,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         if only is not None and (height, width) != (only, only):
             raise UserError(
                 f"{type(self).__name__}: images of {height} x {width} pixels; it knows {only} x {only} only, so scale "
-                f"them to that size (resolution={only}, or --size)"
+                f"them to that size (resolution={only})"
             )
 
     def fingerprint(self) -> str:

@@ -417,7 +417,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "smuggling": _rule(
             "single latent positions carry something global, as the gain of a normalization layer (SD's black spot)",
-            "use architecture=wavelet (no GroupNorm), clip gradients, or lower the learning rate",
+            "use autoencoder.architecture=wavelet (no GroupNorm), clip gradients, or lower the learning rate",
             hot_sigmas=Limit("largest distance from the channel's mean in standard deviations", warn=8.0, fail=12.0),
             tail_share=Limit("share of the channel's energy in 0.1 % of the positions", warn=0.05, fail=0.10),
         ),
@@ -455,7 +455,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "grid": _rule(
             "the decoder leaves a pattern on constant color, as pixel-shuffle and strided heads do",
-            "use nearest-neighbor upsampling with convolutions (architecture=wavelet), or train longer",
+            "use nearest-neighbor upsampling with convolutions (autoencoder.architecture=wavelet), or train longer",
             flat_std=Limit("standard deviation on a constant image", warn=0.004),
             harmonics=Limit("power at the harmonics of the stride, relative to their neighbors", warn=5.0),
         ),

@@ -67,7 +67,7 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.config = config
         uses_lpips = config.perceptual > 0
-        self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights) if uses_lpips else None
+        self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights, "loss.") if uses_lpips else None
 
     def forward(
         self, images: Tensor, targets: Tensor, step: int, perceptual_scale: float = 1.0
@@ -168,14 +168,15 @@ class LPIPS(nn.Module):
     Args:
         net: backbone; `vgg` is the usual training loss, `alex` the usual metric, `squeeze` the cheapest.
         weights: a safetensors file with the backbone's torchvision `features.*`. None: torchvision's own download.
+        where: of the keys `perceptual_net` and `perceptual_weights`, for messages.
 
     Raises:
         UserError: when the weights cannot be had. They are never replaced by random ones.
     """
 
-    def __init__(self, net: Backbone = "vgg", weights: str | None = None) -> None:
+    def __init__(self, net: Backbone = "vgg", weights: str | None = None, where: str = "") -> None:
         super().__init__()
-        network = _network(net, Path(weights) if weights is not None else None)
+        network = _network(net, Path(weights) if weights is not None else None, where)
         self.backbone: Any = network.net
         self.scaling: Any = network.scaling_layer
         self.heads = nn.ModuleList(head.model[-1] for head in network.lins)  # the 1x1 convolution after the Dropout
@@ -206,7 +207,7 @@ class LPIPS(nn.Module):
         return distance
 
 
-def _network(net: Backbone, weights: Path | None) -> Any:
+def _network(net: Backbone, weights: Path | None, where: str) -> Any:
     """`lpips.LPIPS` with the backbone's weights from a file, or downloaded by torchvision."""
     runtime.repair_torchvision()
     import lpips
@@ -215,33 +216,34 @@ def _network(net: Backbone, weights: Path | None) -> Any:
         warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
         if weights is not None:
             network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-            _load_backbone(network, weights, net)
+            _load_backbone(network, weights, net, where)
             return network
         try:
             return lpips.LPIPS(net=net, verbose=False)
         except OSError as error:  # URLError, timeouts, a read-only cache
             raise UserError(
-                f"perceptual_net={net}: weights of {_BACKBONE_NAMES[net]} could not be downloaded ({error}); "
-                "give a local safetensors file of them as perceptual_weights=FILE, or switch the perceptual term off"
+                f"{where}perceptual_net={net}: weights of {_BACKBONE_NAMES[net]} could not be downloaded ({error}); "
+                f"give a local safetensors file of them as {where}perceptual_weights=FILE, or switch the "
+                "perceptual term off"
             ) from error
 
 
-def _load_backbone(network: Any, path: Path, net: Backbone) -> None:
+def _load_backbone(network: Any, path: Path, net: Backbone, where: str) -> None:
     """Copy torchvision's `features.N.*` into lpips' slices, which keep the layer numbers. Strict in names, shapes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise UserError(
-            f"perceptual_weights={path}: no such file; give a safetensors file of torchvision's "
+            f"{where}perceptual_weights={path}: no such file; give a safetensors file of torchvision's "
             f"{_BACKBONE_NAMES[net]} features, or leave it out to let torchvision download them"
         )
     try:
         check_tensor_file(path)
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"perceptual_weights={path}: not a safetensors file ({error})") from error
-    check_finite(tensors, f"perceptual_weights={path}")
+        raise UserError(f"{where}perceptual_weights={path}: not a safetensors file ({error})") from error
+    check_finite(tensors, f"{where}perceptual_weights={path}")
     tensors = {
         key.removeprefix("features."): value.float() for key, value in tensors.items() if "classifier" not in key
     }
@@ -251,11 +253,12 @@ def _load_backbone(network: Any, path: Path, net: Backbone) -> None:
     if wanted.keys() - tensors.keys():
         missing = sorted(wanted.keys() - tensors.keys())[0]
         raise UserError(
-            f"perceptual_weights={path}: lacks {missing!r}; it is not the backbone of {_BACKBONE_NAMES[net]}"
+            f"{where}perceptual_weights={path}: lacks {missing!r}; it is not the backbone of {_BACKBONE_NAMES[net]}"
         )
     try:
         network.net.load_state_dict({wanted[key]: tensors[key] for key in wanted})
     except RuntimeError as error:
         raise UserError(
-            f"perceptual_weights={path}: a tensor has another shape; it is not the backbone of {_BACKBONE_NAMES[net]}"
+            f"{where}perceptual_weights={path}: a tensor has another shape; it is not the backbone of "
+            f"{_BACKBONE_NAMES[net]}"
         ) from error

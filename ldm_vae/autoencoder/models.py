@@ -99,8 +99,8 @@ class AutoencoderConfig(AutoencoderSettings):
         if (self.architecture, self.kind) not in KINDS:
             others = [architecture for architecture, kind in KINDS if kind == self.kind]
             raise UserError(
-                f"autoencoder.kind: {self.kind} is built with architecture={' or '.join(others)} only; set that, or "
-                "kind=kl"
+                f"autoencoder.kind: {self.kind} is built with autoencoder.architecture={' or '.join(others)} only; set "
+                "that, or autoencoder.kind=kl"
             )
         chosen = KINDS[self.architecture, self.kind]
         if self.preset not in chosen.presets:
@@ -114,8 +114,9 @@ class AutoencoderConfig(AutoencoderSettings):
             for name in row.settings:
                 if name not in chosen.settings and getattr(self, name) not in (None, 0):
                     raise UserError(
-                        f"autoencoder.{name}: has no effect with architecture={self.architecture} and "
-                        f"kind={self.kind}; remove it, or set architecture={architecture} and kind={kind}"
+                        f"autoencoder.{name}: has no effect with autoencoder.architecture={self.architecture} and "
+                        f"autoencoder.kind={self.kind}; remove it, or set autoencoder.architecture={architecture} and "
+                        f"autoencoder.kind={kind}"
                     )
         chosen.model.check_settings(self)
 

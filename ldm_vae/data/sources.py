@@ -106,7 +106,11 @@ class DataConfig:
         if self.source != "folder" and self.include:
             raise UserError(f"data.include: has no effect with data.source={self.source}; leave it out")
         if self.source != "folder" and self.path:
-            cure = "set data.source=folder" if self.source == "synthetic" else "use data.datasets.name instead"
+            cure = (
+                f"give data={self.path}, or set data.source=folder"
+                if self.source == "synthetic"
+                else "use data.datasets.name instead"
+            )
             raise UserError(f"data.path: {self.path} has no effect with data.source={self.source}; {cure}")
         if self.source == "datasets" and not self.datasets.name:
             raise UserError("data.datasets.name: missing; give a hub id, a saved folder or parquet files")

@@ -1,4 +1,4 @@
-"""`ldm-vae convert`: a trained model for other programs, or to give away.
+"""`ldm-vae model convert`: a trained model for other programs, or to give away.
 
 ConvertConfig -> convert -> diffusers, compvis, onnx, torchscript    of an autoencoder: `autoencoder.interop`
                          -> diffusers-pipeline                       `export_standard`: runs without this package
@@ -314,8 +314,8 @@ def check_expressible(unet: LatentUNet, latent_size: tuple[int, int]) -> None:
     instead = "train with unet.patch=1 and unet.prediction=velocity, or use it with `ldm-vae generate`"
     if config["patch"] != 1 or config["prediction"] != "velocity":
         raise UserError(
-            f"unet: patch={config['patch']}, prediction={config['prediction']} surround the network with operations "
-            f"that stock diffusers has no U-Net for; {instead}"
+            f"unet.patch={config['patch']} and unet.prediction={config['prediction']} surround the network with "
+            f"operations that stock diffusers has no U-Net for; {instead}"
         )
     if not config["latent_channels"] == network.config["in_channels"] == network.config["out_channels"]:
         raise UserError(

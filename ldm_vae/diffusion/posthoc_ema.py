@@ -1,4 +1,4 @@
-"""`ldm-vae ema`: post-hoc EMA, the length of the U-Net's average chosen after training (EDM2, arXiv:2312.02696, 3.2).
+"""`ldm-vae model ema`: post-hoc EMA, the length of the U-Net's average chosen after training (EDM2, section 3.2).
 
     snapshots of a run -> solve_posthoc_coefficients -> synthesize: weights of any length
                        -> copy_to a U-Net -> validation loss and KID, or a pipeline

@@ -75,7 +75,7 @@ class TrainDiffusionConfig:
         label_dropout: share of labels replaced by "no label", which classifier-free guidance needs.
         shift: of training and sampling times toward noise; null: sqrt(c h w / 4096). Smaller for crops.
         crops: training on crops of latents on a share of the steps.
-        ema: power-function averages, from which `ldm-vae ema` makes one of any length afterward.
+        ema: power-function averages, from which `ldm-vae model ema` makes one of any length afterward.
         neighbours: training images among whose latents the nearest to each preview sample is searched, mirror images
             included where the set holds them; 0 searches none.
         patience: share of the run from the best held-out loss to a worse one after which an alarm suggests to stop.
@@ -447,7 +447,8 @@ def load_matching_autoencoder(path: str, manifest: Manifest) -> Autoencoder:
     manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where=f"autoencoder={path}")
     if autoencoder.only_side is not None:
         raise UserError(
-            f"autoencoder={path}: its latents are one vector, the U-Net draws maps; use architecture=wavelet"
+            f"autoencoder={path}: its latents are one vector, the U-Net draws maps; use "
+            "autoencoder.architecture=wavelet"
         )
     factor, (channels, height, width) = autoencoder.downsampling, manifest.latent_shape
     needed = {"channels": autoencoder.latent_channels, "height": factor * height, "width": factor * width}

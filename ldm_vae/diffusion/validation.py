@@ -119,7 +119,7 @@ class StopSuggestion:
         if not snapshots:
             return words
         near = min(snapshots, key=lambda number: abs(number - self.best_step))
-        return f"{words}: `ldm-vae ema RUN --length 0.05 --step {near} --out DIR` writes the pipeline of that time"
+        return f"{words}: `ldm-vae model ema RUN lengths=0.05 step={near} output=DIR` writes the pipeline of that time"
 
     def state_dict(self) -> dict[str, Any]:
         """Exact; floats in hexadecimal, since JSON has no infinity. `reported` is saved as `said`."""

@@ -80,7 +80,7 @@ class CompareConfig:
     Args:
         output: the folder; every kind is in `points/` below it.
         vae: the YAML of `train-vae` that all kinds share.
-        overrides: settings of `train-vae` for all kinds, as `data.path=~/images`.
+        overrides: settings of `train-vae` for all kinds, as `data=~/images`.
         kinds: what is compared: a name and its own settings each.
         steps: of each training; null: the recipe's.
         parallel: kinds that are trained at once on this machine; their seconds are then not comparable.
@@ -201,7 +201,7 @@ def measure_latents(point: Point, config: CompareConfig, fingerprint: str) -> di
     klt = fit_baseline(fitted, indices, evaluate.resolution, 8, Processes())
     lpips = None
     if evaluate.perceptual_net:
-        lpips = LPIPS(evaluate.perceptual_net, evaluate.perceptual_weights).to(device)
+        lpips = LPIPS(evaluate.perceptual_net, evaluate.perceptual_weights, "evaluate.").to(device)
     encode_gigamacs, decode_gigamacs = coding_gigamacs(autoencoder, config.macs_resolution, device)
     found = {
         "settings": settings,

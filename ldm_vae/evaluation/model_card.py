@@ -55,7 +55,7 @@ from ldm_vae.utils.text import markdown_name, markdown_table, pluralize, python_
 
 CARD = "README.md"
 NOT_RECORDED = "Not recorded, so not stated below: "
-MARKER = "written by `ldm-vae card`; the same command writes it anew"
+MARKER = "written by `ldm-vae model card`; the same command writes it anew"
 HEALTH, RESULTS = "health.json", "results.json"
 
 

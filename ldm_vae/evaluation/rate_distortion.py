@@ -65,7 +65,7 @@ class FrontierConfig:
     Args:
         output: the folder; every point is in `points/` below it.
         vae: the YAML of `train-vae` that all points share.
-        overrides: settings of `train-vae` for all points, as `data.path=~/images`.
+        overrides: settings of `train-vae` for all points, as `data=~/images`.
         targets_nats: the target rates in nats per latent dimension.
         channels: the numbers of latent channels; none: the recipe's.
         steps: of each point; null: the recipe's. Shared among the phases in the recipe's proportions.

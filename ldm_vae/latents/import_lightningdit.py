@@ -393,9 +393,7 @@ def shard(source: Source, origin: Origin, start: int, stop: int) -> Shard:
         bad = ~stored.isfinite().flatten(1).all(1)
         if bad.any():
             where = source.id(start + int(bad.nonzero()[0]))
-            raise UserError(
-                f"{where}: {name} is not finite in {origin.dtype}; extract it again, or take a wider --dtype"
-            )
+            raise UserError(f"{where}: {name} is not finite in {origin.dtype}; extract it again, or take a wider dtype")
         tensors[origin.content + (FLIPPED if name == "latents_flip" else "")] = stored
     return Shard(
         first_index=start,

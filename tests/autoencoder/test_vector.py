@@ -142,7 +142,10 @@ def test_the_decoder_is_what_its_docstring_tells_a_web_page(autoencoder, tmp_pat
     ("settings", "message"),
     [
         ({"architecture": "vector", "preset": "nano"}, "not a preset of architecture 'vector'; choose one of digits"),
-        ({"architecture": "vector", "preset": "digits", "kind": "vq"}, "vq is built with architecture=wavelet only"),
+        (
+            {"architecture": "vector", "preset": "digits", "kind": "vq"},
+            "built with autoencoder.architecture=wavelet only",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -112,7 +112,7 @@ def test_a_plain_autoencoder_can_have_it(images: Tensor) -> None:
 def test_without_images_or_for_another_kind_it_is_refused() -> None:
     with pytest.raises(ValueError, match="no images"):
         build_autoencoder(CONFIG).fit_statistics([])
-    with pytest.raises(UserError, match="linear_path: has no effect with architecture=wavelet and kind=vq"):
+    with pytest.raises(UserError, match=r"linear_path: has no effect with .* and autoencoder\.kind=vq"):
         AutoencoderConfig(kind="vq", linear_path=True)
     with pytest.raises(UserError, match="latent_channels: 193 are more than the 192 numbers of a block"):
         AutoencoderConfig(latent_channels=193, linear_path=True)

@@ -125,7 +125,7 @@ def test_the_weights_of_a_perceptual_loss(change, random_backbone, tmp_path, rec
     save_file(load_file(random_backbone), file)
     LPIPS("squeeze", str(file))
     rewrite(file, change)
-    with pytest.raises(UserError, match="perceptual_weights="):
+    with pytest.raises(UserError, match=r"^perceptual_weights="):
         LPIPS("squeeze", str(file))
     record_property("figure", f"perceptual weights {change.__name__.replace('_', ' ')}: refused")
 

@@ -78,10 +78,10 @@ def test_it_listens_on_this_machine_only(started):
     [
         (["nowhere"], "nowhere"),
         (["--count", "1"], "count: 1 is not between 4"),
-        (["--size", "8"], "size: 8 is not between 16"),
+        (["--size", "8"], "resolution: 8 is not between 16"),
         (["--port", "70000"], "port: 70000 is not between 0 and 65535"),
         (["--data", "nowhere"], "data: nowhere is neither a folder nor a .parquet file"),
-        (["--overwrite"], "--overwrite: has no effect without --export"),
+        (["--overwrite"], "--overwrite: has no effect without export=FILE"),
         (["--export", "."], "export: . is a folder"),
     ],
 )

@@ -99,7 +99,7 @@ def test_the_last_word_names_the_best_step_and_how_to_get_it() -> None:
     suggestion.update_held_out(100, 0.9)
     said = suggestion.summary(100, [15, 30, 45, 60])
     assert said.startswith(
-        "the held-out loss was best at step 40 (0.72, now 0.9): `ldm-vae ema RUN --length 0.05 --step 45 "
+        "the held-out loss was best at step 40 (0.72, now 0.9): `ldm-vae model ema RUN lengths=0.05 step=45 "
     )
     assert suggestion.summary(100, []) == "the held-out loss was best at step 40 (0.72, now 0.9)"
 

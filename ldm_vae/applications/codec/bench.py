@@ -78,7 +78,7 @@ class CodecBenchConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
-        entropy: models of `ldm-vae codec-fit` for this autoencoder; files that need none are always measured.
+        entropy: models of `ldm-vae codec fit` for this autoencoder; files that need none are always measured.
         part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: at most so many images, evenly spread over the part; null: all.
@@ -163,7 +163,7 @@ def bench_codec(config: CodecBenchConfig, *, overwrite: bool = False, dry_run: b
 
 
 class CodecBench(Study):
-    """The study of `ldm-vae codec-bench`."""
+    """The study of `ldm-vae codec bench`."""
 
     format_version = 2  # 1 took brightness on [-1, 1] in SSIM
     command, product = "codec bench", "the comparison of codecs"

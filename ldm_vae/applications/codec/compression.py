@@ -361,7 +361,7 @@ class Codec:
         if model.autoencoder != self.identity or model.channels != self.channels:
             raise UserError(
                 f"{entropy}: was fitted to the latents of another autoencoder than {self.where}; give that one, or fit "
-                "this one with `ldm-vae codec-fit`"
+                "this one with `ldm-vae codec fit`"
             )
         return replace(self, model=model)
 

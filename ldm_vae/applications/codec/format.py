@@ -236,7 +236,7 @@ METADATA = "codec"
 MOST_BYTES = 64 << 20
 LARGEST_INTEGER = 1 << 31
 """Of a ratio or scale: times step and level it stays below 2**63."""
-MODEL_ADVICE = "restore it from a copy, or fit it again with `ldm-vae codec-fit`"
+MODEL_ADVICE = "restore it from a copy, or fit it again with `ldm-vae codec fit`"
 
 
 @dataclass(frozen=True)

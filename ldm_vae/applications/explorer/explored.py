@@ -104,7 +104,7 @@ class ExploreConfig:
         if not LEAST_IMAGES <= self.count <= LARGEST_COUNT:
             raise UserError(f"count: {self.count} is not between {LEAST_IMAGES} and {LARGEST_COUNT}; try 2000")
         if self.size is not None and not 16 <= self.size <= LARGEST_SIZE:
-            raise UserError(f"size: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try {DEFAULT_SIZE}")
+            raise UserError(f"resolution: {self.size} is not between 16 and {LARGEST_SIZE} pixels; try {DEFAULT_SIZE}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,14 +257,16 @@ def _check_size(count: int, side: int, autoencoders: Sequence[Autoencoder]) -> N
     """Raises: UserError before `count` images of a side are read that do not fit the autoencoders or the memory."""
     factor = math.lcm(*(one.downsampling for one in autoencoders))
     if side % factor:
-        raise UserError(f"size: {side} is not a multiple of {factor}; use size={max(1, round(side / factor)) * factor}")
+        raise UserError(
+            f"resolution: {side} is not a multiple of {factor}; use resolution={max(1, round(side / factor)) * factor}"
+        )
     needed = count * 3 * side**2
     for one in autoencoders:
         needed += count * 8 * one.latent_channels * (side // one.downsampling) ** 2
     if needed > MAXIMUM_BYTES:
         raise UserError(
             f"count, size: {count} images of {side} x {side} pixels and their latents take {needed / 1e9:.1f} GB, more "
-            f"than {MAXIMUM_BYTES / 1e9:g}; give a smaller --count or --size"
+            f"than {MAXIMUM_BYTES / 1e9:g}; give a smaller count or resolution"
         )
 
 

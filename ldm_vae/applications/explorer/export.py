@@ -91,8 +91,8 @@ def check_exportable(autoencoder: Autoencoder, path: str) -> None:
     if not isinstance(autoencoder.decoder, VectorDecoder):
         raise UserError(
             f"export: {path} is of class {type(autoencoder).__name__}, and a page can run only the "
-            "small decoder of an AutoencoderVector (architecture=vector); leave out --export and explore it with the "
-            "server, or export checkpoints/digits-vae-2d"
+            "small decoder of an AutoencoderVector (autoencoder.architecture=vector); leave out export and "
+            "explore it with the server, or export checkpoints/digits-vae-2d"
         )
 
 

@@ -313,7 +313,7 @@ def explore(config: ExploreConfig, *, overwrite: bool = False, dry_run: bool = F
         UserError: the port is not to be had, a file that is there already, or whatever `open_models` refuses.
     """
     if config.export is None and overwrite:
-        raise UserError("--overwrite: has no effect without --export; leave it out")
+        raise UserError("--overwrite: has no effect without export=FILE; leave it out")
     if config.export is not None:
         check_export_file(config.export, overwrite)
     open_socket(config.port).close()  # refused before the models are read

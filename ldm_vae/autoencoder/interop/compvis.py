@@ -135,11 +135,11 @@ def _checked_normalization(settings: CompVisSettings, architecture: Architecture
     """Raises: UserError for numbers that the diffusers class cannot hold."""
     known = settings.normalization()
     if known and architecture.is_quantized:
-        raise UserError(f"--config: {next(iter(known))} has no place in diffusers' VQModel; remove it there")
+        raise UserError(f"config: {next(iter(known))} has no place in diffusers' VQModel; remove it there")
     for name in ("latents_mean", "latents_std"):
         if name in known and len(known[name]) != architecture.z_channels:
             raise UserError(
-                f"--config: {name} has {len(known[name])} numbers for {architecture.z_channels} latent channels; "
+                f"config: {name} has {len(known[name])} numbers for {architecture.z_channels} latent channels; "
                 "give the configuration of this model"
             )
     return known
@@ -373,7 +373,7 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
     if type(model).__name__ != AutoencoderKL.__name__:
         raise UserError(
             f"{type(model).__name__}: statistics fold into the 1x1 convolutions of diffusers' AutoencoderKL only; "
-            "train with autoencoder.architecture=sd, or use --to onnx, which records them beside the model"
+            "train with autoencoder.architecture=sd, or use to=onnx, which records them beside the model"
         )
     channels = int(model.config["latent_channels"])
     if len(mean) != channels or len(std) != channels:
@@ -432,7 +432,7 @@ def open_autoencoder(source: str | Path, config: str | Path | None = None) -> Op
         model, notes = load_compvis(path, config)
         return Opened(model, notes)
     if config is not None:
-        raise UserError(f"--config: {source} states its own settings; give it for .ckpt and .safetensors files only")
+        raise UserError(f"config: {source} states its own settings; give it for .ckpt and .safetensors files only")
     return Opened(load_autoencoder(source), [], model_directory(path))
 
 
@@ -678,7 +678,7 @@ def from_diffusers(class_name: str, config: Mapping[str, Any]) -> Architecture:
     if class_name not in ("AutoencoderKL", "VQModel"):
         raise UserError(
             f"{class_name}: the CompVis layout holds diffusers' AutoencoderKL and VQModel (`architecture: sd`); "
-            "export this model with --to diffusers, onnx or torchscript"
+            "export this model with to=diffusers, to=onnx or to=torchscript"
         )
     down, up = list(config["down_block_types"]), list(config["up_block_types"])[::-1]
     expected: dict[str, tuple[Any, Any]] = {

@@ -75,9 +75,9 @@ class Conversion:
         if self.to not in get_args(Target) or self.precision not in get_args(Precision):
             raise UserError(f"convert: {self.to}, {self.precision} is not a known target and precision")
         if self.prefix and self.to != "compvis":
-            raise UserError("--prefix: has an effect with --to compvis only; leave it out")
+            raise UserError("prefix: has an effect with to=compvis only; leave it out")
         if self.prefix and not self.prefix.endswith("."):
-            raise UserError(f"--prefix: {self.prefix!r} does not end with a dot; use {self.prefix + '.'!r}")
+            raise UserError(f"prefix: {self.prefix!r} does not end with a dot; use {self.prefix + '.'!r}")
         if self.to == "compvis" and not self.target.endswith(".safetensors"):
             raise UserError(
                 f"{self.target}: a compvis checkpoint is written as safetensors, never as a pickle; "
@@ -106,7 +106,7 @@ def convert_autoencoder(
     identity = opened.model.fingerprint()
     statistics = statistics_for(opened.model.encoder_fingerprint()) if statistics_for else None
     if statistics is not None and conversion.to == "compvis":
-        raise UserError("--latents: has no effect with --to compvis; use --to diffusers, onnx or torchscript")
+        raise UserError("latents: has no effect with to=compvis; use to=diffusers, to=onnx or to=torchscript")
     if statistics is not None and conversion.to == "diffusers":
         note = "the statistics of the latents are folded in: its latents have mean 0 and std 1, scaling_factor is 1"
         opened = Opened(fold_normalizer(opened.model, statistics["mean"], statistics["std"]), [*opened.notes, note])
@@ -152,7 +152,9 @@ def check_target(target: Path, source: str, overwrite: bool, is_file: bool = Fal
         if not any(target.iterdir()):
             return
         if is_file or not (target / RECORD).is_file():
-            raise UserError(f"{target}: holds something that `ldm-vae convert` did not write; give another target")
+            raise UserError(
+                f"{target}: holds something that `ldm-vae model convert` did not write; give another target"
+            )
     elif not is_file:
         raise UserError(f"{target}: is a file; give a new directory")
     if not overwrite:
@@ -167,7 +169,7 @@ def _write_diffusers(opened: Opened, folder: Path, conversion: Conversion, recor
     if not hasattr(diffusers, name):
         record["notes"].append(
             f"{name} is a class of this package: load the directory with ldm_vae.autoencoder.models.load_autoencoder; "
-            "stock diffusers cannot load it (use --to onnx or --to torchscript where ldm_vae is not installed)"
+            "stock diffusers cannot load it (use to=onnx or to=torchscript where ldm_vae is not installed)"
         )
     if record["fingerprint"] != record["source"]["fingerprint"]:
         cause = "folding" if conversion.precision == "fp32" else f"rounding to {conversion.precision}"
@@ -263,9 +265,8 @@ def export_runtime(
     factor = autoencoder.downsampling
     _check_exportable(autoencoder)
     if size < 2 * factor or size % factor:
-        raise UserError(
-            f"--size: {size} is not a multiple of {factor} from {2 * factor} on; use {max(2, size // factor) * factor}"
-        )
+        what = f"{size} is not a multiple of {factor} from {2 * factor} on"
+        raise UserError("resolution", what, f"use {max(2, size // factor) * factor}")
     if format == "onnx":
         _require_onnx(precision)
     identity = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
@@ -290,7 +291,7 @@ def _check_exportable(autoencoder: Autoencoder) -> None:
     if autoencoder.has_codes and autoencoder.kind == "vq":
         raise UserError(
             "AutoencoderQuantized: the codebook search of kind=vq depends on the image's size, which an exported graph "
-            "cannot hold; kinds kl, ae and fsq can be exported, this one goes to --to diffusers"
+            "cannot hold; kinds kl, ae and fsq can be exported, this one goes to to=diffusers"
         )
 
 
@@ -348,12 +349,12 @@ def _description(
 
 def _require_onnx(precision: str) -> None:
     if precision == "bf16":
-        raise UserError("--dtype: onnxruntime computes bf16 on few devices; use fp32 or fp16, or --to torchscript")
+        raise UserError("precision: onnxruntime computes bf16 on few devices; use fp32 or fp16, or to=torchscript")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
         except ImportError as error:
-            raise UserError(f"--to onnx: the package {package} is not installed; run {INSTALL}") from error
+            raise UserError(f"to=onnx: the package {package} is not installed; run {INSTALL}") from error
 
 
 def _write_onnx(graph: nn.Module, example: Tensor, path: Path, half: str, factor: int) -> None:
@@ -381,7 +382,7 @@ def _write_onnx(graph: nn.Module, example: Tensor, path: Path, half: str, factor
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             model = type(graph.autoencoder).__name__
             raise UserError(
-                f"{model}: torch cannot export its {half} to ONNX ({type(error).__name__}); try --to torchscript"
+                f"{model}: torch cannot export its {half} to ONNX ({type(error).__name__}); try to=torchscript"
             ) from error
         assert program is not None
         for node in program.model.graph.all_nodes():  # each names its lines of source by their paths on this machine

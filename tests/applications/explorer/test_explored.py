@@ -198,8 +198,8 @@ def test_directions_belong_to_an_encoder(kl: Path, tmp_path: Path, monkeypatch: 
     [
         ({"count": 3}, "count: 3 is not between 4 and"),
         ({"count": 10**6}, "count: 1000000 is not between"),
-        ({"size": 8}, "size: 8 is not between 16 and"),
-        ({"size": 60}, "size: 60 is not a multiple of 8; use size=64"),
+        ({"size": 8}, "resolution: 8 is not between 16 and"),
+        ({"size": 60}, "resolution: 60 is not a multiple of 8; use resolution=64"),
         ({"count": 40_000, "size": 1024}, "take 146.8 GB, more than 4"),
         ({"data": "nowhere"}, "data: nowhere is neither a folder nor a .parquet file"),
         ({"data": "nowhere.parquet"}, "nowhere.parquet is not a parquet file"),

@@ -200,7 +200,7 @@ def test_nothing_is_written_over_unasked(models, tmp_path):
 
 def test_a_page_that_is_too_large_is_refused(models, monkeypatch, tmp_path):
     monkeypatch.setattr(export, "MAXIMUM_BYTES", 1_000_000)
-    with pytest.raises(UserError, match=r"would have \d+\.\d MB, more than 1; give a smaller --count"):
+    with pytest.raises(UserError, match=r"would have \d+\.\d MB, more than 1; give a smaller count"):
         export.export_page(models, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
@@ -209,6 +209,6 @@ def test_a_decoder_that_no_page_can_run_is_refused(tmp_path):
     torch.manual_seed(0)
     build_autoencoder(AutoencoderConfig(preset="pico")).save_pretrained(tmp_path / "spatial")
     explored = open_explored(tmp_path / "spatial", ExploreConfig(data="synthetic", count=4, size=32, device="cpu"))
-    with pytest.raises(UserError, match=r"AutoencoderWavelet, and a page .* leave out --export"):
+    with pytest.raises(UserError, match=r"AutoencoderWavelet, and a page .* leave out export"):
         export.export_page(PageModels(open_page_model("a", explored)), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -74,7 +74,7 @@ def test_nothing_is_replaced_unasked_and_nothing_foreign_ever(wavelet_run, tmp_p
         ({"to": "compvis", "target": "x.ckpt"}, "never as a pickle"),
         ({"to": "compvis", "target": "x.safetensors"}, "AutoencoderWavelet: the CompVis layout holds"),
         ({"to": "compvis", "target": "x.safetensors", "prefix": "vae"}, "does not end with a dot; use 'vae.'"),
-        ({"to": "diffusers", "target": "x", "prefix": "vae."}, "--prefix: has an effect with --to compvis only"),
+        ({"to": "diffusers", "target": "x", "prefix": "vae."}, "prefix: has an effect with to=compvis only"),
         ({"to": "diffusers", "target": "x", "config": "a.yaml"}, "states its own settings"),
     ],
 )
@@ -142,7 +142,7 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
     assert cli.main([*arguments, str(ours)]) == EXIT_USER_ERROR
     assert "AutoencoderWavelet: statistics fold into the 1x1 convolutions" in capsys.readouterr().err
     compvis = Conversion(str(wavelet_run), str(tmp_path / "x.safetensors"), "compvis")
-    with pytest.raises(UserError, match="--latents: has no effect with --to compvis"):
+    with pytest.raises(UserError, match="latents: has no effect with to=compvis"):
         convert_autoencoder(compvis, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
 
 

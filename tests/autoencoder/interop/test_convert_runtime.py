@@ -146,7 +146,7 @@ def test_a_graph_that_differs_is_not_published(tmp_path, monkeypatch):
 def test_missing_packages_and_unsuitable_settings_are_one_sentence(tmp_path, monkeypatch):
     tiny("wavelet").save_pretrained(tmp_path / "model")
     source, target = str(tmp_path / "model"), str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"--size: 50 is not a multiple of 8 from 16 on; use 48"):
+    with pytest.raises(UserError, match=r"resolution: 50 is not a multiple of 8 from 16 on; use 48"):
         convert_autoencoder(Conversion(source, target, "torchscript", size=50))
     with pytest.raises(UserError, match="bf16 on few devices"):
         convert_autoencoder(Conversion(source, target, "onnx", "bf16"))
