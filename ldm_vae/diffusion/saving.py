@@ -17,6 +17,14 @@ import huggingface_hub
 import torch
 from torch import nn
 
+from ldm_vae import runtime
+
+runtime.repair_torchvision()
+
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.weights import load_weights
 from ldm_vae.errors import UserError
@@ -25,6 +33,13 @@ from ldm_vae.files import MANIFEST
 INDEX = "model_index.json"
 CARD = "README.md"
 DOWNLOAD_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+OWN_MODULES = (
+    "ldm_vae.autoencoder.deterministic", "ldm_vae.autoencoder.frozen", "ldm_vae.autoencoder.quantized",
+    "ldm_vae.autoencoder.vector", "ldm_vae.autoencoder.wavelet", "ldm_vae.diffusion.unet",
+)  # fmt: skip
+"""Modules of this package that a pipeline may name for its networks."""
+LISTS = ("label_names", "latent_size")
+"""Settings of a pipeline that are lists, as its components are."""
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +52,8 @@ def load_components(directory: Path, skip: Container[str] = (), variant: str | N
         variant: of the files of weights, as in diffusers.
 
     Raises:
-        UserError: an unreadable file, or weights that are not exactly those of their class.
+        UserError: an unreadable file, a component that is neither of this package nor of diffusers, or weights that are
+            not exactly those of their class.
     """
     where = directory / INDEX
     try:
@@ -48,12 +64,33 @@ def load_components(directory: Path, skip: Container[str] = (), variant: str | N
     for name, entry in index.items():
         if name in skip or not name.isidentifier():  # the name of a folder in it, and of nothing outside
             continue
-        if not (isinstance(entry, list) and len(entry) == 2 and (directory / name).is_dir()):
+        if not isinstance(entry, list) or name in LISTS or name.startswith("_") or entry == [None, None]:
             continue
-        # only modules that are loaded already, as diffusers does: none is imported because a file says so
-        component = getattr(sys.modules.get(str(entry[0])), str(entry[1]), None)
-        if isinstance(component, type) and issubclass(component, nn.Module):
+        component = component_class(entry, f"{where}: {name}")
+        if issubclass(component, nn.Module) and (directory / name).is_dir():
             found[name] = load_weights(component, directory / name, variant=variant)
+    return found
+
+
+def component_class(entry: list[Any], where: str) -> type:
+    """The class that an entry of `model_index.json` names. diffusers before 0.42 imports any module that one names.
+
+    Args:
+        entry: [library, class name].
+        where: for messages.
+
+    Raises:
+        UserError: it is neither a network of this package nor a network or scheduler of diffusers.
+    """
+    library, name = entry if len(entry) == 2 and all(isinstance(word, str) for word in entry) else ("", "")
+    found = None
+    if library == "diffusers":
+        found = getattr(diffusers, name, None)
+    elif library in OWN_MODULES:
+        found = vars(sys.modules.get(library, diffusers)).get(name)
+    if not isinstance(found, type) or not issubclass(found, ModelMixin | SchedulerMixin):
+        what = f"names {entry}, which is no network of this package, and no network or scheduler of diffusers"
+        raise UserError(where, what, "give a pipeline that `ldm-vae train-diffusion` wrote")
     return found
 
 
