@@ -79,7 +79,7 @@ def export_page(
     if len(page) > MAXIMUM_BYTES:
         raise UserError(
             f"export: the page would have {len(page) / 1e6:.1f} MB, more than {MAXIMUM_BYTES / 1e6:g}; give a smaller "
-            "--count, or explore a smaller model"
+            "count, or explore a smaller model"
         )
     with system_errors_explained(path, "free some space or make its folder writable, and run the same command again"):
         write_bytes(Path(path), page)
