@@ -123,6 +123,7 @@ COMMANDS: dict[str, Command] = {
     "latents import": Command(
         "import latents of another project (LightningDiT) as a set",
         "latents.import_lightningdit:ImportConfig", "latents.import_lightningdit:import_latents", ("source", "output"),
+        {"label_names": "labels"},
     ),
     "train-diffusion": Command(
         "train a latent U-Net on latent shards",
@@ -209,17 +210,17 @@ COMMANDS: dict[str, Command] = {
     "anomaly fit": Command(
         "fit on normal images and set the thresholds",
         "applications.anomaly.detector:FitDetectorConfig", "applications.anomaly.detector:fit_detector",
-        ("autoencoder",), {"model": "pipeline"},
+        ("autoencoder",), {"model": "pipeline", "held_out_images": "held_out_count"},
     ),
     "anomaly score": Command(
         "score images: percentile, verdict, heat maps",
         "applications.anomaly.scoring:ScoreImagesConfig", "applications.anomaly.scoring:score_images", ("detector",),
-        {"model": "pipeline"},
+        {"model": "pipeline", "examples": "shown"},
     ),
     "anomaly evaluate": Command(
         "measure the scores on images with known anomalies",
         "applications.anomaly.evaluation:EvaluateDetectorConfig", "applications.anomaly.evaluation:evaluate_detector",
-        ("detector",), {"model": "pipeline"},
+        ("detector",), {"model": "pipeline", "compare": "baseline"},
     ),
     "synth": Command(
         "write the synthetic set as labeled image files",
@@ -236,6 +237,7 @@ COMMANDS: dict[str, Command] = {
     "model card": Command(
         "write a model card from recorded results, and upload the model if asked",
         "evaluation.model_card:CardConfig", "evaluation.model_card:make_card", ("model",),
+        {"observations": "seen"},
     ),
     "model ema": Command(
         "choose the EMA length of the U-Net after training",
@@ -260,15 +262,16 @@ OLD_SETTINGS = {
     "": {"out": "output"},
     "demo": {"size": "resolution", "pipeline": "model"},
     "latents stats": {"samples": "count"},
-    "latents import": {"from": "layout"},
+    "latents import": {"from": "layout", "labels": "label_names"},
     "generate": {"label": "labels", "size": "resolution", "neighbours": "latents"},
     "reconstruct": {"size": "resolution"},
     "directions apply": {"size": "resolution"},
     "interpolate": {"size": "resolution", "pipeline": "model"},
     "explore": {"size": "resolution"},
-    "anomaly fit": {"pipeline": "model"},
-    "anomaly score": {"pipeline": "model"},
-    "anomaly evaluate": {"pipeline": "model"},
+    "anomaly fit": {"pipeline": "model", "held_out_count": "held_out_images"},
+    "anomaly score": {"pipeline": "model", "shown": "examples"},
+    "anomaly evaluate": {"pipeline": "model", "baseline": "compare"},
+    "model card": {"seen": "observations"},
     "model convert": {"dtype": "precision", "size": "resolution"},
     "model ema": {"length": "lengths", "kid": "count", "images": "data"},
 }
@@ -679,6 +682,16 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
         known = [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
         raise UserError(f"{first!r}: unknown command; {suggestion(first, known)}")
     return first, rest, advice
+
+
+def with_typed_names(name: str, sentence: str) -> str:
+    """An error sentence with the names of settings as they are typed: `size: 5 is below 8` says resolution.
+
+    Functions name a setting by the config's own key, which Python callers use.
+    """
+    for typed, own in COMMANDS[name].names.items():
+        sentence = re.sub(rf"^{own}(?=[:=,])|(?<=^--){own}(?=:)|(?<![\w.]){own}(?==[^=])", typed, sentence)
+    return sentence
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

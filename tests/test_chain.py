@@ -89,7 +89,7 @@ def test_another_autoencoder_than_that_of_the_latents_is_refused(root, tmp_path,
     capsys.readouterr()
     assert cli.main(["train-diffusion", *TRAINING, *words]) == EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert "encoder_fingerprint is sha256:" in error
+    assert "its encoder has the fingerprint sha256:" in error
     assert "encode again with this one" in error
     assert not (tmp_path / "diffusion").exists()
 

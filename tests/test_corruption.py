@@ -307,7 +307,7 @@ def test_a_shard_that_is_whole_and_of_another_set_is_refused(tmp_path):
 def test_the_weights_of_an_average_in_another_file_are_refused(tmp_path):
     folder = small_snapshots(tmp_path)
     shutil.copy(folder / snapshot_name(2), folder / snapshot_name(4))
-    with pytest.raises(UserError, match=r"is not a snapshot \(is of step 2"):
+    with pytest.raises(UserError, match=r"is not a snapshot \(has step 2"):
         stored_averages(folder)
     with safe_open(folder / snapshot_name(2), "pt") as file:
         assert json.loads(file.metadata()["snapshot"])["format_version"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,92 @@ def test_every_setting_is_explained_and_is_a_field(name):
     assert callable(cli.resolve(command.function))
     assert command.failed is None or callable(cli.resolve(command.failed))
     assert all(schema.find_setting(settings, command.names.get(key, key)) for key in command.subjects)
+
+
+MEANINGS = {
+    "autoencoder": r"run of `train-vae`, or a hub id|an autoencoder with|^the autoencoder (of|that)",
+    "compare": r"^another autoencoder",
+    "model": r"diffusion pipeline|run of `train-diffusion`|^a run of `train-vae` or",
+    "latents": r"^the folder of a (finished )?set|^the folder of the training latents",
+    "output": r"^(the |a )?(folder (for|to make|of the det)|run dir|contact sheet|new dir|file to write|[hH]TML file)",
+    "images": r"image files",
+    "data": r"^(a )?folder of (images, a parquet|the encoded images)",
+    "seed": r"^seed of",
+    "device": r"^auto, cpu, cuda",
+    "precision": r"^precision of (the (networks|computation|weights|forward))",
+    "count": r"^(largest )?number of (images|samples)(?! for training)",
+    "held_out_images": r"^largest number of held-out images",
+    "examples": r"number of example images",
+    "steps": r"^number of (steps of the sampler|training steps)",
+    "batch": r"^(images per forward pass|latents per step|samples per step)",
+    "micro_batch": r"^(latents|images) per forward pass of a process",
+    "resolution": r"^(side|size)( of the (images|center crop))? in pixels|^side in pixels|example for onnx",
+    "part": r"halves validation and test",
+    "processes": r"^required number of launched processes",
+    "detector": r"`anomaly fit`",
+    "directions": r"`directions fit`",
+    "entropy": r"entropy model",
+    "perceptual_net": r"^the LPIPS network",
+    "perceptual_weights": r"safetensors file of (its|the LPIPS) backbone",
+    "inception_weights": r"Inception weights|weights for the KID",
+}
+"""Key -> what its help text says, in lower case. Both ways: a setting with this meaning has this key."""
+
+NOT_ALIKE = {
+    ("train-vae", "initial"): "the start of a training, beside the settings of the autoencoder to train",
+    ("train-vae", "held_out_resolution"): "of the held-out images only; training has crops",
+    ("compare", "macs_resolution"): "of the count of multiply-accumulates only; `evaluate` has the resolution",
+}
+"""(command, key) -> why this setting has another key than its meaning suggests."""
+
+
+def test_one_meaning_has_one_key_in_all_commands():
+    """By the help texts, which say what a setting is: a new setting with the meaning of an old one gets its key."""
+    strange = {}
+    for name, command in cli.COMMANDS.items():
+        words = {own: word for word, own in command.names.items()}
+        for setting in schema.read_schema(command.config):
+            key, meaning = words.get(setting.key, setting.key), setting.meaning[:1].lower() + setting.meaning[1:]
+            meant = [one for one, pattern in MEANINGS.items() if re.search(pattern, meaning)]
+            if setting.kind != "group" and (key in MEANINGS or meant) and key not in meant:
+                strange[name, key] = f"{meaning} (as {meant})"
+    assert {place: words for place, words in strange.items() if place not in NOT_ALIKE} == {}
+    assert NOT_ALIKE.keys() <= strange.keys(), "an exception that is not needed any more"
+
+
+def test_the_same_help_text_has_the_same_key():
+    keys: dict[str, set[str]] = {}
+    for command in cli.COMMANDS.values():
+        words = {own: word for word, own in command.names.items()}
+        for setting in schema.read_schema(command.config):
+            keys.setdefault(setting.meaning, set()).add(words.get(setting.key, setting.key))
+    shared = {meaning: found for meaning, found in keys.items() if meaning and len(found) > 1}
+    assert {meaning: found for meaning, found in shared.items() if "number of steps between" not in meaning} == {}
+
+
+def test_a_message_says_the_key_that_is_typed(capsys, tmp_path):
+    """Functions name the config's own key: `size` of `interpolate` is typed as `resolution`."""
+    assert cli.with_typed_names("interpolate", "size: 5 is below 16 pixels") == "resolution: 5 is below 16 pixels"
+    assert (
+        cli.with_typed_names("explore", "size: 5; use size=8 of shape=3")
+        == "resolution: 5; use resolution=8 of shape=3"
+    )
+    assert cli.with_typed_names("evaluate", "size: 5") == "size: 5"
+    (tmp_path / "a.png").touch()
+    assert (
+        cli.main(
+            [
+                "interpolate",
+                str(tmp_path / "a.png"),
+                str(tmp_path / "a.png"),
+                "autoencoder=a/b",
+                "resolution=5",
+                "output=x",
+            ]
+        )
+        == 2
+    )
+    assert "interpolate: resolution: 5 is below 16 pixels" in capsys.readouterr().err
 
 
 def test_one_thing_has_one_key_in_all_commands():

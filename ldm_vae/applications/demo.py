@@ -74,12 +74,12 @@ class DemoConfig:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: the one in `checkpoints/`.
         pipeline: a diffusion pipeline or run; null: the one in `checkpoints/`.
         images: image files and folders; `[]`: synthetic ones.
-        output: the folder for everything.
-        count: images to generate.
+        output: the folder for the results.
+        count: number of images to generate.
         size: side in pixels to which images are scaled and cropped.
-        steps: of the sampler.
-        seed: of the noise.
-        precision: of the networks that generate.
+        steps: number of steps of the sampler.
+        seed: seed of the noise.
+        precision: precision of the networks that generate: fp32 or bf16.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

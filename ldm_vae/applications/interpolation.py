@@ -73,18 +73,19 @@ class InterpolateConfig:
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id; null: that of the pipeline.
-        images: A B, or A B C D ..., or folders.
-        output: the folder for everything.
-        pipeline: a diffusion model whose noise is another way.
-        compare: another autoencoder on the same pairs.
-        pairs: so many pairs of the images, evenly spaced; null: A with B, C with D, or half of a folder with the other.
-        frames: of every way, odd, so that one is half way.
-        size: images are scaled and cropped to this side; null: their own size.
-        steps: of the diffusion model.
-        strength: the share of the steps that noised latents go through.
-        prior: draws from the prior to decode; 0: none.
-        seed: of the noise.
-        animation: webp or gif.
+        images: image files (A B, or A B C D ...), or folders.
+        output: the folder for the results.
+        pipeline: a diffusion pipeline or run, for a path through its noise.
+        compare: another autoencoder to compare with, on the same pairs.
+        pairs: number of pairs of the images, evenly spaced; null: A with B, C with D, or half of a folder with the
+            other.
+        frames: number of frames of every path, odd, so that one is half way.
+        size: side in pixels to which images are scaled and cropped; null: their own size.
+        steps: number of steps of the sampler.
+        strength: share of the steps that are applied to noised latents.
+        prior: number of draws from the prior to decode; 0: none.
+        seed: seed of the noise.
+        animation: format of the animation: webp or gif.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

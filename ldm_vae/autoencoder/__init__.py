@@ -1,1 +1,1 @@
-"""Stage 1: autoencoders, their losses, the rate, and how they are trained. Knows nothing of latents or diffusion."""
+"""Stage 1: autoencoders, their losses, the rate, and how they are trained. Does not depend on latents or diffusion."""

@@ -1,10 +1,10 @@
-"""`Autoencoder`: what every kind of autoencoder is to the rest of the package.
+"""`Autoencoder`: the interface of every kind of autoencoder to the rest of the package.
 
     images (n, 3, h, w) in [-1, 1]  --encode-->  posterior: mean, logvar (n, c, h/f, w/f)  --decode-->  images
 
 A kind of this package is a subclass with `posterior`, `image` and the properties that differ from the defaults here.
-`models.py` lists the kinds; it also gives diffusers' own classes this interface when they are loaded. Nothing else asks
-for the class of an autoencoder. Sizes that f does not divide are padded by replication and cropped back, here only.
+`models.py` lists the kinds, and gives diffusers' own classes this interface when they are loaded. No other code depends
+on the class of an autoencoder. Sizes that f does not divide are padded by replication and cropped back, here only.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ DETERMINISTIC_LOGVAR = -30.0
 """Log-variance of a deterministic latent, the lower limit of diffusers' posterior: a standard deviation of 3e-7."""
 
 LARGEST_PIXEL = 1.01
-"""Of images in [-1, 1], rounding in half precision included."""
+"""Tolerance for images in [-1, 1]: rounding in half precision."""
 
 GROUP_OFFLOADING = "group_offloading"
 """The name of diffusers' hook."""
 
 DEFAULT_CONTEXT = 8
-"""Latent positions around its own that a pixel is taken to depend on, where they cannot be counted."""
+"""Assumed number of latent positions on each side that a pixel depends on, if they cannot be counted."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class AutoencoderSettings:
     Args:
         architecture: wavelet, sd or vector; sd is for kind kl only, vector for kl and ae.
         preset: sizes of encoder and decoder.
-        latent_channels: channels of the latent; for fsq as many as there are levels; for frozen they follow from
-            `encoder` and `residual_channels`, so that this stays at its default.
-        kind: what the latent is. kl: a posterior held to a rate. ae: a point, unregularized. vq: one of a codebook's
-            vectors. fsq: rounded channels. frozen: the features of a pretrained vision transformer.
+        latent_channels: channels of the latent. For fsq: the number of entries in `fsq_levels`. For frozen: leave it
+            out; it follows from `encoder` and `residual_channels`.
+        kind: the form of the latent. kl: a posterior with a controlled rate. ae: a point, without regularization. vq:
+            one of a codebook's vectors. fsq: rounded channels. frozen: the features of a pretrained vision transformer.
         codebook_size: vq: number of codes, default 1024.
         codebook: vq: "rotation" (default), learned by gradient; "ema", a moving average of the latents.
-        fsq_levels: fsq: levels of each channel, from 3 on, default 8, 5, 5, 5 (1000 codes).
+        fsq_levels: fsq: levels of each channel, at least 3 each, default 8, 5, 5, 5 (1000 codes).
         encoder: frozen: local directory or hub id of a DINOv2 or DINOv3 vision transformer in safetensors.
         residual_channels: frozen: channels that a small learned encoder adds to the features.
         linear_path: wavelet, kl or ae: the network starts as the best linear code of the training images' 8x8 blocks
@@ -88,10 +88,10 @@ class AutoencoderSettings:
 
 
 def called_like_forward(method: Callable[..., Any]) -> Any:
-    """Let the hooks of offloading on a model run for another method than `forward`.
+    """Let the offloading hooks of a model run for another method than `forward`.
 
-    `enable_model_cpu_offload` and `enable_sequential_cpu_offload` set accelerate's hook, group offloading that of
-    diffusers, whose own decorator for `encode` and `decode` knows accelerate's alone.
+    `enable_model_cpu_offload` and `enable_sequential_cpu_offload` set a hook of accelerate, group offloading sets one
+    of diffusers. The decorator of diffusers for `encode` and `decode` supports the hook of accelerate only.
     """
 
     @functools.wraps(method)
@@ -115,7 +115,7 @@ def called_like_forward(method: Callable[..., Any]) -> Any:
 
 @contextlib.contextmanager
 def weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """Inside, the offloaded weights of a module that is read and not called are on its device."""
+    """Inside the block, the offloaded weights of a module are on its device, to be read without a call."""
     hooks = [hook for hook in (getattr(module, "_hf_hook", None), _group_hook(module)) if hook is not None]
     for hook in hooks:
         hook.pre_forward(module)
@@ -132,7 +132,7 @@ def _group_hook(module: nn.Module) -> Any:
 
 
 class Decoded(NamedTuple):
-    """What a training pass gets from the decoder.
+    """The decoder's output in a training pass.
 
     `sample` (n, 3, h, w); `losses`: further scalar terms, each a mean per element; `indices` (n, h/f, w/f): the codes
     that were chosen, None without a codebook.
@@ -146,17 +146,17 @@ class Decoded(NamedTuple):
 class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
     """An autoencoder of images, with diffusers' interface: `encode(x).latent_dist` and `decode(z).sample`.
 
-    A new kind defines `posterior` and `image` (or `encode` and `decode` whole), and the properties below where the
-    defaults, which read the configuration as diffusers writes it, do not hold.
+    A new kind defines `posterior` and `image` (or all of `encode` and `decode`). It also overrides the properties below
+    if their defaults, which read the configuration of diffusers, do not hold.
     """
 
     config: Any  # a FrozenDict whose keys are attributes
     trainable = True
     """Whether `train-vae` can train it."""
     decoder_parts = ("decoder", "post_quant_conv", "quantize", "quantizer")
-    """Top-level names of the parameters that act on latents only."""
+    """Top-level names of the parameters that process latents only."""
     loss_weights: Mapping[str, float] = MappingProxyType({})
-    """Weights of the losses that `decode_with_losses` gives."""
+    """Weights of the losses from `decode_with_losses`."""
     has_codes = False
     """Whether `token_indices` gives the numbers of the codes and `decode_indices` takes them."""
 
@@ -170,12 +170,12 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
-        """A new one with random weights; `sizes` are those of the preset, `logvar_floor` follows from the rate."""
+        """A new autoencoder with random weights. `sizes`: the preset's; `logvar_floor` follows from the rate."""
         return cls(latent_channels=settings.latent_channels, **sizes)
 
     @classmethod
     def check_settings(cls, settings: AutoencoderSettings) -> None:
-        """Raises: UserError for settings that this kind cannot have."""
+        """Raises: UserError for settings that this kind does not support."""
 
     @property
     def kind(self) -> str:
@@ -206,7 +206,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
 
     @property
     def only_side(self) -> int | None:
-        """Side in pixels of the square images that it is limited to; None: any size."""
+        """The only side in pixels of the square images that it supports; None: any size."""
         return None
 
     @property
@@ -216,21 +216,21 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
 
     @property
     def logvar_bounds(self) -> tuple[float, float]:
-        """Where the log-variance is clamped."""
+        """The bounds to which the log-variance is clamped."""
         return -30.0, 20.0
 
     @property
     def decoder_context(self) -> int:
-        """How many latent positions around its own a pixel depends on."""
+        """Number of latent positions on each side of its own that a pixel depends on."""
         return DEFAULT_CONTEXT
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether `fit_statistics` has to be called once before training."""
+        """Whether `fit_statistics` must be called once before training."""
         return False
 
     def fit_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Measure, on image batches (n, 3, h, w) in [-1, 1], what the network needs to know before it is trained."""
+        """Set the statistics that the network needs before training, from image batches (n, 3, h, w) in [-1, 1]."""
 
     def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (n, 3, h, w) in [-1, 1], h and w divisible by f -> posterior over latents (n, c, h/f, w/f)."""
@@ -269,7 +269,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         return Decoded(self.decode(latents).sample, {}, None)
 
     def quantized(self, latents: Tensor) -> Tensor:
-        """The latents as the decoder sees them: rounded to codes where there are any."""
+        """The latents as the decoder uses them: rounded to codes if the autoencoder quantizes."""
         return latents
 
     def narrow(self, channels: int) -> Autoencoder:
@@ -283,7 +283,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         """Images (n, 3, h, w) in [-1, 1] -> posterior mean and log-variance, each (n, c, ⌈h/f⌉, ⌈w/f⌉), float32.
 
         Raises:
-            UserError: whole numbers, or images of a shape that it cannot take.
+            UserError: whole numbers, or images of an unsupported shape.
         """
         self.check_images(images)  # before padding brings smaller ones to its size
         images = pad_to_multiple(images.to(self.dtype), self.downsampling)
@@ -310,7 +310,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         From the posterior's mean, or from a posterior sample drawn with the generator `sample` (on the images' device).
 
         Raises:
-            UserError: numbers outside of [-1, 1], or images of a shape that it cannot take.
+            UserError: numbers outside of [-1, 1], or images of an unsupported shape.
         """
         if images.is_floating_point() and images.numel() and not bool(images.abs().amax() <= LARGEST_PIXEL):
             low, high = float(images.min()), float(images.max())
@@ -322,12 +322,12 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         return self.decode_images(mean)[..., : images.shape[-2], : images.shape[-1]]
 
     def check_side(self, where: str, side: int) -> None:
-        """Raises: UserError naming `where`, for images of a side in pixels that the autoencoder cannot take."""
+        """Raises: UserError naming `where`, for a side in pixels that the autoencoder does not support."""
         if self.only_side not in (None, side):
-            raise UserError(f"{where} {side}: this autoencoder knows one size of images; use {self.only_side}")
+            raise UserError(f"{where} {side}: this autoencoder supports one image size; use {self.only_side}")
 
     def check_images(self, images: Tensor) -> None:
-        """Raises: UserError for images of another shape or size than (n, 3, h, w) that it can take, or no floats."""
+        """Raises: UserError unless the images are floats (n, 3, h, w) of a supported size."""
         if images.ndim != 4 or images.shape[1] != self.image_channels or not images.is_floating_point():
             found = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
             raise UserError("images", found, f"give floats (n, {self.image_channels}, h, w) from -1 to 1")
@@ -343,20 +343,21 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
         return weights.fingerprint(self)
 
     def encoder_fingerprint(self) -> str:
-        """The same without the tensors that only decode: autoencoders with this in common make the same latents.
+        """The same without the tensors that only decode. Autoencoders that are equal in it make the same latents.
 
-        A decoder that was trained further (encoder frozen) keeps it, so latents that exist stay valid with it.
+        Training the decoder further (encoder frozen) does not change it, so existing latents stay valid.
         """
         return weights.fingerprint(self, without=self.decoder_parts)
 
     def token_fingerprint(self) -> str:
-        """The same without the decoder only: quantized autoencoders with this in common make the same codes."""
+        """The same without the decoder. Quantized autoencoders that are equal in it make the same codes."""
         return weights.fingerprint(self, without=("decoder",))
 
 
 def deterministic_posterior(latents: Tensor) -> DiagonalGaussianDistribution:
     """Latents (n, c, h, w) -> a posterior with this mean and the log-variance `DETERMINISTIC_LOGVAR` everywhere.
 
-    So narrow that a sample is its mean: shards, evaluation and diffusion treat every autoencoder alike.
+    It is so narrow that a sample equals the mean, so that shards, evaluation and diffusion treat all autoencoders
+    alike.
     """
     return DiagonalGaussianDistribution(torch.cat([latents, torch.full_like(latents, DETERMINISTIC_LOGVAR)], dim=1))

@@ -21,7 +21,7 @@ from ldm_vae.autoencoder.base import Autoencoder, called_like_forward, determini
 
 
 class DeterministicAdapter:
-    """Goes in front of a diffusers autoencoder whose `encode` returns bare latents: `encode(x).latent_dist` instead."""
+    """Mixin for a diffusers autoencoder whose `encode` returns latents: it returns `encode(x).latent_dist` instead."""
 
     deterministic = True
     forward = Autoencoder.forward
@@ -44,11 +44,11 @@ class VQModel(DeterministicAdapter, diffusers.VQModel, Autoencoder):
     """diffusers' `VQModel` (arXiv:2112.10752): latents before quantization; `decode` quantizes."""
 
     kind = "vq"
-    trainable = False  # its codebook loss is of another shape
+    trainable = False  # its codebook loss has another shape
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latent, those of the codebook's vectors."""
+        """Channels of the latent: the length of the codebook's vectors."""
         return int(self.config.vq_embed_dim or self.config.latent_channels)
 
     @property

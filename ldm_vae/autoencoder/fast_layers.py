@@ -1,8 +1,8 @@
-"""Running an autoencoder without gradients in less time: the same weights, the same results but for rounding.
+"""Faster inference of an autoencoder: the same weights, and the same results up to rounding.
 
-Nothing here changes a weight, a name, a setting or the class that is saved. What is faster replaces the plain forward
-where nothing but the values of the result is asked for (`only_values`): training, exporting and compiling see the plain
-network. How the package's own networks use this is written in `wavelet`.
+Nothing here changes a weight, a name, a setting or the saved class. The fast version replaces the plain forward pass
+only if the values of the result are all that is needed (`only_values`). Training, exporting and compiling use the plain
+network. `wavelet` shows how the package's own networks use this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def only_values() -> bool:
-    """Neither a gradient nor the operations themselves are wanted."""
+    """Whether neither a gradient nor a record of the operations (for export or compiling) is needed."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
@@ -31,8 +31,8 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """(n, c, h, w) -> (n, o, 2h, 2w): `conv2d(nearest-neighbor upsampling of x, weight, bias, padding=1)` with 4/9 of
     the multiplications. `weight` is (o, c, 3, 3).
 
-    Each of the four output phases sees 2x2 different inputs: the rows and columns of the kernel that meet the same
-    input are added up first, in float32.
+    Each of the four output phases depends on 2x2 inputs. The rows and columns of the kernel that are applied to the
+    same input are summed first, in float32.
     """
     count, _, height, width = x.shape
     kernels = _phases(_phases(weight.float(), 2), 3)  # the phase of a column comes before that of a row
@@ -62,7 +62,7 @@ class FoldedUpsample2D(Upsample2D):
     """diffusers' `Upsample2D` with the upsampling folded into its convolution, on the CPU and without gradients."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """(n, c, h, w) -> (n, o, 2h, 2w), or `output_size` by the plain way."""
+        """(n, c, h, w) -> (n, o, 2h, 2w), or to `output_size` without folding."""
         if output_size is not None or hidden_states.device.type != "cpu" or not only_values():
             return super().forward(hidden_states, output_size, *args, **kwargs)
         layer: Any = self.conv
@@ -70,7 +70,7 @@ class FoldedUpsample2D(Upsample2D):
 
 
 class FoldedConvolution(nn.Conv2d):
-    """The convolution of a `FoldedUpsample2D`, which takes its weight itself: only then is an offloaded one there."""
+    """The convolution of a `FoldedUpsample2D`. It reads its own weight, so that offloading brings the weight first."""
 
     def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
         """(n, c, h, w) -> (n, o, h, w); `doubled`: -> (n, o, 2h, 2w), with the upsampling before it."""
@@ -100,10 +100,10 @@ def prepare_for_inference(model: Model) -> Model:
 # Group normalization whose gradient is cheap on a CPU: the layers of an `AutoencoderKL` in training.
 
 BLOCK_ELEMENTS = 1 << 17
-"""Of a block of rows in float32, half a megabyte: it fits into a core's cache."""
+"""Elements of a block of rows in float32, half a megabyte, which fits into a core's cache."""
 
 MOST_CHANNELS = {torch.bfloat16: 16, torch.float32: 4}
-"""Of a group, up to which torch's own backward pass is the slower one."""
+"""Elements of a group up to which torch's own backward pass is slower."""
 
 
 class BlockedGroupNorm(nn.GroupNorm):
@@ -118,7 +118,7 @@ class BlockedGroupNorm(nn.GroupNorm):
 
 
 def use_blocked_group_norm(model: nn.Module) -> None:
-    """Let every `nn.GroupNorm` in `model` be a `BlockedGroupNorm`. Weights, their names and copies stay as they are."""
+    """Replace every `nn.GroupNorm` in `model` by a `BlockedGroupNorm`. Weights and their names do not change."""
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = BlockedGroupNorm

@@ -1,8 +1,8 @@
 """`AutoencoderFrozenEncoder`: latents are the features of a frozen vision transformer, and only a decoder is learned.
 
 A representation autoencoder (RAE, arXiv:2510.11690) with a convolutional decoder; with `residual_channels` a small
-learned encoder adds what the features leave out (SVG, arXiv:2510.15301). The transformer is one of `transformers`',
-kept whole inside the saved model: nothing is fetched when that is loaded. This file owns the network and the
+learned encoder adds what the features lack (SVG, arXiv:2510.15301). The transformer is one of `transformers`',
+kept completely inside the saved model, so loading it fetches nothing. This file owns the network and the
 statistics of its features; fitting them before training, and all losses, belong to the training.
 """
 
@@ -35,7 +35,7 @@ RESIDUAL_BOUND = 3.0
 """Residual channels are softly bounded to this: three standard deviations of the features beside them."""
 
 SUPPORTED = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-"""Values of `model_type`: transformers that take any size and put class and register tokens first."""
+"""Supported values of `model_type`: transformers that accept any size and put class and register tokens first."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,7 +53,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
         residual_channels: 0, or the channels that the learned residual encoder adds.
         encoder_channels, encoder_blocks: width and residual blocks of that encoder at h/4, h/8 and h/16, or from h/2.
         decoder_channels, decoder_blocks: the same for the decoder at h/16, h/8, h/4, h/2 and h.
-        latent_channels: left out, the sum of both parts; a saved model states it.
+        latent_channels: the sum of both parts by default; saved models record it.
         scaling_factor: 1; diffusers pipelines read it.
     """
 
@@ -100,7 +100,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
 
     @classmethod
     def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
-        """The preset's layers and one more stage at h/16: as wide for the residual encoder, twice for the decoder."""
+        """The preset's layers and a stage at h/16: as wide in the residual encoder, twice as wide in the decoder."""
         encoder, decoder = sizes["encoder_channels"], sizes["decoder_channels"]
         return cls.from_encoder(
             str(settings.encoder),
@@ -113,7 +113,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
 
     @classmethod
     def check_settings(cls, settings: AutoencoderSettings) -> None:
-        """Raises: UserError without an encoder, and for channels that cannot be."""
+        """Raises: UserError without an encoder, and for unsupported channel counts."""
         if not settings.encoder:
             raise UserError(
                 "autoencoder.encoder: kind=frozen needs one; give the directory or hub id of a DINOv2 or DINOv3 "
@@ -129,10 +129,10 @@ class AutoencoderFrozenEncoder(Autoencoder):
 
     @classmethod
     def from_encoder(cls, encoder: str, **settings: Any) -> AutoencoderFrozenEncoder:
-        """Around a pretrained transformer: a local directory or a hub id, weights from safetensors only.
+        """A new autoencoder around a pretrained transformer: a local directory or hub id with safetensors weights.
 
         Raises:
-            UserError: naming `encoder`, when it is not there, not supported, or not in safetensors.
+            UserError: naming `encoder`, if it does not exist, is not supported, or has no safetensors weights.
         """
         vision = _pretrained_vision(encoder)
         model = cls(vision_config=plain_config(vision.config), **settings)
@@ -146,7 +146,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderFrozenEncoder:
-        """For everything but the transformer, which stays frozen."""
+        """Set `requires_grad` for everything but the transformer, which stays frozen."""
         super().requires_grad_(requires_grad)
         self.vision.requires_grad_(False)
         return self
@@ -194,7 +194,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
 
     @property
     def decoder_context(self) -> int:
-        """Latent positions around its own that a pixel depends on."""
+        """Number of latent positions on each side of its own that a pixel depends on."""
         return self.decoder.context
 
     def posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
@@ -211,7 +211,7 @@ class AutoencoderFrozenEncoder(Autoencoder):
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A `transformers` configuration as JSON-able settings: without bookkeeping and without every model's defaults."""
+    """A `transformers` configuration as JSON-able settings, without bookkeeping and general defaults."""
     common = _transformers().PretrainedConfig().to_dict()
     settings = {
         name: value

@@ -1,9 +1,9 @@
-"""The adversarial loss: discriminator, losses, when each of the two networks acts, and how much the term weighs.
+"""The adversarial loss: discriminator, losses, schedule of the two networks, and weight of the term.
 
-The discriminator learns alone first, so that the decoder never follows an untrained one. Then the decoder feels it at a
-weight that was measured: the ratio of the two gradients at the decoder's output, which is the same however a batch is
-split. While reconstruction is too much worse the weight is zero, and past a second threshold the decoder's weights from
-before come back. The order of a step is in `VaeModel.update`.
+The discriminator is trained alone first, so that the decoder never follows an untrained one. Then the adversarial term
+gets a measured weight: the ratio of the two gradients at the decoder's output, which does not depend on how a batch is
+split. If the reconstruction loss rises above a threshold, the weight is 0. Above a second threshold, the decoder's
+earlier weights are restored. The order within a step is in `VaeModel.update`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ldm_vae.errors import UserError
 from ldm_vae.random import generator
 
 TIMES = ("start", "engage", "ramp_end")
-"""Steps of the stage, in the order of time."""
+"""Steps at which the stage's parts begin, in order of time."""
 HELD_SHARE = 0.5
-"""Share of the steps of a log interval with weight 0 from which on a verdict says so."""
+"""Share of the steps of a log interval with weight 0 from which a verdict reports it."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,22 @@ class AdversarialConfig:
     """The adversarial stage. Times are steps, or fractions of the run when below 1.
 
     Args:
-        loss: off; hinge (Lim & Ye, arXiv:1705.02894); relativistic pairing (Jolicoeur-Martineau, arXiv:1807.00734).
+        loss: off, hinge (Lim & Ye, arXiv:1705.02894) or relativistic pairing (Jolicoeur-Martineau, arXiv:1807.00734).
         weight: calibrated: measured once while the discriminator warms up, then constant; adaptive: measured in every
             step as in the LDM recipe (arXiv:2112.10752; there at the last layer, here at the output); fixed: given.
         strength: the adversarial gradient as a share of the reconstruction gradient (the weight itself with `fixed`).
-        start: when the discriminator begins to learn (LDM's disc_start).
-        warmup: how long it learns alone.
-        ramp: over how long its weight grows to the full one.
+        start: when the discriminator's training begins (LDM's disc_start).
+        warmup: how long the discriminator is trained alone.
+        ramp: how long the weight rises to its full value.
         r1: weight of the gradient penalty on real images, per patch (Mescheder et al., arXiv:1801.04406).
-        r1_every: steps between penalties (each weighs as much more).
-        augment: differentiable augmentation of what the discriminator sees.
-        width: channels of its first layer.
-        learning_rate: its peak; the schedule is the run's.
-        hold_above: the weight is 0 while the reconstruction loss is above so many times its value before the stage, and
-            each such step takes 1 % off the weight that comes back, so that it settles where it does no harm.
-        restore_above, restore_steps: above this for so many steps the weights from before the stage come back.
+        r1_every: steps between penalties (each is multiplied by this number).
+        augment: differentiable augmentation of the discriminator's input.
+        width: number of channels of the discriminator's first layer.
+        learning_rate: peak learning rate of the discriminator; the schedule is that of the run.
+        hold_above: the weight is 0 while the reconstruction loss is above this multiple of its value before the stage.
+            Each such step lowers the later weight by 1 %, so that it settles where it does no harm.
+        restore_above, restore_steps: if the loss is above this multiple for this number of steps, the weights from
+            before the stage are restored.
     """
 
     loss: Literal["off", "hinge", "relativistic"] = "off"
@@ -79,7 +80,7 @@ class AdversarialConfig:
         )  # fmt: skip
 
     def starts_at(self, steps: int) -> int:
-        """The step at which the discriminator begins to learn, in a run of `steps`."""
+        """The step at which the discriminator's training begins, in a run of `steps`."""
         return in_steps(self.start, steps)
 
 
@@ -89,7 +90,7 @@ def in_steps(time: float, steps: int) -> int:
 
 
 def generator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor | None) -> Tensor:
-    """What the decoder minimizes, from patch logits of reconstructions (and of the originals where paired). Scalar."""
+    """The decoder's loss, from patch logits of reconstructions (and of the originals if paired). Scalar."""
     if config.loss == "hinge":
         return -fake.mean()
     assert real is not None
@@ -97,7 +98,7 @@ def generator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor | None)
 
 
 def discriminator_loss(config: AdversarialConfig, fake: Tensor, real: Tensor) -> Tensor:
-    """What the discriminator minimizes, from patch logits. Scalar."""
+    """The discriminator's loss, from patch logits. Scalar."""
     if config.loss == "hinge":
         return 0.5 * (F.relu(1 + fake).mean() + F.relu(1 - real).mean())
     return F.softplus(fake - real).mean()
@@ -114,7 +115,7 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
 
 
 class AdversarialLoss:
-    """When and how strongly the discriminator acts. State: few float64 scalars on the device, no host sync."""
+    """Schedule and weight of the adversarial loss. State: a few float64 scalars on the device, no host sync."""
 
     AVERAGE_DECAY = 0.98
     RATIO_DECAY = 0.9
@@ -129,7 +130,7 @@ class AdversarialLoss:
         self._begin(start, engage, engage + max(1, in_steps(config.ramp, steps)))
 
     def _begin(self, start: int, engage: int, ramp_end: int) -> None:
-        """A stage of which nothing is measured yet: the discriminator learns from `start`, the decoder from `engage`.
+        """Begin without measurements: the discriminator is trained from `start`, its loss counts from `engage`.
 
         Raises: UserError when the run ends before `engage`.
         """
@@ -137,7 +138,7 @@ class AdversarialLoss:
         self.measure_from = max(start, engage - max(1, min(200, (engage - start) // 2)))
         if engage >= self.steps:
             raise UserError(
-                f"adversarial: the decoder would feel the discriminator from step {engage} of {self.steps} on, that is "
+                f"adversarial: the adversarial loss would begin at step {engage} of {self.steps}, that is "
                 "never; lower adversarial.start or adversarial.warmup, or ask for more steps"
             )
         names = ("ratio_sum", "ratio_count", "ratio", "reference", "average", "bad_steps", "factor", "restores")
@@ -151,21 +152,21 @@ class AdversarialLoss:
         return PatchDiscriminator(self.config.width).train()
 
     def learns(self, step: int) -> bool:
-        """The discriminator takes a step."""
+        """Whether the discriminator takes a step."""
         return step >= self.start
 
     def measures(self, step: int) -> bool:
-        """The gradients at the decoder's output are compared."""
+        """Whether the gradients at the decoder's output are compared."""
         if self.config.weight == "adaptive":
             return step >= self.measure_from
         return self.config.weight == "calibrated" and self.measure_from <= step < self.engage
 
     def acts(self, step: int) -> bool:
-        """The decoder feels the discriminator, or its gradient is needed to measure it."""
+        """Whether the decoder's adversarial loss is computed, to train it or to measure its gradient."""
         return step >= self.engage or self.measures(step)
 
     def weight(self, step: int) -> Tensor:
-        """Of the adversarial term in this step: a float32 scalar on the device; 0 while the guard holds."""
+        """The weight of the adversarial term in this step: a float32 scalar on the device; 0 while it is suspended."""
         state, config = self._state, self.config
         if config.weight == "fixed":
             full = torch.full_like(state["factor"], config.strength)
@@ -231,7 +232,7 @@ class AdversarialLoss:
 
     @torch.no_grad()
     def observe_loss(self, step: int, loss: Tensor) -> None:
-        """Take the step's reconstruction loss, equal on all ranks: a reference until `engage`, then what is guarded."""
+        """Add the step's reconstruction loss, equal on all ranks: until `engage` it sets the reference."""
         if step < self.start:
             return
         state, loss = self._state, loss.double()
@@ -246,18 +247,18 @@ class AdversarialLoss:
         state["bad_steps"].copy_(torch.where(too_high, state["bad_steps"] + 1, 0.0))
 
     def must_restore(self) -> bool:
-        """Waits for the device: log steps only."""
+        """Whether the earlier weights must be restored. Waits for the device, so call it on log steps only."""
         return float(self._state["bad_steps"]) >= self.config.restore_steps
 
     def restored(self) -> None:
-        """The weights from before are back: go on at a quarter of the weight."""
+        """Continue at a quarter of the weight, after the earlier weights were restored."""
         self._state["factor"] *= self.WEIGHT_AFTER_RESTORE
         self._state["restores"] += 1
         self._state["bad_steps"].zero_()
         self._state["average"].copy_(self._state["reference"])
 
     def alarms(self, metrics: Mapping[str, float]) -> list[Verdict]:
-        """What the guard did, in words, from averaged metrics and the state. Waits for the device: log steps only."""
+        """The alarms of this stage, from averaged metrics and the state. Waits for the device: log steps only."""
         knob = "a lower adversarial.strength, a longer adversarial.warmup, or a lower learning rate"
         found, restores = [], float(self._state["restores"])
         if restores > 0:
@@ -275,18 +276,18 @@ class AdversarialLoss:
         return {"adversarial/weight": self.weight(step), "adversarial/holding": self.holding.float()}
 
     def state_dict(self) -> dict[str, str]:
-        """Exact; with the steps of the stage, which a change of the plan does not move once it has begun."""
+        """The exact state, with the steps of the stage: a change of the plan does not move a stage that has begun."""
         times = {name: float(getattr(self, name)).hex() for name in TIMES}
         return {name: float(value).hex() for name, value in self._state.items()} | times
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue after `step` finished steps, of a run that may have become longer or shorter.
+        """Continue after `step` finished steps of a run that may have become longer or shorter.
 
-        A stage that has begun stays where it is. One that lies ahead, or ahead again, is where the plan says, and what
-        an earlier one has measured is forgotten. One that should have begun begins now: the discriminator must learn
-        alone, the weight must be calibrated, and the guard needs its reference, whatever is left of the run.
+        A stage that has begun keeps its steps. A stage that is still ahead takes its steps from the new plan, and
+        earlier measurements are dropped. A stage that should have begun begins now, since the discriminator must be
+        trained alone, the weight calibrated and the reference loss measured first.
 
-        Raises: UserError when too little is left of it for that.
+        Raises: UserError when too few steps are left for that.
         """
         values = {name: float.fromhex(value) for name, value in state.items()}
         if step <= self.start:
@@ -307,10 +308,10 @@ class AdversarialLoss:
 class PatchDiscriminator(nn.Module):
     """Images (n, 3, h, w) in [-1, 1] -> one logit per patch of 72 x 72 pixels, (n, 1, h/8 - 2, w/8 - 2).
 
-    PatchGAN (Isola et al., arXiv:1611.07004) without normalization: batch statistics would tie the result to how a
-    batch is split. The three detail bands of a Haar level stand beside the colors, so that sharpness is easy to see.
-    The five convolutions see 70 pixels, as in the paper. These begin in the middle of a 2 x 2 Haar block, so that the
-    bands see one pixel more on each side.
+    PatchGAN (Isola et al., arXiv:1611.07004) without normalization, because batch statistics would make the result
+    depend on how a batch is split. The three detail bands of a Haar level are added to the colors as input channels, so
+    that sharpness is easy to detect. The receptive field of the five convolutions is 70 pixels, as in the paper; the
+    Haar blocks add one pixel on each side.
     """
 
     SMALLEST_SIDE = 32
@@ -356,7 +357,7 @@ def augment(images: Tensor, chance: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whole pixels up to 1/8 of the side, borders replicated."""
+    """Shift by whole pixels, up to 1/8 of the side, with replicated borders."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device) + ((y.flatten()[:, None] - 0.5) * height / 4).round().long()
     columns = torch.arange(width, device=images.device) + ((x.flatten()[:, None] - 0.5) * width / 4).round().long()
@@ -368,7 +369,7 @@ def _shift(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cutout(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """A gray square of a quarter of the side."""
+    """Cover a square of a quarter of the side with gray."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=images.device).view(1, 1, 1, -1)

@@ -1,6 +1,6 @@
-"""What the posteriors of an autoencoder say about its health: sums over many images, a few scalars per batch, alarms.
+"""The health of an autoencoder from its posteriors: sums over many images, a few scalars per batch, alarms.
 
-Owns everything that needs means and log-variances only, so it is cheap enough for training. What needs the decoder is
+Everything here needs means and log-variances only, so it is cheap enough for training. Checks that need the decoder are
 in `ldm_vae.evaluation.diagnosis`, thresholds and words in `verdicts.py`, formulas and sources in docs/how-to/health.md.
 """
 
@@ -22,12 +22,12 @@ __all__ = ["PosteriorStatistics", "Verdict", "batch_health", "effective_rank", "
 PASSIVE_VARIANCE = 0.9
 CLAMP_MARGIN = 0.1
 NO_NOISE_LOGVAR = -29.999
-"""Where every log-variance is at diffusers' lower clamp of -30, there is no posterior noise at all."""
+"""Bound for median log-variances: at diffusers' lower clamp of -30 there is no posterior noise."""
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_BINS = -32.0, 22.0, 1080
 
 SHORT_RUN = 1000
-"""Steps below which a rate is not expected to be at its target: the controller waits for the encoder for 100 steps and
-up to a fifth of the run, and while beta is locked at the end an encoder that learns fast goes on changing."""
+"""A run with fewer steps is not expected to reach its target rate: the controller waits for the encoder for 100 steps
+and up to a fifth of the run, and a fast-learning encoder still changes while beta is locked at the end."""
 
 ReduceFunction = Callable[[Tensor, Literal["sum", "max", "min"]], Tensor]
 
@@ -36,9 +36,9 @@ class PosteriorStatistics:
     """Moments of posteriors, summed in float64 on the device without a host sync.
 
     Args:
-        channels: of the latent.
-        device: where the tensors to add live.
-        logvar_bounds: where the encoder clamps its log-variance; diffusers' (-30, 20) by default.
+        channels: channels of the latent.
+        device: device of the tensors to add.
+        logvar_bounds: bounds to which the encoder clamps its log-variance; diffusers' (-30, 20) by default.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PosteriorStatistics:
 
     @torch.no_grad()
     def add(self, mean: Tensor, logvar: Tensor) -> None:
-        """Take the posteriors of some images, both (n, c, h, w).
+        """Add the posteriors of some images, both (n, c, h, w).
 
         Raises:
             ValueError: another height or width than before; positions are compared between images.
@@ -118,7 +118,7 @@ class PosteriorStatistics:
 
     @property
     def deterministic(self) -> bool:
-        """Whether every log-variance seen is the lower clamp -30: no noise, so no rate."""
+        """Whether every log-variance is at the lower clamp of -30: no noise, so no rate."""
         return bool((self._highest_logvar <= NO_NOISE_LOGVAR).all())
 
     def result(self) -> dict[str, list[float]]:
@@ -126,8 +126,8 @@ class PosteriorStatistics:
 
         `nats` is KL_c, `mean` m_c, `variance` v_c = Var(mu), `noise` e_c = E[sigma^2], `snr` v/e, `capacity_bits`
         0.5 log2(1 + snr), `marginal_nats` the KL of a Gaussian aggregate over images and positions,
-        `information_nats` nats minus the same KL at each position: what z says about the image where its position is
-        known. The rest of nats - marginal_nats is what a channel says about the position alone.
+        `information_nats` nats minus the same KL at each position: the information of z about the image if the
+        position is known. The rest of nats - marginal_nats is the information about the position alone.
         `image_variance` A_c = E_positions Var_images(mu), `static_share` 1 - A_c / v_c, `passive_share`,
         `clamp_share`, `hot_sigmas` max |mu - m| / sqrt(v), `skewness`, `kurtosis` (excess), `neighbour_correlation`.
         """
@@ -146,7 +146,7 @@ class PosteriorStatistics:
         pairs = self._images * (height * (width - 1) + (height - 1) * width)
         neighbors = self._sums["neighbors"] / pairs.clamp_min(1) - m.square()
         marginal = 0.5 * (m.square() + v + e - 1 - (v + e).clamp_min(1e-20).log())
-        unbiased = self._images / (self._images - 1).clamp_min(1)  # the mean is that of the same few images
+        unbiased = self._images / (self._images - 1).clamp_min(1)  # the mean is over the same few images
         spread = unbiased * between_images + by_position[2]
         at_positions = 0.5 * (by_position[1] + by_position[2] - 1 - spread.clamp_min(1e-20).log()).mean(dim=(1, 2))
         farthest = torch.maximum(self._highest - m, m - self._lowest)
@@ -252,18 +252,18 @@ def training_alarms(
     locked: bool,
     steps: int,
 ) -> list[Verdict]:
-    """What the averaged metrics of some steps warn of, most severe first. A pure function.
+    """Alarms from the averaged metrics of some steps, most severe first. A pure function.
 
-    Call it from log steps after the warm-up: a young encoder spends no bits for some hundred steps, which looks like a
-    collapse. Missing and non-finite metrics raise nothing.
+    Call it on log steps after the warmup: an untrained encoder uses no bits for some hundred steps, which resembles a
+    collapse. Missing and non-finite metrics raise no alarm.
 
     Args:
         metrics: `rate/nats_per_dim` and the keys of `batch_health`.
-        rate_mode: of `RateConfig`; the target counts in mode `target` only.
-        beta: the current weight; with 0 the KL is meant to be inactive.
-        pinned_share: of `RateController`.
+        rate_mode: `RateConfig.mode`; the target is checked in mode `target` only.
+        beta: the current weight; 0 switches the KL off.
+        pinned_share: `RateController.pinned_share`.
         locked: whether beta is frozen, so that the rate should sit at its target.
-        steps: of the run; in fewer than `SHORT_RUN` no rate is missed.
+        steps: steps of the run; with fewer than `SHORT_RUN`, a missed rate raises no alarm.
     """
     nats = _finite(metrics.get("rate/nats_per_dim"))
     target = target_nats if rate_mode == "target" else None
@@ -278,7 +278,7 @@ def training_alarms(
     if found[1] is None:
         if (_finite(metrics.get("health/dead_channels")) or 0.0) >= 0.5:  # an average over steps and processes
             found.append(check_rule("dead_channel", {"nats": _finite(metrics.get("health/least_channel_nats"))}))
-        met = error is not None and error < 0.15  # a rate that is steered is not inactive, however high it was chosen
+        met = error is not None and error < 0.15  # a rate under control is not inactive, however high it is
         if beta != 0.0 and not met:
             logvar = _finite(metrics.get("health/median_logvar"))
             found.append(check_rule("kl_inactive", {"median_logvar": logvar, "nats": nats}, training=True))
@@ -290,7 +290,7 @@ def training_alarms(
 
 
 def severity_of_rate(steps: int | None) -> Severity | None:
-    """Of a rate off its target: information after a short run, else (None) as the table says. None: steps unknown."""
+    """The severity of a missed target rate: `info` after a short run, else None, as in the table."""
     return "info" if steps is not None and steps < SHORT_RUN else None
 
 
@@ -298,7 +298,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# The verdicts of the health report: one frozen table of limits, each with its likely cause and the knob to turn.
+# The verdicts of the health report: a frozen table of limits, each with its likely cause and the setting to change.
 
 Severity = Literal["fail", "warn", "info"]
 SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
@@ -306,7 +306,7 @@ SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "info")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One finding: a metric beyond its threshold (or a statement, where both are equal), its cause and its cure."""
+    """One finding: a metric beyond its threshold (or a statement, if both are equal), its cause and its cure."""
 
     name: str
     severity: Severity
@@ -318,7 +318,7 @@ class Verdict:
     knob: str
 
     def sentence(self) -> str:
-        """One line: what was found, how far beyond the threshold, why, and what to do."""
+        """One line: the finding, its distance from the threshold, the cause, and the cure."""
         return f"{self.name} ({self.severity}): {self.finding()}. {_sentence(self.cause)} Try: {self.knob}."
 
     def finding(self) -> str:
@@ -334,7 +334,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Limit:
-    """What one metric may be: `fail`, `warn` and `info` are crossed from below, or from above with `below`."""
+    """The limits of one metric: `fail`, `warn` and `info` are crossed from below, or from above with `below`."""
 
     metric: str
     fail: float | None = None
@@ -343,7 +343,7 @@ class Limit:
     below: bool = False
 
     def crossed(self, value: float | None) -> tuple[Severity, float] | None:
-        """The most severe crossed threshold; None where nothing is crossed, or the value is None or NaN."""
+        """The most severe crossed threshold; None if none is crossed, or the value is None or NaN."""
         if value is None:
             return None
         for severity in SEVERITIES:
@@ -355,7 +355,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Rule:
-    """A verdict's limits by metric key, its likely cause and the knob to turn."""
+    """A verdict's limits by metric key, its likely cause and the setting to change."""
 
     limits: Mapping[str, Limit]
     cause: str
@@ -469,13 +469,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 TRAINING_LIMITS: Mapping[tuple[str, str], Limit] = MappingProxyType(
     {
-        # One batch of crops: a channel's deviation is estimated from few images, so a calm batch with one bright thing
-        # has a high ratio, and the rate moves with the content.
+        # In one batch of crops, a channel's deviation is estimated from few images: a smooth batch with one bright
+        # object
+        # has a high ratio. The rate depends on the content.
         ("smuggling", "hot_sigmas"): replace(RULES["smuggling"].limits["hot_sigmas"], warn=12.0, fail=20.0),
         ("rate_miss", "relative_error"): replace(RULES["rate_miss"].limits["relative_error"], warn=0.10, fail=0.25),
     }
 )
-"""Where a limit for one training batch differs from that of the report."""
+"""Limits for one training batch that differ from those of the report."""
 
 
 def check_rule(
@@ -485,7 +486,7 @@ def check_rule(
     severity: Severity | None = None,
     training: bool = False,
 ) -> Verdict | None:
-    """The verdict `name` if any of its metrics in `values` crosses its limit, by the most severe one; else None.
+    """The verdict `name` if a metric in `values` crosses its limit, by the most severe one; else None.
 
     `severity` replaces the table's; `training` takes the limits for one batch.
     """
@@ -504,7 +505,7 @@ def check_rule(
 
 
 def by_severity(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Failures first, then warnings, then information; the table's order within."""
+    """Failures first, then warnings, then information; each in the order of the table."""
     names = list(RULES)
 
     def place(verdict: Verdict) -> tuple[int, int, int]:

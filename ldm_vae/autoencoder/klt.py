@@ -1,8 +1,8 @@
-"""The linear baseline: principal components of pixel blocks, the best any linear code of the block can do.
+"""The linear baseline: principal components of pixel blocks, the best linear code of a block.
 
 An f8 autoencoder with c latent channels keeps c numbers per 8x8x3 block; so does this with c components.
-Whatever a network gains over it on the same pixels is what training bought. Coefficients are not quantized; what they
-would cost at best follows from the eigenvalues alone (`evaluation.water_filling`).
+The difference of a network from it on the same pixels is the gain of training. Coefficients are not quantized; their
+lowest possible cost follows from the eigenvalues alone (`evaluation.water_filling`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Moments:
 
 
 def block_moments(images: Tensor, block: int = 8) -> Moments:
-    """Of the blocks of images (n, 3, h, w) in [-1, 1], any size."""
+    """The moments of the blocks of images (n, 3, h, w) in [-1, 1], any size."""
     vectors = _blocks(images, block).permute(0, 2, 3, 1).reshape(-1, 3 * block**2).double().cpu()
     return Moments(vectors.sum(dim=0), vectors.T @ vectors, len(vectors))
 
@@ -74,8 +74,8 @@ def block_moments(images: Tensor, block: int = 8) -> Moments:
 def solve_klt(moments: Iterable[Moments], block: int = 8, flat: bool = False) -> BlockKLT:
     """The transform of all images whose moments are given, added in their order.
 
-    `flat`: the best among the transforms that describe a block's mean color apart from its pattern: a flat block stays
-    flat, and has its color from the number of components on that includes all three of them; the plain one bends it.
+    `flat`: the best transform that describes a block's mean color separately from its pattern. A flat block then stays
+    flat, and keeps its color once the three mean-color components are included; the plain transform does not.
 
     Raises:
         ValueError: no image was given.

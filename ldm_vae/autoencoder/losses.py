@@ -29,15 +29,15 @@ class LossConfig:
     """Weights of the terms; 0 switches a term off. The KL is not here: `rate` owns it.
 
     Args:
-        l1: mean absolute difference.
-        mse: mean squared difference.
-        ms_ssim: 1 - MS-SSIM.
-        perceptual: LPIPS.
-        random_perceptual: distance in features of a network with random weights.
-        high_frequency: difference of high-pass images.
-        texture_energy: difference of local energies of high-pass images.
-        perceptual_net: backbone of LPIPS.
-        perceptual_weights: a local safetensors file of the backbone; null: torchvision's download.
+        l1: weight of the mean absolute difference.
+        mse: weight of the mean squared difference.
+        ms_ssim: weight of 1 - MS-SSIM.
+        perceptual: weight of LPIPS.
+        random_perceptual: weight of the distance in features of a network with random weights.
+        high_frequency: weight of the difference of high-pass images.
+        texture_energy: weight of the difference of local energies of high-pass images.
+        perceptual_net: the LPIPS network.
+        perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
     """
 
     l1: float = 1.0

@@ -59,13 +59,13 @@ class RateConfig:
     arXiv:1606.04934, eq. 15, one group a channel).
 
     Args:
-        mode: what decides the weight, see above.
-        target_nats: of `target`, KL in nats per latent dimension, held on training crops and not on whole images.
-        beta: of `fixed` and `free_bits`, the weight.
-        free_nats: of `free_bits`, nats per dimension that are free.
-        proportional_gain: k_p of the controller.
-        lock_fraction: last share of the run in which beta stays as it is.
-        integral_gain: k_i of the controller; null: 80 over the steps of the run, between 0.01 and 0.2.
+        mode: how the KL weight is set, see above.
+        target_nats: for mode=target: KL in nats per latent dimension, held on training crops (not on whole images).
+        beta: for mode=fixed and mode=free_bits: the KL weight.
+        free_nats: for mode=free_bits: nats per dimension without a penalty.
+        proportional_gain: gain k_p of the controller.
+        lock_fraction: fraction of the run at its end in which beta does not change.
+        integral_gain: gain k_i of the controller; null: 80 divided by the steps of the run, between 0.01 and 0.2.
     """
 
     mode: Literal["target", "fixed", "free_bits"] = "target"

@@ -40,8 +40,8 @@ class Phase:
         steps: optimizer steps.
         crop: side of the square training crops in pixels, divisible by 8.
         batch: images per step over all processes.
-        micro_batch: images per forward pass of a process; null: its whole share.
-        perceptual: multiplies the weight loss.perceptual in this phase; 0 saves its cost.
+        micro_batch: images per forward pass of a process; null: all of its images of a step.
+        perceptual: factor of the weight loss.perceptual in this phase; 0 saves its cost.
     """
 
     steps: int = 1000
@@ -63,14 +63,14 @@ class LatentConfig:
 
     Args:
         scale_equivariance: share of the steps that shrink latents and images alike (antialiased), decode the small
-            latents and compare with the small images, instead of the full-size comparison (arXiv:2502.14831). Latents
-            become easier to diffuse, and such a step is cheaper.
-        scales: the factors, drawn with equal chance.
-        decoder_noise: with a frozen encoder, the decoder sees latents that are off by up to some times this much, in
-            standard deviations of N(0, 1), as those of a diffusion model are: per image |N(0, 1)| times it, white
-            (arXiv:2510.11690). 0.2 suits a decoder that only serves a small diffusion model.
-        nested: channel counts below the full one: half of the images keep only so many first channels, so that one
-            autoencoder serves at each count (nested dropout, arXiv:1402.0915). `[4, 8, 12]` suits 16 channels.
+            latents and compare them with the small images, instead of the full-size comparison (arXiv:2502.14831). Such
+            latents are easier to diffuse, and such a step is cheaper.
+        scales: the factors, drawn with equal probability.
+        decoder_noise: with a frozen encoder: strength of the noise on the decoder's input, as the latents of a
+            diffusion model have it. White noise with the standard deviation |N(0, 1)| times this, drawn per image
+            (arXiv:2510.11690). 0.2 suits a decoder that is used with a small diffusion model only.
+        nested: channel counts below the full one. Half of the images keep only this number of first channels, so that
+            one autoencoder works at each count (nested dropout, arXiv:1402.0915). `[4, 8, 12]` suits 16 channels.
     """
 
     scale_equivariance: float = 0.0
@@ -100,16 +100,17 @@ class TrainVaeConfig:
 
     Args:
         output: the run directory.
-        repeat: how often images of a pattern of ids count in an epoch, as `{photos/*: 6}`: for a few good images among
-            many lesser ones. What is held out, and all evaluation, count each image once.
-        initial: an autoencoder to start from: a run, a diffusers directory or a hub id. Its architecture is taken.
-        train: names of what is trained, as the start of parameter names; null: everything. `[decoder]` leaves the
-            encoder as it is: latents that were made with it stay valid.
-        phases: the stretches of the run: steps, crop, batch, micro_batch, perceptual of each.
-        held_out_resolution: side in pixels of the held-out images that are measured and shown.
-        held_out_images: so many of them.
-        changed_data: a run that continues on other images than it began with (files added, removed or edited) is
-            refused; `continue` goes on with them.
+        repeat: repetitions per epoch of the images whose ids match a pattern, for example `{photos/*: 6}`, for a few
+            good images among many lesser ones. Held-out images, and all images in evaluation, count once.
+        initial: an autoencoder to start from: a diffusers directory, a run of `train-vae`, or a hub id. Its
+            architecture is used.
+        train: the parameters to train, as the start of their names; null: all. `[decoder]` does not change the encoder,
+            so existing latents stay valid.
+        phases: the phases of the run, each with steps, crop, batch, micro_batch and perceptual.
+        held_out_resolution: side in pixels of the held-out images for metrics and previews.
+        held_out_images: largest number of held-out images for metrics.
+        changed_data: `refuse` a run that continues on other images than it began with (files added, removed or edited), or
+            `continue` with them.
     """
 
     output: str = "???"

@@ -385,7 +385,7 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
-# Reading files with untrusted names: only regular files, without blocking on pipes and devices.
+# Reading files with untrusted names: regular files only, so that pipes and devices cannot block.
 
 
 def read_image(path: str | Path) -> np.ndarray:

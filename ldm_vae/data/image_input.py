@@ -1,4 +1,4 @@
-"""Images and masks that a caller hands over: files, PIL images, arrays and tensors, all by the rules of `decoding`.
+"""Images and masks as arguments of functions: files, PIL images, arrays and tensors, all by the rules of `decoding`.
 
 What the numbers of an array or tensor mean:
 
@@ -35,7 +35,7 @@ CHANNELS = (1, 3, 4)
 ROUNDING = 1e-3
 """How far floats may lie outside of their range."""
 COLORED = 0.25
-"""Difference of two channels, of 1, from which a mask is colored."""
+"""A mask whose channels differ by more than this, on a scale of 0 to 1, counts as colored."""
 SHAPES = "give files, PIL images, (h, w, 3) arrays, (3, h, w) tensors, or lists of these"
 
 
@@ -69,7 +69,7 @@ def report_mask(marked: Tensor, where: str = "mask") -> None:
             logger.warning("%s%s: marks %s", where, which, what)
 
 
-# One by one: what a caller may hand over, as arrays (h, w, c).
+# Every accepted input, as arrays (h, w, c).
 
 
 def _items(image: ImageInput, where: str) -> list[Any]:

@@ -84,8 +84,8 @@ Rejected = list[tuple[str, str]]
 """(id, reason) of images that could not be read."""
 
 Enlarged = list[tuple[str, int]]
-"""(id, short side in pixels) of images that were smaller than their crop. Scaled up to it they have no fine detail, so
-that every autoencoder and codec looks better on them than it is."""
+"""(id, short side in pixels) of images that were smaller than their crop. They are scaled up and have no fine detail,
+so every autoencoder and codec gets better figures on them than it deserves."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def crop_image(
 ) -> Crop:
     """The center crop of uint8 pixels (h, w, 3), a side or (h, w).
 
-    This is the only place that scales images to a crop: one that has to be enlarged is appended to `enlarged`, which
-    the caller says and records. Masks and images that are refused need no such list.
+    This is the only place that scales images to a crop. An image that has to be enlarged is appended to `enlarged`,
+    which the caller reports and records. Masks and refused images need no such list.
     """
     height, width = image.shape[:2]
     scale = transforms.cover_scale(height, width, resolution)
@@ -154,7 +154,7 @@ def read_crops(
     rejected: Rejected,
     enlarged: Enlarged,
 ) -> tuple[list[int], Tensor | None]:
-    """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None where there is none.
+    """The indices that could be read, and their center crops (n, 3, h, w) in [-1, 1]; None if no image could be read.
 
     `rejected` and `enlarged` as in `iterate_crops`.
     """
@@ -164,11 +164,11 @@ def read_crops(
 
 
 def enlarged_sentences(short_sides: Sequence[int], images: int, setting: str = "resolution") -> list[str]:
-    """What to say where some of the `images` were smaller than their crop; nothing where none was.
+    """The warning if some of the `images` were smaller than their crop; empty otherwise.
 
     Args:
-        short_sides: of those that were, in pixels.
-        setting: what sets the size of the crop.
+        short_sides: the short sides of the smaller images, in pixels.
+        setting: the setting that gives the size of the crop.
     """
     if not short_sides:
         return []
@@ -181,7 +181,7 @@ def enlarged_sentences(short_sides: Sequence[int], images: int, setting: str = "
 
 
 def enlarged_record(enlarged: Enlarged) -> dict[str, Any]:
-    """What results and `run.json` say of images that were smaller than their crop; empty where none was."""
+    """The entry of results and `run.json` about images that were smaller than their crop; empty without any."""
     return {"enlarged": [{"id": name, "short_side": side} for name, side in enlarged]} if enlarged else {}
 
 

@@ -58,7 +58,7 @@ class DatasetsConfig:
         name: a hub id, a folder written by `save_to_disk`, or parquet, arrow or webdataset (.tar) files;
             `*` is allowed.
         subset: configuration of the hub dataset, if it has several.
-        split: for example train, or train[:1000].
+        split: the split, for example train, or train[:1000].
         image_column: the column that holds the images.
         label_column: the column that holds the classes; null: unlabeled.
         label_names: names of integer labels if the dataset does not have them (needed for streams only).
@@ -87,8 +87,7 @@ class DataConfig:
             therefore the held-out part, do not change.
         held_out: fraction of the images kept out of training, chosen by a hash of their ids.
         maximum_megapixels: larger images are rejected before decoding.
-        cache_megabytes: decoded images kept in memory *per worker process*; useful if decoding is the
-            bottleneck.
+        cache_megabytes: memory for decoded images *per worker process*; useful if decoding is the bottleneck.
     """
 
     source: Literal["synthetic", "folder", "datasets"] = "synthetic"
@@ -156,7 +155,7 @@ class DataConfig:
 
 
 def labels_from(source: Any) -> str:
-    """Where the classes of a source were found, as `the subfolders`; empty where it does not say."""
+    """Where the classes of a source were found, for example `the subfolders`; empty if the source does not say."""
     return getattr(source, "labels_from", "")
 
 
@@ -181,8 +180,8 @@ def hash_items(items: Iterable[tuple[object, ...]]) -> str:
 class CachedSource:
     """A source that keeps decoded images in memory, up to `limit_bytes`.
 
-    Nothing is evicted: in the uniformly random order of training, the first images that fit are as good as
-    any others, and there is no thrashing. Each worker process has its own cache.
+    Nothing is evicted. Training visits images in uniformly random order, so it does not matter which images are kept.
+    Each worker process has its own cache.
     """
 
     def __init__(self, source: ImageSource, limit_bytes: int) -> None:

@@ -2,9 +2,9 @@
 
     all = train + held_out        held_out = validation + test
 
-Settings, checkpoints and models are chosen on `validation`; what is reported of the choice is measured on `test`.
+Settings, checkpoints and models are chosen on `validation`. The reported results are measured on `test`.
 Adding images does not move any other, and a larger `held_out` only adds to the held-out part and to both of its halves.
-The id is that of the source image, a file name or a row: crops of one image never lie in two parts.
+The id belongs to the source image (a file name or a row), so crops of one image are never in two parts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def subset(source: ImageSource, part: Part, held_out: float) -> ImageSource:
 
 
 def repeated(source: ImageSource, times: Mapping[str, int]) -> ImageSource:
-    """A view that repeats images whose ids match a pattern (`photos/*`) in each epoch; the first match counts.
+    """A view that repeats images whose ids match a pattern (`photos/*`) in each epoch. The first match counts.
 
     Raises:
         UserError: a pattern matches no image, or only images that earlier patterns match.

@@ -1,4 +1,4 @@
-"""What a collection of images holds, in words: for the first line of a command and for `--dry-run`."""
+"""A description of a collection of images, for the first line of a command and for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm_vae.utils.text import pluralize
 
 SHOWN_CLASSES = 4
 LOOKED_AT = 24
-"""Images that a dry run reads: enough to see that some cannot be read or are too small."""
+"""Number of images that a dry run reads, to find images that cannot be read or are too small."""
 
 
 def describe_images(source: ImageSource, count: int | None = None) -> str:
@@ -38,11 +38,11 @@ def describe_classes(names: Sequence[str], origin: str = "") -> str:
 
 @dataclass
 class Look:
-    """What some images of a collection are like.
+    """What was found in a sample of the images of a collection.
 
     Attributes:
-        images: how many were looked at.
-        seconds: that reading one takes.
+        images: the number of images that were read.
+        seconds: the time that reading one image takes.
     """
 
     images: int = 0
@@ -51,7 +51,7 @@ class Look:
     enlarged: Enlarged = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What is wrong with some of them; none where nothing is."""
+        """The problems that were found, as sentences; empty if there are none."""
         found = []
         if self.rejected:
             name, reason = self.rejected[0]

@@ -30,8 +30,9 @@ class CropConfig:
     which an 8x autoencoder would otherwise learn.
 
     Args:
-        short_side_min: in pixels; a smaller picture or a larger crop takes precedence.
-        short_side_max: in pixels; a larger crop takes precedence.
+        short_side_min: smallest short side of the scaled picture in pixels; a smaller picture or a larger crop takes
+            precedence.
+        short_side_max: largest short side of the scaled picture in pixels; a larger crop takes precedence.
         flip: flip half of the crops horizontally.
         flat: fraction of crops replaced by a smooth gradient between two colors of the picture; they keep flat
             areas free of artifacts.
@@ -78,7 +79,7 @@ def random_crop(
 
 
 def cover_scale(height: int, width: int, size: int | tuple[int, int]) -> float:
-    """What a picture is scaled by until it just covers `size` (a side, or (height, width)). Above 1 it is enlarged."""
+    """The smallest scale at which a picture covers `size` (a side, or (height, width)). Above 1, it is enlarged."""
     target_height, target_width = (size, size) if isinstance(size, int) else size
     return max(target_height / height, target_width / width)
 
@@ -148,7 +149,7 @@ def _gradient(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndar
     return np.clip(start + weight[..., None] * (end - start) + 0.5, 0, 255).astype(np.uint8)
 
 
-# Pixels as tensors: the only conversion between 8 bits and the [-1, 1] that models see, and padding.
+# Pixels as tensors: the only conversion between 8 bits and the [-1, 1] of models, and padding.
 
 
 def from_uint8(pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Images and latents around sampling: images that go in, latents that are decoded in tiles, and ways between two.
+"""Images and latents around sampling: input images, decoding in tiles, and interpolation.
 
-Owns the two rules of inpainting, the blending of tiles, and the two interpolations; `data.image_input` reads images.
-Pixels are floats in [0, 1] here, as in the outputs `np` and `pt` of the pipeline.
+Contains the two rules of inpainting, the blending of tiles, and the two interpolations; `data.image_input` reads
+images. Pixels are floats in [0, 1] here, as in the outputs `np` and `pt` of the pipeline.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ldm_vae.data.image_input import ImageInput, image_batch, mask_batch, report
 from ldm_vae.errors import UserError
 from ldm_vae.utils.text import pluralize
 
-# Images that go in: what image-to-image and inpainting start from, and what they keep.
+# Input images: the start of image-to-image and inpainting, and the pixels to keep.
 
 
 @dataclass(frozen=True)
 class InitImage:
-    """Images to start from, and where they may change.
+    """Images to start from, and the pixels that may change.
 
     Attributes:
         images: (n, 3, h, w) in [0, 1].
-        mask: (n, 1, h, w), true where a pixel is painted anew; None: everywhere.
+        mask: (n, 1, h, w), true where a pixel is repainted; None: everywhere.
     """
 
     images: Tensor
@@ -37,22 +37,22 @@ class InitImage:
         return max(len(self.images), 0 if self.mask is None else len(self.mask))
 
     def expand(self, count: int) -> InitImage:
-        """For `count` results; a single image or mask serves all of them. Raises: UserError for another number."""
+        """The same for `count` results; a single image or mask serves all. Raises: UserError for another number."""
         mask = None if self.mask is None else expand_batch(self.mask, count, "mask")
         return InitImage(expand_batch(self.images, count, "image"), mask)
 
     def latent_mask(self, factor: int) -> Tensor:
-        """(n, 1, h/f, w/f): true where the latent may change, which is where any of its pixels may."""
+        """(n, 1, h/f, w/f): true where the latent may change, because any of its pixels may."""
         assert self.mask is not None
         return F.max_pool2d(self.mask.float(), factor) > 0
 
     def paste(self, images: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [0, 1] with the pixels outside the mask exactly as they were."""
+        """Images (n, 3, h, w) in [0, 1], with the original pixels outside the mask."""
         return images if self.mask is None else torch.where(self.mask, images, self.images)
 
 
 def default_strength(masked: bool) -> float:
-    """With a mask, what is painted anew starts from noise; a whole image keeps its composition."""
+    """The default of `strength`: 1 with a mask, so that repainted parts start from noise, else 0.6."""
     return 1.0 if masked else 0.6
 
 
@@ -60,9 +60,9 @@ def read_init_image(image: ImageInput, mask: ImageInput | None, factor: int) -> 
     """Images and masks, one or several of each, as `image_batch` and `mask_batch` read them.
 
     Args:
-        image: Its sides are multiples of `factor`. What this function returned before is returned as it is.
-        mask: Of the size of the image; where it is above one half, pixels are painted anew. One line is logged where
-            that is nowhere, or everywhere.
+        image: Its sides are multiples of `factor`. An earlier result of this function is returned unchanged.
+        mask: Of the size of the image; pixels above one half are repainted. One line is logged if these are none or
+            all.
         factor: Pixels per latent position along a side.
 
     Raises:
@@ -97,7 +97,7 @@ def expand_batch(values: Tensor, count: int, name: str) -> Tensor:
     return values.expand(count, *values.shape[1:])
 
 
-# Decoding latents that are too large for one pass: overlapping tiles, blended.
+# Decoding large latents in overlapping, blended tiles.
 
 TILE = 128
 """Latent positions along a side of a tile; larger latents are decoded in tiles."""
@@ -135,7 +135,7 @@ def decode_in_tiles(
 
 
 def tile_bounds(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """(first, end) of tiles of equal length that cover 0..length; neighbors have at least `overlap` in common."""
+    """(first, end) of tiles of equal length that cover 0..length; neighbors overlap by at least `overlap`."""
     if length <= tile:
         return [(0, length)]
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -156,9 +156,9 @@ def tile_weights(first: int, end: int, length: int, context: int, factor: int) -
 
 
 def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation of two noises: between two standard normals lies a standard normal.
+    """Spherical interpolation of two noises, so that the result is standard normal as well.
 
-    The norm goes linearly from the one to the other. Weights 0 and 1 return the two themselves.
+    The norm is interpolated linearly. Weights 0 and 1 return the inputs.
     """
     if weight in (0, 1):
         return (second if weight else first).clone()
@@ -174,7 +174,7 @@ def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 
 def lerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
-    """Linear interpolation of two latents: a cross-fade that the decoder draws sharply."""
+    """Linear interpolation of two latents, which the decoder turns into a sharp cross-fade."""
     return (1 - weight) * first + weight * second
 
 

@@ -56,22 +56,22 @@ TARGETS = ("diffusers", "compvis", "onnx", "torchscript", PIPELINE, CHECKPOINT)
 class ConvertConfig:
     """`ldm-vae model convert`.
 
-    A file in the CompVis layout is one of kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion or SDXL. A .ckpt with
-    anything but tensors in it is refused.
+    Supported files in the CompVis layout are kl-f4 to kl-f32, vq-f4 to vq-f16, Stable Diffusion and SDXL. A .ckpt file
+    that holds anything but tensors is refused.
 
       ldm-vae model convert vae-ft-mse-840000-ema-pruned.safetensors models/sd-vae to=diffusers
       ldm-vae model convert runs/mine mine.safetensors to=compvis
       ldm-vae model convert runs/mine exported/mine to=onnx latents=runs/latents
 
-    With to=diffusers-pipeline `model` is a run of `ldm-vae train-diffusion`, or its pipeline/; what is written runs in
-    stock diffusers, without this package. That takes an autoencoder of architecture sd and a U-Net of patch 1 and
+    With to=diffusers-pipeline, `model` is a run of `ldm-vae train-diffusion`, or its pipeline/. The result runs in
+    stock diffusers, without this package. It needs an autoencoder of architecture sd and a U-Net of patch 1 and
     prediction velocity.
 
       ldm-vae model convert runs/diffusion exported/diffusion to=diffusers-pipeline
 
-    With to=checkpoint it is a run of `train-vae` or `train-diffusion`; what is written loads in every command. The
-    weights are in half precision in files below 16 MiB, the records of the training beside them without folders of
-    this machine. Measure that copy: its fingerprint is another one.
+    With to=checkpoint, `model` is a run of `train-vae` or `train-diffusion`. The result can be shared and loads in
+    every command. The weights are in half precision in files below 16 MiB, with the records of the training, but
+    without folder names of this machine. Measure this copy, since rounding changes its fingerprint.
 
       ldm-vae model convert runs/mine checkpoints/mine to=checkpoint
       ldm-vae model convert runs/diffusion checkpoints/generator to=checkpoint autoencoder=runs/decoder
@@ -81,13 +81,14 @@ class ConvertConfig:
             file in the CompVis layout (whole models too, of which the autoencoder is taken).
         output: A new directory; for compvis a name that ends in .safetensors.
         to: diffusers, compvis, onnx, torchscript, diffusers-pipeline or checkpoint.
-        precision: fp32, fp16 or bf16, of the weights; None: fp32, of a checkpoint to give away fp16.
-        autoencoder: In a checkpoint of a pipeline: another decoder of the same encoder.
-        size: Example side in pixels for onnx and torchscript.
-        latents: Latent shards whose statistics onnx and torchscript record and diffusers folds into the autoencoder.
+        precision: Precision of the weights: fp32, fp16 or bf16; None: fp32, and fp16 for a checkpoint.
+        autoencoder: For a checkpoint of a pipeline: an autoencoder with the same encoder and another decoder.
+        size: Side in pixels of the example for onnx and torchscript.
+        latents: The folder of a finished set, or its URL. Its statistics are recorded by onnx and torchscript, and
+            folded into the autoencoder by diffusers.
         config: LDM configuration of a CompVis file (scale_factor).
-        channels: Keep the first so many latent channels, after nested training.
-        prefix: Before the names in a compvis file, for example first_stage_model.
+        channels: Number of first latent channels to keep, after nested training.
+        prefix: Text before the names in a compvis file, for example first_stage_model.
     """
 
     model: str = "???"
@@ -113,15 +114,15 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig, *, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Write the converted model, completely or not at all; return what is in conversion.json.
+    """Write the converted model atomically. Returns: the content of conversion.json.
 
     Args:
-        config: From which model, to what.
-        overwrite: Replace what an earlier conversion wrote at `config.output`.
-        dry_run: Open the model and look at the target only; return {}.
+        config: The model and the target.
+        overwrite: Replace the result of an earlier conversion at `config.output`.
+        dry_run: Open the model and check the target only; return {}.
 
     Raises:
-        UserError: the model cannot be read, the target cannot hold it, or something else stands there.
+        UserError: the model cannot be read, the target format cannot hold it, or the path holds something else.
     """
     precision: Any = config.precision or ("fp16" if config.to == CHECKPOINT else "fp32")
     begin("model convert", config.model, f"to {config.to}", precision, f"to {config.output}")
@@ -131,7 +132,7 @@ def convert(config: ConvertConfig, *, overwrite: bool = False, dry_run: bool = F
             LatentDiffusionPipeline.from_pretrained(pipeline_directory(config.model), use_safetensors=True)
         else:
             open_autoencoder(config.model, config.config)
-        end_dry_run(config.output, "it takes as long as reading and writing the weights, which was not measured")
+        end_dry_run(config.output, "it takes the time of reading and writing the weights, which was not measured")
         return {}
     if config.to == PIPELINE:
         record = export_standard(config.model, config.output, precision=precision, overwrite=overwrite)
@@ -158,14 +159,14 @@ def convert(config: ConvertConfig, *, overwrite: bool = False, dry_run: bool = F
 
 
 def _next_words(config: ConvertConfig) -> list[str]:
-    """What can be done here with a converted model; nothing with one for other programs."""
+    """The next command with a converted model; empty for a model for other programs."""
     if config.to == "compvis":
         return ["ldm-vae", "model", "convert", config.output, beside(config.output, "diffusers"), "to=diffusers"]
     return ["ldm-vae", "model", "card", config.output] if config.to in ("diffusers", CHECKPOINT) else []
 
 
 def _statistics(latents: str | None, model: str) -> Callable[[str], dict[str, Any]] | None:
-    """Encoder fingerprint -> statistics of the latents in a folder, which that encoder must have made."""
+    """Encoder fingerprint -> statistics of the latents in a folder. They must be from that encoder."""
     if latents is None:
         return None
 
@@ -177,20 +178,21 @@ def _statistics(latents: str | None, model: str) -> Callable[[str], dict[str, An
     return statistics_for
 
 
-# A directory that stock diffusers loads and runs where this package is not installed: `AutoencoderKL` with the
-# normalizer folded in, `UNet2DModel` in the place of the transformer of `DiTPipeline` (the only stock loop with classes
-# and guidance but no text; it needs nothing of its network that a U-Net lacks), and `FlowMapEulerDiscreteScheduler`,
-# whose times and steps are ours. `LDMPipeline` would need `init_noise_sigma` of its scheduler, which no flow scheduler
-# with unrounded times has. What these classes cannot express is refused.
+# A directory that stock diffusers runs without this package: `AutoencoderKL` with the normalizer folded in,
+# `UNet2DModel` in place of the transformer of `DiTPipeline` (the only stock loop with classes and guidance but no text;
+# a
+# U-Net has all that it needs), and `FlowMapEulerDiscreteScheduler`, which has the same times and steps. `LDMPipeline`
+# would need `init_noise_sigma` of its scheduler, which no flow scheduler with unrounded times has. Models that these
+# classes cannot express are refused.
 
 NULL_CLASS = 1000
-"""What `DiTPipeline` takes for "no label" under guidance in every model."""
+"""The label that `DiTPipeline` uses for "no label" under guidance in every model."""
 ANY = "image"
-"""The one label of an exported model without classes; it changes nothing."""
+"""The only label of an exported model without classes; it has no effect."""
 
 CHECKED_TIMES = (0.05, 0.5, 0.95)
 CHECK_TOLERANCE = 1e-4
-"""Of velocities, whose size is about 1; the two networks run the same operations."""
+"""Largest difference of velocities, whose size is about 1; the two networks run the same operations."""
 
 README = """# {name}
 
@@ -205,8 +207,8 @@ labels = pipeline.get_label_ids([{label!r}] * 4)
 images = pipeline(labels, guidance_scale={guidance:g}, num_inference_steps=30).images
 ```
 
-diffusers notes when loading that the part called `transformer` is a U-Net: so it is. The scheduler takes Euler steps;
-for fewer steps of second order:
+When loading, diffusers notes that the part called `transformer` is a U-Net, which is correct. The scheduler takes Euler
+steps; for fewer steps of second order:
 
 ```python
 from diffusers import DPMSolverMultistepScheduler
@@ -221,19 +223,19 @@ pipeline.scheduler = DPMSolverMultistepScheduler(
 def export_standard(
     source: str, target: str | Path, *, precision: Precision = "fp32", overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write the stock directory, with README.md and conversion.json; completely or not at all.
+    """Write the stock directory, with README.md and conversion.json, atomically.
 
     Args:
         source: a pipeline directory, or the run directory of `train-diffusion`.
         target: a new directory.
         precision: of the written weights.
-        overwrite: replace what an earlier conversion wrote at `target`.
+        overwrite: replace the result of an earlier conversion at `target`.
 
     Returns:
-        What is in conversion.json.
+        The content of conversion.json.
 
     Raises:
-        UserError: stock diffusers has no such network or autoencoder, with what to train instead.
+        UserError: stock diffusers has no such network or autoencoder; the message says what to train instead.
     """
     target = Path(target)
     check_target(target, source, overwrite)
@@ -263,7 +265,7 @@ def export_standard(
 
 
 def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
-    """The stock pipeline (float32) that draws what `pipeline` does at its training size, from the same noise.
+    """The stock pipeline (float32) that makes the same images as `pipeline` at its training size, from the same noise.
 
     Raises:
         UserError: see `export_standard`.
@@ -288,12 +290,12 @@ def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
 
 @torch.no_grad()
 def standard_unet(unet: LatentUNet, latent_size: tuple[int, int]) -> UNet2DModel:
-    """The network inside as a stock one that puts out the velocity, compared with ours before it is returned.
+    """The network as a stock one that predicts the velocity, compared with the original before it is returned.
 
     It has the classes that `DiTPipeline` needs, all after the last label being "no label"; without labels they are 0.
 
     Raises:
-        UserError: it does more than a `UNet2DModel` can, or the stock pipeline cannot run it.
+        UserError: a `UNet2DModel` cannot express it, or the stock pipeline cannot run it.
     """
     check_expressible(unet, latent_size)
     classes, state = int(unet.config["num_classes"]), dict(unet.network.state_dict())
@@ -309,7 +311,7 @@ def standard_unet(unet: LatentUNet, latent_size: tuple[int, int]) -> UNet2DModel
 
 
 def check_expressible(unet: LatentUNet, latent_size: tuple[int, int]) -> None:
-    """Raises: UserError where the U-Net or the size of its latents is beyond the stock classes."""
+    """Raises: UserError if the stock classes do not support the U-Net or the size of its latents."""
     config, network = unet.config, unet.network
     instead = "train with unet.patch=1 and unet.prediction=velocity, or use it with `ldm-vae generate`"
     if config["patch"] != 1 or config["prediction"] != "velocity":
@@ -335,7 +337,7 @@ def check_expressible(unet: LatentUNet, latent_size: tuple[int, int]) -> None:
 
 
 def check_equal(unet: LatentUNet, standard: UNet2DModel, latent_size: tuple[int, int]) -> None:
-    """Raises: UserError where both networks do not give the same velocities of noise, with the null label too."""
+    """Raises: UserError unless both networks give the same velocities for noise, also with the null label."""
     generator = random.generator(0, "standard export")
     noise = torch.randn(1, int(unet.config["latent_channels"]), *latent_size, generator=generator)
     for time in CHECKED_TIMES:
@@ -369,11 +371,11 @@ def readme(pipeline: LatentDiffusionPipeline, name: str) -> str:
     )
 
 
-# A finished run as a directory to give away: rounded weights in small files, the records of its training, checksums.
+# A finished run as a directory to share: rounded weights in small files, the records of its training, checksums.
 
 SHARD_SIZE = "15MB"
 LARGEST_FILE_BYTES = 16 << 20
-"""What hosts of repositories take without further tools."""
+"""Largest file that repository hosts accept without further tools."""
 RECORDS = (provenance.RUN_RECORD, "config.yaml")
 METRICS = "metrics.jsonl"
 METRIC_LINES = 300
@@ -387,16 +389,16 @@ def pack(
     overwrite: bool = False,
     autoencoder: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the directory completely or not at all; return what is in conversion.json, and notes in words.
+    """Write the directory atomically. Returns: the content of conversion.json, and notes as sentences.
 
     Args:
         source: a run of `train-vae` or `train-diffusion`, or the directory of an autoencoder or of a pipeline.
         target: a new directory, or an earlier conversion with `overwrite`.
         precision: of the written weights.
-        autoencoder: takes the place of a pipeline's, with the same encoder and a decoder that was trained further.
+        autoencoder: replaces that of a pipeline; it has the same encoder and a decoder that was trained further.
 
     Raises:
-        UserError: no model there, a weight that the precision cannot hold, or a target with something else in it.
+        UserError: no model in the source, a weight that the precision cannot hold, or a target with other content.
     """
     target = Path(target)
     check_target(target, source, overwrite)
@@ -451,7 +453,7 @@ def _write_pipeline(
             check_finite(network.state_dict(), f"{source}, {name} in {precision}")
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
     _copy_records(directory, folder)
-    if autoencoder is None:  # of a copy those that came along
+    if autoencoder is None:  # for a copy, those in the copy
         made_by = lineage.read_runs(directory / lineage.OF_AUTOENCODER)
     else:
         made_by = lineage.runs_of(Path(autoencoder), before["fingerprint"])
@@ -464,7 +466,7 @@ def _identities(model: Any) -> dict[str, str]:
 
 
 def _copy_records(directory: Path, folder: Path) -> None:
-    """Of the run that the model `directory` lies in: its command and settings, and its curves at some hundred steps."""
+    """Records of the run with the model `directory`: its command and settings, and its curves at some hundred steps."""
     folders = [directory, directory.parent] if directory.name in ("autoencoder", "pipeline") else [directory]
     place = next((one for one in folders if (one / provenance.RUN_RECORD).is_file()), None)
     if place is None:
@@ -500,7 +502,7 @@ def _check_sizes(folder: Path) -> None:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise UserError(
                 f"{path.name}: one tensor of {path.stat().st_size >> 20} MiB cannot be divided into files of at most "
-                f"{LARGEST_FILE_BYTES >> 20} MiB; give away a smaller model"
+                f"{LARGEST_FILE_BYTES >> 20} MiB; share a smaller model"
             )
 
 
@@ -509,5 +511,5 @@ def _notes(record: dict[str, Any]) -> list[str]:
         return []
     return [
         f"rounding to {record['precision']} changed the weights, so this is another autoencoder: measure this copy, "
-        "and encode with it what is to be used with it; a pipeline goes on to accept latents of its original"
+        "and encode images for it with it; a pipeline still accepts latents of its original"
     ]

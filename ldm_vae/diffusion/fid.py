@@ -1,6 +1,6 @@
-"""KID and FID: how far one set of images lies from another, in Inception features; and the KID of samples.
+"""KID and FID: the distance of two sets of images in Inception features; and the KID of samples.
 
-Owns the network, the two estimators and the rules for when they may be printed. Reconstructions are measured with the
+Contains the network, the two estimators and the rules for when they are reported. Reconstructions are measured with the
 same functions. The features are those of the TensorFlow Inception of 2015 in torch-fidelity's port, with TensorFlow's
 resizing, as in the literature.
 """
@@ -56,7 +56,7 @@ def check_distribution(distribution: Distribution, fid: str, weights: str | None
         raise UserError(f"fid: force has no effect with distribution={distribution}; set distribution=fid")
     if distribution != "none" and images is not None and images < 4:
         raise UserError(
-            f"distribution: {pluralize(images, 'image')} can tell nothing of one; give at least 4, or distribution=none"
+            f"distribution: {pluralize(images, 'image')} are too few; give at least 4, or distribution=none"
         )
     if distribution == "fid" and fid != "force" and images is not None and images < FEWEST_FOR_FID:
         raise UserError(
@@ -69,7 +69,7 @@ def load_inception(weights: str | None = None) -> Any:
     """The network, frozen. `weights`: a local file, safetensors or torch-fidelity's .pth; None: its download.
 
     Raises:
-        UserError: when the weights cannot be had. They are never replaced by random ones.
+        UserError: the weights are not available. They are never replaced by random ones.
     """
     runtime.repair_torchvision()
     try:
@@ -77,7 +77,7 @@ def load_inception(weights: str | None = None) -> Any:
     except ImportError as error:
         raise UserError("distribution: needs torch-fidelity; run `pip install 'ldm_vae[fid]'`") from error
     tensors = _downloaded() if weights is None else _from_file(Path(weights))
-    # Its constructor reads any pickle. It gets one that was written here, from tensors that were read safely.
+    # Its constructor reads any pickle. It gets a pickle that was written here, from safely read tensors.
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     buffer.seek(0)
@@ -106,7 +106,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
             check_tensor_file(path)
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can make the reader raise anything
+    except Exception as error:  # a foreign file can cause any error
         raise UserError(
             f"inception_weights={path}: cannot be read as tensors ({str(error).splitlines()[0]}); give a .pth or "
             "safetensors file of weights alone"
@@ -114,7 +114,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
 
 def _downloaded() -> dict[str, Tensor]:
-    """torch-fidelity's own file, whose name carries the start of its sha256, which is checked."""
+    """torch-fidelity's own file. Its name contains the start of its sha256, which is checked."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     try:
@@ -139,15 +139,15 @@ def squared_mmd(x: np.ndarray, y: np.ndarray, paired: bool = False) -> float:
     (x·y / d + 1)^3: KID (Bińkowski et al., arXiv:1801.01401, eq. 4). Can be below 0.
 
     Args:
-        paired: y[i] was made from x[i], as a reconstruction is, so k(x[i], y[i]) says nothing about independent draws
-            and is left out (Gretton et al. 2012, eq. 4). With it a copy of x would be at a negative distance.
+        paired: y[i] was made from x[i], for example as a reconstruction. The pairs are not independent, so k(x[i],
+            y[i]) is left out (Gretton et al. 2012, eq. 4). Otherwise a copy of x would have a negative distance.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     (n, dimensions), m = x.shape, len(y)
     if min(n, m) < 2:
         raise ValueError(f"squared_mmd: {n} and {m} samples; give at least 2 of each")
     if paired and n != m:
-        raise ValueError(f"squared_mmd: {n} and {m} samples; pairs need as many of each")
+        raise ValueError(f"squared_mmd: {n} and {m} samples; give the same number of each for pairs")
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / dimensions + 1) ** 3
@@ -168,7 +168,7 @@ def kid(
     seed: int = 0,
     paired: bool = False,
 ) -> Estimate:
-    """KID over random subsets of `subset_size`, drawn without replacement: from each set its own, of pairs the same."""
+    """KID over random subsets of `subset_size`, drawn without replacement; pairs have the same subset."""
     rng = numpy_rng(seed, "kid")
     values = []
     for _ in range(subsets):
@@ -183,7 +183,7 @@ def frechet_distance(
 ) -> float:
     """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of two Gaussians (Dowson & Landau 1982), >= 0.
 
-    The root's trace is that of the symmetric (C_x^(1/2) C_y C_x^(1/2))^(1/2): no complex numbers, any rank.
+    The trace of the root is computed from the symmetric (C_x^(1/2) C_y C_x^(1/2))^(1/2): real, for any rank.
     """
     values, vectors = np.linalg.eigh(covariance_x)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -195,8 +195,8 @@ def frechet_distance(
 def frechet_of_features(x: np.ndarray, y: np.ndarray) -> float:
     """`frechet_distance` of the sample means and (unbiased) covariances of features (n, d) and (m, d): FID.
 
-    With fewer samples than dimensions the root's trace is the sum of the singular values of X Y^T (centered, scaled),
-    since C_x C_y and (X Y^T)(X Y^T)^T have the same eigenvalues: the same number from smaller matrices.
+    With fewer samples than dimensions, the trace of the root is the sum of the singular values of X Y^T (centered,
+    scaled), since C_x C_y and (X Y^T)(X Y^T)^T have the same eigenvalues. These matrices are smaller.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if min(len(x), len(y)) >= x.shape[1]:
@@ -218,12 +218,13 @@ def compare_sets(
     seed: int,
     paired: bool = False,
 ) -> dict[str, Any]:
-    """What results.json says under `distribution`. The floor: one random half of the originals against the other.
+    """The entry `distribution` of results.json. The floor compares one random half of the originals with the other.
 
     Args:
         real, made: features (n, d) and (m, d).
-        paired: made[i] was made from real[i]. Then `kid_halves` is the KID of one half of the originals to what was
-            made from the other half, two independent sets: less the floor, it shows a bias of the paired estimate.
+        paired: made[i] was made from real[i]. Then `kid_halves` is the KID of one half of the originals to the images
+            made from the other half, which are independent. Its difference from the floor shows a bias of the paired
+            estimate.
     """
     count = len(real)
     order = numpy_rng(seed, "split half").permutation(count)
@@ -247,7 +248,7 @@ def compare_sets(
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """The metrics of reconstructions in words, each with its N and its floor."""
+    """The metrics of reconstructions as sentences, each with its N and its floor."""
     measured, floor, halves = found["kid"], found["kid_floor"], found["kid_halves"]
     lines = [
         f"KID of decode(mean) to the originals, N = {found['images']}: {1e3 * measured['mean']:.3f} +- "
@@ -267,24 +268,24 @@ def sentences(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-# KID of a pipeline's samples to images that its training never saw: on request while training, and for `ldm-vae ema`.
+# KID of a pipeline's samples to held-out images: on request in training, and for `ldm-vae model ema`.
 
 BATCH = 16
 KID_ENLARGED = "samples/kid_enlarged"
 MINIMUM_FOR_KID = 100
-"""Images on either side; with fewer, the spread over subsets is as large as the differences to be seen."""
+"""Number of images on each side; with fewer, the spread over subsets is as large as typical differences."""
 
 
 @dataclass(frozen=True)
 class KidConfig:
-    """KID of samples of the EMA weights to held-out images: not in latents, so what the autoencoder loses counts.
+    """KID of samples of the EMA weights to held-out images. It is measured on images, so it includes the autoencoder.
 
     Attributes:
-        samples: generated for each measurement, the classes in turn; 0: none.
-        every: steps from one to the next, a multiple of training.validate_every; null: once, at the end.
-        data: the images that were encoded. The part with the ids that this run holds out is compared with.
-        steps: of the sampler, for each sample.
-        subset: images in each of KID's subsets; a quarter of the held-out images where that is less.
+        samples: number of samples for each measurement, the classes in turn; 0: none.
+        every: steps between measurements, a multiple of training.validate_every; null: once, at the end.
+        data: the images that were encoded. Those with the ids that this run holds out are used.
+        steps: steps of the sampler, for each sample.
+        subset: images in each of KID's subsets; at most a quarter of the held-out images.
         inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
     """
 
@@ -308,7 +309,7 @@ class KidConfig:
             raise UserError(f"kid.{name}: {value} is too few")
 
     def check(self, held_out: float, validate_every: int) -> None:
-        """Raises: UserError for a measurement that would never happen in a run with these settings."""
+        """Raises: UserError for settings under which no measurement would be made."""
         if self.samples and held_out == 0:
             raise UserError("kid.samples: needs held-out images, and held_out=0; hold some out, or set kid.samples=0")
         if self.samples and self.every and self.every % validate_every:
@@ -327,8 +328,8 @@ class SampleKid:
     def __init__(self, config: KidConfig, images: ImageSource, network: Any) -> None:
         """
         Args:
-            config: How many samples, and how they are compared.
-            images: What they are compared with.
+            config: The number of samples, and how they are compared.
+            images: The images to compare with.
             network: 8-bit images (n, 3, h, w) -> (features (n, d),), such as `load_inception()`.
 
         Raises:
@@ -342,8 +343,8 @@ class SampleKid:
     @torch.no_grad()
     def __call__(self, pipeline: LatentDiffusionPipeline) -> dict[str, float]:
         """`samples/kid@N` of N samples with its standard deviation over subsets, and `samples/kid_floor`: one half of
-        the images against the other, the value of no difference. Where held-out images are smaller than the samples,
-        `samples/kid_enlarged` is their number."""
+        the images against the other, the value for equal distributions. If held-out images are smaller than the
+        samples, `samples/kid_enlarged` is their number."""
         self.network.to(pipeline.device)
         if self.real is None:
             self.real = self._real(pipeline.image_size(), pipeline.device)
@@ -369,7 +370,7 @@ class SampleKid:
         return np.concatenate(features)
 
     def _generated(self, pipeline: LatentDiffusionPipeline) -> np.ndarray:
-        """Sample i has class i in turn and the noise of (0, i)."""
+        """Images of the samples: the classes in turn, sample i with the noise of (0, i)."""
         names, count = pipeline.labels, self.config.samples
         features = []
         for first in track(range(0, count, BATCH), "samples for KID", "batch"):
@@ -386,7 +387,7 @@ class SampleKid:
         return np.concatenate(features)
 
     def _features(self, images: torch.Tensor) -> np.ndarray:
-        """In float32, in every precision of the training around it; the watchdog is advanced, as this takes long."""
+        """Features in float32 for every training precision. The watchdog is advanced, because this takes long."""
         watchdog.advance()
         with torch.autocast(images.device.type, enabled=False):
             return inception_features(self.network, images.float())
@@ -396,13 +397,13 @@ def check_kid_count(count: int, what: str) -> None:
     """Raises: UserError for fewer images than a KID needs."""
     if count < MINIMUM_FOR_KID:
         raise UserError(
-            f"kid: {count} images {what}, and a KID to fewer than {MINIMUM_FOR_KID} would be noise; hold more "
+            f"kid: {count} images {what}, too few for a KID, which needs {MINIMUM_FOR_KID}; hold more "
             "out, or set kid.samples=0"
         )
 
 
 def make_sample_kid(config: KidConfig, held_out: float) -> SampleKid:
-    """For a run that holds this fraction of the ids out. Raises: UserError for missing images or weights."""
+    """A `SampleKid` for a run that holds out this fraction of the ids. Raises: UserError without images or weights."""
     images = subset(open_source(config.data), "held_out", held_out)
     check_kid_count(len(images), "are held out")
     return SampleKid(config, images, load_inception(config.inception_weights))

@@ -26,11 +26,11 @@ UNIFORM_SHARE = 0.1
 """Share of training times drawn uniformly, so that both ends of [0, 1] occur; the others are logit-normal."""
 
 SMALLEST_DIVISOR = 0.05
-"""Of the velocity of a predicted clean latent, which would grow without bound as t goes to 0."""
+"""Lower bound of t in the velocity of a predicted clean latent, which would diverge as t goes to 0."""
 
 
 def resolution_shift(channels: int, height: int, width: int) -> float:
-    """sqrt(c h w / 4096): how far times move toward noise for larger latents (RAE, arXiv:2510.11690).
+    """sqrt(c h w / 4096): the shift of times toward noise for larger latents (RAE, arXiv:2510.11690).
 
     >>> resolution_shift(4, 64, 64)
     2.0
@@ -54,7 +54,7 @@ def sample_times(
     """Training times (count,) in (0, 1), float32: logit-normal(0, 1) (arXiv:2403.03206, section 3.1) with a uniform
     tenth, then shifted.
 
-    Drawn on the generator's device, so that the same generator gives the same times on every device that computes.
+    Drawn on the generator's device, so that the same generator gives the same times on every device.
     """
     source = generator.device
     logit_normal = torch.sigmoid(torch.randn(count, generator=generator, device=source))
@@ -75,7 +75,7 @@ def interpolate(clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """v = eps - x0, which the network's velocity is compared with."""
+    """v = eps - x0, the target of the network's velocity."""
     return noise - clean
 
 
@@ -87,8 +87,8 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tenso
 def velocity_from_clean(noisy: Tensor, clean: Tensor, times: Tensor) -> Tensor:
     """v = (x_t - x0) / max(t, 0.05) of a network that predicts the clean latent (Li and He 2025, arXiv:2511.13720).
 
-    Its loss is still that of the velocity, compared with `clipped_velocity_target`. Below t = 0.05 the velocity is too
-    small by the factor t / 0.05.
+    The loss is still that of the velocity, with the target `clipped_velocity_target`. Below t = 0.05 the velocity is
+    too small by the factor t / 0.05.
     """
     return (noisy - clean) / as_column(times, noisy).clamp(min=SMALLEST_DIVISOR)
 
@@ -108,12 +108,12 @@ def velocity_from_clean_head(noisy: Tensor, output: Tensor, times: Tensor, varia
     x0 = c_skip x_t + c_out output with EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1), in which
     each channel has its own data variance a: c_skip x_t = (1 - t) a / ((1 - t)^2 a + t^2) x_t is the best linear
     estimate of x0, and c_out is the standard deviation of its error. At t >> sqrt(a) the output is x0 / sqrt(a), so
-    the network need not carry noise through its layers; at t << sqrt(a) it is the noise in x0. The velocity
+    the network does not have to reproduce noise; at t << sqrt(a) it is the noise in x0. The velocity
     (x_t - x0) / t is bounded at every t.
 
     Args:
         noisy: x_t (n, c, h, w).
-        output: Of the network, (n, c, h, w); optimal outputs have unit size.
+        output: Output of the network, (n, c, h, w); optimal outputs have unit size.
         times: t (n,).
         variance: a (c,), of the clean latents.
     """

@@ -1,9 +1,9 @@
-"""`ldm-vae generate`: from a trained pipeline to a folder of images.
+"""`ldm-vae generate`: make a folder of images with a trained pipeline.
 
     GenerateConfig -> plan: class, noise and file of each image -> LatentDiffusionPipeline, batch by batch
-                   -> PNG files that carry their parameters, a contact sheet and `run.json`
+                   -> PNG files with their parameters, a contact sheet and `run.json`
 
-A folder is complete, or the same call completes it. It is never overwritten unless asked for.
+The same call completes an incomplete folder. A folder is never overwritten without `overwrite`.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ PAIRS = "neighbours.png"
 SHEET_IMAGES = 120
 COMPARED_LATENTS = 2048
 VISIBLE_SECONDS = 60.0
-"""In which a file that another process wrote must show on a network disk."""
+"""Longest wait for a file of another process to appear on a network disk."""
 PNG_KEY = "parameters"
 HOW_ONLY = ("model", "output", "size", "batch", "device", "neighbours")
-"""Settings that do not decide the pixels, or that the parameters of an image hold in another form."""
+"""Settings that do not affect the pixels, or that the parameters of an image hold in another form."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """`ldm-vae generate`: by class label or without.
+    """`ldm-vae generate`: generate images, with or without class labels.
 
     The same command completes an interrupted folder. Without labels a model with classes makes every class in turn.
 
@@ -90,28 +90,28 @@ class GenerateConfig:
       ldm-vae generate runs/mine labels=dog init=room.jpg mask=sofa.png output=room
 
     Attributes:
-        model: A pipeline directory, or the run directory of `train-diffusion`.
+        model: A diffusion pipeline or run.
         output: Folder for the images: new, or with some of the same images.
-        labels: Names or ids, taken in turn; none: every class of the model in turn.
-        count: Images; with `grid` rows of them, of one image per label.
-        seed: Image i starts from the noise of (seed, i).
-        steps: Steps of the sampler.
+        labels: Names or ids, used in turn; empty: every class of the model in turn.
+        count: Number of images; with `grid`, number of rows with one image per label.
+        seed: Seed of the noise: image i starts from the noise of (seed, i).
+        steps: Number of steps of the sampler.
         sampler: euler, heun, dpm++ or unipc; None: the pipeline's scheduler.
         guidance: Strength of classifier-free guidance; None: 3 for a model with classes.
-        guidance_interval: Lowest and highest t in [0, 1] at which guidance acts, 1 being pure noise.
-        guidance_rescale: 0 to 1, against the strong colors of strong guidance; 0.7 is usual.
+        guidance_interval: Lowest and highest t in [0, 1] with guidance; 1 is pure noise.
+        guidance_rescale: 0 to 1, reduces the strong colors of strong guidance; 0.7 is usual.
         autoguidance: Strength of autoguidance, for a pipeline with a second U-Net; 1 is off.
-        grid: Every label from the same noise, which shows what the label changes.
-        interpolate: Two seeds, or two labels; `count` images from the one to the other.
+        grid: Make every label from the same noise, which shows the effect of the label.
+        interpolate: Two seeds, or two labels; makes `count` images between them.
         init: File of an image to start from, scaled and cropped to the size.
-        strength: Share of the steps that it goes through; None: 0.6, or 1 with a mask.
-        mask: File of an image of its size, white where it is painted anew.
-        size: Pixels: 512, or height x width as 512x768; None: the size of the training images.
-        precision: Of the networks: fp32 or bf16. Sampling itself is float32.
-        batch: Images per pass; changes memory and speed.
+        strength: Share of the steps that are applied to it; None: 0.6, or 1 with a mask.
+        mask: File of an image of the same size, white where `init` is repainted.
+        size: Size in pixels: 512, or height x width as 512x768; None: the size of the training images.
+        precision: Precision of the networks: fp32 or bf16. Sampling itself is float32.
+        batch: Images per forward pass; affects memory and speed.
         device: auto, cpu, cuda, cuda:1, ...; under a launcher each process takes its own part of the images.
-        neighbours: The latents that the model was trained on: `neighbours.png` shows the nearest to each image of the
-            sheet, and the copy rate is printed and recorded.
+        neighbours: The folder of the training latents, or its URL: `neighbours.png` shows the nearest of them to each
+            image of the sheet, and the copy rate is printed and recorded.
     """
 
     model: str = "???"
@@ -150,7 +150,7 @@ class GenerateConfig:
         self.sides()
 
     def sides(self) -> tuple[int | None, int | None]:
-        """(height, width) in pixels of `size`, each None where it is the training size. Raises: UserError."""
+        """(height, width) in pixels of `size`, each None for the training size. Raises: UserError."""
         if self.size is None:
             return None, None
         sides = str(self.size).lower().split("x")
@@ -161,14 +161,14 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What `generate` did.
+    """The result of `generate`.
 
     Attributes:
-        folder: Where the images are.
-        images: How many are there.
-        made: How many this process made now; 0 when all were there.
-        images_per_second: Of this process; 0 when it made none.
-        copies: How many repeat a training latent; None without `neighbours`, and in all but the main process.
+        folder: Folder of the images.
+        images: Number of images in it.
+        made: Number of images that this process made; 0 if all existed.
+        images_per_second: Rate of this process; 0 if it made none.
+        copies: Number of copies of training latents; None without `neighbours`, and in all but the main process.
     """
 
     folder: Path
@@ -179,15 +179,15 @@ class GenerationResult:
 
 
 def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool = False) -> GenerationResult:
-    """Write `0000_label.png` ..., `sheet.png` and `run.json` into `config.output`; only what is missing.
+    """Write the missing ones of `0000_label.png` ..., `sheet.png` and `run.json` into `config.output`.
 
     Args:
         config: What to generate.
         overwrite: Replace the images of another call in that folder.
-        dry_run: Open everything, look at the folder and time two steps; write nothing.
+        dry_run: Open everything, check the folder and time two steps; write nothing.
 
     Raises:
-        UserError: a setting or the folder is not usable, another call is at work in it, or nothing more can be written.
+        UserError: a setting or the folder is not usable, another call is using it, or the disk is full.
     """
     config = plain_settings(config)
     from accelerate import PartialState
@@ -256,7 +256,7 @@ def generate(config: GenerateConfig, *, overwrite: bool = False, dry_run: bool =
 
 
 def _described(config: GenerateConfig, parameters: Mapping[str, Any], images: Sequence[PlannedImage]) -> list[str]:
-    """What is generated, for the first line."""
+    """A description of the images, for the first line."""
     names = list(dict.fromkeys(image.caption for image in images if image.caption))
     size = f"{parameters['height']} x {parameters['width']} pixels"
     how = f"{pluralize(config.steps, 'step')} of {parameters['sampler']}, guidance {parameters['guidance']:g}"
@@ -267,7 +267,7 @@ def _described(config: GenerateConfig, parameters: Mapping[str, Any], images: Se
 
 
 def say_result(config: GenerateConfig, result: GenerationResult) -> None:
-    """Print what was made."""
+    """Print the result."""
     if result.copies is not None:
         say(
             f"{result.folder / PAIRS}: {result.copies.copies} of {result.copies.samples} images are copies of one of "
@@ -294,7 +294,7 @@ def warn_of_unused_labels(guidance: float) -> None:
 
 @dataclass(frozen=True)
 class Noise:
-    """What an image starts from: the noise of (seed, number), or one on the way from there to another seed's."""
+    """The initial noise of an image: that of (seed, number), or an interpolation to that of another seed."""
 
     seed: int
     number: int
@@ -312,7 +312,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image to make; `classes` is None for a model without them, `caption` stands in the sheet."""
+    """One image to make. `classes`: None for a model without classes; `caption`: its text on the sheet."""
 
     index: int
     classes: ClassMixture | None
@@ -351,7 +351,7 @@ def plan_images(config: GenerateConfig, names: Sequence[str]) -> list[PlannedIma
 
 
 def _interpolation(config: GenerateConfig, ends: tuple[str, str], names: Sequence[str]) -> list[Row]:
-    """Whole numbers are seeds, anything else is a label."""
+    """Whether the texts are seeds, which are whole numbers; other texts are labels."""
     weights = interpolation_weights(config.count)
     if all(end.isdecimal() for end in ends):
         if names and len(config.labels) != 1:
@@ -361,7 +361,7 @@ def _interpolation(config: GenerateConfig, ends: tuple[str, str], names: Sequenc
         first, last = (int(end) for end in ends)
         return [(classes, label, Noise(first, 0, last, weight)) for weight in weights]
     if config.labels:
-        raise UserError("interpolate: its two labels are all labels there are; leave out the others")
+        raise UserError("interpolate: uses its two labels only; leave labels out")
     first_label, last_label = (names[find_label(end, names)] for end in ends)
     if first_label == last_label:
         raise UserError(f"interpolate: {first_label!r} twice; give two labels, or two seeds")
@@ -378,7 +378,7 @@ def image_name(index: int, caption: str | None) -> str:
     return f"{index:04d}_{short_name(word)}.png" if word else f"{index:04d}.png"
 
 
-# What goes in: the pipeline, the images to start from, the latents to compare with.
+# The inputs: the pipeline, the images to start from, the latents to compare with.
 
 
 def load_pipeline(model: str, device: torch.device, precision: str = "fp32") -> LatentDiffusionPipeline:
@@ -388,7 +388,7 @@ def load_pipeline(model: str, device: torch.device, precision: str = "fp32") -> 
     if precision == "bf16":
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
-                torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of an empty list
+                torch.nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` gives a needless warning
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -407,7 +407,7 @@ def has_pipeline(model: str) -> bool:
 
 
 def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
-    """The settings that decide the images, every default filled in, and checksums of the weights and files.
+    """The settings that determine the images, with all defaults, and checksums of the weights and files.
 
     Equal parameters give equal images.
     """
@@ -442,12 +442,12 @@ def resolve_parameters(config: GenerateConfig, pipeline: LatentDiffusionPipeline
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """The files of weights of a network: safetensors, or where there are none those of torch."""
+    """The weight files of a network: safetensors, or else those of torch."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def existing_file(path: str, name: str) -> Path:
-    """Raises: UserError when it is not a file."""
+    """The checksum of a file. Raises: UserError if it is not a file."""
     found = PICTURE.find(path, name)
     assert found is not None
     return found
@@ -456,7 +456,7 @@ def existing_file(path: str, name: str) -> Path:
 def read_input(config: GenerateConfig, height: int, width: int, factor: int, enlarged: Enlarged) -> InitImage | None:
     """The image to start from and its mask, scaled to cover the size and cropped at the center; None without `init`.
 
-    An image that is smaller than that is appended to `enlarged`.
+    An image that is smaller than the size is appended to `enlarged`.
 
     Raises:
         UserError: a file that is not an image or not a mask, or a mask of another size.
@@ -477,7 +477,7 @@ def read_input(config: GenerateConfig, height: int, width: int, factor: int, enl
 
 
 def file_pixels(read: Callable[[Path], np.ndarray], path: str, setting: str) -> np.ndarray:
-    """The pixels of the file that a setting names. Raises: UserError."""
+    """The pixels of the file of a setting. Raises: UserError."""
     try:
         return read(existing_file(path, setting))
     except ImageRejected as error:
@@ -487,7 +487,7 @@ def file_pixels(read: Callable[[Path], np.ndarray], path: str, setting: str) -> 
 def open_training_latents(
     latents: str | None, pipeline: LatentDiffusionPipeline, height: int, width: int
 ) -> LatentDataset | None:
-    """The set of the training. Raises: UserError for latents of another model or size, or fewer than two."""
+    """The training latents. Raises: UserError for latents of another model or size, or fewer than two."""
     if latents is None:
         return None
     manifest = read_manifest(latents)
@@ -504,11 +504,11 @@ def open_training_latents(
     return training
 
 
-# The folder: what may be in it, and what is written.
+# The folder: its allowed content, and the files that are written.
 
 
 def check_folder(folder: Path, parameters: Mapping[str, Any], images: Sequence[PlannedImage], overwrite: bool) -> bool:
-    """True when the folder already holds exactly these images, finished.
+    """Whether the folder already holds exactly these images, finished.
 
     Raises:
         UserError: it holds something else, and `overwrite` is not set.
@@ -531,19 +531,19 @@ def check_folder(folder: Path, parameters: Mapping[str, Any], images: Sequence[P
 
 
 def check_images_there(folder: Path, images: Sequence[PlannedImage], patience_seconds: float) -> None:
-    """Raises: UserError where an image is not there after `patience_seconds`, with how many."""
+    """Raises: UserError if images are missing after `patience_seconds`, with their number."""
     absent = [image.path.name for image in images if not becomes_visible(image.path, patience_seconds)]
     if absent:
         is_missing = "is" if len(absent) == 1 else "are"
         raise UserError(
             folder,
             f"{len(absent)} of the {pluralize(len(images), 'image')} {is_missing} missing, {absent[0]} among them",
-            "run the same command again; several processes need one folder that all of them see",
+            "run the same command again; several processes need a common folder",
         )
 
 
 def becomes_visible(path: Path, seconds: float) -> bool:
-    """Whether the file is there, or appears in that time: network disks show what others wrote a while later."""
+    """Whether the file exists, or appears in that time: network disks show files of others with a delay."""
     end = time.monotonic() + seconds
     while not (there := path.exists()) and time.monotonic() < end:
         time.sleep(0.2)
@@ -551,7 +551,7 @@ def becomes_visible(path: Path, seconds: float) -> bool:
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Remove what killed calls left behind; with `overwrite`, the images of an earlier call."""
+    """Remove temporary files of killed calls; with `overwrite`, the images of an earlier call."""
     remove_leftovers(folder)
     if overwrite:
         for path in [*folder.glob("[0-9][0-9][0-9][0-9]*.png"), folder / PAIRS]:
@@ -592,7 +592,7 @@ def draw_images(
     init: InitImage | None,
     **options: Any,
 ) -> list[Image.Image]:
-    """One call of the pipeline; `options` are further ones of it, and take the place of others."""
+    """One call of the pipeline. `options`: further or other arguments of the call."""
     shape = pipeline.latent_shape(parameters["height"], parameters["width"])
     settings: dict[str, Any] = {
         "labels": [image.classes for image in batch if image.classes] or None,
@@ -622,7 +622,7 @@ def seconds_an_image(
     parameters: Mapping[str, Any],
     init: InitImage | None,
 ) -> float:
-    """That an image takes, from a batch of few steps whose decoding is counted once."""
+    """Seconds per image, from a batch of few steps whose decoding is counted once."""
     batch, spent = images[: config.batch], []
     for steps in (1, 1 + TIMED_STEPS):
         started = time.monotonic()
@@ -635,7 +635,7 @@ def seconds_an_image(
 
 
 def save_png(image: Image.Image, planned: PlannedImage, parameters: Mapping[str, Any]) -> None:
-    """Write atomically, with everything needed to make the image again as JSON in the text chunk `parameters`."""
+    """Write atomically, with all parameters to make the image again as JSON in the text chunk `parameters`."""
     info = PngInfo()
     own = {key: value for key, value in parameters.items() if key not in ("labels", "count")}
     own |= {"index": planned.index, "label": planned.caption, "noise": asdict(planned.noise)}

@@ -1,10 +1,10 @@
-"""`LatentDiffusionPipeline`: from labels and a seed to images; a diffusers pipeline that knows its autoencoder.
+"""`LatentDiffusionPipeline`: from labels and a seed to images; a diffusers pipeline that checks its autoencoder.
 
     labels -> class weights, seed -> noise, image -> latents       arguments of the call (`editing` reads images)
     -> GuidedVelocity of the U-Net, Solver.step, step by step      `samplers`
     -> clean latents -> images, one at a time, in tiles if large   `decode`
 
-Owns the meaning of every argument of the call, and the short card that is saved beside a pipeline. `saving` reads and
+Contains the meaning of every argument of the call, and the short card that is saved with a pipeline. `saving` reads and
 checks directories.
 """
 
@@ -111,16 +111,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             scheduler: One that `samplers.sampler_name` accepts; its shift belongs to latents of `latent_size`.
             normalizer: `LatentNormalizer.to_dict()`, required: the statistics the U-Net was trained with.
             latent_size: (h, w) of the latents in training; the default size of generated images.
-            label_names: One name per class; left out, the classes are called "0", "1", ...
-            encoder_fingerprint: Of the encoder that made the latents; left out, the given autoencoder is trusted.
-            preprocessing: How the encoded images were prepared; None where it was not recorded.
+            label_names: One name per class; by default "0", "1", ...
+            encoder_fingerprint: Fingerprint of the encoder of the latents; by default that of the given autoencoder.
+            preprocessing: How the encoded images were prepared; None if not recorded.
             latent_rgb: `fit_latent_rgb()` of latents and images; needed for previews only.
             autoguidance_unet: A worse U-Net for the same latents and labels: smaller, or less trained.
-            rounded_encoders: Fingerprints of the encoder in half precision; left out, they are computed.
-            training: What its training recorded, for the model card.
+            rounded_encoders: Fingerprints of the encoder in half precision; computed by default.
+            training: Records of its training, for the model card.
 
         Raises:
-            UserError: components that do not belong together: channels, number of labels, another autoencoder.
+            UserError: components that do not fit: channels, number of labels, another autoencoder.
         """
         super().__init__()
         if normalizer is None:
@@ -166,12 +166,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Like diffusers', from a directory or hub id; refuses an autoencoder that the latents did not come from.
+        """Like diffusers', from a directory or hub id. Refuses an autoencoder that did not make the latents.
 
         `torch_dtype` (one for all components, or a dict by name) is applied after the check, which needs float32.
 
         Raises:
-            UserError: damaged files, or components that do not belong together.
+            UserError: damaged files, or components that do not fit.
         """
         dtypes = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if not isinstance(dtypes, torch.dtype | dict | None):
@@ -188,23 +188,23 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         for name in ("autoencoder", "unet", "autoguidance_unet"):
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
             if dtype is not None and getattr(pipeline, name) is not None:
-                # torch's own `to`: that of diffusers warns of modules to keep in float32, even without any
+                # torch's own `to`: that of diffusers warns about modules to keep in float32, even without any
                 nn.Module.to(getattr(pipeline, name), dtype)
         return pipeline
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """The snapshot of a hub repository. diffusers' own refuses components whose classes are not its own."""
+        """The snapshot of a hub repository. That of diffusers refuses components of other packages."""
         return saving.download(pretrained_model_name, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Like diffusers', which by itself takes over only components of the very class that the constructor names."""
+        """Like diffusers', which by default reuses only components of exactly the class in the constructor."""
         networks = {name: value for name, value in pipeline.components.items() if isinstance(value, nn.Module)}
         return super().from_pipe(pipeline, **networks | kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Like diffusers', with a checksum of every file beside them, and a model card where there is none yet."""
+        """Like diffusers', with a checksum of every file, and a model card if there is none yet."""
         super().save_pretrained(str(save_directory), *args, **kwargs)
         path = Path(save_directory) / saving.CARD
         if not path.exists():
@@ -228,7 +228,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         expected = {"autoencoder": {"encoder_fingerprint": self.config["encoder_fingerprint"]}}
         if self.config["preprocessing"] is not None:
             expected["preprocessing"] = dict(self.config["preprocessing"])
-        advice = "'here' is the pipeline: give it latents that were made like those that it was trained on"
+        advice = "give latents that were made like those that the model was trained on"
         check_same(expected, manifest.to_dict(), manifest.where.location, advice)
 
     @property
@@ -237,7 +237,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return list(self.config["label_names"])
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """(height, width) in pixels, the training size where None. Raises: UserError for an impossible side."""
+        """(height, width) in pixels; None stands for the training size. Raises: UserError for an impossible side."""
         factor = self.autoencoder.downsampling
         sides = []
         for name, given, trained in zip(("height", "width"), (height, width), self.config["latent_size"]):
@@ -277,7 +277,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate one batch. On CPU, an image does not depend on the rest of the batch, to the last bit.
+        """Generate one batch. On CPU, an image is bit-identical in every batch.
 
         Args:
             labels (`str`, `int`, mapping or list, *optional*): Class names or ids, repeated in turn until there are
@@ -291,11 +291,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance_rescale (`float` in [0, 1]): Against the strong colors of strong guidance; 0.7 is usual.
             autoguidance_scale (`float`): Guidance away from `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
             sampler (`str`, *optional*): euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
-            image (*optional*): To start from, one for all or one each: files, PIL images, arrays (h, w, 3), tensors
-                (3, h, w), batches or lists of these. `data.image_input` says what their numbers mean.
-            strength (`float` in (0, 1], *optional*): Share of the steps that `image` goes through; small values stay
+            image (*optional*): Images to start from, one for all or one each: files, PIL images, arrays (h, w, 3),
+            tensors
+                (3, h, w), batches or lists of these. `data.image_input` defines the meaning of their numbers.
+            strength (`float` in (0, 1], *optional*): Share of the steps that are applied to `image`; small values stay
                 close to it. Defaults to 1 with a mask and 0.6 without. Several seeds make variations.
-            mask (as `image`, *optional*): White (255, 1, true) is painted anew, other pixels stay exactly.
+            mask (as `image`, *optional*): White (255, 1, true) is repainted, other pixels do not change.
             latents (`Tensor` (n, c, h / f, w / f), *optional*): Standard normal noise to start from.
             generator (`torch.Generator` or list, *optional*): One for all, or one per image.
             seed (`int`, *optional*): Image i starts from the noise of (seed, i) in every batch; not with `generator`.
@@ -365,7 +366,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return x
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Rough images of normalized latents (n, c, h, w), one pixel per position, without the decoder. While
+        """Approximate images of normalized latents (n, c, h, w), one pixel per position, without the decoder. While
         sampling, pass the `clean` latents of the callback.
 
         Raises:
@@ -378,7 +379,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (n, c, h, w) in the autoencoder's own units -> images (n, 3, fh, fw) in [-1, 1], on the CPU.
 
-        One at a time: memory stays bounded, and no image depends on the others. Latents of more than `editing.TILE`
+        One at a time, so that memory is bounded and no image depends on the others. Latents of more than `editing.TILE`
         positions along a side are decoded in tiles.
         """
         return torch.cat([self._decode_one(latent[None]).cpu() for latent in latents])
@@ -412,14 +413,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
 
     def _groups(self, count: int) -> list[slice]:
-        """The images that go through the network together: one on CPU, where its convolutions are computed in another
-        order for another batch size; all of them elsewhere."""
+        """The images in one pass of the network: one on CPU, where the order of operations in convolutions depends on
+        the batch size; all on other devices."""
         if self._execution_device.type == "cpu":
             return [slice(index, index + 1) for index in range(count)]
         return [slice(0, count)]
 
     def _solvers(self, sampler: str | None, steps: int, shape: Sequence[int], first: int, count: int) -> list[Solver]:
-        """One per group of `count` images. A larger latent gets a larger shift."""
+        """One solver per group of `count` images. A larger latent gets a larger shift."""
         trained_height, trained_width = self.config["latent_size"]
         shift = scheduler_shift(self.scheduler) * math.sqrt(shape[1] * shape[2] / (trained_height * trained_width))
         scheduler = self.scheduler if sampler is None else flow_scheduler(shift, sampler)
@@ -428,7 +429,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _shape(
         self, height: int | None, width: int | None, init: editing.InitImage | None, latents: Tensor | None
     ) -> tuple[int, int, int]:
-        """(c, h, w) of the latents; the size is that of the arguments that have one."""
+        """(c, h, w) of the latents, with the size of the arguments that have one."""
         factor, channels = self.autoencoder.downsampling, self.autoencoder.latent_channels
         if latents is not None and latents.shape[1:2] != (channels,):
             raise UserError(f"latents: shape {tuple(latents.shape)}; give (n, {channels}, h, w)")
@@ -447,7 +448,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return self.latent_shape(*size)
 
 
-# `DiffusionPipeline.from_pretrained` searches the class that a directory names in diffusers.
+# `DiffusionPipeline.from_pretrained` searches diffusers for the class in model_index.json.
 diffusers.LatentDiffusionPipeline = LatentDiffusionPipeline
 
 
@@ -462,7 +463,7 @@ def listed_labels(labels: Any) -> Any:
 
 
 def class_weights(labels: Labels, count: int, names: Sequence[str]) -> ClassWeights | None:
-    """The classes of `count` images, the labels being repeated in turn; None for any class.
+    """The classes of `count` images, with the labels repeated in turn; None for any class.
 
     Raises:
         UserError: an unknown label, more labels than images, or a mixture without a positive sum.
@@ -490,7 +491,7 @@ def class_weights(labels: Labels, count: int, names: Sequence[str]) -> ClassWeig
 
 
 def find_label(label: Label, names: Sequence[str]) -> int:
-    """The class id of a name, of an id, or of an id written as text. Names win over ids; case does not matter.
+    """The class id of a name, of an id, or of an id as text. Names come before ids; case is ignored.
 
     Raises:
         UserError: an unknown label, with the nearest known one.
@@ -514,13 +515,13 @@ def find_label(label: Label, names: Sequence[str]) -> int:
     raise UserError(f"label {label!r}: unknown; {hint}known labels: {known}; or an id from 0 to {len(names) - 1}")
 
 
-# The other arguments of the call: how many images, from which noise, and what makes no sense.
+# The other arguments of the call: the number of images, the noise, and checks.
 
 
 def check_arguments(
     output_type: str, steps: int, image: Any, strength: Any, mask: Any, latents: Any, generator: Any, seed: Any
 ) -> None:
-    """Raises: UserError for values that no call can have, and for settings without effect."""
+    """Raises: UserError for impossible values and for settings without effect."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type: {output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")
     if steps < 1:
@@ -543,7 +544,7 @@ def make_guidance(
     labeled: bool,
     weak: bool,
 ) -> Guidance:
-    """The guidance of a call with or without labels, of a pipeline with or without a second, weak U-Net.
+    """The guidance of a call.
 
     Raises:
         UserError: guidance without effect, or impossible.
@@ -566,7 +567,7 @@ def make_guidance(
 
 
 def count_images(labels: Labels, num_images: int | None, given: int | None, latents: Tensor | None) -> int:
-    """Images to make: `num_images`, or as many as there are latents, `given` images or labels."""
+    """Number of images to make: `num_images`, or the number of latents, `given` images or labels."""
     num_images = None if num_images is None else whole_number(num_images, "num_images")
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images: {num_images} is below 1")
@@ -581,7 +582,7 @@ def count_images(labels: Labels, num_images: int | None, given: int | None, late
 def image_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, count: int
 ) -> list[torch.Generator | None]:
-    """One generator per image (the same object for all when one was given)."""
+    """One generator per image (a single given generator is used for all)."""
     if seed is not None:
         return [image_generator(seed, index) for index in range(count)]
     if generator is None or isinstance(generator, torch.Generator):
@@ -594,7 +595,7 @@ def image_generators(
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of image `index` of `seed`, on the CPU, so that every device starts from equal noise."""
+    """The generator of image `index` of `seed`, on the CPU, so that the noise is the same for every device."""
     return random.generator(seed, "image", index)
 
 
@@ -610,7 +611,7 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None
 def fit_latent_rgb(latents: Tensor, images: Tensor) -> dict[str, Any]:
     """The `latent_rgb` of a pipeline: least squares from latents to images reduced to one pixel per position.
 
-    A hundred pairs are enough: each has thousands of positions.
+    A hundred pairs are enough, since each has thousands of positions.
 
     Args:
         latents: Normalized, (n, c, h, w).
@@ -623,7 +624,7 @@ def fit_latent_rgb(latents: Tensor, images: Tensor) -> dict[str, Any]:
     positions = latents.double().movedim(1, -1).flatten(0, -2)
     colors = small.double().movedim(1, -1).flatten(0, -2)
     inputs = torch.cat([positions, torch.ones_like(positions[:, :1])], dim=1)
-    # gelsd is the driver that a dead channel does not disturb; it exists on CPU only
+    # gelsd works with a dead channel; it exists on CPU only
     solution = torch.linalg.lstsq(inputs.cpu(), colors.cpu(), driver="gelsd").solution
     return {"weights": solution[:-1].T.tolist(), "bias": solution[-1].tolist()}
 
@@ -635,7 +636,7 @@ def latents_to_rgb(latents: Tensor, latent_rgb: Mapping[str, Any]) -> Tensor:
     return transforms.finite_pixels(colors, "latents").clamp(-1, 1)
 
 
-# The card of a saved pipeline: what its directory records. `ldm-vae card` writes a longer one.
+# The card of a saved pipeline, from the records in its directory. `ldm-vae model card` writes a longer one.
 
 CARD_TEXT = """---
 library_name: diffusers

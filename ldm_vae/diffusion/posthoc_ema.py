@@ -44,19 +44,19 @@ from ldm_vae.utils.progress import begin, beside, end, end_dry_run, say
 from ldm_vae.utils.text import pluralize
 
 NEGLIGIBLE = 1e-6
-"""A coefficient below this is not worth reading a file for."""
+"""Files with a coefficient below this are not read."""
 LARGE_RESIDUAL = 0.05
-"""A larger share of the profile that the snapshots cannot make up is reported."""
+"""A residual of the profile above this is reported."""
 
 
 @dataclass(frozen=True)
 class PosthocEmaConfig:
     """`ldm-vae model ema`.
 
-    The length is the width of the average as a share of the run: 0.05 forgets quickly, 0.15 smooths much. Several
-    lengths are compared by their held-out flow loss; one length and `output` write the pipeline with it. An early
-    `step` gives the weaker U-Net that autoguidance needs. With `count` they are compared by the KID of samples to the
-    held-out images too.
+    The length is the width of the average as a share of the run: 0.05 is a short average, 0.15 a long one. Several
+    lengths are compared by their held-out flow loss, and with `count` also by the KID of samples to the held-out
+    images. One length with `output` writes the pipeline with this average. An early `step` gives the weaker U-Net that
+    autoguidance needs.
 
       ldm-vae model ema runs/diffusion lengths=0.03,0.05,0.07,0.1,0.15
       ldm-vae model ema runs/diffusion lengths=0.05,0.1 count=1000 data=photos
@@ -64,12 +64,12 @@ class PosthocEmaConfig:
 
     Attributes:
         model: A finished run of `train-diffusion`.
-        lengths: 0.01 to 0.28, one or more.
+        lengths: One or more lengths from 0.01 to 0.28.
         output: Folder for the pipeline with this average; one length only. None: compare.
-        step: The average after this step; None: the last one. An early one makes the weak U-Net of autoguidance.
-        kid: Compare by the KID of so many samples as well; 0: by the validation loss alone.
-        images: Folder of the encoded images, for `kid`; None: kid.data of the run.
-        inception_weights: File for `kid`; None: that of the run, or a download.
+        step: The average after this step; None: the last one.
+        kid: Number of samples for a comparison by KID; 0: compare by the validation loss only.
+        images: Folder of the encoded images, for the KID; None: kid.data of the run.
+        inception_weights: File of weights for the KID; None: that of the run, or a download.
         device: auto, cpu, cuda, cuda:1, ...
     """
 
@@ -90,18 +90,18 @@ class PosthocEmaConfig:
         if self.output and len(self.lengths) > 1:
             raise UserError(f"output: {len(self.lengths)} lengths were given; give the one of the pipeline to write")
         if not self.kid and (self.images or self.inception_weights):
-            raise UserError("images, inception_weights: have no effect without kid; leave them out")
+            raise UserError("images, inception_weights: have no effect with kid=0; leave them out")
 
 
 @dataclass(frozen=True)
 class EmaMeasurement:
-    """One average of the U-Net, measured on images that its training never saw.
+    """One average of the U-Net, measured on held-out images.
 
     Attributes:
         length: sigma_rel; None: the run's own exponential average (training.ema_decay).
-        step: After how many steps.
-        metrics: `held_out/flow`, the validation loss, and the metrics of `SampleKid` where asked for.
-        residual: Share of the profile that the snapshots cannot make up.
+        step: Number of steps of training.
+        metrics: `held_out/flow`, the validation loss, and the metrics of `SampleKid` if requested.
+        residual: Residual of the profile, which the snapshots cannot represent, as a share of its norm.
     """
 
     length: float | None
@@ -125,7 +125,7 @@ class EmaMeasurement:
 def posthoc_ema(config: PosthocEmaConfig, *, dry_run: bool = False) -> list[EmaMeasurement]:
     """Compare the lengths, printing a line each, and return the measurements; or write the pipeline of one length.
 
-    `dry_run`: read the names of the snapshots and look at the output only.
+    `dry_run`: read the names of the snapshots and check the output only.
 
     Raises:
         UserError: no snapshots, a damaged one, an impossible length, nothing to compare by, or an output that exists.
@@ -177,7 +177,7 @@ def posthoc_ema(config: PosthocEmaConfig, *, dry_run: bool = False) -> list[EmaM
 def residual_warning(residual: float) -> str:
     if residual <= LARGE_RESIDUAL:
         return ""
-    return f"; {residual:.0%} of its profile cannot be made from these snapshots"
+    return f"; {residual:.0%} of its profile cannot be represented by these snapshots"
 
 
 def sample_kid_of(config: PosthocEmaConfig) -> SampleKid:
@@ -203,12 +203,12 @@ class PosthocEma:
 
 
 def synthesize_ema(run: str | Path, sigma_rel: float, step: int | None = None) -> PosthocEma:
-    """The power-function average of any length after `step` steps, from what a run has stored.
+    """The power-function average of any length after `step` steps, from the snapshots of a run.
 
     Args:
         run: A run directory of `train-diffusion`.
         sigma_rel: The length; between and near the stored lengths it is nearly exact.
-        step: Of a snapshot; None: the last one.
+        step: Step of a snapshot; None: the last one.
 
     Raises:
         UserError: no snapshots, a damaged one, an impossible length, or a step without a snapshot.
@@ -235,15 +235,15 @@ def synthesize_ema(run: str | Path, sigma_rel: float, step: int | None = None) -
 def solve_posthoc_coefficients(
     stored: Sequence[tuple[int, float]], target: tuple[int, float]
 ) -> tuple[list[float], float]:
-    """How stored averages make up another one: least squares on their profiles (EDM2, algorithm 3).
+    """The combination of stored averages for another average: least squares on their profiles (EDM2, algorithm 3).
 
     Args:
         stored: (step, sigma_rel) of each stored average, steps from 1.
-        target: (step, sigma_rel) of the one to make; between two stored steps nothing fits well.
+        target: (step, sigma_rel) of the average to make; between two stored steps, the fit is poor.
 
     Returns:
-        The coefficient of each stored average; here they add up to 1. And what is left of the target's profile, as a
-        share of its norm: 0 where it is met exactly.
+        The coefficients of the stored averages, which add up to 1; and the residual of the target's profile as a share
+        of its norm, 0 for an exact fit.
     """
     steps = np.array([step for step, _ in [*stored, target]], np.float64)
     gammas = np.array([std_to_exp(sigma_rel) for _, sigma_rel in [*stored, target]])
@@ -264,7 +264,7 @@ def power_function_correlations(steps: np.ndarray, gammas: np.ndarray) -> np.nda
 
 
 def read_average(path: Path, sigma_rel: float) -> dict[str, Tensor]:
-    """The average of one of a file's lengths, by parameter name, float16. Raises: UserError when it is damaged."""
+    """The average of one of a file's lengths, by parameter name, float16. Raises: UserError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             names = [key for key in file.keys() if key.startswith(f"{sigma_rel}/")]  # noqa: SIM118 - no mapping
@@ -292,7 +292,7 @@ def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
                     f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; update ldm_vae"
                 )
             if version != FORMAT_VERSION or path.name != snapshot_name(record["step"]):
-                raise ValueError(f"is of step {record['step']} and format version {version}")
+                raise ValueError(f"has step {record['step']} and format version {version}")
             found |= {(record["step"], float(length)): path for length in record["checksums"]}
         except UserError:
             raise
@@ -304,20 +304,20 @@ def stored_averages(folder: Path) -> dict[tuple[int, float], Path]:
 
 
 def _record(file: Any) -> dict[str, Any]:
-    """What `EmaSnapshots` says about a file."""
+    """The metadata that `EmaSnapshots` wrote to a file."""
     return dict(json.loads(file.metadata()[METADATA]))
 
 
 def _not_a_snapshot(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: is not a snapshot ({reason}); remove it, the others do without it")
+    return UserError(f"{path}: is not a snapshot ({reason}); remove it, the others are sufficient")
 
 
-# What is done with it.
+# Uses of an average.
 
 
 @torch.no_grad()
 def copy_to(module: nn.Module, average: PosthocEma) -> None:
-    """Give the module's parameters the averaged values. Raises: UserError when it is not the module of the run."""
+    """Copy the averaged values to the module's parameters. Raises: UserError for a module of another run."""
     parameters = dict(module.named_parameters())
     if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in average.weights.items()}:
         raise UserError("snapshots: their weights are not those of this U-Net; give the run that holds both")
@@ -326,7 +326,7 @@ def copy_to(module: nn.Module, average: PosthocEma) -> None:
 
 
 def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, output: str | Path) -> None:
-    """Write the pipeline with the averaged U-Net to `output`. Raises: UserError when something is there."""
+    """Write the pipeline with the averaged U-Net to `output`. Raises: UserError if it exists."""
     final = Path(output)
     if final.exists():
         raise UserError(f"{output}: exists; give a new folder")
@@ -336,7 +336,7 @@ def write_pipeline(pipeline: LatentDiffusionPipeline, average: PosthocEma, outpu
 
 
 def finished_pipeline(run: str | Path) -> LatentDiffusionPipeline:
-    """The pipeline of a run directory, on the CPU. Raises: UserError when the run has not written it yet."""
+    """The pipeline of a run directory, on the CPU. Raises: UserError if the run has not written it yet."""
     return LatentDiffusionPipeline.from_pretrained(PIPELINE.find(run), use_safetensors=True)
 
 
@@ -345,10 +345,10 @@ def read_run_config(run: str | Path) -> TrainDiffusionConfig:
 
 
 class HeldOutLoss:
-    """The validation loss of a run's held-out latents, which are read once."""
+    """The validation loss on a run's held-out latents, which are read once."""
 
     def __init__(self, run: str | Path, pipeline: LatentDiffusionPipeline, device: torch.device) -> None:
-        """Raises: UserError when the run held nothing out, or its latents are gone."""
+        """Raises: UserError if the run held nothing out, or its latents do not exist any more."""
         config = read_run_config(run)
         _, held_out = open_latents(config)
         if held_out is None:

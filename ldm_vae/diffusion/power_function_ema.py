@@ -1,12 +1,12 @@
-"""Power-function averages of the U-Net's weights, kept while training and stored now and then.
+"""Power-function averages of the U-Net's weights, updated in training and stored at intervals.
 
 Karras et al. 2024 (EDM2, arXiv:2312.02696), section 3.1. After t steps the average weights the weights of step tau by
-the profile tau^gamma, whose standard deviation is a fixed share `sigma_rel` of the run so far: its length. Names as in
-EDM2: sigma_rel (std), gamma (exp), beta. `posthoc_ema` makes averages of other lengths from the stored ones.
+the profile tau^gamma. Its standard deviation is a fixed share `sigma_rel` of the run so far, called its length. Names
+as in EDM2: sigma_rel (std), gamma (exp), beta. `posthoc_ema` makes averages of other lengths from the stored ones.
 
-Owns the folder `snapshots/` of a run: one safetensors file each 5 % of it, with the averages of every length in half
-precision, and in its metadata the format version, step, lengths and a checksum for each length. Running averages are
-float32 and part of the checkpoint.
+The folder `snapshots/` of a run has one safetensors file for each 5 % of the run, with the averages of every length in
+half precision. Its metadata holds the format version, step, lengths and a checksum for each length. Running averages
+are float32 and part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Power-function averages beside the exponential one that previews and the exported pipeline use.
+    """Power-function averages, in addition to the exponential one of previews and the exported pipeline.
 
     Attributes:
-        lengths: sigma_rel of each, the width of its profile as a share of the run so far. Two make any other one.
-        snapshots: files over the whole run, each of two bytes per parameter and length; 0: no such averages.
+        lengths: sigma_rel of each, the width of its profile as a share of the run so far. Two are enough to make any
+            other length.
+        snapshots: number of files over the whole run, each of two bytes per parameter and length; 0: no such averages.
     """
 
     lengths: tuple[float, ...] = (0.05, 0.10)
@@ -53,7 +54,7 @@ class EmaConfig:
 
 
 def check_sigma_rel(sigma_rel: float, where: str) -> None:
-    """Raises: UserError for a length that no power-function average has."""
+    """Raises: UserError for a length outside the range of power-function averages."""
     try:
         std_to_exp(sigma_rel)
     except ValueError:
@@ -90,30 +91,30 @@ class PowerFunctionEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move toward the present weights; `step` counts finished optimizer steps from 0, at which it is a copy."""
-        if not self.tensors:  # also after a checkpoint without this average: it begins with the weights there
+        """Move toward the current weights; `step` counts finished optimizer steps from 0, where it is a copy."""
+        if not self.tensors:  # a checkpoint without this average starts it with the current weights
             self.load({name: parameter.detach() for name, parameter in self._module.named_parameters()})
         weights = [parameter.detach() for parameter in self._module.parameters()]
         torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - power_function_beta(step, self.gamma))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over `tensors`, copied to the parameters' device and memory format."""
+        """Set the average to `tensors`, copied to the parameters' device and memory format."""
         parameters = self._module.named_parameters()
         self.tensors = {name: torch.empty_like(p, requires_grad=False).copy_(tensors[name]) for name, p in parameters}
 
 
 class EmaSnapshots:
-    """The averages of a running training, and which files it has written."""
+    """The averages of a running training, and the files that it has written."""
 
     def __init__(self, config: EmaConfig, module: nn.Module, folder: Path | None) -> None:
-        """`folder`: where the files go; None writes none, as in a dry run."""
+        """`folder`: folder for the files; None writes none, as in a dry run."""
         self.config = config
         self.emas = [PowerFunctionEma(module, length) for length in config.lengths] if config.snapshots else []
         self.folder = folder
         self.written: list[int] = []
 
     def update(self, step: int, engine: Engine) -> None:
-        """After the optimizer's step number `step`, counted from 0; writes a file when one is due."""
+        """Update after optimizer step `step`, counted from 0; writes a file if it is due."""
         for ema in self.emas:
             ema.update(step)
         finished, count = step + 1, self.config.snapshots
@@ -123,7 +124,7 @@ class EmaSnapshots:
                 self._write(self.folder, finished)
 
     def _write(self, folder: Path, step: int) -> None:
-        """Publish the file of `step`; remove those of an interrupted attempt that continued in another way."""
+        """Publish the file of `step`; remove later files of an interrupted attempt."""
         values: dict[str, Tensor] = {}
         record: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "checksums": {}}
         for ema in self.emas:
@@ -147,7 +148,7 @@ class EmaSnapshots:
         return {f"unet-power-{ema.sigma_rel}": ema.tensors for ema in self.emas}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """Averages that the checkpoint does not have begin with the weights that it has."""
+        """Averages that are not in the checkpoint start with its weights."""
         self.written = list(state.get("written", []))
         for ema in self.emas:
             saved = tensors.get(f"unet-power-{ema.sigma_rel}")

@@ -41,11 +41,11 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class Solver(Protocol):
-    """Takes latents from `times[i]` to `times[i + 1]`, step by step in order; it may keep earlier estimates."""
+    """Moves latents from `times[i]` to `times[i + 1]`, step by step in order; it may keep earlier estimates."""
 
     @property
     def times(self) -> Sequence[float]:
-        """From about 1 down to 0, one more than there are steps."""
+        """Times from about 1 down to 0, one more than the number of steps."""
 
     def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """(latents at the next time, estimate of the clean latents at this one), each of the shape of `noisy`."""
@@ -65,10 +65,10 @@ class Euler:
 
 @dataclass(frozen=True)
 class Heun:
-    """Euler, then again with the mean of the slopes at both ends: second order, two evaluations per step.
+    """Euler, corrected with the mean of the slopes at both ends: second order, two evaluations per step.
 
-    The last step too: in a flow the slope at t = 0 is finite, and with times that are shifted toward noise the last
-    step is the longest. Leaving it to Euler makes the solution of a Gaussian 4 to 6 times worse (shift 2).
+    This includes the last step: in a flow the slope at t = 0 is finite, and with times shifted toward noise the last
+    step is the longest. An Euler step there makes the solution of a Gaussian 4 to 6 times worse (shift 2).
     """
 
     times: Sequence[float]
@@ -87,12 +87,12 @@ class Multistep:
     def __init__(self, scheduler: Any, steps: int, first: int) -> None:
         self._scheduler = scheduler
         scheduler.set_timesteps(steps)
-        scheduler.set_begin_index(first)  # it would search for a time, and rounded times can occur twice
+        scheduler.set_begin_index(first)  # otherwise it would search for a time, and rounded times can occur twice
         self._following: Tensor | None = None
 
     @property
     def times(self) -> Sequence[float]:
-        # `timesteps` are rounded to thousandths; the formulas take the sigmas
+        # `timesteps` are rounded to thousandths; the formulas use the sigmas
         return self._scheduler.sigmas.tolist()
 
     def step(self, velocity: Velocity, noisy: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,12 @@ class Multistep:
         return self._following, noisy - time.to(noisy) * slope
 
     def _rewrite_memory(self, noisy: Tensor, slope: Tensor, index: int, replaced: Tensor) -> None:
-        """Remember elements that were replaced after the last step as if they had come along a straight line.
+        """Update the history for elements that were replaced after the last step, as if they had moved on a straight
+        line.
 
-        The scheduler would go on from what they were before. UniPC's corrector even starts from the latents of the step
-        before: only the effect of a replacement on the velocity would be left. The other elements keep theirs.
+        Otherwise the scheduler would continue from their earlier values. UniPC's corrector even starts from the latents
+        of the previous step, so only the effect of a replacement on the velocity would remain. Other elements are
+        unchanged.
         """
         scheduler = self._scheduler
         estimate = scheduler.convert_model_output(slope, sample=noisy)
@@ -126,14 +128,16 @@ def flow_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
 
 
 def first_step(steps: int, strength: float) -> int:
-    """The step at which an image enters: `strength` is the share of the steps that it goes through, at least one.
+    """The first step for an image: `strength` is the share of the steps that are applied to it, at least one step.
 
     Raises:
         UserError: a strength outside (0, 1].
     """
     strength = plain_number(strength, "strength")
     if not 0 < strength <= 1:
-        raise UserError(f"strength: {strength} is not a share above 0; give up to 1, which keeps nothing of the image")
+        raise UserError(
+            f"strength: {strength} is not a share above 0; give at most 1, which keeps nothing of the image"
+        )
     return steps - max(1, round(steps * strength))
 
 
@@ -145,25 +149,25 @@ def solve(velocity: Velocity, noise: Tensor, solver: Solver) -> Tensor:
 
 
 def _scalar(time: float) -> Tensor:
-    """Unrounded, because it is compared with the bounds of intervals."""
+    """A time as a number, not rounded, since it is compared with the bounds of intervals."""
     return torch.tensor(time, dtype=torch.float64)
 
 
-# The velocity that is sampled: the U-Net's, for classes or mixtures of classes, with guidance.
+# The velocity for sampling: that of the U-Net for classes or mixtures of classes, with guidance.
 
 FULL_INTERVAL = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly to guide, and at which times.
+    """Strength and times of guidance.
 
     Attributes:
-        scale: Of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is none.
-        autoguidance: Of autoguidance by a worse network (Karras et al. 2024, arXiv:2406.02507); 1 is none.
-        interval: Lowest and highest t at which guidance acts (Kynkäänniemi et al. 2024, arXiv:2404.07724).
-        rescale: 0 to 1, how far the clean latents of a guided velocity get the standard deviation of unguided ones
-            back; strong guidance raises it and oversaturates (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+        scale: Scale of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is off.
+        autoguidance: Scale of autoguidance by a worse network (Karras et al. 2024, arXiv:2406.02507); 1 is off.
+        interval: Lowest and highest t with guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+        rescale: 0 to 1, how much of the standard deviation of unguided clean latents is restored. Strong guidance
+            raises it and oversaturates (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
 
     scale: float = 1.0
@@ -192,7 +196,7 @@ class ClassWeights:
     weights: Tensor
 
     def __getitem__(self, rows: slice) -> ClassWeights:
-        """Some of the images, without columns that only others use: they cost nothing."""
+        """Some of the images, without columns that only others use."""
         used = (self.weights[rows] > 0).any(0)
         return ClassWeights(self.ids[rows][:, used], self.weights[rows][:, used])
 
@@ -204,8 +208,8 @@ class GuidedVelocity:
     Attributes:
         unet: A `LatentUNet`, or a module of the same interface.
         weak_unet: The worse network of autoguidance; None without autoguidance.
-        classes: Of the n images; None for any class.
-        guidance: How strongly.
+        classes: Classes of the n images; None for any class.
+        guidance: Strength and times.
     """
 
     unet: Any
@@ -227,7 +231,7 @@ class GuidedVelocity:
         return velocity if velocity is plain else self._rescaled(velocity, plain, noisy, time)
 
     def _rescaled(self, velocity: Tensor, plain: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Per image, over all of its elements, as in the paper."""
+        """Standard deviation per image, over all of its elements, as in the paper."""
         if not self.guidance.rescale:
             return velocity
         t = float(time)
@@ -239,7 +243,7 @@ class GuidedVelocity:
     def _velocities(
         self, unet: Any, noisy: Tensor, time: Tensor, with_null: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """With the labels and, if `with_null`, without them; one pass of the network for both."""
+        """The velocity with the labels and, if `with_null`, without them; one pass of the network for both."""
         if self.classes is None:
             return unet(noisy, time, None), None
         columns = list(self.classes.ids.unbind(1))
@@ -253,11 +257,11 @@ class GuidedVelocity:
         return sum(weight.view(-1, 1, 1, 1) * v for weight, v in zip(weights.unbind(1), passes)), null  # type: ignore[return-value]
 
 
-# The table of samplers. A saved pipeline names a scheduler of diffusers; each stands for one sampler.
+# The table of samplers. A saved pipeline names a scheduler of diffusers, and each belongs to one sampler.
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 DETERMINISTIC = ("dpmsolver++", "bh1", "bh2")
-"""Algorithms of multistep schedulers that draw no noise and are finite at t = 1, where no signal is left."""
+"""Algorithms of multistep schedulers without random noise that are finite at t = 1, where the signal is 0."""
 
 
 @dataclass(frozen=True)
@@ -266,12 +270,12 @@ class Sampler:
 
     Attributes:
         scheduler: The class of diffusers that a saved pipeline names.
-        solver: Made of the times; None: the scheduler takes its own steps (`Multistep`).
+        solver: Class to make from the times; None: the scheduler takes its own steps (`Multistep`).
         evaluations: Evaluations of the velocity per step.
         shift: Key of the time shift in the scheduler's config.
-        settings: Of the scheduler's config, which a flow needs.
-        algorithm: Key of the scheduler's config whose value has to be in `DETERMINISTIC`.
-        choices: Further keys of the scheduler's config that are used; all others have to be at their default.
+        settings: Settings of the scheduler's config that a flow needs.
+        algorithm: Key of the scheduler's config whose value must be in `DETERMINISTIC`.
+        choices: Further keys of the scheduler's config that are used; all others must be at their default.
     """
 
     scheduler: Any
@@ -299,7 +303,7 @@ SWITCHES = {
     "use_dynamic_shifting": ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
     "thresholding": ("dynamic_thresholding_ratio", "sample_max_value"),
 }
-"""Settings that turn others on: without the first, diffusers does not use the others either."""
+"""Setting -> settings that diffusers uses only if the first is on."""
 
 
 def flow_scheduler(shift: float, sampler: str = "euler") -> Any:
@@ -318,7 +322,7 @@ def sampler_name(scheduler: Any) -> str:
     """The name in `SAMPLERS` of a scheduler.
 
     Raises:
-        UserError: one that would not sample a flow, or not the same from the same noise.
+        UserError: it would not sample a flow, or is not deterministic.
     """
     kind, settings = type(scheduler).__name__, scheduler.config
     name = next((name for name, row in SAMPLERS.items() if type(scheduler) is row.scheduler), None)
@@ -345,14 +349,14 @@ def sampler_name(scheduler: Any) -> str:
 
 
 def unused_settings(scheduler: Any, row: Sampler) -> dict[str, Any]:
-    """What a scheduler is set to, other than by default, that its sampler would not use.
+    """Settings of a scheduler that differ from the defaults and that its sampler would not use.
 
-    A scheduler that was made `from_config` of another one keeps the settings of that one too.
+    A scheduler made `from_config` of another one also keeps the settings of that one.
     """
     used = {"shift", row.shift, row.algorithm, *row.settings, *row.choices}
     used |= {key for switch, keys in SWITCHES.items() if not scheduler.config.get(switch) for key in keys}
     defaults: dict[str, Any] = {}
-    for kind in (*(other.scheduler for other in SAMPLERS.values()), row.scheduler):  # its own count last
+    for kind in (*(other.scheduler for other in SAMPLERS.values()), row.scheduler):  # its own entry last
         defaults |= {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
     return {
         key: value
@@ -377,9 +381,9 @@ def make_solver(scheduler: Any, steps: int, shift: float, first: int = 0) -> Sol
 
     Args:
         scheduler: One that `sampler_name` accepts; it is not changed.
-        steps: From noise to data.
-        shift: Of the times, instead of the scheduler's own.
-        first: The step that is taken first.
+        steps: Number of steps from noise to data.
+        shift: Shift of the times, instead of the scheduler's own.
+        first: Number of the first step to take.
     """
     row = SAMPLERS[sampler_name(scheduler)]
     if row.solver is not None:
@@ -390,5 +394,5 @@ def make_solver(scheduler: Any, steps: int, shift: float, first: int = 0) -> Sol
 
 
 def evaluations(sampler: str, steps: int, first: int = 0) -> int:
-    """How often the velocity is computed for an image that enters at step `first`."""
+    """Number of evaluations of the velocity for an image that starts at step `first`."""
     return SAMPLERS[sampler].evaluations * (steps - first)

@@ -1,6 +1,6 @@
-"""Saved pipelines: networks read more strictly than diffusers reads them, the check of the encoder, and the hub.
+"""Saved pipelines: strict reading of networks, the check of the encoder, and the hub.
 
-Owns nothing of what the networks do, and no knowledge of the pipeline class, which imports this module.
+Independent of the pipeline class, which imports this module.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load_components(directory: Path, skip: Container[str] = (), variant: str | None = None) -> dict[str, Any]:
-    """Name -> network of each that `model_index.json` names, float32, in eval mode.
+    """Name -> network for each entry of `model_index.json`, float32, in eval mode.
 
     Args:
-        directory: of the pipeline.
+        directory: directory of the pipeline.
         skip: names of components that the caller has already.
         variant: of the files of weights, as in diffusers.
 
@@ -62,7 +62,7 @@ def load_components(directory: Path, skip: Container[str] = (), variant: str | N
         raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); give a pipeline") from error
     found = {}
     for name, entry in index.items():
-        if name in skip or not name.isidentifier():  # the name of a folder in it, and of nothing outside
+        if name in skip or not name.isidentifier():  # the name of a folder inside the directory only
             continue
         if not isinstance(entry, list) or name in LISTS or name.startswith("_") or entry == [None, None]:
             continue
@@ -97,13 +97,13 @@ def component_class(entry: list[Any], where: str) -> type:
 def check_encoder(
     autoencoder: Autoencoder, expected: str | None, rounded: Mapping[str, str] | None
 ) -> tuple[str, dict[str, str]]:
-    """The fingerprint of the encoder that made the latents, and those of its copies in half precision, by precision.
+    """The fingerprint of the encoder of the latents, and those of its copies in half precision, by precision.
 
     Args:
-        autoencoder: The one at hand. In half precision it is not checked: the loader of a directory checks before
-            casting.
-        expected: Of the latents' encoder; None trusts the one at hand.
-        rounded: Of the copies, where they are known.
+        autoencoder: The loaded autoencoder. In half precision it is not checked here, since the loader of a directory
+            checks it before casting.
+        expected: Fingerprint of the latents' encoder; None: that of the loaded autoencoder.
+        rounded: Fingerprints of the copies, if known.
 
     Raises:
         UserError: another encoder.
@@ -113,7 +113,7 @@ def check_encoder(
     found = autoencoder.encoder_fingerprint()
     if expected is not None and expected != found and found not in (rounded or {}).values():
         raise UserError(
-            f"pipeline: encoder fingerprint is {found[:19]}..., the latents came from {expected[:19]}...; "
+            f"autoencoder: its encoder has the fingerprint {found[:19]}..., the latents came from {expected[:19]}...; "
             "load it with the autoencoder that encoded the latents, or encode and train again"
         )
     if rounded is None and autoencoder.dtype == torch.float32:
@@ -123,7 +123,7 @@ def check_encoder(
 
 
 def listed_on_hub(repository: str, token: Any, subfolder: str | None = None) -> dict[str, str]:
-    """The files that the manifest of a hub repository lists, which an upload of another variant leaves there."""
+    """The files in the manifest of a hub repository, which an upload of another variant keeps."""
     path = f"{subfolder}/{MANIFEST}" if subfolder else MANIFEST
     if not huggingface_hub.file_exists(repository, path, token=token):
         return {}
@@ -148,7 +148,7 @@ def download(repository: str, variant: str | None = None, **settings: Any) -> st
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """diffusers shows no bar for the second that putting a pipeline together takes."""
+    """Silence the bar of diffusers for loading components, which takes about a second."""
     from diffusers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,9 +1,9 @@
-"""`ldm-vae train-diffusion`: the settings of the latent U-Net's training, its `update()`, and what it watches.
+"""`ldm-vae train-diffusion`: the settings of the latent U-Net's training, its `update()`, and its monitoring.
 
     LatentDataset -> normalizer -> crops, noise and times (`StepNoise`) -> LatentUNet -> flow.velocity_loss
-                                                      every so often: validation loss, previews, copies, KID, snapshots
+                                                      at intervals: validation loss, previews, copies, KID, snapshots
 
-The autoencoder serves previews and the exported pipeline only.
+The autoencoder is used for previews and the exported pipeline only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ldm_vae.diffusion.validation import Copies, StopSuggestion, stack_samples
 from ldm_vae.errors import UserError
 from ldm_vae.files import published_directory
 from ldm_vae.latents.dataset import LatentDataset, ShardBlockOrder
-from ldm_vae.latents.format import Manifest, check_same, short
+from ldm_vae.latents.format import Manifest, check_same
 from ldm_vae.random import generator
 from ldm_vae.training import trainer
 from ldm_vae.training.loader import Batch, InOrder, Plan, Samples, Span
@@ -47,7 +47,7 @@ PREVIEW_IMAGES = 10
 HELD_OUT_LATENTS = 64
 MEASURED_LATENTS = 256
 COLOR_LATENTS = 16
-"""Latents whose decoded images fit the colors of previews: thousands of positions each."""
+"""Number of latents for the fit of the preview colors; each has thousands of positions."""
 
 
 def default_training() -> TrainingConfig:
@@ -56,24 +56,27 @@ def default_training() -> TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainDiffusionConfig:
-    """`ldm-vae train-diffusion`: ends with a pipeline that generates images.
+    """`ldm-vae train-diffusion`: train a latent U-Net and write a pipeline that generates images.
 
-    The same command resumes an interrupted run; `ldm-vae model ema` chooses another length of its average afterward.
+    The same command resumes an interrupted run. `ldm-vae model ema` can choose another length of the average later.
 
       ldm-vae train-diffusion configs/diffusion_small.yaml runs/latents autoencoder=runs/vae output=runs/diffusion
 
-    With kid.samples=1000 kid.data=IMAGES the KID of samples to the images held out is measured.
+    With kid.samples=1000 kid.data=IMAGES, the KID of samples to the held-out images is measured.
 
     Args:
         output: the run directory.
-        latents: the folder that `ldm-vae encode` wrote.
-        autoencoder: the directory of the autoencoder that made them; for previews and for the pipeline.
-        steps, batch, micro_batch: optimizer steps; latents per step over all processes; per forward pass (null: all).
+        latents: the folder of a finished set, or its URL.
+        autoencoder: the autoencoder that made the latents: a diffusers directory, a run of `train-vae`, or a hub id. It
+            is used for previews and in the pipeline.
+        steps: number of training steps.
+        batch: latents per step over all processes.
+        micro_batch: latents per forward pass of a process; null: all of its latents of a step.
         held_out: fraction of the latents kept out of training, by a hash of their ids.
-        shuffle_shards: null shuffles the whole set in each epoch; N shuffles the shards, then the latents inside blocks
-            of N shards, one block after the other, so that N are read at a time: for sets larger than memory.
+        shuffle_shards: null shuffles the whole set in each epoch. N shuffles the shards, then the latents inside blocks
+            of N shards, so that N shards are read at a time, for sets larger than memory.
         label_dropout: share of labels replaced by "no label", which classifier-free guidance needs.
-        shift: of training and sampling times toward noise; null: sqrt(c h w / 4096). Smaller for crops.
+        shift: shift of training and sampling times toward noise; null: sqrt(c h w / 4096). Smaller for crops.
         crops: training on crops of latents on a share of the steps.
         ema: power-function averages, from which `ldm-vae model ema` makes one of any length afterward.
         neighbours: training images among whose latents the nearest to each preview sample is searched, mirror images
@@ -115,17 +118,17 @@ class TrainDiffusionConfig:
                 f"shuffle_shards: {self.shuffle_shards} is below 1; give a number of shards, or null for the whole set"
             )
         if self.shift is not None and self.shift <= 0:
-            raise UserError(f"shift: {self.shift} is not above 0; 1 leaves the times as they are")
+            raise UserError(f"shift: {self.shift} is not above 0; 1 does not change the times")
         if self.neighbours < 0 or self.neighbours == 1:
-            raise UserError(
-                f"neighbours: {self.neighbours} training latents have no second nearest; give 0, or 2 or more"
-            )
+            raise UserError(f"neighbours: {self.neighbours} is too few to compare with; give 0, or 2 or more")
         if self.patience <= 0:
             raise UserError(
                 f"patience: {self.patience} is not above 0; give a share of the run, 1 or more never suggests to stop"
             )
         if self.crops.size is not None and not self.unet.coordinates:
-            raise UserError("crops.size: a U-Net cannot tell crops from images; set unet.coordinates=true as well")
+            raise UserError(
+                "crops.size: a U-Net needs coordinates to be trained on crops; set unet.coordinates=true as well"
+            )
         self.kid.check(self.held_out, self.training.validate_every)
 
     def plan(self, processes: int) -> Plan:
@@ -141,12 +144,12 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
 
     Args:
         config: Everything that the run depends on.
-        dry_run: Look at latents and output, build everything, do one step on random data, print parameters, GMACs,
+        dry_run: Check latents and output, build everything, do one step on random data, print parameters, GMACs,
             shapes, memory and the time of the run; write nothing.
 
     Returns:
         0 when the run is finished, 75 when a signal stopped it after saving (the same call continues); with
-        `dry_run` what was printed.
+        `dry_run` the printed report.
 
     Raises:
         UserError: a setting, the latents, the autoencoder or the output folder are not usable.
@@ -177,7 +180,7 @@ def train_diffusion(config: TrainDiffusionConfig, *, dry_run: bool = False) -> i
 
 
 def describe_latents(config: TrainDiffusionConfig, samples: LatentDataset, held_out: LatentDataset | None) -> list[str]:
-    """What a training has to learn from and to measure on, for its first line; says where a batch is too large."""
+    """The training and held-out data, for the first line; warns if a batch is too large."""
     manifest = samples.manifest
     shape = "x".join(map(str, manifest.latent_shape))
     left_out = f", {pluralize(manifest.rejected, 'image')} rejected when it was made" if manifest.rejected else ""
@@ -195,7 +198,7 @@ def describe_latents(config: TrainDiffusionConfig, samples: LatentDataset, held_
 
 @dataclass(frozen=True)
 class StepNoise:
-    """What is random in a step, for the whole global batch of n; noise has the shape of the crops."""
+    """The random numbers of a step, for the whole global batch of n; noise has the shape of the crops."""
 
     noise: Tensor
     times: Tensor
@@ -218,9 +221,9 @@ class DiffusionModel:
         Args:
             config: The run's settings.
             samples: Latents to train on.
-            held_out: Latents for the validation loss; None for none.
-            snapshots: Folder for the averages; None writes none.
-            sample_kid: Measures samples when `config.kid` says so; None measures none.
+            held_out: Latents for the validation loss, or None.
+            snapshots: Folder for the averages, or None.
+            sample_kid: Measures samples as set in `config.kid`, or None.
         """
         self.config, self.sample_kid = config, sample_kid
         self.samples = samples
@@ -229,7 +232,7 @@ class DiffusionModel:
         self.latent_shape = tuple(manifest.latent_shape)
         self.label_names = tuple(manifest.label_names)
         self.shift = config.shift or flow.resolution_shift(*self.latent_shape)
-        self.watched: dict[str, dict[str, Tensor]] = {}  # the same count of held-out and of training latents
+        self.watched: dict[str, dict[str, Tensor]] = {}  # the same number of held-out and training latents
         if held_out is not None:
             self.watched = {
                 "held_out": stack_samples(held_out, HELD_OUT_LATENTS),
@@ -248,7 +251,7 @@ class DiffusionModel:
         self.snapshots = EmaSnapshots(config.ema, unet, snapshots)
         self.suggestion = StopSuggestion(config.patience)
         self.finished = self.steps = 0
-        self.copies: Copies | None = None  # of the last preview, until the next log step
+        self.copies: Copies | None = None  # those of the last preview, until the next log step
         self.training_latents: Tensor | None = None
         self.rounded_encoders: dict[str, str] | None = None
 
@@ -271,7 +274,7 @@ class DiffusionModel:
         return {"loss/flow" if draw.crops.size is None else "loss/flow_crops": total, "optim/grad_norm": norm}
 
     def draw(self, step: int, count: int, device: torch.device) -> StepNoise:
-        """Noise (n, c, h, w), times (n,), which labels are dropped (n,), and where the crops of a crop step lie."""
+        """Noise (n, c, h, w), times (n,), which labels are dropped (n,), and the positions of the crops."""
         seed, (channels, height, width) = self.config.training.seed, self.latent_shape
         crops = draw_crops(self.config.crops, seed, step, count, height, width)
         shape = (channels, crops.size or height, crops.size or width)
@@ -283,14 +286,14 @@ class DiffusionModel:
         return StepNoise(noise, times, dropped, crops)
 
     def labels(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor | None:
-        """Class ids with "no label" where there is none or it is dropped; None for an unconditional network."""
+        """Class ids, "no label" for missing and dropped labels; None for an unconditional network."""
         if not self.label_names:
             return None
         missing = labels < 0 if dropped is None else (labels < 0) | dropped
         return torch.where(missing, self.null_label, labels)
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[Any]:
-        """The suggestion to stop, and copies among the samples of the preview before."""
+        """The suggestion to stop, and copies among the samples of the previous preview."""
         if "loss/flow" in metrics:
             self.suggestion.update_training(metrics["loss/flow"])
         copies, self.copies = self.copies, None
@@ -299,7 +302,7 @@ class DiffusionModel:
 
     def validate(self, engine: Engine) -> dict[str, float]:
         """Epochs so far, the flow loss of the EMA weights on held-out latents and how much lower it is on training
-        latents, the copy rate of the preview just made, and KID when it is due."""
+        latents, the copy rate of the latest preview, and KID if it is due."""
         metrics = {"train/epochs": self.finished * self.config.batch / len(self.samples)}
         if self.copies is not None:
             metrics["samples/copy_rate"] = self.copies.copies / self.copies.samples
@@ -352,7 +355,7 @@ class DiffusionModel:
         return self.training_latents
 
     def pipeline(self, engine: Engine) -> LatentDiffusionPipeline:
-        """Of the EMA weights, on the device of the training, without a progress bar."""
+        """The pipeline with EMA weights, on the device of the training, without a progress bar."""
         pipeline = LatentDiffusionPipeline(
             autoencoder=self.autoencoder,
             unet=engine.emas["unet"].module,
@@ -402,9 +405,9 @@ class DiffusionModel:
         return self.snapshots.tensors()
 
     def check_state(self, state: dict[str, Any], step: int) -> None:
-        """See `Model`. Raises: UserError when the run began on other latents, or latents made in another way."""
+        """See `Model`. Raises: UserError if the run began with other latents, or latents made in another way."""
         if "recipe" in state:  # a checkpoint of an earlier release has none
-            advice = "'here' is the run that is to continue: give the latents that it began with, or another output"
+            advice = "give the latents that the run in output began with, or another output"
             check_same(state["recipe"], encoding_record(self.manifest), f"latents={self.config.latents}", advice)
             check_contents(state["images"], contents_record(self.manifest), f"latents={self.config.latents}")
 
@@ -415,11 +418,11 @@ class DiffusionModel:
         self.copies = Copies(**state["copies"]) if state.get("copies") else None
 
 
-# What a run depends on, checked before it starts or continues.
+# The inputs of a run, checked before it starts or continues.
 
 
 def encoding_record(manifest: Manifest) -> dict[str, Any]:
-    """How the latents were made, which must stay the same under a run that continues."""
+    """How the latents were made, which must not change when a run continues."""
     values = manifest.to_dict()
     kept = ("preprocessing", "content", "dtype", "latent_shape", "flipped")
     encoder = {"encoder_fingerprint": manifest.autoencoder["encoder_fingerprint"]}
@@ -427,22 +430,23 @@ def encoding_record(manifest: Manifest) -> dict[str, Any]:
 
 
 def contents_record(manifest: Manifest) -> dict[str, Any]:
-    """Which latents there are: the order of the samples and their normalization follow from it."""
+    """The content of the latent set, which determines the order of the samples and their normalization."""
     plans = [dataset["plan"] for dataset in manifest.datasets]
     return {"count": manifest.count, "plans": plans, "statistics": manifest.statistics}
 
 
 def check_contents(began: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """Raises: UserError when the set is not the one that a run began with, as after `ldm-vae latents append`."""
-    for key, (before, after) in changed_keys(began, now).items():
+    """Raises: UserError if the set has changed since the run began, for example by `ldm-vae latents append`."""
+    if changed_keys(began, now):
+        what = f"now holds {now['count']:,} latents" if now["count"] != began["count"] else "now holds other latents"
         raise UserError(
-            f"{where}: {key} is {short(after)} and was {short(before)} when this run began; give another output to "
-            "train on what the set holds now, or a copy of the set as it was"
+            f"{where}: {what}, and held {began['count']:,} when the run in output began; give another output to train "
+            "on the set as it is now, or a copy of the earlier set"
         )
 
 
 def load_matching_autoencoder(path: str, manifest: Manifest) -> Autoencoder:
-    """The autoencoder that made the latents. Raises: UserError when it is another one, or cannot have made them."""
+    """The autoencoder that made the latents. Raises: UserError for another one, or one that cannot have made them."""
     autoencoder = load_autoencoder(path)
     manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where=f"autoencoder={path}")
     if autoencoder.only_side is not None:
@@ -464,7 +468,7 @@ def load_matching_autoencoder(path: str, manifest: Manifest) -> Autoencoder:
 
 
 def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDataset | None]:
-    """The training part and the held-out part (None when nothing is held out)."""
+    """The training part and the held-out part (None if nothing is held out)."""
     seed = config.training.seed
     if config.held_out == 0:
         return LatentDataset(config.latents, seed), None
@@ -473,7 +477,7 @@ def open_latents(config: TrainDiffusionConfig) -> tuple[LatentDataset, LatentDat
 
 
 def ordered_samples(config: TrainDiffusionConfig, samples: LatentDataset) -> Samples:
-    """The training part in the order that the config asks for."""
+    """The training part in the configured order."""
     if config.shuffle_shards is None:
         return samples
     return InOrder(samples, ShardBlockOrder(config.training.seed, samples.shard_counts, config.shuffle_shards))

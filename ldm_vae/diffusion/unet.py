@@ -1,9 +1,9 @@
 """`LatentUNet`: diffusers' `UNet2DModel` on pixel-unshuffled latents, from a noisy latent to its velocity.
 
-    x_t (n, c, h, w) -> tokens (n, c patch^2, h / patch, w / patch), and the coordinates of a network that has them
+    x_t (n, c, h, w) -> tokens (n, c patch^2, h / patch, w / patch), with `coordinates` also those of the tokens
     -> UNet2DModel at 1000 t and the labels -> `prediction` -> velocity (n, c, h, w)
 
-Owns the network's settings and presets, and the crops that it can be trained on. Coordinates are the centers of latent
+Contains the network, its settings and presets, and the crops for training. Coordinates are the centers of latent
 positions, from -1 to 1 over the whole image.
 """
 
@@ -36,10 +36,10 @@ with 4 to 24 channels per group as with 32 (torch 2.13, AVX-512): longer than th
 
 HEAD_CHANNELS = 32
 SMALLEST_VARIANCE = 1e-3
-"""Of a principal direction; keeps a dead one from dividing by nothing."""
+"""Smallest variance of a principal direction, which prevents a division by zero for a dead one."""
 
 TIME_SCALE = 1000.0
-"""t in [0, 1] times this is what the sinusoidal embedding of `UNet2DModel` expects."""
+"""Factor from t in [0, 1] to the input of the sinusoidal embedding of `UNet2DModel`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"patch": 4, "widths": (96, 192), "layers": 1, "attention": ()},
@@ -54,14 +54,14 @@ class UNetConfig:
 
     Attributes:
         preset: tiny, small or base.
-        prediction: what the last layer puts out: the clean latent beyond its linear estimate (`x`), the `clean` latent
+        prediction: output of the last layer: the clean latent relative to its linear estimate (`x`), the `clean` latent
             itself, or the `velocity`. The loss is that of the velocity for all three.
         patch: latent positions per token along one side; a patch of 2 costs about 4 times a patch of 4.
         widths: channels per level, multiples of 32; each level has half the resolution of the one before.
         layers: residual blocks per level on the way down (one more on the way up).
         attention: levels with self-attention, 0 being the finest. The middle block always has it.
         dropout: probability inside the residual blocks.
-        coordinates: two more input channels say where in the image a token lies; training on crops needs them.
+        coordinates: adds two input channels with the position of a token in the image, which training on crops needs.
     """
 
     preset: Literal["tiny", "small", "base"] = "small"
@@ -89,7 +89,7 @@ class UNetConfig:
             raise UserError(f"unet.dropout: {self.dropout} is not a probability below 1")
 
     def shape(self) -> dict[str, Any]:
-        """patch, widths, layers, attention: the preset's values where nothing else is chosen."""
+        """patch, widths, layers, attention, with the preset's values as defaults."""
         chosen = {name: getattr(self, name) for name in ("patch", "widths", "layers", "attention")}
         chosen = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items() if v is not None}
         return PRESETS[self.preset] | chosen
@@ -117,8 +117,8 @@ def build_unet(config: UNetConfig, latent_channels: int, num_classes: int = 0) -
 class LatentUNet(SavedCompletely, ConfigMixin):
     """Velocity of the flow at a noisy normalized latent of any size.
 
-    A token is a patch of the latent. Whatever `prediction` is, the velocity comes out. With prediction `x`, the network
-    corrects the best linear estimate of each clean token, which needs the tokens' principal directions: call
+    A token is a patch of the latent. The result is the velocity for every `prediction`. With prediction `x`, the
+    network corrects the best linear estimate of each clean token. This needs the tokens' principal directions, so call
     `measure_tokens` before training. They are saved with the weights.
 
     Labels run from 0 to num_classes - 1; `null_label` (= num_classes) stands for "no label".
@@ -172,7 +172,7 @@ class LatentUNet(SavedCompletely, ConfigMixin):
     def measure_tokens(self, latents: Tensor) -> None:
         """Set the principal directions of tokens and the variance along each from normalized latents (n, c, h, w).
 
-        A hundred latents are enough: each has hundreds of tokens. The same latents give the same directions.
+        A hundred latents are enough, since each has hundreds of tokens. The same latents give the same directions.
         """
         tokens = F.pixel_unshuffle(latents.double(), self.config["patch"])
         tokens = tokens.movedim(1, -1).flatten(0, -2)
@@ -189,7 +189,7 @@ class LatentUNet(SavedCompletely, ConfigMixin):
             noisy: x_t (n, c, h, w), any h and w; sides that the network cannot halve are padded and cropped back.
             times: t (n,) or a scalar, in [0, 1], 1 being pure noise.
             labels: Class ids (n,) for a class-conditional network; None stands for the null label everywhere.
-            coordinates: Of a crop, (n, 2, h, w) as `Crops.cut` makes them; None: `noisy` is a whole image.
+            coordinates: Coordinates of a crop, (n, 2, h, w), from `Crops.cut`; None: `noisy` is a whole image.
 
         Raises:
             ValueError: labels for a network without classes, coordinates for one that was built without them.
@@ -212,7 +212,7 @@ class LatentUNet(SavedCompletely, ConfigMixin):
         )
 
     def velocity_target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the loss compares the velocity (n, c, h, w) with, from x0, eps and times (n,)."""
+        """The target of the velocity (n, c, h, w) in the loss, from x0, eps and times (n,)."""
         if self.config["prediction"] == "clean":
             return flow.clipped_velocity_target(clean, noise, times)
         return flow.velocity_target(clean, noise)
@@ -226,7 +226,7 @@ class LatentUNet(SavedCompletely, ConfigMixin):
         return F.pad(maps, (0, right, 0, bottom), mode="replicate") if bottom or right else maps
 
     def _with_coordinates(self, tokens: Tensor, noisy: Tensor, coordinates: Tensor | None) -> Tensor:
-        """The tokens and, in a network that was built with them, the coordinates of each token's center."""
+        """The tokens and, in a network with coordinates, those of each token's center."""
         if not self.config["coordinates"]:
             if coordinates is not None:
                 raise ValueError("LatentUNet: coordinates given to a network without them; pass coordinates=None")
@@ -254,7 +254,7 @@ class CropsConfig:
 
     Attributes:
         size: side of the crops in latent positions; None trains on whole latents alone.
-        share: of the steps that train on crops, the whole batch at once.
+        share: share of the steps that train on crops, with the whole batch.
     """
 
     size: int | None = None
@@ -267,7 +267,7 @@ class CropsConfig:
             raise UserError(f"crops.share: {self.share} is not between 0 and 1")
 
     def check(self, latent_shape: tuple[int, ...], multiple: int) -> None:
-        """Raises: UserError where crops do not fit into latents (c, h, w) or a network that halves `multiple` sides."""
+        """Raises: UserError if crops do not fit the latents (c, h, w), or are not a multiple of `multiple`."""
         if self.size is None:
             return
         if self.size > min(latent_shape[1:]):
@@ -304,7 +304,7 @@ class Crops:
 
 
 def draw_crops(config: CropsConfig, seed: int, step: int, count: int, height: int, width: int) -> Crops:
-    """The crops of a step: whether there are any follows from (seed, step), positions from (seed, step, row)."""
+    """The crops of a step. (seed, step) decides whether there are any, (seed, step, row) their positions."""
     rng = generator(seed, "crops", step)
     if config.size is None or torch.rand((), generator=rng) >= config.share:
         nowhere = torch.zeros(count, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""What a training is watched by: the flow loss on held-out latents, and whether samples repeat training latents.
+"""Validation in training: the flow loss on held-out latents, and whether samples repeat training latents.
 
-The loss is always measured at the same times with the same noise. Both measurements lead to alarms in words; nothing
-here stops a run. `fid` measures samples against held-out images.
+The loss is always measured at the same times with the same noise. Both measurements can raise alarms; nothing here
+stops a run. `fid` compares samples with held-out images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TIMES = 8
 SMOOTHING = 0.1
 """Weight of a new log step in the running training loss."""
 RISE = 0.01
-"""Share of the best held-out loss that later ones have to be above it: a loss at its level varies by less."""
+"""A later held-out loss counts as worse if it is above the best one by this share, more than its usual variation."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def validation_losses(unet: Any, latents: Tensor, labels: Tensor | None, shift: 
         unet: A `LatentUNet`, or a module with its call and its `velocity_target`.
         latents: Normalized, (n, c, h, w); the noise follows from their number and shape.
         labels: (n,), or None for an unconditional network.
-        shift: Of the times toward noise.
+        shift: Shift of the times toward noise.
     """
     rng = generator(0, "held_out", device=latents.device)
     losses = {}
@@ -53,7 +53,7 @@ def validation_losses(unet: Any, latents: Tensor, labels: Tensor | None, shift: 
 
 
 def validation_metrics(losses: dict[float, float], of_training: dict[float, float]) -> dict[str, float]:
-    """The logged metrics: the mean over the times, the loss at each of them, and by how much the mean is above that of
+    """The logged metrics: the mean over the times, the loss at each time, and the difference of the mean from that of
     training latents, measured in the same way."""
     by_time = {f"held_out/flow_t{time:.3g}": loss for time, loss in losses.items()}
     mean, trained = (sum(values.values()) / len(values) for values in (losses, of_training))
@@ -78,10 +78,10 @@ class Overfitting:
 
 
 class StopSuggestion:
-    """Remembers the best held-out loss, and the training loss at that time."""
+    """Keeps the best held-out loss, and the training loss at that time."""
 
     def __init__(self, patience: float) -> None:
-        """`patience`: share of the run that may pass without a better held-out loss."""
+        """`patience`: largest share of the run without a better held-out loss."""
         self.patience = patience
         self.train = math.inf
         self.train_then = math.inf
@@ -90,18 +90,18 @@ class StopSuggestion:
         self.reported = False
 
     def update_training(self, loss: float) -> None:
-        """At each log step."""
+        """Call at each log step."""
         known = math.isfinite(self.train)
         self.train = self.train + SMOOTHING * (loss - self.train) if known else loss
 
     def update_held_out(self, step: int, loss: float) -> None:
-        """At each validation after `step` finished steps."""
+        """Call at each validation, after `step` finished steps."""
         self.previous, self.last, self.last_step = self.last, loss, step
         if loss < self.best:
             self.best, self.best_step, self.train_then, self.reported = loss, step, self.train, False
 
     def alarm(self, steps: int) -> Overfitting | None:
-        """Once, until the held-out loss improves again: the last two are worse than one long before them."""
+        """The alarm if the last two losses are worse than a much earlier one; once until the loss improves again."""
         waited = self.last_step - self.best_step >= self.patience * steps
         risen = min(self.previous, self.last) > (1 + RISE) * self.best
         if self.reported or not waited or not risen or self.train >= self.train_then:
@@ -110,7 +110,7 @@ class StopSuggestion:
         return Overfitting(self.best_step, (self.best, self.last), (self.train_then, self.train))
 
     def summary(self, step: int, snapshots: Sequence[int]) -> str:
-        """For a finished run: which step was best for held-out latents, and how to get its weights."""
+        """For a finished run: the best step for held-out latents, and how to get its weights."""
         if not math.isfinite(self.best):
             return "no latents were held out"
         if self.best_step == step:
@@ -122,7 +122,7 @@ class StopSuggestion:
         return f"{words}: `ldm-vae model ema RUN lengths=0.05 step={near} output=DIR` writes the pipeline of that time"
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact; floats in hexadecimal, since JSON has no infinity. `reported` is saved as `said`."""
+        """The exact state; floats in hexadecimal, since JSON has no infinity. `reported` is saved as `said`."""
         values = {name: value for name, value in vars(self).items() if name not in ("patience", "reported")}
         values = {name: value.hex() if isinstance(value, float) else value for name, value in values.items()}
         return values | {"said": self.reported}
@@ -155,7 +155,7 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Copies:
-    """How many samples are copies of a training latent; the alarm of a preview."""
+    """The number of samples that are copies of a training latent; the alarm of a preview."""
 
     copies: int
     samples: int
@@ -164,16 +164,16 @@ class Copies:
 
     def sentence(self) -> str:
         return (
-            f"copies: {self.copies} of {self.samples} preview samples lie less than a third as far from one of "
-            f"{self.compared} training latents as from any other: the network repeats its images; look at the preview, "
-            "stop earlier, use more images, or raise unet.dropout"
+            f"copies: {self.copies} of {self.samples} preview samples have less than a third of the distance to one "
+            f"of {self.compared} training latents that they have to any other: the network repeats its images; view "
+            "the preview, stop earlier, use more images, or raise unet.dropout"
         )
 
 
 def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
     """Euclidean neighbors of normalized latents among those of training images.
 
-    An image is as far away as the nearest of its latents, so that its own mirror image is never the second neighbor.
+    The distance of an image is that of its nearest latent, so its mirror image is never the second neighbor.
 
     Args:
         samples: (n, c, h, w).
@@ -196,8 +196,8 @@ def find_neighbors(samples: Tensor, training: Tensor) -> Neighbors:
 def known_latents(dataset: LatentDataset, normalizer: LatentNormalizer, count: int) -> Tensor:
     """Latents of at most `count` images, evenly spread, normalized, half precision: (m, v, c, h, w).
 
-    Posterior means of the images and, where the set holds them (v = 2), of their mirror images: encoding does not
-    commute with mirroring, and a network that has seen both can repeat both.
+    Posterior means of the images and, if they are stored (v = 2), of their mirror images: encoding does not commute
+    with mirroring, and a network trained on both can repeat both.
     """
     count = min(count, len(dataset))
     chosen = (index * len(dataset) // count for index in range(count))
@@ -212,14 +212,14 @@ def compare_with_training(
     training: LatentDataset,
     compared: int,
 ) -> tuple[Image.Image, Copies]:
-    """The sheet of finished images, encoded again, beside their neighbors, and how many of them are copies.
+    """A sheet of finished images, encoded again, beside their neighbors, and the number of copies.
 
     Args:
-        pipeline: The one that made them.
+        pipeline: The pipeline of the images.
         images: Of the size of the training images.
         captions: One per image, or none.
-        training: What the pipeline was trained on.
-        compared: At most so many of its images, evenly spread, each with its mirror image where the set holds it.
+        training: The training latents of the pipeline.
+        compared: Largest number of training images to compare with, evenly spread, with stored mirror images.
     """
     known = known_latents(training, pipeline.normalizer, compared)
     neighbors = find_neighbors(torch.cat([_encode(pipeline, image) for image in images]), known)
@@ -237,7 +237,7 @@ def _encode(pipeline: LatentDiffusionPipeline, image: Image.Image) -> Tensor:
 def neighbor_sheet(
     samples: Sequence[Image.Image], nearest: Sequence[Image.Image], ratios: Tensor, labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A sheet of pairs: the generated image above, its nearest training latent decoded below, the ratio in words."""
+    """A sheet of pairs: the generated image above, its nearest training latent decoded below, the ratio as text."""
     pairs, captions = [], []
     names = labels or [f"sample {number}" for number in range(1, len(samples) + 1)]
     for above, below, name, ratio in zip(samples, nearest, names, ratios.tolist(), strict=True):
@@ -250,7 +250,7 @@ def neighbor_sheet(
 
 
 def stack_samples(dataset: LatentDataset, count: int) -> dict[str, Tensor]:
-    """At most `count` samples as tensors, evenly spread: a folder is often sorted by class."""
+    """At most `count` samples as tensors, evenly spread, since folders are often sorted by class."""
     count = min(count, len(dataset))
     samples = [dataset.sample(index * len(dataset) // count, index) for index in range(count)]
     return {

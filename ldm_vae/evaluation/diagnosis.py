@@ -54,12 +54,12 @@ class DiagnoseConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the report.
-        part: held_out (what training never saw), its halves validation and test, train or all.
-        resolution: side of the center crop in pixels, a multiple of the downsampling, 64 or more; where an autoencoder
-            knows one size only, that.
-        count: at most so many images, evenly spread over the part; 256 make the figures comparable between runs.
+        part: held_out (not used in training), its halves validation and test, train or all.
+        resolution: side of the center crop in pixels, a multiple of the downsampling, at least 64; for an autoencoder
+            of one size, that size.
+        count: largest number of images, evenly spread over the part. 256 make the figures comparable between runs.
         batch: images per forward pass.
-        seed: of the posterior samples and of all other noise.
+        seed: seed of the posterior samples and of all other noise.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

@@ -68,21 +68,22 @@ class CardConfig:
     missing. The command that made the model is repeated as it was typed, with its paths.
 
       ldm-vae model card runs/mine evaluation=runs/evaluation intended_use="Latents of flower photographs."
-      ldm-vae model card runs/diffusion pictures=runs/samples seen=seen.md data_credits=sources.yaml license=cc0-1.0
+      ldm-vae model card runs/diffusion pictures=runs/samples observations=seen.md data_credits=sources.yaml
+      license=cc0-1.0
 
     Args:
         model: a run of `train-vae` or `train-diffusion`, or its model.
-        evaluation: a folder that `ldm-vae evaluate` wrote.
+        evaluation: a results folder of `ldm-vae evaluate`.
         health: a folder with health.json; null: that of `evaluation`.
-        intended_use: what the model is for, in your words.
-        not_for: what it is not good for, in your words.
+        intended_use: the purpose of the model, in your words.
+        not_for: uses to avoid, in your words.
         data_credits: origin and license of the training images: a text file, or a YAML list of name, images, licence,
             credits, url.
-        pictures: show pictures of this folder of `evaluate`, for a pipeline of `generate`.
-        seen: a text file: what you saw in the pictures, good and bad.
-        watts: of the machine that trained, to guess energy; null: 10 a core, on a CPU.
-        license: of the weights, as an identifier of the Hugging Face hub, e.g. apache-2.0.
-        push_to_hub: then upload the directory to this hub id (OWNER/NAME).
+        pictures: a folder of `evaluate` (for a pipeline, of `generate`) whose pictures are shown.
+        seen: a text file with your observations about the pictures, good and bad.
+        watts: power of the training machine, for an estimate of the energy; null: 10 W per core, on a CPU.
+        license: license of the weights, as an identifier of the Hugging Face hub, for example apache-2.0.
+        push_to_hub: upload the directory to this hub id (OWNER/NAME) afterwards.
     """
 
     model: str = "???"

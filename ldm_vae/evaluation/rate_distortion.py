@@ -67,11 +67,12 @@ class FrontierConfig:
         vae: the YAML of `train-vae` that all points share.
         overrides: settings of `train-vae` for all points, as `data=~/images`.
         targets_nats: the target rates in nats per latent dimension.
-        channels: the numbers of latent channels; none: the recipe's.
-        steps: of each point; null: the recipe's. Shared among the phases in the recipe's proportions.
-        seconds: instead of `steps`: about so long a training each, from the measured speed of one step.
-        parallel: points that are trained at once on this machine.
-        evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
+        channels: the numbers of latent channels; empty: that of the recipe.
+        steps: number of training steps of each point, divided among the phases in the recipe's proportions; null: that
+            of the recipe.
+        seconds: instead of `steps`: approximate time of each training, from the measured speed of a step.
+        parallel: number of points to train in parallel on this machine.
+        evaluate: settings of `ldm-vae evaluate`, for example `resolution=256`. The images are those of the training.
     """
 
     output: str = "???"

@@ -88,23 +88,23 @@ class EvaluateConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
-        part: held_out (what training never saw), its halves validation and test, train or all.
+        part: held_out (not used in training), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
-        count: at most so many images, evenly spread over the part; null: all.
-        baseline_images: at most so many training images fit the linear baseline.
-        codecs: image codecs at equal bytes: JPEG, WebP, AVIF; `[]` for none.
-        equal_bytes_bits_per_pixel: the codecs' budget; null: the rate of the autoencoder, image by image.
+        count: largest number of images, evenly spread over the part; null: all.
+        baseline_images: largest number of training images for the fit of the linear baseline.
+        codecs: image codecs to compare with at equal bytes: JPEG, WebP, AVIF; `[]` for none.
+        equal_bytes_bits_per_pixel: bits per pixel for the codecs; null: the rate of the autoencoder for each image.
         perceptual_net: the LPIPS network; null: no LPIPS.
         perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
-        distribution: kid or fid (with KID) of the reconstructions; none.
-        fid: `force` prints a FID of fewer than 5,000 images, which misleads.
+        distribution: kid or fid (which includes KID) of the reconstructions, or none.
+        fid: `force` prints a FID of fewer than 5,000 images, which is misleading.
         inception_weights: a local file of torch-fidelity's Inception weights; null: its download.
-        kid_subset: images in each of KID's subsets; a quarter of the images where that is less.
+        kid_subset: images in each of KID's subsets; at most a quarter of the images.
         batch: images per forward pass.
-        examples: images kept to look at.
-        seed: of the posterior samples and of KID's subsets.
+        examples: number of example images to save.
+        seed: seed of the posterior samples and of KID's subsets.
         device: auto, cpu, cuda, cuda:1 ... Under torchrun, auto and cuda give each process its own GPU.
-        processes: how many processes must have been launched; null: any number.
+        processes: required number of launched processes; null: any number.
     """
 
     autoencoder: str = "???"
@@ -836,12 +836,12 @@ class ReconstructConfig:
       ldm-vae reconstruct runs/mine holiday.jpg portraits/ output=seen
 
     Args:
-        autoencoder: a run of `ldm-vae train-vae`, a diffusers directory, or a hub id.
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         images: image files and folders.
         output: the folder for the pictures.
-        resolution: first resize and crop the center to N x N pixels; null: their own size.
+        resolution: side in pixels to which images are scaled and cropped; null: their own size.
         sample: decode a posterior sample instead of the mean.
-        seed: of the posterior samples.
+        seed: seed of the posterior samples.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

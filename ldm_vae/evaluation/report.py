@@ -244,7 +244,7 @@ class ReportConfig:
       ldm-vae report runs/quickstart
 
     Args:
-        run: the folder that holds the stages' folders.
+        run: the folder with the folders of the stages (vae, latents, diffusion ...).
         output: the HTML file; null: report.html in that folder.
     """
 

@@ -265,7 +265,9 @@ class Study:
         if before != now:
             changes["autoencoder fingerprint"] = (before[:15], now[:15])
         if changes:
-            listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in changes.items())
+            listed = ", ".join(
+                f"{key} ({json.dumps(before)} -> {json.dumps(after)})" for key, (before, after) in changes.items()
+            )
             raise UserError(f"{self.output}: holds the result of {listed}; give another output, or --overwrite")
         for other, (recorded, present) in self.inputs(results).items():
             if recorded != present:

@@ -1,1 +1,1 @@
-"""Stage 2: a dataset becomes latent shards, once: format, encoding, statistics, reading. Knows nothing of diffusion."""
+"""Stage 2: a dataset becomes latent shards, once: format, encoding, statistics, reading. Independent of diffusion."""

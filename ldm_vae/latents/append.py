@@ -1,7 +1,7 @@
-"""Adding images to a finished set: those whose ids are not in it yet become a new segment, in shards of their own.
+"""Adding images to a finished set: images whose ids are not in it yet become a new segment with its own shards.
 
-Owns which images these are, and their place in the set; encoding them is `encode`'s work. No file that is there changes
-but the records of the whole set, and these only when the new shards are complete.
+This module finds the new images and their place in the set; `encode` encodes them. Existing shards never change. The
+records of the whole set change only when the new shards are complete.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ SHOWN_CLASSES = 10
 
 @dataclass(frozen=True)
 class AppendConfig(EncodeConfig):
-    """`ldm-vae latents append`: its source has grown, or there is another one.
+    """`ldm-vae latents append`: add the new images of a source that has grown, or the images of another source.
 
-    The settings are those of `ldm-vae encode`, with the autoencoder and everything else as they were; an image is new
-    when its id (path below the folder, row of the dataset) is not in the set. The new latents get shards of their own;
-    those that are there stay as they are, and the set is the old one until the new one is complete. The same command
-    continues an interrupted job, and says so when nothing is new. Rows are known by their numbers: new files of a
-    dataset that do not sort behind the old ones have to be appended alone, with id_prefix.
+    Give the settings of the `ldm-vae encode` command that made the set, with the same autoencoder. An image is new if
+    its id (path below the folder, row of the dataset) is not in the set. The new latents get their own shards.
+    Existing shards do not change, and readers get the old set until the new one is complete. The same command
+    continues an interrupted job, and reports when nothing is new. Rows of a dataset are identified by number: if new
+    files do not sort after the old ones, append them alone, with id_prefix.
 
       ldm-vae latents append runs/mine data=~/images output=latents/mine
       ldm-vae latents append runs/mine data=~/more-images output=latents/mine id_prefix=more/
       torchrun --nproc_per_node 4 -m ldm_vae.cli latents append runs/mine output=latents/mine ...
 
     Args:
-        id_prefix: put before the ids of these images, where another source uses ids that the set has already.
+        id_prefix: text before the ids of these images, if another source uses ids that the set has already.
     """
 
     id_prefix: str = ""
@@ -80,13 +80,13 @@ class AppendConfig(EncodeConfig):
 
 @dataclass(frozen=True)
 class NewSegment:
-    """A segment that is to be made.
+    """A segment to be made.
 
     Attributes:
-        number: of the segment; 1 or more.
+        number: number of the segment; 1 or more.
         origin: its plan.
         keys: its images in the source, int64, increasing; see `RandomAccessImages.keys`.
-        known_names: class names of the segments before.
+        known_names: class names of the earlier segments.
     """
 
     number: int
@@ -99,18 +99,18 @@ def append_images(config: AppendConfig, *, dry_run: bool = False) -> EncodeResul
     """Add the images that are not in the set yet, for each size. An interrupted run is continued.
 
     Args:
-        dry_run: say which images are new and how long encoding them takes; write nothing.
+        dry_run: report which images are new and how long encoding them takes; write nothing.
 
-    Returns: the sets as they are now.
+    Returns: the sets after the job.
 
     Raises:
-        UserError: there is no finished set, the settings are not those of the set, or the images are not usable.
+        UserError: there is no finished set, the settings differ from the set's, or the images are not usable.
     """
     return run_job(config, partial(append_all_sizes, dry_run=dry_run))
 
 
 def append_all_sizes(config: AppendConfig, accelerator: Any, dry_run: bool = False) -> EncodeResult:
-    """`append_images` with an accelerator that is open. For all processes."""
+    """`append_images` with an open accelerator. For all processes."""
     job, made = None, list[Manifest | None]()
     for size, one in config.of_each_size():
         manifest = run_on_main(accelerator, partial(read_manifest, one.output))  # before anything that takes time
@@ -133,12 +133,12 @@ def _preview(job: Job, output: Output) -> None:
 
 
 def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment: int) -> tuple[Job, Output]:
-    """The job that made a segment (1 or later) of a finished set, to make shards of it again. For all processes.
+    """The job that made a segment (1 or later) of a finished set, for making its shards again. For all processes.
 
-    The source may have grown since, by images that other segments hold. All sidecars of the other segments are read.
+    The source may have grown since, by images of other segments. All sidecars of the other segments are read.
 
     Raises:
-        UserError: the settings or the images are not those of the segment; a sidecar of another segment is damaged.
+        UserError: the settings or images differ from the segment's, or a sidecar of another segment is damaged.
     """
     assert segment > 0, "the first segment is what `prepare` gives"
     job = prepare(config, accelerator)
@@ -146,15 +146,15 @@ def segment_job(config: EncodeConfig, accelerator: Any, folder: Folder, segment:
 
 
 def open_segment(job: Job, folder: Folder, segment: NewSegment) -> tuple[Job, Output]:
-    """The job that makes a segment, from one of its whole source."""
+    """The job for a segment, from the job for its whole source."""
     images = NewImages(_addressable(job), segment)
     return replace(job, images=images, origin=segment.origin), Output(folder, segment.origin, segment.number)
 
 
 def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
-    """The segment that is to be made now, the interrupted one where there is one; None where nothing is new.
+    """The segment to make now: an interrupted one if there is one; None if nothing is new.
 
-    `job`: of the whole source. Says how many images are new. Raises: UserError, see `append_images`.
+    `job`: for the whole source. Reports how many images are new. Raises: UserError, see `append_images`.
     """
     where = folder.location
     manifest = read_manifest(folder)
@@ -168,8 +168,8 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
     under_way = folder.exists(plan_name(number))
     if left_out := known.left_out(id_prefix + images.id(key) for key in keys[~new].tolist()):
         say(
-            f"{where}: {left_out} of those with known ids {'was' if left_out == 1 else 'were'} left out when they were "
-            "encoded; to add one that was mended, give it another name, or append it alone with id_prefix=NAME/"
+            f"{where}: {left_out} of the images with known ids {'was' if left_out == 1 else 'were'} left out at the "
+            "first encoding; to add a repaired one, give it another name, or append it alone with id_prefix=NAME/"
         )
     if not count and not under_way:
         what = "the image is" if total == 1 else f"all {total} images are"
@@ -182,8 +182,7 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
     segment = _planned(job, images, manifest, number, keys[new], place, id_prefix)
     if under_way:
         advice = (
-            f"give the images of the append that was interrupted, or delete {plan_name(number)} to begin it anew with "
-            "these"
+            f"give the images of the interrupted append, or delete {plan_name(number)} to start it again with these"
         )
         check_same(to_dict(segment.origin), read_plan(folder, number), f"{where}/{plan_name(number)}", advice)
     _say_classes(manifest, segment.origin.dataset["label_names"], where)
@@ -191,7 +190,7 @@ def next_segment(job: Job, folder: Folder, id_prefix: str) -> NewSegment | None:
 
 
 def _say_classes(manifest: Manifest, names: Sequence[str], where: str) -> None:
-    """What the classes of new images mean for a set. `names`: of theirs."""
+    """Warn if only the set or only the new images have classes. `names`: classes of the new images."""
     if manifest.label_names and not names:
         say(f"{where}: the images of the set have classes, the new ones have none; their label will be -1")
     if names and not manifest.label_names:
@@ -210,16 +209,16 @@ def _made_segment(job: Job, folder: Folder, number: int) -> NewSegment:
     keys, shards = _looked_up(images, KnownIds(folder, others), prefix)
     place = (origin.first_shard, origin.first_index)
     segment = _planned(job, images, manifest, number, keys[shards < 0], place, prefix)
-    advice = "give the settings and the images that this segment was made with"
+    advice = "give the settings and images that this segment was made with"
     check_same(to_dict(segment.origin), read_plan(folder, number), where, advice)
     return segment
 
 
 def first_segment(job: Job, folder: Folder) -> NewSegment:
-    """The first segment of a set whose source has grown since: what is in no other segment, if that is what it was.
+    """The first segment of a set whose source has grown since: the images that are in no other segment.
 
     Raises:
-        UserError: the settings, or these images, are not those of the segment.
+        UserError: the settings or these images differ from the segment's.
     """
     manifest, origin = read_manifest(folder), read_origin(folder)
     images, where = _addressable(job), folder.location
@@ -227,20 +226,23 @@ def first_segment(job: Job, folder: Folder) -> NewSegment:
     end = manifest.datasets[1]["first_shard"] if len(manifest.datasets) > 1 else manifest.shards
     keys, shards = _looked_up(images, KnownIds(folder, range(end, manifest.shards)), "")
     keys, count = keys[shards < 0], manifest.datasets[0]["count"]
-    advice = "give exactly the images of the first run, or those and the ones that were appended"
+    advice = "give exactly the images of the first run, or these and the appended images"
     if len(keys) != count:
         raise UserError(
-            f"{where}: its first segment has {count} images, and {len(keys)} of those given are in no other; {advice}"
+            f"{where}: its first segment has {count} images, but {len(keys)} of the given images are in no other "
+            f"segment; {advice}"
         )
     for number in range(end):
         try:
             sidecar = read_sidecar(folder, number)
         except UserError:
-            continue  # damaged; its ids are those between those of its neighbors
+            continue  # damaged; its ids lie between those of its neighbors
         ids = {line.index: line.id for line in sidecar.samples} | {line.index: line.id for line in sidecar.rejected}
         for index, expected in ids.items():
             if (id := images.id(int(keys[index]))) != expected:
-                raise UserError(f"{where}: image {index} is {expected} there and {id} here; {advice}")
+                raise UserError(
+                    f"{where}: image {index} is {expected} in the set and {id} in the given images; {advice}"
+                )
     return NewSegment(0, origin, keys, ())
 
 
@@ -248,7 +250,7 @@ def _planned(
     job: Job, images: Addressable, manifest: Manifest, number: int, keys: np.ndarray, place: tuple[int, int],
     id_prefix: str,
 ) -> NewSegment:  # fmt: skip
-    """The segment of the images at `keys`; `place`: its first shard and index. Everything else is as in the set."""
+    """The segment of the images at `keys`; `place`: its first shard and index. All else is as in the set."""
     known_names: tuple[str, ...] = ()
     for record in manifest.datasets[:number]:
         known_names = merge_label_names(known_names, record["label_names"])
@@ -263,14 +265,14 @@ def _addressable(job: Job) -> Addressable:
     """Raises: UserError for a stream of unknown length."""
     if not isinstance(job.images, Addressable):
         raise UserError(
-            "data.datasets.streaming: the images of this stream cannot be counted, so that what is new in it is not "
-            "known; give parquet or plain tar files, or set it to false"
+            "data.datasets.streaming: the images of this stream cannot be counted, so new images cannot be found; "
+            "give parquet or plain tar files, or set it to false"
         )
     return job.images
 
 
 def _check_recipe(job: Job, manifest: Manifest, where: str) -> None:
-    """Raises: UserError unless the new latents would be like those of the set, of the same part of their source."""
+    """Raises: UserError unless the new latents are made like those of the set, from the same part of their source."""
 
     def recipe(values: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
         part = {key: dataset.get(key, ours[key]) for key in ("part", "held_out")}
@@ -282,7 +284,7 @@ def _check_recipe(job: Job, manifest: Manifest, where: str) -> None:
 
 
 def _looked_up(images: Addressable, known: KnownIds, id_prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """(key of every image of the source, the shard that has its id, -1 for a new one), both int64."""
+    """(key of every image of the source, the shard that has its id or -1 for a new image), both int64."""
     keys, shards, every = [], [], iter(images.keys())
     while chunk := list(islice(every, IDS_AT_ONCE)):
         keys.append(np.array(chunk, np.int64))
@@ -330,25 +332,25 @@ class _Renamed:
         return self.item.read()
 
 
-# The ids that a set has already, and whether they stand for the same images: two folders may both hold `000.png`.
+# The ids in a set, and whether they belong to the same images: two folders may both have a `000.png`.
 
 COMPARED_IMAGES = 8
-"""Of those whose ids are known; each costs an image and, behind a URL, the download of a shard."""
+"""Number of images with known ids to compare. Each costs an image and, behind a URL, the download of a shard."""
 
 COMPARED_ROWS, LAST_ROWS = 16, 4
-"""Where ids are row numbers: evenly spread ones, and the last ones, which move with any row before them."""
+"""For ids that are row numbers: evenly spread rows, and the last rows, which move if an earlier row is added."""
 
 OTHER_IMAGE = 0.2
-"""Distance between latents, in units of their spread over the set, from which on they are of two images (two images
-taken at random have about 1.4; the same one 0.01, on another device); for codes the share that differs. The noise of
-stored samples counts as spread, so that of very noisy ones other images pass."""
+"""Latents at this distance or more belong to different images. The unit is their spread over the set; for codes it is
+the share that differs. Two random images have a distance of about 1.4, the same image on another device 0.01. The noise
+of stored samples counts as spread, so with very noisy samples a changed image may pass."""
 
 
 class KnownIds:
-    """The ids of shards, of samples and of images left out alike.
+    """The ids of shards, both of samples and of rejected images.
 
-    Held as sorted 64-bit hashes with the shard of each: 12 bytes an id. A new image is taken for a known one by chance
-    with a probability of (new ids) (known ids) / 2^64: 5e-6 for a million new ones in a set of 100 million.
+    Stored as sorted 64-bit hashes with the shard of each: 12 bytes per id. The probability that a new image has the
+    hash of a known one is (new ids) (known ids) / 2^64: 5e-6 for a million new ids and a set of 100 million.
     """
 
     def __init__(self, folder: Folder, numbers: Sequence[int]) -> None:
@@ -363,25 +365,25 @@ class KnownIds:
         self.hashes, self.shards = hashes[order], shards[order]
 
     def find(self, ids: Iterable[str]) -> np.ndarray:
-        """Of each id the number of its shard; -1 where it is in none. int32."""
+        """The shard number of each id, int32; -1 for an id that is in no shard."""
         hashes = _hashes(ids)
         places = self.hashes.searchsorted(hashes).clip(max=len(self.hashes) - 1)
         return np.where(self.hashes[places] == hashes, self.shards[places], np.int32(-1))
 
     def left_out(self, ids: Iterable[str]) -> int:
-        """How many of these are of images that were left out."""
+        """How many of these ids belong to rejected images."""
         return int(np.isin(_hashes(ids), self._left_out).sum()) if len(self._left_out) else 0
 
 
 def _hashes_of(folder: Folder, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of all ids of a shard, and of those of images that were left out."""
+    """Hashes of all ids of a shard, and of the ids of its rejected images."""
     sidecar = read_sidecar(folder, number)
     left_out = _hashes(rejection.id for rejection in sidecar.rejected)
     return np.concatenate([_hashes(sample.id for sample in sidecar.samples), left_out]), left_out
 
 
 def _hashes(ids: Iterable[str]) -> np.ndarray:
-    """xxh3_64 of each, uint64."""
+    """xxh3_64 of each id, uint64."""
     import xxhash
 
     return np.fromiter((xxhash.xxh3_64_intdigest(id.encode()) for id in ids), np.uint64)
@@ -390,36 +392,36 @@ def _hashes(ids: Iterable[str]) -> np.ndarray:
 def refuse_other_images(
     job: Job, images: Addressable, manifest: Manifest, keys: np.ndarray, shards: np.ndarray, id_prefix: str
 ) -> None:
-    """Encode a few of the images with known ids, and compare: another source may use the same ids (`000.png`).
+    """Encode a few of the images with known ids and compare, since another source may use the same ids (`000.png`).
 
-    Raises: UserError when most of them are other images than those in the set; where ids are row numbers, when any is.
+    Raises: UserError if most of them differ from those in the set, or, if ids are row numbers, if any differs.
     """
     where, rows = str(manifest.where.location), job.origin.dataset["source"] == "datasets"
     compared, others, relabeled = _compare(job, images, manifest, keys, shards, id_prefix)
     if others and rows:
         raise UserError(
             f"{where}: {others[0]} is another image now ({len(others)} of {compared} compared differ), and ids are row "
-            "numbers here: rows have moved, as when new files sort before old ones, or it is another dataset; append "
+            "numbers here: rows have moved (do new files sort before old ones?), or it is another dataset; append "
             "the new files alone (not the whole source) with id_prefix=NAME/"
         )
     if 2 * len(others) > compared:
         raise UserError(
-            f"{where}: holds another image as {others[0]} ({len(others)} of {compared} compared differ); tell the ids "
-            "of another source apart, as id_prefix=NAME/, or encode images that were changed to another output"
+            f"{where}: holds another image as {others[0]} ({len(others)} of {compared} compared differ); for "
+            "another source, give id_prefix=NAME/; if the images were changed, encode them to another output"
         )
     for id in others:
-        say(f"{where}: {id} has changed since it was encoded; its latent stays as it is")
+        say(f"{where}: {id} has changed since it was encoded; its latent is kept")
     if relabeled:
         say(
-            f"{where}: {len(relabeled)} of {compared} compared images have another label now, as {relabeled[0]}; the "
-            "labels in the set stay as they are"
+            f"{where}: {len(relabeled)} of {compared} compared images have another label now, for example "
+            f"{relabeled[0]}; the labels in the set are kept"
         )
 
 
 def _compare(
     job: Job, images: Addressable, manifest: Manifest, keys: np.ndarray, shards: np.ndarray, id_prefix: str
 ) -> tuple[int, list[str], list[str]]:
-    """(how many images were compared, ids of those that are others now, those with another label now and which)."""
+    """(number of compared images, ids of the images that differ, descriptions of the labels that differ)."""
     known = _spread_out(job, images, manifest, keys, shards, id_prefix)
     mean = "mean" if manifest.content == "moments" else None
     location = str(manifest.where.location)
@@ -444,7 +446,7 @@ def _compare(
 
 
 def _name(names: Sequence[str], label: int) -> str:
-    """Of a class; empty for none."""
+    """The name of a class; empty for none."""
     return names[label] if 0 <= label < len(names) else ""
 
 
@@ -460,7 +462,7 @@ class _Known:
 def _spread_out(
     job: Job, images: Addressable, manifest: Manifest, keys: np.ndarray, shards: np.ndarray, id_prefix: str
 ) -> list[_Known]:
-    """A few of the images at `keys`, whose ids are in `shards`; those that were left out then are passed over."""
+    """A few of the images at `keys`, whose ids are in `shards`, without images that were rejected then."""
     found: list[_Known] = []
     starts = manifest.shard_index.counts.cumsum() - manifest.shard_index.counts
     rows = job.origin.dataset["source"] == "datasets"
@@ -476,7 +478,7 @@ def _spread_out(
 
 
 def _spread(manifest: Manifest) -> float:
-    """The root of the summed variances of the channels of a set's latents, posterior noise left out; 1 for codes."""
+    """The root of the sum of the channel variances of a set's latents, without posterior noise; 1 for codes."""
     if manifest.content == "indices":
         return 1.0
     sums = manifest.shard_index.sums.copy()
@@ -487,7 +489,7 @@ def _spread(manifest: Manifest) -> float:
 
 
 def _distance(made: Tensor, stored: dict[str, Any], spread: float) -> float:
-    """Of what is made of an image now from what is stored; see `OTHER_IMAGE`."""
+    """The distance of an image's new latent from the stored one; see `OTHER_IMAGE`."""
     if "indices" in stored:
         return float((made != stored["indices"]).float().mean())
     latent = stored["latent"]

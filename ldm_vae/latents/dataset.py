@@ -31,10 +31,10 @@ from ldm_vae.training.loader import Order, permuted, round_keys
 from ldm_vae.utils.numbers import whole_number
 
 MOST_OPEN_SHARDS = 1 << 14
-"""Mapped at once by a process; the kernel allows it about 65,000 mappings in all."""
+"""Number of shards that a process maps at the same time; the kernel allows about 65,000 mappings."""
 
 FETCHED_BYTES = 32 * 10**9
-"""About so much of a set behind a URL stays mapped: a copy that the cache has removed takes its space until then."""
+"""Approximate size of the mapped part of a set behind a URL. Removed cache copies use disk space while mapped."""
 
 Posterior = Literal["sample", "mean", "moments"]
 
@@ -47,14 +47,14 @@ class LatentDataset(Dataset):
         batch = dataset[[3, 17, 99]]                       # {"latent": (3, c, h, w), "label": (3,), "index": (3,)}
         x = dataset.normalizer.normalize(batch["latent"])  # latents are *not* normalized
 
-    A shard is opened, and compared with its checksum, when one of its samples is first read, in each process on its
-    own: safe in data loader workers. A shard behind a URL is fetched whole into a local cache at that moment.
+    Each process opens a shard, and compares it with its checksum, when it first reads one of its samples. This is safe
+    in data loader workers. A shard behind a URL is then downloaded to a local cache.
 
     Args:
         path: the folder with `manifest.json`, or its URL.
-        seed: of the posterior noise and of the choice between an image and its mirror image.
-        posterior: what is made of stored moments: `sample` draws from the posterior, `mean` and `moments` are as
-            stored. None: `sample`. Must be None for a set that holds something else.
+        seed: seed of the posterior noise and of the choice between an image and its mirror image.
+        posterior: the form of stored moments: `sample` draws from the posterior, `mean` and `moments` are as stored.
+            None: `sample`. Must be None for a set that does not store moments.
         flip: use the stored mirror images half of the time, if there are any.
         part: all samples, or one part of the split by the hash of their ids, see `data.split`. This reads every id:
             encode large sets with `part=` instead.
@@ -63,8 +63,8 @@ class LatentDataset(Dataset):
             the result.
 
     Attributes:
-        manifest: what the set is, see `format.Manifest`: statistics, label names, autoencoder, preprocessing.
-        layout: what is stored of each image.
+        manifest: description of the set, see `format.Manifest`: statistics, label names, autoencoder, preprocessing.
+        layout: the stored tensors.
         index: one record for each shard.
         where: the folder or URL, as text.
 
@@ -104,11 +104,11 @@ class LatentDataset(Dataset):
         if is_url(self.where):
             mean_bytes = max(1, self.index.size_bytes // len(self.index))
             self._most_open = min(MOST_OPEN_SHARDS, max(64, FETCHED_BYTES // mean_bytes))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         self._verified = torch.zeros(len(self.index), dtype=torch.bool).share_memory_()
 
     def _describe(self) -> None:
-        """Set the name, shape and precision of an item (bfloat16 as its bits)."""
+        """Set the name, shape and precision of an item (bfloat16 as uint16)."""
         content, dtype = self.manifest.content, self.manifest.dtype
         self._stored_kind: Any = np.uint16 if dtype == "bfloat16" else np.dtype(dtype).type
         self._kind: Any
@@ -128,7 +128,7 @@ class LatentDataset(Dataset):
 
     @property
     def shard_counts(self) -> np.ndarray:
-        """Samples of this dataset in each shard, int64; those of one shard follow each other."""
+        """Number of samples of this dataset in each shard, int64. Samples of a shard are consecutive."""
         if isinstance(self._rows, range):
             return self.index.counts
         ends = np.frombuffer(self._ends, np.int64)
@@ -138,7 +138,7 @@ class LatentDataset(Dataset):
         return len(self._rows)
 
     def __getitem__(self, i: int | slice | Sequence[int] | np.ndarray | Tensor) -> dict[str, Any]:
-        """Sample `i`; what is random in it is a function of (seed, epoch, source index), see `set_epoch`.
+        """Sample `i`. Its random numbers are a function of (seed, epoch, source index), see `set_epoch`.
 
         A list of indices gives a stacked batch of these samples, with a leading axis (n): with
         `DataLoader(dataset, batch_size=None, sampler=BATCHES)` that is about three times as fast as collating them.
@@ -156,7 +156,7 @@ class LatentDataset(Dataset):
         return self._batch(i) if isinstance(i, Sequence) else self._one(whole_number(i, "index"))
 
     def sample(self, index: int, position: int, size: int | None = None) -> dict[str, Any]:
-        """Sample `index` as the training sample at global `position`: the noise is a function of (seed, position).
+        """Sample `index` as the training sample at global `position`. The noise is a function of (seed, position).
 
         For `training.loader`. `size` has no effect here.
         """
@@ -165,7 +165,7 @@ class LatentDataset(Dataset):
     def versions(self, i: int) -> Tensor:
         """Every stored latent of image `i`, without noise: (v, c, h, w) float32.
 
-        v is 2 in a set with mirror images, the image first, and 1 in others. Of moments the means. Not for codes.
+        v is 2 in a set with mirror images (the image comes first), otherwise 1. For moments, the means. Not for codes.
         """
         number, row = self.locate(i)
         shard = self._shard(number)
@@ -173,7 +173,7 @@ class LatentDataset(Dataset):
         return stored.view(STORED_DTYPES[self.manifest.dtype])[:, : self.manifest.latent_shape[0]].float()
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch gives other posterior samples (for indexing; workers see it at once)."""
+        """Set the epoch, which changes the posterior samples (for indexing; takes effect in workers immediately)."""
         self._epoch.fill_(epoch)
 
     def id(self, i: int) -> str:
@@ -198,7 +198,7 @@ class LatentDataset(Dataset):
         return {self._name: self._tensor(values), "label": label, "index": index}
 
     def _batch(self, samples: Sequence[int]) -> dict[str, Tensor]:
-        # numpy's memory: from 4 MiB it asks for huge pages, torch's costs a page fault every 4 KiB
+        # numpy's memory uses huge pages from 4 MiB, torch's has a page fault every 4 KiB
         values: np.ndarray = np.empty((len(samples), *self._shape), self._kind)
         moment, labels, indices = self._this_epoch(), [], []
         scratch = self._scratch() if self._name == "latent" else None
@@ -214,7 +214,7 @@ class LatentDataset(Dataset):
         return {self._name: self._tensor(values), "label": label, "index": index}
 
     def _this_epoch(self) -> tuple[str, int]:
-        return "epoch", int(self._epoch) if self._draws else 0  # reading a tensor takes as long as a tenth of a sample
+        return "epoch", int(self._epoch) if self._draws else 0  # reading a tensor takes a tenth of the time of a sample
 
     def _row(self, i: int, moment: tuple[int | str, ...]) -> tuple[np.ndarray, int, int, tuple[int | str, ...]]:
         """(what is stored for sample `i` or its mirror image, not copied; label; source index; key of its noise).
@@ -228,16 +228,16 @@ class LatentDataset(Dataset):
         return stored[row], shard["label"].item(row), index, key
 
     def _scratch(self) -> tuple[Tensor, Tensor]:
-        """Room for one stored row, and for it in float32."""
+        """Buffers for one stored row, and for it in float32."""
         row: np.ndarray = np.empty(self.layout.sample_shape, self._stored_kind)
         return torch.from_numpy(row), torch.empty(self.layout.sample_shape)
 
     def _fill(
         self, values: np.ndarray, stored: np.ndarray, key: tuple[int | str, ...], scratch: tuple[Tensor, Tensor]
     ) -> None:
-        """A latent from what is stored of it."""
+        """A latent from its stored form."""
         row, full = scratch
-        row.numpy()[...] = stored  # the only copy out of the mapped file; the rest happens in the processor's cache
+        row.numpy()[...] = stored  # the only copy from the mapped file; the rest stays in the processor's cache
         latent, cached = torch.from_numpy(values), row.view(STORED_DTYPES[self.manifest.dtype])
         if self.manifest.content != "moments" or self.posterior == "mean":
             latent.copy_(cached[: len(latent)])
@@ -279,16 +279,16 @@ class LatentDataset(Dataset):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """Mapped files are opened anew in the process that unpickles this; they would travel as copies."""
+        """Without the mapped files, which would be pickled as copies; the other process opens them again."""
         return self.__dict__ | {"_open": OrderedDict()}
 
 
-# The order in which latents are read: block by block of shards, and batches of any order for a plain DataLoader.
+# The order of latents: block by block of shards, and batches in any order for a plain DataLoader.
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Shards in the order of one epoch: where each ends among the positions, and from there to its dataset indices."""
+    """Shards in the order of one epoch: the position where each ends, and the offset to its dataset indices."""
 
     ends: np.ndarray
     shifts: np.ndarray
@@ -296,14 +296,14 @@ class _Epoch:
 
 @dataclass(frozen=True, eq=False)
 class ShardBlockOrder:
-    """Every epoch shuffles the shards, then the samples inside blocks of `block` shards, one block after the other.
+    """Shuffles in every epoch the shards, then the samples inside blocks of `block` shards, block by block.
 
-    For sets larger than memory: reads touch `block` shards at a time. Holds 16 bytes a shard, for one epoch.
+    For sets larger than memory: reads touch `block` shards at a time. Needs 16 bytes per shard.
 
     Args:
-        seed: of the order.
-        shard_counts: samples of each shard, int64 (shards,), which follow each other in the dataset; 0 is allowed.
-        block: shards a block; the last block of an epoch takes what remains.
+        seed: seed of the order.
+        shard_counts: number of samples of each shard, int64 (shards,), in the order of the dataset; 0 is allowed.
+        block: shards per block; the last block of an epoch has the remaining shards.
 
     Raises:
         UserError: no samples, or no shards in a block.
@@ -318,13 +318,13 @@ class ShardBlockOrder:
         for name in ("seed", "block"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.block < 1:
-            raise UserError(f"order: a block of {self.block} shards holds nothing; give 1 or more")
+            raise UserError(f"order: a block of {self.block} shards is empty; give 1 or more")
         if self.count < 1:
             raise UserError(f"order: {len(self.shard_counts)} shards hold no samples; give a set that holds some")
 
     @cached_property
     def count(self) -> int:
-        """Samples in the set."""
+        """Number of samples in the set."""
         return int(self.shard_counts.sum())
 
     def __call__(self, position: int) -> int:
@@ -339,7 +339,7 @@ class ShardBlockOrder:
 
     def _shards(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            self._epochs.clear()  # positions increase: the epoch before is not asked for again
+            self._epochs.clear()  # positions increase, so earlier epochs are not needed again
             shards = numpy_rng(self.seed, "order", epoch).permutation(len(self.shard_counts))
             counts = self.shard_counts[shards]
             ends = counts.cumsum()
@@ -351,9 +351,9 @@ class ShardBlockOrder:
 class OrderedSampler(Sampler[list[int]]):
     """The `batch_sampler` of a plain DataLoader: this process's share of each step, a function of the step's number.
 
-    Every process takes a contiguous share of the same global batch, so that step `s` holds the same samples on any
-    number of processes. An epoch has `steps_per_epoch` steps; the samples of its order that do not fill another batch
-    are left out, other ones in each epoch. Do not let `accelerate` prepare the loader: it would divide it again.
+    Every process takes a contiguous share of the same global batch, so that step `s` has the same samples for any
+    number of processes. An epoch has `steps_per_epoch` steps. The remaining samples, which do not fill a batch, are
+    dropped; they differ in each epoch. Do not let `accelerate` prepare the loader, which would divide it again.
 
         while step < steps:
             dataset.set_epoch(sampler.start_at(step))
@@ -362,9 +362,9 @@ class OrderedSampler(Sampler[list[int]]):
                 step += 1
 
     Args:
-        order: which sample comes when.
-        global_batch: samples a step over all processes.
-        rank, processes: which share is this process's.
+        order: the order of the samples.
+        global_batch: samples per step over all processes.
+        rank, processes: number of this process, and of all.
 
     Raises:
         UserError: the batch does not divide into the processes, or is larger than the set.
@@ -383,7 +383,7 @@ class OrderedSampler(Sampler[list[int]]):
         if global_batch > order.count:
             raise UserError(f"batch: {global_batch} samples per step are more than the {order.count} of the set")
         if not 0 <= rank < processes:
-            raise UserError(f"rank: {rank} is none of {processes} process(es); give 0 to {processes - 1}")
+            raise UserError(f"rank: {rank} is not one of {processes} process(es); give 0 to {processes - 1}")
         self.order, self.global_batch, self.rank, self.processes = order, global_batch, rank, processes
         self._first_step = 0
 
@@ -392,12 +392,12 @@ class OrderedSampler(Sampler[list[int]]):
         return self.order.count // self.global_batch
 
     def start_at(self, step: int) -> int:
-        """Let the next pass begin with `step`; it goes to the end of that step's epoch. Returns: the epoch."""
+        """Let the next pass begin with `step`; it ends with that step's epoch. Returns: the epoch."""
         self._first_step = whole_number(step, "step")
         return self._first_step // self.steps_per_epoch
 
     def __len__(self) -> int:
-        """Steps of the next pass."""
+        """Number of steps of the next pass."""
         return self.steps_per_epoch - self._first_step % self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -411,14 +411,14 @@ class OrderedSampler(Sampler[list[int]]):
 # Choosing samples, and the labels of all samples, read without the latents.
 
 HEADER_BYTES = 1 << 12
-"""Read at first, with the indices and labels that follow; where they lie elsewhere, a second read finds them."""
+"""Bytes of the first read, usually with indices and labels; otherwise a second read gets them."""
 
 MOST_SHARDS = 256
-"""That samples are taken from: behind a URL each is fetched whole."""
+"""Largest number of shards to take samples from, since each shard behind a URL is downloaded whole."""
 
 
 def samples_per_shard(counts: np.ndarray, samples: int, shards: int = MOST_SHARDS) -> list[int]:
-    """At most `samples` numbers of samples, evenly spread over at most `shards` shards, which are evenly spread."""
+    """Indices of at most `samples` samples, evenly spread over at most `shards` evenly spread shards."""
     filled = np.flatnonzero(counts)
     chosen = filled[evenly(len(filled), shards)]
     before, ends = np.cumsum(counts)[chosen] - counts[chosen], np.cumsum(counts[chosen])
@@ -428,13 +428,13 @@ def samples_per_shard(counts: np.ndarray, samples: int, shards: int = MOST_SHARD
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` of the numbers below `count`, in the middle of as many equal parts."""
+    """At most `wanted` of the numbers below `count`: the centers of equal parts."""
     wanted = min(count, wanted)
     return (2 * np.arange(wanted) + 1) * count // (2 * max(1, wanted))
 
 
 def read_labels(manifest: Manifest) -> np.ndarray:
-    """(count,) int64 in the order of the samples, -1 for none. Raises: UserError for a missing or damaged shard."""
+    """Labels (count,) int64 of all samples, -1 for none. Raises: UserError for a missing or damaged shard."""
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda number: _labels_of(manifest, number), range(manifest.shards)))
     return np.concatenate([np.empty(0, np.int64), *found])
@@ -461,7 +461,7 @@ def _labels_of(manifest: Manifest, number: int) -> np.ndarray:
 
 
 def label_text(manifest: Manifest, label: int) -> str:
-    """The name of a class; `class 7` where it has none, empty for no label."""
+    """The name of a class; `class 7` if it has none, empty without a label."""
     if label < 0:
         return ""
     return manifest.label_names[label] if label < len(manifest.label_names) else f"class {label}"

@@ -1,10 +1,10 @@
-"""`ldm-vae encode`: every image of a dataset once through the autoencoder, into shards, on any number of processes.
+"""`ldm-vae encode`: encode every image of a dataset once, into shards, with any number of processes.
 
     image_loader         encode_batch               OpenShard, Writer            Output
     images -> batches -> moments, mean, codes ... -> shard-N.safetensors, .jsonl -> index, manifest
 
-A work unit is a fixed range of source indices and becomes one shard, so the processes share the units and never talk
-while they work; a rerun makes only the shards that are missing.
+A work unit is a fixed range of source indices and becomes one shard. The processes share the units and need no
+communication while they work. A second run makes only the missing shards.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ from ldm_vae.utils.progress import Progress, begin, beside, end, end_dry_run, sa
 from ldm_vae.utils.text import duration_text, pluralize, size_text
 
 MOST_THREADS = 8
-"""Unless more are asked for: each thread holds a batch and its activations."""
+"""Default limit of `threads`, since each thread holds a batch and its activations."""
 
 LEAST_IMAGES = 1000
-"""Of a stream, whose length is unknown, before `maximum_rejected` can stop the job on the way."""
+"""Images of a stream of unknown length before `maximum_rejected` can stop the job."""
 
 Settings = TypeVar("Settings", bound="EncodeConfig")
 Result = TypeVar("Result")
@@ -70,38 +70,39 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """`ldm-vae encode`: once, on one or many processes.
+    """`ldm-vae encode`: encode all images once, with one or many processes.
 
-    The same command continues an interrupted job, making only what is missing; a finished set is left as it is.
+    The same command continues an interrupted job and makes only the missing shards. It does not change a finished set.
 
       ldm-vae encode runs/mine data=~/images output=latents/mine
       torchrun --nproc_per_node 4 scripts/encode_dataset.py runs/mine data=~/images output=latents/mine resolution=256
 
     Args:
-        autoencoder: directory of a diffusers autoencoder, or of a finished `train-vae` run.
-        output: folder for the shards, or any fsspec URL, as s3://bucket/latents.
-        resolution: pixels: the side of square images, HEIGHTxWIDTH, or several with commas (256,512x768), which
-            makes a set of each in a folder of that name.
+        autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
+        output: folder for the shards, or an fsspec URL such as s3://bucket/latents.
+        resolution: size in pixels: the side of square images, HEIGHTxWIDTH, or several sizes with commas (256,512x768),
+            which makes a set of each size in a folder of that name.
         store: `moments` (posterior mean and log-variance), `mean`, `sample` (one posterior sample), `indices` (codes
-            of a VQ or FSQ autoencoder); `auto`: moments where there is a posterior, else mean.
-        dtype: of what is stored; float16 keeps 11 significant bits, bfloat16 8. null: float16, for codes what they
-            need.
+            of a VQ or FSQ autoencoder); `auto`: moments if there is a posterior, else mean.
+        dtype: precision of the stored values: float16 has 11 significant bits, bfloat16 8. null: float16; for codes
+            the smallest sufficient type.
         flip: store each mirror image too; encoding does not commute with flipping.
-        batch: images a forward pass. Part of the plan: the last bits of a latent depend on it.
-        shard_size: images a shard; what an interruption can cost each process (each worker, for a stream of files).
+        batch: images per forward pass. Recorded with the set, because the last bits of a latent depend on it.
+        shard_size: images per shard. An interruption loses at most one shard of each process (of each worker, for a
+            stream of files).
         part: all images, or one part of the split that `data.held_out` defines: train, held_out, or its halves
             validation and test.
         maximum_rejected: share of unreadable images (0 to 1) above which the job stops; null: never.
-        seed: of the noise of store=sample.
-        share: "3/16": make the fourth (they count from 0) of 16 shares of the shards, for independent jobs on a
-            cluster; the same command without it completes the set.
+        seed: seed of the noise of store=sample.
+        share: for independent jobs on a cluster: `3/16` makes the fourth of 16 shares of the shards (counted from 0).
+            The same command without it completes the set.
         workers: image decoding processes for each encoding process.
-        threads: CPU only: batches computed at once, each on one core; null: one for each core, up to 8.
-        precision: of the computation; bf16 is faster and errs by about 0.4 % of each activation.
-        device: auto is a GPU where there is one.
-        processes: how many processes must have been launched; null: any number.
-        timeout_seconds: the longest wait for a batch of images, for a sign of life of another process, for anything;
-            what the first process does for all (counting files, publishing) may take twelve times as long.
+        threads: CPU only: number of batches computed in parallel, each on one core; null: one per core, up to 8.
+        precision: precision of the computation; bf16 is faster, with an error of about 0.4 % of each activation.
+        device: auto, cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
+        processes: required number of launched processes; null: any number.
+        timeout_seconds: the longest wait for a batch of images or for another process. Work of the first process for
+            all (counting files, publishing) may take twelve times as long.
     """
 
     autoencoder: str = "???"
@@ -134,9 +135,9 @@ class EncodeConfig:
                 "shard would be padded; change one of them"
             )
         if self.maximum_rejected is not None and not 0 <= self.maximum_rejected < 1:
-            raise UserError(f"maximum_rejected: {self.maximum_rejected} is not a share; give 0 up to, but not, 1")
+            raise UserError(f"maximum_rejected: {self.maximum_rejected} is not a share; give 0 or more, below 1")
         if self.data.cache_megabytes:
-            raise UserError("data.cache_megabytes: has no effect here, each image is read once; leave it out")
+            raise UserError("data.cache_megabytes: has no effect, since each image is read once; leave it out")
         if self.store == "indices" and self.dtype is not None:
             raise UserError("dtype: has no effect on codes, which are integers; leave it out")
         if self.seed and self.store != "sample":
@@ -146,7 +147,7 @@ class EncodeConfig:
         parse_share(self.share)
 
     def of_each_size(self: Settings) -> list[tuple[tuple[int, int], Settings]]:
-        """(height, width) and the settings of each set: of several sizes, each in a folder of its own."""
+        """(height, width) and the settings of each set; with several sizes, each set has its own folder."""
         sizes = parse_sizes(self.resolution)
         if len(sizes) == 1:
             return [(sizes[0], self)]
@@ -170,7 +171,7 @@ def parse_sizes(resolution: str) -> tuple[tuple[int, int], ...]:
 
 
 def size_name(size: tuple[int, int]) -> str:
-    """512 or 512x768: how a size is written, and the folder of its set."""
+    """A size as text, `512` or `512x768`; also the name of the folder of its set."""
     height, width = size
     return str(height) if height == width else f"{height}x{width}"
 
@@ -186,9 +187,9 @@ def parse_share(share: str | None) -> tuple[int, int]:
 
 
 def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResult | list[EncodePreview]:
-    """Encode the images of `config.data` into a set of latent shards at `config.output`; of several sizes a set each.
+    """Encode the images of `config.data` into a set of latent shards at `config.output`, one set for each size.
 
-    A finished set is left as it is, an interrupted job is continued. On several processes, each calls this.
+    A finished set does not change, and an interrupted job is continued. With several processes, each calls this.
 
         encode_dataset(EncodeConfig("runs/vae", "latents", data=DataConfig(source="folder", path="images")))
         dataset = LatentDataset("latents")
@@ -196,7 +197,7 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
     Args:
         dry_run: open everything and time a few batches of noise; write nothing.
 
-    Returns: the sets, or in a dry run what would be made for each size.
+    Returns: the sets; with `dry_run` the expected result for each size.
 
     Raises:
         UserError: a setting, the images or the output are not usable, or a latent is not finite.
@@ -209,7 +210,7 @@ def encode_dataset(config: EncodeConfig, *, dry_run: bool = False) -> EncodeResu
 
 
 def preview_and_say(config: EncodeConfig, accelerator: Any, size: tuple[int, int]) -> EncodePreview:
-    """`--dry-run` of one size: look at the images and the output, time a few batches of noise, print what was found."""
+    """`--dry-run` of one size: check the images and the output, time a few batches of noise, print the result."""
     job = prepare(config, accelerator, size)
     begin_encoding("encode", job, config.output)
     state = run_on_main(accelerator, Output(config.output, job.origin).check)
@@ -225,7 +226,7 @@ def preview_and_say(config: EncodeConfig, accelerator: Any, size: tuple[int, int
 
 
 def encode_all_sizes(config: EncodeConfig, accelerator: Any) -> EncodeResult:
-    """`encode_dataset` with an accelerator that is open. For all processes."""
+    """`encode_dataset` with an open accelerator. For all processes."""
     job, made = None, []
     for size, one in config.of_each_size():
         job = prepare(one, accelerator, size, job)
@@ -249,15 +250,15 @@ def begin_encoding(command: str, job: Job, output: str) -> None:
 
 
 def next_words(job: Job, latents: str) -> list[str]:
-    """The words of the command that follows on encoding."""
+    """The words of the next command after encoding."""
     return training_words(latents, job.origin.content, job.config.autoencoder, job.autoencoder)
 
 
 def training_words(latents: str, content: str, path: str, autoencoder: Autoencoder) -> list[str]:
-    """The words of the training on a set of latents, of their statistics where they are not maps to train on.
+    """The words of the command that trains on a set of latents, or shows statistics if they cannot be trained on.
 
     Args:
-        path: of the autoencoder that made them.
+        path: path of the autoencoder that made them.
     """
     if content == "indices" or autoencoder.only_side is not None:
         return ["ldm-vae", "latents", "stats", latents]
@@ -267,7 +268,7 @@ def training_words(latents: str, content: str, path: str, autoencoder: Autoencod
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What an encoding job made: for each size the manifest of the set. None: only a share of the set is made."""
+    """The result of an encoding job: the manifest of the set of each size; None if only a share was made."""
 
     manifests: tuple[Manifest | None, ...]
 
@@ -277,9 +278,9 @@ class EncodeResult:
 
 
 def run_job(config: Settings, job: Callable[[Settings, Any], Result]) -> Result:
-    """`job(config, accelerator)` on the device and processes that the config says."""
+    """Run `job(config, accelerator)` on the configured device and processes."""
     config = plain_settings(config)
-    with StopRequest(at_once=True):  # files are published whole: leaving is always safe
+    with StopRequest(at_once=True):  # files are published atomically, so stopping is always safe
         accelerator = make_accelerator(config)
         with Watchdog(accelerator, config.timeout_seconds):
             failure: BaseException | None = None
@@ -295,7 +296,7 @@ def run_job(config: Settings, job: Callable[[Settings, Any], Result]) -> Result:
 
 
 def make_accelerator(config: EncodeConfig) -> Any:
-    """An Accelerator on the device asked for. Raises: UserError when the device or the processes are not there."""
+    """An Accelerator on the configured device. Raises: UserError if device or processes are not available."""
     if config.threads and compute_device(config.device).type != "cpu":
         raise UserError("threads: has no effect on a GPU; leave it out, or set device=cpu")
     return open_accelerator(config)
@@ -303,7 +304,7 @@ def make_accelerator(config: EncodeConfig) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """An encoding job of one size, as every process has it."""
+    """An encoding job of one size, the same in every process."""
 
     config: EncodeConfig
     accelerator: Any
@@ -317,10 +318,10 @@ def prepare(
     config: EncodeConfig, accelerator: Any, size: tuple[int, int] | None = None, like: Job | None = None
 ) -> Job:
     """Open the autoencoder and the images, for the first size unless another one is given. `like`: a job of another
-    size with the same settings, whose autoencoder and images are taken.
+    size with the same settings, whose autoencoder and images are reused.
 
     Raises:
-        UserError: for whatever cannot work, before anything is written.
+        UserError: for all settings that cannot work, before anything is written.
     """
     size = size or parse_sizes(config.resolution)[0]
     autoencoder = like.autoencoder if like else load_autoencoder(config.autoencoder)
@@ -330,8 +331,8 @@ def prepare(
         if side % factor:
             below = side // factor * factor
             raise UserError(
-                f"resolution: {side} is not a multiple of {factor}, by which the autoencoder divides it; "
-                f"take {below or factor} or {below + factor}"
+                f"resolution: {side} is not a multiple of {factor}, the downsampling of the autoencoder; "
+                f"give {below or factor} or {below + factor}"
             )
     images = like.images if like else open_images(config.data, config.part, partial(run_on_main, accelerator))
     if like is None:
@@ -341,14 +342,14 @@ def prepare(
 
 
 def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, size: tuple[int, int]) -> Origin:
-    """The plan of a first segment. Raises: UserError when the autoencoder does not have what is to be stored."""
+    """The plan of a first segment. Raises: UserError if the autoencoder does not have the data to store."""
     if config.store == "indices" and not autoencoder.has_codes:
         raise UserError(
             f"store: {type(autoencoder).__name__} has no codes; use store=moments, or an autoencoder of kind vq or fsq"
         )
     if config.store in ("moments", "sample") and autoencoder.deterministic:
         raise UserError(
-            f"store: {type(autoencoder).__name__} is deterministic, its latents have no spread; use store=mean"
+            f"store: {type(autoencoder).__name__} is deterministic, so its latents have no variance; use store=mean"
         )
     content = config.store if config.store != "auto" else "mean" if autoencoder.deterministic else "moments"
     record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
@@ -384,16 +385,16 @@ def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, 
 
 
 def encode_segment(job: Job, output: Output) -> Manifest | None:
-    """Make the missing shards of the segment that `output` is open for, and then the set's manifest.
+    """Make the missing shards of the segment of `output`, and then the set's manifest.
 
-    Returns: the manifest; None where only a share of the shards is made.
+    Returns: the manifest; None if only a share of the shards is made.
     """
     config, accelerator, started = job.config, job.accelerator, time.time()
     share = parse_share(config.share)
     with contextlib.ExitStack() as stack:
 
         def take() -> tuple[Manifest | frozenset[int], Origin]:
-            """The manifest of a finished set, else the finished units; and the plan as it stands."""
+            """The manifest of a finished set, else the finished units; and the current plan."""
             stack.enter_context(output.open(share))
             manifest = output.finished_manifest()
             if manifest:
@@ -433,7 +434,7 @@ def encode_segment(job: Job, output: Output) -> Manifest | None:
 
 
 def _complete(job: Job, output: Output, work: Work, images_per_second: float, started: float) -> Manifest:
-    """Publish the manifest of a set whose shards are all there, with the record of the job."""
+    """Publish the manifest of a set with all its shards, and the record of the job."""
     config, accelerator, planned = job.config, job.accelerator, planned_shards(job.origin)
     completed = output.complete(planned)
     manifest = completed.manifest
@@ -451,11 +452,11 @@ def _complete(job: Job, output: Output, work: Work, images_per_second: float, st
     output.publish(completed)
     speed = f"; {images_per_second:.1f} images/s" if work.images else ""
     end(output.where, f"{summary(manifest)}{speed}", next_words(job, output.where))
-    return replace(manifest)  # without its index, which may be large: all processes get it
+    return replace(manifest)  # without its index, which may be large, since it is sent to all processes
 
 
 def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
-    """Print what is there already, and whether the rest will fit on the disk."""
+    """Print what exists already, and a warning if the rest does not fit on the disk."""
     planned = planned_shards(job.origin)
     if finished:
         known = planned and not job.config.share
@@ -469,12 +470,12 @@ def announce(job: Job, output: Output, finished: frozenset[int]) -> None:
     if needed > free_bytes:
         say(
             f"{output.where}: the set still needs {needed / 1e9:.3g} GB and {free_bytes / 1e9:.3g} GB are free; "
-            "finished shards will stay, and the same command continues after space was made"
+            "free some space; finished shards are kept, and the same command continues"
         )
 
 
 def images_of_share(job: Job) -> int | None:
-    """Images in all units of this job's share; None for a stream of unknown length."""
+    """Number of images in all units of this job's share; None for a stream of unknown length."""
     count, size = job.images.count, job.config.shard_size
     if count is None:
         return None
@@ -484,8 +485,8 @@ def images_of_share(job: Job) -> int | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a process did: images encoded, seconds it waited for decoded images, share of time the model was busy, and
-    how many images were smaller than their crop."""
+    """Totals of a process: encoded images, seconds of waiting for decoded images, share of time that the model was
+    busy, and number of images smaller than their crop."""
 
     images: int
     waited_seconds: float
@@ -514,22 +515,23 @@ def encode_units(job: Job, output: Output, finished: frozenset[int]) -> Work:
             check_rejected(config, progress.rejected, total)
             if batch.last:
                 writer.publish(opened.pop(batch.unit))
-    assert not opened, "every unit ends with a batch that says so"
+    assert not opened, "the last batch of every unit is marked as such"
     return Work(progress.encoded, progress.waited_seconds, busy.fraction(), progress.enlarged)
 
 
 def check_rejected(config: EncodeConfig, rejected: int, images: int) -> None:
-    """Raises: UserError when more images than `maximum_rejected` allows were left out."""
+    """Raises: UserError if more images were rejected than `maximum_rejected` allows."""
     if config.maximum_rejected is not None and rejected > config.maximum_rejected * images:
         raise UserError(
             f"data: {rejected} of {images} images cannot be read, more than maximum_rejected={config.maximum_rejected} "
-            "allows; allow more, or mend the images and encode them to another output"
+            "allows; allow more, or repair the images and encode them to another output"
         )
 
 
 def lanes(job: Job) -> int:
-    """Batches computed at once. On CPU several, each by one thread: that is faster than several threads for one batch
-    (they wait for each other at every layer), and the last bits do not depend on the number of threads."""
+    """Number of batches computed in parallel. On CPU, several batches with one thread each: this is faster than several
+    threads for one batch, which wait for each other at every layer, and the last bits do not depend on the number of
+    threads."""
     if job.accelerator.device.type != "cpu":
         return 1
     return job.config.threads or min(torch.get_num_threads(), MOST_THREADS)
@@ -538,7 +540,7 @@ def lanes(job: Job) -> int:
 def encoded_batches(
     job: Job, batches: Iterable[ImageBatch], busy: BusyTime
 ) -> Iterator[tuple[ImageBatch, dict[str, Tensor]]]:
-    """The batches in order, each with what `encode_batch` makes of it."""
+    """The batches in order, each with its result of `encode_batch`."""
 
     def encode(batch: ImageBatch) -> dict[str, Tensor]:
         with busy.measure():
@@ -548,7 +550,7 @@ def encoded_batches(
         yield from ((batch, encode(batch)) for batch in batches)
         return
     threads, torch_threads = lanes(job), torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads take it over
+    torch.set_num_threads(1)  # new threads inherit it
     try:
         yield from in_order(encode, batches, threads=threads, ahead=threads)
     finally:
@@ -556,7 +558,7 @@ def encoded_batches(
 
 
 def encode_batch(job: Job, batch: ImageBatch) -> dict[str, Tensor]:
-    """Tensor name -> rows (batch, ...) of the images and, where asked for, of their mirror images; on the device."""
+    """Tensor name -> rows (batch, ...) of the images and, with `flip`, of their mirror images; on the device."""
     images = transforms.from_uint8(batch.images.to(job.accelerator.device, non_blocking=True))
     content = job.origin.content
     stored = {content: encode_content(job, images, batch, "plain")}
@@ -566,7 +568,7 @@ def encode_batch(job: Job, batch: ImageBatch) -> dict[str, Tensor]:
 
 
 def encode_content(job: Job, images: Tensor, batch: ImageBatch, side: str) -> Tensor:
-    """What is stored of images (batch, 3, h, w) in [-1, 1]; in the stored precision, but for codes, which are int64."""
+    """The stored values for images (batch, 3, h, w) in [-1, 1], in the stored precision; codes are int64."""
     origin = job.origin
     with torch.autocast(images.device.type, torch.bfloat16, enabled=job.config.precision == "bf16"):
         if origin.content == "indices":
@@ -593,15 +595,15 @@ def summary(manifest: Manifest) -> str:
     return f"{pluralize(manifest.count, kind)} of {shape} in {pluralize(manifest.shards, 'shard')}, {size}{left_out}"
 
 
-# The progress of a job: images, their rate, the time left, and for how much of the time the model was busy.
+# The progress of a job: images, their rate, the time left, and the share of time that the model was busy.
 
 SHOWN_REJECTIONS = 20
 
 
 class BusyTime:
-    """How long the model computed, on a GPU by its own clock and without waiting for it.
+    """The time that the model computes. On a GPU it uses the GPU's clock and does not wait for it.
 
-    `lanes`: batches computed at once.
+    `lanes`: number of batches computed in parallel.
     """
 
     def __init__(self, device: torch.device, lanes: int) -> None:
@@ -626,7 +628,7 @@ class BusyTime:
             self._seconds += time.monotonic() - before
 
     def fraction(self) -> float:
-        """Of the time since the start, 0 to 1."""
+        """Share of the time since the start, 0 to 1."""
         while self._events and self._events[0][1].query():
             start, end = self._events.popleft()
             self._seconds += start.elapsed_time(end) / 1000
@@ -634,10 +636,10 @@ class BusyTime:
 
 
 class EncodingProgress:
-    """The bar of the main process: images of all processes, taking the others to be as fast as this one."""
+    """The bar of the main process: images of all processes, assuming that the others are as fast as this one."""
 
     def __init__(self, total: int | None, done: int, accelerator: Any, busy: BusyTime, title: str = "encode") -> None:
-        """`total`: images of the job, None where unknown; `done`: those of finished shards."""
+        """`total`: images of the job, None if unknown; `done`: images of finished shards."""
         self.processes = accelerator.num_processes
         self.encoded = self.rejected = self.enlarged = 0
         self.waited_seconds = 0.0
@@ -646,7 +648,7 @@ class EncodingProgress:
         self.bar = Progress(title, total, done=done, shown=accelerator.is_main_process)
 
     def timed(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """The same batches, with the time of waiting for each of them added up."""
+        """The same batches, while the time of waiting for them is added up."""
         source = iter(batches)
         while True:
             before = time.monotonic()
@@ -680,21 +682,21 @@ class EncodingProgress:
         self.bar.close(kind is None)
 
 
-# A dry run: what an encoding job would make, from its plan and a few batches of noise.
+# A dry run: the expected result of an encoding job, from its plan and a few batches of noise.
 
 TIMED_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class EncodePreview:
-    """What an encoding job would make for one size.
+    """The expected result of an encoding job for one size.
 
     Attributes:
         images: None for a stream of unknown length.
-        gigamacs: multiply-accumulates an image, in billions.
-        images_per_second: of one process, without decoding the images.
-        seconds: at least, of the whole job; None for a stream.
-        seconds_of_reading: that reading one image takes; None where that was not measured.
+        gigamacs: multiply-accumulates per image, in billions.
+        images_per_second: rate of one process, without decoding the images.
+        seconds: lower bound for the whole job; None for a stream.
+        seconds_of_reading: time of reading one image; None if it was not measured.
     """
 
     origin: Origin
@@ -726,16 +728,16 @@ class EncodePreview:
         ]
 
     def expected(self, workers: int) -> str:
-        """How long the job takes, in words. `workers`: processes that read images meanwhile."""
+        """The time of the job, as text. `workers`: number of processes that read images meanwhile."""
         if self.seconds is None or self.images is None:
-            return "how long it takes is not known, for a stream does not say how many images it has"
+            return "the time is not known, since a stream does not tell its number of images"
         reading = (self.seconds_of_reading or 0) * self.images / max(1, workers)
         seconds = max(self.seconds, reading) if workers else self.seconds + reading
         return f"about {duration_text(seconds)}"
 
 
 def preview_encoding(job: Job) -> EncodePreview:
-    """What a job would make, from encoding noise."""
+    """The expected result of a job, from encoding noise."""
     config, accelerator, size = job.config, job.accelerator, job.size
     noise = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8)
     batch = ImageBatch(0, noise, list(range(config.batch)), list(range(config.batch)), [], [], [], last=False)

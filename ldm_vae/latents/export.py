@@ -35,16 +35,16 @@ EXPORT = "export.json"
 CARD = "README.md"
 LOCK = "export.lock"
 FILE_BYTES = 200_000_000
-"""Size of a data file, about, unless its rows are given. It is made in memory."""
+"""Approximate size of a data file if `rows` is not given. The file is made in memory."""
 BLOCK_BYTES = 1 << 25
-"""Read at once; a row group in parquet."""
+"""Bytes that are read at a time; a row group in parquet."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """`ldm-vae latents export`.
 
-    The same command continues an interrupted export. Shards are compared with their checksums on the way.
+    The same command continues an interrupted export. Shards are compared with their checksums.
     docs/reference/latent-exchange.md shows how to read the result.
 
       ldm-vae latents export latents/mine exported/mine to=parquet
@@ -52,10 +52,10 @@ class ExportConfig:
 
     Args:
         latents: the folder of a finished set, or its URL.
-        output: a new folder, or its URL.
+        output: the folder to make, or its URL.
         to: `parquet` for `datasets`, `webdataset` for tar files.
-        posterior: what is made of stored moments: `moments` (as stored), `mean` or `sample`; null: what the set holds.
-        rows: samples in a file; null: as many as make about 200 MB.
+        posterior: form of stored moments in the export: `moments` (as stored), `mean` or `sample`; null: as stored.
+        rows: samples per file; null: about 200 MB per file.
     """
 
     latents: str = "???"
@@ -69,12 +69,12 @@ class ExportConfig:
 
 
 def export_latents(config: ExportConfig, *, dry_run: bool = False) -> Export:
-    """Write a set's samples to a new folder, or finish what was begun there. Each shard's checksum is compared.
+    """Write a set's samples to a new folder, or continue an interrupted export. Each shard's checksum is compared.
 
-    Memory: one data file, and a block.
+    Memory: one data file and one block.
 
     Args:
-        dry_run: compare with what is in the folder and make one block in memory; write nothing.
+        dry_run: compare with the folder's content and make one block in memory; write nothing.
 
     Raises:
         UserError: no finished set, a damaged shard, an output that holds other files, or no space left.
@@ -97,7 +97,7 @@ def export_latents(config: ExportConfig, *, dry_run: bool = False) -> Export:
             _write_files(folder, export)
         except OSError as error:
             if error.errno in DISK_FULL:
-                instead = "free some space and run the same command again, finished files stay"
+                instead = "free some space and run the same command again; finished files are kept"
                 raise UserError(config.output, "no space left on the device", instead) from error
             raise
     end(config.output, f"{samples} in {files}; {stored}", _reading_words(export, config.output))
@@ -105,7 +105,7 @@ def export_latents(config: ExportConfig, *, dry_run: bool = False) -> Export:
 
 
 def _expected(export: Export) -> str:
-    """How long it takes, from making the first block in memory."""
+    """The time of the export, from making the first block in memory."""
     started, samples = time.monotonic(), ExportedSamples(export)
     block = next(samples.blocks(0, min(export.rows, export.manifest.count)))
     export.write([block])
@@ -124,12 +124,12 @@ def _reading_words(export: Export, output: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported of a set, and how.
+    """The plan of an export.
 
     Attributes:
         to: `parquet` or `webdataset`.
-        layout: of the exported samples.
-        rows: samples in a file; the last one may have fewer.
+        layout: tensors of the exported samples.
+        rows: samples per file; the last file may have fewer.
     """
 
     manifest: Manifest
@@ -144,7 +144,7 @@ class Export:
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        """Statistics of what is exported: means have a smaller spread than the samples that the manifest describes."""
+        """Statistics of the exported values: means have a smaller spread than the samples in the manifest."""
         manifest = self.manifest
         if self.layout.content == manifest.content or self.layout.content != "mean":
             return manifest.statistics
@@ -179,12 +179,12 @@ class Export:
 
 
 def plan_export(manifest: Manifest, config: ExportConfig) -> Export:
-    """What an export of a set will be.
+    """The plan for an export of a set.
 
-    bfloat16 becomes float32, which holds each of its values: neither Arrow nor numpy knows it.
+    bfloat16 becomes float32, which holds each of its values, since Arrow and numpy do not support bfloat16.
 
     Raises:
-        UserError: the set does not hold what `posterior` needs.
+        UserError: the set does not hold the moments that `posterior` needs.
     """
     content = config.posterior or manifest.content
     if content != manifest.content and manifest.content != "moments":
@@ -239,7 +239,7 @@ class Block:
     """Samples in the order of the set. Row j of every array and list is one sample.
 
     Attributes:
-        tensors: name -> array of the exported dtype; the names are those of the exported `Layout`.
+        tensors: name -> array of the exported dtype, with the names of the exported `Layout`.
         labels, indices: int64; -1 for no label, the place in the image source.
     """
 
@@ -253,7 +253,7 @@ class Block:
 
 
 class ExportedSamples:
-    """The samples of a set as they are exported, by their place in it. One verified shard is open at a time."""
+    """The samples of a set in their exported form, by number. One verified shard is open at a time."""
 
     def __init__(self, export: Export) -> None:
         self.manifest, self.layout = export.manifest, export.layout
@@ -264,7 +264,7 @@ class ExportedSamples:
         self._ids: list[str] = []
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """Those from `start` up to, but not including, `stop`, at most 32 MB at once."""
+        """Blocks of the samples from `start` to `stop` (exclusive), of at most 32 MB."""
         most = max(1, BLOCK_BYTES // self.layout.sample_bytes)
         while start < stop:
             number = int(np.searchsorted(self._ends, start, side="right"))
@@ -291,7 +291,7 @@ class ExportedSamples:
         return Block(tensors, self._shard["label"][rows], indices, self._ids[rows])
 
     def _posterior(self, name: str, values: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """What is exported of stored values (n, ...); the noise is a function of the name and the source index."""
+        """The exported form of stored values (n, ...). The noise is a function of the name and the source index."""
         if self.layout.content == self.manifest.content:
             return values
         channels = self.layout.latent_shape[0]
@@ -314,7 +314,7 @@ class ExportedSamples:
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 given as uint16, as the same numbers in float32."""
+    """bfloat16 given as uint16 -> the same numbers in float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -322,7 +322,7 @@ def _widened(bits: np.ndarray) -> np.ndarray:
 
 
 def _write_parquet(blocks: Iterable[Block], layout: Layout, label_names: Sequence[str]) -> bytes:
-    """A row group for each block, with features for `datasets`. Not compressed: latents are noise to a compressor."""
+    """A row group for each block, with features for `datasets`. Not compressed, since latents hardly compress."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -354,7 +354,7 @@ def _features(layout: Layout, label_names: Sequence[str]) -> Any:
 
 
 def _nested(array: np.ndarray) -> Any:
-    """An array (n, ...) as the lists of lists in which `datasets` stores it; the numbers are not copied."""
+    """An array (n, ...) as nested lists, as `datasets` stores it; the numbers are not copied."""
     import pyarrow as pa
 
     values = pa.array(array.reshape(-1))
@@ -367,7 +367,7 @@ def _write_tar(blocks: Iterable[Block], layout: Layout, label_names: Sequence[st
     """For each sample `KEY.moments.npy` (one for each tensor), `KEY.cls` and `KEY.json`.
 
     KEY is the source index: ids, which may hold dots and slashes, are in the JSON. Equal samples give equal bytes:
-    members carry no time and no owner.
+    members have no time and no owner.
     """
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -396,7 +396,7 @@ def _members(block: Block, row: int, label_names: Sequence[str]) -> list[tuple[s
 
 @dataclass(frozen=True)
 class Format:
-    """A container. `names(n)`: of n data files; `write(blocks, layout, label_names)`: the bytes of one."""
+    """A file format. `names(n)`: names of n data files; `write(blocks, layout, label_names)`: the bytes of one."""
 
     names: Callable[[int], list[str]]
     write: Callable[[Iterable[Block], Layout, Sequence[str]], bytes]
@@ -412,7 +412,7 @@ FORMATS = {
 
 
 def _card(export: Export) -> str:
-    """The dataset card: the front matter from which `datasets` loads the folder, and the facts of the manifest."""
+    """The dataset card: the front matter from which `datasets` loads the folder, and a summary of the manifest."""
     manifest, facts = export.manifest, export.to_dict()
     pattern = "*" + Path(export.files[0]).suffix
     statistics, dtype = facts["statistics"], export.layout.dtype

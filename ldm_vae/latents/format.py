@@ -3,8 +3,8 @@
     plan.json  ->  shard-N.safetensors, shard-N.jsonl  ->  index-N-HASH.safetensors  ->  manifest.json
     Origin         Layout, Sidecar                         ShardIndex                    Manifest
 
-The plan says everything that decides the bytes of the shards. A shard holds the latents of a range of images, its
-sidecar names the images. The index has one row for each shard, and the manifest, published last, says what the set is.
+The plan holds everything that determines the bytes of the shards. A shard holds the latents of a range of images, and
+its sidecar names the images. The index has one row for each shard. The manifest, published last, describes the set.
 `docs/reference/latent-shards.md` is the specification. The bytes of a shard are read and written in `shard`.
 """
 
@@ -38,10 +38,10 @@ MAKE_AGAIN = "`ldm-vae latents repair` makes it again"
 RESTORE = "`ldm-vae latents repair` rebuilds it from the shards"
 
 CONTENTS = ("moments", "mean", "sample", "indices")
-"""What is stored of an image, always unscaled:
+"""The stored form of an image, always unscaled:
 
     moments   posterior mean, then log-variance (2c, h, w): a trainer draws new samples from it in each epoch
-    mean      the mean only (c, h, w): all that a deterministic autoencoder has, or half the bytes of moments
+    mean      the mean only (c, h, w): for deterministic autoencoders, or to halve the size of moments
     sample    one posterior sample (c, h, w), drawn once
     indices   codes of a VQ or FSQ autoencoder (h, w)
 """
@@ -61,7 +61,7 @@ class Layout:
         content: what is stored of each image, one of `CONTENTS`.
         dtype: its precision, a key of `STORED_DTYPES`.
         latent_shape: (c, h, w) of a latent.
-        flipped: whether the same is stored of each image's mirror image.
+        flipped: whether each image's mirror image is stored as well.
     """
 
     content: str
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of what is stored of one image."""
+        """Shape of the stored values of one image."""
         channels, height, width = self.latent_shape
         if self.content == "indices":
             return (height, width)
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def summed_channels(self) -> int:
-        """Channels that have statistics: c, or 0 for codes."""
+        """Number of channels with statistics: c, or 0 for codes."""
         return 0 if self.content == "indices" else self.latent_shape[0]
 
     @property
@@ -89,7 +89,7 @@ class Layout:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes that one image takes, without its label and index."""
+        """Bytes of one image, without its label and index."""
         return len(self.names) * prod(self.sample_shape) * STORED_DTYPES[self.dtype].itemsize
 
     def tensors(self, count: int) -> dict[str, tuple[str, list[int]]]:
@@ -99,17 +99,17 @@ class Layout:
 
 
 def index_dtype(codebook_size: int) -> str:
-    """The smallest precision that holds every code."""
+    """The smallest type that holds every code."""
     return "uint16" if codebook_size <= 1 << 16 else "int32"
 
 
-# The sidecar of a shard: which images its samples come from, and which images were left out, one JSON line each.
+# The sidecar of a shard: the images of its samples, and the rejected images, one JSON line each.
 
 HEADER_BYTES = 1 << 13
-"""Read at first; a longer header costs a second read."""
+"""Bytes of the first read; a longer header needs a second read."""
 
 NUMBERS = ("index", "count", "rejected", "first_index", "last_index", "size_bytes")
-"""Names of the fields that are numbers; the others are text."""
+"""Names of the number fields; the others are text."""
 
 
 class OtherFormat(UserError):
@@ -117,7 +117,7 @@ class OtherFormat(UserError):
 
 
 class MisplacedSidecar(UserError):
-    """A sidecar lies under the name of another shard. `number` is its own."""
+    """A sidecar has the file name of another shard. `number`: its own shard."""
 
     def __init__(self, *parts: object, number: int) -> None:
         super().__init__(*parts)
@@ -126,7 +126,7 @@ class MisplacedSidecar(UserError):
 
 @dataclass(frozen=True)
 class Rejection:
-    """An image that was left out: its place in the source, its id, a short reason code and a sentence."""
+    """A rejected image: its place in the source, its id, a short reason code and a sentence."""
 
     index: int
     id: str
@@ -166,7 +166,7 @@ def sidecar_bytes(
     origin: str, number: int, record: dict[str, Any], sums: np.ndarray, samples: Sequence[Sample],
     rejected: Sequence[Rejection],
 ) -> tuple[bytes, Header]:  # fmt: skip
-    """The sidecar of a shard and its header. `record`: the fields of the `ShardRecord` except `sidecar_checksum`."""
+    """The sidecar of a shard and its header. `record`: the fields of `ShardRecord` except `sidecar_checksum`."""
     every: list[Sample | Rejection] = [*samples, *rejected]
     lines = sorted(every, key=lambda line: line.index)
     body = "".join(canonical_json(asdict(line)) + "\n" for line in lines).encode()
@@ -181,15 +181,15 @@ def sidecar_bytes(
 
 
 def read_sidecar_header(folder: Folder, number: int) -> Header:
-    """The header of a shard's sidecar. Raises: UserError: missing or damaged; MisplacedSidecar; OtherFormat."""
+    """The header of a shard's sidecar. Raises: UserError if missing or damaged; MisplacedSidecar; OtherFormat."""
     return _parse(folder, number, sidecar_name(number), whole=False)[0]
 
 
 def read_sidecar(folder: Folder, number: int, name: str | None = None) -> Sidecar:
-    """The whole sidecar of a shard. `name`: of the file, if it lies under the name of another shard.
+    """The whole sidecar of a shard. `name`: of the file, if it has the name of another shard.
 
     Raises:
-        UserError: it is missing, damaged, of another shard or of another format version.
+        UserError: it is missing, damaged, belongs to another shard or has another format version.
     """
     name = name or sidecar_name(number)
     header, body = _parse(folder, number, name, whole=True)
@@ -207,7 +207,7 @@ def read_sidecar(folder: Folder, number: int, name: str | None = None) -> Sideca
 
 
 def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
-    """The ids of a shard's samples. Raises: UserError as `read_sidecar`, or when it does not belong to `record`."""
+    """The ids of a shard's samples. Raises: UserError as `read_sidecar`, or if it does not belong to `record`."""
     sidecar = read_sidecar(folder, number)
     if sidecar.header.record != record:
         what = f"the sidecar of shard {number} does not belong to the shard that the manifest describes"
@@ -216,7 +216,7 @@ def read_ids(folder: Folder, number: int, record: ShardRecord) -> list[str]:
 
 
 def _check_types(record: ShardRecord | Sample | Rejection) -> None:
-    """Raises: ValueError for a field that is not the number or the text that it should be."""
+    """Raises: ValueError for a field of another type."""
     for name, value in vars(record).items():
         kind = type(value)
         if kind is not (int if name in NUMBERS else str) or (kind is int and not 0 <= value < 1 << 63):
@@ -239,7 +239,7 @@ def _parse(folder: Folder, number: int, name: str, *, whole: bool) -> tuple[Head
         origin, shard = values.pop("origin"), values.pop("shard")
         record = ShardRecord(**values, sidecar_checksum=checksum_bytes(first))
         _check_types(record)
-        ShardIndex.of([record], [sums])  # fails for a checksum that is none
+        ShardIndex.of([record], [sums])  # fails for an invalid checksum
         if not (isinstance(origin, str) and type(shard) is int and shard >= 0 and sums.ndim == 2):
             raise ValueError("origin, shard or sums cannot be right")
     except UserError:
@@ -284,7 +284,8 @@ class ShardRecord:
     """A shard: the source indices `first_index` to `last_index` (inclusive), of which `count` became samples and
     `rejected` images could not be read.
 
-    `checksum` is of the shard's bytes, `sidecar_checksum` of the sidecar's first line, which holds that of the rest.
+    `checksum` is that of the shard's bytes. `sidecar_checksum` is that of the sidecar's first line, which holds the
+    checksum of the other lines.
     """
 
     count: int
@@ -298,7 +299,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class IndexPart:
-    """A file of the index, as the manifest lists it."""
+    """A file of the index in the manifest."""
 
     file: str
     shards: int
@@ -336,7 +337,7 @@ class ShardIndex:
 
     @property
     def count(self) -> int:
-        """Samples of all shards."""
+        """Number of samples in all shards."""
         return int(self.counts.sum())
 
     @property
@@ -358,7 +359,7 @@ def _plain(value: np.ndarray) -> int | str:
 
 
 def index_files(index: ShardIndex, shards_per_part: int = SHARDS_PER_PART) -> list[tuple[IndexPart, bytes]]:
-    """The files of an index; equal records give equal bytes and names."""
+    """The files of an index. Equal records give equal bytes and names."""
     from safetensors.numpy import save
 
     parts = []
@@ -380,7 +381,7 @@ def write_index(folder: Folder, index: ShardIndex) -> tuple[IndexPart, ...]:
 
 
 def read_index(folder: Folder, parts: Sequence[IndexPart], channels: int, advice: str) -> ShardIndex:
-    """The index that a manifest lists. Raises: UserError when a file is missing or damaged; `advice` is the cure."""
+    """The index in a manifest. Raises: UserError, with `advice`, if a file is missing or damaged."""
     if not parts:
         raise UserError(folder.location, "the manifest lists no index", advice)
     found = [_read_part(folder, part, channels, advice) for part in parts]
@@ -412,7 +413,7 @@ def _read_part(folder: Folder, part: IndexPart, channels: int, advice: str) -> d
     return columns
 
 
-# The plan and the manifest: how the latents of a set are made, where its images come from, and what is in it.
+# The plan and the manifest: how the latents of a set are made, the source of its images, and its content.
 
 
 def plan_name(segment: int) -> str:
@@ -421,15 +422,15 @@ def plan_name(segment: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the latents of a set are made: the same for all of its shards.
+    """How the latents of a set are made, the same for all of its shards.
 
     Attributes:
         autoencoder: `fingerprint` and `encoder_fingerprint` ("sha256:..."), `class` and `config`; for codes also
             `token_fingerprint`, which covers the quantizer.
-        preprocessing: what was done to an image, see `data.transforms.preprocessing_record`.
+        preprocessing: the processing of an image, see `data.transforms.preprocessing_record`.
         content, dtype, latent_shape (c, h, w), flipped: see `Layout`.
         encoding: `batch`, `shard_size` and `precision` of the computation, on which the last bits depend; `seed` of
-            the noise where samples are stored.
+            the noise if samples are stored.
     """
 
     autoencoder: dict[str, Any]
@@ -448,12 +449,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin(Recipe):
-    """The plan of a segment: everything that decides the bytes of its shards.
+    """The plan of a segment: everything that determines the bytes of its shards.
 
     Attributes:
         dataset: `source`, `part`, `held_out` (None for part "all"), `fingerprint`, `label_names` and `count` (images;
             None in the plan of a stream).
-        first_shard, first_index: where its shards and source indices begin; those of earlier segments come before.
+        first_shard, first_index: numbers of its first shard and first image; earlier segments have the lower ones.
     """
 
     dataset: dict[str, Any]
@@ -472,12 +473,12 @@ class Manifest(Recipe):
 
     Attributes:
         datasets: for each segment its `Origin.dataset`, with `first_shard`, `first_index` and `plan`, the digest.
-        label_names: of the classes, all segments together.
-        count, rejected, shards: samples; images left out, which quarantine.jsonl names; shards.
+        label_names: names of the classes of all segments.
+        count, rejected, shards: number of samples, of rejected images (listed in quarantine.jsonl), and of shards.
         index: the files that list the shards.
-        statistics: `mean` [c] and `std` [c] of the latents as a trainer sees them, `count` of latents measured. Of
+        statistics: `mean` [c] and `std` [c] of the latents as a trainer gets them, `count` of measured latents. For
             codes: `codebook_size`.
-        where: the folder it was read from; not part of the file.
+        where: the folder that it was read from; not part of the file.
     """
 
     datasets: tuple[dict[str, Any], ...]
@@ -491,7 +492,7 @@ class Manifest(Recipe):
 
     @cached_property
     def normalizer(self) -> LatentNormalizer:
-        """Raises: UserError for a set of codes, and for constants that cannot be."""
+        """The normalizer of the set. Raises: UserError for a set of codes, and for invalid constants."""
         if self.content == "indices":
             raise UserError(
                 f"{self.where.location}: holds codes (content is indices), a diffusion model needs latents; "
@@ -501,7 +502,7 @@ class Manifest(Recipe):
 
     @cached_property
     def shard_index(self) -> ShardIndex:
-        """The records of all shards. Raises: UserError when the index is damaged or does not fit the manifest."""
+        """The records of all shards. Raises: UserError if the index is damaged or does not fit the manifest."""
         index = read_index(self.where, self.index, self.layout.summed_channels, RESTORE)
         found = {"shards": len(index), "count": index.count, "rejected": index.rejected}
         for name, value in found.items():
@@ -513,24 +514,24 @@ class Manifest(Recipe):
     def check_autoencoder(self, encoder_fingerprint: str, where: str) -> None:
         """Raises: UserError unless these latents were made by the encoder with this fingerprint.
 
-        The decoder may be another one: training it further with the encoder frozen leaves latents valid.
+        The decoder may differ: latents stay valid if it is trained further with a frozen encoder.
         """
         made_by = self.autoencoder["encoder_fingerprint"]
         if encoder_fingerprint != made_by:
             raise UserError(
-                f"{where}: its encoder_fingerprint is {short(encoder_fingerprint)}, but the latents were made by "
+                f"{where}: its encoder has the fingerprint {short(encoder_fingerprint)}, but the latents were made by "
                 f"{short(made_by)}; give the autoencoder that made them, or encode again with this one"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What manifest.json holds, without its digest."""
+        """The content of manifest.json, without its digest."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "where"}
         values["index"] = [dataclasses.asdict(part) for part in self.index]
         return json.loads(json.dumps(values))
 
 
 def manifest_statistics(index: ShardIndex, layout: Layout, codebook_size: int | None) -> dict[str, Any]:
-    """The statistics of a manifest, which follow from the sums in its index."""
+    """The statistics of a manifest, from the sums in its index."""
     if codebook_size is not None:
         return {"codebook_size": codebook_size}
     latents = index.count * len(layout.names)
@@ -540,11 +541,11 @@ def manifest_statistics(index: ShardIndex, layout: Layout, codebook_size: int | 
 def build_manifest(
     origins: Sequence[Origin], recipe: Recipe, index: ShardIndex, parts: Sequence[IndexPart], folder: Folder
 ) -> Manifest:
-    """The manifest of a set: it follows from the plans of its segments and the records of its shards.
+    """The manifest of a set, from the plans of its segments and the records of its shards.
 
     Args:
         origins: the plans. The shards of the last segment are the last ones of the index.
-        recipe: what they have in common.
+        recipe: the common fields of the plans.
         parts: the files of the index.
     """
     ends = [origin.first_shard for origin in origins[1:]] + [len(index)]
@@ -579,12 +580,12 @@ def write_manifest(folder: Folder, manifest: Manifest) -> None:
 
 
 def read_plan(folder: Folder, segment: int = 0) -> dict[str, Any]:
-    """The fields of a plan as they are. Raises: UserError when it is damaged, OtherFormat."""
+    """The fields of a plan, unchecked. Raises: UserError if it is damaged, OtherFormat."""
     return _read(folder, plan_name(segment), "restore it from a copy, or encode the images to another output")
 
 
 def read_origin(folder: Folder, segment: int = 0) -> Origin:
-    """A plan as an `Origin`. Raises: UserError as `read_plan`, or when fields are missing or unknown."""
+    """A plan as an `Origin`. Raises: UserError as `read_plan`, or if fields are missing or unknown."""
     values = read_plan(folder, segment)
     where = f"{folder.location}/{plan_name(segment)}"
     try:
@@ -599,7 +600,7 @@ def read_origin(folder: Folder, segment: int = 0) -> Origin:
 
 
 def planned_shards(origin: Origin) -> int | None:
-    """How many shards a segment gets; None for a stream whose length its plan does not know."""
+    """The number of shards of a segment; None for a stream whose plan has no length."""
     count = origin.dataset["count"]
     return None if count is None else -(-count // origin.encoding["shard_size"])
 
@@ -613,7 +614,7 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
     """
     folder = open_folder(location) if isinstance(location, (str, Path)) else location
     if not folder.exists(MANIFEST):
-        if folder.sizes("index-"):  # it is published just before
+        if folder.sizes("index-"):  # it is published just before the manifest
             raise UserError(folder.location, f"{MANIFEST} is missing", RESTORE)
         if folder.exists(plan_name(0)):
             instead = "run the same `ldm-vae encode` command again"
@@ -625,7 +626,7 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
     digest = values.pop("digest", None)
     try:
         fits = configuration.digest(values) == digest
-    except ValueError:  # NaN and infinity have no canonical JSON
+    except ValueError:  # canonical JSON has no NaN and infinity
         fits = False
     if not fits:
         raise DamagedFile(where, "damaged or edited, its digest does not fit its content", RESTORE)
@@ -643,7 +644,7 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
 
 
 DATASET_KEYS = {"source": str, "label_names": list}
-"""Keys of a plan's `dataset` that must be there, and their types."""
+"""Required keys of a plan's `dataset`, and their types."""
 
 
 def _check_values(recipe: Recipe, where: str) -> None:
@@ -663,7 +664,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
         if not all(isinstance(text, str) for part in recipe.index for text in (part.file, part.checksum)):
             raise ValueError("index names no files")
         if not all(isinstance(text, str) for text in recipe.label_names):
-            raise ValueError("label_names are no names")
+            raise ValueError("label_names are not names")
     for name, numbers in sizes.items():
         if not all(type(number) is int and 0 < number < 1 << 48 for number in numbers):
             raise ValueError(f"{name} is {short(list(numbers))}")
@@ -690,8 +691,10 @@ def _read(folder: Folder, name: str, advice: str) -> dict[str, Any]:
 
 
 def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raises: UserError that names every field of `expected` (of a plan) which is another one in `found`, and both
-    values. The decoder does not matter: what only the fingerprint of the whole autoencoder tells apart is the same."""
+    """Raises: UserError that names the fields of `expected` (of a plan) with another value in `found`, and both values.
+
+    The decoder does not count: autoencoders with the same encoder are the same here.
+    """
     old, new = (
         {
             name: _without_decoder(value) if name == "autoencoder" else value
@@ -700,37 +703,79 @@ def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: str
         }
         for values in (found, expected)
     )
-    changes = configuration.changed_keys(old, new)
-    if changes:
-        shown = [f"{key} is {short(there)} there and {short(here)} here" for key, (there, here) in changes.items()]
+    shown = _describe_changes(configuration.changed_keys(old, new))
+    if shown:
         more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-        raise UserError(f"{where}: was made in another way: {'; '.join(shown[:4])}{more}; {advice}")
+        raise UserError(f"{where}: was made with {', '.join(shown[:4])}{more}; {advice}")
+
+
+_WORDS = {
+    "autoencoder.encoder_fingerprint": "the encoder {}",
+    "autoencoder.token_fingerprint": "the quantizer {}",
+    "content": "store={}",
+    "dataset.count": "{} images",
+    "dataset.fingerprint": "images with the fingerprint {}",
+    "dataset.held_out": "data.held_out={}",
+    "dataset.label_names": "the classes {}",
+    "dataset.part": "part={}",
+    "dataset.source": "data.source={}",
+    "dtype": "dtype={}",
+    "encoding.batch": "batch={}",
+    "encoding.precision": "precision={}",
+    "encoding.seed": "seed={}",
+    "encoding.shard_size": "shard_size={}",
+    "flipped": "flip={}",
+    "latent_shape.0": "{} latent channels",
+}
+"""Field of a plan -> its value in a message, as the setting or in words."""
+
+_SIDES = {
+    "preprocessing.": ("height", "width", "images of", "pixels"),
+    "latent_shape.": ("1", "2", "latents of", "positions"),
+}
+"""Fields that are the two sides of one size."""
+
+
+def _describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """`changed_keys` of two plans in the words of a person: `flip=true instead of false`. Sizes come first."""
+    shown: list[str] = []
+    left = dict(changes)
+    for prefix, (height, width, what, unit) in _SIDES.items():
+        sides = [left.pop(f"{prefix}{side}", None) for side in (height, width)]
+        if any(sides) and not shown:  # latents of another size follow from images of another size
+            there, here = (" x ".join(str(side[i]) for side in sides if side) for i in (0, 1))
+            direction = "" if all(sides) else f" in {'height' if sides[0] else 'width'}"
+            shown.append(f"{what} {there} {unit}{direction} instead of {here}")
+    for key, (there, here) in left.items():
+        words = _WORDS.get(key, f"{key.replace('.', ' ').replace('_', ' ')} {{}}")
+        shown.append(f"{words.format(short(there))} instead of {short(here)}")
+    return shown
 
 
 def _without_decoder(autoencoder: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the latents."""
+    """The entries that decide the latents."""
     return {key: value for key, value in autoencoder.items() if key.endswith("_fingerprint")}
 
 
 def short(value: Any) -> str:
-    """A value for a message: of a fingerprint the first 12 digits."""
+    """A value for a message; a fingerprint is cut to its first 12 digits."""
     text = value if isinstance(value, str) else json.dumps(value)
     match = re.fullmatch(r"(sha256:)?([0-9a-f]{12})[0-9a-f]{52}", text)
     return f"{match[1] or ''}{match[2]}..." if match else text if len(text) <= 80 else text[:77] + "..."
 
 
 def merge_label_names(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
-    """`known`, then those of `more` that are new: the numbers of known classes stay."""
+    """`known`, then the new names of `more`. The numbers of known classes do not change."""
     return (*known, *(name for name in more if name not in known))
 
 
-# The folder that a tool was given.
+# The folder in the settings of a tool.
 
 SHOWN_SETS = 8
 
 
 def open_set_folder(location: str | Path) -> Folder:
-    """The folder of a set. Raises: UserError for a local one that is not there, or only holds folders of sets."""
+    """The folder of a set. Raises: UserError if a local one does not exist, or holds only folders of sets."""
     if not is_url(location):
         LATENTS.find(location)
         path = local_path(location)
@@ -750,7 +795,7 @@ def is_set(path: Path) -> bool:
 
 
 def refuse_inside(output: str | Path, option: str) -> None:
-    """Raises: UserError when a file would come to lie in a set's local folder."""
+    """Raises: UserError if a file would be written into a set's local folder."""
     folder = Path(output).parent
     if is_set(folder):
-        raise UserError(f"{option}: {folder} holds latents; give a place outside of it")
+        raise UserError(f"{option}: {folder} holds latents; give a path outside of it")

@@ -1,8 +1,8 @@
 """The images of an encoding job: divided into work units, decoded in worker processes, in batches of a fixed shape.
 
-A unit is a fixed range of source indices and becomes one shard. What is in a batch follows from the source, the unit
-and the batch size alone, so that neither the number of processes nor the number of workers changes a latent's bits.
-Batches of a unit come in order; batches of several units may alternate, at most one unit for each worker.
+A unit is a fixed range of source indices and becomes one shard. The content of a batch depends on the source, the unit
+and the batch size only, so the numbers of processes and workers do not change a latent's bits. Batches of a unit come
+in order. Batches of several units may alternate, at most one unit for each worker.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from ldm_vae.data.streaming import StreamFiles, StreamingSource
 
 Once = Callable[[Callable[[], Any]], Any]
-"""Calls a function, in one of several processes, and gives all of them what it returned."""
+"""Calls a function in one of several processes, and returns its result in all of them."""
 
 
 class Item(Protocol):
-    """An image that is not decoded yet."""
+    """A not yet decoded image."""
 
     @property
     def id(self) -> str: ...
@@ -53,9 +53,9 @@ class Units:
     """The work units that one process makes.
 
     Attributes:
-        finished: units that are there already.
+        finished: units that exist already.
         rank: number of the process among `processes` that divide the others.
-        share: (i, n): of n jobs that know nothing of each other, this is number i: only the units k with k % n == i.
+        share: (i, n): this is number i of n independent jobs, which makes only the units k with k % n == i.
     """
 
     finished: frozenset[int] = frozenset()
@@ -64,8 +64,8 @@ class Units:
     share: tuple[int, int] = (0, 1)
 
     def numbers(self, total: int | None) -> Iterator[int]:
-        """Increasing. The missing ones of `total` are dealt to the processes in turn; where the total is not known
-        (None), all are, and the iterator does not end."""
+        """This process's units, increasing. The missing units of `total` are given to the processes in turn. For an
+        unknown total (None), all units are, and the iterator does not end."""
         if total is None:
             place, jobs = self.share
             dealt = count(place + jobs * self.rank, jobs * self.processes)
@@ -73,13 +73,13 @@ class Units:
         return islice(self._missing(total), self.rank, None, self.processes)
 
     def run(self, total: int) -> list[int]:
-        """The missing ones of `total` again, but each process gets those that follow one another."""
+        """The missing units of `total`, with consecutive units for each process."""
         missing = sum(1 for _ in self._missing(total))
         first, end = (missing * rank // self.processes for rank in (self.rank, self.rank + 1))
         return list(islice(self._missing(total), first, end))
 
     def of_worker(self, worker: int, workers: int) -> Units:
-        """Its part, when each of the `workers` of every process makes whole units."""
+        """The part of one worker, if each of the `workers` of every process makes whole units."""
         return replace(self, rank=self.rank * workers + worker, processes=self.processes * workers)
 
     def _missing(self, total: int) -> Iterator[int]:
@@ -103,10 +103,10 @@ class ImageBatch:
     Attributes:
         unit: its number.
         images: uint8 (batch, 3, h, w); rows after the last image and of rejected images are black.
-        rows: which of them are images; `indices`, `labels` and `ids` belong to these.
+        rows: the rows with images; `indices`, `labels` and `ids` belong to these.
         rejected: images that could not be read.
         last: the unit ends with this batch.
-        enlarged: how many of the images were smaller than their crop.
+        enlarged: number of images that were smaller than their crop.
     """
 
     unit: int
@@ -125,19 +125,19 @@ class ImageBatch:
 
 
 class Images(Protocol):
-    """The images to encode, whichever way they are opened."""
+    """The interface of the images to encode."""
 
     @property
     def label_names(self) -> tuple[str, ...]: ...
 
     @property
     def count(self) -> int | None:
-        """None for a stream whose end is not known before it is reached."""
+        """The number of images; None for a stream whose length is not known in advance."""
         ...
 
     @property
     def whole_units(self) -> bool:
-        """A worker makes whole units that follow one another (what it reads, no other worker reads), instead of
+        """Whether a worker makes whole consecutive units, so that no other worker reads the same images, instead of
         every n-th batch."""
         ...
 
@@ -151,7 +151,7 @@ class Images(Protocol):
 class RandomAccessImages:
     """Images of a source with random access: only the share of this process is touched."""
 
-    whole_units = False  # batches in turn: the first shard is there sooner, and one at a time is open
+    whole_units = False  # batches in turn, so that the first shard is finished sooner and only one is open
 
     def __init__(self, source: ImageSource) -> None:
         self.source, self.label_names, self.count = source, source.label_names, len(source)
@@ -166,7 +166,7 @@ class RandomAccessImages:
                 yield Group(number, list(zip(indices, self.items(indices))), last)
 
     def keys(self) -> Iterable[int]:
-        """What `id` and `items` take, of every image, increasing."""
+        """The arguments of `id` and `items` for all images, increasing."""
         return range(self.count)
 
     def id(self, key: int) -> str:
@@ -177,7 +177,7 @@ class RandomAccessImages:
         return (_SourceItem(self.source, int(key)) for key in keys)
 
     def record_of(self, keys: Sequence[int] | np.ndarray) -> dict[str, Any]:
-        """`fingerprint` (of ids and classes) and `label_names` of these images, whatever else is in the source."""
+        """`fingerprint` (of ids and classes) and `label_names` of these images only."""
         labels = [item.label for item in self.items(keys)]
         classes = (
             (self.id(int(key)), self.label_names[label] if label >= 0 else "") for key, label in zip(keys, labels)
@@ -187,9 +187,9 @@ class RandomAccessImages:
 
 
 class CountedImages:
-    """Images of a stream whose files are counted: a worker reads the rows of its units, and each file once.
+    """Images of a stream whose files are counted. A worker reads only the rows of its units, and each file once.
 
-    Indices count the images of the part, as they do for the same images with random access.
+    Indices count the images of the part, as for the same images with random access.
     """
 
     whole_units = True
@@ -216,13 +216,13 @@ class CountedImages:
         numbers = units.run(-(-self.count // unit))
         ranges = ((number * unit, min((number + 1) * unit, self.count)) for number in numbers)
         rows = chain.from_iterable(self.rows.rows(start, stop) for start, stop in ranges)
-        items = self.items(rows)  # one reading for all units: they go on within a file
+        items = self.items(rows)  # one pass over all units, which may share a file
         for number in numbers:
             for indices, last in batches_of(number, unit, batch, self.count):
                 yield Group(number, list(zip(indices, items)), last)
 
     def keys(self) -> Iterable[int]:
-        """What `id` and `items` take, of every image, increasing: its row in the stream."""
+        """The arguments of `id` and `items` for all images, increasing: rows in the stream."""
         return self.rows.rows(0, self.count)
 
     def id(self, key: int) -> str:
@@ -235,19 +235,19 @@ class CountedImages:
         return self.stream.read(self.files, (int(key) for key in keys))
 
     def record_of(self, keys: Sequence[int] | np.ndarray) -> dict[str, Any]:
-        """`fingerprint` (of ids) and `label_names`, all of them: which of them are used is not known before reading."""
+        """`fingerprint` (of ids) and all `label_names`, since the used ones are not known before reading."""
         rows = ((self.id(int(key)),) for key in keys)
         return {"fingerprint": hash_items(chain([("rows",)], rows)), "label_names": list(self.label_names)}
 
 
 Addressable = RandomAccessImages | CountedImages
-"""Images that can be found by their place in the source."""
+"""Images with random access by their place in the source."""
 
 
 class StreamedImages:
-    """Images of a stream that cannot be counted: every process and worker reads all of it, and decodes its share only.
+    """Images of a stream that cannot be counted. Every process and worker reads all of it and decodes its share only.
 
-    Indices count the images of the part, as they do for the same images with random access.
+    Indices count the images of the part, as for the same images with random access.
     """
 
     count = None
@@ -270,7 +270,7 @@ class StreamedImages:
                 continue
             group: list[tuple[int, Item]] = []
             for pair in pairs:
-                if len(group) == batch:  # and here is one more
+                if len(group) == batch:  # one more image
                     yield Group(number, group, last=False)
                     group = []
                 group.append(pair)
@@ -283,7 +283,7 @@ class StreamedImages:
 
 
 def open_images(config: DataConfig, part: Part, once: Once = lambda make: make()) -> Images:
-    """The images of a collection; of a stream of files, `once` makes what takes long: its files are counted.
+    """The images of a collection. `once` runs the slow counting of a stream's files in one process.
 
     Raises:
         UserError: there are no images, or the part is empty.
@@ -324,11 +324,11 @@ def load_batches(
 ) -> Generator[ImageBatch, None, None]:
     """Decode, crop and stack the batches of these units, in `workers` processes.
 
-    A worker holds 4 batches that are ready; with `images.whole_units` every worker has a unit under way, so that their
-    batches alternate, and up to `workers` units are open until their `last` batches come.
+    A worker holds 4 finished batches. With `images.whole_units`, every worker works on its own unit, so that batches
+    alternate and up to `workers` units are open until their `last` batches.
 
     Raises:
-        UserError: while iterating, where the source cannot be read any more, or gives nothing for `timeout_seconds`.
+        UserError: while iterating, if the source cannot be read any more, or gives nothing for `timeout_seconds`.
     """
     batches = DataLoader(
         ErrorsAsItems(_Batches(partial(images.groups, unit=unit, batch=batch), units, images.whole_units, batch, size)),
@@ -361,7 +361,7 @@ class _SourceItem:
 
 
 class _Batches(IterableDataset):
-    """Worker w of n makes its own units, or the batches w, w + n, ... of all; the loader takes them in turn."""
+    """Worker w of n makes its own units, or the batches w, w + n, ... of all. The loader takes them in turn."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""`ldm-vae latents import`: a set of latents that LightningDiT's `extract_features.py` wrote, or its layout.
+"""`ldm-vae latents import`: make a set from latents in the layout of LightningDiT's `extract_features.py`.
 
-    latents_rank00_shard000.safetensors   latents (n, c, h, w) float32, latents_flip the same of the mirrored images,
-                                          labels (n) int64; about 10,000 rows a file, its ranks and shards counted
-    latents_stats.pt                      {"mean", "std"} (1, c, 1, 1) float32, of up to 10,000 random rows of latents
+    latents_rank00_shard000.safetensors   latents (n, c, h, w) float32, latents_flip the same for the mirrored images,
+                                          labels (n) int64; about 10,000 rows per file, numbered by rank and shard
+    latents_stats.pt                      {"mean", "std"} (1, c, 1, 1) float32, from up to 10,000 random rows of latents
 
-Latents are posterior samples, drawn once, unscaled: the trainer normalizes them. These files do not say which
-autoencoder made them, at which resolution, from which images; the user says it, and the set records it as asserted.
+Latents are posterior samples, drawn once, unscaled; the trainer normalizes them. These files do not record the
+autoencoder, the resolution and the images. The user gives them, and the set records them as asserted.
 Source: hustvl/LightningDiT on GitHub, extract_features.py and datasets/img_latent_dataset.py.
 """
 
@@ -54,8 +54,8 @@ FILE_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {SAFETENSORS_DTYPES[name]: name for name in LATENT_DTYPES}
 TENSORS = ("latents", "latents_flip", "labels")
 FARTHEST = 0.1
-"""How far theirs may lie from ours: differences of the mean in stds, and of the std as a share of it. Theirs are of a
-random part, for which a few hundredths are usual."""
+"""Largest difference of the file's statistics from the measured ones: of the mean in stds, and of the std relative to
+it. The file's are from a random part of the rows, for which a few hundredths are usual."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,23 @@ class ImportConfig:
     """`ldm-vae latents import`.
 
     The source is a local folder in the layout of LightningDiT's extract_features.py
-    (latents_rank00_shard000.safetensors ...). Those files do not say which autoencoder made them: you do, and the set
-    records it as your word. What can be checked is checked: channels and size, and latents_stats.pt against the data.
-    The same command continues an interrupted import, and makes damaged shards again. Afterwards look at some of them
-    with `ldm-vae latents decode`: only pictures show whether it is the right autoencoder.
+    (latents_rank00_shard000.safetensors ...). These files do not record which autoencoder made them, so the set records
+    the one that you give, as asserted. Channels and size are checked, and latents_stats.pt is compared with the data.
+    The same command continues an interrupted import, and makes damaged shards again. Afterwards, view some samples
+    with `ldm-vae latents decode`: only pictures show whether the autoencoder is the right one.
 
       ldm-vae latents import vavae_f16d32/imagenet_train_256 latents/imagenet autoencoder=models/vavae
 
     Args:
         source: the local folder with the files.
-        output: a new folder for the set, or its URL.
-        autoencoder: directory of the autoencoder, or of the run, that made the latents. Nothing can check that.
-        resolution: pixels of the images: the side of square ones, or HEIGHTxWIDTH.
-        labels: a text file with the name of each class on a line; null: classes are called by their numbers.
-        dtype: of what is stored; null: as it is.
-        shard_size: rows in a shard.
-        layout: of the source; there is one so far.
+        output: the folder to make for the set, or its URL.
+        autoencoder: the autoencoder that made the latents: a diffusers directory, a run of `train-vae`, or a hub id.
+            This cannot be checked.
+        resolution: size of the images in pixels: the side of square images, or HEIGHTxWIDTH.
+        labels: a text file with the name of each class on a line; null: class numbers are used as names.
+        dtype: precision of the stored values; null: as in the source.
+        shard_size: rows per shard.
+        layout: layout of the source; only one is supported.
     """
 
     source: str = "???"
@@ -93,14 +94,16 @@ class ImportConfig:
     def __post_init__(self) -> None:
         check_positive(self, "shard_size")
         if len(parse_sizes(self.resolution)) > 1:
-            raise UserError(f"resolution: {self.resolution} are several sizes, a folder holds latents of one; give it")
+            raise UserError(
+                f"resolution: {self.resolution} are several sizes; give the one of the latents in the folder"
+            )
 
 
 def import_latents(config: ImportConfig, *, dry_run: bool = False) -> Manifest | None:
-    """Make a set, see `import_set`, and print what it is and how to see it.
+    """Make a set, see `import_set`, and print its summary and how to view it.
 
     Args:
-        dry_run: read all headers, compare with what is in the output; write nothing, and return None.
+        dry_run: read all headers, compare with the content of the output; write nothing, and return None.
     """
     if dry_run:
         source = Source(config.source)
@@ -123,11 +126,11 @@ def _begin(config: ImportConfig, source: Source) -> None:
 
 
 def import_set(config: ImportConfig) -> Manifest:
-    """Make a set of a folder in LightningDiT's layout, or finish or mend what is there; every row becomes a sample.
+    """Make a set from a folder in LightningDiT's layout, or finish or repair it. Every row becomes a sample.
 
     Raises:
         UserError: the folder, the autoencoder or the output is not usable, a latent is not finite, or latents_stats.pt
-            is of other latents.
+            belongs to other latents.
     """
     started = time.time()
     source = Source(config.source)
@@ -165,7 +168,7 @@ def import_set(config: ImportConfig) -> Manifest:
 
 @dataclass(frozen=True)
 class File:
-    """One of the files, and what its header says."""
+    """One of the files and its header."""
 
     path: Path
     count: int
@@ -177,7 +180,7 @@ class File:
 
 
 class Source:
-    """The folder: the rows of all files, in the order of ranks and then shards, count as one sequence.
+    """The folder, as one sequence of the rows of all files in the order of ranks and then shards.
 
     Raises:
         UserError: no such folder, no files, or files that do not fit each other.
@@ -211,7 +214,7 @@ class Source:
 
     @cached_property
     def labels(self) -> Tensor:
-        """Of every row, int64."""
+        """The label of every row, int64."""
         from safetensors import safe_open
 
         found = []
@@ -224,7 +227,7 @@ class Source:
         return labels
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Name (latents, latents_flip) -> rows from `start` up to, but not including, `stop`."""
+        """Name (latents, latents_flip) -> rows from `start` to `stop` (exclusive)."""
         from safetensors import safe_open
 
         parts: dict[str, list[Tensor]] = {}
@@ -255,7 +258,7 @@ class Source:
         return hash_items(items)
 
     def notes(self) -> list[str]:
-        """What the user should know of the folder: tensors left out, files that seem to be missing."""
+        """Notes about the folder: ignored tensors, files that seem to be missing."""
         notes = []
         if others := sorted({name for file in self.files for name in file.others}):
             notes.append(f"left out: {', '.join(others)}")
@@ -268,21 +271,23 @@ class Source:
             missing = [number for number in range(max(shards, default=0) + 1) if number not in shards]
             if missing:
                 notes.append(
-                    f"latents_rank{rank:02d}_shard{missing[0]:03d}.safetensors is not there; is the copy whole?"
+                    f"latents_rank{rank:02d}_shard{missing[0]:03d}.safetensors is missing; is the copy complete?"
                 )
         rows = {sum(shards.values()) for shards in ranks.values()}
-        if len(rows) > 1:  # the sampler gives each rank the same number, repeating images where it must
-            notes.append(f"the ranks have {min(rows)} to {max(rows)} rows, a finished extraction has the same of each")
+        if len(rows) > 1:  # the sampler gives each rank the same number, repeating images if necessary
+            notes.append(
+                f"the ranks have {min(rows)} to {max(rows)} rows, a finished extraction has the same number in each"
+            )
         return notes
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts shard1000 behind shard999."""
+    """A sort key that puts shard1000 after shard999."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def read_file(path: Path) -> File:
-    """Raises: UserError when it is damaged, or of another layout."""
+    """Raises: UserError if the file is damaged, or has another layout."""
     from safetensors import SafetensorError, safe_open
 
     check_tensor_file(path)
@@ -310,7 +315,7 @@ def _described(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 
 
 def plan_set(config: ImportConfig, source: Source) -> Origin:
-    """The plan of the set. Raises: UserError when the autoencoder cannot have made latents of this shape."""
+    """The plan of the set. Raises: UserError if the autoencoder cannot have made latents of this shape."""
     autoencoder = load_autoencoder(config.autoencoder)
     (height, width), factor = parse_sizes(config.resolution)[0], autoencoder.downsampling
     expected = (autoencoder.latent_channels, height / factor, width / factor)
@@ -318,7 +323,7 @@ def plan_set(config: ImportConfig, source: Source) -> Origin:
     if shape != expected:
         raise UserError(
             f"{config.source}: its latents are {_times(shape)}, {config.autoencoder} makes {_times(expected)} of "
-            f"images of {height}x{width}; give the autoencoder that made them, and --resolution"
+            f"images of {height}x{width}; give the autoencoder that made them, and resolution=PIXELS"
         )
     record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     return Origin(
@@ -344,7 +349,7 @@ def _times(shape: Sequence[float]) -> str:
 
 
 def lightningdit_preprocessing(height: int, width: int) -> dict[str, Any]:
-    """What LightningDiT's transform does to an image, by its code. It is not what `encode` does."""
+    """The image transform in LightningDiT's code, which differs from that of `encode`."""
     return {
         "version": 1,
         "height": height,
@@ -359,7 +364,7 @@ def lightningdit_preprocessing(height: int, width: int) -> dict[str, Any]:
 
 
 def label_names(path: str | None, labels: Tensor) -> list[str]:
-    """A name for each class. Raises: UserError when the file has not enough of them, or a name twice."""
+    """A name for each class. Raises: UserError if the file has too few names, or a name twice."""
     classes = int(labels.max()) + 1 if len(labels) else 0
     if path is None:
         return [str(number) for number in range(classes)]
@@ -371,12 +376,12 @@ def label_names(path: str | None, labels: Tensor) -> list[str]:
         raise UserError(f"{path}: has {len(names)} names, the labels go to {classes - 1}; give {classes} lines")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: names {twice!r} twice; add what tells the two apart")
+        raise UserError(f"{path}: has the name {twice!r} twice; give the two classes different names")
     return names
 
 
 def _restore_plan(output: Output) -> None:
-    """Write a damaged plan again, if it was the plan of these settings: manifest and shards know its digest."""
+    """Write a damaged plan again, if it was the plan of these settings: manifest and shards hold its digest."""
     if not output.folder.sizes("shard-"):
         return
     state = read_state(output.folder)
@@ -386,7 +391,7 @@ def _restore_plan(output: Output) -> None:
 
 
 def shard(source: Source, origin: Origin, start: int, stop: int) -> Shard:
-    """Rows `start` up to, but not including, `stop`. Raises: UserError that names a row which is not finite."""
+    """Rows `start` to `stop` (exclusive). Raises: UserError that names a row that is not finite."""
     tensors = {}
     for name, rows in source.read(start, stop).items():
         stored = rows.to(LATENT_DTYPES[origin.dtype])
@@ -407,7 +412,7 @@ def shard(source: Source, origin: Origin, start: int, stop: int) -> Shard:
 
 
 def read_statistics(folder: Path, channels: int) -> dict[str, Tensor] | None:
-    """`mean` and `std` (c) of latents_stats.pt, float64; None where there is no such file."""
+    """`mean` and `std` (c) of latents_stats.pt, float64; None without such a file."""
     path = folder / STATISTICS
     if not path.exists():
         return None
@@ -420,7 +425,7 @@ def read_statistics(folder: Path, channels: int) -> dict[str, Tensor] | None:
 
 
 def compare_statistics(manifest: Manifest, theirs: dict[str, Tensor], path: Path) -> str:
-    """How far latents_stats.pt lies from the statistics of the data, in words. Raises: UserError when too far."""
+    """The difference of latents_stats.pt from the statistics of the data, as text. Raises: UserError if too large."""
     mean, std = (torch.tensor(manifest.statistics[name], dtype=torch.float64) for name in ("mean", "std"))
     distances = {"mean": (theirs["mean"] - mean).abs() / std, "std": (theirs["std"] / std - 1).abs()}
     for name, distance in distances.items():
@@ -428,11 +433,11 @@ def compare_statistics(manifest: Manifest, theirs: dict[str, Tensor], path: Path
         if not float(distance[channel]) <= FARTHEST:
             raise UserError(
                 f"{path}: its {name} of channel {channel} is {float(theirs[name][channel]):.4g}, the latents have "
-                f"{manifest.statistics[name][channel]:.4g}; it is of other latents, or they were scaled: find out "
-                "which, or move it away to import without it, and run the same command again"
+                f"{manifest.statistics[name][channel]:.4g}; it belongs to other latents, or they were scaled; "
+                "correct that, or move the file away to import without it, and run the same command again"
             )
     largest = {name: f"{float(distance.max()):.2%}" for name, distance in distances.items()}
     return (
         f"{path}: agrees with the data: means differ by up to {largest['mean']} of a std, stds by up to "
-        f"{largest['std']}; those of the whole set are taken"
+        f"{largest['std']}; those of the whole set are used"
     )

@@ -1,7 +1,7 @@
-"""`ldm-vae latents info` and `decode`: what a set is, and some of its samples as images again.
+"""`ldm-vae latents info` and `decode`: a description of a set, and some of its samples decoded to images.
 
-`info` reads the manifest and the index only, so it takes a moment at any size. Of a set that is not finished it shows
-how far it has come, and what continues it.
+`info` reads the manifest and the index only, so it is fast for any size. For an unfinished set it shows the progress
+and the command that continues it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ SHOWN_NAMES = 12
 class InfoConfig:
     """`ldm-vae latents info`.
 
-    Reads the manifest and the index only: a moment, whatever the size of the set. Of a set that is not finished it
-    shows how far it has come.
+    Reads the manifest and the index only, so it is fast for any size. For an unfinished set it shows the progress.
 
       ldm-vae latents info latents/mine
       ldm-vae latents info s3://bucket/latents/mine --json
@@ -77,7 +76,7 @@ class InfoConfig:
 
 
 def show_info(config: InfoConfig, *, dry_run: bool = False) -> dict[str, Any]:
-    """Print what a set is; `dry_run`: only that it is there. Returns and raises: see `describe`."""
+    """Print a description of a set; `dry_run`: only check that it exists. Returns and raises: see `describe`."""
     begin("latents info", config.latents, "its manifest and its index are read", error=config.json)
     values = describe(config.latents)
     if dry_run:
@@ -93,9 +92,9 @@ def show_info(config: InfoConfig, *, dry_run: bool = False) -> dict[str, Any]:
 
 
 def describe(location: str | Path) -> dict[str, Any]:
-    """The fields of the manifest, and sizes, reasons of rejection and unfinished segments beside them.
+    """The fields of the manifest, with sizes, reasons of rejection and unfinished segments.
 
-    Raises: UserError where there is no set, or its records are damaged.
+    Raises: UserError if there is no set, or its records are damaged.
     """
     folder = open_set_folder(location)
     if not folder.exists(MANIFEST) and folder.exists(plan_name(0)) and not folder.sizes("index-"):
@@ -122,7 +121,7 @@ def _made_by(autoencoder: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reasons(folder: Folder, manifest: Manifest) -> dict[str, int]:
-    """Reason -> number of images left out, the most frequent first. Raises: UserError when the list is damaged."""
+    """Reason -> number of rejected images, the most frequent first. Raises: UserError if the list is damaged."""
     if not manifest.rejected:
         return {}
     try:
@@ -134,7 +133,7 @@ def _reasons(folder: Folder, manifest: Manifest) -> dict[str, int]:
 
 
 def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
-    """Of the segment `number`, if it was begun: `segment`, `shards` that are there, `planned`, and its `command`."""
+    """The unfinished segment `number`, if any: `segment`, finished `shards`, `planned` shards, and its `command`."""
     if not folder.exists(plan_name(number)):
         return None
     origin, sizes = read_origin(folder, number), folder.sizes("shard-")
@@ -145,7 +144,7 @@ def _unfinished(folder: Folder, number: int) -> dict[str, Any] | None:
 
 
 def lines(values: dict[str, Any]) -> list[str]:
-    """What `describe` found as text."""
+    """The result of `describe` as text."""
     if not values["finished"]:
         layout, made_by = values["layout"], values["autoencoder"]
         shape = "x".join(map(str, layout["latent_shape"]))
@@ -223,7 +222,7 @@ def _progress(unfinished: dict[str, Any]) -> str:
 
 SHEET_SAMPLES = 16
 LEAST_SIDE = 128
-"""Smaller images are enlarged to it on the sheet, so that there is room for their names."""
+"""Smallest side of an image on the sheet: smaller ones are enlarged, to make room for their names."""
 SHEET_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 
 
@@ -231,7 +230,7 @@ SHEET_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 class DecodeConfig:
     """`ldm-vae latents decode`.
 
-    Shows whether the latents are still the pictures they came from. The autoencoder must be the one that made them.
+    Shows whether the latents still match their pictures. The autoencoder must be the one that made them.
 
       ldm-vae latents decode runs/latents autoencoder=runs/vae output=sheet.png
       ldm-vae latents decode runs/latents autoencoder=runs/vae output=cats.png label=cat count=30
@@ -239,13 +238,14 @@ class DecodeConfig:
 
     Args:
         latents: the folder of a finished set, or its URL.
-        autoencoder: the autoencoder that made the latents; its decoder may have been trained further.
+        autoencoder: the autoencoder that made the latents: a diffusers directory, a run of `train-vae`, or a hub id.
+            Its decoder may have been trained further.
         output: the contact sheet, a .png, .webp or .jpg file.
-        count: samples, evenly spread; null: 16.
-        samples: these samples instead, by their numbers in the set with commas: "3,17,99".
-        label: samples of this class only.
-        flipped: the stored mirror images.
-        posterior: of stored moments; null: the mean.
+        count: number of samples, evenly spread; null: 16.
+        samples: numbers of the samples to decode instead, with commas: "3,17,99".
+        label: the class of the samples; null: any.
+        flipped: decode the stored mirror images.
+        posterior: `mean` or `sample` of stored moments; null: the mean.
         device: auto, cpu, cuda, cuda:1 ...
     """
 
@@ -263,7 +263,7 @@ class DecodeConfig:
         if Path(self.output).suffix.lower() not in SHEET_SUFFIXES and self.output != "???":
             raise UserError(f"output: {self.output} is not the name of an image; let it end in .png")
         if self.samples and (self.label or self.count):
-            raise UserError("samples: names the samples, so that label and count have no effect; leave those out")
+            raise UserError("label, count: have no effect with samples, which lists them; leave them out")
         parse_numbers(self.samples)
 
 
@@ -280,14 +280,14 @@ def decode_latents(config: DecodeConfig, *, overwrite: bool = False, dry_run: bo
 
     Args:
         overwrite: replace an earlier sheet.
-        dry_run: decode the first sample only, to know how long it takes; write nothing.
+        dry_run: decode the first sample only, to estimate the time; write nothing.
 
     Raises:
-        UserError: no finished set, an autoencoder that did not make it, samples that are not there, or a damaged shard.
+        UserError: no finished set, an autoencoder that did not make it, samples that do not exist, or a damaged shard.
     """
     output = Path(config.output)
     if output.exists() and not overwrite:
-        raise UserError(f"output: {output} is there already; give another name, or --overwrite")
+        raise UserError(f"output: {output} exists already; give another name, or --overwrite")
     refuse_inside(output, "output")
     open_set_folder(config.latents)
     dataset = LatentDataset(config.latents)
@@ -318,7 +318,7 @@ def decode_latents(config: DecodeConfig, *, overwrite: bool = False, dry_run: bo
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """A sample as an image. `label` is empty for none."""
+    """A sample as an image. `label` is empty without a label."""
 
     number: int
     label: str
@@ -327,18 +327,18 @@ class DecodedSample:
 
     @property
     def caption(self) -> str:
-        """Two lines: number and label, the last part of the id."""
+        """Two lines: number and label; the last part of the id."""
         return f"{self.number} {self.label}".rstrip() + "\n" + self.id.rsplit("/", 1)[-1]
 
 
 def check_autoencoder(manifest: Manifest, autoencoder: Autoencoder, where: str) -> None:
-    """Raises: UserError unless this autoencoder made the latents; for codes its quantizer counts too."""
+    """Raises: UserError unless this autoencoder made the latents; for codes its quantizer is compared too."""
     if manifest.content != "indices":
         manifest.check_autoencoder(autoencoder.encoder_fingerprint(), where)
         return
     found, made_by = autoencoder.token_fingerprint(), manifest.autoencoder.get("token_fingerprint")
     if found != made_by:
-        what = f"its token_fingerprint is {short(found)}, but the codes were made by {short(made_by)}"
+        what = f"its quantizer has the fingerprint {short(found)}, but the codes were made by {short(made_by)}"
         raise UserError(where, what, "give the autoencoder that made them, or encode again with this one")
 
 
@@ -346,7 +346,7 @@ def choose(manifest: Manifest, count: int, samples: Sequence[int] = (), label: s
     """The numbers of samples to decode: `samples`, or `count` of them evenly spread over the set or over a class.
 
     Raises:
-        UserError: no such sample, an unknown label (with the nearest known one), or none with this label.
+        UserError: no such sample, an unknown label (with the nearest known one), or no sample with this label.
     """
     if samples:
         for number in samples:
@@ -376,9 +376,9 @@ def decode_samples(
     """Decode samples of a set, one at a time.
 
     Args:
-        autoencoder: on the device that is to decode; `check_autoencoder` says whether it is the right one.
-        flipped: the stored mirror images instead.
-        posterior: of stored moments, default the mean; a sample's noise is a function of its number.
+        autoencoder: on the device to use; `check_autoencoder` checks that it is the right one.
+        flipped: decode the stored mirror images instead.
+        posterior: `mean` (default) or `sample` of stored moments. The noise is a function of the sample's number.
 
     Raises:
         UserError: no mirror images or moments are stored, or a shard is damaged.
@@ -388,7 +388,7 @@ def decode_samples(
         raise UserError(f"flipped: {where} holds no mirror images; leave it out, or encode with flip=true")
     if posterior and manifest.content != "moments":
         raise UserError(
-            f"posterior: {where} holds {manifest.content}, which leaves no choice; leave it out, or encode with "
+            f"posterior: {where} holds {manifest.content} and no moments; leave posterior out, or encode with "
             "store=moments"
         )
     found = []
@@ -404,7 +404,7 @@ def decode_samples(
 
 @torch.no_grad()
 def _decode(manifest: Manifest, autoencoder: Autoencoder, stored: Tensor, number: int, posterior: str | None) -> Tensor:
-    """One sample as it is stored -> an image (1, 3, H, W) in [-1, 1]."""
+    """One stored sample -> an image (1, 3, H, W) in [-1, 1]."""
     if manifest.content == "indices":
         codes = stored.int()[None].to(autoencoder.device)
         return transforms.finite_pixels(autoencoder.decode_indices(codes).sample.float(), "decoder").clamp(-1, 1)
@@ -418,11 +418,11 @@ def _decode(manifest: Manifest, autoencoder: Autoencoder, stored: Tensor, number
 
 
 def contact_sheet(decoded: Sequence[DecodedSample]) -> Image.Image:
-    """All of them on one page, with their captions."""
+    """All samples on one page, with captions."""
     images = []
     for sample in decoded:
         factor = max(1, -(-LEAST_SIDE // max(sample.image.size)))
         size = (sample.image.width * factor, sample.image.height * factor)
         images.append(sample.image.resize(size, Image.Resampling.NEAREST))
-    columns = math.ceil(math.sqrt(len(images)))  # near a square, not one long row
+    columns = math.ceil(math.sqrt(len(images)))  # nearly square, not one long row
     return labeled_sheet(images, [sample.caption for sample in decoded], maximum_columns=columns)

@@ -1,4 +1,4 @@
-"""The one place where latents are normalized: per channel, with constants that were measured on the whole set."""
+"""The only place where latents are normalized: per channel, with constants measured on the whole set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ldm_vae.errors import UserError
 
 
 class LatentNormalizer:
-    """x = (z - mean) / std per channel, and back. The constants are kept in float64, tensors keep their precision."""
+    """x = (z - mean) / std per channel, and its inverse. The constants are float64; tensors keep their precision."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Raises: UserError when the constants are not finite, a std is not positive, or the lengths differ."""
+        """Raises: UserError if the constants are not finite, a std is not positive, or the lengths differ."""
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if not self.mean or len(self.mean) != len(self.std):
             raise UserError(
@@ -33,11 +33,11 @@ class LatentNormalizer:
                 )
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Latents (..., c, h, w) as the autoencoder has them -> mean 0 and std 1 per channel over the set."""
+        """Latents (..., c, h, w) of the autoencoder -> mean 0 and std 1 per channel over the set."""
         return (z - self._constant(self.mean, z)) / self._constant(self.std, z)
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """The inverse of `normalize`, (..., c, h, w): what the autoencoder decodes."""
+        """The inverse of `normalize`, (..., c, h, w): latents that the autoencoder decodes."""
         return x * self._constant(self.std, x) + self._constant(self.mean, x)
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -45,7 +45,7 @@ class LatentNormalizer:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatentNormalizer:
-        """From `to_dict()`, or from the statistics of a manifest. Raises: UserError also where they are no numbers."""
+        """From `to_dict()`, or from the statistics of a manifest. Raises: UserError unless they are valid numbers."""
         try:
             return cls(values["mean"], values["std"])
         except UserError:
@@ -68,13 +68,13 @@ class LatentNormalizer:
 # Mean and standard deviation of a set's latents per channel, exactly and without sampling.
 
 ROWS = ("mean", "mean_squared", "variance")
-"""Of the array of sums: mu, mu^2 and sigma^2 (zero where no log-variance is stored), one column a channel."""
+"""Rows of the array of sums: mu, mu^2 and sigma^2 (zero without a log-variance); one column per channel."""
 
 
 def channel_sums(stored: Sequence[Tensor], channels: int) -> np.ndarray:
     """Sums (3, c) in float64 over tensors (n, 2c, h, w) of moments, or (n, c, h, w), in their stored precision.
 
-    numpy sums in one thread, in the same order every time; torch's order depends on the number of threads.
+    numpy sums in one thread and always in the same order; torch's order depends on the number of threads.
     """
     sums = np.zeros((len(ROWS), channels))
     for part in stored:
@@ -89,7 +89,7 @@ def channel_sums(stored: Sequence[Tensor], channels: int) -> np.ndarray:
 def combine(sums: np.ndarray, latents: int, positions: int) -> dict[str, Any]:
     """`{"mean": [c], "std": [c], "count": latents}` of the latents behind the sums (m, 3, c) of m shards.
 
-    `latents` is their number over all shards, mirror images counted; `positions` that of values per channel, n h w.
+    `latents`: their number over all shards, with mirror images; `positions`: number of values per channel, n h w.
     """
     assert positions, "statistics of no latents"
     totals = [[math.fsum(sums[:, row, channel]) / positions for channel in range(sums.shape[2])] for row in range(3)]

@@ -1,9 +1,8 @@
 """`ldm-vae latents repair`: encode damaged and missing shards again, and derive the other records from them.
 
-Everything that decides the bytes of a shard is compared with its plan before anything changes, and what was made is
-compared with the checksum that was recorded. Nothing is deleted first: each file is replaced when its successor is
-complete, and one that is right already stays untouched. `verify` says what is wrong; images of later segments are found
-as in `append`.
+Everything that determines the bytes of a shard is compared with its plan before anything changes. The result is
+compared with the recorded checksum. Nothing is deleted first: each file is replaced when its new version is complete,
+and files that are correct do not change. `verify` finds the damage; images of later segments are found as in `append`.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from ldm_vae.utils.text import duration_text, pluralize
 
 @dataclass(frozen=True)
 class RepairConfig(AppendConfig):
-    """`ldm-vae latents repair`: encode again what is damaged or missing, derive again what follows from the rest.
+    """`ldm-vae latents repair`: encode damaged and missing shards again, and derive other damaged files from the rest.
 
-    The settings are those of the `ldm-vae encode` command that made the set (for shards that were appended, those of
-    that `ldm-vae latents append`). Verifies first; a set that is whole is left as it is. Settings, autoencoder and
-    images are compared with the plan before anything is changed, and only damaged files are replaced. Exit code 0:
-    whole now; 1: something is left; 2: the settings do not fit, and nothing was changed.
+    Give the settings of the `ldm-vae encode` command that made the set (for appended shards, those of that
+    `ldm-vae latents append`). The set is verified first; an intact set does not change. Settings, autoencoder and
+    images are compared with the plan before anything changes, and only damaged files are replaced. Exit code 0:
+    intact now; 1: some damage is left; 2: the settings do not fit, and nothing was changed.
 
       ldm-vae latents repair runs/mine data=~/images output=latents/mine
       ldm-vae latents repair runs/mine data=~/images output=latents/mine --remove-foreign
@@ -61,7 +60,7 @@ class RepairConfig(AppendConfig):
 
 @dataclass(frozen=True)
 class RepairResult:
-    """`whole`: everything is as it was written now; else something is left, which was printed."""
+    """`whole`: the set is intact now; otherwise the remaining damage was printed."""
 
     whole: bool
     dry_run: bool = False
@@ -73,17 +72,17 @@ class RepairResult:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is to be done, as every process must know it.
+    """The work to do, for every process.
 
     Attributes:
-        shards: segment -> its units that are made again.
-        segments: of the set, as they were planned.
-        checksums: shard number -> the checksum that is recorded, if one is.
+        shards: segment -> its units to make again.
+        segments: the planned segments of the set.
+        checksums: shard number -> the recorded checksum, if any.
         plans: numbers of the segments whose plan is damaged.
         foreign: files that do not belong here.
-        hopeless: findings that cannot be mended here.
-        manifest: it is whole.
-        any: anything is wrong.
+        hopeless: number of findings that cannot be repaired here.
+        manifest: whether the manifest is intact.
+        any: whether there is any damage.
     """
 
     shards: Mapping[int, frozenset[int]]
@@ -97,27 +96,27 @@ class Damage:
 
 
 def repair_latents(config: RepairConfig, *, dry_run: bool = False) -> RepairResult:
-    """Verify and mend the set of each size, on the device and processes that the config says.
+    """Verify and repair the set of each size, on the configured device and processes.
 
     Args:
-        dry_run: verify, compare settings and images with the set, and say what would be made again; write nothing.
+        dry_run: verify, compare settings and images with the set, and report what would be made again; write nothing.
 
     Raises:
-        UserError: the settings, the autoencoder or the images are not those of the set; nothing was changed then.
+        UserError: the settings, the autoencoder or the images differ from those of the set. Nothing was changed.
     """
     return run_job(config, partial(repair_all_sizes, dry_run=dry_run))
 
 
 def repair_all_sizes(config: RepairConfig, accelerator: Any, dry_run: bool = False) -> RepairResult:
-    """`repair_latents` with an accelerator that is open. For all processes."""
+    """`repair_latents` with an open accelerator. For all processes."""
     if config.share is not None:
-        raise UserError("share: has no effect here, all that is damaged is made by one job; leave it out")
+        raise UserError("share: has no effect here, since one job makes all damaged shards; leave it out")
     whole = [_repair_set(one, accelerator, dry_run) for _, one in config.of_each_size()]
     return RepairResult(all(whole), dry_run)
 
 
 def _repair_set(config: RepairConfig, accelerator: Any, dry_run: bool) -> bool:
-    """The set of one size. Returns: whether it is whole now."""
+    """Repair the set of one size. Returns: whether it is intact now."""
     folder = cast(Folder, Sparing(open_folder(config.output)))
     damage = run_on_main(accelerator, partial(_examine, config.output, dry_run))
     if not damage.any:
@@ -141,22 +140,22 @@ def _repair_set(config: RepairConfig, accelerator: Any, dry_run: bool) -> bool:
 
 
 def _seconds_a_shard(job: Job) -> str:
-    """How long encoding a shard takes, in words, reading not counted."""
+    """The time of encoding a shard without reading, as text."""
     return f"about {duration_text(job.config.shard_size / preview_encoding(job).images_per_second)}"
 
 
 def _encode_later_segments(
     config: RepairConfig, accelerator: Any, folder: Folder, damage: Damage, done: Sequence[int]
 ) -> list[int]:
-    """Make the damaged shards of appended segments again, where the settings are theirs. Returns: their numbers."""
+    """Make the damaged shards of appended segments with these settings again. Returns: their numbers."""
     numbers, made = sorted(number for number in damage.shards if number), []
-    if numbers and not damage.manifest:  # the images of these are found with its help
+    if numbers and not damage.manifest:  # it is needed to find their images
         run_on_main(accelerator, partial(_rebuild, folder, damage, numbers[0]))
     refusals: dict[int, UserError | SystemExit] = {}
     for number in numbers:
         try:
             job, output = segment_job(config, accelerator, folder, number)
-        except (UserError, SystemExit) as error:  # the latter where the main process has the former
+        except (UserError, SystemExit) as error:  # the second if the main process has the first
             refusals[number] = error
             continue
         _encode(job, output, damage.segments[number], damage.shards[number])
@@ -165,16 +164,16 @@ def _encode_later_segments(
         raise next(iter(refusals.values()))
     if accelerator.is_main_process:
         for number, refusal in refusals.items():
-            say(f"{refusal} - so the damaged shards of segment {number} stay as they are now")
+            say(f"{refusal} - so the damaged shards of segment {number} are not repaired now")
     return made
 
 
 def _refuse_imported(damage: Damage, where: str) -> None:
-    """Raises: UserError when shards are damaged whose images are not there."""
+    """Raises: UserError if shards are damaged whose images are not available."""
     origin = damage.segments[0].origin
     if 0 in damage.shards and origin is not None and origin.dataset["source"] == IMPORTED:
         instead = "run the same `ldm-vae latents import` command again, which makes damaged shards again"
-        raise UserError(where, "its latents were imported, there are no images to encode", instead)
+        raise UserError(where, "its latents were imported, so there are no images to encode", instead)
 
 
 def _examine(location: str, dry_run: bool) -> Damage:
@@ -186,7 +185,9 @@ def _examine(location: str, dry_run: bool) -> Damage:
         for line in verification.remarks():
             say(line)
     elif dry_run:
-        end_dry_run(location, "the set is whole, so that nothing would be made; about the time of this verification")
+        end_dry_run(
+            location, "the set is intact, so nothing would be made; it takes about the time of this verification"
+        )
     else:
         say_verification(verification)
     return _damage(verification, read_state(open_folder(location)))
@@ -216,7 +217,7 @@ def _damage(verification: Verification, state: SetState) -> Damage:
 
 
 def _recorded(state: SetState, segment: Segment, shard: int) -> str | None:
-    """The checksum that a shard had, by the index or by its sidecar."""
+    """The recorded checksum of a shard, from the index or from its sidecar."""
     if state.index is not None and segment.listed and shard < len(state.index):
         return state.index[shard].checksum
     try:
@@ -227,8 +228,8 @@ def _recorded(state: SetState, segment: Segment, shard: int) -> str | None:
 
 
 def _first_segment_job(job: Job, folder: Folder, damage: Damage) -> Job | None:
-    """The job that makes the first segment again; None where the settings are those of another segment. For all
-    processes. Raises: UserError where they must be those of the first segment and are not."""
+    """The job that makes the first segment again; None if the settings belong to another segment. For all processes.
+    Raises: UserError if they must be those of the first segment and are not."""
     fits, grown = run_on_main(job.accelerator, partial(_is_first_segment, job, folder, damage))
     if grown is not None:
         job, _ = open_segment(job, folder, grown)
@@ -236,7 +237,7 @@ def _first_segment_job(job: Job, folder: Folder, damage: Damage) -> Job | None:
 
 
 def _is_first_segment(job: Job, folder: Folder, damage: Damage) -> tuple[bool, NewSegment | None]:
-    """(whether the settings are those of the first segment; the segment, where its source has grown since)."""
+    """(whether the settings are those of the first segment; the segment, if its source has grown since)."""
     segment = damage.segments[0]
     if segment.origin is None:
         if job.origin.digest != segment.digest:
@@ -254,10 +255,10 @@ def _is_first_segment(job: Job, folder: Folder, damage: Damage) -> tuple[bool, N
             here, there = job.origin.dataset, segment.origin.dataset
             raise UserError(
                 folder.location,
-                f"dataset.fingerprint is {short(there['fingerprint'])} there ({there['count']} images) and "
-                f"{short(here['fingerprint'])} here ({here['count']} images): images were added, removed or changed "
-                "since",
-                "give exactly those of the first run, for example a folder with links to them",
+                f"was made with {there['count']} images, the given ones are {here['count']}, and their fingerprint is "
+                f"{short(here['fingerprint'])} instead of {short(there['fingerprint'])}: images were added, removed or "
+                "changed since",
+                "give exactly the images of the first run, for example a folder with links to them",
             )
         check_same(to_dict(job.origin), to_dict(segment.origin), folder.location, OTHER_ORIGIN)
     except UserError as error:
@@ -276,7 +277,7 @@ def _only_images_differ(ours: Origin, theirs: Origin) -> bool:
 
 
 def _restore_plans(folder: Folder, damage: Damage, ours: Origin | None) -> None:
-    """Write damaged plans as they were: from the manifest, that of the first segment else from the settings."""
+    """Restore damaged plans from the manifest; without it, that of the first segment from the settings."""
     lost = [number for number in damage.plans if damage.segments[number].origin is None]
     if lost and not (lost == [0] and ours is not None):
         others = "nothing else holds what was in it" if damage.manifest else "so is the manifest"
@@ -288,7 +289,7 @@ def _restore_plans(folder: Folder, damage: Damage, ours: Origin | None) -> None:
                 origin = damage.segments[number].origin or ours
                 assert origin is not None
                 write_plan(folder, origin, number)
-                say(f"{folder.location}: {plan_name(number)} is as it was again")
+                say(f"{folder.location}: {plan_name(number)} is restored")
 
 
 def _encode(job: Job, output: Output, segment: Segment, units: Iterable[int]) -> None:
@@ -309,7 +310,7 @@ def _encode(job: Job, output: Output, segment: Segment, units: Iterable[int]) ->
 
 
 def _rebuild(folder: Folder, damage: Damage, end: int | None = None) -> None:
-    """Derive index, list of images left out and manifest from plans and sidecars, of the segments before `end`."""
+    """Derive index, list of rejected images and manifest of the segments before `end` from plans and sidecars."""
     listed = [
         segment for segment in damage.segments.values() if segment.listed and (end is None or segment.number < end)
     ]
@@ -326,14 +327,14 @@ def _rebuild(folder: Folder, damage: Damage, end: int | None = None) -> None:
 
 
 def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign: bool) -> bool:
-    """Publish what follows from the shards, and say what became of them. Returns: whether the set is whole."""
+    """Publish the derived records and print the result for each shard. Returns: whether the set is intact."""
     where = folder.location
     for number in done:
         first = damage.segments[number].first_shard
         for shard in sorted(first + unit for unit in damage.shards[number]):
             before, now = damage.checksums.get(shard), read_sidecar_header(folder, shard).record.checksum
             if before is None:
-                found = "no checksum of what it was is left"
+                found = "no checksum of the earlier one is left"
             elif before == now:
                 found = "the same bytes as before"
             else:
@@ -342,7 +343,9 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
     for name in damage.foreign:
         if remove_foreign:
             folder.remove(name)
-        what = "is removed" if remove_foreign else "does not belong here and is left alone; --remove-foreign deletes it"
+        what = (
+            "is removed" if remove_foreign else "does not belong to this set and is kept; --remove-foreign deletes it"
+        )
         say(f"{where}: {name} {what}")
     left = {number: units for number, units in damage.shards.items() if number not in set(done)}
     for number, units in left.items():
@@ -353,23 +356,23 @@ def _finish(folder: Folder, damage: Damage, done: Iterable[int], remove_foreign:
     _rebuild(folder, damage)
     verification = verify(where, quick=True)
     if damage.hopeless:
-        say(f"{where}: {damage.hopeless} of the things above cannot be mended here")
+        say(f"{where}: {damage.hopeless} of the findings above cannot be repaired here")
     say_verification(verification)
     return verification.whole and not damage.hopeless
 
 
 class Sparing:
-    """A folder that does not write a file again that has the right content already.
+    """A folder that does not rewrite a file whose content is already right.
 
     Args:
-        hidden: files that are not listed.
+        hidden: files to leave out of listings.
     """
 
     def __init__(self, folder: Folder, hidden: frozenset[str] = frozenset()) -> None:
         self.folder, self.hidden = folder, hidden
 
     def write(self, name: str, data: bytes) -> None:
-        with contextlib.suppress(OSError, UserError):  # what cannot be read is replaced
+        with contextlib.suppress(OSError, UserError):  # an unreadable file is replaced
             if self.folder.read(name) == data:
                 return
         self.folder.write(name, data)

@@ -1,10 +1,10 @@
-"""The bytes of one shard: the latents of a fixed range of source indices, published whole or not at all.
+"""The bytes of one shard: the latents of a fixed range of source indices, published atomically.
 
     shard-000000.safetensors   the tensors that `format.Layout` names, one row for each sample, and
                                label (n) int64, -1 for none; index (n) int64, the place in the source
 
-n is below the length of the range when images could not be read. The sidecar beside it names the samples and the images
-that were left out.
+n is below the length of the range if images could not be read. The sidecar beside it names the samples and the rejected
+images.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Shard:
 
     Attributes:
         tensors: those in `Layout.names`.
-        rejected: images of the range that could not be read.
+        rejected: unreadable images of the range.
     """
 
     first_index: int
@@ -65,7 +65,7 @@ class Shard:
 
 
 OpenShard = Mapping[str, np.ndarray]
-"""Tensor name -> array, mapped into memory and not read yet. bfloat16 appears as uint16."""
+"""Tensor name -> memory-mapped array. bfloat16 appears as uint16."""
 
 
 def write_shard(folder: Folder, number: int, shard: Shard, layout: Layout, origin: str) -> Header:
@@ -117,7 +117,7 @@ def row_checksums(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """As numpy arrays, bfloat16 as its bits."""
+    """As numpy arrays; bfloat16 as uint16."""
     return {
         name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         for name, tensor in tensors.items()
@@ -125,10 +125,10 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def open_shard(folder: Folder, number: int, record: ShardRecord, layout: Layout, *, verify: bool) -> OpenShard:
-    """Map a shard into memory, after comparing its checksum where `verify`, and its header always.
+    """Map a shard into memory, after comparing its header and, with `verify`, its checksum.
 
     Raises:
-        UserError: missing, damaged, or not the shard that the manifest describes.
+        UserError: missing, damaged, or another shard than in the manifest.
     """
     where = f"{folder.location}/{shard_name(number)}"
     try:
@@ -140,11 +140,11 @@ def open_shard(folder: Folder, number: int, record: ShardRecord, layout: Layout,
         expected, tensors = layout.tensors(record.count), kinds(header)
         if tensors != expected:
             raise UserError(where, f"holds {tensors}, the manifest says {expected}", MAKE_AGAIN)
-        # Python's own mmap would keep a file descriptor for each shard, and a process often may have 1,024 of them only
+        # Python's own mmap would keep a file descriptor for each shard, and 1,024 per process is a usual limit
         mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
         mapped.flags.writeable = False
         return arrays_in(mapped, header, start)
-    except (OSError, RuntimeError) as error:  # torch's mapping raises the latter
+    except (OSError, RuntimeError) as error:  # torch's mapping raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         scarce = getattr(error, "errno", None) in SCARCE or isinstance(error, RuntimeError)
         advice = "allow the process more files or memory (ulimit -n, -v)" if scarce else MAKE_AGAIN
@@ -162,14 +162,14 @@ def arrays_in(data: np.ndarray | bytes, header: Mapping[str, Any], start: int) -
 
 
 def kinds(header: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Tensor name -> (dtype, shape), as `Layout.tensors` gives them."""
+    """Tensor name -> (dtype, shape), as in `Layout.tensors`."""
     return {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()}
 
 
 def parse_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The safetensors header at the beginning of a shard's bytes.
 
-    Returns: (tensor name -> dtype, shape, data_offsets; `origin` and `shard` as the writer said; where the data begins)
+    Returns: (tensor name -> dtype, shape, data_offsets; the recorded `origin` and `shard`; offset of the data)
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not the header of a shard.
@@ -188,7 +188,7 @@ def parse_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """`parse_header` of a file. Raises: UserError when it is not a whole shard."""
+    """`parse_header` of a file. Raises: UserError if it is not a complete shard."""
     try:
         with open(path, "rb") as file:
             first = file.read(8)

@@ -1,7 +1,7 @@
-"""What the records of a set say: its plans, its manifest and its index, each compared with its checksum.
+"""The records of a set: its plans, its manifest and its index, each compared with its checksum.
 
-The manifest carries its own digest, the digest of each plan and the checksum of each index file. Sidecars carry the
-digest of their plan too. Reads no shard, and of sidecars at most a few headers.
+The manifest holds its own digest, the digest of each plan and the checksum of each index file. Sidecars also hold the
+digest of their plan. This module reads no shard, and at most a few headers of sidecars.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from ldm_vae.storage.base import Folder
 PLAN_NAME = re.compile(r"plan(?:-(\d{6}))?\.json")
 SHARD_NAME = re.compile(r"shard-(\d{6,})\.(?:safetensors|jsonl)")
 IMPORTED = "lightningdit"
-"""`source` of an imported set: there are no images that could be encoded again."""
+"""`source` of an imported set, which has no images to encode again."""
 ASKED_SIDECARS = 8
-"""Sidecars that are read for the digest of their plan where no manifest has it."""
+"""Number of sidecars to read for the digest of their plan if no manifest has it."""
 OTHER_WRITING = "is not written as it was, though it says the same"
 
 Kind = Literal["missing", "damaged", "foreign", "content", "stale", "duplicate"]
-"""missing: a file is not there. damaged: its bytes are not those that were written. foreign: it belongs to another
-place or set. content: as it was written, but it cannot be right. stale: whole, but it does not fit the shards.
-duplicate: an id that two samples have."""
+"""missing: a file does not exist. damaged: its bytes have changed. foreign: it belongs to another place or set.
+content: unchanged since it was written, but its content cannot be right. stale: intact, but it does not fit the shards.
+duplicate: two samples have the same id."""
 
 Cure = Literal["encode", "rebuild", "plan", "remove", "none"]
 """encode: make the shard again. rebuild: derive the file from plans and sidecars. plan: restore the plan from the
-manifest or the settings. remove: it does not belong here. none: nothing here can mend it."""
+manifest or the settings. remove: it does not belong here. none: nothing here can repair it."""
 
 SHOWN_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Affected:
-    """A sample: its number in the set, its place in the image source and its id there; None where not known."""
+    """A sample: its number in the set, its place in the image source and its id; None if unknown."""
 
     sample: int | None
     index: int | None
@@ -78,13 +78,13 @@ class Affected:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a set.
+    """One problem of a set.
 
     Attributes:
-        file: the file that is wrong.
-        message: what is wrong, as the end of a sentence that begins with the file.
-        samples: the samples that are damaged, lost or in doubt.
-        cure: what mends it, see `Cure`.
+        file: the affected file.
+        message: the problem, as the end of a sentence that begins with the file.
+        samples: the samples that are damaged, lost or doubtful.
+        cure: how to repair it, see `Cure`.
         shard: the number of the shard that the file belongs to, if it belongs to one.
     """
 
@@ -106,15 +106,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a set with a plan of its own.
+    """A part of a set with its own plan.
 
     Attributes:
         number: 0 for the first encoding.
-        digest: of the plan as it was written; None where nothing has it.
-        origin: the plan, from the manifest where its file is damaged; None where it is lost.
-        first_shard: its shards begin here.
-        shards: how many it has; None for a stream that has not come to its end.
-        listed: it belongs to the finished set.
+        digest: digest of the plan when it was written; None if unknown.
+        origin: the plan, from the manifest if its file is damaged; None if it is lost.
+        first_shard: number of its first shard.
+        shards: number of its shards; None for an unfinished stream.
+        listed: whether it belongs to the finished set.
     """
 
     number: int
@@ -130,12 +130,12 @@ class Segment:
 
 @dataclass
 class SetState:
-    """A set, as far as its records can be relied on.
+    """A set, as far as its records are reliable.
 
     Attributes:
         sizes: name -> bytes of its files.
-        manifest, index: None where they are damaged or not there.
-        findings: about plans, manifest and index.
+        manifest, index: None if they are damaged or missing.
+        findings: problems of plans, manifest and index.
         finished: there is a manifest, or an index, which is published just before it.
     """
 
@@ -157,12 +157,12 @@ class SetState:
 
     @property
     def shards(self) -> int:
-        """Shards of the finished part."""
+        """Number of shards of the finished part."""
         return sum(segment.shards or 0 for segment in self.listed)
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Class names of all segments whose plan is known; the shards of an unfinished one use its names too."""
+        """Class names of all segments with a known plan, also of an unfinished one."""
         names = self.manifest.label_names if self.manifest else ()
         for segment in self.segments:
             if segment.origin:
@@ -192,14 +192,14 @@ class SetState:
 
 
 def command_for(segment: int, dataset: Mapping[str, Any]) -> str:
-    """The command that makes a segment. `dataset`: of its plan."""
+    """The command that makes a segment. `dataset`: from its plan."""
     if segment:
         return "ldm-vae latents append"
     return "ldm-vae latents import" if dataset.get("source") == IMPORTED else "ldm-vae encode"
 
 
 def read_state(folder: Folder) -> SetState:
-    """Read and compare the records of a set. Raises: UserError where there is no set, OtherFormat."""
+    """Read and compare the records of a set. Raises: UserError if there is no set, OtherFormat."""
     state = SetState(folder, folder.sizes())
     names = state.sizes
     if MANIFEST not in names and plan_name(0) not in names and not any(map(SHARD_NAME.fullmatch, names)):
@@ -221,7 +221,7 @@ def read_state(folder: Folder) -> SetState:
 def _read_manifest(state: SetState) -> None:
     if MANIFEST not in state.sizes:
         if state.finished:
-            state.add(MANIFEST, "is not there, and the set was finished once")
+            state.add(MANIFEST, "is missing, although the set was finished")
         return
     try:
         state.manifest = read_manifest(state.folder)
@@ -230,7 +230,7 @@ def _read_manifest(state: SetState) -> None:
     except OtherFormat as error:
         try:
             read_origin(state.folder)
-        except OtherFormat:  # the plan too: not an accident
+        except OtherFormat:  # the plan as well: not an accident
             raise error from None
         except UserError:
             pass
@@ -240,14 +240,14 @@ def _read_manifest(state: SetState) -> None:
 
 
 def _is_other_writing(data: bytes) -> bool:
-    """Whether JSON that says the right thing has a damaged byte, as in 1E-05, or lost its last newline. Other spaces or
-    another order of keys are those of another program."""
+    """Whether JSON with the right values has a damaged byte, as in 1E-05, or lost its last newline. Other spaces or
+    another order of keys come from another program and are no damage."""
     right = readable_json(json.loads(data)).encode()
     return data != right and (len(data) == len(right) or data + b"\n" == right)
 
 
 def _read_segment(state: SetState, number: int) -> Segment:
-    """A segment, with its plan compared with the digest that the manifest has, or else the sidecars."""
+    """A segment, with its plan compared with the digest in the manifest, or else in the sidecars."""
     manifest, name = state.manifest, plan_name(number)
     origin, trouble = _read_plan(state, name, number)
     listed = manifest is not None and number < len(manifest.datasets)
@@ -276,14 +276,14 @@ def _read_segment(state: SetState, number: int) -> Segment:
 
 
 def _read_plan(state: SetState, name: str, number: int) -> tuple[Origin | None, str]:
-    """(the plan as it is, what is wrong with its file)."""
+    """(the plan in its file, the problem of the file)."""
     if name not in state.sizes:
         return None, "is not there"
     try:
         origin = read_origin(state.folder, number)
         return origin, OTHER_WRITING if _is_other_writing(state.folder.read(name)) else ""
     except OtherFormat as error:
-        if MANIFEST not in state.sizes:  # nothing says that it is an accident
+        if MANIFEST not in state.sizes:  # there is no sign of an accident
             raise
         return None, error.what
     except UserError as error:
@@ -291,11 +291,11 @@ def _read_plan(state: SetState, name: str, number: int) -> tuple[Origin | None, 
 
 
 def rebuilt_origin(manifest: Manifest, number: int) -> Origin | None:
-    """The plan of a segment from the manifest, which has all of its values; None where its digest is another one."""
+    """The plan of a segment from the manifest, which has all of its values; None if its digest differs."""
     record = dict(manifest.datasets[number])
     digest, first_shard, first_index = (record.pop(name) for name in ("plan", "first_shard", "first_index"))
     recipe = {part.name: getattr(manifest, part.name) for part in fields(Recipe)}
-    for dataset in (record, record | {"count": None}):  # the plan of a stream did not know its length
+    for dataset in (record, record | {"count": None}):  # the plan of a stream has no length
         origin = Origin(**recipe, dataset=dataset, first_shard=first_shard, first_index=first_index)
         if origin.digest == digest:
             return origin
@@ -303,7 +303,7 @@ def rebuilt_origin(manifest: Manifest, number: int) -> Origin | None:
 
 
 def _digest_in_sidecars(state: SetState, first_shard: int) -> str | None:
-    """The digest of the plan that most of the first sidecars from here on carry."""
+    """The plan digest in most of the first sidecars from here on."""
     digests: Counter[str] = Counter()
     for number in sorted(number for number in state.sidecar_numbers() if number >= first_shard)[:ASKED_SIDECARS]:
         try:
@@ -314,7 +314,7 @@ def _digest_in_sidecars(state: SetState, first_shard: int) -> str | None:
 
 
 def _list_segments(state: SetState) -> None:
-    """Without a manifest: the set is the segments whose shards are there, up to the first one that is not."""
+    """Without a manifest: the segments with all their shards, up to the first incomplete one."""
     there = {int(match[1]) for match in map(SHARD_NAME.fullmatch, state.sizes) if match}
     for place, segment in enumerate(state.segments):
         end = segment.first_shard + (segment.shards or 0)
@@ -345,8 +345,8 @@ def _read_index(state: SetState, manifest: Manifest) -> None:
 
 
 def _foreign(state: SetState) -> Iterator[Finding]:
-    """Shards and plans that do not belong to the set. People may put other files beside a set, and the index of the
-    version before stays for readers."""
+    """Shards and plans that do not belong to the set. Other files beside a set are allowed, and the index of the
+    previous version is kept for readers."""
     plans = {plan_name(segment.number) for segment in state.segments}
     sure = state.manifest is not None or all(segment.origin for segment in state.segments)
     for name in sorted(state.sizes):
@@ -358,7 +358,7 @@ def _foreign(state: SetState) -> Iterator[Finding]:
 
 
 def check_manifest(state: SetState, index: ShardIndex) -> Iterator[Finding]:
-    """Compare the manifest with the one that follows from the plans and the records of the shards."""
+    """Compare the manifest with the one derived from the plans and the records of the shards."""
     manifest = state.manifest
     origins = [segment.origin for segment in state.listed if segment.origin]
     if manifest is None or len(index) != manifest.shards or len(origins) != len(manifest.datasets):
@@ -366,7 +366,7 @@ def check_manifest(state: SetState, index: ShardIndex) -> Iterator[Finding]:
     right = build_manifest(origins, origins[-1], index, manifest.index, state.folder).to_dict()
     found = manifest.to_dict()
     if found["autoencoder"] in [configuration.to_dict(origin)["autoencoder"] for origin in origins]:
-        right["autoencoder"] = found["autoencoder"]  # those of segments may differ in the decoder
+        right["autoencoder"] = found["autoencoder"]  # segments may differ in the decoder
     right["datasets"] = [{**old, **new} for old, new in zip(found["datasets"], right["datasets"])]
     for key, (expected, value) in configuration.changed_keys(right, found).items():
         message = f"{key} is {short(value)}, but by plans and shards {short(expected)}"

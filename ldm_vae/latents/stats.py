@@ -1,8 +1,8 @@
 """`ldm-vae latents stats`: the distribution of the latents, codes and labels of a set, as numbers.
 
 Mean and std are exact, from the sums of all shards. The shape of the distribution is measured on samples spread evenly
-over the set. Latents are taken as a trainer gets them: posterior samples where moments are stored, mirror images
-half of the time, normalized with the manifest's constants. `evaluation.latent_set_page` draws the plots.
+over the set. Latents are measured as a trainer gets them: posterior samples if moments are stored, mirror images half
+of the time, normalized with the manifest's constants. `evaluation.latent_set_page` draws the plots.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ldm_vae.utils.text import pluralize
 
 BATCH = 64
 AGREEMENT = 1e-9
-"""Of recomputed statistics, relative to mean and deviation; sums of float64 differ by less on other machines."""
+"""Tolerance of recomputed statistics, relative to the deviation; sums of float64 differ less between machines."""
 
 COLUMNS = {
     "mean": "mean",
@@ -62,7 +62,7 @@ COLUMNS = {
     "tail_share": "> 4 std",
     "neighbour_correlation": "next ρ",
 }
-"""Of the table, one row a channel."""
+"""Columns of the table, with one row per channel."""
 
 LEGEND = {
     "posterior_deviation": "mean σ: posterior",
@@ -71,23 +71,23 @@ LEGEND = {
     "neighbour_correlation": "next ρ: of neighbors",
     "minimum": "from min on: normalized",
 }
-"""What a title cannot say; below the table."""
+"""Explanations of the column titles, below the table."""
 
 
 @dataclass(frozen=True)
 class StatsConfig:
     """`ldm-vae latents stats`.
 
-    A table, and with `output` plots on a page. Mean and std are exact and recomputed from the shards: exit code 1 where
-    they do not agree. Everything else is measured on samples that are spread evenly over the set.
+    Prints a table; with `output` it also writes a page of plots. Mean and std are exact and recomputed from the shards;
+    the exit code is 1 if they differ. All other figures are measured on samples spread evenly over the set.
 
       ldm-vae latents stats runs/latents
       ldm-vae latents stats s3://bucket/latents count=20000 output=runs/latents-stats
 
     Args:
         latents: the folder of a finished set, or its URL.
-        samples: samples on which the distribution is measured.
-        output: a folder for stats.json and index.html, a page of plots; earlier ones are replaced.
+        samples: number of samples on which the distribution is measured.
+        output: a folder for stats.json and index.html, a page of plots; earlier files are replaced.
         json: print everything as JSON instead of a table.
     """
 
@@ -109,10 +109,10 @@ class Disagreement(UserError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was found.
+    """The statistics of a set.
 
     Attributes:
-        report: JSON-able.
+        report: all figures, JSON-able.
         mean_map, std_map: (c, h, w) over samples, normalized latents; None for codes.
     """
 
@@ -122,17 +122,17 @@ class Statistics:
 
 
 def open_set(location: str) -> LatentDataset:
-    """A set whose samples are moments wherever moments are stored. Raises: UserError for no finished set."""
+    """A set whose samples are moments if moments are stored. Raises: UserError without a finished set."""
     posterior: Posterior | None = "moments" if read_manifest(open_set_folder(location)).content == "moments" else None
     return LatentDataset(location, posterior=posterior, verify=False)
 
 
 def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
-    """Measure a set that `open_set` opened, the shape of its distribution on at most `samples` samples.
+    """Measure a set from `open_set`, with the shape of its distribution on at most `samples` samples.
 
     Raises:
         UserError: damaged shards, a channel that cannot be normalized, or values that are not finite.
-        Disagreement: mean or std are others in the manifest than in the shards.
+        Disagreement: mean or std differ between the manifest and the shards.
     """
     manifest = dataset.manifest
     numbers = samples_per_shard(manifest.shard_index.counts, samples)
@@ -164,7 +164,7 @@ def measure_set(dataset: LatentDataset, samples: int = 4096) -> Statistics:
 
 
 def images_enlarged(manifest: Manifest) -> int:
-    """How many images were smaller than their crop, by the record of the job that finished the set."""
+    """The number of images smaller than their crop, in the record of the job that finished the set."""
     with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
         return int(json.loads(manifest.where.read(RUN_RECORD)).get("images_enlarged", 0))
     return 0
@@ -194,7 +194,7 @@ def latent_batches(dataset: LatentDataset, numbers: Sequence[int]) -> Iterator[t
 
 def exact_figures(manifest: Manifest) -> list[dict[str, Any]]:
     """For each channel the manifest's `mean` and `std`, and from the sums of all shards `std_of_means` and
-    `noise_share`, both None where no moments are stored."""
+    `noise_share`, both None if no moments are stored."""
     latents = manifest.count * len(manifest.layout.names)
     values = latents * manifest.latent_shape[1] * manifest.latent_shape[2]
     mean, squared, variance = manifest.shard_index.sums.sum(axis=0) / values
@@ -213,11 +213,11 @@ def exact_figures(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def recompute(manifest: Manifest, samples: int) -> dict[str, Any]:
-    """`mean` and `std` once more: from the values of `shards_read` shards, evenly spread and with about `samples`
+    """Recompute `mean` and `std` from the values of `shards_read` shards, evenly spread and with about `samples`
     samples, and from the index for the others.
 
     Raises:
-        UserError: a shard is missing or not the one that the index describes.
+        UserError: a shard is missing or differs from the index.
         Disagreement: these values, the index and the manifest do not agree.
     """
     index, layout = manifest.shard_index, manifest.layout
@@ -244,7 +244,7 @@ def _constants(manifest: Manifest, sums: np.ndarray, samples: int) -> dict[str, 
 
 
 def _compare(stated: dict[str, Any], found: dict[str, Any], where: str, there: str, here: str, advice: str) -> None:
-    """Raises: Disagreement with the first channel whose constants differ by more than rounding; NaN differs."""
+    """Raises: Disagreement for the first channel whose constants differ by more than rounding, or are NaN."""
     for channel, scales in enumerate(zip(stated["mean"], stated["std"])):
         for name in ("mean", "std"):
             first, second = stated[name][channel], found[name][channel]
@@ -255,7 +255,7 @@ def _compare(stated: dict[str, Any], found: dict[str, Any], where: str, there: s
 
 
 def measure_labels(manifest: Manifest) -> dict[str, Any]:
-    """Samples of each class, all of them: `counts` by name, `unlabeled`, `smallest`, `largest`, `imbalance`."""
+    """Number of samples of each class: `counts` by name, `unlabeled`, `smallest`, `largest`, `imbalance`."""
     labels = read_labels(manifest)
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.label_names))
     found: dict[str, Any] = {
@@ -273,7 +273,7 @@ def measure_labels(manifest: Manifest) -> dict[str, Any]:
 
 
 def measure_codes(dataset: LatentDataset, numbers: Sequence[int]) -> dict[str, Any]:
-    """How the codebook is used, see `metrics.codebook_usage`; `shares` of the used codes, falling."""
+    """The use of the codebook, see `metrics.codebook_usage`; `shares` of the used codes, decreasing."""
     from ldm_vae.metrics import codebook_usage
 
     size = int(dataset.manifest.statistics["codebook_size"])
@@ -293,12 +293,12 @@ def measure_codes(dataset: LatentDataset, numbers: Sequence[int]) -> dict[str, A
 
 
 def short_number(value: float | None) -> str:
-    """Three digits; a dash for what does not apply."""
+    """Three digits; a dash for None."""
     return "–" if value is None else f"{value:.3g}"
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of everything that is not of one channel."""
+    """(name, value) of everything that does not belong to one channel."""
     measured, samples = report["measured_samples"], report["samples"]
     of = "of all samples" if measured == samples else f"of {measured} of {samples} samples, evenly spread"
     rows = [("distribution", of)]
@@ -337,7 +337,7 @@ def _label_rows(labels: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def text_table(report: dict[str, Any]) -> str:
-    """The report for a terminal: one row a channel, then the rest."""
+    """The report for a terminal: one row per channel, then the rest."""
     shape = "x".join(map(str, report["latent_shape"]))
     things = pluralize(report["samples"], "token map" if report["content"] == "indices" else "latent")
     lines = [f"{report['set']}: {things} of {shape} ({report['content']}, {report['dtype']})", ""]
@@ -355,15 +355,15 @@ def text_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"{name.ljust(width)}  {value}" for name, value in names)])
 
 
-# The shape of a set's distribution, accumulated batch by batch from latents as a trainer sees them.
+# The shape of a set's distribution, accumulated batch by batch from latents as a trainer gets them.
 
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 6.0, 120
 TAIL = 4.0
-"""Deviations; a Gaussian has 6.3e-5 of its values beyond."""
+"""In standard deviations; a Gaussian has 6.3e-5 of its values beyond this."""
 
 
 class Shape:
-    """The distribution of normalized latents, batch by batch: sums in float64, so that memory stays bounded."""
+    """The distribution of normalized latents, batch by batch, as sums in float64, in bounded memory."""
 
     def __init__(self, latent_shape: tuple[int, int, int], has_moments: bool) -> None:
         channels, height, width = latent_shape
@@ -381,7 +381,7 @@ class Shape:
         self.has_moments = has_moments
 
     def add(self, latents: Tensor, moments: Tensor | None) -> None:
-        """Normalised latents (n, c, h, w), and the stored moments (n, 2c, h, w) behind them where there are any."""
+        """Add normalized latents (n, c, h, w), and their stored moments (n, 2c, h, w) if there are any."""
         self.count += len(latents)
         rows = latents.transpose(0, 1).flatten(1).double()
         power = rows
@@ -408,7 +408,7 @@ class Shape:
         return self.count * self.positions[0, 0].numel()
 
     def channels(self) -> list[dict[str, Any]]:
-        """For each channel the figures that a table shows."""
+        """For each channel the figures of the table."""
         first, second, third, fourth = self.powers / self.values
         variance = (second - first.square()).clamp_min(1e-30)
         skewness = (third - 3 * first * second + 2 * first**3) / variance**1.5
@@ -431,7 +431,7 @@ class Shape:
         ]
 
     def correlation(self) -> dict[str, Any]:
-        """`matrix` (c, c), and the `largest` one of two channels with its sign; None for a single channel."""
+        """`matrix` (c, c), and the `largest` correlation of two channels with its sign; None for a single channel."""
         first, second = self.powers[:2] / self.values
         deviation = (second - first.square()).clamp_min(1e-30).sqrt()
         matrix = (self.products / self.values - torch.outer(first, first)) / torch.outer(deviation, deviation)
@@ -444,12 +444,12 @@ class Shape:
         return found
 
     def histograms(self) -> dict[str, Any]:
-        """Density of each channel over `edges`; one more edge than values."""
+        """Density of each channel between `edges`, which has one more entry."""
         edges = np.linspace(-HISTOGRAM_LIMIT, HISTOGRAM_LIMIT, HISTOGRAM_BINS + 1)
         density = self.counts / self.values / (edges[1] - edges[0])
         return {"edges": edges.round(6).tolist(), "density": [[float(f"{d:.4g}") for d in row] for row in density]}
 
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation over samples at each position, (c, h, w)."""
+        """Mean and standard deviation over samples at each position, (c, h, w)."""
         first, second = self.positions / self.count
         return first.numpy(), (second - first.square()).clamp_min(0).sqrt().numpy()

@@ -1,8 +1,8 @@
-"""`ldm-vae latents verify`: whether a set is what was written, all of it, and which samples are affected if it is not.
+"""`ldm-vae latents verify`: check that a set is intact and complete, and find the affected samples if it is not.
 
-Every file is read once, in a few threads. A shard is compared with the checksum in the index and in its sidecar, the
-index with the manifest, and that with the plans, see `state`. The checksum of each row, in the sidecar, names the
-samples of a damaged shard. Changes nothing.
+Every file is read once, in a few threads. A shard is compared with the checksums in the index and in its sidecar, the
+index with the manifest, and the manifest with the plans, see `state`. The sidecar has a checksum of each row, which
+finds the affected samples of a damaged shard. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ from ldm_vae.utils.progress import BYTE, Progress, begin, end, end_dry_run, say
 from ldm_vae.utils.text import pluralize, size_text
 
 THREADS, REMOTE_THREADS = 4, 16
-"""Shards read at once, if they are small."""
+"""Number of shards read in parallel, if they are small."""
 MEMORY_BYTES = 2 << 30
-"""Of all shards that are read at once, about; each is in memory while it is checked."""
+"""Approximate size of all shards read in parallel, each of which is in memory while it is checked."""
 HEADER_BYTES = 1 << 13
-"""Read of each shard by a quick verification."""
+"""Bytes of each shard that a quick verification reads."""
 SHOWN_FINDINGS = 40
 SUMS_TOLERANCE = 1e-9
-"""Relative. exp differs in its last bits between processors, and so do the sums of variances."""
+"""Relative tolerance. exp differs in its last bits between processors, and so do the sums of variances."""
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """`ldm-vae latents verify`.
 
-    Reads every file once and compares it with what the others say of it: flipped bits, cut, missing and foreign files,
-    statistics and counts that do not fit, values that are not finite. Changes nothing; needs no images, no autoencoder.
-    Exit code 0: whole; 1: something is wrong; 2: there is no set, none that is finished, or it cannot be reached.
+    Reads every file once and compares it with the records in the others. Finds flipped bits, cut, missing and foreign
+    files, wrong statistics and counts, and values that are not finite. Changes nothing; needs no images and no
+    autoencoder. Exit code 0: intact; 1: damaged; 2: there is no finished set, or it cannot be reached.
 
       ldm-vae latents verify latents/mine
       ldm-vae latents verify s3://bucket/latents/mine --quick
@@ -85,7 +85,7 @@ class VerifyConfig:
     Args:
         latents: the folder of a set, or its URL.
         quick: compare sizes, headers, index and manifest only; no shard is read.
-        report: a JSON file to write, with every finding and sample.
+        report: a JSON file to write, with all findings and samples.
     """
 
     latents: str = "???"
@@ -95,16 +95,17 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found in a set.
+    """The result of a verification.
 
     Attributes:
-        location: of the set.
+        location: location of the set.
         quick: only sizes, headers, index and manifest were compared.
-        findings: what is wrong, in the order of the shards.
-        notes: what is not damage but worth knowing, such as a segment that is not finished.
-        finished: it has, or had, a manifest. Without one there is only the beginning of a set.
-        shards, count: of the finished part, as far as it is known; of a set that is not finished, what is there.
-        bytes_read, seconds: what the verification took.
+        findings: the problems, in the order of the shards.
+        notes: information other than damage, such as an unfinished segment.
+        finished: whether it has, or had, a manifest.
+        shards, count: number of shards and samples of the finished part, if known; of an unfinished set, those that
+            exist.
+        bytes_read, seconds: amount of data and time of the verification.
         command: the command that made the set.
     """
 
@@ -121,19 +122,19 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """No damage."""
+        """Whether there is no damage."""
         return not self.findings
 
     @property
     def exit_code(self) -> int:
-        """Of the command: 0 whole, 1 damaged, 2 not finished."""
+        """Exit code of the command: 0 intact, 1 damaged, 2 not finished."""
         if not self.whole:
             return 1
         return 0 if self.finished else EXIT_USER_ERROR
 
     @property
     def samples(self) -> tuple[Affected, ...]:
-        """All samples that are affected."""
+        """All affected samples."""
         return tuple(dict.fromkeys(sample for finding in self.findings for sample in finding.samples))
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,18 +148,18 @@ class Verification:
         return values | {"whole": self.whole, "notes": list(self.notes), "findings": found}
 
     def lines(self) -> list[str]:
-        """For people; the last line says what to do."""
+        """The report as text; the last line is the next step."""
         return [*self.remarks(), f"{self.location}: {self.conclusion()}"]
 
     def remarks(self) -> list[str]:
         """The first findings, and all notes."""
         shown = [str(finding) for finding in self.findings[:SHOWN_FINDINGS]]
         if len(self.findings) > SHOWN_FINDINGS:
-            shown.append(f"and {len(self.findings) - SHOWN_FINDINGS} more; --report FILE.json lists all")
+            shown.append(f"and {len(self.findings) - SHOWN_FINDINGS} more; report=FILE.json lists all")
         return [*shown, *(f"note: {note}" for note in self.notes)]
 
     def conclusion(self) -> str:
-        """What it came to, and what to do."""
+        """The summary and the next step."""
         checked = "sizes and headers are right" if self.quick else "every byte is as it was written"
         speed = f" ({size_text(self.bytes_read)} in {self.seconds:.1f} s)" if self.bytes_read else ""
         if self.seconds < 0.05:  # shown as 0.0
@@ -177,7 +178,7 @@ class Verification:
     def _advice(self) -> str:
         cures = {finding.cure for finding in self.findings}
         if cures == {"none"}:
-            return "nothing in the set can mend this: encode again to another output"
+            return "nothing in the set can repair this: encode again to another output"
         if cures == {"remove"}:
             return "move these files elsewhere, or let `ldm-vae latents repair ... --remove-foreign` delete them"
         if self.command != "ldm-vae encode":
@@ -207,7 +208,7 @@ def verify_latents(config: VerifyConfig, *, dry_run: bool = False) -> Verificati
 
 
 def say_verification(verification: Verification) -> None:
-    """Print the findings and what to do; for a whole set its statistics are next, for a damaged one its repair."""
+    """Print the findings and the next command: the statistics of an intact set, the repair of a damaged one."""
     for line in verification.remarks():
         say(line)
     words = ["ldm-vae", "latents", "stats", verification.location]
@@ -217,7 +218,7 @@ def say_verification(verification: Verification) -> None:
 
 
 def repair_words(location: str) -> list[str]:
-    """The words of the `latents repair` command of a set: those that encoded it; none where they are not recorded."""
+    """The words of the `latents repair` command of a set, from the recorded encode command; empty if not recorded."""
     try:
         command = json.loads(open_set_folder(location).read(RUN_RECORD))["command"]
         words = command[2:] if command[0] == "ldm-vae" and command[1] == "encode" else []
@@ -227,23 +228,23 @@ def repair_words(location: str) -> list[str]:
     options = [word for word in kept if re.match(r"--(output|out)$|(--)?share|(--)?resolution=.*,", word)]
     missing = [word for word in kept if re.match(r"[^=-]+$", word) and not Path(word).expanduser().exists()]
     if len(kept) != len(words) - 1 or options or missing:
-        return []  # the output stands in another form, or there are several sets, or it was typed in another folder
+        return []  # the output has another form, or there are several sets, or it was typed in another folder
     return ["ldm-vae", "latents", "repair", *kept, f"output={location}"]
 
 
 def verify(location: str | Path, quick: bool = False, progress: bool = False, command: str = "") -> Verification:
-    """Compare everything with everything, without the images and the autoencoder.
+    """Compare all files with each other, without the images and the autoencoder.
 
-    Memory: 16 bytes a sample for the hashes of ids, and the shards that are read at once.
+    Memory: 16 bytes per sample for the hashes of ids, and the shards that are read in parallel.
 
     Args:
         location: the folder, or its URL.
         quick: compare sizes, headers, index and manifest only.
         progress: show a bar.
-        command: the command of the first line; empty: there is none.
+        command: name of the command for the first line; empty: no first line.
 
     Raises:
-        UserError: there is no set, it is of another format version, or it cannot be reached.
+        UserError: there is no set, it has another format version, or it cannot be reached.
     """
     started, folder = time.monotonic(), open_set_folder(location)
     state = read_state(folder)
@@ -292,20 +293,20 @@ def _notes(state: SetState) -> Iterator[str]:
             yield f"{holder} is using this folder: unfinished files may look damaged"
 
 
-# What each shard must be.
+# The expected properties of each shard.
 
 
 @dataclass(frozen=True)
 class ExpectedShard:
-    """What a shard must be.
+    """The expected properties of a shard.
 
     Attributes:
-        digest: of the plan of its segment; None where it is not known.
-        layout: None where no plan is known; its content is not checked then.
-        first_index, images: its range of source indices; 0 images: not known.
-        classes: how many labels there are; None: not known.
+        digest: digest of the plan of its segment; None if unknown.
+        layout: None if no plan is known; the content is not checked then.
+        first_index, images: its range of source indices; 0 images: unknown.
+        classes: number of labels; None: unknown.
         codes: size of the codebook; None for latents.
-        record, sums: what the index says; None where there is no index.
+        record, sums: its entries in the index; None without an index.
     """
 
     number: int
@@ -319,14 +320,14 @@ class ExpectedShard:
     sums: np.ndarray | None
 
     def is_described_by(self, header: Header) -> bool:
-        """Whether the header of a sidecar is the one that the index has, where there is one."""
+        """Whether the header of a sidecar matches the index, if there is one."""
         if self.record is None or self.sums is None:
             return True
         return header.record == self.record and np.array_equal(header.sums, self.sums)
 
 
 def _places(state: SetState) -> Iterator[ExpectedShard]:
-    """Every shard that must be there, and those of unfinished segments that are there."""
+    """Every required shard, and the existing shards of unfinished segments."""
     known = state.manifest is not None or all(segment.origin for segment in state.segments)
     classes = len(state.label_names) or None if known else None
     for segment in state.segments:
@@ -336,7 +337,7 @@ def _places(state: SetState) -> Iterator[ExpectedShard]:
 
 
 def _present(state: SetState, segment: Segment) -> list[int]:
-    """The shards of an unfinished segment that are there, with their sidecars."""
+    """The existing shards of an unfinished segment, with their sidecars."""
     numbers = state.sidecar_numbers()
     return sorted(number for number in numbers if number in segment and shard_name(number) in state.sizes)
 
@@ -362,14 +363,14 @@ def _place(state: SetState, segment: Segment, number: int, classes: int | None) 
 
 @dataclass
 class ShardReport:
-    """What was found. `findings`: (file, kind, message, rows, cure); rows None stands for all of the shard.
+    """The result for one shard. `findings`: (file, kind, message, rows, cure); rows None: all of the shard.
 
     Attributes:
-        header, samples: of the sidecar, where it can be relied on.
-        rejected: images left out; None where the sidecar cannot be relied on, or was not read whole.
-        indices: of the shard's rows, where its bytes are right.
-        misplaced: the number of the shard whose sidecar lies here instead.
-        bytes_read: of the shard.
+        header, samples: those of the sidecar, if it is reliable.
+        rejected: rejected images; None if the sidecar is not reliable, or was not read completely.
+        indices: source indices of the shard's rows, if its bytes are right.
+        misplaced: the number of the shard whose sidecar is here instead.
+        bytes_read: number of bytes read of the shard.
     """
 
     findings: list[tuple[str, Kind, str, list[int] | None, Cure]] = field(default_factory=list)
@@ -386,11 +387,11 @@ class ShardReport:
 
 @dataclass
 class ShardFile:
-    """The bytes of a shard, of a quick verification the first ones, and what its header says.
+    """The bytes of a shard (for a quick verification, the first ones) and its header.
 
     Attributes:
-        tensors, start: see `shard.parse_header`; None where the header cannot be read.
-        origin, number: the digest of the plan and the number of the shard, as the header says.
+        tensors, start: see `shard.parse_header`; None if the header cannot be read.
+        origin, number: digest of the plan and number of the shard, from the header.
     """
 
     data: bytes
@@ -412,14 +413,14 @@ class ShardFile:
         return self.tensors is not None and kinds(self.tensors) == layout.tensors(count)
 
     def strangeness(self, place: ExpectedShard) -> str:
-        """What a shard says of itself, if it belongs elsewhere."""
+        """The origin of a shard that belongs elsewhere, as text."""
         if self.origin is not None and place.digest is not None and self.origin != place.digest:
             return f"is a shard of another plan ({short(self.origin)} and not {short(place.digest)})"
         return f"is shard {self.number} of this set" if self.number not in (None, place.number) else ""
 
 
 def check_shard(folder: Folder, place: ExpectedShard, sizes: dict[str, int], quick: bool) -> ShardReport:
-    """Check a shard and its sidecar. `sizes`: of the files of the folder.
+    """Check a shard and its sidecar. `sizes`: sizes of the files of the folder.
 
     Raises:
         UserError: the folder cannot be reached.
@@ -448,7 +449,7 @@ def check_shard(folder: Folder, place: ExpectedShard, sizes: dict[str, int], qui
 def _check_sidecar(
     folder: Folder, place: ExpectedShard, sizes: dict[str, int], quick: bool, report: ShardReport
 ) -> None:
-    """Where its header only differs from the index, the bytes of the shard decide later which of them is damaged."""
+    """Check a sidecar. If only its header differs from the index, the shard's bytes decide later which is damaged."""
     name = sidecar_name(place.number)
     if name not in sizes:
         report.add(name, "missing", "is not there")
@@ -474,7 +475,7 @@ def _check_sidecar(
 
 
 def _samples_of(folder: Folder, number: int, name: str, record: ShardRecord | None = None) -> list[Sample] | None:
-    """The samples of a shard by the sidecar in the file `name`, if it is whole and belongs to `record`."""
+    """The samples of a shard in the sidecar file `name`, if it is intact and belongs to `record`."""
     try:
         sidecar = read_sidecar(folder, number, name)
     except UserError:
@@ -483,7 +484,7 @@ def _samples_of(folder: Folder, number: int, name: str, record: ShardRecord | No
 
 
 def _check_header(place: ExpectedShard, file: ShardFile, report: ShardReport) -> None:
-    """What can be checked without reading a shard."""
+    """All checks that need no reading of a shard."""
     name, record = shard_name(place.number), place.record or (report.header.record if report.header else None)
     if record is None:
         return
@@ -496,10 +497,10 @@ def _check_header(place: ExpectedShard, file: ShardFile, report: ShardReport) ->
 
 
 def _check_bytes(place: ExpectedShard, file: ShardFile, report: ShardReport) -> None:
-    """Compare a shard with the checksums in the index and in its sidecar; say which of the three is damaged."""
+    """Compare a shard with the checksums in the index and in its sidecar, to find which of the three is damaged."""
     name, header = shard_name(place.number), report.header
     record = place.record or (header.record if header else None)
-    if record is None:  # nothing says what its bytes were; its sidecar has a finding, so it is made again
+    if record is None:  # there is no checksum; its sidecar has a finding, so it is made again
         return
     found = checksum_bytes(file.data)
     if found != record.checksum and (header is None or found != header.record.checksum):
@@ -507,14 +508,14 @@ def _check_bytes(place: ExpectedShard, file: ShardFile, report: ShardReport) -> 
         strange = "" if rows == [] else file.strangeness(place)
         message = _size_message(file.size_bytes, record.size_bytes) or "its checksum is not the recorded one"
         if rows == []:
-            message += "; every row is as it was written, the damage is outside of them"
+            message += "; all rows are intact, the damage is outside of them"
         report.add(name, "foreign" if strange else "damaged", strange or message, None if strange else rows)
         return
     if found != record.checksum:
         message = f"has another checksum of {name} than the shard itself and its sidecar"
         report.add("", "stale", message, [], "rebuild")
     elif header is not None and not place.is_described_by(header):
-        report.add(sidecar_name(place.number), "damaged", "its first line is not the one that the index knows")
+        report.add(sidecar_name(place.number), "damaged", "its first line does not fit the index")
         report.header = None
     if place.layout is not None:
         _check_content(place, place.layout, file, report)
@@ -527,7 +528,7 @@ def _size_message(found: int, expected: int) -> str:
 
 
 def _damaged_rows(place: ExpectedShard, record: ShardRecord, file: ShardFile, report: ShardReport) -> list[int] | None:
-    """Rows that do not have the checksums of the sidecar; None: all, as far as is known."""
+    """Rows with other checksums than in the sidecar; None: all, if unknown."""
     samples, layout, header = report.samples, place.layout, report.header
     if samples is None or layout is None or header is None or not place.is_described_by(header):
         return None
@@ -547,7 +548,7 @@ def _damaged_rows(place: ExpectedShard, record: ShardRecord, file: ShardFile, re
 
 
 def _usual_extents(layout: Layout, count: int) -> dict[str, tuple[int, int]]:
-    """Tensor name -> (begin, end) as safetensors arranges them, wide types first and then by name."""
+    """Tensor name -> (begin, end) in the order of safetensors: wide types first, then by name."""
     extents, begin = {}, 0
     for name in ("index", "label", *layout.names):
         end = begin + count * (8 if name in ("index", "label") else layout.sample_bytes // len(layout.names))
@@ -557,12 +558,12 @@ def _usual_extents(layout: Layout, count: int) -> dict[str, tuple[int, int]]:
 
 
 def _check_content(place: ExpectedShard, layout: Layout, file: ShardFile, report: ShardReport) -> None:
-    """Whether a shard that is as it was written, and its sidecar, can be right."""
+    """Check that the content of an unchanged shard and its sidecar is plausible."""
     name, sidecar, header = shard_name(place.number), sidecar_name(place.number), report.header
     record = place.record or (header.record if header else None)
     count = record.count if record else 0
     if not file.holds(layout, count):
-        report.add(name, "content", "does not hold the tensors that the plan says")
+        report.add(name, "content", "does not hold the tensors of the plan")
         return
     arrays = arrays_in(file.data, file.tensors or {}, file.start)
     labels, report.indices = arrays["label"], arrays["index"]
@@ -586,7 +587,7 @@ def _check_content(place: ExpectedShard, layout: Layout, file: ShardFile, report
 
 
 def _check_counts(place: ExpectedShard, record: ShardRecord, report: ShardReport) -> None:
-    """Whether a sidecar lists the samples of its shard, and counts them right."""
+    """Check that a sidecar lists the samples of its shard and counts them right."""
     name, samples, rejected, indices = sidecar_name(place.number), report.samples, report.rejected, report.indices
     if samples is None or rejected is None or indices is None:
         return
@@ -601,7 +602,7 @@ def _check_counts(place: ExpectedShard, record: ShardRecord, report: ShardReport
 
 
 def _measure(arrays: dict[str, np.ndarray], layout: Layout, codes: int | None) -> tuple[np.ndarray, list[int]]:
-    """(sums (3, c), rows with values that cannot be right) of the content of a shard."""
+    """(sums (3, c), rows with impossible values) of the content of a shard."""
     values = [arrays[name] for name in layout.names]
     if layout.content == "indices":
         highest = np.iinfo(values[0].dtype).max if codes is None else codes - 1
@@ -625,11 +626,11 @@ def _close(sums: np.ndarray, found: np.ndarray, rows: int, layout: Layout) -> bo
     return bool((np.abs(sums - found) <= SUMS_TOLERANCE * scale).all())
 
 
-# All shards together: counts, samples that are affected, ids, images that were left out.
+# All shards together: counts, affected samples, ids, rejected images.
 
 
 class _Survey:
-    """What the reports on shards add up to. Of shards without findings only counts and hashes are kept."""
+    """The sum of the reports on shards. For shards without findings, only counts and hashes are kept."""
 
     def __init__(self, state: SetState) -> None:
         self.state = state
@@ -669,13 +670,13 @@ class _Survey:
             self.bad.append((place, report))
 
     def index(self) -> ShardIndex | None:
-        """The index of the finished part; where it is damaged, from the sidecars, if all of them are whole."""
+        """The index of the finished part; if it is damaged, derived from the sidecars if all are intact."""
         if self.state.index is not None or not self.headers or len(self.headers) < len(self.counts):
             return self.state.index
         return ShardIndex.of([header.record for header in self.headers], [header.sums for header in self.headers])
 
     def findings(self) -> Iterator[Finding]:
-        """Those of the shards, with the samples that are affected; then those of ids."""
+        """The findings of the shards, with the affected samples, then those of ids."""
         for place, report in self.bad:
             for file, kind, message, rows, cure in report.findings:
                 samples = self._affected(place, report, rows)
@@ -702,12 +703,12 @@ class _Survey:
         )
 
     def _first_sample(self, shard: int) -> int | None:
-        """The number in the set of a shard's first sample; None where that of a shard before is not known."""
+        """The number of a shard's first sample in the set; None if the size of an earlier shard is unknown."""
         return int(self._starts[shard]) if shard < len(self._starts) else None
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """The first sample of each shard, up to the one after which it is not known any more."""
+        """The first sample of each shard, up to the first shard of unknown size."""
         unknown = np.flatnonzero(self.counts < 0)
         known = self.counts[: unknown[0]] if len(unknown) else self.counts
         return np.concatenate([[0], known.cumsum()])
@@ -736,9 +737,9 @@ class _Survey:
 
 
 def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator[Finding]:
-    """Compare the list of images that were left out with the sidecars.
+    """Compare the list of rejected images with the sidecars.
 
-    It is published before the manifest, so with a segment that is about to be finished it may list its images too.
+    It is published before the manifest, so it may already list images of a segment that is about to be finished.
     """
     if QUARANTINE not in state.sizes:
         yield Finding(QUARANTINE, "missing", "is not there")
@@ -749,18 +750,18 @@ def _check_quarantine(state: SetState, survey: _Survey, quick: bool) -> Iterator
         if state.manifest and not survey.unlisted and lines != state.manifest.rejected:
             yield Finding(QUARANTINE, "damaged", f"has {lines} lines and not {state.manifest.rejected}")
     elif survey.rejected is None or _lists(found, survey.rejected):
-        return  # if a sidecar with such images is damaged, this file will be made again with it
+        return  # if a sidecar with rejected images is damaged, this file will be made again with it
     elif survey.unlisted_rejected and _lists(found, [*survey.rejected, *survey.unlisted_rejected]):
         survey.lists_unfinished = True
     else:
-        yield Finding(QUARANTINE, "damaged", "does not list the images that the sidecars say were left out")
+        yield Finding(QUARANTINE, "damaged", "does not list the rejected images of the sidecars")
 
 
 def _lists(found: bytes, rejected: list[Rejection]) -> bool:
-    """Whether a list of images left out holds just these. Another program may have put other spaces."""
+    """Whether a list of rejected images holds exactly these. Other spaces, from another program, are allowed."""
     right = [asdict(rejection) for rejection in rejected]
     expected = "".join(json.dumps(line) + "\n" for line in right).encode()
-    if len(found) == len(expected) or found + b"\n" == expected:  # a damaged byte may say the same
+    if len(found) == len(expected) or found + b"\n" == expected:  # a damaged byte may leave the values equal
         return found == expected
     try:
         return [json.loads(line) for line in found.splitlines()] == right

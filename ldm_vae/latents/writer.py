@@ -1,4 +1,4 @@
-"""The folder that an encoding job fills: whose it is, what is finished in it, and its completion.
+"""The folder of an encoding job: its owner, its finished parts, and its completion.
 
 Only the main process opens or completes it; every process publishes shards into it. The folder may be behind a URL.
 """
@@ -52,16 +52,16 @@ PLAN_ATTEMPTS, PLAN_PAUSE_SECONDS = 60, 1.0
 OTHER_ORIGIN = "give the settings of the first run, or another output; `ldm-vae latents append` adds images to a set"
 SIDECAR_NAME = re.compile(r"shard-(\d{6,})\.jsonl")
 READERS = 32
-"""Sidecars read at once: against an object store the wait is latency, not bandwidth."""
+"""Number of sidecars read in parallel: for an object store, latency and not bandwidth is the limit."""
 
 
 @dataclass(frozen=True)
 class Completed:
-    """What makes shards a set, not yet written.
+    """The files that turn shards into a set, not yet written.
 
     Attributes:
-        manifest, index: of all segments; the manifest cannot read its index before it is published.
-        files: by name those that are published before the manifest: the index, the list of images left out.
+        manifest, index: those of all segments; the manifest cannot read its index before it is published.
+        files: files that are published before the manifest, by name: the index, the list of rejected images.
     """
 
     manifest: Manifest
@@ -70,7 +70,7 @@ class Completed:
 
 
 class Output:
-    """A folder, and the plan of the segment that is being made in it."""
+    """A folder, and the plan of the segment in progress."""
 
     def __init__(self, folder: Folder | str | Path, origin: Origin, segment: int = 0) -> None:
         self.folder = open_folder(folder) if isinstance(folder, (str, Path)) else folder
@@ -78,10 +78,10 @@ class Output:
 
     @contextmanager
     def open(self, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Take the folder, or one share of its units, for this plan, and write the plan down.
+        """Lock the folder, or one share of its units, for this plan, and write the plan.
 
         Raises:
-            UserError: it holds other files, latents of another origin, or another process is at work in it.
+            UserError: it holds other files or latents of another origin, or another process is using it.
         """
         plan = plan_name(self.segment)
         with self._writing():
@@ -100,9 +100,9 @@ class Output:
             yield
 
     def check(self) -> str:
-        """Whether a job could begin or continue here, without writing anything.
+        """Check, without writing anything, that a job can begin or continue here.
 
-        Returns: what it would do, in words.
+        Returns: what it would do, as text.
 
         Raises:
             UserError: see `open`.
@@ -128,7 +128,7 @@ class Output:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Raises: UserError instead of what the disk says."""
+        """Raises: UserError instead of errors of the disk."""
         try:
             yield
         except OSError as error:
@@ -138,7 +138,7 @@ class Output:
 
     @contextmanager
     def _planning(self, share: tuple[int, int]) -> Iterator[None]:
-        """Alone among the jobs that each make a share: two with different settings must not both write the plan."""
+        """A lock among jobs that each make a share, so that two with different settings do not both write the plan."""
         if share == (0, 1):
             yield
             return
@@ -154,19 +154,19 @@ class Output:
             yield
 
     def _refuse_others(self, share: tuple[int, int]) -> None:
-        """A whole job and the shares of one exclude each other. Each holds its own lock before it looks for others."""
+        """A job of the whole set and jobs of shares exclude each other. Each takes its lock, then checks for others."""
         others = self.folder.sizes("encode-" if share == (0, 1) else LOCK)
         for name in others:
             if holder := self.folder.holder(name):
                 raise UserError(f"{self.where}: {holder} is encoding here; wait for it, or give another output")
 
     def _adopt(self, found: dict) -> None:
-        """Compare the plan that is there with ours; of what makes no difference to a latent, theirs stands."""
+        """Compare the existing plan with this one. Values that do not affect latents are kept."""
         manifests.check_same(to_dict(self.origin), found, self.where, OTHER_ORIGIN)
         self.origin = replace(self.origin, autoencoder=found["autoencoder"])
 
     def finished_units(self, share: tuple[int, int] = (0, 1)) -> frozenset[int]:
-        """Numbers within the segment of the shards that are published whole, of this plan; of one share only."""
+        """Numbers (within the segment) of the complete shards of this plan; with a share, only its own."""
         sizes = self.folder.sizes("shard-")
         matches = (SIDECAR_NAME.fullmatch(name) for name in sizes)
         first, (place, shares) = self.origin.first_shard, share
@@ -175,7 +175,7 @@ class Output:
         return frozenset(header.shard - first for header in self._headers(self.origin.digest, numbers, sizes) if header)
 
     def finished_manifest(self) -> Manifest | None:
-        """The manifest, where it and all of its shards are there."""
+        """The manifest, if it and all of its shards exist."""
         if not self.folder.exists(MANIFEST):
             return None
         manifest = manifests.read_manifest(self.folder)
@@ -189,12 +189,12 @@ class Output:
         return manifest if there else None
 
     def complete(self, units: int | None) -> Completed:
-        """What makes the shards a set; it follows from the plans and sidecars of all segments. Writes nothing.
+        """The records that complete the set, from the plans and sidecars of all segments. Writes nothing.
 
-        `units`: of this segment; None for a stream, where all there are count.
+        `units`: number of units of this segment; None for a stream: all existing ones.
 
         Raises:
-            UserError: a shard of this segment or of one before is not there, or no image could be read.
+            UserError: a shard of this or an earlier segment is missing, or no image could be read.
         """
         segments = list(self._segments(units))
         headers = [header for _, made in segments for header in made]
@@ -211,7 +211,7 @@ class Output:
         return Completed(manifest, index, files)
 
     def _segments(self, units: int | None) -> Iterator[tuple[Origin, list[Header]]]:
-        """The plan and the headers of every segment that is whole, in order. Later ones than this may be unfinished."""
+        """The plan and the headers of every complete segment, in order. Segments after this one may be unfinished."""
         sizes, segment = self.folder.sizes(), 0
         while plan_name(segment) in sizes:
             origin = manifests.read_origin(self.folder, segment)
@@ -237,17 +237,17 @@ class Output:
             segment += 1
 
     def _refuse_loss(self, segment: int, missing: str) -> None:
-        """Raises: UserError when the manifest lists that segment. Without a manifest a line is printed."""
+        """Raises: UserError if the manifest lists that segment. Without a manifest, a line is printed."""
         if not self.folder.exists(MANIFEST):
             say(f"{self.where}: {plan_name(segment)} is left out: {missing} is not there; append its images again")
         elif len(manifests.read_manifest(self.folder).datasets) > segment:
             raise UserError(f"{self.where}: {missing} is not there; make it again with `ldm-vae latents repair`")
 
     def publish(self, completed: Completed) -> None:
-        """Make the shards a set, or the next version of it. A reader that has just opened the version before still
-        finds its index; that of older ones is removed."""
+        """Publish the set, or its next version. The index of the previous version is kept for readers that have just
+        opened it; older ones are removed."""
         before: set[str] = set()
-        with contextlib.suppress(UserError):  # there is none, or it is damaged
+        with contextlib.suppress(UserError):  # missing or damaged
             before = {part.file for part in manifests.read_manifest(self.folder).index}
         with self._writing():
             for name, data in completed.files.items():
@@ -258,14 +258,14 @@ class Output:
                     self.folder.remove(name)
 
     def _rejected(self, index: ShardIndex) -> list[dict]:
-        """Only the sidecars of shards with images left out are read."""
+        """The rejected images. Only the sidecars of shards with rejected images are read."""
         numbers = index.columns["rejected"].nonzero()[0].tolist()
         with ThreadPoolExecutor(READERS) as pool:
             sidecars = pool.map(lambda number: read_sidecar(self.folder, number), numbers)
             return [asdict(rejection) for sidecar in sidecars for rejection in sidecar.rejected]
 
     def _headers(self, digest: str, numbers: Sequence[int], sizes: dict[str, int]) -> list[Header | None]:
-        """Of each number the sidecar's header; None where the shard is not whole or not of the plan `digest`."""
+        """The sidecar's header of each shard; None if the shard is incomplete or of another plan than `digest`."""
 
         def header(number: int) -> Header | None:
             if shard_name(number) not in sizes:
@@ -281,16 +281,16 @@ class Output:
 
 
 def lock_name(share: tuple[int, int]) -> str:
-    """The lock of a job: of the whole folder, or of one share."""
+    """The name of a job's lock: for the whole folder, or for one share."""
     number, shares = share
     return LOCK if shares == 1 else f"encode-{number}-of-{shares}.lock"
 
 
-# Batches of latents become shards: rows are gathered on the device, checked once a shard, published in a thread.
+# Batches of latents become shards: rows are gathered on the device, checked once per shard, published in a thread.
 
 
 class OpenShard:
-    """A shard that is being filled. Its rows stay on the device until it is closed: one copy, one wait a shard."""
+    """A shard in progress. Its rows stay on the device until it is closed, so there is one copy and wait per shard."""
 
     def __init__(self, unit: int, origin: Origin) -> None:
         self.unit, self.origin = unit, origin
@@ -298,10 +298,10 @@ class OpenShard:
         self.tensors: dict[str, list[Tensor]] = {name: [] for name in origin.layout.names}
 
     def add(self, batch: ImageBatch, stored: dict[str, Tensor]) -> None:
-        """`stored`: for each name of the layout a row for each row of the batch, on any device."""
+        """Add a batch. `stored`: for each name of the layout, one row per row of the batch, on any device."""
         for name, tensor in stored.items():
             self.tensors[name].append(tensor)
-        self.batches.append(replace(batch, images=batch.images.new_empty(0)))  # the pixels are not needed any more
+        self.batches.append(replace(batch, images=batch.images.new_empty(0)))  # the pixels are no longer needed
 
     def close(self) -> Shard:
         """Raises: UserError that names the first image whose latent is not finite."""
@@ -336,7 +336,7 @@ class OpenShard:
 
 
 class Writer:
-    """Closes and publishes shards in the order given, in a thread of its own, at most one behind the encoding."""
+    """Closes and publishes shards in order, in its own thread, at most one behind the encoding."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -344,7 +344,7 @@ class Writer:
         self.pending: Future | None = None
 
     def publish(self, shard: OpenShard) -> None:
-        """Raises: what went wrong with the shard before."""
+        """Raises: the error of the previous shard."""
         self._wait()
         self.pending = self.thread.submit(self._publish, shard)
 
@@ -356,7 +356,7 @@ class Writer:
 
     def _wait(self) -> None:
         if self.pending is not None:
-            with watchdog.solo():  # to a remote folder a shard may have a long way
+            with watchdog.solo():  # publishing to a remote folder may take long
                 self.pending.result()
 
     def __enter__(self) -> Writer:

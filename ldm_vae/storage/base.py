@@ -36,7 +36,7 @@ class Folder(Protocol):
     def exists(self, name: str) -> bool: ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Name -> bytes of the visible files that begin with `prefix`, in one listing; empty if there is no folder."""
+        """Name -> size in bytes of the visible files that begin with `prefix`; empty if the folder does not exist."""
         ...
 
     def remove(self, name: str) -> None:

@@ -34,12 +34,12 @@ KEEP_FREE_SHARE = 0.05
 LISTING_SHARE = 1 / 256
 """Share of the limit that is downloaded before the folder is listed again: it may hold 100,000 copies."""
 STALE_SECONDS = 86400.0
-"""No download takes that long: older temporary files and locks were left by killed processes."""
+"""No download takes this long. Older temporary files and locks were left by killed processes."""
 PATIENCE_SECONDS = 120.0
 """Longest wait for the download of another process, which may be stopped; a data loader waits 300 s for a worker."""
 PAUSE_SECONDS = 0.02
 UNLOCKED_SECONDS = 60.0
-"""Without locks, copies used within this time are kept: a process may be about to open them."""
+"""Without locks, copies used within this time are kept, because a process may be about to open them."""
 MOST_REMEMBERED = 1 << 16
 
 COPY = re.compile(r"[0-9a-f]{32}")

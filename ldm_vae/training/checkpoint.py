@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent: written beside, hashed, fsynced, renamed. Tensors as safetensors, no pickle.
+"""Atomic checkpoints: written to a temporary folder, hashed, fsynced, renamed. Tensors as safetensors, no pickle.
 
 A checkpoint is a folder `step-000001234` with the weights, their EMA and the optimizer state of every module as
-safetensors, `state.json`, and `MANIFEST.json` with a checksum of each (see `files`). Nothing in it is ever rewritten;
-the newest one that verifies is the one to resume from.
+safetensors, `state.json`, and `MANIFEST.json` with a checksum of each (see `files`). Nothing in it is ever rewritten.
+A run resumes from the newest checkpoint that verifies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STATE = "state.json"
 
 @dataclass
 class Checkpoint:
-    """Everything that a run is at a step. `tensors`: file stem -> name -> tensor. `state`: JSON-able."""
+    """The complete state of a run at a step. `tensors`: file stem -> name -> tensor. `state`: JSON-able."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     with system_errors_explained(folder, "earlier checkpoints are intact, and the same command continues from them"):
         if not folder.is_dir():
             raise vanished()
-        remove_leftovers(folder)  # before writing: it may be their room that is needed
+        remove_leftovers(folder)  # before writing, since the new one may need their space
         with published_directory(final) as temporary:
             for stem, tensors in checkpoint.tensors.items():
                 contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -79,12 +79,12 @@ def _refuse_what_is_not_finite(checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for each newer one that does not: it is renamed.
+    """The newest checkpoint that verifies, and a sentence for each newer one that does not.
 
-    So that it does not count as one of those that are kept, nothing of it is lost, and it is not met again.
+    A damaged checkpoint is renamed: its files are kept, it is not counted as a checkpoint, and it is not tried again.
 
     Raises:
-        UserError: none of those that are there verifies, or one has a newer format.
+        UserError: there are checkpoints but none verifies, or one has a newer format.
     """
     damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
@@ -110,14 +110,14 @@ def _set_aside(path: Path, problem: str) -> str:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that was verified. Tensors come to the CPU. Raises: UserError for one that others made up."""
+    """Read a verified checkpoint, tensors on the CPU. Raises: UserError if its content is not that of a checkpoint."""
     check_model_folder(path)
     try:
         state = dict(json.loads((path / STATE).read_text()))
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path}: is no checkpoint ({type(error).__name__}: {error}); remove it") from error
+        raise UserError(f"{path}: is not a checkpoint ({type(error).__name__}: {error}); remove it") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -127,10 +127,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyper-parameters stay those of the optimizer.
+    """The inverse of `optimizer_tensors`. The optimizer keeps its hyperparameters.
 
-    Moments get the memory format of their parameters: the fused kernels walk all of them in storage order, so the
-    moments of a channels_last weight would be applied to the wrong elements, without a word.
+    Moments get the memory format of their parameters. The fused kernels read all of them in storage order, so they
+    would silently apply the moments of a channels_last weight to the wrong elements.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

@@ -28,10 +28,10 @@ from ldm_vae.training.watchdog import die_with_launcher
 from ldm_vae.utils.progress import say
 
 TIMEOUT_SECONDS = 300
-"""The longest wait of a process for the others, for its data, for anything: default of every command."""
+"""The default of `timeout_seconds`: the longest wait of a process for its data or for other processes."""
 
 LONGEST_WAIT = timedelta(hours=24)
-"""Of a process that has finished its share for the slowest one. The watchdog ends that one where it hangs."""
+"""The longest wait of a finished process for the slowest one. If that one hangs, its watchdog ends it."""
 
 POLL_SECONDS = 0.001
 
@@ -44,7 +44,7 @@ _opened = False
 
 
 class LaunchSettings(Protocol):
-    """What every command that runs on several processes is configured with."""
+    """The settings of every command that runs on several processes."""
 
     @property
     def device(self) -> str: ...
@@ -57,7 +57,7 @@ class LaunchSettings(Protocol):
 
 
 class Place(Protocol):
-    """Where this process stands among those of its job: an Accelerator, or `Processes`."""
+    """This process's place in its job: an Accelerator, or `Processes`."""
 
     @property
     def process_index(self) -> int: ...
@@ -173,9 +173,9 @@ def check_launched(expected: int | None, where: str = "") -> int:
 def join_restarted(backend: str, timeout: timedelta) -> None:
     """After a restart by torchrun on one machine: form the process group under keys of this attempt.
 
-    torchrun keeps one store for all attempts, where the addresses of the dead processes still stand (pytorch#135712).
-    Its count of restarts is the same everywhere on one machine only; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE
-    to 1 for torchrun.
+    torchrun keeps one store for all attempts, which still has the addresses of the dead processes (pytorch#135712).
+    Its count of restarts is the same in all processes of one machine only. With several machines, set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE to 1 for torchrun.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -194,13 +194,13 @@ def join_restarted(backend: str, timeout: timedelta) -> None:
 
 
 def check_timeout(seconds: int, where: str = "") -> None:
-    """Raises: UserError when it is no time to wait."""
+    """Raises: UserError for a timeout below 1 second."""
     if seconds < 1:
         raise UserError(f"{where}timeout_seconds: {seconds} is below 1; the default is {TIMEOUT_SECONDS}")
 
 
 def patient_group() -> Any:
-    """The group for waiting, on the CPU: all processes must ask for it first at the same place."""
+    """The group for waiting, on the CPU. All processes must make the first call at the same point."""
     global _patient
     from torch import distributed
 
@@ -210,10 +210,10 @@ def patient_group() -> Any:
 
 
 def close_accelerator(accelerator: Any, failure: BaseException | None = None) -> None:
-    """End its trackers and leave the other processes. Nothing else may refer to a group then, see `Engine.close`.
+    """End its trackers and leave the process group. Nothing else may refer to the group then, see `Engine.close`.
 
-    After a failure messages may be on their way that no process will answer, and torch waits for them at the end of the
-    program, for as long as the group allows: the program then ends without that.
+    After a failure, messages may be pending that no process will answer. Torch would wait for them at the end of the
+    program until the group's timeout, so the program ends without that wait.
     """
     global _patient
     if failure is not None and accelerator.num_processes > 1:
@@ -237,7 +237,7 @@ def leave(code: int) -> None:
 
 
 def exit_code(failure: BaseException) -> int:
-    """That of a command which ends by this."""
+    """The exit code of a command that ends by this error."""
     if isinstance(failure, UserError):
         return EXIT_USER_ERROR
     if isinstance(failure, KeyboardInterrupt):
@@ -246,10 +246,10 @@ def exit_code(failure: BaseException) -> int:
 
 
 def wait_for_all(place: Place) -> None:
-    """Until every process is here.
+    """Wait until every process is here.
 
     Raises:
-        UserError: one of them is gone; it names which.
+        UserError: a process has ended; the message names it.
     """
     if place.num_processes == 1:
         return
@@ -260,7 +260,7 @@ def wait_for_all(place: Place) -> None:
 
 
 def wait(work: Any) -> None:
-    """For a message on its way, open to signals. Raises: UserError that names the process which is gone."""
+    """Wait for a message; signals are handled meanwhile. Raises: UserError that names a process that has ended."""
     try:
         while not work.is_completed():
             time.sleep(POLL_SECONDS)
@@ -273,7 +273,7 @@ def wait(work: Any) -> None:
 
 
 def run_on_main(place: Place, decide: Callable[[], Answer]) -> Answer:
-    """Run `decide` in the main process and return its answer in all. Its UserError ends them all, and is shown once."""
+    """Run `decide` in the main process and return its result in all. Its UserError ends all, and is shown once."""
     if place.num_processes == 1:
         with watchdog.solo():
             return decide()
@@ -295,15 +295,15 @@ def run_on_main(place: Place, decide: Callable[[], Answer]) -> Answer:
 
 
 def check_same_data(place: Place, fingerprint: str, where: str = "data") -> None:
-    """Every process must have the same data, or shares of it would overlap and leave out others.
+    """Check that every process has the same data; otherwise shares would overlap or miss samples.
 
     Args:
-        place: where this process stands.
-        fingerprint: of the data as this process sees it.
+        place: this process's place in its job.
+        fingerprint: of the data in this process.
         where: the setting that names the data.
 
     Raises:
-        UserError: in every process, where they differ.
+        UserError: in every process, if the fingerprints differ.
     """
     if place.num_processes == 1:
         return
@@ -321,12 +321,12 @@ def check_same_data(place: Place, fingerprint: str, where: str = "data") -> None
         )
 
 
-# Processes that measure together, each its share of the work, without an accelerator.
+# Processes that share the work of a measurement, without an Accelerator.
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of its job. `local_process_index` chooses the GPU of its machine."""
+    """This process's place in its job. `local_process_index` chooses the GPU of its machine."""
 
     process_index: int = 0
     num_processes: int = 1
@@ -337,15 +337,15 @@ class Processes:
         return self.process_index == 0
 
     def share(self, units: Sequence[Item]) -> list[tuple[int, Item]]:
-        """(number, unit) of the units that are this process's."""
+        """(number, unit) of this process's units."""
         return [pair for pair in enumerate(units) if pair[0] % self.num_processes == self.process_index]
 
     def gather(self, found: list[tuple[int, Item]], count: int) -> list[Item]:
-        """What all processes found for their units, in the order of the units, on every process.
+        """The results of all processes for their units, in the order of the units, on every process.
 
         Args:
             found: (number, result) of each unit of this process's share.
-            count: of the units of all processes.
+            count: number of units of all processes.
 
         Raises:
             UserError: a unit has no result, or two.
@@ -363,13 +363,13 @@ class Processes:
         return [item for _, item in pairs]
 
     def compute_device(self, name: str) -> torch.device:
-        """The device called `name`; several processes on one machine each get their own GPU."""
+        """The device called `name`. Each of several processes on one machine gets its own GPU."""
         return compute_device(name, self.local_process_index if self.num_processes > 1 else None)
 
 
 @contextlib.contextmanager
 def joined_processes(expected: int | None = None) -> Iterator[Processes]:
-    """The group that torchrun or `accelerate launch` started, until its end; a single process otherwise.
+    """The process group of torchrun or `accelerate launch` until the end of the block; otherwise a single process.
 
     Raises:
         UserError: another number of processes than `expected` was started.
@@ -391,11 +391,11 @@ def joined_processes(expected: int | None = None) -> Iterator[Processes]:
         distributed.destroy_process_group()
 
 
-# At the end of every step the processes compare where they are, whether to stop, and what weights they have.
+# After every step the processes compare their step, their weights, and whether to stop.
 
 
 class RankConsistency:
-    """One message a step, of numbers whose largest and smallest value over the processes are compared."""
+    """One message per step: numbers whose largest and smallest value over the processes are compared."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -403,14 +403,14 @@ class RankConsistency:
         self._sent: tuple[int, Tensor, Any] | None = None
 
     def set_checksum(self, checksum: int) -> None:
-        """Of the weights of this process, from now on; at the same step in all of them."""
+        """Compare checksums of these weights from now on; call it at the same step in all processes."""
         self._checksum = checksum % 2**62
 
     def stop_agreed(self, step: int, first_index: int, stop: bool) -> bool:
-        """Whether every process shall stop after `step`. `first_index`: of the sample that the global batch began with.
+        """Whether every process must stop after `step`. `first_index`: index of the first sample of the global batch.
 
         Raises:
-            UserError: the processes were not in the same step, or had other samples or other weights.
+            UserError: the processes were in different steps, or had different samples or weights.
         """
         if self.processes == 1:
             return stop
@@ -424,7 +424,7 @@ class RankConsistency:
         return agreed
 
     def finish(self) -> bool:
-        """Wait for the last message. Returns: whether it said to stop."""
+        """Wait for the last message. Returns: whether to stop."""
         if self._sent is None:
             return False
         (step, message, work), self._sent = self._sent, None
@@ -439,14 +439,14 @@ class RankConsistency:
         for words, low, high in zip(differences, smallest, largest):
             if low != high:
                 raise UserError(
-                    f"step {step}: the processes are out of step, {words}; look at what differs between them; the same "
-                    "command continues from the last checkpoint"
+                    f"step {step}: the processes are out of step, {words}; give all the same settings and data, "
+                    "and run the same command again: it continues from the last checkpoint"
                 )
         return bool(stop)
 
 
 def weights_checksum(modules: list[nn.Module], device: torch.device) -> Tensor:
-    """Exact to the bit: the sum of all trained weights as integers, times the parameter's number, on the device."""
+    """A bit-exact checksum, on the device: the sum of all trained weights as integers, times the parameter's number."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for module in modules:
         for number, parameter in enumerate(module.parameters(), start=1):

@@ -3,7 +3,7 @@
 step -> `Plan.span` (batch sizes, position of the first sample) -> `Order` (position -> index of a sample)
      -> `Samples.sample` in worker processes -> `Batch` of micro-batches on the device
 
-Nothing of it is ever saved: resuming is starting at the step.
+None of this is saved: a resumed run starts at its step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ldm_vae.utils.numbers import whole_number
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_fraction: float) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `final_fraction * peak` at the last step."""
+    """Linear warmup to `peak`, then a cosine decay to `final_fraction * peak` at the last step."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
@@ -49,7 +49,7 @@ class Span:
         steps: optimizer steps.
         global_batch: samples per step over all processes.
         micro_batch: samples per forward pass of one process; the accumulation follows from it.
-        size: side of the samples in pixels (or positions), None for their own size.
+        size: side of the samples in pixels (or positions); None for their own size.
     """
 
     steps: int
@@ -97,8 +97,8 @@ class Plan:
 # The order of the samples.
 
 ROUNDS = 8
-"""Of the permutation. The distance of two that were side by side is uniform, as far as 100,000 keys can show, from 30
-samples on; with 6 rounds it is from 1000 on, with 4 not even there."""
+"""Rounds of the permutation. The distance of two adjacent samples after it is uniform for 30 samples and more, tested
+with 100,000 keys. With 6 rounds this needs 1000 samples; with 4 rounds it fails even there."""
 
 _WORD = 2**64 - 1
 
@@ -114,7 +114,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class GlobalOrder:
-    """Every epoch shuffles the whole set anew. Takes no memory, and a few microseconds a position, at any `count`.
+    """Shuffles the whole set in every epoch. Needs no memory and a few microseconds per position, for any `count`.
 
     Raises: UserError when there are no samples.
     """
@@ -147,7 +147,7 @@ def permuted(places: Any, count: int, keys: Sequence[int]) -> Any:
     """Where the permutation of 0 ... `count` - 1 that belongs to `keys` takes `places`: an integer, or uint64 (n,).
 
     A Feistel network on the smallest near-square grid that holds them all (Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains"): places that leave the range, fewer than one in sqrt(count), walk on until they are back.
+    arbitrary finite domains"). Places outside the range, fewer than one in sqrt(count), are permuted again.
     """
     columns = math.isqrt(count - 1) + 1
     rows = -(-count // columns)
@@ -170,7 +170,7 @@ def _feistel(places: Any, columns: int, rows: int, keys: Sequence[int]) -> Any:
 
 
 def _scramble(value: Any, key: int) -> Any:
-    """32 random bits, a function of both (the multipliers of splitmix64; Steele et al. 2014). Arrays wrap by nature."""
+    """32 random bits, a function of both (the multipliers of splitmix64; Steele et al. 2014). Arrays wrap around."""
     value = ((value ^ key) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ (value >> 32)) * 0x94D049BB133111EB) & _WORD
     return value >> 32
@@ -179,14 +179,14 @@ def _scramble(value: Any, key: int) -> Any:
 # The samples and the micro-batches of a step.
 
 LOADER_SHARE = 0.8
-"""Of the timeout that the wait for a batch has: this error says more than that of the processes which wait for us."""
+"""Share of the timeout that the wait for a batch may take: its error says more than the timeout of other processes."""
 
 STACKS_SECONDS = 0.5
-"""For the workers to show what they are doing."""
+"""The signal at which the workers show what they are doing."""
 
 
 class Samples(Protocol):
-    """A finite set of training samples. Whatever is random in a sample depends on its global `position` only."""
+    """A finite set of training samples. All randomness of a sample depends on its global `position` only."""
 
     def __len__(self) -> int: ...
 
@@ -195,13 +195,13 @@ class Samples(Protocol):
         ...
 
     def id(self, index: int) -> str:
-        """A name of sample `index`, by which its user finds it."""
+        """The name of sample `index` for messages."""
         ...
 
 
 @runtime_checkable
 class StreamedSamples(Protocol):
-    """Samples without random access or a known number: the position alone says which one."""
+    """Samples without random access or a known number, chosen by position alone."""
 
     def batches(self, keys: Iterable[list[Key]]) -> IterableDataset:
         """A list of samples for each list of keys, whose positions increase."""
@@ -210,7 +210,7 @@ class StreamedSamples(Protocol):
 
 @dataclass(frozen=True)
 class InOrder:
-    """Samples that are visited in another order than the global shuffle."""
+    """Samples with an order of their own in place of the global shuffle."""
 
     samples: Samples
     order: Order
@@ -236,7 +236,7 @@ class Key:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one forward pass: stacked tensors, and the rows that they take in the global batch."""
+    """Samples of one forward pass: stacked tensors, and their rows in the global batch."""
 
     data: dict[str, Any]
     rows: slice
@@ -247,7 +247,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of one step. `first_index`: of the sample that begins the global batch; -1 of a stream."""
+    """This process's share of one step. `first_index`: index of the global batch's first sample; -1 for a stream."""
 
     parts: tuple[MicroBatch, ...]
     global_size: int
@@ -259,7 +259,7 @@ class WorkerLost(UserError):
 
 
 class _Keyed(Dataset):
-    """A sample for each key. A `UserError` is an item too: torch would pass only its text to the main process."""
+    """A sample for each key. A `UserError` is passed as an item: torch would pass only its text to the main process."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -272,7 +272,7 @@ class _Keyed(Dataset):
 
 
 class ErrorsAsItems(IterableDataset):
-    """The items of a stream, and at its end the `UserError` that ended it, for `from_workers` to raise."""
+    """The items of a stream. A `UserError` that ends it is the last item, which `from_workers` raises."""
 
     def __init__(self, items: IterableDataset) -> None:
         self.items = items
@@ -310,12 +310,12 @@ def rank_rows(global_batch: int, micro_batch: int, rank: int, processes: int) ->
 
 
 def order_of(samples: Samples, seed: int) -> Order:
-    """The order in which they are visited: their own, or the global shuffle."""
+    """The order of the samples: their own, or the global shuffle."""
     return samples.order if isinstance(samples, InOrder) else GlobalOrder(seed, len(samples))
 
 
 def collate(samples: list[dict[str, Any] | UserError] | UserError) -> dict[str, Any] | UserError:
-    """Stack tensors, make tensors of numbers, join lists. The first error takes the place of all."""
+    """Stack tensors, make tensors of numbers, join lists. If there are errors, the first one is returned instead."""
     if isinstance(samples, UserError):
         return samples
     made = [sample for sample in samples if not isinstance(sample, UserError)]
@@ -336,9 +336,9 @@ def collate(samples: list[dict[str, Any] | UserError] | UserError) -> dict[str, 
 def from_workers(loader: Iterable[Any]) -> Generator[Any, None, None]:
     """The items of a data loader; an error of a worker is raised so that the program can end.
 
-    torch raises it from frames that hold the loader's iterator in a circle. Collected late, it would not stop the
-    workers before it waits for them, and they ignore signals: without this the program hangs at its end. A worker that
-    hangs is killed: torch would end it by the signal that it ignores.
+    torch raises it from frames that hold the loader's iterator in a reference cycle. If that is collected late, torch
+    waits for the workers before it stops them, and since they ignore signals, the program would hang at its end. A
+    worker that hangs is killed, since torch would end it by a signal that it ignores.
 
     Raises:
         UserError: an item that is one.
@@ -369,24 +369,24 @@ def from_workers(loader: Iterable[Any]) -> Generator[Any, None, None]:
 
 
 def lost_worker(error: BaseException) -> WorkerLost | None:
-    """What to raise instead of torch's error of a worker that hangs or was killed, which has no class of its own."""
+    """The error to raise instead of torch's for a worker that hangs or was killed, which has no class of its own."""
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader "):
         return None
     if "timed out" in str(error):
         what = f"no batch from the loading processes ({error}); what they were doing is above"
         return WorkerLost("data", what, f"look at the disk or the network there, or raise timeout_seconds; {CONTINUES}")
-    cure = "mostly for want of memory: lower workers, or give the container more shared memory"
+    cure = "usually because memory ran out: lower workers, or give the container more shared memory"
     return WorkerLost("data", f"a loading process was killed ({str(error).splitlines()[0]})", f"{cure}; {CONTINUES}")
 
 
 def show_and_kill(workers: list[Any]) -> None:
-    """Each shows on stderr what it is doing, if it can, and is killed."""
+    """Let each worker show on stderr what it is doing, if it can, then kill it."""
     for worker in workers:
         if worker.is_alive():
             os.kill(worker.pid, signal.SIGUSR1)
     time.sleep(STACKS_SECONDS)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # else torch's handler raises an error for each, wherever we are
+    if in_main_thread:  # else torch's handler raises an error for each, at any point of the program
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()

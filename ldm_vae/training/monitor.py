@@ -1,8 +1,8 @@
 """What a run reports while it trains: metrics, the stability of its updates, and images that could not be read.
 
-`Averages` collects the metrics of the steps, `StabilityChecks` what became of each update: left out because a number
-was not finite, or with a loss that spikes. `Tracker` writes both to `metrics.jsonl`, TensorBoard (or wandb) and the
-terminal; `BadSamples` lists unreadable images. All processes hold the same, the main process writes.
+`Averages` collects the metrics of the steps. `StabilityChecks` records which updates were skipped because a number was
+not finite, and which losses spike. `Tracker` writes both to `metrics.jsonl`, TensorBoard (or wandb) and the terminal.
+`BadSamples` lists unreadable images. All processes have the same values, and the main process writes them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ldm_vae.utils.progress import Progress, say
 
 MAXIMUM_SKIPPED_STEPS = 20
 LARGEST_NORM = 1e18
-"""Of a gradient: its square still is a float32, as the optimizer's second moment must be."""
+"""The largest gradient whose square is still a finite float32, as the optimizer's second moment must be."""
 
 SPIKE_DEVIATIONS = 8.0
 SPIKE_DECAY = 0.99
 SPIKE_FROM = 100
-"""Updates before which the average of a loss means little."""
+"""Number of updates before the average of a loss is used."""
 NAMED_SAMPLES = 6
 
 Describe = Callable[[int], str]
@@ -40,7 +40,7 @@ Describe = Callable[[int], str]
 
 @dataclass(frozen=True)
 class Skipped:
-    """Updates of a module since the last log step that were left out; `step` and `norm` are of the last one."""
+    """Skipped updates of a module since the last log step; `step` and `norm` are those of the last one."""
 
     module: str
     count: int
@@ -76,11 +76,11 @@ class Spike:
 
 @dataclass
 class History:
-    """What is known of a module's updates. `average` and `variance` are exponential ones of its loss."""
+    """The history of a module's updates. `average` and `variance` are exponential averages over its loss."""
 
     in_a_row: int = 0
     total: int = 0
-    seen: int = 0  # updates that count for the average
+    seen: int = 0  # updates in the average
     average: float = 0.0
     variance: float = 0.0
     step: int = 0
@@ -107,14 +107,14 @@ class History:
         self.variance = (1 - share) * (self.variance + share * difference**2)
 
     def forget(self) -> None:
-        """The loss is another one from here on."""
+        """Restart the averages, because the loss changes here."""
         self.seen, self.average, self.variance = 0, 0.0, 0.0
 
 
 class StabilityChecks:
-    """The updates of every module of a run: which were left out, which losses spike, and when the run must stop.
+    """The updates of every module of a run: which were skipped, which losses spike, and when the run must stop.
 
-    The trainer leaves an update out on the device. Only `collect` waits for the device: on log steps, and at least
+    The trainer skips an update on the device. Only `collect` waits for the device: on log steps, and at least
     every `MAXIMUM_SKIPPED_STEPS` steps.
     """
 
@@ -122,19 +122,19 @@ class StabilityChecks:
         """
         Args:
             names: the modules.
-            scaled: there is a gradient scaler, which finds its scale by overflowing now and then: no alarm.
-            starts: steps, counted from 1, from which on the loss is another one: its average starts again.
+            scaled: there is a gradient scaler. It finds its scale by occasional overflows, which raise no alarm.
+            starts: steps, counted from 1, at which the loss changes and its average starts again.
         """
         self.scaled, self.starts = scaled, frozenset(starts)
         self.histories = {name: History() for name in names}
         self._pending: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in self.histories}
 
     def add(self, name: str, step: int, loss: Tensor, norm: Tensor) -> None:
-        """The update of `step`, counted from 1: this process's loss, and the gradient norm, equal on all of them."""
+        """Add the update of `step`, counted from 1: this process's loss, and the gradient norm of all processes."""
         self._pending[name].append((step, loss, norm))
 
     def collect(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Move what was added into the histories. `mean` is over the processes, which all must call this."""
+        """Move the added updates into the histories. `mean` averages over processes; all of them must call this."""
         for name, updates in self._pending.items():
             if updates:
                 losses = mean(torch.stack([loss for _, loss, _ in updates]).double()).tolist()
@@ -146,7 +146,7 @@ class StabilityChecks:
                 updates.clear()
 
     def check(self, describe: Describe) -> None:
-        """Raises: UserError when too many updates in a row were left out."""
+        """Raises: UserError when too many updates in a row were skipped."""
         for name, history in self.histories.items():
             if history.in_a_row >= MAXIMUM_SKIPPED_STEPS:
                 raise UserError(
@@ -156,12 +156,12 @@ class StabilityChecks:
                 )
 
     def metrics(self) -> dict[str, float]:
-        """Updates left out since the run began, where there are any."""
+        """The number of skipped updates since the run began, for modules that have any."""
         total = sum(history.total for history in self.histories.values())
         return {"optim/skipped_updates": float(total)} if total else {}
 
     def take_alarms(self) -> list[Skipped | Spike]:
-        """What happened since the last call."""
+        """The events since the last call."""
         found: list[Skipped | Spike] = []
         for name, history in self.histories.items():
             if history.skipped and not self.scaled:
@@ -172,7 +172,7 @@ class StabilityChecks:
         return found
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Exact in JSON. Nothing may be pending: call `collect` before."""
+        """The state, exact in JSON. Call `collect` first, so that nothing is pending."""
         return {name: asdict(history) for name, history in self.histories.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -180,17 +180,17 @@ class StabilityChecks:
 
 
 def is_usable(norm: float) -> bool:
-    """Whether an update with this gradient norm is made; not with NaN."""
+    """Whether an update with this gradient norm is made; False for NaN."""
     return norm < LARGEST_NORM
 
 
 def unusable(norm: Tensor) -> Tensor:
-    """`is_usable` on the device: 1.0 where an update must be left out, else 0.0."""
+    """`is_usable` on the device: 1.0 if an update must be skipped, else 0.0."""
     return (~(norm < LARGEST_NORM)).float()
 
 
 def marked(loss: Tensor) -> Tensor:
-    """The loss, with a gradient of NaN where it is not finite itself: then every process leaves the update out."""
+    """The loss, with a NaN gradient if it is not finite, so that every process skips the update."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
@@ -209,7 +209,7 @@ def sample_names(samples: Samples | StreamedSamples, plan: Plan, seed: int, step
 
 
 class Averages:
-    """Sums of scalar tensors since the last log step. Part of the checkpoint: resuming inside an interval is exact."""
+    """Sums of scalar tensors since the last log step. Part of the checkpoint, so that resuming in between is exact."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -228,14 +228,14 @@ class Averages:
             self.sums = dict(zip(self.sums, means.unbind()))
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means over steps and processes, and start anew."""
+        """Return the means over steps and processes, and reset."""
         self.synchronize(accelerator)
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact, also with NaN, which JSON does not have: floats are written in hexadecimal."""
+        """The state, exact and with NaN (which JSON does not have): floats are written in hexadecimal."""
         return {"counts": self.counts, "sums": {name: float(value).hex() for name, value in self.sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -261,7 +261,7 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run, interrupted attempts included up to their last checkpoint."""
+        """Wall time of the run, including interrupted attempts up to their last checkpoint."""
         return self.seconds_before + time.monotonic() - self._started
 
     def advance(self, images: int) -> None:
@@ -285,19 +285,19 @@ class Tracker:
             self.accelerator.log(dict(metrics), step=step)
 
     def log_and_print(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics that are rare enough for a line of their own."""
+        """Log rare metrics on a line of their own."""
         if metrics:
             self.log(step, metrics)
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def alarm(self, step: int, name: str, sentence: str) -> None:
-        """One sentence above the progress bar, and a line among the metrics that the plots mark."""
+        """Write a sentence above the progress bar, and a line to the metrics, which the plots mark."""
         if self.accelerator.is_main_process:
             self.run.add_metrics({"step": step, "alarm": sentence, "verdict": name})
         self.say(f"step {step}: ALARM {sentence}")
 
     def report_rejected(self) -> None:
-        """Name the images that could not be read since the last call. All processes must call this."""
+        """Report the images that could not be read since the last call. All processes must call this."""
         new = self.bad_samples.take_new(self.accelerator)
         if new and self.accelerator.is_main_process:
             with self.run.writing():
@@ -306,16 +306,16 @@ class Tracker:
             self.say(sentence)
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """The metrics that have a place beside the progress bar."""
+        """The metrics beside the progress bar."""
         self.bar.note = ", ".join(f"{name} {value:.4g}" for name, value in self.run.keys.shown(metrics).items())
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Write a line above the progress bar."""
         if self.accelerator.is_main_process:
             say(text)
 
     def close(self) -> None:
-        """Without an error where a tracker cannot write its last lines: `metrics.jsonl` has them."""
+        """Close the trackers. Errors of a tracker are ignored, since `metrics.jsonl` has all lines."""
         for tracker in self.accelerator.trackers:
             with contextlib.suppress(OSError):
                 tracker.finish()
@@ -330,7 +330,7 @@ REPORTED_AT_ONCE = 10
 
 
 class BadSamples:
-    """The images that were replaced by others. What an earlier attempt of the run has listed is not listed again."""
+    """The images that were replaced by others. Images listed by an earlier attempt of the run are not listed again."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
@@ -338,7 +338,7 @@ class BadSamples:
         self._observed: list[tuple[str, str]] = []
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # torn
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # incomplete line
                     self._listed.add(json.loads(line)["id"])
 
     def observe(self, parts: Iterable[MicroBatch]) -> None:
@@ -347,7 +347,7 @@ class BadSamples:
             self._observed += [tuple(pair) for pair in part.data.get("rejected", []) if pair[0] not in self._listed]
 
     def take_new(self, accelerator: Any) -> list[tuple[str, str]]:
-        """(id, reason) of those that are new to all processes. All processes must call this."""
+        """(id, reason) of the images that are new to all processes. All processes must call this."""
         from accelerate.utils import gather_object
 
         observed = gather_object(self._observed) if accelerator.num_processes > 1 else self._observed
@@ -366,7 +366,7 @@ class BadSamples:
 
 
 def rejection_sentences(new: list[tuple[str, str]]) -> list[str]:
-    """A sentence for each of the first ones, and how many more there are."""
+    """A sentence for each of the first images, and the number of the others."""
     lines = [f"{identity}: cannot be read ({reason}); another image takes its place" for identity, reason in new]
     more = len(lines) - REPORTED_AT_ONCE
     return lines if more <= 0 else [*lines[:REPORTED_AT_ONCE], f"{more} more cannot be read, see {FILE}"]

@@ -1,11 +1,11 @@
-"""The run directory: which run it holds, that only one process group writes it, and what is in it.
+"""The run directory: its content, which run it holds, and the lock that lets only one job write to it.
 
 config.yaml      the resolved configuration         checkpoints/   complete states to resume from
-metrics.jsonl    one line a log step                previews/      pictures while training
+metrics.jsonl    one line per log step              previews/      pictures while training
 run.json         command, versions, time            tensorboard/   the same metrics for TensorBoard
 quarantine.jsonl images that could not be read
 
-and what the model exports at the end, in a folder that `ModelKeys` names.
+The finished model is exported to a folder that `ModelKeys` names.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ MAY_CHANGE = (
     "training.tracker",
     "training.gradient_checkpointing",
 )
-"""Keys that a resumed run may change: they do not change what is learned."""
+"""Keys that a resumed run may change, because they do not change the result."""
 
 PUBLISHED = (CONFIG, METRICS, RUN_RECORD)
-"""What every run writes directly into its folder. Other commands may be at work on other names there."""
+"""Names that every run writes directly into its folder. Other commands may use other names there."""
 
 
 WAIT = "wait for it, or give another output"
@@ -61,13 +61,13 @@ WAIT = "wait for it, or give another output"
 
 @dataclass(frozen=True)
 class ModelKeys:
-    """What the trainer has to know of one kind of model: names in its configuration, its folder and its metrics.
+    """What the trainer has to know about a kind of model: names in its configuration, its folder and its metrics.
 
     Args:
         may_change: further keys that a resumed run may change, as patterns.
-        exports: the folder that the finished model is written to, below that of the run.
-        memory: keys to lower when memory runs out; the first one leaves the result as it is.
-        progress: metrics beside the progress bar, as patterns in their order.
+        exports: the folder inside the run directory that the finished model is written to.
+        memory: keys to lower when memory runs out; the first one does not change the result.
+        progress: metrics beside the progress bar, as patterns, in order.
         hidden: patterns of metrics that are left out of `progress`.
         command: the command that trains it, for the progress bar.
     """
@@ -90,13 +90,13 @@ class ModelKeys:
 
 
 class RunConfig(Protocol):
-    """The configuration of a run: a dataclass that also says what the trainer has to know of its model."""
+    """The configuration of a run: a dataclass with the `ModelKeys` of its model."""
 
     KEYS: ClassVar[ModelKeys]
 
 
 class RunDirectory:
-    """Opens or continues the run at `path`. Locks it until `close`, or the end of the process."""
+    """Opens or continues the run at `path`. Locks it until `close` or the end of the process."""
 
     def __init__(self, path: str | Path, config: RunConfig, *, main_process: bool = True) -> None:
         self.path = Path(path)
@@ -119,12 +119,12 @@ class RunDirectory:
         return self.path / "previews"
 
     def check(self) -> str:
-        """Whether the run could begin or continue here, without writing anything.
+        """Check, without writing anything, that the run can begin or continue here.
 
-        Returns: what it would do, in words.
+        Returns: what it would do, as text.
 
         Raises:
-            UserError: the folder holds something else, a run with other settings, or one that is being trained.
+            UserError: the folder holds something else, a run with other settings, or a run that is being trained.
         """
         check_writable(self.path)
         self._refuse_other_files()
@@ -190,7 +190,9 @@ class RunDirectory:
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
         }
         if refused:
-            listed = ", ".join(f"{key} ({before} -> {after})" for key, (before, after) in refused.items())
+            listed = ", ".join(
+                f"{key} ({json.dumps(before)} -> {json.dumps(after)})" for key, (before, after) in refused.items()
+            )
             raise UserError(f"{where}: holds a run with other settings: {listed}; give another output, or these values")
 
     def _take_lock(self) -> None:
@@ -206,7 +208,7 @@ class RunDirectory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises: UserError in one sentence when the system refuses to write, or the folder has vanished."""
+        """Raises: UserError when the system refuses to write, or the folder no longer exists."""
         with system_errors_explained(self.path, "the last checkpoint is intact, and the same command continues"):
             if not self.checkpoints.is_dir():
                 raise vanished()
@@ -223,14 +225,14 @@ class RunDirectory:
             write_atomically(path, lambda temporary: image.save(temporary, "webp", quality=90))
 
     def begin(self, step: int) -> None:
-        """Steps after `step` are to come: drop the metrics of an earlier attempt, and the record of a finished run,
-        which has become longer then."""
+        """Prepare for the steps after `step`: remove the metrics of an earlier attempt, and the record of a
+        finished run that now continues."""
         with self.writing():
             (self.path / RUN_RECORD).unlink(missing_ok=True)
         self._keep_metrics_until(step)
 
     def _keep_metrics_until(self, step: int) -> None:
-        """Drop metric lines after `step` (a killed run wrote them, the resumed one will again) and a torn last line."""
+        """Remove metric lines after `step`, which the resumed run will write again, and an incomplete last line."""
         if not self.metrics.exists():
             return
         kept = []

@@ -78,27 +78,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings that are the same for every model. Steps and batches belong to the model's own config.
+    """Training settings of every model. Steps and batches belong to the model's own config.
 
     Args:
-        seed: of everything random: order, augmentation, noise, weights.
-        learning_rate: after the warmup; it falls along a cosine.
-        final_learning_rate_fraction: share of it at the end.
-        warmup_steps: in which it rises from 0.
-        weight_decay: of AdamW.
-        betas: of AdamW.
+        seed: seed of all random numbers: order, augmentation, noise, weights.
+        learning_rate: peak value, after the warmup; it decays along a cosine.
+        final_learning_rate_fraction: learning rate at the end, as a fraction of the peak.
+        warmup_steps: steps in which the learning rate rises linearly from 0.
+        weight_decay: weight decay of AdamW.
+        betas: betas of AdamW.
         gradient_clip: largest norm of the gradient.
-        ema_decay: of the moving average of the weights, which is what is saved as the model.
-        precision: of the forward and backward pass; fp16 needs a GPU.
-        device: auto is a GPU where there is one.
-        processes: how many processes must have been launched; null: any number.
+        ema_decay: decay of the moving average of the weights; the average is saved as the model.
+        precision: precision of the forward and backward pass; fp16 needs a GPU.
+        device: auto, cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.
+        processes: required number of launched processes; null: any number.
         timeout_seconds: the longest wait for a batch or for another process.
-        gradient_checkpointing: less memory, more computing.
+        gradient_checkpointing: needs less memory and more time.
         compile: torch.compile the networks.
         workers: loading processes for each training process.
-        log_every, validate_every, preview_every, save_every: steps between two of them.
-        keep_checkpoints: the newest ones; older ones are removed.
-        tracker: where metrics go besides metrics.jsonl.
+        log_every, validate_every, preview_every, save_every: number of steps between two such events.
+        keep_checkpoints: number of newest checkpoints to keep; older ones are removed.
+        tracker: an additional destination of the metrics, besides metrics.jsonl.
     """
 
     seed: int = 0
@@ -134,7 +134,7 @@ class TrainingConfig:
 
 
 class Alarm(Protocol):
-    """Something that is going wrong, in words."""
+    """A problem of the run, as a sentence."""
 
     @property
     def name(self) -> str: ...
@@ -143,14 +143,14 @@ class Alarm(Protocol):
 
 
 class Model(Protocol):
-    """What `fit` trains. `modules` are wrapped, optimized and averaged under their names."""
+    """The interface of a model that `fit` trains. `modules` are wrapped, optimized and averaged under their names."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...
 
     @property
     def optimizer_settings(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module name -> fields of TrainingConfig that are different for its optimizer."""
+        """Module name -> fields of TrainingConfig with other values for its optimizer."""
         ...
 
     def check_state(self, state: dict[str, Any], step: int) -> None:
@@ -158,11 +158,11 @@ class Model(Protocol):
         ...
 
     def update(self, step: int, batch: Batch, engine: Engine) -> dict[str, Tensor]:
-        """One optimizer step; returns scalar metrics of this process."""
+        """Do one optimizer step. Returns: scalar metrics of this process."""
         ...
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> Sequence[Alarm]:
-        """What is going wrong since this log step, from its averaged metrics."""
+        """New alarms at this log step, from its averaged metrics."""
         ...
 
     def validate(self, engine: Engine) -> dict[str, float]:
@@ -182,7 +182,7 @@ class Model(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """State beyond the modules' weights, for JSON."""
+        """State other than the modules' weights, JSON-able."""
         ...
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -190,9 +190,9 @@ class Model(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], step: int) -> None:
-        """The inverse of both, after `step` finished steps; `tensors` holds those of the whole checkpoint.
+        """The inverse of both, after `step` finished steps; `tensors` are those of the whole checkpoint.
 
-        The plan may have become longer or shorter since: what depends on the number of steps has to follow.
+        The plan may have become longer or shorter since, so state that depends on the number of steps must adapt.
         """
         ...
 
@@ -212,12 +212,12 @@ def make_accelerator(config: TrainingConfig, project_dir: Path | None = None) ->
 
 
 class Engine:
-    """The moving parts of a run: wrapped models, optimizers, averages. One `optimize` call is one optimizer step."""
+    """The state of a run: wrapped models, optimizers, averages. One `optimize` call is one optimizer step."""
 
     def __init__(
         self, model: Model, config: TrainingConfig, accelerator: Any, steps: int, starts: Sequence[int] = ()
     ) -> None:
-        """`starts`: of `Plan`, where the loss becomes another one."""
+        """`starts`: steps of `Plan` at which the loss changes."""
         self.config = config
         self.accelerator = accelerator
         self.steps = steps
@@ -280,7 +280,7 @@ class Engine:
         return norm
 
     def forget_moments(self, name: str) -> None:
-        """Start the optimizer of a module anew: its weights were replaced."""
+        """Reset the optimizer of a module whose weights were replaced."""
         for state in self.optimizers[name].optimizer.state.values():
             for value in state.values():
                 value.zero_()
@@ -292,14 +292,14 @@ class Engine:
         )
 
     def checksum(self) -> int:
-        """Of the weights of all modules. Waits for the device: log steps only."""
+        """Checksum of the weights of all modules. Waits for the device, so call it on log steps only."""
         return int(weights_checksum(list(self.modules.values()), self.device))
 
     def close(self, failure: BaseException | None = None) -> None:
         """Release the wrapped models, then the process group, then end the trackers.
 
-        In the other order the last reference to the group is the wrapper's, whose destructor waits for a thread that
-        waits for Python's lock: a hang after all work is done, once in about twenty runs of two processes.
+        In another order, the wrapper would hold the last reference to the group. Its destructor waits for a thread that
+        waits for Python's lock: about one run of two processes in twenty hung after all work was done.
         """
         self.models.clear()
         self.optimizers.clear()
@@ -334,13 +334,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move toward the module's present weights; `step` counts finished optimizer steps from 0."""
+        """Move toward the module's current weights; `step` counts finished optimizer steps from 0."""
         decay = min(self.decay, (step + 1) / (step + 50))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
 
 
 def floating_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers of floating type, in a fixed order."""
+    """Floating-point parameters and buffers, in a fixed order."""
     return [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.is_floating_point()]
 
 
@@ -388,7 +388,7 @@ def train(
     first_step, seconds_before = restore(model, engine, averages, run)
     if first_step > plan.steps:
         raise UserError(
-            f"{run.path}: has {first_step} steps behind it, and {plan.steps} are asked for; ask for {first_step} (it "
+            f"{run.path}: has finished {first_step} steps, and {plan.steps} were asked for; ask for {first_step} (it "
             "ends where it is) or more, or give another output"
         )
     if first_step == plan.steps and (run.path / provenance.RUN_RECORD).exists():
@@ -412,14 +412,14 @@ def train(
         timeout_seconds=config.timeout_seconds,
     )
     try:
-        with contextlib.closing(stream):  # else the frames of an error would keep its workers waiting
+        with contextlib.closing(stream):  # else the frames of an error would keep the workers alive
             for step, batch in enumerate(stream, start=first_step + 1):  # `step` counts finished steps from here
                 torch.manual_seed(key_hash(config.seed, "dropout", step, accelerator.process_index))
                 averages.add(model.update(step - 1, batch, engine))
                 tracker.advance(batch.global_size)
                 tracker.bad_samples.observe(batch.parts)
                 report_step(model, engine, averages, tracker, step, partial(sample_names, samples, plan, config.seed))
-                held_out = validate_and_preview(model, engine, tracker, step, stop)  # those of the last step stay
+                held_out = validate_and_preview(model, engine, tracker, step, stop)  # metrics of the last step are kept
                 if step % config.log_every == 0 and consistency.processes > 1:
                     consistency.set_checksum(engine.checksum())
                 stopping = consistency.stop_agreed(step, batch.first_index, stop.received is not None)
@@ -432,7 +432,7 @@ def train(
         consistency.finish()
         finish(model, engine, run, started, tracker.seconds, held_out)
     except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-        if lost := lost_worker(error):  # noticed while something else was done than waiting for its samples
+        if lost := lost_worker(error):  # noticed elsewhere than in the wait for its samples
             raise lost from error
         if not out_of_memory(error):
             raise
@@ -445,9 +445,9 @@ def train(
 def report_step(
     model: Model, engine: Engine, averages: Averages, tracker: Tracker, step: int, describe: Describe
 ) -> None:
-    """On log steps: write the metrics, and alarms about what goes wrong.
+    """On log steps: write the metrics and alarms.
 
-    Raises: UserError when too many updates in a row were left out.
+    Raises: UserError when too many updates in a row were skipped.
     """
     stability, due = engine.stability, step % engine.config.log_every == 0 or step == engine.steps
     if due or step % MAXIMUM_SKIPPED_STEPS == 0:
@@ -471,9 +471,9 @@ def validate_and_preview(
 ) -> dict[str, float]:
     """Held-out metrics and a preview image when they are due, from the EMA weights, on the main process.
 
-    A signal cuts them short, since validation may take longer than a launcher waits: there are no metrics then.
+    A signal ends validation early, since it may take longer than a launcher waits; there are no metrics then.
 
-    Returns: the metrics; none where they were not due, or on another process.
+    Returns: the metrics; None if they were not due, or in another process.
     """
     config = engine.config
     last = step == engine.steps
@@ -488,7 +488,7 @@ def validate_and_preview(
                 image = model.preview(engine) if preview_due else None
                 if image is not None:
                     tracker.run.add_preview(step, image)
-                if validation_due:  # after the preview, of which it may report metrics
+                if validation_due:  # after the preview, whose metrics it may report
                     metrics = model.validate(engine)
                     tracker.log_and_print(step, metrics)
             except NotFinite as error:  # the monitor decides whether the run can go on
@@ -499,7 +499,7 @@ def validate_and_preview(
 
 
 def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory) -> tuple[int, float]:
-    """Load the newest checkpoint that verifies, the same one on every process. Returns its step and seconds."""
+    """Load the newest checkpoint that verifies, the same one in every process. Returns: its step and seconds."""
 
     def choose() -> Path | None:
         path, problems = checkpoints.newest(run.checkpoints)
@@ -530,7 +530,7 @@ def restore(model: Model, engine: Engine, averages: Averages, run: RunDirectory)
 def save_checkpoint(
     model: Model, engine: Engine, averages: Averages, run: RunDirectory, step: int, seconds: float
 ) -> None:
-    """Publish the complete state after `step` finished steps. Every process holds the same, so the first one writes."""
+    """Publish the complete state after `step` finished steps. It is the same in all processes; the first one writes."""
     averages.synchronize(engine.accelerator)
     engine.stability.collect(engine.mean)
     if engine.accelerator.is_main_process:
@@ -598,7 +598,7 @@ def start_trackers(accelerator: Any, config: TrainingConfig, run: RunDirectory) 
 
 
 def less_memory(keys: Sequence[str]) -> str:
-    """What to do when memory runs out. `keys` of the model's configuration; the first leaves the result as it is."""
+    """Advice when memory runs out. `keys` of the model's configuration; the first does not change the result."""
     lower = [f"lower {keys[0]} (the result stays the same)"] if keys else []
     then = [f"then {' or '.join(keys[1:])}"] if keys[1:] else []
     return ", ".join([*lower, *then, "or set training.gradient_checkpointing=true"]).removeprefix("or ")
@@ -608,18 +608,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-# `--dry-run`: build everything, do one step on random data, and measure what it costs.
+# `--dry-run`: build everything, do one step on random data, and measure its cost.
 
 
 @dataclass(frozen=True)
 class SpanCost:
-    """What one step costs in a stretch of steps with the same batch.
+    """The cost of one step in a span of the plan.
 
     Args:
-        shapes: of the tensors of a micro-batch.
-        gigamacs: forward and backward, of one sample.
-        seconds: of one step of all processes, measured once.
-        losses: of this step.
+        shapes: shapes of the tensors of a micro-batch.
+        gigamacs: GMAC of one sample, forward and backward.
+        seconds: time of one step of all processes, measured once.
+        losses: losses of this step.
     """
 
     first_step: int
@@ -633,7 +633,7 @@ class SpanCost:
 
     @property
     def total_seconds(self) -> float:
-        """Of all steps of the stretch."""
+        """Time of all steps of the span."""
         return self.seconds * (self.last_step + 1 - self.first_step)
 
     @property
@@ -651,7 +651,7 @@ class SpanCost:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would take: trained parameters of each module, the cost of each span, peak memory of a process."""
+    """The cost of a run: trained parameters of each module, the cost of each span, peak memory of a process."""
 
     parameters: dict[str, int]
     precision: str
@@ -662,11 +662,11 @@ class DryRun:
 
     @property
     def seconds(self) -> float:
-        """Of all steps of the run."""
+        """Time of all steps of the run."""
         return sum(span.total_seconds for span in self.spans)
 
     def expected(self) -> str:
-        """How long a run of these steps takes, in words."""
+        """The time of a run of these steps, as text."""
         steps = pluralize(self.spans[-1].last_step + 1, "step")
         return f"{steps} take about {duration_text(self.seconds)}, validation, previews and saving not counted"
 
@@ -680,7 +680,7 @@ class DryRun:
 
 
 def dry_run(model: Model, plan: Plan, config: TrainingConfig, accelerator: Any) -> DryRun:
-    """Two `update`s per span of the plan on random samples of the model, one counted and one timed. Writes nothing."""
+    """Two `update`s per span of the plan on random samples, one to count GMAC and one to time. Writes nothing."""
     plan.check(accelerator.num_processes)
     engine = Engine(model, config, accelerator, plan.steps)
     parameters = {

@@ -1,8 +1,8 @@
-"""Nothing waits for ever: a thread that ends this process when it, its launcher or another process hangs; and signals.
+"""A watchdog thread that ends this process when it, its launcher or another process hangs; and signal handling.
 
-A loop calls `advance(step)`; from then on the next call must come within the timeout. Work of one process for all
-(saving, validation, counting files) is done in `solo()` and may take SOLO_FACTOR times as long. The others wait for it
-in `waiting()`, as long as there are heartbeats of all. Outside of these a process has the time of `solo()`.
+A loop calls `advance(step)`, and the next call must come within the timeout. Work of one process for all (saving,
+validation, counting files) is done in `solo()` and may take SOLO_FACTOR times as long. The others wait for it in
+`waiting()`, as long as all processes send heartbeats. Other code has the same time as `solo()`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SOLO_FACTOR = 12
 TICK_SECONDS = 1.0
 
 GRACE_SECONDS = 10
-"""More than a collective or a data loader has, whose own errors say more."""
+"""Longer than the timeouts of collectives and data loaders, whose own errors say more."""
 
 REASON_LENGTH = 500
 
@@ -41,18 +41,18 @@ _current: Watchdog | None = None
 
 
 class ProcessLost(UserError):
-    """A message between processes did not arrive: another process hangs or is gone."""
+    """A message between processes did not arrive: another process hangs or has ended."""
 
 
 def advance(step: int | None = None) -> None:
-    """The loop of this process has finished a step, or has made progress within one. Without a watchdog: nothing."""
+    """Report that this process has finished a step or made progress within one. Without a watchdog, does nothing."""
     if _current is not None:
         _current.advance(step)
 
 
 @contextlib.contextmanager
 def solo() -> Iterator[None]:
-    """What this process does now may take longer than a step."""
+    """Work inside this block may take longer than a step."""
     if _current is not None:
         _current.allow(_current.timeout_seconds * SOLO_FACTOR)
     yield
@@ -62,7 +62,7 @@ def solo() -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """This process waits for others, which have watchdogs of their own."""
+    """Inside this block, the process waits for others, which have watchdogs of their own."""
     if _current is not None:
         _current.allow(None)
     yield
@@ -71,7 +71,7 @@ def waiting() -> Iterator[None]:
 
 
 def lost_process(error: BaseException) -> ProcessLost | None:
-    """What to raise instead of an error of a message between processes; None for any other error."""
+    """The error to raise instead of a failed message between processes; None for any other error."""
     if _current is None or _current.heartbeats is None or not is_communication_error(error):
         return None
     return ProcessLost("", _current.heartbeats.explanation(), CONTINUES)
@@ -85,7 +85,7 @@ def is_communication_error(error: BaseException | None) -> bool:
 
 
 class Watchdog:
-    """Context manager around a job. Only one at a time: it is a property of the process."""
+    """Context manager around a job. A process can have only one at a time."""
 
     def __init__(self, accelerator: Any, timeout_seconds: float) -> None:
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
@@ -116,7 +116,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        if kind is not None and launched():  # the launcher waits for the end of this process
+        if kind is not None and launched():  # since the launcher waits for this process
             faulthandler.dump_traceback_later(self.timeout_seconds, exit=True, file=2)
         if self.heartbeats is not None:
             self.heartbeats.end("" if kind is None else exit_reason(error))
@@ -133,7 +133,7 @@ class Watchdog:
         self._allowed_seconds, self._still_seconds = seconds, 0.0
 
     def _run(self) -> None:
-        """Time is counted in ticks: a process that was stopped (Ctrl-Z) and goes on has not stood still."""
+        """Time is counted in ticks, so that a stopped process (Ctrl-Z) that continues does not count as hanging."""
         last = time.monotonic()
         while not self._ended.wait(TICK_SECONDS):
             now = time.monotonic()
@@ -146,15 +146,15 @@ class Watchdog:
                 self._end(reason, stacks)
 
     def _guard_against_the_lock(self) -> None:
-        """Should native code keep Python's lock, this thread cannot run any more; faulthandler's can."""
-        if self.processes > 1:  # a single one keeps no other waiting, and faulthandler's clock runs on during Ctrl-Z
+        """If native code holds Python's lock, this thread cannot run, but faulthandler's can."""
+        if self.processes > 1:  # for one process nobody waits, and faulthandler's clock also runs during Ctrl-Z
             seconds = self.timeout_seconds * (SOLO_FACTOR + 1)
             if self._allowed_seconds is not None:
                 seconds = self._allowed_seconds + self.timeout_seconds
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
     def _reason(self) -> tuple[str, bool]:
-        """Why this process must end ("" for no reason), and whether its own stacks show the cause."""
+        """The reason why this process must end ("" for none), and whether its own stack traces show the cause."""
         if self._allowed_seconds is not None and self._still_seconds > self._allowed_seconds:
             return f"no progress for {self._still_seconds:.0f} s", True
         if self._orphan_seconds > self.timeout_seconds:
@@ -177,7 +177,7 @@ class Watchdog:
 
 
 def exit_reason(error: BaseException | None) -> str:
-    """What the other processes are told of the end by this error: nothing where another process caused it."""
+    """The message to the other processes about an end by this error; empty if another process caused it."""
     if isinstance(error, ProcessLost) or is_communication_error(error):
         return ""
     text: object = error
@@ -186,15 +186,15 @@ def exit_reason(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {text}".strip().splitlines()[0][:REASON_LENGTH]
 
 
-# Heartbeats: every process of a job writes to the store of its process group, and reads what the others write.
+# Heartbeats: every process of a job writes to the store of its process group and reads those of the others.
 
 BEAT_SECONDS = 1.0
 
 SILENCE_SECONDS = 3.0
-"""A process without a beat for so long counts as gone when another one asks why a message did not arrive."""
+"""A process without a heartbeat for this time counts as ended when a message did not arrive."""
 
 ENDING_SECONDS = 2.0
-"""So long the last beat may wait for the one before it."""
+"""The longest wait of the last heartbeat for the previous one."""
 
 CONNECT_SECONDS = 30
 SHOWN_RANKS = 4
@@ -202,7 +202,7 @@ SHOWN_RANKS = 4
 
 @dataclass(frozen=True)
 class Beat:
-    """The state of a process. `exit_reason`: None while it is at work, else why it ended ("" for no error)."""
+    """The state of a process. `exit_reason`: None while it runs, else why it ended ("" without an error)."""
 
     rank: int
     pid: int
@@ -216,14 +216,14 @@ class Beat:
 
 
 class Heartbeats:
-    """Beats from the first to the last moment of a job, in a thread of its own: a store that hangs stops nothing else.
+    """Sends heartbeats from the start to the end of a job, in its own thread: a store that hangs stops nothing else.
 
-    Seconds of silence are counted in beats of this process, so that no process counts as dead in a job that was stopped
-    as a whole and goes on later.
+    Seconds of silence are counted in heartbeats of this process, so that no process counts as dead in a job that was
+    stopped as a whole and continues later.
     """
 
     def __init__(self, rank: int, processes: int, job: str) -> None:
-        """`job`: a name that is new, and the same in all processes: the store may hold beats of earlier ones."""
+        """`job`: a new name, the same in all processes, since the store may hold heartbeats of earlier jobs."""
         from torch.distributed import PrefixStore, TCPStore
 
         self.rank, self.processes, self.step = rank, processes, 0
@@ -243,11 +243,11 @@ class Heartbeats:
         self._thread.start()
 
     def at_step(self, step: int) -> None:
-        """Sent with the next beat; only the thread changes `own`, or a step could be lost between two of its lines."""
+        """Set the step of the next heartbeat. Only the thread changes `own`, otherwise a step could be lost."""
         self.step = step
 
     def end(self, reason: str) -> None:
-        """Send the last beat. Without waiting long: the store may be gone, with the launcher."""
+        """Send the last heartbeat, without a long wait: the store may have ended with the launcher."""
         self._ended.set()
         self._thread.join(ENDING_SECONDS)
         if not self._thread.is_alive():
@@ -258,7 +258,7 @@ class Heartbeats:
                 return
 
     def lost(self, silent: float, ended: float = 0.0) -> list[str]:
-        """A sentence for each other process that is silent for so many seconds, or ended with an error so long ago."""
+        """A sentence for each other process that was silent for this time, or ended with an error this long ago."""
         sentences = []
         for rank, beat in sorted(self.others.items()):
             who = beat.describe(self.processes)
@@ -269,7 +269,7 @@ class Heartbeats:
         return sentences
 
     def explanation(self) -> str:
-        """Why a message did not arrive: who is gone, else the step of each. Takes up to 1.5 * SILENCE_SECONDS."""
+        """Why a message did not arrive: who has ended, else the step of each. Takes up to 1.5 * SILENCE_SECONDS."""
         self.reads_all = True
         deadline = time.monotonic() + 1.5 * SILENCE_SECONDS
         lost: list[str] = []
@@ -288,7 +288,7 @@ class Heartbeats:
             try:
                 self._send()
                 self._receive(min(now - last, 2 * BEAT_SECONDS))
-            except RuntimeError:  # the store is gone with the launcher; processes that outlive it end by other means
+            except RuntimeError:  # the store has ended with the launcher; other checks end the remaining processes
                 return
             last = now
             if self._ended.wait(BEAT_SECONDS):
@@ -315,15 +315,15 @@ class Heartbeats:
 PR_SET_PDEATHSIG = 1
 
 SAME_REQUEST_SECONDS = 2.0
-"""Under a launcher a second signal so soon is the same one: a cluster signals the launcher and its children, and the
-launcher passes it on."""
+"""Under a launcher, a second signal within this time is the same one: a cluster signals the launcher and its children,
+and the launcher passes it on."""
 
 
 class StopRequest:
-    """Context manager that turns a signal into a flag, or, for work that may be left anywhere, into an interruption."""
+    """Context manager that turns a signal into a flag, or, for work that may stop anywhere, into an interruption."""
 
     def __init__(self, *, at_once: bool = False) -> None:
-        """`at_once`: the first signal raises KeyboardInterrupt where the program is."""
+        """`at_once`: the first signal raises KeyboardInterrupt."""
         self.received: int | None = None
         self._at_once = self._saves_nothing = at_once
         self._received_at = 0.0
@@ -343,7 +343,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """What is done here is left at a signal."""
+        """A signal interrupts the code in this block."""
         self._at_once = True
         try:
             yield
@@ -365,7 +365,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _is_same_request(self) -> bool:
-        """Ctrl-C ends `accelerate launch` too, whose death is a signal to us."""
+        """Ctrl-C also ends `accelerate launch`, and its end sends a signal to this process."""
         if self._launcher is None:
             return False
         if os.getppid() != self._launcher:
@@ -380,7 +380,7 @@ def launched() -> bool:
 
 
 def die_with_launcher() -> None:
-    """Under `accelerate launch` or torchrun: get SIGTERM when the launcher dies; it would leave its child running."""
+    """Under `accelerate launch` or torchrun: request SIGTERM when the launcher dies, so that this process ends too."""
     if launched():
         _die_with_parent(signal.SIGTERM)
 
@@ -409,6 +409,6 @@ def _die_with_parent(number: int) -> None:
 
 
 def write_error(text: str) -> None:
-    """To standard error past Python's buffers, which a signal handler or another thread may have found half filled."""
+    """Write to standard error without Python's buffers, which may be in an inconsistent state in a signal handler."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

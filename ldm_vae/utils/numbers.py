@@ -1,4 +1,4 @@
-"""Numbers that a caller hands over: those of numpy and torch are as good as Python's, anything else is refused."""
+"""Numbers as arguments: those of Python, numpy and torch are accepted, everything else is refused."""
 
 from __future__ import annotations
 

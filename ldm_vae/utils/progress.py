@@ -1,4 +1,4 @@
-"""What a person sees while a command works: a first line, a bar, a last line.
+"""The output of a command for people: a first line, a progress bar, a last line.
 
     begin("encode", "1,998 images of 10 classes", "512 pixels", "cpu, fp32", "to latents/mine")
     with Progress("encode", 1998) as bar:
@@ -31,7 +31,7 @@ from ldm_vae.utils.text import duration_text, pluralize, rate_text, size_text, w
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30.0
-"""At least, of a bar that is not on a terminal."""
+"""Shortest time between two lines of a bar that is not on a terminal."""
 BYTE = "byte"
 """The unit of a bar whose numbers are shown as kB, MB ..."""
 
@@ -79,13 +79,13 @@ def begin(command: str, *what: str, error: bool = False) -> None:
 
 
 def end(where: object, what: str, then: Sequence[str] = (), *, error: bool = False) -> None:
-    """The last line: where it is, what was made, and the words of the next command to type, its program first."""
+    """The last line: the path, what was made, and the words of the next command, its program first."""
     if not _inside.get():
         say(f"{where}: {what}" + (f"; next: {shlex.join(then)}" if then else ""), error=error)
 
 
 def end_dry_run(where: object, expected: str) -> None:
-    """The last line of `--dry-run`. `expected`: how long the command will take, or what of it is not known."""
+    """The last line of `--dry-run`. `expected`: the time that the command will take, or what is not known about it."""
     end(where, f"nothing was written; {expected}; the same command without --dry-run does it")
 
 
@@ -95,7 +95,7 @@ def open_page(page: object) -> list[str]:
 
 
 def beside(folder: object, ending: str) -> str:
-    """A place for what is made of a folder or file: `runs/mine` and `latents` give `runs/mine-latents`."""
+    """A path for a result of a folder or file: `runs/mine` and `latents` give `runs/mine-latents`."""
     text = str(folder).rstrip("/")
     root, suffix = os.path.splitext(text)
     return f"{root if suffix and len(suffix) < 13 and os.path.isfile(text) else text}-{ending}"
@@ -103,7 +103,7 @@ def beside(folder: object, ending: str) -> str:
 
 @contextlib.contextmanager
 def inside() -> Iterator[None]:
-    """For a command that calls another one: the other has no first and last line of its own."""
+    """For a command that calls another one, which then prints no first and last line."""
     token = _inside.set(True)
     try:
         yield
@@ -112,15 +112,15 @@ def inside() -> Iterator[None]:
 
 
 class Progress:
-    """How far some work is: a bar on a terminal, elsewhere a line now and then.
+    """The progress of some work: a bar on a terminal, elsewhere occasional lines.
 
     Args:
-        task: what is done, in a word or two.
-        total: how much there is to do; None where that is not known.
+        task: a short name of the work.
+        total: the amount of work; None if unknown.
         unit: of `total`, in the singular; `byte` is shown as kB, MB ...
-        done: what an earlier attempt has done already.
+        done: the amount that an earlier attempt has done.
         shown: False shows nothing.
-        leave: what it came to stays to be seen at the end. False for a small part of a larger work.
+        leave: keep the finished bar on the screen. False for a small part of larger work.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Of this attempt, per second."""
+        """Rate of this attempt, per second."""
         return (self.done - self._before) / max(1e-9, time.monotonic() - self._started)
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """So many more are done. `note`: what else is worth a look, as the loss; None leaves it as it is."""
+        """Add `count` to the finished work. `note`: text beside the bar, as the loss; None: unchanged."""
         self.done += count
         if note is not None:
             self.note = note
@@ -173,7 +173,7 @@ class Progress:
             say(self._line(), error=True)
 
     def advance_to(self, done: int, note: str | None = None) -> None:
-        """So many are done in all."""
+        """Set the finished work."""
         self.advance(done - self.done, note)
 
     def _beside(self) -> str:
@@ -198,7 +198,7 @@ class Progress:
         return f"{self.task}: " + ", ".join(part for part in (f"{count} in {spent}", self._beside()) if part)
 
     def close(self, finished: bool = True) -> None:
-        """Nothing more is shown. `finished`: False where the work was broken off."""
+        """Close the bar. `finished`: False if the work was interrupted."""
         if self._bar is not None:
             with outlasting(sys.stderr):
                 self._bar.close()
@@ -217,7 +217,7 @@ def track(
     items: Iterable[Item], task: str, unit: str = "image", total: int | None = None, *, shown: bool = True,
     leave: bool = False,
 ) -> Iterator[Item]:  # fmt: skip
-    """Yield the items under a bar. `total`: how many there are, where they have no length."""
+    """Yield the items under a bar. `total`: their number, if they have no length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(task, total, unit, shown=shown, leave=leave) as bar:

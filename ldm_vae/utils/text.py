@@ -57,7 +57,7 @@ def short_name(name: str, longest_bytes: int = LONGEST_NAME_BYTES) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time in the two units that matter: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    """A time in its two largest units: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

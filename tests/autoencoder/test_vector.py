@@ -69,7 +69,7 @@ def test_the_kinds_differ_in_the_spread_of_the_posterior():
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 64), (64, 64)])
 def test_images_of_another_size_are_refused(autoencoder, size):
-    with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels; it knows 32 x 32 only"):
+    with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels; it supports 32 x 32 only"):
         autoencoder.reconstruct(torch.zeros(1, 3, *size))
 
 
@@ -156,7 +156,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "phases: crop 64: this autoencoder knows one size of images; use 32"),
+        ({}, "phases: crop 64: this autoencoder supports one image size; use 32"),
         ({"phases": [Phase(crop=32)]}, "held_out_resolution: 256: .* use 32"),
         (
             {"phases": [Phase(crop=32)], "held_out_resolution": 32, "latents": LatentConfig(scale_equivariance=0.5)},
@@ -182,9 +182,9 @@ def test_other_commands_use_it_at_its_size_or_say_why_not(tmp_path):
     torch.manual_seed(0)
     build_autoencoder(KL).save_pretrained(tmp_path / "model")
     paths = {"autoencoder": str(tmp_path / "model"), "output": str(tmp_path / "result")}
-    with pytest.raises(UserError, match="resolution: 512: this autoencoder knows one size of images; use 32"):
+    with pytest.raises(UserError, match="resolution: 512: this autoencoder supports one image size; use 32"):
         evaluate(EvaluateConfig(**paths))
-    with pytest.raises(UserError, match="resolution: 256: this autoencoder knows one size of images; use 32"):
+    with pytest.raises(UserError, match="resolution: 256: this autoencoder supports one image size; use 32"):
         diagnose(DiagnoseConfig(**paths))
     assert not (tmp_path / "result").exists()
     data = DataConfig(synthetic=SyntheticConfig(count=12, resolution=32))
@@ -217,7 +217,7 @@ def test_its_latents_can_be_stored_and_are_no_maps_to_diffuse(tmp_path, capsys):
     model, latents = f"autoencoder={tmp_path / 'model'}", tmp_path / "latents"
     data = ["data.synthetic.count=12", "data.synthetic.resolution=32", "workers=0", "device=cpu"]
     assert cli.main(["encode", model, f"output={latents}", "resolution=64", *data]) == 2
-    assert "resolution: 64: this autoencoder knows one size of images; use 32" in capsys.readouterr().err
+    assert "resolution: 64: this autoencoder supports one image size; use 32" in capsys.readouterr().err
     assert cli.main(["encode", model, f"output={latents}", "resolution=32", *data]) == 0
     assert read_manifest(latents).latent_shape == (2, 1, 1)
     capsys.readouterr()

@@ -175,4 +175,4 @@ def test_training_measures_when_it_is_due(
 def test_averages_are_compared_by_it_after_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     assert cli.main(["ema", str(tmp_path), "--length", "0.1", "--images", str(tmp_path)]) == EXIT_USER_ERROR
-    assert "have no effect without kid" in capsys.readouterr().err
+    assert "have no effect with" in capsys.readouterr().err

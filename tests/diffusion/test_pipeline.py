@@ -182,9 +182,9 @@ def test_latents_meet_the_pipeline_that_was_trained_on_their_like(
     with pytest.raises(UserError) as caught:
         loaded.check_latents(other)
     for words in (
-        "preprocessing.filter is bicubic there and lanczos, antialiased, 8-bit here",
-        "preprocessing.width is 48 there and 32 here",
-        "give it latents that were made like those",
+        "preprocessing filter bicubic instead of lanczos, antialiased, 8-bit",
+        "images of 48 pixels in width instead of 32",
+        "give latents that were made like those",
     ):
         assert words in str(caught.value)
 
@@ -194,9 +194,7 @@ def test_latents_of_another_encoder_and_codes_do_not(
     manifest: Manifest,
     latents: Path,
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"encoder_fingerprint is sha256:\w{12}\.\.\. there and sha256:\w{12}\.\.\. here"
-    ):
+    with pytest.raises(UserError, match=r"the encoder sha256:\w{12}\.\.\. instead of sha256:\w{12}\.\.\."):
         pipeline.check_latents(read_manifest(latents))
     with pytest.raises(UserError, match="content is indices"):
         pipeline.check_latents(dataclasses.replace(manifest, content="indices"))

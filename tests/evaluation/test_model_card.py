@@ -286,7 +286,7 @@ def test_a_model_of_one_size_is_told_so(tmp_path):
     assert "an image of 32 x 32 pixels becomes 2 numbers." in text
     assert text.count("multiples of") == 0
     assert "Height and width must be 32 pixels, scale others." in text
-    assert "`ldm-vae reconstruct DIRECTORY photo.jpg --out seen --size 32`" in text
+    assert "`ldm-vae reconstruct DIRECTORY photo.jpg output=seen resolution=32`" in text
 
 
 def test_a_rate_of_an_earlier_run_is_said_to_be_one():

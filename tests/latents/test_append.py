@@ -201,7 +201,7 @@ def test_an_interrupted_append_goes_on_with_its_own_images_only(append, copy, gr
         with pytest.raises(RuntimeError, match="stop"):
             append(copy, f"data.path={images}")
     add_images(images, ("c/900.png",))
-    with pytest.raises(UserError, match=r"plan-000001.json: .*dataset.count is 7 there and 8 here.*or delete plan-000"):
+    with pytest.raises(UserError, match=r"plan-000001.json: .*7 images instead of 8.*or delete plan-000"):
         append(copy, f"data.path={images}")
     (copy / "plan-000001.json").unlink()
     append(copy, f"data.path={images}")
@@ -226,12 +226,12 @@ def test_an_unfinished_set_is_refused(append, copy, grown, tmp_path):
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("dtype=float32", "dtype is float16 there and float32 here"),
-        ("resolution=64", "preprocessing.height is 32 there and 64 here"),
-        ("batch=4", "encoding.batch is 2 there and 4 here"),
-        ("part=train", "dataset.part is all there and train here"),
-        ("flip=true", "flipped is false there and true here"),
-        ("store=mean", "content is moments there and mean here"),
+        ("dtype=float32", "dtype=float16 instead of float32"),
+        ("resolution=64", "images of 32 x 32 pixels instead of 64 x 64"),
+        ("batch=4", "batch=2 instead of 4"),
+        ("part=train", "part=all instead of train"),
+        ("flip=true", "flip=false instead of true"),
+        ("store=mean", "store=moments instead of mean"),
     ],
 )
 def test_other_settings_are_refused_by_field(append, latents, grown, override, field):
@@ -249,7 +249,7 @@ def test_another_encoder_is_refused_and_a_polished_decoder_is_not(
     with torch.no_grad():
         next(autoencoder.encoder.parameters()).add_(1e-3)
     autoencoder.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"autoencoder.encoder_fingerprint is sha256:\w{12}\.\.\. there and sha256:"):
+    with pytest.raises(UserError, match=r"the encoder sha256:\w{12}\.\.\. instead of sha256:"):
         append(copy, f"data.path={grown}", f"autoencoder={tmp_path / 'other'}")
     append(copy, f"data.path={grown}", f"autoencoder={tmp_path / 'polished'}")
     assert contents(copy) == contents(appended)
@@ -289,7 +289,10 @@ def test_labels_that_changed_are_named_and_stay(append, copy, grown, tmp_path, c
     (images / "labels.csv").write_text("file,label\n" + "".join(f"{name},{swapped[name[0]]}\n" for name in names))
     append(copy, f"data.path={images}")
     said = capsys.readouterr().out
-    assert "8 of 8 compared images have another label now, as a/000.png (b and not a); the labels in the set" in said
+    assert (
+        "8 of 8 compared images have another label now, for example a/000.png (b and not a); the labels in the set"
+        in said
+    )
     assert "new classes: c (1)" in said
     dataset = LatentDataset(copy)
     assert (dataset.id(0), dataset[0]["label"]) == ("a/000.png", 0)
@@ -313,7 +316,7 @@ def test_an_image_that_changed_is_named_and_stays(append, copy, grown, tmp_path,
     images = shutil.copytree(grown, tmp_path / "images")
     draw(images / "a" / "000.png", 99)
     append(copy, f"data.path={images}")
-    assert "a/000.png has changed since it was encoded; its latent stays as it is" in capsys.readouterr().out
+    assert "a/000.png has changed since it was encoded; its latent is kept" in capsys.readouterr().out
     assert read_manifest(copy).count == 31
 
 
@@ -375,7 +378,7 @@ def test_images_that_were_left_out_are_known_too(encode, append, image_folder, t
     append(output, f"data.path={images}")
     said = capsys.readouterr().out
     assert "nothing new: all 24 images are in the set already" in said
-    assert "1 of those with known ids was left out when they were encoded; to add one that was mended, give it" in said
+    assert "1 of the images with known ids was left out at the first encoding; to add a repaired one, give it" in said
     add_images(images)
     (images / "c" / "001.png").write_bytes(b"no picture either")
     append(output, f"data.path={images}")
@@ -433,7 +436,7 @@ def test_a_segment_is_made_again_from_a_source_that_has_grown_since(append, appe
         encode_units(job, folder, folder.finished_units())
     assert contents(output) == before
     add_images(images, ("e/1.png",))
-    with pytest.raises(UserError, match=r"dataset.count is 7 there and 8 here.*this segment was made with"):
+    with pytest.raises(UserError, match=r"7 images instead of 8.*this segment was made with"):
         segment_job(config, make_accelerator(config), open_folder(output), 1)
 
 
@@ -535,7 +538,7 @@ def test_on_s3(encode, append, appended, grown, bucket):
 def test_command_line(settings, copy, grown, capsys):
     words = ["latents", "append", *settings, f"output={copy}", f"data.path={grown}"]
     assert cli.main([*words, "dtype=float32"]) == EXIT_USER_ERROR
-    assert "dtype is float16 there and float32 here" in capsys.readouterr().err
+    assert "dtype=float16 instead of float32" in capsys.readouterr().err
     assert cli.main(words) == 0
     assert "31 latents of 3x4x4 in 8 shards" in capsys.readouterr().out
     assert cli.main(words) == 0

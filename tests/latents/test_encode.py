@@ -63,11 +63,11 @@ def test_a_finished_set_is_left_as_it_is(encode, latents, capsys):
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("dtype=float32", "dtype is float16 there and float32 here"),
-        ("resolution=64", "latent_shape.1 is 4 there and 8 here"),
-        ("batch=4", "encoding.batch is 2 there and 4 here"),
-        ("part=train", "dataset.part is all there and train here"),
-        ("flip=true", "flipped is false there and true here"),
+        ("dtype=float32", "dtype=float16 instead of float32"),
+        ("resolution=64", "images of 32 x 32 pixels instead of 64 x 64"),
+        ("batch=4", "batch=2 instead of 4"),
+        ("part=train", "part=all instead of train"),
+        ("flip=true", "flip=false instead of true"),
     ],
 )
 def test_another_origin_is_refused_by_field(encode, latents, override, field):
@@ -80,14 +80,14 @@ def test_another_autoencoder_is_refused(encode, latents, autoencoder_directory, 
     with torch.no_grad():
         next(autoencoder.parameters())[0] += 1e-3
     autoencoder.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"autoencoder.encoder_fingerprint is sha256:\w{12}\.\.\. there and sha256:"):
+    with pytest.raises(UserError, match=r"the encoder sha256:\w{12}\.\.\. instead of sha256:"):
         encode(latents, f"autoencoder={tmp_path}")
 
 
 def test_other_images_are_refused(encode, latents, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "a" / "000.png").unlink()
-    with pytest.raises(UserError, match=r"dataset.count is 24 there and 23 here; dataset.fingerprint is"):
+    with pytest.raises(UserError, match=r"24 images instead of 23, images with the fingerprint"):
         encode(latents, f"data.path={tmp_path / 'images'}")
 
 
@@ -240,7 +240,7 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
     [
         (["autoencoder=nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["dtype=float64"], "dtype"),
-        (["resolution=36"], "36 is not a multiple of 8.*take 32 or 40"),
+        (["resolution=36"], "36 is not a multiple of 8.*give 32 or 40"),
         (["resolution=32x"], "'32x' is not a size; give 512, 512x768"),
         (["resolution=32,32"], "names a size twice"),
         (["store=indices"], "AutoencoderWavelet has no codes; use store=moments"),
@@ -330,7 +330,7 @@ def test_codes_are_stored_as_the_smallest_integers(encode, token_autoencoder, im
 def test_a_deterministic_autoencoder_stores_means(encode, token_autoencoder, tmp_path):
     encode(tmp_path / "set", f"autoencoder={token_autoencoder}")
     assert read_manifest(tmp_path / "set").content == "mean"
-    with pytest.raises(UserError, match="deterministic, its latents have no spread; use store=mean"):
+    with pytest.raises(UserError, match="deterministic, so its latents have no variance; use store=mean"):
         encode(tmp_path / "other", f"autoencoder={token_autoencoder}", "store=sample")
 
 
@@ -448,7 +448,7 @@ def test_two_shares_with_different_settings_cannot_both_write_the_plan(settings,
     for thread in threads:
         thread.join()
     assert sorted(outcomes)[1] == "planned"
-    assert "was made in another way: dtype is" in sorted(outcomes)[0]
+    assert "was made with dtype=" in sorted(outcomes)[0]
 
 
 def test_a_reader_that_opened_the_version_before_still_finds_its_index(encode, latents, tmp_path):

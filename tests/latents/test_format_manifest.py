@@ -114,7 +114,7 @@ def test_unfinished_and_foreign_folders_are_told_apart(copy, tmp_path):
 def test_another_autoencoder_is_refused(latents):
     manifest = read_manifest(latents)
     manifest.check_autoencoder(manifest.autoencoder["encoder_fingerprint"], "unet")
-    with pytest.raises(UserError, match=r"unet: its encoder_fingerprint is sha256:0{12}\.\.\., .*made by sha256:"):
+    with pytest.raises(UserError, match=r"unet: its encoder has the fingerprint sha256:0{12}\.\.\., .*made by sha256:"):
         manifest.check_autoencoder("sha256:" + "0" * 64, "unet")
 
 
@@ -126,6 +126,6 @@ def test_a_differing_origin_names_field_and_both_values(latents):
     expected = found | {"dtype": "float32", "preprocessing": found["preprocessing"] | {"height": 64}}
     with pytest.raises(UserError) as caught:
         check_same(expected, found, "set", "give another output")
-    assert "dtype is float16 there and float32 here" in str(caught.value)
-    assert "preprocessing.height is 32 there and 64 here" in str(caught.value)
+    assert "dtype=float16 instead of float32" in str(caught.value)
+    assert "images of 32 pixels in height instead of 64" in str(caught.value)
     assert str(caught.value).endswith("give another output")

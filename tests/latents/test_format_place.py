@@ -34,5 +34,5 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_nothing_is_written_into_a_set(latents, tmp_path):
     refuse_inside(tmp_path / "sheet.png", "--output")
-    with pytest.raises(UserError, match=r"--output: .* holds latents; give a place outside of it"):
+    with pytest.raises(UserError, match=r"--output: .* holds latents; give a path outside of it"):
         refuse_inside(latents / "sheet.png", "--output")

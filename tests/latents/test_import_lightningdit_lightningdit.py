@@ -145,7 +145,7 @@ def test_other_files_are_another_set(settings, source):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"was made in another way: dataset\.fingerprint is"):
+    with pytest.raises(UserError, match=r"was made with images with the fingerprint"):
         import_set(settings)
 
 
@@ -161,7 +161,7 @@ def test_precision_and_names(settings, source, tmp_path):
     ("names", "sentence"),
     [
         ("tench\ngoldfish\n", r"names\.txt: has 2 names, the labels go to 2; give 3 lines"),
-        ("crane\ngoldfish\ncrane\n", r"names\.txt: names 'crane' twice"),
+        ("crane\ngoldfish\ncrane\n", r"names\.txt: has the name 'crane' twice"),
         (None, r"names\.txt: cannot be read"),
     ],
 )
@@ -310,7 +310,7 @@ def test_missing_files_are_reported(settings, source, capsys):
     import_set(settings)
     said = capsys.readouterr().out
     assert "left out: features" in said
-    assert "latents_rank00_shard000.safetensors is not there; is the copy whole?" in said
+    assert "latents_rank00_shard000.safetensors is missing; is the copy complete?" in said
     assert "the ranks have 3 to 13 rows" in said
 
 

@@ -63,7 +63,7 @@ def test_what_is_not_stored_is_refused(latents, encode, autoencoder_directory, t
     with pytest.raises(UserError, match=r"flipped: .* holds no mirror images"):
         decode_samples(LatentDataset(latents), autoencoder, [0], flipped=True)
     encode(tmp_path / "set", "store=mean")
-    with pytest.raises(UserError, match=r"posterior: .* holds mean, which leaves no choice"):
+    with pytest.raises(UserError, match=r"posterior: .* holds mean and no moments"):
         decode_samples(LatentDataset(tmp_path / "set"), autoencoder, [0], posterior="sample")
     assert len(decode_samples(LatentDataset(tmp_path / "set"), autoencoder, [0])) == 1
 
@@ -102,7 +102,9 @@ def test_codes_are_decoded_by_their_own_codebook_only(encode, image_folder, tmp_
     assert np.abs(np.asarray(found.image).astype(int) - np.asarray(expected)).max() <= 1
     with torch.no_grad():  # the encoder stays the same
         autoencoder.quantizer._codebook.embed += 1e-3
-    with pytest.raises(UserError, match=r"here: its token_fingerprint is sha256:.* made by sha256:.*; give the"):
+    with pytest.raises(
+        UserError, match=r"here: its quantizer has the fingerprint sha256:.* made by sha256:.*; give the"
+    ):
         check_autoencoder(dataset.manifest, autoencoder, "here")
 
 
@@ -116,10 +118,10 @@ def test_the_command_writes_a_sheet(latents, autoencoder_directory, tmp_path, ca
     assert last.startswith(f"{sheet}: 2 of 24 samples; next: ldm-vae train-diffusion {latents} ")
     assert Image.open(sheet).width > 2 * 128
     for more, message in (
-        (["--output", str(sheet)], "is there already; give another name, or --overwrite"),
+        (["--output", str(sheet)], "exists already; give another name, or --overwrite"),
         (["--output", "sheet.txt"], "sheet.txt is not the name of an image"),
-        (["--output", str(latents / "x.png")], "holds latents; give a place outside of it"),
-        (["--output", "x.png", "--samples", "3", "--count", "2"], "label and count have no effect"),
+        (["--output", str(latents / "x.png")], "holds latents; give a path outside of it"),
+        (["--output", "x.png", "--samples", "3", "--count", "2"], "label, count: have no effect with samples"),
         (["--output", "x.png", "--samples", "3,-1"], "'3,-1' is not a list of numbers"),
     ):
         assert cli.main([*words, *more]) == EXIT_USER_ERROR
@@ -135,7 +137,7 @@ def test_another_autoencoder_is_refused_by_the_command(latents, autoencoder_dire
     words = ["--autoencoder", str(tmp_path / "other"), "--output", str(tmp_path / "sheet.png")]
     assert cli.main(["latents", "decode", str(latents), *words]) == EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert "its encoder_fingerprint is sha256:" in error
+    assert "its encoder has the fingerprint sha256:" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "sheet.png").exists()
 

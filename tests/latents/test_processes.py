@@ -53,7 +53,7 @@ def test_a_refusal_ends_all_processes_with_one_sentence(settings, latents):
     job = start(*settings, f"output={latents}", "dtype=float32", processes=2)
     output, _ = job.communicate(timeout=240)
     assert job.returncode != 0
-    assert output.count("dtype is float16 there and float32 here") == 1
+    assert output.count("dtype=float16 instead of float32") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -29,7 +29,7 @@ def test_encoding_into_a_bucket_gives_the_bytes_of_a_disk(encode, latents, bucke
     assert objects(open_folder(url)) == contents(latents)
     assert encode(url) == 0
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="dtype is float16 there and float32 here"):
+    with pytest.raises(UserError, match="dtype=float16 instead of float32"):
         encode(url, "dtype=float32")
 
 

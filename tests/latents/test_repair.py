@@ -144,7 +144,7 @@ def test_what_was_mended_is_finished_where_other_settings_are_needed_for_the_res
         flip(copy / name, 8 * 1000)
     assert run(copy, rich.encoded) == 1
     said = capsys.readouterr().out
-    assert "so the damaged shards of segment 1 stay as they are now" in said
+    assert "so the damaged shards of segment 1 are not repaired now" in said
     assert "1 damaged shard of segment 1 left; run this again with the settings that made it" in said
     assert f"{shard_name(0)} is made again: the same bytes as before" in said
     assert [finding.file for finding in verify(copy).findings] == [shard_name(5)]
@@ -187,7 +187,7 @@ def test_foreign_files_are_deleted_only_when_asked(rich, copy, capsys):
     before = times(copy)
     shutil.copy(copy / shard_name(0), copy / shard_name(9))
     assert run(copy, rich.encoded) == 1
-    assert "shard-000009.safetensors does not belong here and is left alone" in capsys.readouterr().out
+    assert "shard-000009.safetensors does not belong to this set and is kept" in capsys.readouterr().out
     assert run(copy, rich.encoded, remove_foreign=True) == 0
     check_mended(rich, copy, set(), before)
 
@@ -209,15 +209,15 @@ def test_another_autoencoder_is_refused_before_anything_changes(rich, copy, auto
         next(other.parameters()).mul_(1.5)
     other.save_pretrained(tmp_path / "other")
     words = [word for word in rich.encoded if not word.startswith("autoencoder=")]
-    refused(rich, copy, [*words, f"autoencoder={tmp_path / 'other'}"], "autoencoder.encoder_fingerprint is sha256:")
+    refused(rich, copy, [*words, f"autoencoder={tmp_path / 'other'}"], "the encoder sha256:")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["resolution=64"], r"latent_shape\.1 is 4 there and 8 here"),
-        (["batch=1"], r"encoding\.batch is 2 there and 1 here"),
-        (["flip=false"], "flipped is true there and false here"),
+        (["resolution=64"], r"images of 32 x 32 pixels instead of 64 x 64"),
+        (["batch=1"], r"batch=2 instead of 1"),
+        (["flip=false"], "flip=true instead of false"),
         (["share=0/2"], "share: has no effect here"),
     ],
 )
@@ -229,7 +229,9 @@ def test_other_images_are_refused_before_anything_changes(rich, copy, tmp_path):
     images = Path(next(word for word in rich.encoded if word.startswith("data.path=")).removeprefix("data.path="))
     more = shutil.copytree(images, tmp_path / "images")
     shutil.copy(more / "a" / "000.png", more / "a" / "zzz.png")
-    message = r"dataset\.fingerprint is .* there \(14 images\) and .* here \(15 images\): images were added"
+    message = (
+        r"was made with 14 images, the given ones are 15, and their fingerprint is .* instead of .*: images were added"
+    )
     refused(rich, copy, [*rich.encoded, f"data.path={more}"], message)
 
 
@@ -272,7 +274,7 @@ def test_two_processes_mend_together_and_refuse_with_one_sentence(rich, copy):
     command = [*launcher, "ldm_vae.cli", "latents", "repair", *rich.encoded, f"output={copy}", "processes=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     refusal = subprocess.run([*command, "batch=1"], env=environment, capture_output=True, text=True, timeout=240)
-    assert refusal.stderr.count("encoding.batch is 2 there and 1 here") == 1
+    assert refusal.stderr.count("batch=2 instead of 1") == 1
     assert refusal.returncode != 0
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -286,7 +288,7 @@ def test_command_line(rich, copy, capsys):
     assert "whole: 18 samples in 6 shards" in capsys.readouterr().out.splitlines()[-1]
     (copy / shard_name(0)).unlink()
     assert cli.main(["latents", "repair", *rich.encoded, f"output={copy}", "batch=1"]) == 2
-    assert "encoding.batch is 2 there and 1 here" in capsys.readouterr().err
+    assert "batch=2 instead of 1" in capsys.readouterr().err
     assert json.loads((copy / MANIFEST).read_text())["count"] == 18
 
 
@@ -321,9 +323,13 @@ def test_a_grown_folder_that_lost_an_image_cannot_mend_the_first_segment(grown):
     before = content(output)
     images = Path(next(word for word in words[::-1] if word.startswith("data.path=")).removeprefix("data.path="))
     (images / "a" / "004.png").rename(images / "a" / "004x.png")
-    with pytest.raises(UserError, match=r"image 2 is a/004.png there and a/004x.png here; give exactly"):
+    with pytest.raises(
+        UserError, match=r"image 2 is a/004.png in the set and a/004x.png in the given images; give exactly"
+    ):
         run(output, words)
     (images / "a" / "004x.png").unlink()
-    with pytest.raises(UserError, match="its first segment has 22 images, and 21 of those given are in no other"):
+    with pytest.raises(
+        UserError, match="its first segment has 22 images, but 21 of the given images are in no other segment"
+    ):
         run(output, words)
     assert content(output) == before

@@ -61,7 +61,7 @@ def test_fewer_steps_than_the_run_has_behind_it_are_refused(tmp_path):
         train(tmp_path, toy.ToyModel, toy.ToySamples(), Plan((Span(steps, 8, 8),)), f"steps={steps}")
 
     attempt(10)
-    with pytest.raises(UserError, match="has 10 steps behind it, and 7 are asked for; ask for 10"):
+    with pytest.raises(UserError, match="has finished 10 steps, and 7 were asked for; ask for 10"):
         attempt(7)
     attempt(10)  # finished: nothing to do
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == 10

@@ -77,14 +77,14 @@ class FitDetectorConfig:
         output: the folder of the detector.
         data: normal images only. `data.held_out` of them set the thresholds.
         resolution: side of the center crop in pixels; no image may be smaller.
-        count: at most so many images to learn from; null: all.
-        held_out_count: at most so many images to set the thresholds; null: all.
-        false_positive_rate: share of new normal images that a threshold may call anomalous.
-        by: the score that gives the verdict.
+        count: largest number of images for the fit; null: all.
+        held_out_count: largest number of held-out images for the thresholds; null: all.
+        false_positive_rate: share of new normal images that a threshold may classify as anomalous.
+        by: the score that decides the verdict.
         pipeline: a diffusion pipeline on this autoencoder's latents, for the flow scores.
-        perceptual_net: the LPIPS network, for the perceptual score; null: without.
+        perceptual_net: the LPIPS network, for the perceptual score; null: no perceptual score.
         perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
-        regret_steps: of likelihood regret, which takes as many decodings and gradients an image; 0: without.
+        regret_steps: steps of likelihood regret, each with a decoding and a gradient per image; 0: without it.
         batch: images per forward pass.
         device: auto, cpu, cuda, cuda:1 ...
     """

@@ -76,26 +76,27 @@ class EvaluateDetectorConfig:
     """`ldm-vae anomaly evaluate`: which scores find them, which fail, and why.
 
     Normal images are those with a label in `normal`; of the synthetic set those without a defect. With masks, heat maps
-    are judged as well. `baseline=DIR` puts another autoencoder, fitted to the same images, beside it. Writes
+    are judged as well. `compare=DIR` adds another autoencoder, fitted to the same images, beside it. Writes
     results.json, results.md, index.html and grid.png.
 
       ldm-vae anomaly evaluate runs/detector autoencoder=runs/mine data=parts/test normal=good masks=parts/masks \\
         output=runs/anomaly
-      ldm-vae anomaly evaluate runs/detector autoencoder=runs/mine baseline=runs/plain data.synthetic.seed=2 \\
+      ldm-vae anomaly evaluate runs/detector autoencoder=runs/mine compare=runs/plain data.synthetic.seed=2 \\
         data.synthetic.count=400 data.synthetic.defects=0.5 output=runs/anomaly
 
     Args:
         detector: the folder that `anomaly fit` wrote.
-        autoencoder: the one that it was fitted with.
+        autoencoder: the autoencoder of the fit.
         output: the folder for the report.
         data: normal and anomalous images; those that the detector was fitted to are left out.
-        normal: labels of the normal images; of the synthetic set none, its images without a defect are normal.
+        normal: labels of the normal images. In the synthetic set, images without a defect are normal.
         masks: a folder with a mask for each anomalous image, ID.png, white where the anomaly is; null: none.
-        count: at most so many images of each class, evenly spread; null: all.
-        prevalence: share of anomalous images that precision is stated for.
-        baseline: another autoencoder, a plain one for example, fitted to the same images as the detector.
-        pipeline: the one that the detector was fitted with, where it was.
-        perceptual_weights: as when the detector was fitted.
+        count: largest number of images of each class, evenly spread; null: all.
+        prevalence: share of anomalous images for which precision is stated.
+        baseline: another autoencoder to compare with, for example a plain one, fitted to the same images as the
+            detector.
+        pipeline: the diffusion pipeline of the fit, if it had one.
+        perceptual_weights: a local safetensors file of the LPIPS backbone, as in the fit; null: torchvision's download.
         batch: images per forward pass.
         device: auto, cpu, cuda, cuda:1 ...
     """

@@ -43,14 +43,14 @@ class ScoreImagesConfig:
 
     Args:
         detector: the folder that `anomaly fit` wrote.
-        autoencoder: the one that it was fitted with.
+        autoencoder: the autoencoder of the fit.
         output: the folder for the scores.
         data: the images.
-        by: the score that gives verdict and order; null: that of the detector.
-        count: at most so many images, evenly spread; null: all.
-        shown: so many images, the most anomalous, on the page.
-        pipeline: the one that the detector was fitted with, where it was.
-        perceptual_weights: as when the detector was fitted.
+        by: the score that decides verdict and order; null: that of the detector.
+        count: largest number of images, evenly spread; null: all.
+        shown: number of example images on the page, the most anomalous ones.
+        pipeline: the diffusion pipeline of the fit, if it had one.
+        perceptual_weights: a local safetensors file of the LPIPS backbone, as in the fit; null: torchvision's download.
         batch: images per forward pass.
         device: auto, cpu, cuda, cuda:1 ...
     """

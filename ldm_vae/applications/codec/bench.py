@@ -81,14 +81,14 @@ class CodecBenchConfig:
         entropy: models of `ldm-vae codec fit` for this autoencoder; files that need none are always measured.
         part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
-        count: at most so many images, evenly spread over the part; null: all.
-        qualities: of this codec, 1 to 100.
-        codecs: to compare with: JPEG, WebP, AVIF.
-        codec_qualities: theirs, 1 to 95.
+        count: largest number of images, evenly spread over the part; null: all.
+        qualities: qualities of this codec, 1 to 100.
+        codecs: image codecs to compare with: JPEG, WebP, AVIF.
+        codec_qualities: qualities of these codecs, 1 to 95.
         perceptual_net: the LPIPS network; null: no LPIPS.
         perceptual_weights: a local safetensors file of its backbone; null: torchvision's download.
-        examples: images kept to look at, at most.
-        seed: of the posterior samples that the KL's code would decode to.
+        examples: largest number of example images to save.
+        seed: seed of the posterior samples that the KL's code would decode to.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

@@ -56,10 +56,10 @@ class CompressConfig:
         images: image files and folders, pictures of any size.
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the files; null: beside each picture.
-        entropy: a model of `ldm-vae codec fit` for this autoencoder, which makes files smaller; null: none is needed.
-        quality: 1 to 100, 12 more halve the step; null: 50.
-        target_bpp: instead of a quality, the best file of at most so many bits per pixel.
-        progressive: rising numbers of first channels that `decompress` can show without the rest.
+        entropy: an entropy model of `ldm-vae codec fit` for this autoencoder, which makes files smaller; null: none.
+        quality: 1 to 100; 12 more halve the quantization step; null: 50.
+        target_bpp: instead of a quality: the largest number of bits per pixel.
+        progressive: increasing numbers of first channels that `decompress` can show without the rest.
         device: auto, cpu, cuda, cuda:1 ...
     """
 
@@ -101,7 +101,7 @@ class DecompressConfig:
         autoencoder: the one that compressed them, or one with the same encoder and another decoder.
         output: the folder for the pictures; null: beside each file.
         entropy: the entropy model that compressed them, if there was one.
-        channels: a preview from so many first channels of a progressive file; null: everything.
+        channels: number of first channels to decode of a progressive file; null: all.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

@@ -1,4 +1,4 @@
-"""The grid that latents are rounded to, and the one knob that sets it: from `--quality` to a step to integers.
+"""The grid that latents are rounded to: from the setting `quality` to a step, and from the step to integers.
 
 A step is given in units that belong to each channel: the posterior's standard deviation, which says how exactly the
 decoder wants the channel where a rate was held; for latents without a posterior a twelfth of their own standard

@@ -77,14 +77,14 @@ class CodecFitConfig:
       ldm-vae codec fit runs/mine latents=runs/latents output=runs/codec.safetensors
 
     Args:
-        autoencoder: the directory of the autoencoder that made the latents.
-        latents: a set that `ldm-vae encode` wrote, with store=moments or mean.
+        autoencoder: the autoencoder that made the latents: a diffusers directory, a run of `train-vae`, or a hub id.
+        latents: the folder of a finished set with store=moments or mean, or its URL.
         output: the file to write, a .safetensors.
-        kind: `context` (small networks over decoded neighbors) or `static` (one distribution a channel).
-        steps: of training, for `context`.
+        kind: `context` (small networks over decoded neighbors) or `static` (one distribution per channel).
+        steps: number of training steps, for `context`.
         batch: samples per step.
-        learning_rate: at the start; it falls to zero along a cosine.
-        seed: of weights, samples and steps.
+        learning_rate: initial value; it decays to zero along a cosine.
+        seed: seed of the weights, samples and steps.
     """
 
     autoencoder: str = "???"

@@ -54,17 +54,18 @@ class ApplyDirectionConfig:
 
     Args:
         directions: the folder that `directions fit` wrote.
-        direction: a direction, or an attribute: then its difference of means.
+        direction: the name of a direction, or of an attribute, which stands for its difference of means.
         images: image files and folders.
-        autoencoder: with the encoder of the fit.
+        autoencoder: an autoencoder with the encoder of the fit.
         output: the folder for the pictures.
-        strengths: in standard deviations of the pooled latents along the direction; 0 is the reconstruction.
+        strengths: strengths of the edits, in standard deviations of the pooled latents along the direction; 0 is the
+            reconstruction.
         mask: file of a picture, white where the image may change; null: everywhere.
         box: left, top, right, bottom in pixels instead; null: everywhere.
-        feather: how softly the mask ends, in latent positions (standard deviation of a Gaussian); null: 1.
-        size: first scale and crop the images to this side; null keeps each its own.
-        latents: a set that `ldm-vae encode` wrote, instead of images.
-        samples: these samples of the set; `[]`: 8 of them.
+        feather: softness of the mask's edge, as the standard deviation of a Gaussian in latent positions; null: 1.
+        size: side in pixels to which images are scaled and cropped; null: their own size.
+        latents: the folder of a finished set, or its URL, instead of images.
+        samples: numbers of samples of the set; `[]`: 8 of them.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

@@ -75,20 +75,20 @@ class EvaluateDirectionsConfig:
 
     Args:
         directions: the folder that `directions fit` wrote.
-        autoencoder: with the encoder that they were fitted to.
+        autoencoder: an autoencoder with the encoder of the fit.
         output: the folder for the results.
-        part: held_out (what neither training nor fit saw), its halves validation and test, train or all.
-        resolution: side of the center crop in pixels; take that of the fit.
-        count: images that are edited.
-        strengths: in standard deviations of the pooled latents, 0 among them.
-        names: only these directions; null: all.
-        attributes_from: besides pixels, which are always measured: labels, scene, or paths of tables, read by a network
-            that is trained on the train part.
-        circles: columns of tables that are in turns.
-        reader_images: images that the reader is trained on, at most.
-        reader_epochs: of its training.
-        seed: of the reader and of the random directions that the others are compared with.
-        examples: images in the pictures of the page.
+        part: held_out (used neither in training nor in the fit), its halves validation and test, train or all.
+        resolution: side of the center crop in pixels; use that of the fit.
+        count: number of images to edit.
+        strengths: strengths of the edits, in standard deviations of the pooled latents; must include 0.
+        names: the directions to measure; null: all.
+        attributes_from: sources of attributes besides pixels, which are always measured: labels, scene, or paths of
+            tables. A network that is trained on the train part reads them.
+        circles: columns of tables that are angles in turns.
+        reader_images: largest number of images for training the network that reads attributes.
+        reader_epochs: number of epochs of its training.
+        seed: seed of that network and of the random directions for comparison.
+        examples: number of example images on the page.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

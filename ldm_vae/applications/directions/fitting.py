@@ -122,7 +122,7 @@ class Directions:
         found = autoencoder.encoder_fingerprint()
         if found != self.encoder_fingerprint:
             raise UserError(
-                f"{where}: its encoder_fingerprint is {short(found)}, but the directions were fitted to "
+                f"{where}: its encoder has the fingerprint {short(found)}, but the directions were fitted to "
                 f"{short(self.encoder_fingerprint)}; give that autoencoder, or fit again with this one"
             )
 
@@ -142,17 +142,18 @@ class FitDirectionsConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the directions.
-        latents: a set that `ldm-vae encode` wrote, instead of images.
-        part: of the images: train, held_out, its halves validation and test, or all.
+        latents: the folder of a finished set, or its URL, instead of images.
+        part: the part of the images: train, held_out, its halves validation and test, or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
-        count: at most so many images, evenly spread; null: all.
-        attributes_from: any of pixels (brightness, contrast, saturation, red_green, yellow_blue, sharpness), labels
-            (each class against the others), scene (what is known of the synthetic set), or paths of .csv and .jsonl
-            tables with a column `file` or `id`; `[]` for directions without labels only.
-        circles: columns of tables that are in turns, as a hue: each becomes a cosine and a sine.
-        attributes: only these; null: every one that has a direction.
-        methods: difference, probe, pca, sefa.
-        components: so many directions of pca and of sefa, at most one a channel.
+        count: largest number of images, evenly spread; null: all.
+        attributes_from: sources of attributes, any of: pixels (brightness, contrast, saturation, red_green,
+            yellow_blue, sharpness), labels (each class against the others), scene (the known attributes of the
+            synthetic set), or paths of .csv and .jsonl tables with a column `file` or `id`; `[]`: only directions
+            without attributes.
+        circles: columns of tables that are angles in turns, such as a hue; each becomes a cosine and a sine.
+        attributes: the attributes to use; null: all.
+        methods: the methods: difference, probe, pca, sefa.
+        components: number of directions of pca and of sefa, at most one per channel.
         device: auto, cpu, cuda, cuda:1 ...
     """
 

@@ -354,7 +354,7 @@ def edited_reconstruction(
         latent[:, channel] += amount * deviation[channel]
     for name, amount in (directions or {}).items():
         if explored.directions is None:
-            raise UserError("directions: none are open; start `ldm-vae explore` with --directions FOLDER")
+            raise UserError("directions: none are open; start `ldm-vae explore` with directions=FOLDER")
         latent = edited(latent, explored.directions.find(name).vector, [amount])
     return explored.decode(latent)[0]
 

@@ -79,14 +79,14 @@ class ExploreConfig:
 
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
-        compare: another autoencoder on the same images, side by side.
-        data: a folder of images, a parquet file, or `synthetic`; null: the autoencoder's own, see `choose_images`.
-        directions: what `directions fit` wrote, for its sliders.
-        count: images on the map, evenly spaced over the data.
-        size: side in pixels that images are scaled and cropped to, where the autoencoder leaves a choice; null: that of
-            the images that travel with it, or 128.
-        port: of 127.0.0.1; 0: a free one.
-        export: write one self-contained page to this file instead of serving; null: serve.
+        compare: another autoencoder to compare with, side by side on the same images.
+        data: a folder of images, a parquet file, or `synthetic`; null: the images of the autoencoder's run.
+        directions: a folder of `directions fit`, for its sliders.
+        count: number of images on the map, evenly spaced over the data.
+        size: side in pixels to which images are scaled and cropped, if the autoencoder supports several; null: that of
+            the images stored with it, or 128.
+        port: port of 127.0.0.1; 0: a free one.
+        export: write one self-contained page to this file instead of serving.
         device: auto, cpu, cuda, cuda:1 ...
     """
 
@@ -213,7 +213,7 @@ def open_models(config: ExploreConfig, check: Callable[[Any, str], None] | None 
     if len(images.pixels) < LEAST_IMAGES:
         raise UserError(
             f"data: {pluralize(len(images.pixels), 'image')} of {images.origin} can be read, a map needs "
-            f"{LEAST_IMAGES}; give other --data"
+            f"{LEAST_IMAGES}; give other images as data=PATH"
         )
     return tuple(
         _encoded(autoencoder, name, images, directions) for autoencoder, name in zip(autoencoders, names, strict=True)

@@ -301,7 +301,7 @@ def _wait_until_it_answers(address: str, thread: threading.Thread) -> None:
             connection.close()
             return
         time.sleep(0.02)
-    raise UserError(f"explore: no answer at {address}; start it again, or give another --port")
+    raise UserError(f"explore: no answer at {address}; start it again, or give another port=NUMBER")
 
 
 def explore(config: ExploreConfig, *, overwrite: bool = False, dry_run: bool = False) -> None:

@@ -47,11 +47,11 @@ METADATA = "latents"
 
 @dataclass(frozen=True)
 class CompVisSettings:
-    """What a checkpoint file does not say and an LDM configuration does.
+    """Settings in an LDM configuration that a checkpoint file does not hold.
 
-    scaling_factor: `model.params.scale_factor`, 1.0 where the configuration states none.
+    scaling_factor: `model.params.scale_factor`, 1.0 if the configuration has none.
     resolution: `ddconfig.resolution` in pixels.
-    shift_factor, latents_mean, latents_std: as diffusers has them; a diffusion model sees
+    shift_factor, latents_mean, latents_std: as in diffusers; the input of a diffusion model is
         (latents - shift_factor) * scaling_factor.
     """
 
@@ -62,18 +62,18 @@ class CompVisSettings:
     latents_std: tuple[float, ...] | None = None
 
     def normalization(self) -> dict[str, Any]:
-        """What is known beside the scale, by diffusers' names."""
+        """The known settings other than the scale, under diffusers' names."""
         known = {name: getattr(self, name) for name in NORMALIZATION}
         return {name: value for name, value in known.items() if value is not None}
 
 
 def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Autoencoder, list[str]]:
-    """A checkpoint file -> a diffusers `AutoencoderKL` or `VQModel` (float32, eval, frozen) and notes in words.
+    """A checkpoint file -> a diffusers `AutoencoderKL` or `VQModel` (float32, eval, frozen) and notes as sentences.
 
     Args:
         path: a .ckpt or .safetensors file, of the autoencoder alone or of a whole model.
         config: the YAML of the original repository; its scale_factor, shift_factor, latents_mean, latents_std and
-            resolution are taken. Without it, what a file that was written here says of them.
+            resolution are taken. Without it, those in a file written by this package.
 
     Raises:
         UserError: the file is unsafe or damaged, or the model cannot be expressed in diffusers.
@@ -92,7 +92,7 @@ def load_compvis(path: str | Path, config: str | Path | None = None) -> tuple[Au
         notes.append(f"left out, not part of the autoencoder: {listed}")
     if settings.scaling_factor is None:
         notes.append(
-            "scaling_factor is 1.0: the file does not state one (give --config for that of its repository); "
+            "scaling_factor is 1.0: the file does not state one (give config=FILE for that of its repository); "
             "ldm_vae measures the statistics of the latents instead"
         )
     return model, notes
@@ -132,7 +132,7 @@ def model_from_tensors(tensors: dict[str, Tensor], settings: CompVisSettings | N
 
 
 def _checked_normalization(settings: CompVisSettings, architecture: Architecture) -> dict[str, Any]:
-    """Raises: UserError for numbers that the diffusers class cannot hold."""
+    """Raises: UserError for settings that the diffusers class does not have."""
     known = settings.normalization()
     if known and architecture.is_quantized:
         raise UserError(f"config: {next(iter(known))} has no place in diffusers' VQModel; remove it there")
@@ -146,14 +146,14 @@ def _checked_normalization(settings: CompVisSettings, architecture: Architecture
 
 
 def settings_of(model: Any) -> CompVisSettings:
-    """What the configuration of a diffusers model says, to be written beside its tensors."""
+    """The settings of a diffusers model to write beside its tensors."""
     config = model.config
     size = config.sample_size if isinstance(config.sample_size, int) else UNKNOWN_SAMPLE_SIZE
     return _settings(dict(config), size, "the model")
 
 
 def stated_settings(path: Path) -> CompVisSettings:
-    """What a safetensors file that was written here says of itself; nothing for others."""
+    """The settings in a safetensors file written by this package; empty for others."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors" or not path.is_file():
@@ -168,7 +168,7 @@ def stated_settings(path: Path) -> CompVisSettings:
 
 
 def _settings(values: Mapping[str, Any], resolution: Any, where: str) -> CompVisSettings:
-    """From values under diffusers' names, or LDM's `scale_factor`. Raises: UserError for what is no number."""
+    """From values under diffusers' names, or LDM's `scale_factor`. Raises: UserError unless they are numbers."""
     numbers: dict[str, Any] = {"scaling_factor": values.get("scale_factor", values.get("scaling_factor"))}
     numbers |= {name: values.get(name) for name in NORMALIZATION} | {"resolution": resolution}
     found: dict[str, Any] = {}
@@ -202,12 +202,12 @@ def tensors_from_model(model: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """Raises: UserError where the CompVis layout cannot hold the model."""
+    """Raises: UserError if the CompVis layout cannot hold the model."""
     return from_diffusers(type(model).__name__, model.config)
 
 
 def read_settings(path: Path) -> CompVisSettings:
-    """What an LDM configuration file says, or the config.json of a diffusers model. Raises: UserError."""
+    """The settings in an LDM configuration file, or in the config.json of a diffusers model. Raises: UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the YAML configuration of the original repository")
     values = configuration.read_yaml(path)
@@ -215,11 +215,11 @@ def read_settings(path: Path) -> CompVisSettings:
         return _settings(values, values.get("sample_size"), str(path))
     parameters = _mapping(_mapping(values, "model"), "params")
     if not parameters:
-        raise UserError(f"{path}: has no model.params, so it is not an LDM configuration; leave --config out")
+        raise UserError(f"{path}: has no model.params, so it is not an LDM configuration; leave config out")
     stage = _mapping(_mapping(parameters, "first_stage_config"), "params") or parameters
     details = _mapping(stage, "ddconfig")
     stated: dict[str, Any] = {}
-    for place in (details, stage, values, parameters):  # the outermost of the model wins
+    for place in (details, stage, values, parameters):  # the outermost entry of the model is taken
         stated |= {name: place[name] for name in ("scale_factor", "scaling_factor", *NORMALIZATION) if name in place}
     return _settings(stated, details.get("resolution"), str(path))
 
@@ -282,11 +282,11 @@ def read_foreign(path: Path) -> ForeignState:
 
 
 def _prefix(path: Path, state: dict[str, Tensor]) -> str:
-    """What stands before `encoder.conv_in.weight`: empty, `first_stage_model.` or another one."""
+    """The prefix of `encoder.conv_in.weight`: empty, `first_stage_model.` or another one."""
     found = sorted(name.removesuffix(LANDMARK) for name in state if name.endswith(LANDMARK))
     found = [prefix for prefix in found if not prefix or prefix.endswith(".")]
     if not found:
-        raise UserError(f"{path}: no CompVis autoencoder in it (no tensor named [PREFIX.]{LANDMARK})")
+        raise UserError(f"{path}: holds no CompVis autoencoder (no tensor named [PREFIX.]{LANDMARK})")
     if len(found) > 1 and "first_stage_model." not in found:
         raise UserError(
             f"{path}: holds several autoencoders ({', '.join(map(repr, found))}); save the wanted one alone"
@@ -309,7 +309,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     _check_unpacked_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file provokes is the file's fault
+    except Exception as error:  # any error here is caused by a damaged or hostile file
         unsafe = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error))
         if unsafe or "weights_only" in str(error) or "Weights only" in str(error):
             what = f"{unsafe[1] or unsafe[2]!s}, " if unsafe else ""
@@ -331,7 +331,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _check_unpacked_size(path: Path) -> None:
-    """Raises: UserError for a packed archive, which could unpack to any size. Torch packs nothing."""
+    """Raises: UserError for a compressed archive, which could unpack to any size. Torch does not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -342,7 +342,7 @@ def _check_unpacked_size(path: Path) -> None:
 
 
 def _has_all_its_numbers(tensor: Tensor) -> bool:
-    """False for a tensor that repeats one number, or has none: a small file could ask for any memory."""
+    """False for a tensor that repeats one number, or has none: a small file could request any amount of memory."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -361,14 +361,14 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
 
     decode(folded, (z - m) / s) = decode(model, z); the posterior of the folded model has mean (mu - m) / s and
     log-variance logvar - 2 ln s. Equal up to rounding of float32; computed in float64. diffusers clamps log-variances
-    to [-30, 20], which now happens in the new units. A model without the 1x1 convolutions gets them.
+    to [-30, 20], now in the new units. A model without the 1x1 convolutions gets them.
 
     Args:
         model: diffusers' `AutoencoderKL`; stays as it is.
-        mean, std: of its latents (c,), as `LatentNormalizer` has them.
+        mean, std: statistics of its latents (c,), as in `LatentNormalizer`.
 
     Raises:
-        UserError: another class, which has no such convolutions, or another number of channels.
+        UserError: a class without such convolutions, or another number of channels.
     """
     if type(model).__name__ != AutoencoderKL.__name__:
         raise UserError(
@@ -394,7 +394,7 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _layer(layer: nn.Conv2d | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias (out,) of a 1x1 convolution in float64; of the identity where there is none."""
+    """Weight (out, in) and bias (out,) of a 1x1 convolution in float64; the identity if there is none."""
     if layer is None:
         return torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     assert layer.bias is not None
@@ -405,12 +405,12 @@ def _named(name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     return {f"{name}.weight": weight.float()[:, :, None, None], f"{name}.bias": bias.float()}
 
 
-# Open whatever a user calls an autoencoder: a directory, a run, a hub id, or a checkpoint file of another project.
+# Open an autoencoder of any form: a directory, a run, a hub id, or a checkpoint file of another project.
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model (float32, eval, frozen), notes about its opening, and its local directory where it has one."""
+    """A model (float32, eval, frozen), notes about its opening, and its local directory if it has one."""
 
     model: Autoencoder
     notes: list[str] = field(default_factory=list)
@@ -422,10 +422,10 @@ def open_autoencoder(source: str | Path, config: str | Path | None = None) -> Op
 
     Args:
         source: what to load; .ckpt and .safetensors are read as CompVis checkpoints.
-        config: the LDM configuration of a checkpoint file; refused for anything else, which states its own.
+        config: the LDM configuration of a checkpoint file; refused for other sources, which have their own.
 
     Raises:
-        UserError: nothing there, or nothing that is an autoencoder.
+        UserError: the source does not exist, or is not an autoencoder.
     """
     path = Path(source)
     if path.suffix in SUFFIXES and not path.is_dir():
@@ -436,10 +436,10 @@ def open_autoencoder(source: str | Path, config: str | Path | None = None) -> Op
     return Opened(load_autoencoder(source), [], model_directory(path))
 
 
-# The architecture of the CompVis encoder and decoder, read from shapes or settings, named both ways.
+# The architecture of the CompVis encoder and decoder, read from shapes or settings, under both naming schemes.
 
 NORM_GROUPS = 32
-"""GroupNorm groups: fixed in the CompVis code, so its files do not state them."""
+"""GroupNorm groups: fixed in the CompVis code, so its files do not record them."""
 
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -454,9 +454,9 @@ class Architecture:
     """A CompVis autoencoder.
 
     Attributes:
-        in_channels, out_channels: of the images.
+        in_channels, out_channels: channels of the images.
         widths: channels at each resolution, finest first (`ch * ch_mult`).
-        blocks: residual blocks a resolution in the encoder (`num_res_blocks`); the decoder has one more.
+        blocks: residual blocks per resolution in the encoder (`num_res_blocks`); the decoder has one more.
         z_channels: channels between encoder and quant_conv (the mean's half for a KL autoencoder).
         embed_dim: channels of the latent, or of the codebook vectors.
         codebook_entries: vectors of the codebook; None for a KL autoencoder.
@@ -544,7 +544,7 @@ class Architecture:
             parameters["ddconfig"]["attn_type"] = "none"
         if self.is_quantized:
             parameters["n_embed"] = self.codebook_entries
-        parameters["lossconfig"] = {"target": "torch.nn.Identity"}  # theirs is for training
+        parameters["lossconfig"] = {"target": "torch.nn.Identity"}  # the published one is for training
         kind, known = "VQModel" if self.is_quantized else "AutoencoderKL", settings.normalization()
         return {
             "model": {"target": f"ldm.models.autoencoder.{kind}", "params": parameters},
@@ -612,7 +612,7 @@ def from_shapes(shapes: Shapes) -> Architecture:
     """Read the architecture off a CompVis state (name -> shape, without prefix).
 
     Raises:
-        UserError: a tensor that decides is missing, or diffusers' blocks cannot express what the shapes say.
+        UserError: a required tensor is missing, or diffusers' blocks cannot express these shapes.
     """
     try:
         return _from_shapes(shapes)
@@ -626,7 +626,7 @@ def _from_shapes(shapes: Shapes) -> Architecture:
     base, in_channels = shapes["encoder.conv_in.weight"][:2]
     if not widths or widths[0] != base:
         raise UserError(
-            f"checkpoint: the first convolution has {base} channels and the finest resolution {widths[:1]}; diffusers "
+            f"checkpoint: the first convolution has {base} channels and the finest resolution {widths[0]}; diffusers "
             "has one number for both (ch_mult must begin with 1)"
         )
     counts = {_count(shapes, f"encoder.down.{level}.block") for level in range(levels)}
@@ -664,13 +664,13 @@ def _from_shapes(shapes: Shapes) -> Architecture:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbers follow `prefix.` in the names."""
+    """The number of indices that follow `prefix.` in the names."""
     depth = prefix.count(".") + 1
     return len({name.split(".")[depth] for name in shapes if name.startswith(f"{prefix}.")})
 
 
 def from_diffusers(class_name: str, config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a diffusers `AutoencoderKL` or `VQModel`, where the CompVis layout can hold it.
+    """The architecture of a diffusers `AutoencoderKL` or `VQModel`.
 
     Raises:
         UserError: naming the setting that the layout cannot express.

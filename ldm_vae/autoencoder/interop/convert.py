@@ -57,8 +57,8 @@ class Conversion:
         overwrite: replace what an earlier conversion wrote at `target`.
         size: example side in pixels, for onnx and torchscript.
         config: the LDM configuration of a checkpoint file (scale_factor, resolution).
-        channels: keep only so many first latent channels, exactly; for autoencoders trained with nested ones.
-        prefix: before every name of a compvis file; `first_stage_model.` is that of whole models.
+        channels: keep only the first latent channels, as many as this; for autoencoders trained with nested channels.
+        prefix: text before every tensor name of a compvis file; whole models use `first_stage_model.`.
     """
 
     source: str
@@ -88,20 +88,20 @@ class Conversion:
 def convert_autoencoder(
     conversion: Conversion, statistics_for: Callable[[str], dict[str, Any]] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Convert; return the record that is written beside the weights, and notes in words.
+    """Convert. Returns: the record that is written beside the weights, and notes as sentences.
 
     Args:
         statistics_for: encoder fingerprint -> `mean` and `std` of its latents per channel. onnx and torchscript record
             them, diffusers folds them in (`fold_normalizer`).
 
     Raises:
-        UserError: the source cannot be read, the target cannot hold it, or something else stands at the target.
+        UserError: the source cannot be read, the target format cannot hold it, or the target path is in use.
     """
     target = Path(conversion.target)
     check_target(target, conversion.source, conversion.overwrite, is_file=conversion.to == "compvis")
     opened = open_autoencoder(conversion.source, conversion.config)
     if conversion.channels is not None:
-        note = f"the first {conversion.channels} latent channels of the source, whose fingerprint is another one"
+        note = f"the first {conversion.channels} latent channels of the source, which have another fingerprint"
         opened = Opened(opened.model.narrow(conversion.channels), [*opened.notes, note])
     identity = opened.model.fingerprint()
     statistics = statistics_for(opened.model.encoder_fingerprint()) if statistics_for else None
@@ -137,7 +137,7 @@ def convert_autoencoder(
 
 
 def check_target(target: Path, source: str, overwrite: bool, is_file: bool = False) -> None:
-    """Raises: UserError where `target` may not be written: it is not a conversion, or not to be replaced.
+    """Raises: UserError if `target` exists and is not a conversion, or must not be replaced.
 
     `is_file`: the target is a file with a YAML of the same name, not a directory.
     """
@@ -162,7 +162,7 @@ def check_target(target: Path, source: str, overwrite: bool, is_file: bool = Fal
 
 
 def _write_diffusers(opened: Opened, folder: Path, conversion: Conversion, record: dict[str, Any]) -> None:
-    model = torch.nn.Module.to(opened.model, DTYPES[conversion.precision])  # diffusers' own `to` warns of nothing
+    model = torch.nn.Module.to(opened.model, DTYPES[conversion.precision])  # that of diffusers warns
     model.save_pretrained(folder, safe_serialization=True)
     record["fingerprint"] = model.fingerprint()
     name = type(model).__name__
@@ -174,7 +174,7 @@ def _write_diffusers(opened: Opened, folder: Path, conversion: Conversion, recor
     if record["fingerprint"] != record["source"]["fingerprint"]:
         cause = "folding" if conversion.precision == "fp32" else f"rounding to {conversion.precision}"
         record["notes"].append(
-            f"{cause} changed the weights, so the fingerprint is another one; latents and "
+            f"{cause} changed the weights and so the fingerprint; latents and "
             "diffusion models of the original will refuse this copy"
         )
     elif opened.directory is not None and (opened.directory / TRAINING).is_file():
@@ -205,15 +205,15 @@ def _write_compvis(model: Any, target: Path, conversion: Conversion, record: dic
     write_text(target.with_suffix(".yaml"), OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
-# An autoencoder for programs without this package: encoder and decoder as ONNX or TorchScript, and config.json.
+# Export for programs without this package: encoder and decoder as ONNX or TorchScript, and config.json.
 
 Format = Literal["onnx", "torchscript"]
 OPSET = 18
-"""The operator set of the ONNX files: the one torch's exporter is written for, read by onnxruntime 1.14 and newer."""
+"""The operator set of the ONNX files: that of torch's exporter, supported by onnxruntime 1.14 and newer."""
 
 SUFFIX = {"onnx": "onnx", "torchscript": "pt"}
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.5}
-"""Largest accepted error relative to the largest value of an output; a wrong graph is off by far more."""
+"""Largest accepted error relative to the largest value of an output; a wrong graph has a far larger error."""
 
 INSTALL = 'pip install "ldm_vae[export]"'
 Graph = Callable[[Tensor], tuple[Tensor, ...]]
@@ -256,8 +256,8 @@ def export_runtime(
     Args:
         autoencoder: a loaded model (float32) with a latent distribution.
         precision: fp32, fp16 or bf16: the weights and the arithmetic inside.
-        size: side in pixels of the example that the graphs are made and checked with; others work as well.
-        statistics: `mean` and `std` per latent channel, where they are known.
+        size: side in pixels of the example for making and checking the graphs; other sizes work as well.
+        statistics: `mean` and `std` per latent channel, if known.
 
     Raises:
         UserError: missing packages, an unsuitable size, or a model without a latent distribution.
@@ -271,7 +271,7 @@ def export_runtime(
         _require_onnx(precision)
     identity = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     autoencoder = autoencoder.to(memory_format=torch.contiguous_format)
-    model = nn.Module.to(autoencoder, DTYPES[precision])  # the one of diffusers warns of nothing
+    model = nn.Module.to(autoencoder, DTYPES[precision])  # that of diffusers gives needless warnings
     graphs: dict[str, nn.Module] = {"encoder": EncoderGraph(model).eval(), "decoder": DecoderGraph(model).eval()}
     sides = [(size, size), (size + factor, 2 * factor)]
     images = [_example(n, 3, *side) for n, side in zip((2, 1), sides)]
@@ -287,7 +287,7 @@ def export_runtime(
 
 
 def _check_exportable(autoencoder: Autoencoder) -> None:
-    """The search of a learned codebook goes through the positions in parts, whose number a graph would freeze."""
+    """Raises: UserError for a learned codebook: its search works in parts, whose number a graph would fix."""
     if autoencoder.has_codes and autoencoder.kind == "vq":
         raise UserError(
             "AutoencoderQuantized: the codebook search of kind=vq depends on the image's size, which an exported graph "
@@ -304,7 +304,7 @@ def _example(count: int, channels: int, height: int, width: int) -> Tensor:
 def _moments(graph: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return graph(images)
-    except AttributeError as error:  # VQModel gives latents, an asymmetric model something else
+    except AttributeError as error:  # VQModel gives latents, other classes other outputs
         name = type(graph.autoencoder).__name__
         raise UserError(
             f"{name}: encodes to no latent distribution, so it has no mean and logvar to export; "
@@ -385,17 +385,17 @@ def _write_onnx(graph: nn.Module, example: Tensor, path: Path, half: str, factor
                 f"{model}: torch cannot export its {half} to ONNX ({type(error).__name__}); try to=torchscript"
             ) from error
         assert program is not None
-        for node in program.model.graph.all_nodes():  # each names its lines of source by their paths on this machine
+        for node in program.model.graph.all_nodes():  # their names hold source paths of this machine
             node.metadata_props.clear()
         program.save(path)
 
 
 def _write_torchscript(graph: nn.Module, example: Tensor, path: Path, half: str, factor: int) -> None:
-    """A frozen trace: weights are constants; shapes are read from the input, as the check at another size shows."""
+    """A frozen trace with constant weights. Shapes come from the input, as the check at another size shows."""
     with _quiet(), torch.no_grad():
         traced = path.with_suffix(".traced")
         torch.jit.freeze(torch.jit.trace(graph, (example,), check_trace=False)).save(str(traced))
-    # all but the lines of source that each operation came from, named by their paths on this machine
+    # without the source locations of the operations, which hold paths of this machine
     with zipfile.ZipFile(traced) as archive, zipfile.ZipFile(path, "w") as kept:
         for member in archive.infolist():
             if not member.filename.endswith(".debug_pkl"):
@@ -418,7 +418,7 @@ def _torchscript_graph(path: Path) -> Graph:
 
 
 def _check(half: str, graph: nn.Module, run: Graph, inputs: list[Tensor], precision: str) -> dict[str, float]:
-    """Largest absolute difference between file and model per example shape. Raises: UserError when it is too large."""
+    """Largest absolute difference between file and model per example shape. Raises: UserError if it is too large."""
     errors: dict[str, float] = {}
     for values in inputs:
         with torch.no_grad():
@@ -438,7 +438,7 @@ def _check(half: str, graph: nn.Module, run: Graph, inputs: list[Tensor], precis
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters report every pass and every Python comparison; neither is for the user of a finished file."""
+    """Silence the exporters, which report every pass and every Python comparison."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -202,7 +202,7 @@ def cube(canvas: Canvas) -> None:
         nx, ny, nz = (
             (leans[0] * axes[0][k] + leans[1] * axes[1][k] + leans[2] * axes[2][k]) * inverse for k in range(3)
         )
-        # each face shows a part of the pattern of its own
+        # each face shows another part of the pattern
         u = np.where(points[0] > half - 1e-3, points[2] + 2.3, points[0])
         v = np.where(points[1] > half - 1e-3, points[2] + 3.1, points[1])
         occlusion = smoothstep(-1.5 * half, 0.2 * half, points[1])

@@ -263,7 +263,7 @@ Array = np.ndarray
 Normal = tuple[Array, Array, Array]
 
 KEY = (0.88, 0.84, 0.78)  # the light: slightly warm
-WRAP = 0.22  # how far it reaches around, as in wax and clay
+WRAP = 0.22  # light that wraps around the edge, as in wax and clay
 BAND_PIXELS = 16384  # rows computed at a time: arrays stay in a core's cache, and malloc keeps their pages
 FLOOR_TILT = 0.30  # depth of a circle on the floor over its width
 

@@ -44,7 +44,7 @@ class SyntheticConfig:
 
     Attributes:
         count: Number of images.
-        seed: Decides the scenes.
+        seed: Seed of the scenes.
         resolution: Side of the square images in pixels, 32 to 4096; the same scenes at every resolution.
         textured: Fraction of the objects drawn with a texture, 0 to 1 (some shapes stay plain).
         defects: Fraction of the images that have a defect, 0 to 1.
@@ -136,7 +136,7 @@ def paint_scene(scene: Scene, resolution: int, keep_background: bool = False) ->
 
 
 HELD_OUT_RESOLUTION = 256
-"""At which `train-vae` measures unless told otherwise; smaller images would be enlarged."""
+"""The default resolution at which `train-vae` measures; smaller images would be enlarged."""
 
 
 def masks_folder(out: Path) -> Path:
@@ -144,12 +144,12 @@ def masks_folder(out: Path) -> Path:
 
 
 def output_folders(config: SyntheticConfig, out: Path) -> list[Path]:
-    """The folder of the images, and that of the masks where there are some."""
+    """The folder of the images, and the folder of the masks if there are masks."""
     return [out, masks_folder(out)] if config.defects > 0 else [out]
 
 
 def check_empty(folder: Path) -> None:
-    """Raises: UserError for a folder that holds something, or a file."""
+    """Raises: UserError if the folder is not empty, or is a file."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; give a new folder, or remove it first")
 
@@ -214,10 +214,10 @@ class SynthConfig:
       ldm-vae synth parts count=400 defects=0.5
 
     Args:
-        output: a new folder.
+        output: the folder to make; it must not exist.
         count: number of images.
-        resolution: side in pixels.
-        seed: decides the scenes.
+        resolution: side of the images in pixels.
+        seed: seed of the scenes.
         defects: fraction of the images with a defect, 0 to 1.
         workers: number of processes; null: one per core, up to 8.
     """

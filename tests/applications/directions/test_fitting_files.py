@@ -64,7 +64,7 @@ def test_another_autoencoder_is_refused_and_another_decoder_is_not(folder: Path,
     with torch.no_grad():
         next(autoencoder.encoder.parameters()).add_(1)
     with pytest.raises(
-        UserError, match=r"autoencoder: its encoder_fingerprint is .*, but the directions were fitted to"
+        UserError, match=r"autoencoder: its encoder has the fingerprint .*, but the directions were fitted to"
     ):
         found.check_autoencoder(autoencoder, "autoencoder")
 

@@ -183,7 +183,7 @@ def test_files_that_are_no_compvis_autoencoder_are_refused(tmp_path):
         "none.ckpt": "no such file",
         "text.ckpt": "not a readable checkpoint|pickle",
         "text.safetensors": "cannot be read as a safetensors file",
-        "unet.safetensors": "no CompVis autoencoder in it",
+        "unet.safetensors": "holds no CompVis autoencoder",
         "diffusers.safetensors": "names of a diffusers model; give its directory",
         "list.ckpt": "holds a list, not a dictionary",
     }.items():

@@ -42,7 +42,7 @@ def test_a_wavelet_run_becomes_a_directory_that_loads_and_the_class_is_pointed_o
 def test_half_precision_halves_the_file_and_the_new_identity_is_said(wavelet_run, tmp_path, capsys):
     target = tmp_path / "model"
     assert cli.main(["convert", str(wavelet_run), str(target), "--to", "diffusers", "--dtype", "fp16"]) == 0
-    assert "the fingerprint is another one" in capsys.readouterr().out
+    assert "changed the weights and so the fingerprint" in capsys.readouterr().out
     weights = load_file(target / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     record = json.loads((target / "conversion.json").read_text())
@@ -152,7 +152,7 @@ def test_statistics_are_folded_into_a_stock_directory(tmp_path):
     conversion = Conversion(str(tmp_path / "kl"), str(tmp_path / "out"), "diffusers")
     record, notes = convert_autoencoder(conversion, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
     assert "its latents have mean 0 and std 1" in notes[0]
-    assert "folding changed the weights, so the fingerprint is another one" in notes[1]
+    assert "folding changed the weights and so the fingerprint" in notes[1]
     folded, model = AutoencoderKL.from_pretrained(tmp_path / "out"), load_autoencoder(tmp_path / "kl")
     assert record["fingerprint"] == fingerprint(folded) != record["source"]["fingerprint"] == fingerprint(model)
     images = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -113,7 +113,7 @@ explorer.tabs.compare = (function () {
         element("compare-body").hidden = true;
         element("compare-lead").append(
           "There is one model. Start with a second to see both side by side: ",
-          explorer.make("code", {}, "ldm-vae explore MODEL --compare OTHER"),
+          explorer.make("code", {}, "ldm-vae explore MODEL compare=OTHER"),
         );
         return;
       }
