@@ -109,8 +109,8 @@ class TrainVaeConfig:
         phases: the phases of the run, each with steps, crop, batch, micro_batch and perceptual.
         held_out_resolution: side in pixels of the held-out images for metrics and previews.
         held_out_images: largest number of held-out images for metrics.
-        changed_data: `refuse` a run that continues on other images than it began with (files added, removed or edited), or
-            `continue` with them.
+        changed_data: `refuse` or `continue` a run whose images have changed since it began (files added, removed or
+            edited).
     """
 
     output: str = "???"
