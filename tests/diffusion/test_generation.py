@@ -238,7 +238,7 @@ def test_a_mask_of_nothing_is_reported_once(saved: Path, photo: Path, tmp_path: 
         ({"autoguidance": 2.0}, "needs a second U-Net"),
         ({"interpolate": ("1", "2")}, "give one label"),
         ({"interpolate": ("cat", "Cat")}, "'cat' twice"),
-        ({"interpolate": ("cat", "dog"), "labels": ("cat",)}, "leave out the others"),
+        ({"interpolate": ("cat", "dog"), "labels": ("cat",)}, "leave labels out"),
         ({"init": "nowhere.png"}, r"init: nowhere\.png: no such file"),
         ({"init": __file__}, "cannot be read"),
         ({"guidance": float("nan")}, "guidance_scale: nan is not a finite number"),
@@ -293,7 +293,7 @@ def test_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(words) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert cli.main([*words[:-1], "big"]) == 2
-    assert "size: 'big' is not a size" in capsys.readouterr().err
+    assert "resolution: 'big' is not a size" in capsys.readouterr().err
 
 
 def test_command_with_everything(saved: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def test_a_finished_detector_is_read_and_another_one_refused(plain, tmp_path, ca
     before = (tmp_path / "detector" / "detector.safetensors").stat().st_mtime_ns
     run(plain)
     assert (tmp_path / "detector" / "detector.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"holds the result of count \(None -> 18\)"):
+    with pytest.raises(UserError, match=r"holds the result of count \(null -> 18\)"):
         run([*plain, "count=18"])
     assert run([*plain, "count=18"], overwrite=True).description["counts"]["learnt_from"] == 18
     assert load_detector(tmp_path / "detector").description["counts"]["learnt_from"] == 18
