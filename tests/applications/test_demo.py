@@ -125,7 +125,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(checkpoints, tmp_path,
     assert [path.name for path in (tmp_path / "demo").glob("reconstructions/*")] == [f"00_{50 * 'x'}.png"]
     capsys.readouterr()
     assert cli.main([*words, "--size", "5000"]) == EXIT_USER_ERROR
-    assert "size: 5000 is not between 16 and 4096 pixels" in capsys.readouterr().err
+    assert "resolution: 5000 is not between 16 and 4096 pixels" in capsys.readouterr().err
     assert cli.main([*words, "--count", "0"]) == EXIT_USER_ERROR
     assert "count: 0 is not positive" in capsys.readouterr().err
 

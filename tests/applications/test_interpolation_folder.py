@@ -104,7 +104,7 @@ def test_through_a_diffusion_model(saved: Path, image_folder: Path, tmp_path: Pa
             "strength: 0.0 is not a share above 0",
         ),
         ([0, 1], ["--compare", "none"], "compare: none: no such folder"),
-        ([0, 1], ["--size", "8"], "size: 8 is below 16 pixels"),
+        ([0, 1], ["--size", "8"], "resolution: 8 is below 16 pixels"),
         ([0, 1], ["--prior", "-1"], "prior: -1 is negative"),
     ],
 )

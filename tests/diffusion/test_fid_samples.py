@@ -121,7 +121,7 @@ def test_a_kid_that_says_nothing_is_refused(overrides: list[str], message: str) 
 
 
 def test_few_images_and_missing_weights_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"kid: \d+ images are held out, and a KID to fewer than 100 would be noise"):
+    with pytest.raises(UserError, match=r"kid: \d+ images are held out, too few for a KID, which needs 100"):
         make_sample_kid(KidConfig(samples=100, data=data(folder)), held_out=0.1)
     missing = KidConfig(samples=100, data=data(folder), inception_weights=str(folder / "none.pth"))
     with pytest.raises(UserError, match="no such file"):
@@ -169,7 +169,7 @@ def test_training_measures_when_it_is_due(
         sample_kid_of(compare)
     words = [*words[1:], f"output={tmp_path / 'other'}", "kid.data.source=folder", f"kid.data.path={folder}"]
     assert cli.main(["train-diffusion", *words]) == EXIT_USER_ERROR
-    assert "images are held out, and a KID to fewer than 100 would be noise" in capsys.readouterr().err
+    assert "images are held out, too few for a KID, which needs 100" in capsys.readouterr().err
 
 
 def test_averages_are_compared_by_it_after_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

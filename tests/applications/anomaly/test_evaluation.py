@@ -121,7 +121,7 @@ def test_images_that_the_detector_was_fitted_to_are_left_out(labeled, capsys):
         (["data.synthetic.count=12"], ", fewer than 10; add images"),
         (["count=3"], "count: 3 is under 10 a class"),
         (["prevalence=1"], "prevalence: 1.0 is not between 0 and 1"),
-        (["pipeline=checkpoints/ldm-emoji-512"], "pipeline: has no effect"),
+        (["pipeline=checkpoints/ldm-emoji-512"], "model: has no effect"),
         (["detector=none"], "detector: none: no such folder"),
         (["data.synthetic.resolution=40"], "has a short side of 40 pixels, fewer than 64"),
     ],
@@ -183,7 +183,7 @@ def test_images_that_the_detector_was_fitted_to_are_said_to_be(plain, autoencode
 def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(scoring):
     first = score_images(configuration.load(ScoreImagesConfig, None, scoring))
     words = [*scoring, "by=mahalanobis_pooled", "shown=1"]
-    with pytest.raises(UserError, match=r"holds the result of by \(None -> mahalanobis_pooled\)"):
+    with pytest.raises(UserError, match=r"holds the result of by \(null -> mahalanobis_pooled\)"):
         score_images(configuration.load(ScoreImagesConfig, None, words))
     other = score_images(configuration.load(ScoreImagesConfig, None, words), overwrite=True)
     assert [row["id"] for row in first["images"]] != [row["id"] for row in other["images"]]
