@@ -684,12 +684,18 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
     return first, rest, advice
 
 
+PIPELINE_ARGUMENTS = {
+    "guidance": "guidance_scale", "autoguidance": "autoguidance_scale", "steps": "num_inference_steps",
+}  # fmt: skip
+"""Setting -> the argument of the pipeline that it becomes, which no command has as a key."""
+
+
 def with_typed_names(name: str, sentence: str) -> str:
     """An error sentence with the names of settings as they are typed: `size: 5 is below 8` says resolution.
 
     Functions name a setting by the config's own key, which Python callers use.
     """
-    for typed, own in COMMANDS[name].names.items():
+    for typed, own in (*COMMANDS[name].names.items(), *PIPELINE_ARGUMENTS.items()):
         sentence = re.sub(rf"^{own}(?=[:=,])|(?<=^--){own}(?=:)|(?<![\w.]){own}(?==[^=])", typed, sentence)
     return sentence
 

@@ -59,7 +59,7 @@ def load(schema: type[Config], path: str | Path | None = None, overrides: Sequen
             raise UserError(f"{where}: {missing[0]} is required; give it as {missing[0]}=VALUE")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_one_line(error)}") from error
+        raise UserError(f"{where}: {_without_classes(_one_line(error), schema)}") from error
     except UserError:
         raise
     except ValueError as error:  # a dataclass's own __post_init__
@@ -98,7 +98,7 @@ def read_yaml(path: Path, schema: type | None = None) -> dict[Any, Any]:
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is a {type(values).__name__}, not `key: value` lines; give a configuration file")
+        raise UserError(f"{path}: is not of `key: value` lines; give a configuration file")
     return values
 
 
@@ -299,6 +299,39 @@ def _one_line(error: Exception) -> str:
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type=")))
     text = _UNCONVERTED.sub(lambda found: f"{found[1]} is not {_MEANT[found[2]]}", text)
     return f"{full_key}: {text}" if full_key and full_key not in text else text
+
+
+_NO_KEY = re.compile(r"(?:([\w.\[\]]+): )?Key '(\w+)' not in '(\w+)'.*")
+_NO_GROUP = re.compile(r"(?:([\w.\[\]]+): |Merge error: ).*is not a subclass of (\w+)\. value: (.*)")
+_NO_CONTAINER = (
+    (re.compile(r"Invalid value assigned: \w+ is not a ListConfig.*"), "is not a list; give it as [A, B]"),
+    (re.compile(r"Cannot assign \w+ to Dict\[.*"), "is not a mapping; give it as {KEY: VALUE}"),
+    (re.compile(r"TupleConfig length (\d+) does not match type hint length (\d+)"), r"has \1 values; give \2"),
+)
+"""OmegaConf's messages that name its classes, and those of a configuration."""
+
+
+def _without_classes(text: str, schema: type) -> str:
+    """OmegaConf's message in the words of settings, without names of classes."""
+    if found := _NO_KEY.fullmatch(text) or _NO_GROUP.fullmatch(text):
+        group, kind = next((one for one in _groups(schema) if one[1].__name__ in found.groups()), ("", schema))
+        keys = ", ".join(field.name for field in dataclasses.fields(kind))
+        if found.re is _NO_GROUP:
+            return f"{found[1] or group}: {found[3]} is not a group of settings; give it as {{KEY: VALUE}}, of {keys}"
+        return f"{f'{group}.' if group else ''}{found[2]}: no such setting; choose one of {keys}"
+    for pattern, words in _NO_CONTAINER:
+        text = pattern.sub(words, text)
+    return text
+
+
+def _groups(kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, dataclass) of a configuration and of all groups of settings in it, also in lists."""
+    yield key, kind
+    for name, hint in get_type_hints(kind).items():
+        inner, _ = _kind_of(hint)
+        inner = get_args(inner)[0] if get_origin(inner) in (list, tuple) and get_args(inner) else inner
+        if dataclasses.is_dataclass(inner):
+            yield from _groups(inner, f"{key}.{name}" if key else name)
 
 
 _MEANT = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false"}

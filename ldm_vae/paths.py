@@ -22,6 +22,9 @@ LOOKED_AT = 1000
 """Entries of a folder that are looked at to say what it holds."""
 
 
+LATENT_SET = "a set of latents"
+
+
 @dataclass(frozen=True)
 class PathKind:
     """What a setting names.
@@ -33,6 +36,7 @@ class PathKind:
         file: a file rather than a folder; `either`: one or the other.
         hub: a name of the Hugging Face hub (OWNER/NAME) is possible.
         url: a URL that fsspec knows is possible.
+        refused: a folder that `what_is` knows as another kind is refused.
     """
 
     advice: str
@@ -42,6 +46,7 @@ class PathKind:
     either: bool = False
     hub: bool = False
     url: bool = False
+    refused: bool = False
 
     def find(self, path: str | Path, where: str = "") -> Path | None:
         """The folder or file, of a run the folder inside it; None for what is not on this machine.
@@ -65,6 +70,9 @@ class PathKind:
             what = "is a folder" if found.is_dir() else f"is a file{_kind_of_file(found)}"
             raise UserError(start, what, self.advice)
         if not self.marker:
+            kind = what_is(found) if self.refused else ""
+            if kind and kind != LATENT_SET:
+                raise UserError(start, f"is {kind}", self.advice)
             return found
         for folder in (found, found / self.inside):
             if (folder / self.marker).is_file():
@@ -81,7 +89,7 @@ PIPELINE = PathKind(
     "give a finished run of `ldm-vae train-diffusion`, or the folder of a pipeline", "model_index.json", "pipeline"
 )
 MODEL = PathKind("give a finished run, the folder of a model, a checkpoint file, or a hub id", either=True, hub=True)
-LATENTS = PathKind("give the folder that `ldm-vae encode` wrote", url=True)
+LATENTS = PathKind("give the folder that `ldm-vae encode` wrote", url=True, refused=True)
 IMAGES = PathKind("give the folder that holds the images", url=True)
 PICTURES_OR_FOLDERS = PathKind("give image files or folders", either=True)
 PICTURE = PathKind("give the file of an image", file=True)
@@ -156,8 +164,8 @@ def could_be_on_the_hub(path: str | Path) -> bool:
 
 
 KINDS = {
-    "plan.json": "a set of latents",
-    "manifest.json": "a set of latents",
+    "plan.json": LATENT_SET,
+    "manifest.json": LATENT_SET,
     "model_index.json": "a diffusion pipeline",
     "pipeline/model_index.json": "a run of `train-diffusion`",
     "autoencoder/config.json": "a run of `train-vae`",

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from ldm_vae import cli, schema
+from ldm_vae import config as configuration
+from ldm_vae.autoencoder.train_config import TrainVaeConfig
 from ldm_vae.errors import UserError
 
 NOT_KEYS = {"out", "run_root", "size", "pipeline", "length", "set", "target"}
@@ -169,6 +171,37 @@ def test_what_is_meant_is_named():
         ("decompress docs autoencoder=a/b", "files: docs: is a folder; give files that `ldm-vae compress` wrote"),
         ("anomaly score docs data=docs output=x", "detector: docs: holds no detector.json; give the folder that `ldm"),
         ("report nowhere", "run: nowhere: no such folder; give the folder that holds vae"),
+        ("train-vea data=docs", "ldm-vae: 'train-vea': unknown command; did you mean 'train-vae'?"),
+        ("latents inof x", "latents: there is no tool 'inof'; did you mean 'info'?"),
+        ("train-vae synthetic", "settings: output is required; give it as output=VALUE"),
+        ("train-vae synthetic output=x training=3", "training: is a group of settings; give training.seed=VALUE"),
+        ("train-vae synthetic output=x autoencoder.kind=vea", "autoencoder.kind: 'vea' is not one of kl, ae, vq, fsq"),
+        ("train-vae synthetic output=x training.compile=maybe", "training.compile: 'maybe' is not true or false"),
+        ("train-vae nowhere.yaml output=x", "nowhere.yaml: no such configuration file; give the path of a YAML file"),
+        ("train-vae synthetic output=x --overwrite", "--overwrite: has no effect with train-vae; leave it out"),
+        (
+            "encode a/b docs output=x",
+            "'docs': is not a setting or a YAML file; a setting is key=value, and the subject",
+        ),
+        (
+            "encode a/b data=docs output=x store=codes",
+            "store: 'codes' is not one of auto, moments, mean, sample, indices",
+        ),
+        ("encode a/b data=docs output=x batch=0", "batch: 0 is not positive"),
+        (
+            "train-diffusion docs/pictures autoencoder=a/b output=x",
+            "latents: docs/pictures: is a folder of images; give",
+        ),
+        ("train-diffusion configs autoencoder=a/b output=x batch=-1", "batch: -1 is not positive"),
+        (
+            "latents verify docs/pictures",
+            "latents: docs/pictures: is a folder of images; give the folder that `ldm-vae",
+        ),
+        ("generate a/b sampler=ddim output=x", "sampler: 'ddim' is not one of euler, heun, dpm++, unipc"),
+        ("generate a/b labels=a steps=0 output=x", "steps: 0 is not positive"),
+        ("evaluate a/b data=docs part=heldout output=x", "part: 'heldout' is not one of"),
+        ("interpolate nowhere.png autoencoder=a/b output=x", "images: nowhere.png: no such file or folder"),
+        ("evaluate a/b data=docs output=x seed", "'seed': is not a setting or a YAML file"),
     ],
 )
 def test_a_mistake_is_refused_within_a_second(words, sentence, tmp_path):
@@ -188,8 +221,28 @@ def test_a_mistake_is_refused_within_a_second(words, sentence, tmp_path):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert sentence in found.stderr
     assert found.stderr.count("\n") == 1, found.stderr
+    assert re.search(r"[A-Z][a-z]+[A-Z]|None|PosixPath|\bdict\b|\btuple\b|Error\b", found.stderr) is None, found.stderr
     status, seconds, heavy = found.stdout.split(" ", 2)
     assert int(status) == 2
     assert float(seconds) < 1
     assert heavy.strip() == "[]"
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("phases=[10]", "phases[0]: 10 is not a group of settings; give it as {KEY: VALUE}, of steps, crop, batch"),
+        ("phases=[{steps: 10, size: 64}]", "phases.size: no such setting; choose one of steps, crop, batch"),
+        ("phases=[{steps: many}]", "steps: 'many' is not a whole number"),
+        ("phases=3", "phases: is not a list; give it as [A, B]"),
+        ("training.sed=1", "training.sed: no such setting; choose one of seed, learning_rate"),
+        ("training.betas=[1]", "has 1 values; give 2"),
+        ("repeat=3", "repeat: is not a mapping; give it as {KEY: VALUE}"),
+    ],
+)
+def test_a_wrong_form_is_described_without_names_of_classes(override, sentence):
+    with pytest.raises(UserError) as caught:
+        configuration.load(TrainVaeConfig, None, ["output=x", override])
+    assert sentence in str(caught.value)
+    assert re.search(r"[A-Z][a-z]+[A-Z]", str(caught.value)) is None

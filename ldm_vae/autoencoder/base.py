@@ -70,10 +70,10 @@ class AutoencoderSettings:
             and adds to it. For 12 channels and more.
     """
 
-    architecture: str = "wavelet"
+    architecture: Literal["wavelet", "sd", "vector"] = "wavelet"
     preset: str = "nano"
     latent_channels: int = 4
-    kind: str = "kl"
+    kind: Literal["kl", "ae", "vq", "fsq", "frozen"] = "kl"
     codebook_size: int | None = None
     codebook: Literal["rotation", "ema"] | None = None
     fsq_levels: list[int] | None = None
@@ -275,7 +275,7 @@ class Autoencoder(SavedCompletely, ConfigMixin):  # type: ignore[misc]
     def narrow(self, channels: int) -> Autoencoder:
         """The smaller autoencoder that keeps the first `channels` latent channels. Raises: UserError."""
         raise UserError(
-            f"{type(self).__name__}: its channels cannot be cut; train kind kl or ae with architecture wavelet"
+            "channels: this autoencoder cannot be cut to fewer channels; train kind kl or ae with architecture wavelet"
         )
 
     @torch.no_grad()

@@ -272,7 +272,7 @@ def standard_pipeline(pipeline: LatentDiffusionPipeline) -> DiTPipeline:
     """
     if type(pipeline.autoencoder).__name__ != AutoencoderKL.__name__:
         raise UserError(
-            f"autoencoder: {type(pipeline.autoencoder).__name__} is not a class of stock diffusers that takes "
+            "autoencoder: this one is not of a class of stock diffusers that takes "
             "the normalizer in; train on latents of one with autoencoder.architecture=sd"
         )
     if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):

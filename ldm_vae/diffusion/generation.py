@@ -120,7 +120,7 @@ class GenerateConfig:
     count: int = 16
     seed: int = 0
     steps: int = 30
-    sampler: str | None = None
+    sampler: Literal["euler", "heun", "dpm++", "unipc"] | None = None
     guidance: float | None = None
     guidance_interval: tuple[float, float] = FULL_INTERVAL
     guidance_rescale: float = 0.0

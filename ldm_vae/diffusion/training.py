@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm_vae.autoencoder.base import Autoencoder
 from ldm_vae.autoencoder.models import load_autoencoder
-from ldm_vae.config import changed_keys, plain_settings
+from ldm_vae.config import changed_keys, check_positive, plain_settings
 from ldm_vae.data import transforms
 from ldm_vae.data.survey import describe_classes
 from ldm_vae.diffusion import flow, validation
@@ -111,6 +111,7 @@ class TrainDiffusionConfig:
     )
 
     def __post_init__(self) -> None:
+        check_positive(self, "steps", "batch", "micro_batch")
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
         if self.shuffle_shards is not None and self.shuffle_shards < 1:

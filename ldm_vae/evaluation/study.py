@@ -402,7 +402,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}); restore it, or run its stage again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, not a record; restore it, or run its stage again")
+        raise UserError(f"{path}: is not a record of a run; restore it, or run its stage again")
     return value
 
 

@@ -344,13 +344,9 @@ def prepare(
 def plan_origin(config: EncodeConfig, autoencoder: Autoencoder, images: Images, size: tuple[int, int]) -> Origin:
     """The plan of a first segment. Raises: UserError if the autoencoder does not have the data to store."""
     if config.store == "indices" and not autoencoder.has_codes:
-        raise UserError(
-            f"store: {type(autoencoder).__name__} has no codes; use store=moments, or an autoencoder of kind vq or fsq"
-        )
+        raise UserError("store: this autoencoder has no codes; use store=moments, or an autoencoder of kind vq or fsq")
     if config.store in ("moments", "sample") and autoencoder.deterministic:
-        raise UserError(
-            f"store: {type(autoencoder).__name__} is deterministic, so its latents have no variance; use store=mean"
-        )
+        raise UserError("store: this autoencoder is deterministic, so its latents have no variance; use store=mean")
     content = config.store if config.store != "auto" else "mean" if autoencoder.deterministic else "moments"
     record = {"fingerprint": autoencoder.fingerprint(), "encoder_fingerprint": autoencoder.encoder_fingerprint()}
     encoding: dict[str, Any] = {

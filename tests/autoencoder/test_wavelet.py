@@ -200,5 +200,5 @@ def test_narrow_channels_is_the_full_autoencoder_with_a_tail_of_zeros(kind, chan
 def test_channels_that_cannot_be_cut_are_refused():
     with pytest.raises(UserError, match="between 1 and the 4 channels"):
         build_autoencoder(PICO).narrow(5)
-    with pytest.raises(UserError, match="AutoencoderKL: its channels cannot be cut"):
+    with pytest.raises(UserError, match="channels: this autoencoder cannot be cut"):
         build_autoencoder(SD_TINY).narrow(2)

@@ -150,7 +150,7 @@ def test_a_network_that_stock_diffusers_lacks_is_refused(settings: dict, message
 def test_an_autoencoder_of_this_package_is_refused() -> None:
     pipeline = make([])
     pipeline.autoencoder = build_autoencoder(AutoencoderConfig("wavelet", "pico"))
-    with pytest.raises(UserError, match="autoencoder: AutoencoderWavelet is not a class of stock diffusers"):
+    with pytest.raises(UserError, match="autoencoder: this one is not of a class of stock diffusers"):
         standard_pipeline(pipeline)
 
 

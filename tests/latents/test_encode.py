@@ -243,7 +243,7 @@ def test_a_lock_keeps_a_second_job_out(encode, tmp_path):
         (["resolution=36"], "36 is not a multiple of 8.*give 32 or 40"),
         (["resolution=32x"], "'32x' is not a size; give 512, 512x768"),
         (["resolution=32,32"], "names a size twice"),
-        (["store=indices"], "AutoencoderWavelet has no codes; use store=moments"),
+        (["store=indices"], "this autoencoder has no codes; use store=moments"),
         (["store=indices", "dtype=float16"], "dtype: has no effect on codes"),
         (["seed=1"], "seed: has no effect with store=auto"),
         (["share=4/4"], "share: '4/4' is not a share; give 0/16"),

@@ -322,7 +322,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors; save its state_dict()")
+        raise UserError(f"{path}: does not hold named tensors; save the state_dict() of the model")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if not _has_all_its_numbers(tensor):
@@ -372,7 +372,7 @@ def fold_normalizer(model: Any, mean: Sequence[float], std: Sequence[float]) -> 
     """
     if type(model).__name__ != AutoencoderKL.__name__:
         raise UserError(
-            f"{type(model).__name__}: statistics fold into the 1x1 convolutions of diffusers' AutoencoderKL only; "
+            "latents: statistics fold into the 1x1 convolutions of diffusers' AutoencoderKL only; "
             "train with autoencoder.architecture=sd, or use to=onnx, which records them beside the model"
         )
     channels = int(model.config["latent_channels"])

@@ -185,7 +185,7 @@ def test_files_that_are_no_compvis_autoencoder_are_refused(tmp_path):
         "text.safetensors": "cannot be read as a safetensors file",
         "unet.safetensors": "holds no CompVis autoencoder",
         "diffusers.safetensors": "names of a diffusers model; give its directory",
-        "list.ckpt": "holds a list, not a dictionary",
+        "list.ckpt": "does not hold named tensors",
     }.items():
         with pytest.raises(UserError, match=message):
             load_compvis(tmp_path / name)

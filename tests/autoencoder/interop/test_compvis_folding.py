@@ -75,5 +75,5 @@ def test_the_model_stays_as_it_is_and_other_classes_are_refused() -> None:
     assert model.config.scaling_factor == 0.18215
     with pytest.raises(UserError, match="3 channels for an autoencoder of 4"):
         fold_normalizer(model, [0.0] * 3, [1.0] * 3)
-    with pytest.raises(UserError, match="AutoencoderWavelet: statistics fold into"):
+    with pytest.raises(UserError, match="latents: statistics fold into"):
         fold_normalizer(build_autoencoder(AutoencoderConfig("wavelet", "pico")), MEAN, STD)

@@ -140,7 +140,7 @@ def test_statistics_go_along_with_the_autoencoder_that_made_the_latents_and_no_o
     arguments[4] = "diffusers"
     arguments[2] = str(tmp_path / "other")
     assert cli.main([*arguments, str(ours)]) == EXIT_USER_ERROR
-    assert "AutoencoderWavelet: statistics fold into the 1x1 convolutions" in capsys.readouterr().err
+    assert "latents: statistics fold into the 1x1 convolutions" in capsys.readouterr().err
     compvis = Conversion(str(wavelet_run), str(tmp_path / "x.safetensors"), "compvis")
     with pytest.raises(UserError, match="latents: has no effect with to=compvis"):
         convert_autoencoder(compvis, lambda _: {"mean": [0.5] * 4, "std": [2.0] * 4})
