@@ -435,3 +435,8 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
     for key in sorted(old.keys() | new.keys()):
         changes |= changed_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     return changes
+
+
+def describe_changes(changes: dict[str, tuple[Any, Any]]) -> str:
+    """The result of `changed_keys` as it is typed: `seed (0 -> 1), count (null -> 18)`."""
+    return ", ".join(f"{key} ({_word(before)} -> {_word(after)})" for key, (before, after) in changes.items())

@@ -292,8 +292,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             autoguidance_scale (`float`): Guidance away from `autoguidance_unet`; 1 is none, 1.5 to 2 is usual.
             sampler (`str`, *optional*): euler, heun, dpm++ or unipc, instead of the pipeline's scheduler.
             image (*optional*): Images to start from, one for all or one each: files, PIL images, arrays (h, w, 3),
-            tensors
-                (3, h, w), batches or lists of these. `data.image_input` defines the meaning of their numbers.
+                tensors (3, h, w), batches or lists of these. For the meaning of their numbers see `data.image_input`.
             strength (`float` in (0, 1], *optional*): Share of the steps that are applied to `image`; small values stay
                 close to it. Defaults to 1 with a mask and 0.6 without. Several seeds make variations.
             mask (as `image`, *optional*): White (255, 1, true) is repainted, other pixels do not change.

@@ -265,9 +265,7 @@ class Study:
         if before != now:
             changes["autoencoder fingerprint"] = (before[:15], now[:15])
         if changes:
-            listed = ", ".join(
-                f"{key} ({json.dumps(before)} -> {json.dumps(after)})" for key, (before, after) in changes.items()
-            )
+            listed = configuration.describe_changes(changes)
             raise UserError(f"{self.output}: holds the result of {listed}; give another output, or --overwrite")
         for other, (recorded, present) in self.inputs(results).items():
             if recorded != present:

@@ -165,9 +165,7 @@ class Sweep(Study):
             changes = configuration.changed_keys(before, configuration.to_dict(self.config))
             refused = {key: value for key, value in changes.items() if key.split(".")[0] not in self.may_change}
             if refused:
-                listed = ", ".join(
-                    f"{key} ({json.dumps(old)} -> {json.dumps(new)})" for key, (old, new) in refused.items()
-                )
+                listed = configuration.describe_changes(refused)
                 raise UserError(
                     f"{self.output}: holds a {self.command} with other settings: {listed}; give another output"
                 )

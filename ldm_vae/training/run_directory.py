@@ -190,9 +190,7 @@ class RunDirectory:
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
         }
         if refused:
-            listed = ", ".join(
-                f"{key} ({json.dumps(before)} -> {json.dumps(after)})" for key, (before, after) in refused.items()
-            )
+            listed = configuration.describe_changes(refused)
             raise UserError(f"{where}: holds a run with other settings: {listed}; give another output, or these values")
 
     def _take_lock(self) -> None:

@@ -327,7 +327,7 @@ def test_the_nearest_training_latents_beside_a_sheet(
     record = json.loads((out / "run.json").read_text())
     assert (record["copies"], record["compared_images"], record["compared_latents"]) == (5, 6, 5)
     assert Image.open(out / "neighbours.png").height > Image.open(out / "sheet.png").height
-    with pytest.raises(UserError, match="encoder_fingerprint"):
+    with pytest.raises(UserError, match="the encoder sha256"):
         make(config(saved, count=6), out, neighbours=str(latents))
     with pytest.raises(UserError, match="latents of 4 x 4 cannot be compared with 8 x 8; leave out the size"):
         make(config(saved, count=1, size="32x32"), tmp_path / "small", neighbours=str(encoded))
