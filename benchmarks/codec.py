@@ -201,7 +201,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def nominal_gigamacs(task: Task, autoencoder: Any) -> float:
-    """Of one image, of the network as it is written: what our way leaves out or adds does not count."""
+    """GMAC of one image for the plain network; operations that the fast version saves or adds do not count."""
     import torch
 
     from ldm_vae.runtime import gigamacs

@@ -108,7 +108,7 @@ def open_set(folder: str) -> dict[str, float]:
 
 
 def simulate(samples: int, shard_size: int) -> dict[str, Any]:
-    """Of one size of set: what it has on disk, and medians of fresh processes that open it."""
+    """Measurements for one size of a set: its size on disk, and medians of new processes that open it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_set(folder, samples, shard_size)

@@ -1,9 +1,10 @@
 """A training step as diffusers' example for `AutoencoderKL` takes it (examples/research_projects/autoencoderkl).
 
-Written anew from what that program does: float32, planar memory, generator and discriminator in turn, each on a forward
-pass of its own; LPIPS is computed without gradient there, so it costs less than ours and teaches nothing; the weight of
-the GAN is the ratio of two gradients at the last layer. Where its discriminator turn would send gradients on into the
-autoencoder the reconstructions are cut off here, which is to its advantage. Figures for its log are read every step.
+A new implementation of that program's step: float32, planar memory, generator and discriminator in turn, each on a
+forward pass of its own; LPIPS is computed without gradient there, so it costs less than ours and teaches nothing; the
+weight of the GAN is the ratio of two gradients at the last layer. Where its discriminator turn would send gradients on
+into the autoencoder the reconstructions are cut off here, which is to its advantage. Figures for its log are read every
+step.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 CHANNELS, SIDE, LAYERS, BATCH = 128, 64, 4, 4
-"""Of the stack: large enough to fill the arithmetic units, small enough to stay near the caches."""
+"""Sizes of the stack of layers: large enough to fill the arithmetic units, small enough to stay near the caches."""
 
 
 def roof_action(dtype: Any, device: str = "cpu", batch: int = BATCH) -> tuple[Callable[[], object], float]:

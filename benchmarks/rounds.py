@@ -71,7 +71,7 @@ class Ratio:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """Of two contestants, round by round. How many times as fast ours is: `ratio(theirs, ours)`, of seconds."""
+    """Ratio of two series, round by round. The speedup of ours is `ratio(theirs, ours)`, of seconds."""
     values = [above / below for above, below in zip(numerator, denominator, strict=True)]
     if len(values) < 2:
         return Ratio(values[0], values[0], values[0])

@@ -29,14 +29,14 @@ SUMMARY = "cost over processes, image size, batch and number of images; memory"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 LATENT_CHANNELS, DOWNSAMPLING = 4, 8
 SMALL_SIDE = 128
-"""Of the images whose number, and whose number in a batch, is what counts."""
+"""Side of the images for the dependence on their number and on the batch size."""
 MORE = 10
 """Times as many images: their memory."""
 TILED_MEGABYTES = 4096
 TRAINED_BATCH = 16
 POLL_SECONDS = 0.02
 LOG_LINES = 4
-"""Of a training; the first is not counted."""
+"""Number of log lines of a training; the first is not counted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +107,7 @@ def peak_of(command: Sequence[str]) -> float:
 
 
 def launched(script: str, processes: int, settings: Sequence[str]) -> list[str]:
-    """The command that runs a script of this package in so many processes."""
+    """The command that runs a script of this package in this number of processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *launcher, str(SCRIPTS / script), *settings]
 
@@ -210,7 +210,7 @@ def decode_tiled(preset: str, side: int) -> None:
 
 
 def exponent(seconds: dict[str, float], power: int = 1) -> float:
-    """Of the best line through log seconds over log (number ** power)."""
+    """Slope of the best line through log seconds over log (number ** power)."""
     import numpy as np
 
     numbers = power * np.log([float(number) for number in seconds])

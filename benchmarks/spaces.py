@@ -72,7 +72,7 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 
 def peak_megabytes() -> float:
-    """Of this process since the last `forget_peak`."""
+    """Peak memory of this process since the last `forget_peak`."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
 
 
 def image_seconds(row: dict[str, Any], found: dict[str, Any]) -> float:
-    """Of `STEPS` sampling steps, and of decoding where there is something to decode."""
+    """Time of `STEPS` sampling steps, and of decoding if there are latents to decode."""
     decoding = {coder["size"]: coder["decoding_seconds"] for coder in found["autoencoders"]}
     return STEPS * row["sampling_seconds"] + (decoding[row["size"]] if row["space"] == "latents" else 0.0)
 

@@ -21,12 +21,12 @@ from typing import Any
 SUMMARY = "a training step: diffusers' example, the machine's roof, waits for data and for the device"
 
 STEPS = 10_000
-"""Of the run that the steps pretend to belong to; none of them logs."""
+"""Steps of the assumed run; none of the measured steps logs."""
 TRAINING = {"tracker": "none", "log_every": STEPS, "save_every": STEPS, "validate_every": STEPS, "preview_every": STEPS}
 
 BLOCKS = (("down", "DownEncoder"), ("up", "UpDecoder"))
 BACKBONES = {"vgg": "vgg16", "squeeze": "squeezenet1_1"}
-"""Of LPIPS, and what torchvision calls it."""
+"""Backbone of LPIPS -> its name in torchvision."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +167,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, list[float
 
 
 def measure_roof(arguments: argparse.Namespace, folder: Path, whole: bool) -> dict[str, Any]:
-    """Of our architecture in bf16: the time that the roof would need for the counted operations, over the time taken.
+    """For our architecture in bf16: the time that the roof would need for the counted operations, over the time taken.
 
     LPIPS computes in float32, whose roof is lower: `fraction` gives each part the roof of its precision, and
     `fraction_of_bf16` takes the higher one for all.
@@ -203,7 +203,7 @@ def measure_roof(arguments: argparse.Namespace, folder: Path, whole: bool) -> di
 
 
 def lpips_gigamacs(folder: Path, crop: int, batch: int, device: str) -> float:
-    """Of the distance and its gradient."""
+    """GMAC of the distance and its gradient."""
     import torch
 
     from ldm_vae.autoencoder.losses import LPIPS

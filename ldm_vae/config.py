@@ -301,7 +301,7 @@ def _one_line(error: Exception) -> str:
     return f"{full_key}: {text}" if full_key and full_key not in text else text
 
 
-_NO_KEY = re.compile(r"(?:([\w.\[\]]+): )?Key '(\w+)' not in '(\w+)'.*")
+_NO_KEY = re.compile(r"(?:([\w.\[\]]+): )?Key '(\w+)' not in '(\w+)'\W*(.*)")
 _NO_GROUP = re.compile(r"(?:([\w.\[\]]+): |Merge error: ).*is not a subclass of (\w+)\. value: (.*)")
 _NO_CONTAINER = (
     (re.compile(r"Invalid value assigned: \w+ is not a ListConfig.*"), "is not a list; give it as [A, B]"),
@@ -318,7 +318,8 @@ def _without_classes(text: str, schema: type) -> str:
         keys = ", ".join(field.name for field in dataclasses.fields(kind))
         if found.re is _NO_GROUP:
             return f"{found[1] or group}: {found[3]} is not a group of settings; give it as {{KEY: VALUE}}, of {keys}"
-        return f"{f'{group}.' if group else ''}{found[2]}: no such setting; choose one of {keys}"
+        meant = found[4].replace("Did you mean one of:", "did you mean one of").replace("Did you mean:", "did you mean")
+        return f"{f'{group}.' if group else ''}{found[2]}: no such setting; {meant or f'choose one of {keys}'}"
     for pattern, words in _NO_CONTAINER:
         text = pattern.sub(words, text)
     return text

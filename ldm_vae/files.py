@@ -430,7 +430,7 @@ def parsing(where: str | Path, instead: str) -> Iterator[None]:
 
 
 def check_format_version(where: str | Path, version: Any, known: int) -> None:
-    """Raises: NewerFormat for a version above `known`, OlderFormat for one below; ValueError for what is no version."""
+    """Raises: NewerFormat for a version above `known`, OlderFormat for one below; ValueError unless it is a version."""
     if type(version) is int and version > known:
         raise NewerFormat(where, f"has format version {version}, this program reads {known}", "update ldm_vae")
     if type(version) is int and 0 < version < known:

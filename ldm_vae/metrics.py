@@ -253,7 +253,7 @@ def water_filling(eigenvalues: Sequence[float], block: int, water_level: float) 
 
 
 def water_level(eigenvalues: Sequence[float], nats: float) -> float:
-    """The level at which `water_filling` takes so many nats for a block.
+    """The level at which `water_filling` takes this number of nats for a block.
 
     With k wet components it is exp((sum of their ln(eigenvalue) - 2 nats) / k), largest at the right k.
     """

@@ -141,7 +141,7 @@ def check_places(command: str, values: Mapping[str, Iterable[str]], shown: Mappi
 
 
 def check_writable(folder: Path) -> None:
-    """That files can be made in a folder, or in what it would be made in; nothing is left there.
+    """Check that files can be made in a folder, or in the existing folder above it; nothing is left there.
 
     A folder with something in it is not tried: a finished result is read from a read-only disk too.
 

@@ -33,15 +33,15 @@ def test_overrides_beat_yaml_and_yaml_beats_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainin.seed=1", "Did you mean one of: 'training', 'train'?"),
-        ("training.sed=1", "Did you mean: 'seed'"),
+        ("trainin.seed=1", "did you mean one of 'training', 'train'?"),
+        ("training.sed=1", "did you mean 'seed'"),
         ("training.seed=soon", "training.seed: 'soon' is not a whole number"),
         ("training.precision=int8", "expected one of"),
         ("training.log_every=0", "training.log_every: 0 is not positive"),
         ("rate.beta=1", "has no effect with rate.mode=target"),
         ("data.path=/tmp", "has no effect with data.source=synthetic"),
         ("phases=[{crop: 63}]", "not a multiple of 8"),
-        ("phases=[{corp: 64}]", "Did you mean: 'crop'"),
+        ("phases=[{corp: 64}]", "did you mean 'crop'"),
         ("autoencoder.preset=sd", "is not a preset of architecture 'wavelet'"),
         ("nonsense", "not of the form key=value"),
     ],

@@ -236,7 +236,7 @@ def test_a_mistake_is_refused_within_a_second(words, sentence, tmp_path):
         ("phases=[{steps: 10, size: 64}]", "phases.size: no such setting; choose one of steps, crop, batch"),
         ("phases=[{steps: many}]", "steps: 'many' is not a whole number"),
         ("phases=3", "phases: is not a list; give it as [A, B]"),
-        ("training.sed=1", "training.sed: no such setting; choose one of seed, learning_rate"),
+        ("training.sed=1", "training.sed: no such setting; did you mean 'seed'?"),
         ("training.betas=[1]", "has 1 values; give 2"),
         ("repeat=3", "repeat: is not a mapping; give it as {KEY: VALUE}"),
     ],

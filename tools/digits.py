@@ -42,7 +42,7 @@ def read_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     if len(images) != len(labels) or not len(images):
         raise UserError(f"{folder}: has {len(images)} images and {len(labels)} labels; fetch the files again")
     if labels.max() >= len(LABELS):
-        raise UserError(f"{folder}: has a label {labels.max()}, which is no digit; give the files of MNIST")
+        raise UserError(f"{folder}: has a label {labels.max()}, which is not a digit; give the files of MNIST")
     return images, labels
 
 
@@ -62,7 +62,7 @@ def read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
             start = file.read(4 + 4 * dimensions)
             header = np.frombuffer(start, ">u4", len(start) // 4)
             if len(header) != 1 + dimensions or header[0] != magic:
-                raise UserError(f"{path}: is no idx file of {dimensions} dimensions; fetch it again")
+                raise UserError(f"{path}: is not an idx file of {dimensions} dimensions; fetch it again")
             shape = tuple(int(length) for length in header[1:])
             if shape[0] > MOST_IMAGES or any(length > SIDE for length in shape[1:]):
                 raise UserError(f"{path}: announces {shape} bytes, more than {MOST_IMAGES} x {SIDE} x {SIDE}")

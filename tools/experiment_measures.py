@@ -53,7 +53,7 @@ LATENT_NOISE = 0.25
 """Standard deviation of the noise on latents, in standard deviations of each channel."""
 INTERPOLATED_IMAGES = 40
 FLAT_LEVELS, FLAT_SIDE = 1.5, 9
-"""8-bit levels of fine contrast below which the original counts as flat, in all of so many pixels squared."""
+"""8-bit levels of fine contrast below which the original counts as flat, for a square with this side in pixels."""
 FINE_PERIOD, HATCHING_PERIOD = 4, 8
 """Pixels: the longest period of fine detail, and of hatching, which the 8 x 8 pixels of a latent position make."""
 
@@ -177,7 +177,8 @@ def aggregate_deviation(mean: Tensor, logvar: Tensor) -> Tensor:
 def rate_figures(
     autoencoder: Autoencoder, images: Tensor, training: Tensor, lpips: LPIPS | None, bits: float
 ) -> Figures:
-    """What so many bits for each latent position carry: a posterior sample, a code, or a rounded plain latent.
+    """A reconstruction from this number of bits per latent position: a posterior sample, a code, or a rounded plain
+    latent.
 
     Plain latents are rounded to the multiples of one step, the one whose indices have a first-order entropy of `bits`
     over all channels on `training` images. The rates are measured on `images`: KL to N(0, 1), entropy of the used codes
@@ -212,7 +213,7 @@ def index_entropy(latents: Tensor, step: float) -> float:
 def rounding_step(latents: Tensor, bits: float) -> float:
     """The step at which `index_entropy` is `bits`, by bisection.
 
-    Raises: UserError where more bits are asked for than so many latents can show.
+    Raises: UserError if more bits are requested than this number of latents can show.
     """
     low, high = 1e-6 * float(latents.std()), 1e3 * float(latents.std())
     if index_entropy(latents, low) < bits:

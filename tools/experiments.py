@@ -269,7 +269,7 @@ class Cell:
 
 
 def plan_cells(experiment: Experiment, config: ExperimentConfig) -> list[Cell]:
-    """All variants of seed 0, then of seed 1 ... Raises: UserError for a variant that there is not."""
+    """All variants of seed 0, then of seed 1 ... Raises: UserError for an unknown variant."""
     known = {variant.name: variant for variant in experiment.variants}
     for name in config.variants:
         if name not in known:

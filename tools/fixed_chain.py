@@ -17,7 +17,7 @@ and number of processes: across those, floats differ in their last bits.
   before it is hashed; where there is none of them, the bytes count. Paths need no care: the commands run inside OUTPUT
   with relative names, to which the tree's `checkpoints` is linked.
 - PNG loses the text `Software`, which names the version. Pixels, compression and all other texts count.
-- Pages, tables for people and plots (`WORDS`) are listed as `present`; they may be worded anew.
+- Pages, tables for people and plots (`WORDS`) are listed as `present`; their wording may change.
 - Not listed: `DIGESTS.json`, `logs/` (what the commands printed), `run.lock` (a process number).
 
 `--opens` copies what the other tree made and runs the same commands there. Those that continue must leave a finished

@@ -48,7 +48,7 @@ COPIES = 0.01
 READABLE = 0.9
 """Correlation with the truth on held-out real images from which an attribute counts as read."""
 READER_RECOGNISES = 0.98
-"""Share of held-out real images below which the reader is no judge."""
+"""Share of held-out real images below which the reader is not reliable."""
 SPLITS = 200
 CONTROLS = 100
 """Held-out real images that are sent through the autoencoder."""

@@ -28,7 +28,7 @@ SETTLED_MILLISECONDS = 2000
 DARK = ("architecture", "training")
 TABS = {"map": "#map-decoded", "compare": "#compare-decoded-b", "architecture": "#architecture-output",
         "sliders": "#slider-edited"}  # fmt: skip
-"""Of MODEL: the canvas that is drawn last."""
+"""View of MODEL -> the canvas that is drawn last."""
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def typed(command: list[str]) -> str:
 
 
 def without_folder(word: str) -> str:
-    """A path outside the repository is reduced to its last part: where it lies is nobody's business."""
+    """A path outside the repository is reduced to its last part, so that no folders of this machine are published."""
     return re.sub(r"(^|[=\[,])(?:\.\.|~|/)[^\s,\]]*/", r"\1", word)
 
 

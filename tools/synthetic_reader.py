@@ -32,7 +32,7 @@ BETWEEN_HUES = "background_hue - hue"
 ATTRIBUTES = (*LINES, *CIRCLES, BETWEEN_HUES)
 
 FINER = 2
-"""Real images are rendered so many times finer than they are read, then reduced like generated ones."""
+"""Factor by which real images are rendered finer than they are read; they are reduced like generated ones."""
 READER_SEED, HELD_OUT_SEED = 1_000_003, 2_000_003
 """Added to the seed of the training set: no scene is in two of the three sets."""
 BATCH = 64

@@ -55,7 +55,7 @@ UNREADABLE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipF
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="from now until the run is told to save and end")
+    parser.add_argument("--minutes", type=float, required=True, help="time until the run is stopped, after saving")
     parser.add_argument("--packs", nargs="*", type=Path, default=[], metavar="FILE", help="tar and zip files")
     parser.add_argument("--work", type=Path, required=True, help="folder that stays on the machine between calls")
     parser.add_argument("--out", type=Path, required=True, help="folder of what comes back")
@@ -170,7 +170,7 @@ def arithmetic(words: Sequence[str], note: Path) -> list[tuple[int, int, float]]
 
 
 def dry_run(words: Sequence[str]) -> DryRun:
-    """That of a command."""
+    """The dry run of a command."""
     from ldm_vae import config as configuration
     from ldm_vae.autoencoder.train_config import TrainVaeConfig
     from ldm_vae.autoencoder.training import train_vae
@@ -202,7 +202,7 @@ def stopped_at(deadline: float) -> Iterator[None]:
     due, done = threading.Event(), threading.Event()
 
     def not_yet(*_: object) -> None:
-        """Nobody listens: before the first step, and when all is saved."""
+        """Ignore signals: before the first step, and after everything is saved."""
         due.set()
 
     def remind() -> None:
@@ -225,7 +225,7 @@ def stopped_at(deadline: float) -> Iterator[None]:
 
 
 def steps_done(run: Path) -> int:
-    """Of the newest checkpoint."""
+    """Number of steps of the newest checkpoint."""
     return max((int(path.name.split("-")[1]) for path in run.glob("checkpoints/step-*")), default=0)
 
 
@@ -242,7 +242,7 @@ def memory() -> dict[str, float]:
 def speed(
     metrics: Path, after: int, spans: Sequence[tuple[int, int, float]], peak_tflops: float | None
 ) -> list[dict[str, Any]]:
-    """Of each part of the run in this chunk: median images/s of its log steps, and the share of the peak, where known.
+    """For each part of the run in this chunk: median images/s of its log steps, and the share of the peak, where known.
 
     The share counts the multiplications of forward and backward passes as two operations each, and nothing else.
     """

@@ -51,11 +51,11 @@ BUNDLED = 8
 MOST_IMAGES = 24
 LARGEST_SIZE = 4096
 QUALITY = 50.0
-"""Of the compressed files, as in `ldm-vae compress`."""
+"""Quality of the compressed files, as in `ldm-vae compress`."""
 COLUMNS = 8
 CARD = "README.md"
 MEANS = ("raw_bytes", "latent_bytes", "file_bytes", "psnr_db", "file_psnr_db")
-"""Of the metrics of an image: the sentences say the mean over all images."""
+"""Metrics of an image whose mean over all images is in the text."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Demo(Study):
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """Of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
+    """Metrics of one image. `raw_bytes`: 8-bit pixels; `latent_bytes`: in half precision; `file_bytes`: compressed.
 
     `rate_bits_per_pixel` is what the posterior carries, None for an autoencoder without one; `jpeg_psnr_db` is
     what a JPEG reaches at `file_bytes`, None where there is none so small.

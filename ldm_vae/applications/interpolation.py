@@ -56,7 +56,7 @@ NAME_LENGTH = 40
 REST = 8
 """Frames that an animation rests at each end."""
 LARGEST_ANIMATION_BYTES = 2 << 20
-"""That is embedded into the page."""
+"""Largest animation that is embedded into the page."""
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def decode_cropped(autoencoder: Autoencoder, latents: Sequence[Tensor], like: Te
 
 @dataclass(frozen=True)
 class WayMetrics:
-    """Of one way between one pair; the first four are those of `latent_space.measure_path`.
+    """Metrics of one path between one pair; the first four are from `latent_space.measure_path`.
 
     Attributes:
         end_psnr_db: of the first and the last frame to the two images, mean.
@@ -573,7 +573,7 @@ def _short(path: Path) -> str:
 
 
 def animated(frames: Sequence[Image.Image], kind: str) -> bytes:
-    """A webp or gif file that goes there and back, resting at both ends, for ever."""
+    """A webp or gif file that runs forward and back in a loop, with a rest at both ends."""
     there = [frames[0]] * REST + list(frames[1:-1]) + [frames[-1]] * REST
     loop, buffer = there + list(frames[-2:0:-1]), io.BytesIO()
     options: dict[str, Any] = {} if kind == "gif" else {"quality": 85}

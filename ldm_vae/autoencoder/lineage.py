@@ -100,11 +100,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
 # The runs that a run started from, one from another (`initial`): what it took to make an autoencoder, all of it.
 
 FILE = "earlier_runs.json"
-"""Beside a model that was given away, whose ancestors are not there to be read."""
+"""File beside a shared model, whose earlier runs cannot be read."""
 OF_AUTOENCODER = "autoencoder_runs.json"
-"""Beside a pipeline that was given away with another autoencoder than it was trained with: the runs that made that."""
+"""File beside a shared pipeline with another autoencoder than in its training: the runs of that autoencoder."""
 FORMAT_VERSION = 1
-"""Of both files."""
+"""Version of both files."""
 KEPT = ("command", "started", "seconds", "steps", "device", "versions")
 LEFT_OUT = ("format_version", "output")
 
@@ -113,10 +113,10 @@ def earlier_runs(folder: Path) -> list[dict[str, Any]]:
     """`name`, record and `settings` of each run that the one in `folder` goes back to, the first of all first.
 
     As far as they can be read: a model without a run's record, or another one in its place, ends the list. `folder` is
-    that of the run, or of a model given away. Settings are dotted keys and values, those that are not the defaults.
+    that of the run, or of a shared model. Settings are dotted keys and values, those that are not the defaults.
 
     Raises:
-        UserError: a list that came along is damaged or of a newer format.
+        UserError: the list beside a shared model is damaged or has a newer format.
     """
     if (folder / FILE).is_file():
         return read_runs(folder / FILE)
@@ -143,7 +143,7 @@ def runs_of(path: Path, identity: str) -> list[dict[str, Any]]:
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
-    """A list that came along; empty where there is none. Raises: UserError: damaged, or of a newer format."""
+    """The list beside a shared model; empty if there is none. Raises: UserError: damaged, or of a newer format."""
     if not file.is_file():
         return []
     try:

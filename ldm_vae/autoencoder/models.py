@@ -42,7 +42,7 @@ class AutoencoderKL(diffusers.AutoencoderKL, Autoencoder):
 
     @classmethod
     def from_settings(cls, settings: AutoencoderSettings, sizes: Mapping[str, Any], logvar_floor: float) -> Autoencoder:
-        """Of Stable Diffusion's architecture."""
+        """A new autoencoder of Stable Diffusion's architecture."""
         widths = sizes["block_out_channels"]
         return cls(
             in_channels=3,
@@ -203,7 +203,7 @@ def _adapter(model_class: type) -> type:
 
 INSTEAD = "give an autoencoder of RGB images, for example AutoencoderKL"
 PROBE_SIDE = 64
-"""Of the image that tells what an autoencoder makes of it."""
+"""Side in pixels of the image with which an autoencoder is tested."""
 
 
 def check_channels(model_class: type, config: Mapping[str, Any], where: str = "") -> None:

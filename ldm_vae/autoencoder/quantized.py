@@ -41,8 +41,8 @@ SEARCHED_POSITIONS = 4096
 """Positions that are compared with the codebook at once; bounds the memory of the distances."""
 
 INITIAL_CODE_STD = 0.1
-"""Of a codebook learned by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150 steps; on the
-synthetic images 0.1 left 45 % of 1024 codes unused after these, the library's 0.02 left 80 %."""
+"""Initial deviation of a codebook learned by gradient. Latents begin at 0.02 to 0.04 and grow to about 0.1 within 150
+steps; on the synthetic images 0.1 left 45 % of 1024 codes unused after these, the library's 0.02 left 80 %."""
 
 FSQ_INITIAL_GAIN = 20.0
 """On the first latents of FSQ, which would all be rounded to zero. After 150 steps on the synthetic images the squared

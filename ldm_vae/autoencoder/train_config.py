@@ -189,7 +189,7 @@ class TrainVaeConfig:
 logger = logging.getLogger(__name__)
 
 RATE_IMAGES = 128
-"""Held-out images that the rate is measured on: it differs from image to image, so many are needed."""
+"""Number of held-out images for the rate, which differs from image to image and needs many."""
 FEW_IMAGES, CROPS_OF_FEW = 32, 4
 """So many of them give more than one crop."""
 MEASURED_IMAGES = 256

@@ -47,7 +47,7 @@ VECTOR_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 SMALLEST_SIDE = 4
-"""Of the feature maps between convolutions and linear layers."""
+"""Side of the feature maps between convolutions and linear layers."""
 
 
 def initialized(layer: Any, gain: float = 1.4) -> Any:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 STEM = "diffusion_pytorch_model"
 WEIGHT_SUFFIXES = ("safetensors", "bin")
-"""Of weights, the preferred one first. `.bin` files are read as tensors only (`weights_only`)."""
+"""Suffixes of weight files, the preferred one first. `.bin` files are read as tensors only (`weights_only`)."""
 PREFERRED = ("", "fp16", "bf16")
 """Variants in the order in which they are taken where none was asked for, others after them."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}")

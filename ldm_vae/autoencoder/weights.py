@@ -1,7 +1,7 @@
 """Weights of a model from its folder: complete, nothing else beside them, every number finite.
 
-diffusers itself only warns of a tensor that is missing, and gives it random numbers. Which class a model has, and what
-it is for, belongs to whoever asks.
+diffusers itself only warns about a missing tensor, and gives it random values. The class and purpose of a model are up
+to the caller.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ XMP = b"XML:com.adobe.xmp"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 LARGEST_TEXT_BYTES = 1 << 20
 MOST_TEXT_BYTES = 16 << 20
-"""Of one text in a PNG, and of all, that are left beside the pixels."""
+"""Largest size of one text in a PNG, and of all texts, besides the pixels."""
 
 
 def _without_large_text(data: bytes) -> tuple[bytes, bytes]:

@@ -179,7 +179,7 @@ class Guidance:
         low, high = self.interval
         for name, value in (("guidance_scale", self.scale), ("autoguidance_scale", self.autoguidance)):
             if not math.isfinite(value):
-                raise UserError(f"{name}: {value} is not a finite number; 1 is no guidance, 2 to 5 is usual")
+                raise UserError(f"{name}: {value} is not a finite number; 1 means no guidance, 2 to 5 is usual")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance_rescale: {self.rescale} is not between 0 and 1")
         if not 0 <= low < high <= 1:

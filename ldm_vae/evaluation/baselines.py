@@ -21,13 +21,13 @@ CODEC_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "WebP": [{"format": "WEBP", "method": 6}],
     "AVIF": [{"format": "AVIF", "speed": 6, "subsampling": "4:2:0", "max_threads": 1}],
 }
-"""Of each codec the settings of Pillow that are tried; the smallest file counts. Progressive JPEG is not always
+"""Settings of Pillow to try for each codec; the smallest file counts. Progressive JPEG is not always
 smaller. AVIF at speed 4 makes files 4 % smaller in 5 times the time (6 photographs of 512 x 512 pixels)."""
 QUALITIES = {"JPEG": (1, 95), "WebP": (0, 100), "AVIF": (0, 100)}
 """Lowest and highest; Pillow discourages JPEG above 95."""
 
 NEIGHBORS = 3
-"""Sizes rise with the quality but for small exceptions: so many qualities above the answer are tried too."""
+"""Number of further qualities to try above the answer, since sizes rise with the quality with small exceptions."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CodedImage:
 
 
 def available_codecs() -> tuple[str, ...]:
-    """Those of JPEG, WebP and AVIF that this Pillow can write."""
+    """The codecs among JPEG, WebP and AVIF that this Pillow can write."""
     supported = {"JPEG": "jpg", "WebP": "webp", "AVIF": "avif"}
     return tuple(name for name, feature in supported.items() if features.check(feature))
 
@@ -60,7 +60,7 @@ class Bracket:
 
     @property
     def weight(self) -> float:
-        """Of the file above, 0 to 1."""
+        """Weight of the file above the budget, 0 to 1."""
         if self.below.size_bytes >= self.above.size_bytes:
             return 0.0
         low, budget, high = (math.log(b) for b in (self.below.size_bytes, self.budget_bytes, self.above.size_bytes))

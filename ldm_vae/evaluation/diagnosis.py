@@ -552,7 +552,7 @@ def _number(value: float | None) -> str:
 # The plots of a health report, from the content of `health.json`: one SVG a quantity, in the look of `figures.py`.
 
 NAMED_CHANNELS = 8
-"""Up to so many channels have their own color and a name in the legend."""
+"""Largest number of channels with their own color and a name in the legend."""
 
 
 def channel_bars(report: Report, key: str, title: str, threshold: float | None = None) -> str | None:

@@ -397,7 +397,7 @@ ROUND_TRIP_IMAGES = 16
 BUFFERED_NUMBERS = 1 << 25
 """Numbers kept of the means, and as many of the log-variances: all 256 default images up to 128 channels."""
 BLOCKS_PER_DIMENSION = 10
-"""Fewer than so many blocks of the images for each number in one, and their own linear code would fit them by heart."""
+"""Least number of blocks for each number in a block; with fewer, the images' own linear code would overfit them."""
 LARGEST_BLOCK = 32
 """Side in pixels up to which blocks are compared with a linear code: their covariance grows with its fourth power."""
 MMD_POSITIONS = 2000

@@ -40,11 +40,11 @@ Plot = tuple[str, str, str, str]
 
 SPECTRUM_SAMPLES = 256
 NAMED_CHANNELS = 8
-"""Up to so many channels have their own color and a name in the legend."""
+"""Largest number of channels with their own color and a name in the legend."""
 NAMED_CLASSES = 40
-"""Up to so many classes have a named bar; more are drawn by rank."""
+"""Largest number of classes with a named bar; more are drawn by rank."""
 NUMBERED_CHANNELS = 12
-"""Up to so many channels the correlations are written into their matrix."""
+"""Largest number of channels whose correlations are written into the matrix."""
 LEAST_MAP_RANGE = 0.1
 """Deviations that black and white of a mean map are at least away from gray: less is noise of the sampling."""
 

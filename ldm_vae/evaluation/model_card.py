@@ -195,7 +195,7 @@ def check_nothing_lost(path: Path, missing: Collection[str], overwrite: bool) ->
 
 
 def run_folder_of(directory: Path) -> Path:
-    """Where run.json and config.yaml of a model lie: in the run that it is in, or, given away, beside the weights."""
+    """The folder with run.json and config.yaml of a model: its run, or, for a shared model, that of the weights."""
     return directory.parent if directory.name in ("autoencoder", "pipeline") else directory
 
 
@@ -484,7 +484,7 @@ def protocol_sentences(config: dict[str, Any]) -> list[str]:
     if config.get("neighbours"):
         found.append(
             "samples/copy_rate: share of the preview samples less than a third as far from one of "
-            f"{config['neighbours']} training latents as from any other: images learned by heart."
+            f"{config['neighbours']} training latents as from any other: memorized images."
         )
     return [*found, "One training, one seed: no interval over trainings is known."]
 
@@ -493,11 +493,11 @@ def protocol_sentences(config: dict[str, Any]) -> list[str]:
 
 CURVES, CROPS, SAMPLES = "curves.svg", "crops.webp", "samples.webp"
 OF_EACH = 3
-"""Of the best and of the worst images."""
+"""Number of the best images and of the worst images to show."""
 WINDOW = 160
 WINDOW_STRIDE = 32
 LARGEST_SIDE = 1600
-"""Of a sheet of samples in pixels."""
+"""Longest side in pixels of a sheet of samples."""
 
 
 @dataclass(frozen=True)
@@ -625,7 +625,7 @@ def _write_webp(picture: Image.Image, path: Path) -> None:
 
 Rows = list[tuple[str, str]]
 WATTS_PER_CORE = 10.0
-"""Of a server's processor under load, with its share of memory and cooling: an order of magnitude."""
+"""Power of a server's processor core under load, with its share of memory and cooling: an order of magnitude."""
 SOURCE_KEYS = ("name", "images", "licence", "credits")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -710,7 +710,7 @@ def energy_sentence(run: dict[str, Any], watts: float | None, initial: str | Non
 
 
 def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
-    """Of a run that the model goes back to: its `title`, what it took in a `sentence`, its `command`, and, as words
+    """An earlier run of the model: its `title`, its cost in a `sentence`, its `command`, and, as words
     to be added to it, the `settings` beside the defaults that it does not name.
     """
     rows = dict(run_rows(record))
@@ -729,7 +729,7 @@ def earlier_run(record: dict[str, Any], watts: float | None) -> dict[str, str]:
 
 
 def unnamed_settings(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """Those of the settings (dotted keys) that no `key=value` among the words of a command is about."""
+    """The settings (dotted keys) that are not among the words of a command."""
     named = [f"{word.partition('=')[0]}." for word in words if "=" in word]
     return {
         key: value
@@ -836,7 +836,7 @@ def rate_sentences(training: dict[str, Any], evaluation: dict[str, Any], factor:
         sentences.append(f"Beta was at a bound, the target missed, in {rate['pinned_share']:.1%} of the steps.")
     measured = (evaluation.get("rate") or {}).get("nats_per_dim")
     where = "in the evaluation"
-    if measured is None and training.get("kind") in (None, "kl"):  # of another kind the divergence is no rate
+    if measured is None and training.get("kind") in (None, "kl"):  # for other kinds the divergence is not a rate
         measured = (training.get("held_out") or {}).get("held_out/nats_per_dim")
         where = "on the images that training validates on"
     if measured is not None:

@@ -91,7 +91,7 @@ MAXIMUM_POINTS = 240
 """Points drawn per curve; longer runs are averaged in bins, so the page stays small."""
 LOGARITHMIC_SPAN = 8.0
 LONG_CURVE = 100
-"""From so many points on a single extreme value is a spike, not the scale."""
+"""With this number of points or more, a single extreme value counts as a spike and does not set the scale."""
 CLASSES = ("raw", "line", "held-out", "target", "alarm")
 """What a panel draws; the classes of its groups in the SVG."""
 
@@ -243,7 +243,7 @@ def diffusion_panels(metrics: Mapping[str, Curve]) -> list[Panel]:
     loss = Panel(
         "Flow loss",
         "mean squared velocity error",
-        "Training and held-out loss: a widening gap would mean that the network learns its images by heart.",
+        "Training and held-out loss: a widening gap would mean that the network memorizes its images.",
         metrics.get("loss/flow"),
         metrics.get("held_out/flow"),
     )
@@ -300,7 +300,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def page_svg(figure: Figure, label: str) -> str:
-    """`figures.to_svg` for a page of many: matplotlib numbers its groups anew in each, and an id must be unique.
+    """`figures.to_svg` for a page of many: matplotlib numbers its groups from 1 in each, and an id must be unique.
 
     Groups named in `CLASSES` by their gid get that class.
     """

@@ -33,7 +33,7 @@ KNEE_DB, KNEE_NATS = 0.1, 0.5
 
 FEWEST_POINTS = 3
 RESAMPLES = 2000
-"""Of the images, for the interval of the recommendation."""
+"""Number of bootstrap samples of the images, for the interval of the recommendation."""
 LABEL = "PSNR and perceptual quality against bits per pixel"
 CURVE_POINTS = 60
 PSNR_BELOW_DB = 4.0
@@ -180,7 +180,7 @@ def is_healthy(record: dict[str, Any]) -> bool:
 
 
 def psnr_by_image(results: Results) -> dict[str, float]:
-    """Of decode(mean), by the image's id, from a point's results.json."""
+    """PSNR of decode(mean) by the image's id, from a point's results.json."""
     return {image["id"]: image["decode(mean)"]["psnr"] for image in results["images"]}
 
 

@@ -71,7 +71,7 @@ from ldm_vae.utils.text import duration_text, markdown_table, pluralize
 RESULTS = "results.json"
 SAMPLE = "decode(sample)"
 FORMAT_VERSION = 2
-"""Of the results of `evaluate`. 1 took brightness on [-1, 1] in SSIM and compared images with themselves in KID."""
+"""Version of the results. 1 took brightness on [-1, 1] in SSIM and compared images with themselves in KID."""
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
 def summarize(measured: Unit, measurer: Measurer) -> dict[str, Any]:
     """Rows with means and 95 % bootstrap intervals, paired differences to each other row, the rate, the budget.
 
-    A codec's file is compared with what so many bits can carry: a posterior sample, where there is a posterior. The
+    A codec's file is compared with a reconstruction of the same bits: a posterior sample, if there is a posterior. The
     mean would take more bits than the rate says.
     """
     first, *others = measured.rows
@@ -813,7 +813,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def _seconds_a_picture(config: ReconstructConfig, files: Sequence[Path]) -> float:
-    """That the first readable picture takes. Raises: UserError where there is none."""
+    """Time of the first readable picture. Raises: UserError if there is none."""
     model = load_autoencoder(config.autoencoder).to(compute_device(config.device))
     for path in files:
         started = time.monotonic()

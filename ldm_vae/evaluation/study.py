@@ -60,7 +60,7 @@ Results = dict[str, Any]
 """The content of a study's JSON file."""
 
 Content = str | bytes | Image.Image | Callable[[Path], object]
-"""Of a file: text, bytes, a picture (written as PNG), or what writes it to a given path."""
+"""The content of a file: text, bytes, a picture (written as PNG), or a function that writes it to a path."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Study:
     results_file: ClassVar[str] = "results.json"
     markdown_file: ClassVar[str] = "results.md"
     format_version: ClassVar[int] = 1
-    """Of the results; raised where a figure is computed differently than before."""
+    """Version of the results, incremented when a figure is computed in another way."""
     marker: ClassVar[str] = provenance.RUN_LOCK
     """See `publishing`."""
     command: ClassVar[str] = "study"
@@ -191,7 +191,7 @@ class Study:
         )
 
     def seconds_of_pass(self, resolution: int) -> float:
-        """That encoding and decoding an image takes, measured on noise."""
+        """Time of encoding and decoding an image, measured on noise."""
         if self._autoencoder is None:
             return 0.0
         autoencoder, started = self._autoencoder, 0.0
@@ -273,7 +273,7 @@ class Study:
         return results
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
+        """Lock the folder against other measurements and trainings. Raises: UserError that names the other process."""
         return locked_folder(self.output)
 
     def commit(self, results: Results) -> None:
@@ -346,7 +346,7 @@ def check_not_enlarged(path: Path, results: Results) -> None:
 
 @contextlib.contextmanager
 def locked_folder(output: str | Path) -> Iterator[None]:
-    """Nobody else measures into this folder or trains in it. Raises: UserError that names the other process."""
+    """Lock the folder against other measurements and trainings. Raises: UserError that names the other process."""
     with open_folder(Path(output)).lock(provenance.RUN_LOCK):
         yield
 

@@ -79,7 +79,7 @@ class Outcome:
 class Sweep(Study):
     """A study of several points. A subclass plans them and says what is gathered from those that are finished.
 
-    Nothing is locked but each point, and the results are gathered anew in each run, which is cheap.
+    Only the points are locked, and the results are collected again in each run, which is cheap.
 
     Args:
         run: runs the commands; None: as processes.
@@ -139,7 +139,7 @@ class Sweep(Study):
         end_dry_run(self.output, f"all trainings take about {duration_text(seconds)}, {measuring}")
 
     def best_autoencoder(self, results: Results) -> Path:
-        """That of the finished point with the highest PSNR."""
+        """The autoencoder of the finished point with the highest PSNR."""
         records = results[f"{self.noun}s"]
         best = max(records, key=lambda record: record["metrics"]["psnr"]["mean"])
         return next(point.autoencoder for point in self.points if point.name == best["name"])
@@ -203,7 +203,7 @@ class Sweep(Study):
 
 
 def total_steps(point: Point) -> int:
-    """Of the training of a point."""
+    """Number of training steps of a point."""
     return sum(phase.steps for phase in point.train.phases)
 
 
@@ -220,7 +220,7 @@ def steps_done(point: Point) -> int:
 
 
 LAST_BYTES = 1 << 16
-"""Of a metrics file, which are read to find its last line."""
+"""Number of bytes at the end of a metrics file that are read to find its last line."""
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
@@ -357,7 +357,7 @@ def run_points(
 ) -> list[Outcome]:
     """Train and evaluate what is missing, `parallel` points at a time; outcomes in the order of the points.
 
-    `report` is told what happens to each of them.
+    `report` is called with the events of each point.
 
     An interrupt is passed on to the commands, which save and leave; then it goes on to the caller.
     """

@@ -241,7 +241,7 @@ def _read_manifest(state: SetState) -> None:
 
 def _is_other_writing(data: bytes) -> bool:
     """Whether JSON with the right values has a damaged byte, as in 1E-05, or lost its last newline. Other spaces or
-    another order of keys come from another program and are no damage."""
+    another order of keys come from another program and do not count as damage."""
     right = readable_json(json.loads(data)).encode()
     return data != right and (len(data) == len(right) or data + b"\n" == right)
 

@@ -404,7 +404,7 @@ class Shape:
 
     @property
     def values(self) -> int:
-        """Of each channel."""
+        """Number of values of each channel."""
         return self.count * self.positions[0, 0].numel()
 
     def channels(self) -> list[dict[str, Any]]:

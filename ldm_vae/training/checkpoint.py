@@ -97,7 +97,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     if damaged:
         raise UserError(
             f"{folder}: none of the checkpoints can be used ({'; '.join(f'{p.name}: {w}' for p, w in damaged.items())}"
-            "); bring back one of them from a copy, or remove them to begin anew"
+            "); bring back one of them from a copy, or remove them to start again"
         )
     return None, []
 

@@ -579,7 +579,7 @@ def finish(
 
 
 def start_trackers(accelerator: Any, config: TrainingConfig, run: RunDirectory) -> None:
-    """Raises: UserError: the tracker does not start, for example because nobody is logged in."""
+    """Raises: UserError: the tracker does not start, for example without a login."""
     if config.tracker == "none":
         return
     with run.writing():

@@ -147,7 +147,9 @@ class Watchdog:
 
     def _guard_against_the_lock(self) -> None:
         """If native code holds Python's lock, this thread cannot run, but faulthandler's can."""
-        if self.processes > 1:  # for one process nobody waits, and faulthandler's clock also runs during Ctrl-Z
+        if (
+            self.processes > 1
+        ):  # a single process keeps no other waiting, and faulthandler's clock also runs during Ctrl-Z
             seconds = self.timeout_seconds * (SOLO_FACTOR + 1)
             if self._allowed_seconds is not None:
                 seconds = self._allowed_seconds + self.timeout_seconds

@@ -82,7 +82,7 @@ def test_where_all_are_damaged_nothing_begins_anew(tmp_path):
         (write_checkpoint(tmp_path, checkpoint(step), keep=2) / "net.safetensors").unlink()
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"none of the checkpoints can be used \(step-000000002: net.*to begin anew"
+            UserError, match=r"none of the checkpoints can be used \(step-000000002: net.*to start again"
         ):
             newest(tmp_path)
 

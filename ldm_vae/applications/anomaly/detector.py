@@ -56,7 +56,7 @@ DESCRIPTION, TENSORS = "detector.json", "detector.safetensors"
 OWN_FILES = {DESCRIPTION, TENSORS, provenance.RUN_RECORD, MANIFEST}
 GAUSSIANS = ("positions", "pooled")
 FEWEST_IMAGES = 16
-"""That a detector is fitted to."""
+"""Least number of images for the fit of a detector."""
 SMALLEST_RESOLUTION = 64
 
 

@@ -68,7 +68,7 @@ STANDS_OUT = 1.5
 FEW_FOUND = 0.25
 """Share of the anomalous images: a few odd normal images set the threshold high, however well the ranks look."""
 CLEARLY_BETTER = 0.05
-"""Of an AUROC over another."""
+"""Difference of two AUROC that counts as clear."""
 
 
 @dataclass(frozen=True)
@@ -561,7 +561,7 @@ def protocol_lines(results: Results) -> list[str]:
         f"AUPR for a share of {protocol['prevalence']:g} anomalous images (chance gives that); AUROC with its 95 % "
         "bootstrap interval over images. AUPRO up to a pixel false-positive rate of 0.3 (chance gives 0.15).",
         f"False alarms and found: at the threshold for a false-positive rate of {detector['false_positive_rate']:g}, "
-        f"which with so many held-out images means one between {low:.3f} and {high:.3f}.",
+        f"which with this number of held-out images means one between {low:.3f} and {high:.3f}.",
         "The best of many scores on one test set is not an estimate: choose a score on other images than these.",
     ]
     if results["seen"]:

@@ -32,7 +32,7 @@ from ldm_vae.metrics import similarity_maps
 from ldm_vae.random import generator
 
 FLOW_TIMES = (0.3, 0.5)
-"""Of the flow loss: enough noise to hide details, not the arrangement."""
+"""Times of the flow loss, with enough noise to hide details but not the arrangement."""
 FLOW_DRAWS = 2
 """Noises at each time."""
 PEAK = "_peak"
@@ -99,7 +99,7 @@ def check_pipeline_size(networks: Networks, resolution: int) -> None:
 
 @dataclass(frozen=True)
 class NormalStatistics:
-    """Of normal images: the decoder's variance, the Gaussians of latent positions and of whole images."""
+    """Statistics of normal images: the decoder's variance, the Gaussians of latent positions and of whole images."""
 
     variance: float
     positions: Gaussian
@@ -380,9 +380,9 @@ def perceptual_distance(lpips: LPIPS, images: Tensor, references: Tensor) -> Ten
 # A Gaussian fitted to feature vectors, and how far others are from it.
 
 SMALLEST_DEVIATION = 1e-6
-"""Of a feature, where the images do not differ at all in it."""
+"""Smallest deviation of a feature, for features that are the same in all images."""
 SMALLEST_SHARE = 1e-3
-"""Of the identity, so that features that repeat each other can be inverted."""
+"""Share of the identity in a covariance, so that it can be inverted if features repeat each other."""
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ def shrunk_covariance(centered: Tensor) -> Tensor:
 # The evidence lower bound of an image, and by how much a few steps on its own posterior improve it.
 
 STEP = 0.3
-"""Of Adam, in posterior standard deviations."""
+"""Step size of Adam, in posterior standard deviations."""
 
 
 def negative_elbo(images: Tensor, decoded: Tensor, kl: Tensor, variance: float) -> Tensor:

@@ -60,9 +60,9 @@ METRICS = ("psnr", "ms_ssim", "ssim", "lpips")
 SHEET_SIDE = 256
 SAMPLE = "decode(sample)"
 LEAST_POINTS = 3
-"""Of each curve, once what bends back is left out."""
+"""Least number of points of each curve, without those that bend back."""
 LEAST_OVERLAP = 0.05
-"""Of the shorter curve's range of quality."""
+"""Least overlap, as a share of the shorter curve's range of quality."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class DecodedMetrics:
         self.picture = transforms.to_pil(original.cpu())[0]
 
     def __call__(self, decoded: np.ndarray) -> dict[str, float]:
-        """Of uint8 (h, w, 3). MS-SSIM where the sides allow it."""
+        """Metrics of a decoded image, uint8 (h, w, 3). MS-SSIM if the sides allow it."""
         image = transforms.to_batch(decoded).to(self.original.device)
         values = {"psnr": metrics.psnr(image, self.original)}
         if min(image.shape[-2:]) >= metrics.MS_SSIM_SMALLEST_SIDE:
@@ -384,7 +384,7 @@ def example(original: Image.Image, mine: tuple[int, np.ndarray], codecs: Sequenc
 
 
 def monotone(rates: Sequence[float], qualities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Both by rising rate, without points that cost more and are no better."""
+    """Both by rising rate, without points that cost more and are not better."""
     kept: list[tuple[float, float]] = []
     for rate, quality in sorted(zip(rates, qualities)):
         if not kept or (quality > kept[-1][1] and rate > kept[-1][0]):

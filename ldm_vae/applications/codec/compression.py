@@ -402,7 +402,7 @@ class Codec:
         return Compressed(data, levels, model, step)
 
     def compress_within(self, picture: Analyzed, bits_per_pixel: float, parts: Sequence[int] = ()) -> Compressed:
-        """The best file of at most so many bits per pixel. Raises: UserError where even quality 1 takes more."""
+        """The best file of at most this many bits per pixel. Raises: UserError if even quality 1 takes more."""
         pixels = picture.width * picture.height
         found: dict[int, Compressed] = {}
 
@@ -432,7 +432,7 @@ class Codec:
         """The picture in a file, uint8 (h, w, 3).
 
         Args:
-            channels: a preview from so many first channels, the others zero; only their part of the file is read, and
+            channels: number of first channels to decode, the others are zero; only their part of the file is read, and
                 the rest may be missing.
 
         Raises:

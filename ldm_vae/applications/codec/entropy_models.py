@@ -132,7 +132,7 @@ LARGEST_WEIGHT = (1 << 15) - 1
 
 
 def shapes(inputs: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a network of so many inputs."""
+    """Name -> shape of the tensors of a network with this number of inputs."""
     return {
         "first": (inputs, HIDDEN), "first_bias": (HIDDEN,), "second": (HIDDEN, HIDDEN), "second_bias": (HIDDEN,),
         "last": (HIDDEN, OUTPUTS), "direct": (inputs, OUTPUTS), "last_bias": (OUTPUTS,),
@@ -355,7 +355,7 @@ COARSEST = 8
 MARGIN = 3 * COARSEST // 2
 """Farthest neighbor, at distance 3 * 4; unknown places beyond the border count as the channel's mean."""
 EARLIER_CHANNELS = 16
-"""At most so many channels directly before one are its context."""
+"""Largest number of preceding channels in the context of a channel."""
 CROSS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 
 _CENTERS = [(y, x) for y in (-1, 1) for x in (-1, 1)]
@@ -389,7 +389,7 @@ class Pass:
     role: int = 0
 
     def window(self, down: int = 0, right: int = 0) -> tuple[slice, slice]:
-        """These positions, or their neighbors so many rows and columns off, in a plane with a margin around it."""
+        """These positions, or their neighbors at this offset in rows and columns, in a plane with a margin."""
         return (
             slice(MARGIN + self.top + down, MARGIN + self.height + down, self.period),
             slice(MARGIN + self.left + right, MARGIN + self.width + right, self.period),
@@ -420,9 +420,9 @@ def input_count(channel: int, role: int) -> int:
 # Which probability table each level gets: from the file itself, from statistics of a set, or from decoded neighbors.
 
 RATIO_BITS = 16
-"""Of `ratios` and `scales` of a fitted model."""
+"""Fractional bits of `ratios` and `scales` of a fitted model."""
 STEP_BITS = RATIO_BITS + STEP_DENOMINATOR.bit_length() - 1
-"""Step times ratio is a step in standard deviations with so many fractional bits."""
+"""Fractional bits of step times ratio, which is a step in standard deviations."""
 
 Prediction = tuple[np.ndarray, np.ndarray]
 """Offsets (n,) that residuals are taken from, and rows of `probability_tables` (n,), int64."""

@@ -281,7 +281,7 @@ def measure_attributes(images: Tensor) -> dict[str, Tensor]:
 # A small network that reads known attributes off pictures, so that an edit of any of them can be measured.
 
 SIDE = 64
-"""Of the pictures that it reads, reduced by averaging."""
+"""Side in pixels of its input pictures, reduced by averaging."""
 BATCH = 64
 LEARNING_RATE = 2e-3
 

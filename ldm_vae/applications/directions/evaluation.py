@@ -339,7 +339,7 @@ def read_small(source: ImageSource, indices: Sequence[int], resolution: int) -> 
 
 
 def spread_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of attributes (n, k) of unedited images: standard deviations (k,) and correlations (k, k)."""
+    """Standard deviations (k,) and correlations (k, k) of the attributes (n, k) of unedited images."""
     deviations = np.maximum(values.std(axis=0), 1e-9)
     standard = (values - values.mean(axis=0)) / deviations
     return deviations, standard.T @ standard / len(values)

@@ -61,7 +61,7 @@ FOLDER = "directions"
 TENSORS, DESCRIPTION = "directions.safetensors", "directions.json"
 LEAST_SAMPLES = 20
 PENALTY = 1e-2
-"""Of the squared weights of a probe on standardized features."""
+"""Penalty on the squared weights of a probe on standardized features."""
 FOLDS = 5
 CONSTANT_SIDE = 9
 """Positions of the constant latents whose middle tells what the first convolution adds."""
@@ -500,7 +500,7 @@ def cross_validated(features: np.ndarray, y: np.ndarray, binary: bool) -> float:
 
 
 def covariance(autoencoder: Autoencoder, pooled: np.ndarray) -> np.ndarray:
-    """Of pooled latents (n, c), for their principal directions."""
+    """Covariance of pooled latents (n, c), for their principal directions."""
     return np.cov(pooled, rowvar=False).reshape(pooled.shape[1], -1)
 
 

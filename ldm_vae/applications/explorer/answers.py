@@ -36,7 +36,7 @@ BEYOND = 10
 """How many widths of the map a point may lie outside of it."""
 LARGEST_NOISE = 3.0
 LARGEST_AMOUNT = 10.0
-"""Of a channel's or direction's shift."""
+"""Largest shift along a channel or direction."""
 MAXIMUM_POINTS = 32
 MAXIMUM_FRAMES = 24
 MAXIMUM_PREVIEW_BYTES = 64_000_000
@@ -342,7 +342,7 @@ def edited_reconstruction(
         directions: name -> strength, see `applications.directions`.
 
     Raises:
-        UserError: a channel or a direction that there is not.
+        UserError: an unknown channel or direction.
     """
     latent = explored.latent(index, noise, sample, seed)
     channels = latent.shape[1]
@@ -382,7 +382,7 @@ def along(points: Tensor, count: int) -> Tensor:
 # The training that made an autoencoder, as its run directory tells it: curves, alarms, verdicts, previews.
 
 HEALTH_FOLDERS = ("health", "autoencoder/health", "../health")
-"""Of a run, where `diagnose` may have written: itself, the autoencoder in it, beside it."""
+"""Folders where `diagnose` may have written, relative to a run: in it, in its autoencoder, beside it."""
 PREVIEW = re.compile(r"step-(\d{1,12})\.(?:webp|png)")
 
 Series = tuple[list[int], list[float]]
@@ -415,7 +415,7 @@ class Training:
 
 
 def training_of(path: str | Path) -> Training | None:
-    """Of a run of `train-vae`, of the autoencoder in one, or of a checkpoint that carries the records of its own; None
+    """The training of a run of `train-vae`, of the autoencoder in one, or of a checkpoint with its own records; None
     for any other place.
 
     Raises:
@@ -451,7 +451,7 @@ def _points(curve: Curve) -> Series:
 
 
 def _verdicts(run: Path) -> list[dict[str, str]]:
-    """Of the first health report that is about the weights that the run has now."""
+    """Verdicts of the first health report about the current weights of the run."""
     identity = read_json((model_directory(run) or run) / RECORD).get("fingerprint")
     for folder in HEALTH_FOLDERS:
         health = read_json(run / folder / "health.json")

@@ -57,7 +57,7 @@ LEAST_IMAGES = 4
 LARGEST_COUNT = 50_000
 LARGEST_SIZE, DEFAULT_SIZE = 1024, 128
 MAXIMUM_BYTES = 4_000_000_000
-"""Of all images and latents, which are kept in memory."""
+"""Largest size of all images and latents, which are kept in memory."""
 BATCH_PIXELS = 2**16
 """Pixels of one pass: few, so that a hover never waits for a long pass."""
 

@@ -35,9 +35,9 @@ from ldm_vae.files import system_errors_explained, write_bytes
 from ldm_vae.redaction import redacted
 
 MAXIMUM_IMAGES = 2000
-"""That travel with the page, evenly spread over those that were explored."""
+"""Largest number of images in the page, evenly spread over the explored ones."""
 MAXIMUM_BYTES = 8_000_000
-"""Of the file: what most mail servers take."""
+"""Largest size of the file, which most mail servers accept."""
 SERVED_ONLY = ("source.js", "architecture.js", "sliders.js", "training.js")
 """Scripts that ask a server; the first gives its place to `REPLACEMENT`."""
 REPLACEMENT = ("decoder.js", "exported_source.js")

@@ -38,7 +38,7 @@ LARGEST_WHOLE = 2**53 - 1
 """The largest whole number that JavaScript counts to exactly."""
 
 OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.ASCII | re.IGNORECASE)
-"""Of any port: it may be forwarded by ssh."""
+"""The own host with any port, since the port may be forwarded by ssh."""
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; object-src 'none'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -52,7 +52,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Of every answer that does not set its own."""
+"""Headers of every answer that does not set its own."""
 
 
 class Refusal(Exception):

@@ -19,10 +19,10 @@ from ldm_vae.applications.explorer.explored import Explored
 from ldm_vae.data.samples import evenly_spaced
 
 FITTED_IMAGES = 2000
-"""That the projection is fitted to, evenly spread; all are projected. Its cost grows with the cube of their number."""
+"""Number of evenly spread images for the fit of the projection, whose cost grows with its cube; all are projected."""
 SHARE_IN_BOUNDS = 0.99
 MARGIN = 0.08
-"""Of the width or height, on either side."""
+"""Margin on each side, as a share of the width or height."""
 LEAST_SPREAD = 1e-6
 
 Bounds = tuple[float, float, float, float]

@@ -113,7 +113,7 @@ def page_files(folder: Path = PAGE) -> dict[str, PageFile]:
 
 
 def index_page(files: Mapping[str, PageFile], folder: Path = PAGE) -> bytes:
-    """index.html with the version of every file in its address, so that a browser may keep it for ever."""
+    """index.html with the version of every file in its address, so that a browser may cache it without limit."""
 
     def versioned(found: re.Match[str]) -> str:
         file = files.get(found[2])
@@ -229,7 +229,7 @@ GRID = 24
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP, but no client holds a connection by being slow, and there are only so many connections."""
+    """uvicorn's HTTP, but no client holds a connection by being slow, and the number of connections is limited."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
