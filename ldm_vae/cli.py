@@ -570,7 +570,7 @@ def take_defaults(command: Command, settings: tuple[Setting, ...], words: Words,
     found = find_defaults(settings, given, read_recorded)
     words.settings += [f"{default.key}={default.text}" for default in found]
     if "print_config" not in words.flags:
-        for line in describe_defaults(found):
+        for line in describe_defaults(found, {own: typed for typed, own in command.names.items()}):
             print(line, file=sys.stderr)
 
 

@@ -15,8 +15,12 @@ from ldm_vae.errors import UserError
 from ldm_vae.schema import Setting
 from ldm_vae.storage.base import is_url
 
-RECORDED = ("latents", "detector", "directions")
-"""Settings that name a folder whose `run.json` has the command that made it, with its autoencoder."""
+RECORDED = {
+    "latents": ("autoencoder",),
+    "detector": ("autoencoder", "pipeline", "perceptual_weights"),
+    "directions": ("autoencoder", "resolution"),
+}
+"""A setting that names a folder whose `run.json` has the command that made it -> the settings to take from there."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +43,33 @@ def find_defaults(
     """
     known = {setting.key: setting for setting in settings}
     found: list[Default] = []
-    if "autoencoder" in known and known["autoencoder"].kind == "text" and "autoencoder" not in given:
-        found += _recorded_autoencoder(known, given, read_command)
-    autoencoder = given.get("autoencoder", found[0].text if found else "")
+    if "autoencoder" in known and known["autoencoder"].kind == "text":
+        found += _recorded(known, given, read_command)
+    given = {default.key: default.text for default in found} | given
+    autoencoder = given.get("autoencoder", "")
     if autoencoder and not is_url(autoencoder):
         found += _of_run(known, given, Path(autoencoder).expanduser())
     return found
 
 
-def _recorded_autoencoder(
+def _recorded(
     known: dict[str, Setting], given: dict[str, str], read_command: Callable[[list[str]], dict[str, str]]
 ) -> list[Default]:
-    for key in RECORDED:
+    """The settings of the command that made a latent set, a detector or directions, as far as they are asked for."""
+    for key, names in RECORDED.items():
         if key not in known or key not in given or is_url(given[key]):
             continue
         record = Path(given[key]).expanduser() / "run.json"
         try:
             words = json.loads(record.read_text())["command"]
-            text = read_command([str(word) for word in words])["autoencoder"]
+            settings = read_command([str(word) for word in words])
         except (OSError, ValueError, KeyError, TypeError, IndexError, UserError):
             continue  # no record, or not of a command; the setting is asked for
-        if Path(text).expanduser().exists():
-            return [Default("autoencoder", text, record)]
+        wanted = [name for name in names if name in known and name not in given and name in settings]
+        texts = {name: settings[name] for name in wanted if settings[name] not in ("", "null")}
+        here = {name: text for name, text in texts.items() if name == "resolution" or Path(text).expanduser().exists()}
+        if here:
+            return [Default(name, text, record) for name, text in here.items()]
     return []
 
 
@@ -89,10 +98,10 @@ def _of_run(known: dict[str, Setting], given: dict[str, str], autoencoder: Path)
     return found
 
 
-def describe_defaults(defaults: list[Default]) -> list[str]:
-    """One line for each file that answered: what was taken from it."""
+def describe_defaults(defaults: list[Default], shown: dict[str, str]) -> list[str]:
+    """One line for each file: the settings from it. `shown`: own key -> key as it is typed, if it is another one."""
     lines: dict[Path, list[str]] = {}
     for default in defaults:
         text = "" if default.text.startswith("{") else f"={default.text}"
-        lines.setdefault(default.source, []).append(f"{default.key}{text}")
+        lines.setdefault(default.source, []).append(f"{shown.get(default.key, default.key)}{text}")
     return [f"{' and '.join(words)} from {source}" for source, words in lines.items()]

@@ -95,3 +95,37 @@ def test_a_command_whose_data_is_a_text_takes_none_from_the_run(run, tmp_path, c
     words = ["explore", str(run), f"export={tmp_path / 'page.html'}", "--print-config"]
     assert cli.main(words) == 0
     assert "data: null" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "made_by", "taken"),
+    [
+        (
+            "anomaly score",
+            "ldm-vae anomaly fit {run} model={model} perceptual_weights={weights} output=x resolution=32",
+            {"autoencoder": "{run}", "pipeline": "{model}", "perceptual_weights": "{weights}"},
+        ),
+        (
+            "anomaly evaluate",
+            "ldm-vae anomaly fit {run} pipeline={model} output=x",
+            {"autoencoder": "{run}", "pipeline": "{model}", "perceptual_weights": None},
+        ),
+        (
+            "directions evaluate",
+            "ldm-vae directions fit autoencoder={run} resolution=48 output=x",
+            {"autoencoder": "{run}", "resolution": 48},
+        ),
+    ],
+)
+def test_the_settings_of_a_fit_are_not_given_twice(command, made_by, taken, run, tmp_path, capsys):
+    places = {"run": run, "model": tmp_path / "model", "weights": tmp_path / "weights.safetensors"}
+    for name in ("model", "fit"):
+        (tmp_path / name).mkdir()
+    places["weights"].touch()
+    (tmp_path / "fit" / "run.json").write_text(json.dumps({"command": made_by.format(**places).split()}))
+    values = printed([*command.split(), tmp_path / "fit", "data=synthetic", "output=y"], capsys)
+    assert {key: values[key] for key in taken} == {
+        key: text.format(**places) if isinstance(text, str) else text for key, text in taken.items()
+    }
+    given = printed([*command.split(), tmp_path / "fit", "data=synthetic", "output=y", "autoencoder=a/b"], capsys)
+    assert given["autoencoder"] == "a/b"
