@@ -387,7 +387,7 @@ def test_an_average_is_chosen_after_training(crop_run, tmp_path, capsys):
     own = float(said[0].rsplit(" ", 1)[1])
     assert own == pytest.approx(lines(crop_run)[-1]["held_out/flow"], abs=1e-4)
     assert said[1].startswith("length 0.1 after step 8: held-out flow loss ")
-    assert "of its profile cannot be made" not in said[1]
+    assert "of its profile cannot be represented" not in said[1]
     assert said[3].endswith("of its profile cannot be represented by these snapshots")
     assert cli.main(["ema", str(crop_run), "--length", "0.1", "--step", "4", "--out", str(tmp_path / "weak")]) == 0
     weights = dict(LatentDiffusionPipeline.from_pretrained(tmp_path / "weak").unet.named_parameters())
