@@ -68,8 +68,7 @@ class CardConfig:
     missing. The command that made the model is repeated as it was typed, with its paths.
 
       ldm-vae model card runs/mine evaluation=runs/evaluation intended_use="Latents of flower photographs."
-      ldm-vae model card runs/diffusion pictures=runs/samples observations=seen.md data_credits=sources.yaml
-      license=cc0-1.0
+      ldm-vae model card runs/diffusion pictures=runs/samples observations=seen.md license=cc0-1.0
 
     Args:
         model: a run of `train-vae` or `train-diffusion`, or its model.
@@ -100,7 +99,7 @@ class CardConfig:
 
     def __post_init__(self) -> None:
         if self.watts is not None and not 0 < self.watts < math.inf:  # nor is nan
-            raise UserError(f"--watts: {self.watts:g} is not the power of a machine; give watts above 0, as 250")
+            raise UserError(f"watts: {self.watts:g} is not the power of a machine; give watts above 0, as 250")
 
 
 @dataclass(frozen=True)
