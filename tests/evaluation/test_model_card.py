@@ -384,7 +384,7 @@ def test_energy_is_a_guess_that_says_how_and_of_an_accelerator_only_with_its_pow
 @pytest.mark.parametrize("watts", ["0", "-5", "nan", "inf"])
 def test_what_is_no_power_is_refused(watts, capsys, tmp_path):
     assert cli.main(["card", str(tmp_path), "--watts", watts]) == EXIT_USER_ERROR
-    assert f"--watts: {watts} is not the power of a machine; give watts above 0" in capsys.readouterr().err
+    assert f"watts: {watts} is not the power of a machine; give watts above 0" in capsys.readouterr().err
 
 
 def test_what_started_from_another_model_has_its_architecture_not_that_of_the_settings():
