@@ -1,4 +1,4 @@
-"""`ldm-vae model convert`: a trained model for other programs, or to give away.
+"""`ldm-vae model convert`: a trained model for other programs, or to share.
 
 ConvertConfig -> convert -> diffusers, compvis, onnx, torchscript    of an autoencoder: `autoencoder.interop`
                          -> diffusers-pipeline                       `export_standard`: runs without this package

@@ -89,7 +89,7 @@ def component_class(entry: list[Any], where: str) -> type:
     elif library in OWN_MODULES:
         found = vars(sys.modules.get(library, diffusers)).get(name)
     if not isinstance(found, type) or not issubclass(found, ModelMixin | SchedulerMixin):
-        what = f"names {entry}, which is no network of this package, and no network or scheduler of diffusers"
+        what = f"names {entry}, which is not a network of this package, and no network or scheduler of diffusers"
         raise UserError(where, what, "give a pipeline that `ldm-vae train-diffusion` wrote")
     return found
 

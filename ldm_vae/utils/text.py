@@ -40,7 +40,7 @@ def pluralize(number: int, thing: str) -> str:
 
 
 LONGEST_NAME_BYTES = 200
-"""Of a file name before its ending. File systems allow 255 bytes; a mark of a temporary file comes on top."""
+"""Largest size of a file name without its ending. File systems allow 255 bytes, with the mark of a temporary file."""
 
 
 def short_name(name: str, longest_bytes: int = LONGEST_NAME_BYTES) -> str:

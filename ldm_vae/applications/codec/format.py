@@ -235,7 +235,7 @@ MODEL_FORMAT_VERSION = 1
 METADATA = "codec"
 MOST_BYTES = 64 << 20
 LARGEST_INTEGER = 1 << 31
-"""Of a ratio or scale: times step and level it stays below 2**63."""
+"""Bound of a ratio or scale: times step and level it stays below 2**63."""
 MODEL_ADVICE = "restore it from a copy, or fit it again with `ldm-vae codec fit`"
 
 
