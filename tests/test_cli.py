@@ -185,7 +185,7 @@ def test_after_two_dashes_a_name_may_begin_with_one(names, tmp_path, monkeypatch
     words = ["decompress", "--output", "o", "--autoencoder", "owner/name", "--", *names]
     assert cli.main(words) == EXIT_USER_ERROR
     (dashed,) = {*names} - {"b.ldmz"}
-    assert f"{dashed}: no such file; give files" in capsys.readouterr().err
+    assert f"{dashed}: no such file or folder; give files" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):

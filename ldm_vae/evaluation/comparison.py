@@ -6,7 +6,6 @@ space is like to work in, and this file the use of codes and the cost of its net
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,7 +219,7 @@ def picture_grid(points: Sequence[Point]) -> tuple[Image.Image | None, list[str]
     """One row per image: the original, then each kind's decode(mean), from the evaluations' own pictures."""
     examples: list[dict[str, Path]] = []
     for point in points:
-        results = json.loads((point.folder / "evaluation" / "results.json").read_text())
+        results = read_json(point.folder / "evaluation" / "results.json")
         folder = point.folder / "evaluation" / "examples"
         files = {example["id"]: example["files"] for example in results["examples"]}
         examples.append({name: folder / file["decoded"] for name, file in files.items()})

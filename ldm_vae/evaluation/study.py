@@ -253,7 +253,9 @@ class Study:
         if self.overwrite:
             check_writable(self.output)
             return None
-        results: Results = json.loads(file.read_text())
+        results: Results = read_json(file)
+        if not isinstance(results.get("config"), dict):
+            raise UserError(file, "is damaged: it names no settings", "restore it, or measure again with --overwrite")
         if results.get("format_version", 1) != self.format_version:
             raise UserError(
                 f"{self.output}: holds the result of another version of ldm_vae, whose figures are computed "
@@ -397,7 +399,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); restore it, or run its stage again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a record of a run; restore it, or run its stage again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,22 @@ def test_it_is_noticed_before_the_images_are_looked_for(
     words = [f"autoencoder={autoencoder_directory}", "data.source=folder", f"data.path={tmp_path}", "device=cpu"]
     assert cli.main([command, *words, f"output={tmp_path / 'file' / 'health'}"]) == EXIT_USER_ERROR
     assert "health: cannot be written (Not a directory); give another output folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "record"), [("diagnose", "health.json"), ("evaluate", "results.json")])
+def test_a_damaged_record_is_named(
+    command: str, record: str, autoencoder_directory: Path, image_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    words = [command, f"autoencoder={autoencoder_directory}", f"data={image_folder}", "resolution=64", "part=all"]
+    words += ["device=cpu", f"output={tmp_path / 'out'}"]
+    assert cli.main(words) == 0
+    path = tmp_path / "out" / record
+    whole = path.read_bytes()
+    flipped = whole[:50] + bytes([whole[50] ^ 0x80]) + whole[51:]
+    for damaged in (b"", whole[:-20], flipped, b"[]", b"{}", b"[" * 100_000):
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        assert cli.main(words) == EXIT_USER_ERROR
+        assert f"{record}: " in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert cli.main(words) == 0
