@@ -120,6 +120,8 @@ def _read_override(override: str, schema: type, where: str) -> Any:
     if not equals:
         raise UserError(f"{where}: not of the form key=value")
     kind, optional = _kind_at(schema, key.split("."))
+    if optional and get_origin(kind) is Literal and text in ("null", "~", ""):
+        return _nested(key, None)
     if kind is str or (_has_short_form(kind) and not text.startswith("{")):
         return _nested(key, None if optional and not text else text)
     texts = _json_texts(text) if get_origin(kind) is list and get_args(kind) == (str,) else None

@@ -129,3 +129,9 @@ def test_the_settings_of_a_fit_are_not_given_twice(command, made_by, taken, run,
     }
     given = printed([*command.split(), tmp_path / "fit", "data=synthetic", "output=y", "autoencoder=a/b"], capsys)
     assert given["autoencoder"] == "a/b"
+
+
+@pytest.mark.parametrize("words", ["evaluate a/b data=synthetic perceptual_net=null", "generate a/b sampler=null"])
+def test_a_choice_that_may_be_null_can_be_null_on_the_command_line(words, tmp_path, capsys):
+    key = words.rpartition(" ")[2].partition("=")[0]
+    assert printed([*words.split(), f"output={tmp_path / 'x'}"], capsys)[key] is None
