@@ -739,7 +739,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(name, words)
     except UserError as error:
-        _complain(f"ldm-vae {name}: {error}")
+        _complain(f"ldm-vae {name}: {with_typed_names(name, str(error))}")
         return int(getattr(error, "exit_code", EXIT_USER_ERROR))
     except OSError as error:
         if error.errno not in REFUSALS:

@@ -70,10 +70,10 @@ class AutoencoderSettings:
             and adds to it. For 12 channels and more.
     """
 
-    architecture: Literal["wavelet", "sd", "vector"] = "wavelet"
+    architecture: str = "wavelet"
     preset: str = "nano"
     latent_channels: int = 4
-    kind: Literal["kl", "ae", "vq", "fsq", "frozen"] = "kl"
+    kind: str = "kl"
     codebook_size: int | None = None
     codebook: Literal["rotation", "ema"] | None = None
     fsq_levels: list[int] | None = None

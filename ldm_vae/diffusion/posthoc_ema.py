@@ -90,7 +90,7 @@ class PosthocEmaConfig:
         if self.output and len(self.lengths) > 1:
             raise UserError(f"output: {len(self.lengths)} lengths were given; give the one of the pipeline to write")
         if not self.kid and (self.images or self.inception_weights):
-            raise UserError("images, inception_weights: have no effect with kid=0; leave them out")
+            raise UserError("images, inception_weights: have no effect without kid; leave them out")
 
 
 @dataclass(frozen=True)

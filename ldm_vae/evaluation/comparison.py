@@ -77,11 +77,11 @@ class CompareConfig:
       ldm-vae compare configs/compare_kinds.yaml output=runs/compare overrides=data=~/images
 
     Args:
-        output: the folder; every kind is in `points/` below it.
+        output: folder for the results; every kind is in `points/` below it.
         vae: the YAML of `train-vae` that all kinds share.
         overrides: settings of `train-vae` for all kinds, as `data=~/images`.
         kinds: what is compared: a name and its own settings each.
-        steps: of each training; null: the recipe's.
+        steps: number of training steps of each kind; null: the recipe's.
         parallel: kinds that are trained at once on this machine; their seconds are then not comparable.
         evaluate: settings of `ldm-vae evaluate`, as `resolution=256`; the images are those of the training.
         latent_images: measured images for interpolation, prior samples and the use of codes.

@@ -63,7 +63,7 @@ class FrontierConfig:
       ldm-vae frontier vae=configs/vae_quickstart.yaml output=runs/frontier targets_nats=1,2,3,4 steps=300
 
     Args:
-        output: the folder; every point is in `points/` below it.
+        output: folder for the results; every point is in `points/` below it.
         vae: the YAML of `train-vae` that all points share.
         overrides: settings of `train-vae` for all points, as `data=~/images`.
         targets_nats: the target rates in nats per latent dimension.

@@ -69,7 +69,7 @@ def test_the_kinds_differ_in_the_spread_of_the_posterior():
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 64), (64, 64)])
 def test_images_of_another_size_are_refused(autoencoder, size):
-    with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels: this autoencoder supports 32 x 32 only"):
+    with pytest.raises(UserError, match=rf"{size[0]} x {size[1]} pixels; it knows 32 x 32 only"):
         autoencoder.reconstruct(torch.zeros(1, 3, *size))
 
 

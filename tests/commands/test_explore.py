@@ -99,9 +99,7 @@ def test_what_cannot_be_exported_is_refused_before_an_image_is_read(run, tmp_pat
     (tmp_path / "images").mkdir()  # read, it would be refused for its emptiness
     words = [str(run), "--data", str(tmp_path / "images"), "--export", str(tmp_path / "page.html")]
     assert cli.main(["explore", *words]) == EXIT_USER_ERROR
-    assert (
-        f"export: {run} is an autoencoder of another architecture, and a page can run only" in capsys.readouterr().err
-    )
+    assert f"export: {run} is of class AutoencoderWavelet, and a page can run only" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_refused(run, image_folder, capsys):

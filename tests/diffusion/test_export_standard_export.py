@@ -136,8 +136,8 @@ def test_the_directory_says_how_it_is_called_and_what_it_was_made_from(tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"patch": 2}, "patch=2, prediction=velocity .* no U-Net for; train with unet.patch=1"),
-        ({"prediction": "x"}, "patch=1, prediction=x .* no U-Net for; train with unet.patch=1"),
+        ({"patch": 2}, "unet.patch=2 and unet.prediction=velocity .* no U-Net for; train with unet.patch=1"),
+        ({"prediction": "x"}, "unet.patch=1 and unet.prediction=x .* no U-Net for; train with unet.patch=1"),
         ({"coordinates": True}, "takes 6 channels for latents of 4"),
         ({"widths": (32, 32, 32, 32, 32)}, "latents: 8x8 is not a square with sides divisible by 16"),
     ],

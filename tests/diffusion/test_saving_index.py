@@ -47,7 +47,7 @@ def test_other_classes_are_refused_whatever_the_version_of_diffusers(
     index = json.loads((saved / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {name: entry}))
     write_checksums(folder)
-    with pytest.raises(UserError, match=f"model_index.json: {name}: names .* no network of this package"):
+    with pytest.raises(UserError, match=f"model_index.json: {name}: names .* not a network of this package"):
         LatentDiffusionPipeline.from_pretrained(folder)
     assert "planted" not in sys.modules
 

@@ -155,7 +155,7 @@ def test_a_plain_loader_resumes_with_the_same_latents(latents, workers):
         ({"global_batch": 9, "processes": 2}, "multiple of 2"),
         ({"global_batch": 0}, "multiple of 1"),
         ({"global_batch": 32}, "more than the 28"),
-        ({"global_batch": 8, "rank": 2, "processes": 2}, "rank: 2 is none of 2"),
+        ({"global_batch": 8, "rank": 2, "processes": 2}, "rank: 2 is not one of 2 process"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(arguments, sentence):

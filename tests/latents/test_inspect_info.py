@@ -107,7 +107,7 @@ def test_100_million_samples_take_a_moment(latents, tmp_path):
 
 
 def test_what_is_wrong_is_said(rich, tmp_path):
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match="is empty; give the folder that `ldm-vae encode` wrote"):
         describe(tmp_path)
     copy = shutil.copytree(rich.path, tmp_path / "set")
     (copy / QUARANTINE).write_text("{")

@@ -397,7 +397,7 @@ def test_what_is_no_set_is_said(tmp_path, copy):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         verify(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match="is empty; give the folder that `ldm-vae encode` wrote"):
         verify(tmp_path / "empty")
     for name in ("plan.json", MANIFEST):
         (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"format_version": 3}))

@@ -91,11 +91,13 @@ def test_sagemaker_without_its_own_distribution_is_one_process(monkeypatch):
 def test_a_plugin_is_refused_before_torch_is_imported_and_before_anything_is_written(command, tmp_path):
     program = "import sys; from ldm_vae.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules)"
     words = {
-        "train-vae": ["data=synthetic"], "train-diffusion": [f"latents={tmp_path}"],
+        "train-vae": ["data=synthetic"], "train-diffusion": [f"latents={tmp_path / 'set'}"],
         "encode": [f"autoencoder={tmp_path}", "data=synthetic"],
         "evaluate": [f"autoencoder={tmp_path}", "data=synthetic"],
     }  # fmt: skip
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-c", f"{program}; sys.exit(code)", command, *words[command], f"output={tmp_path / 'run'}"],
         env=environment() | {"ACCELERATE_USE_FSDP": "true"}, capture_output=True, text=True, cwd=ROOT,

@@ -78,7 +78,7 @@ class CodecBenchConfig:
     Args:
         autoencoder: a diffusers directory, a run of `train-vae`, or a hub id.
         output: the folder for the results.
-        entropy: models of `ldm-vae codec fit` for this autoencoder; files that need none are always measured.
+        entropy: entropy models of `ldm-vae codec fit` for this autoencoder; files that need none are always measured.
         part: held_out (what training never saw), its halves validation and test, train or all.
         resolution: side of the center crop in pixels, a multiple of the downsampling.
         count: largest number of images, evenly spread over the part; null: all.

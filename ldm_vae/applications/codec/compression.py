@@ -98,7 +98,7 @@ class DecompressConfig:
 
     Args:
         files: what `compress` wrote: files, or folders of them.
-        autoencoder: the one that compressed them, or one with the same encoder and another decoder.
+        autoencoder: the autoencoder that compressed them, or one with the same encoder and another decoder.
         output: the folder for the pictures; null: beside each file.
         entropy: the entropy model that compressed them, if there was one.
         channels: number of first channels to decode of a progressive file; null: all.

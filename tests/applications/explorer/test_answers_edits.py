@@ -69,7 +69,7 @@ def test_a_direction_is_added_everywhere(explored: Explored) -> None:
     with pytest.raises(UserError, match="'dark' is unknown"):
         edited_reconstruction(explored, 3, directions={"dark": 1.0})
     bare = made_of(explored.mean, explored.autoencoder, explored.images)
-    with pytest.raises(UserError, match="--directions"):
+    with pytest.raises(UserError, match="with directions=FOLDER"):
         edited_reconstruction(bare, 3, directions={"light/probe": 1.0})
 
 
