@@ -75,7 +75,7 @@ def channels_first(pixels: np.ndarray) -> Tensor:
 def too_many_rejected(rejected: list[tuple[str, str]]) -> UserError:
     name, reason = rejected[-1]
     return UserError(
-        f"data: {len(rejected)} images in a row cannot be read, the last is {name} ({reason}); "
+        f"data: {len(rejected)} images in a row cannot be read, the last is {name} ({_in_words(reason)}); "
         "check that the disk is mounted and the files are images"
     )
 
@@ -185,11 +185,16 @@ def enlarged_record(enlarged: Enlarged) -> dict[str, Any]:
     return {"enlarged": [{"id": name, "short_side": side} for name, side in enlarged]} if enlarged else {}
 
 
+def _in_words(reason: str) -> str:
+    """The code of a reason, such as `unknown_format`, in a sentence."""
+    return reason.replace("_", " ")
+
+
 def none_readable(where: str, count: int, rejected: Rejected) -> UserError:
     """The error when all of `count` images were rejected."""
-    reasons = ", ".join(sorted({reason for _, reason in rejected}))
+    reasons = ", ".join(sorted({_in_words(reason) for _, reason in rejected}))
     example = f", for example {rejected[0][0]}" if rejected else ""
-    return UserError(where, f"none of the {count} images could be read ({reasons}{example})", "give other images")
+    return UserError(where, f"none of the {count} images can be read ({reasons}{example})", "give other images")
 
 
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:

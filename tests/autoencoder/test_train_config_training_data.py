@@ -73,4 +73,5 @@ def test_a_folder_without_a_readable_image_is_refused_in_the_sentence_of_trainin
     assert cli.main(["train-vae", *settings_for(folder, *words)]) == EXIT_USER_ERROR
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "images in a row cannot be read, the last is" in error
+    assert "_" not in error.split("the last is")[1].split("(")[1].split(")")[0], "a code, not words"
     assert error.endswith("check that the disk is mounted and the files are images")

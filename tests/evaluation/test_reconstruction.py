@@ -317,7 +317,7 @@ def test_no_readable_image_is_one_sentence(config: EvaluateConfig, tmp_path: Pat
         (images / f"{number}.png").write_bytes(b"no image")
     for part in ("held_out", "all"):
         broken = replace(config, part=part, data=replace(config.data, path=str(images)), output=str(tmp_path / part))
-        with pytest.raises(UserError, match=r"none of the \d+ images could be read \(unknown_format, for example"):
+        with pytest.raises(UserError, match=r"none of the \d+ images can be read \(unknown format, for example"):
             evaluate(broken)
 
 

@@ -197,7 +197,7 @@ def test_another_score_orders_otherwise_and_replaces_the_result_only_when_asked(
         (["by=flow_t0.3"], "it needs pipeline when a detector is fitted"),
         (["autoencoder={saved}"], "was fitted with another autoencoder than"),
         (["batch=0"], "batch: 0 is not positive"),
-        (["data.include=[broken*]"], "none of the 1 images could be read (unknown_format, for example"),
+        (["data.include=[broken*]"], "none of the 1 images can be read (unknown format, for example"),
     ],
 )
 def test_scoring_that_cannot_be_is_one_sentence(scoring, saved, changes, message, capsys):
