@@ -31,6 +31,7 @@ def figures(output: Path) -> dict[str, Any]:
     return {file.parent.name: json.loads(file.read_text())["figures"] for file in output.glob("*/result.json")}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_continued_measures_what_a_straight_one_does(
     tmp_path: Path, random_backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
