@@ -684,10 +684,11 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
     return first, rest, advice
 
 
-PIPELINE_ARGUMENTS = {
-    "guidance": "guidance_scale", "autoguidance": "autoguidance_scale", "steps": "num_inference_steps",
-}  # fmt: skip
-"""Setting -> the argument of the pipeline that it becomes, which no command has as a key."""
+PIPELINE_ARGUMENTS = (
+    ("guidance", "guidance_scale"), ("autoguidance", "autoguidance_scale"), ("steps", "num_inference_steps"),
+    ("resolution", "height"), ("resolution", "width"),
+)  # fmt: skip
+"""Setting, and the argument of the pipeline that it becomes, which no command has as a key."""
 
 
 def with_typed_names(name: str, sentence: str) -> str:
@@ -695,7 +696,7 @@ def with_typed_names(name: str, sentence: str) -> str:
 
     Functions name a setting by the config's own key, which Python callers use.
     """
-    for typed, own in (*COMMANDS[name].names.items(), *PIPELINE_ARGUMENTS.items()):
+    for typed, own in (*COMMANDS[name].names.items(), *PIPELINE_ARGUMENTS):
         sentence = re.sub(rf"^{own}(?=[:=,])|(?<=^--){own}(?=:)|(?<![\w.]){own}(?==[^=])", typed, sentence)
     return sentence
 

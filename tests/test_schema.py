@@ -106,6 +106,7 @@ def test_a_message_says_the_key_that_is_typed(capsys, tmp_path):
         == "resolution: 5; use resolution=8 of shape=3"
     )
     assert cli.with_typed_names("evaluate", "size: 5") == "size: 5"
+    assert cli.with_typed_names("generate", "height: 500 is odd; use 496") == "resolution: 500 is odd; use 496"
     (tmp_path / "a.png").touch()
     assert (
         cli.main(
