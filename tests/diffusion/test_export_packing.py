@@ -197,7 +197,7 @@ def test_the_runs_of_that_decoder_travel_along_and_the_card_tells_them(pipeline,
     assert read_runs(tmp_path / "copy" / OF_AUTOENCODER) == [run]
     assert cli.main(["card", str(given)]) == 0
     text = (given / "README.md").read_text()
-    assert "trained further. It is what\nthese runs had learnt, in this order:\n\n**polished**, " in text
+    assert "trained further. It is what\nthese runs had learned, in this order:\n\n**polished**, " in text
     assert "train-vae decoder.yaml data.path=images\n# not named above, and no defaults: loss.mse=3.0\n```" in text
     assert cli.main(["card", str(tmp_path / "plain")]) == 0
     assert "trained further" not in (tmp_path / "plain" / "README.md").read_text()
